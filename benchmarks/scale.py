@@ -39,7 +39,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Pretraine
 
 from cola_lightning import LoRAConfig, inject_lora, lora_layers
 from cola_lightning.hf.logits import logits_of
-from cola_lightning.module.activation_checkpointing import checkpoint_activations
 
 Layout = Literal["1 GPU", "DDP", "FSDP2"]
 PROCESSES: dict[Layout, int] = {"1 GPU": 1, "DDP": 8, "FSDP2": 8}
@@ -181,7 +180,8 @@ def activations(config: PretrainedConfig, method: Method, rows: int = ROWS, leng
             model.to_empty(device="cpu")
             model.tie_weights()  # type: ignore[operator] # which to_empty has untied
             found = [saved_bytes(model, n, length, is_autocast=method.is_autocast) for n in (rows, 2 * rows)]
-            checkpoint_activations(model)
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.disable_input_require_grads()
             return found + [saved_bytes(model, n, length, is_autocast=method.is_autocast) for n in (rows, 2 * rows)]
 
     everything, of_twice, inputs, inputs_of_twice = count(config.num_hidden_layers)

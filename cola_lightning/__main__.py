@@ -3,10 +3,8 @@
 import io
 import logging
 import os
-import select
 import sys
 import warnings
-from typing import TextIO
 
 
 def entry_point() -> None:
@@ -26,25 +24,9 @@ def entry_point() -> None:
         from cola_lightning.cli import main
 
         status = main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        if not _has_no_reader(sys.stdout):  # it is another pipe
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
-        status = 1
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)
-
-
-def _has_no_reader(output: TextIO | None) -> bool:
-    """Whether an output is a pipe whose reader has ended, as of ``cola generate ... | head``."""
-    if output is None:
-        return False
-    poll = select.poll()
-    poll.register(output, 0)  # errors are always reported
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     _flush(path.parent)
 
 
-def check_free(path: Path, *, overwrite: bool = False, field: str = "output") -> None:
+def check_free(path: Path, *, overwrite: bool = False) -> None:
     """Refuses to write a folder over a file or a folder that is not empty.
 
     With ``overwrite``, over a folder that contains folders: that would be a mistake.
@@ -79,14 +79,13 @@ def check_free(path: Path, *, overwrite: bool = False, field: str = "output") ->
     Args:
         path: the folder.
         overwrite: whether a folder of files is replaced.
-        field: its name in messages.
     """
     parts = list(path.iterdir()) if path.is_dir() else []
     in_the_way = [part for part in parts if part.is_dir() or not overwrite]
     is_here = path.is_dir() and path.samefile(os.curdir)  # the folder of the shell would be replaced
     if in_the_way or is_here or (path.exists() and not path.is_dir()):
         raise UserError(
-            f"{field}: {str(path)!r} is in use. Choose a folder that does not exist or is empty (with overwrite: one that "
+            f"output: {str(path)!r} is in use. Choose a folder that does not exist or is empty (with overwrite: one that "
             "contains no folders)"
         )
 

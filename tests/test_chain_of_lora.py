@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
 from cola_lightning import ChainOfLoRA, UserError, lora_layers
-from cola_lightning.callbacks import check_strategy
+from cola_lightning.callbacks.chain_of_lora import check_strategy
 from cola_lightning.chain.link import begin_link
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.errors import NonFiniteError

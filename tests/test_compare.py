@@ -18,7 +18,7 @@ import yaml
 from lightning.pytorch import Callback
 from scipy import stats
 
-from cola_lightning.callbacks.run_watch import Interruption
+from cola_lightning.callbacks.command import Interruption
 from cola_lightning.cli import main
 from cola_lightning.errors import UserError
 from cola_lightning.study import study

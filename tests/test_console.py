@@ -8,7 +8,7 @@ import rich
 import yaml
 from rich.console import Console
 
-from cola_lightning.callbacks import ChainProgressBar
+from cola_lightning.callbacks.command import ChainProgressBar
 from cola_lightning.cli import main
 from cola_lightning.cli.help import EXAMPLES, MAIN_OPTIONS, SUBCOMMANDS, WIDTH
 from cola_lightning.study.config import resolved

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from cola_lightning import ChainOfLoRA, UserError
+from cola_lightning import ChainOfLoRA
 from tests.test_resume import Data, Normed
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
@@ -70,14 +70,6 @@ def test_inside_a_link_the_rate_goes_on_where_it_stood(tmp_path, scope):
     assert [step[:2] for step in module.steps] == [step[:2] for step in whole.steps]
     assert [step[2] for step in module.steps[60:]] == pytest.approx([step[2] for step in whole.steps[60:]])
     assert module.live_link().start_step == 40
-
-
-def test_another_rank_or_alpha_of_a_link_that_has_been_trained_is_refused(tmp_path):
-    module = make()
-    trainer(tmp_path, chain={}, max_epochs=1).fit(module, batches())
-    for chain in ({"ranks": [1]}, {"alphas": [8]}):
-        with pytest.raises(UserError, match=r"chain\.ranks"):
-            trainer(tmp_path, chain=chain, max_epochs=1).fit(module, batches())
 
 
 def test_a_links_metrics_are_of_its_own_validations(tmp_path):

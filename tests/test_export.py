@@ -433,9 +433,8 @@ def test_a_base_that_is_not_what_its_name_stands_for_gets_no_adapter(tmp_path, n
     for attribute, value in OTHERS[name].items():
         setattr(module, attribute, value)
     tiny.three_links(module)
-    for how in ({}, {"max_rank": 2}):
-        with pytest.raises((UserError, ExportError), match=r"[Uu]se (--format )?merged"):
-            module.export(tmp_path / "out", "peft", **how)
+    with pytest.raises((UserError, ExportError), match=r"Use merged|logits differ"):
+        module.export(tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adafactor, AdamW
+from torch.optim import SGD, AdamW
 
-from cola_lightning import AdaptedModel, LoRAConfig, LoRALinear, UserError
+from cola_lightning import AdaptedModel, LoRAConfig, LoRALinear
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.lora.config import DRAWS
 from cola_lightning.study.config import as_words, resolved
@@ -112,23 +112,6 @@ def test_the_share_is_of_the_entries_that_both_links_use(tmp_path, kept, ranks):
         assert moment[:used].count_nonzero() == pytest.approx(kept * moment[:used].numel(), abs=1)
     for before, after in zip(watch.seen[5][1], watch.seen[9][1], strict=True):
         assert torch.equal(before, after)
-
-
-def eight_bit(parameters):
-    return pytest.importorskip("bitsandbytes.optim").AdamW8bit(parameters, lr=1e-3, min_8bit_size=1)
-
-
-@pytest.mark.parametrize("make", [eight_bit, Adafactor])
-def test_no_part_is_kept_of_a_state_that_is_no_value_for_each_entry(tmp_path, make):
-    def fit(kept, chain):
-        module = toy(kept_optimizer_state=kept, optimizer=make, lr_schedule="constant")
-        trainer(tmp_path, chain=chain, max_epochs=1).fit(module, batches())
-
-    with pytest.raises(UserError, match=r"model\.kept_optimizer_state"):
-        fit(0.25, {"every_n_train_steps": 5})
-    fit(0.25, {})  # without a knot nothing is kept
-    for kept in (0, 1):
-        fit(kept, {"every_n_train_steps": 5})
 
 
 LORA = {"trained_factors": "both", "kept_optimizer_state": 0}

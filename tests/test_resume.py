@@ -380,7 +380,6 @@ REFUSED = {
     "chain": lambda: {"chain": {"at_steps": []}},
     "trainer.precision": lambda: {"precision": "64-true"},
     "data.batch_size": lambda: {"data": Data(batch_size=2)},
-    "trainer.accumulate_grad_batches": lambda: {"accumulate_grad_batches": 4},
 }
 
 

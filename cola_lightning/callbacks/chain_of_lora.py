@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -105,7 +105,7 @@ class ChainOfLoRA(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _refuse(trainer, pl_module, self.schedule)
+        _refuse(trainer, pl_module, self.schedule.ranks or [])
         self.module = cast(COLAModule, pl_module)
         self._asked_at = self._last_step = None
         if stage == "fit":
@@ -144,6 +144,8 @@ class ChainOfLoRA(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.schedule.has_knots:
+            self.module.adapted.check_next(None)
         if self.plateau is not None and not sum(trainer.num_val_batches):
             raise UserError(
                 "chain.patience: this run has no validation. It needs rows for validation, a validation_step, and a "
@@ -152,23 +154,20 @@ class ChainOfLoRA(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.plateau is None or trainer.state.fn != "fit":
+        if self.plateau is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         logged, name = trainer.callback_metrics, self.plateau.monitor
-        if name not in logged:  # in the sanity check too: before any training time is lost
-            if trainer.sanity_checking and len(trainer.num_sanity_val_batches) > 1:
-                return  # where Lightning shows no metric of one of several loaders
+        if name not in logged:
             raise UserError(
                 f"chain.monitor: {name} is not logged in validation. Logged are {', '.join(sorted(logged)) or 'no metrics'}"
             )
-        if not trainer.sanity_checking:
-            # The mean over the processes, so that all of them tie a knot, or none; of a copy, for it is reduced in place.
-            value = logged[name].detach().to(trainer.strategy.root_device, copy=True)
-            # By step: a validation that a resumed run repeats counts once. Inside an accumulation window the value is known
-            # only from the next step on, also in a run that resumes at the window's beginning.
-            is_inside_window = trainer.global_step == self._last_step
-            known_at = trainer.global_step + is_inside_window
-            self._values[known_at] = float(trainer.strategy.reduce(value, reduce_op="mean"))
+        # The mean over the processes, so that all of them tie a knot, or none; of a copy, for it is reduced in place.
+        value = logged[name].detach().to(trainer.strategy.root_device, copy=True)
+        # By step: a validation that a resumed run repeats counts once. Inside an accumulation window the value is known
+        # only from the next step on, also in a run that resumes at the window's beginning.
+        is_inside_window = trainer.global_step == self._last_step
+        known_at = trainer.global_step + is_inside_window
+        self._values[known_at] = float(trainer.strategy.reduce(value, reduce_op="mean"))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -221,7 +220,7 @@ def check_strategy(strategy: Strategy) -> None:
         )
 
 
-def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) -> None:
+def _refuse(trainer: Trainer, module: LightningModule, ranks: Sequence[int]) -> None:
     """Refuses, before training, a trainer or module with which a chain would be wrong."""
     if not isinstance(module, COLAModule):
         raise UserError(f"model: ChainOfLoRA needs a COLAModule, got a {type(module).__name__}")
@@ -234,8 +233,6 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
             )
     if not module.automatic_optimization:
         raise UserError("model: ChainOfLoRA needs automatic optimization, but automatic_optimization is False")
-    if module.lora_config.target_modules is None and schedule.has_knots:
-        raise UserError("model.target_modules: a chain with knots needs layers to adapt, got null")
     largest = module.lora_config.rank
-    if schedule.ranks and max(schedule.ranks) > largest:
-        raise UserError(f"chain.ranks: must be at most {largest} (model.rank), got {max(schedule.ranks)}")
+    if max(ranks, default=0) > largest:
+        raise UserError(f"chain.ranks: must be at most {largest} (model.rank), got {max(ranks)}")

@@ -1,42 +1,14 @@
-"""What is left of a fit at its end: its newest state, always under the same name, and the losses of a short one, too."""
+"""The newest state of a fit, always under the same name."""
 
 from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from cola_lightning.callbacks.run_watch import Interruption
+from cola_lightning.callbacks.command import Interruption
 from cola_lightning.errors import UserError
-from cola_lightning.module.run import run_of
-
-
-class LossesOfShortRuns(Callback):
-    """Has a short fit, too, leave losses: it is logged at least ten times and at its end, where it also validates.
-
-    Lightning logs every 50th step, and validates after an epoch or an interval: of twelve steps nothing is left.
-
-    Args:
-        is_interval_given: whether the user has set ``log_every_n_steps``, which then holds.
-    """
-
-    def __init__(self, *, is_interval_given: bool) -> None:
-        self.is_interval_given = is_interval_given
-
-    @override
-    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        length = run_of(pl_module).known_length()
-        if length is not None and not self.is_interval_given:
-            trainer.log_every_n_steps = int(max(1, min(trainer.log_every_n_steps, length.end_step // 10)))
-
-    @override
-    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
-        is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
-        if trainer.global_step + 1 == trainer.max_steps or (trainer.is_last_batch and is_last_epoch):
-            trainer.should_stop = True  # which it does in any case: Lightning logs such a step, and validates after it
-            if trainer.check_val_every_n_epoch is not None:
-                trainer.check_val_every_n_epoch = 1
 
 
 class LastCheckpoint(ModelCheckpoint):

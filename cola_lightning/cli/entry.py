@@ -7,7 +7,7 @@ Only what a subcommand needs is imported: ``inspect`` needs neither lightning no
 """
 
 import contextlib
-import importlib.util
+import importlib
 import logging
 import os
 import sys
@@ -37,11 +37,10 @@ def main(args: Sequence[str] | None = None) -> int:
             return _run(words, args)
         except KeyboardInterrupt:  # of a command that handles no signals
             return 130
-        except SystemExit as exit_:  # --help, or code of the user's; as Python does, except that it exits
+        except SystemExit as exit_:  # --help, a signal, or code of the user's
             if isinstance(exit_.code, int | None):
                 return exit_.code or 0
-            print(exit_.code, file=sys.stderr)
-            return 1
+            raise
         except Exception as error:
             if (refusal := _refusal(error)) is None:
                 raise
@@ -90,12 +89,12 @@ def _refusal(error: BaseException) -> tuple[str, int] | None:
 
 def _is_refused_by_lightning(error: BaseException) -> bool:
     """Whether Lightning's own code raised an error, for arguments (a val_check_interval above the number of batches, say)."""
-    found = importlib.util.find_spec("lightning")
-    folders = (found and found.submodule_search_locations) or ()
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    is_lightnings = any(raised_in.is_relative_to(folder) for folder in folders)
+    lightning = sys.modules.get("lightning")
+    if lightning is None or not raised_in.is_relative_to(Path(str(lightning.__file__)).parent):
+        return False
     kinds = TypeError | ValueError | RuntimeError | ImportError
-    return is_lightnings and (isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException")
+    return isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException"
 
 
 class ConsoleHandler(logging.Handler):

@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of, check_arguments
-from cola_lightning.cli.help import LINKS, SUBCOMMANDS, TRUST, add_checkpoint, command_parser, parsed
-from cola_lightning.errors import UserError
-from cola_lightning.hub import quiet, upload
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of
+from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, command_parser, loaded, parsed
+from cola_lightning.hub import upload
 
 
 def export(words: Sequence[str]) -> None:
@@ -30,7 +28,6 @@ def export(words: Sequence[str]) -> None:
         "chain: a chain folder",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a folder that does not exist or is empty")
-    parser.add_argument("--links", type=int | None, metavar="N", help=LINKS)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -54,11 +51,8 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is not empty")
     parser.add_argument("--no_verify", action="store_true", help="do not load the export again to compare its logits")
     options = parsed(parser, words)
-    if options.public and options.push_to_hub is None:
-        raise UserError("public: needs --push_to_hub")
     from cola_lightning.export.module import export_module
     from cola_lightning.export.verify import ExportOptions
-    from cola_lightning.module import COLAModule, find_class
 
     given = {name: options[name] for name in ("dtype", "max_rank", "base_folder", "license", "overwrite")}
     export_options = ExportOptions(options.output, options.format, verify=not options.no_verify, **given)
@@ -69,13 +63,7 @@ def export(words: Sequence[str]) -> None:
     if export_options.format == "chain":
         lines = export_module(None, chain, export_options)
     else:
-        check_arguments(state.facts["module"], "export")
-        find_class(state.facts["module"]["class_path"])
-        trust: dict[str, Any] = (
-            {"trust_remote_code": True} if options.trust_remote_code else {}
-        )  # not every class has the argument
-        with quiet():
-            module = COLAModule.load_from_checkpoint(opened, links=options.links, **trust)
+        module = loaded(opened, options, "export")
         lines = export_module(module, chain, export_options, module.adapted, state.facts["prompt_format"], state.facts["data"])
     print("\n".join(lines))
     print(f"written: {export_options.folder}")

@@ -5,16 +5,14 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, check_arguments
-from cola_lightning.cli.help import LINKS, SUBCOMMANDS, TRUST, add_checkpoint, command_parser, parsed
+from cola_lightning.chain.checkpoint import OpenedCheckpoint
+from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, command_parser, loaded, parsed
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
-from cola_lightning.hub import quiet
 
 
 def generate(words: Sequence[str]) -> None:
@@ -33,7 +31,16 @@ def generate(words: Sequence[str]) -> None:
     if prompt is not None and not prompt.strip():
         raise UserError("prompt: is empty. Pass it by --prompt or on standard input")
     logging.getLogger("cola_lightning").setLevel(logging.ERROR)  # standard output is for the generated text
-    module, prompt_format = _loaded(options.checkpoint, options.links, options.trust_remote_code)
+    opened = OpenedCheckpoint.open(options.checkpoint)
+    module, prompt_format = loaded(opened, options, "generate"), opened.state.facts["prompt_format"]
+    import torch
+
+    from cola_lightning.hf import COLACausalLM
+
+    if not isinstance(module, COLACausalLM):
+        what = f"a {type(module).__name__}, which does not generate text: only a COLACausalLM does"
+        raise UserError(f"checkpoint: {str(options.checkpoint)!r} is of {what}")
+    module.to(torch.accelerator.current_accelerator() or "cpu").eval()
     is_chat = options.chat or bool(prompt_format.get("chat_template"))
     if is_chat and not module.tokenizer.chat_template:
         raise UserError("chat: the model's tokenizer has no chat template")
@@ -43,8 +50,6 @@ def generate(words: Sequence[str]) -> None:
     if kind == "answer" and not decoding.stop:
         decoding = replace(decoding, stop=("\n",))  # the training answers end with it
     if options.seed is not None:
-        import torch
-
         torch.manual_seed(options.seed)
     session = Session(module, prompt_format.get("chat_template_kwargs", {}), decoding)
     if options.chat:
@@ -61,7 +66,6 @@ def _parser() -> ArgumentParser:
     add_checkpoint(parser, "a run's folder, or a checkpoint in it")
     parser.add_argument("--prompt", type=str, metavar="TEXT", help="the prompt (default: standard input)")
     parser.add_argument("--chat", action="store_true", help="a conversation: a turn per line, up to an empty one or Ctrl-D")
-    parser.add_argument("--links", type=int | None, metavar="K", help=LINKS)
     parser.add_argument("--trust_remote_code", type=bool, default=False, help=TRUST)
     parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="maximum number of generated tokens")
     parser.add_argument("--do_sample", action="store_true", help="sample tokens (default: greedy decoding)")
@@ -70,27 +74,6 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--stop", nargs="+", type=str, default=[], metavar="TEXT", help="texts at which generation stops")
     parser.add_argument("--seed", type=int | None, metavar="N", help="with --do_sample: seed of the sampling (default: random)")
     return parser
-
-
-def _loaded(path: Path, links: int | None, trust: bool) -> tuple[Any, Mapping[str, Any]]:
-    """The checkpoint's module, for evaluation, and the format of its training prompts."""
-    opened = OpenedCheckpoint.open(path)
-    arguments = opened.state.facts["module"]
-    check_arguments(arguments, "generate")
-    import torch
-
-    from cola_lightning.hf import COLACausalLM
-    from cola_lightning.module import COLAModule, find_class
-
-    found = find_class(arguments["class_path"])
-    if not issubclass(found, COLACausalLM):
-        raise UserError(
-            f"checkpoint: {str(path)!r} is of a {found.__name__}, which does not generate text: only a COLACausalLM does"
-        )
-    given: dict[str, Any] = {"trust_remote_code": True} if trust else {}  # not every subclass has the argument
-    with quiet():
-        module: Any = COLAModule.load_from_checkpoint(opened, links=links, **given)
-    return module.to(torch.accelerator.current_accelerator() or "cpu").eval(), opened.state.facts["prompt_format"]
 
 
 def _standard_input() -> str:

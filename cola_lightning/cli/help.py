@@ -1,4 +1,4 @@
-"""``cola --help``, without the slow imports of a fit, and the parsers of the commands that are not LightningCLI's."""
+"""``cola --help``, without the slow imports of a fit, and what the commands that are not LightningCLI's have in common."""
 
 import argparse
 import functools
@@ -6,12 +6,14 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cola_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+    from cola_lightning.chain.checkpoint import OpenedCheckpoint
 
 WIDTH = 80
 SUBCOMMANDS = {
@@ -152,7 +154,7 @@ def command_parser(command: str, description: str) -> "ArgumentParser":
 
 
 def add_checkpoint(parser: "ArgumentParser", kinds: str) -> None:
-    """Adds the checkpoint of a command: its first argument, or ``--checkpoint``.
+    """Adds the checkpoint of a command, its first argument or ``--checkpoint``, and how many of its links are used.
 
     Args:
         parser: the command's.
@@ -160,6 +162,7 @@ def add_checkpoint(parser: "ArgumentParser", kinds: str) -> None:
     """
     parser.add_argument("path", nargs="?", type=Path | None, metavar="PATH", help=kinds)
     parser.add_argument("--checkpoint", type=Path | None, metavar="PATH", help="the same, as an option")
+    parser.add_argument("--links", type=int | None, metavar="N", help=LINKS)
 
 
 def parsed(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
@@ -173,3 +176,26 @@ def parsed(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
         if isinstance(value, Path):
             options[name] = Path(os.path.expanduser(value))
     return options
+
+
+def loaded(opened: "OpenedCheckpoint", options: Any, method: str) -> Any:
+    """The module of a checkpoint, as a command's ``--links`` and ``--trust_remote_code`` ask for it.
+
+    Args:
+        opened: the checkpoint.
+        options: the command's.
+        method: the module's method that does the same in Python.
+
+    Raises:
+        UserError: for a class that cannot be imported, or an argument that is not plain.
+    """
+    from cola_lightning.chain.checkpoint import check_arguments
+    from cola_lightning.hub import quiet
+    from cola_lightning.module import COLAModule, find_class
+
+    arguments = opened.state.facts["module"]
+    check_arguments(arguments, method)
+    find_class(arguments["class_path"])
+    given: dict[str, Any] = {"trust_remote_code": True} if options.trust_remote_code else {}  # not every class has it
+    with quiet():
+        return COLAModule.load_from_checkpoint(opened, links=options.links, **given)

@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -23,25 +22,17 @@ from typing_extensions import override
 
 import cola_lightning.data  # noqa: F401  # gives the command line the data modules' short names
 from cola_lightning import __version__, layout
-from cola_lightning.callbacks import (
-    ChainOfLoRA,
-    ChainProgressBar,
-    Interruption,
-    LastCheckpoint,
-    PredictionWriter,
-    RunWatch,
-    check_strategy,
-    run_folder,
-)
-from cola_lightning.callbacks.config_saver import ConfigSaver
-from cola_lightning.callbacks.last_checkpoint import LossesOfShortRuns
+from cola_lightning.callbacks.chain_of_lora import ChainOfLoRA, check_strategy
+from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, Interruption, LossesOfShortRuns, RunWatch
+from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
+from cola_lightning.callbacks.prediction_writer import PredictionWriter, run_folder
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, in_run
 from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, help_formatter, known_elsewhere, usage
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.run import run_of
-from cola_lightning.module.state import prompt_format_of
+from cola_lightning.module.state import of_data
 from cola_lightning.writing import check_writable
 
 log = logging.getLogger(__name__)
@@ -102,8 +93,6 @@ class COLACLI(LightningCLI):
         parser.add_class_arguments(LastCheckpoint, "last")
         parser.add_argument("--links", type=int | None, default=None, help=f"of ckpt_path or model.init_chain, the {LINKS}")
         parser.add_lightning_class_args(Trainer, "trainer")
-        unnamed = {group: {"class_path": name} for group, name in CLASSES.items() if not names_class(group, self.words)}
-        parser.set_defaults(unnamed)  # beside another class, the defaults of this one would stay
         for name, (title, description) in GROUPS.items():
             group = parser.groups[name]  # type: ignore[index]
             group.title, group.description = title, description
@@ -111,8 +100,11 @@ class COLACLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        words = as_texts(self.words)
+        if words[0] in self.subcommands():  # not as defaults: theirs would stay beside another class
+            words[1:1] = [f"--{group}={name}" for group, name in CLASSES.items()]
         try:
-            self.config = parser.parse_args(as_texts(self.words))
+            self.config = parser.parse_args(words)
         except ArgumentError as error:
             error.add_note(self._nearest_option(str(error)))
             raise
@@ -164,12 +156,10 @@ class COLACLI(LightningCLI):
         if config.ckpt_path == "last":
             root = Path(config.trainer.default_root_dir or os.getcwd()).expanduser()
             folders = [root / "runs", *(Path(args.save_dir) for args in self._save_dirs())]
-            places = [root / "checkpoints" / "last.ckpt"]
+            places = list(root.glob("checkpoints/last.ckpt"))
             for folder, run in itertools.product(folders, ("*", "*/*")):  # the first: of a logger without a name
                 places += folder.glob(f"{run}/checkpoints/last.ckpt")
-            if not (found := [place for place in places if place.is_file()]):
-                raise UserError(f"ckpt_path: no earlier run in {str(root)!r} has a last.ckpt")
-            config.ckpt_path = str(self._newest_of_same_run(found))
+            config.ckpt_path = str(self._newest_of_same_run(places))
             log.info("ckpt_path: %s", config.ckpt_path)
         if config.ckpt_path is not None and "://" not in config.ckpt_path:
             config.ckpt_path = os.path.expanduser(config.ckpt_path)
@@ -185,19 +175,19 @@ class COLACLI(LightningCLI):
         mine = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
         others = []
         for place in sorted(places, key=lambda place: place.stat().st_mtime, reverse=True):
-            theirs = read_yaml(place.parent.parent / "config.yaml")
-            groups = {name: theirs.get(name) for name in ("model", "data", "chain")} if isinstance(theirs, dict) else None
-            different = "no config.yaml" if groups is None else next((one for one, *_ in differences(mine, groups)), None)
-            if different is None:
+            config = place.parent.parent / "config.yaml"
+            theirs = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            groups = {name: theirs.get(name) for name in ("model", "data", "chain")}
+            if (different := next((name for name, *_ in differences(mine, groups)), None)) is None:
                 return place
             others.append(f"{place} ({different})")
         raise UserError(
-            "ckpt_path: no earlier run has the same options of model, data and chain as this one. The newest, with an option "
-            f"that differs: {', '.join(others[:5])}"
+            "ckpt_path: no earlier run here has the same options of model, data and chain as this one. The newest, with an "
+            f"option that differs: {', '.join(others[:5]) or 'none'}"
         )
 
     def _check_links(self) -> None:
-        """Refuses ``links`` without a chain to select them from; passes those of ``init_chain`` on to the module."""
+        """Passes the ``links`` of ``init_chain`` on to the module, and refuses those of a fit that resumes."""
         config = self.config[self.subcommand]
         self.links = config.links
         if self.links is None or (config.ckpt_path is not None and self.subcommand != "fit"):
@@ -206,8 +196,6 @@ class COLACLI(LightningCLI):
             raise UserError(
                 "links: fit resumes the whole chain of ckpt_path. To start from some of its links, use model.init_chain"
             )
-        if (config.model.get("init_args") or {}).get("init_chain") is None:
-            raise UserError("links: needs ckpt_path or model.init_chain")
         config.model.init_args.init_links, config.links = self.links, None
 
     # ------------------------------------------------------------------ the run
@@ -233,10 +221,6 @@ class COLACLI(LightningCLI):
         if config.enable_model_summary is None:  # the module's own log line says more
             kwargs["enable_model_summary"] = False
         trainer = super().instantiate_trainer(**kwargs)
-        if str(config.precision) in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
-            raise UserError(  # Lightning would replace it by bf16-mixed
-                f"trainer.precision: {config.precision} does not work on a CPU. Use bf16-mixed, bf16-true or 32-true"
-            )
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
         self.watch.log_dir = trainer.log_dir if trainer.loggers else None
         return trainer
@@ -261,7 +245,8 @@ class COLACLI(LightningCLI):
     def after_fit(self) -> None:
         """Logs the checkpoint's path, and the next command for it."""
         can_be_tested = is_overridden("test_step", self.model) and getattr(self.datamodule, "can_be_tested", True)
-        if isinstance(self.model, COLACausalLM) and prompt_format_of(self.trainer).get("kind") in ("response", "text"):
+        kind = of_data(self.trainer, "prompt_format").get("kind")
+        if isinstance(self.model, COLACausalLM) and kind in ("response", "text"):
             self._log_command("try it", "generate")
         else:
             self._log_command("use it", "test" if can_be_tested else "predict")
@@ -285,33 +270,6 @@ class COLACLI(LightningCLI):
 def shortest(path: str | Path) -> str:
     """A path as people type it: relative where it is in the current folder."""
     return str(path).removeprefix(f"{Path.cwd()}{os.sep}")
-
-
-def names_class(group: str, words: Sequence[str]) -> bool:
-    """Whether a command line, or a configuration file of it, names the class of ``model`` or ``data``.
-
-    Example:
-        >>> names_class("data", ["fit", "--data=TextDataModule"]), names_class("data", ["fit", "--data.source", "rows.csv"])
-        (True, False)
-    """
-    parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if not {f"--{group}", f"--{group}.class_path"}.isdisjoint(parts):
-        return True
-    for option, path in itertools.pairwise(parts):
-        if option in ("-c", "--config"):
-            config = read_yaml(Path(path).expanduser())
-            sections: list[Any] = [config, *config.values()] if isinstance(config, dict) else []  # of a subcommand, too
-            given = [one.get(group) for one in sections if isinstance(one, dict)]
-            if any(isinstance(one, str) or (isinstance(one, dict) and "class_path" in one) for one in given):
-                return True
-    return False
-
-
-def read_yaml(path: Path) -> Any:
-    """What a configuration file holds; None if it cannot be read, which is said where it is parsed."""
-    with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    return None
 
 
 def differences(mine: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from cola_lightning.chain.peft import LINKS_KEY, PREFIX, TENSORS_NAME
 from cola_lightning.chain.store import describe
 from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
-from cola_lightning.export.verify import ExportOptions, ReferenceLogits, digest_of, loading_again, reference_of
+from cola_lightning.export.verify import ExportOptions, digest_of, loading_again, reference_of
 from cola_lightning.lora.experts import is_experts
 from cola_lightning.lora.inject import is_linear, is_within
 from cola_lightning.lora.layer import is_quantized
@@ -79,13 +80,10 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
     dtype = adapted.cast_dtype
     reference = reference_of(module, adapted, options)  # upcast, the base without links is the one that was trained on
     if module.named_base is not None:
-        base = _named_base(module, adapted, options, reference, dtype)
-    elif options.base_folder is None:
+        base = _named_base(module, adapted, options.base_folder, dtype)
+    else:
         model = adapted.merged_model(0, in_place=True)
         base = AdapterBase(model, module.base_name, module.lora_config.modules_to_save, "module.merged_model(0)")
-    else:
-        what = f"{type(module).__name__}, whose base is not loaded by transformers"
-        raise UserError(f"base_folder: is not used for a {what}")
     factors, lines = concatenate(chain), []
     rank = total = max(lora_A.shape[-2] for lora_A, _ in factors.values())
     if options.max_rank is not None and options.max_rank < total:
@@ -124,24 +122,20 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
 # ---------------------------------------------------------------------- its base
 
 
-def _named_base(
-    module: Any, adapted: AdaptedModel, options: ExportOptions, reference: ReferenceLogits | None, dtype: torch.dtype
-) -> AdapterBase:
+def _named_base(module: Any, adapted: AdaptedModel, folder: Path | None, dtype: torch.dtype) -> AdapterBase:
     """The base as a user of the adapter loads it, by its name; if a folder for it is given, it is written there.
 
-    Its values are compared with those that were trained on, and get their rounding. Its logits are compared, too, without
-    links, so that no recompression hides another function of them. The two bases are in memory one after the other.
+    Its values are compared with those that were trained on, and get their rounding. The two bases are in memory one after the
+    other.
 
     Raises:
         UserError: if values differ.
-        ExportError: if logits differ.
     """
     import transformers
 
     in_4_bits = [f"{name}.weight" for name, part in adapted.model.named_modules() if is_quantized(part)]
     base: Any = adapted.merged_model(0, in_place=True)
-    pretrained, folder = module.named_base, options.base_folder
-    expected = None if reference is None else ReferenceLogits.of(base, reference.inputs)
+    pretrained = module.named_base
     fields = {name: value for name, value in module.model_fields().items() if name == "num_labels"}
     if fields and base.config.pad_token_id is not None:  # where a text ends
         fields["pad_token_id"] = base.config.pad_token_id
@@ -177,9 +171,6 @@ def _named_base(
             f"format: peft cannot be used, because the base of {type(module).__name__} is not {pretrained.name!r}, which the "
             f"adapter would name: {different[0]!r} differs. Use merged"
         )
-    if expected is not None:
-        how = f"use --format merged: with {pretrained.name!r} in place of the base of {type(module).__name__}"
-        expected.compare(named, how)
     given = {"dtype": str(dtype).removeprefix("torch.") if dtype.itemsize < 4 else pretrained.dtype} | fields
     given |= {"revision": pretrained.revision} if pretrained.revision else {}
     given |= {"id2label": dict(enumerate(module.labels_of_base))} if module.labels_of_base else {}

@@ -56,7 +56,6 @@ class Card:
         base = self.module.base_name if pretrained is None else pretrained.model_name
         told = self.module.constructor_arguments | {"data": self.data}
         told = {name: told[name] for name in ("class_path", "init_args", "data") if told[name]}
-        plain = json.loads(json.dumps(told, default=str))  # a tensor may be among the arguments
         data = ModelCardData(
             base_model=base if pretrained is not None and is_repo_id(base) and not os.path.isdir(base) else None,
             library_name="peft" if kind.startswith("PEFT") else "transformers",
@@ -76,6 +75,6 @@ class Card:
             dumps=lambda value: json.dumps(value, ensure_ascii=False),
             links=self.chain.links,
             metrics=list(dict.fromkeys(name for link in self.chain.links for name in link.metrics)),
-            arguments=yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).strip(),
+            arguments=yaml.safe_dump(told, sort_keys=False, allow_unicode=True).strip(),
         )
         card.save(folder / CARD_NAME)

@@ -1,7 +1,6 @@
 """What is verified of an export: its options before anything is loaded, and its logits once it is written."""
 
 import hashlib
-import importlib.util
 import inspect
 import math
 import os
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -66,8 +65,6 @@ class ExportOptions:
                 raise UserError(f"{option}: works with --format {' or '.join(formats)} only, got {self.format}")
         if self.max_rank is not None and self.max_rank < 1:
             raise UserError(f"max_rank: must be at least 1, got {self.max_rank}")
-        if self.format == "peft" and importlib.util.find_spec("peft") is None:
-            raise UserError("format: needs the package peft: pip install peft")
         check_free(self.folder, overwrite=self.overwrite)
         path = Path(os.path.expanduser(source))
         if str(source) and path.exists() and path.resolve().is_relative_to(self.folder.resolve()):
@@ -96,11 +93,6 @@ class ReferenceLogits:
 
     inputs: Mapping[str, Any] | tuple[Any, ...]
     logits: Tensor
-
-    @classmethod
-    def of(cls, model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Self:
-        """A model's own logits for the inputs."""
-        return cls(inputs, logits_of(model, inputs))
 
     def compare(self, model: nn.Module, how: str, *, is_same: bool = True) -> str:
         """Reports how far the logits of an export, loaded again, are from the expected ones.
@@ -146,7 +138,8 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
         example: as Lightning's ``example_input_array``: a tensor, a tuple, or a dict.
     """
     if example is not None:
-        return ReferenceLogits.of(model, example if isinstance(example, Mapping | tuple) else (example,))
+        inputs: Any = example if isinstance(example, Mapping | tuple) else (example,)
+        return ReferenceLogits(inputs, logits_of(model, inputs))
     if "input_ids" not in inspect.signature(model.forward).parameters:
         return None
     try:
@@ -156,7 +149,8 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
         end: Any = getattr(config, "eos_token_id", None)
         if end in range(config.vocab_size):
             ids = torch.cat([ids, torch.full((2, 1), end)], dim=1)
-        return ReferenceLogits.of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return ReferenceLogits(inputs, logits_of(model, inputs))
     except Exception as error:  # an encoder-decoder, a model of texts and images, a configuration that is not transformers'
         what = f"{type(model).__name__} does not take tokens alone ({one_line(repr(error))})"
         log.warning("no logits are compared: %s; example_input_array gives other inputs", what)

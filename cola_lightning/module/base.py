@@ -23,8 +23,7 @@ from cola_lightning.chain.link import OUTSIDE
 from cola_lightning.chain.schedule import FitPosition, TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
-from cola_lightning.module.activation_checkpointing import checkpoint_activations
-from cola_lightning.module.arguments import RecordsArguments, class_path
+from cola_lightning.module.checkpoint import RecordsArguments, class_path
 from cola_lightning.module.fsdp import shard_by_blocks, shard_module
 from cola_lightning.module.run import Run, run_of, trainer_of
 from cola_lightning.module.step_loss import StepLoss
@@ -40,32 +39,21 @@ class AdaptedModule(LightningModule, RecordsArguments):
     Args:
         lora_config: which layers get links, and what the links are like. ``build_model`` may replace it.
         run: the state of the module's run.
-        trained_factors: of each link.
-        init_chain: the chain that is applied before training starts.
-        init_links: how many of its links.
-        save_base: whether checkpoints contain the base.
-        compile: whether the model is compiled.
-        activation_checkpointing: whether its blocks recompute their activations.
+
+    Attributes:
+        trained_factors: these and the following are arguments of :class:`~cola_lightning.COLAModule`, which sets them.
     """
 
-    def __init__(
-        self,
-        lora_config: LoRAConfig,
-        run: Run,
-        *,
-        trained_factors: TrainedFactors,
-        init_chain: str | None,
-        init_links: int | None,
-        save_base: bool,
-        compile: bool,
-        activation_checkpointing: bool,
-    ) -> None:
+    trained_factors: TrainedFactors
+    init_chain: str | None
+    init_links: int | None
+    save_base: bool
+    should_compile: bool
+    activation_checkpointing: bool
+
+    def __init__(self, lora_config: LoRAConfig, run: Run) -> None:
         super().__init__()
         self.lora_config, self._cola_run, self.step_loss = lora_config, run, StepLoss()
-        self.trained_factors, self.save_base = trained_factors, save_base
-        self.init_chain = None if init_chain is None else str(init_chain)
-        self.init_links = None if init_links is None else int(init_links)
-        self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self._adapted: AdaptedModel | None = None  # made by configure_model, or where the model is read before that
         self._is_making = self._is_configured = self.is_wrapped_by_fsdp1 = False
 
@@ -89,7 +77,10 @@ class AdaptedModule(LightningModule, RecordsArguments):
         The names of its layers must not change (a wrapper module changes them), and copies of it must work (a closure over
         this model would use it in its copies, too): set a flag that the blocks' own ``forward`` reads, for example.
         """
-        checkpoint_activations(self.model)
+        model: Any = self.model
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # before 5.24
+        enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # needed by reentrant checkpointing alone; it costs a gradient of the embeddings
 
     def compile_model(self, **options: Any) -> None:
         """Applies ``compile`` to ``self.model``; override it to compile a part.
@@ -235,19 +226,12 @@ class AdaptedModule(LightningModule, RecordsArguments):
             )
 
     def _ensure_model(self) -> None:
-        """Makes the model, unless it is made or is being made: Lightning calls configure_model late, and many read it before.
-
-        Raises:
-            UserError: if the module is inside another one in a fit.
-        """
-        if self._adapted is not None or self._is_making:
+        """Makes the model, unless it is made or is being made: Lightning calls configure_model late; many read it before."""
+        if vars(self).get("_is_making", True) or self._adapted is not None:  # that is, after __init__
             return
         trainer = trainer_of(self)
         if trainer is not None and trainer.lightning_module not in (None, self):
-            raise UserError(
-                f"{type(self).__name__}: cannot be used inside a {type(trainer.lightning_module).__name__}. Use an "
-                "AdaptedModel there"
-            )
+            raise UserError(f"{type(self).__name__}: cannot be used inside another LightningModule. Use an AdaptedModel there")
         self._is_making = True
         try:
             with torch.device("cpu"):
@@ -306,7 +290,7 @@ class AdaptedModule(LightningModule, RecordsArguments):
 
     @override
     def __getattr__(self, name: str) -> Any:
-        if name == "model" and "_is_making" in self.__dict__:  # that is, after __init__
+        if name == "model":
             self._ensure_model()
         return super().__getattr__(name)
 
@@ -314,11 +298,6 @@ class AdaptedModule(LightningModule, RecordsArguments):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass: ``module(x)`` is ``module.model(x)``."""
         return self.model(*args, **kwargs)
-
-    def _ensure_model_for_reader(self) -> None:
-        """Makes the model for a caller that goes through the module; a Trainer does so too, and has it made when it is due."""
-        if "_is_making" in self.__dict__ and trainer_of(self) is None:
-            self._ensure_model()
 
     @override
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
@@ -335,6 +314,11 @@ class AdaptedModule(LightningModule, RecordsArguments):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         self._ensure_model()
         return super().named_parameters(*args, **kwargs)
+
+    def _ensure_model_for_reader(self) -> None:
+        """Makes the model for whoever goes through the module, except a Trainer, which has it made when it is due."""
+        if trainer_of(self) is None:
+            self._ensure_model()
 
 
 # ---------------------------------------------------------------------- the values that its state dict contains

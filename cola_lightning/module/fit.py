@@ -12,12 +12,16 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerStatus
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from cola_lightning import layout
+from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
-from cola_lightning.module import checks
+from cola_lightning.errors import UserError
+from cola_lightning.lora.inject import first_names
+from cola_lightning.lora.layer import is_quantized, lora_layers
 from cola_lightning.module.base import AdaptedModule, values_of
 from cola_lightning.module.checkpoint import AtomicCheckpointIO, readable
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
@@ -64,7 +68,7 @@ class FitCallback(Callback):
         if shards(trainer.strategy):  # in a later fit FSDP2 would gather into tensors made in inference mode
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
-        checks.check_one_seed(run.seed)
+        check_one_seed(run.seed)
         if stage == "fit":
             run.length = None  # set again when training starts
             run.trainer_ref = weakref.ref(trainer)
@@ -81,7 +85,7 @@ class FitCallback(Callback):
         self.module.make_model()  # which Lightning has done, except where a subclass' configure_model left super() out
         adapted = self.module.adapted
         warn_of_half_precision(adapted.model)
-        checks.check_frozen(adapted, run_of(self.module).schedule)
+        check_frozen(adapted, run_of(self.module).schedule)
         if trainer.ckpt_path is None:  # parameters that a hook has added since the model was made
             adapted.trained.remember_first()
 
@@ -90,17 +94,16 @@ class FitCallback(Callback):
         module, run = self.module, run_of(self.module)
         for callback in accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
-        checks.check_whole_windows(trainer)
         module.step_loss.begin()
         self._modes = [(part, part.training) for part in pl_module.modules()]
         self._is_first_step, self._is_loss_shown = True, False
         self._without_gradient: list[str] | None = None  # known after a backward pass
         now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
-        run.length = run_length(trainer, checks.beginning_of_epoch(trainer, now) if is_resumed else now)
+        run.length = run_length(trainer, beginning_of_epoch(trainer, now) if is_resumed else now)
         run.schedule = run.schedule.in_run(run.length)
         self._start_optimization(trainer, is_resumed=is_resumed)
         self._check_links(run.length)
-        log.info("%s", checks.summary(module.adapted, [*module.parameters()], module.trained_parameters()))
+        log.info("%s", summary(module.adapted, [*module.parameters()], module.trained_parameters()))
         self._log = TrainingLog(trainer, module)
         run.is_validating = False
         self._rewind.begin_fit(trainer, module, values_of(module).keys())
@@ -108,12 +111,11 @@ class FitCallback(Callback):
     def _start_optimization(self, trainer: Trainer, *, is_resumed: bool) -> None:
         """Resumes the current link's optimizer, or begins the link as the schedule says."""
         run = run_of(self.module)
-        self._is_state_unchecked = run.schedule.has_knots
         if is_resumed:
             run.restore_metrics(trainer)
             run.optimization.resume(trainer)
             return
-        if checks.begin_as_scheduled(self.module.adapted, run.schedule):
+        if begin_as_scheduled(self.module.adapted, run.schedule):
             run.begin_metrics(trainer)
         if trainer.global_step:  # the first rate was set before the run's length was known
             trainer.strategy.setup_optimizers(trainer)
@@ -125,7 +127,7 @@ class FitCallback(Callback):
             run.optimization.check_without_horizon(length)
             return
         lengths = run.schedule.links(run.link_start, length)
-        checks.warn_of_lengths(run.schedule, lengths, module.link)
+        warn_of_lengths(run.schedule, lengths, module.link)
         run.optimization.check_lengths(lengths)
 
     @override
@@ -177,9 +179,6 @@ class FitCallback(Callback):
     ) -> None:
         self._batch.close()
         self._log.flush(trainer)
-        if self._is_state_unchecked and not self._is_first_step:  # here: an optimizer without a step has no state
-            self._is_state_unchecked = False
-            run_of(self.module).optimization.check_state(trainer.optimizers, self.module.adapted)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._rewind.expect_window(trainer, batch_idx + 1)
 
@@ -228,7 +227,7 @@ class FitCallback(Callback):
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_first_step:  # here: later a strategy that averages gradients fills in zeros where there is none
-            self._without_gradient = checks.without_gradient(self.module.model)
+            self._without_gradient = without_gradient(self.module.model)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -244,7 +243,7 @@ class FitCallback(Callback):
         if self._is_first_step and self._without_gradient is not None:
             self._is_first_step = False
             if trainer.is_global_zero:
-                checks.warn_of_no_gradient(self._without_gradient, self.module.model)
+                warn_of_no_gradient(self._without_gradient, self.module.model)
 
     def _check_loss(self, trainer: Trainer) -> None:
         """Checks the loss of the last step, and shows it: a progress bar of Lightning's would read a new one at each batch."""
@@ -286,3 +285,106 @@ def prepare_checkpoint(module: AdaptedModule, checkpoint: dict[str, Any]) -> Non
     check_writable_state(module)
     checkpoint["state_dict"] |= state_of(module)  # weight averaging has put a copy's there
     checkpoint |= readable(checkpoint)
+
+
+# ---------------------------------------------------------------------- what would go wrong without an error
+
+
+def check_one_seed(seed: int | None) -> None:
+    """Refuses processes that have drawn a seed each.
+
+    Raises:
+        UserError: for a model that was accessed before the processes were joined, without a seed.
+    """
+    if len(seeds := set(layout.gather_objects(seed))) > 1:
+        raise UserError(
+            "model.seed: set it, or seed_everything. The model was accessed before the processes were joined, so they drew "
+            f"{len(seeds)} different seeds"
+        )
+
+
+def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> bool:
+    """Begins the current link again if it is older than the schedule, which requests another rank or alpha.
+
+    Returns:
+        Whether the link was begun again; not one that has been trained.
+    """
+    planned, is_requested = (schedule.rank(adapted.link), schedule.alpha(adapted.link)), schedule.ranks or schedule.alphas
+    if adapted.live in (None, planned):
+        return False
+    if any(layer.has_begun for layer in adapted.layers.values()) or not (is_requested or not adapted.link):
+        return False
+    adapted.begin_link(*planned)
+    return True
+
+
+def warn_of_lengths(schedule: ChainSchedule, lengths: list[int], n_finished: int) -> None:
+    """Warns of lengths that look wrong.
+
+    Args:
+        schedule: of the fit.
+        lengths: optimizer steps of each remaining link of the fit, the current one first.
+        n_finished: how many links are finished.
+    """
+    if len(lengths) == 1 and schedule.has_knots and not n_finished:
+        log.warning("the run ends before its first knot: it is one link, plain LoRA")
+    if len(lengths) > 1 and lengths[-1] < (shortest := min(lengths[:-1])) / 2:
+        log.warning("the last link has %d optimizer steps, the others at least %d", lengths[-1], shortest)
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    """Names of the adapted layers whose links are to be trained and have no gradient; a gradient of zeros is one."""
+    return [
+        name
+        for name, layer in lora_layers(model).items()
+        if layer.lora_B.requires_grad and layer.lora_A.grad is None and layer.lora_B.grad is None
+    ]
+
+
+def warn_of_no_gradient(names: list[str], model: nn.Module) -> None:
+    """Warns of the adapted layers of a model that have these names, and no gradient in a fit's first step."""
+    if names:
+        log.warning(
+            "model.target_modules: %d of %d adapted layers got no gradient in the first step's batches (%s): the link of a "
+            "layer whose weight the model reads without calling the layer is never trained; a layer that these batches did "
+            "not use, such as an expert without tokens, is trained once it is used",
+            len(names),
+            len(lora_layers(model)),
+            first_names(names),
+        )
+
+
+def summary(adapted: AdaptedModel, parameters: list[Tensor], trained: list[nn.Parameter]) -> str:
+    """How many of a module's parameters are trained, and where.
+
+    Args:
+        adapted: the adapted model.
+        parameters: all parameters of the module.
+        trained: the trained ones.
+    """
+    text, saved = "model:", adapted.config.modules_to_save
+    if not layout.has_fsdp1(adapted.model):  # which hides sharded parameters in flat ones
+        n_trained = sum(p.numel() for p in trained)
+        packed = [part.get_parameter("weight") for part in adapted.model.modules() if is_quantized(part)]
+        n_all = sum(p.numel() for p in [*parameters, *packed])  # a packed weight has two values in a byte
+        text += f" {n_trained:,} of {n_all:,} parameters are trained ({n_trained / max(1, n_all):.2%})"
+    if adapted.live is None:
+        return text
+    rank, alpha = adapted.live
+    text += f", link {adapted.link} of rank {rank} and alpha {alpha:g} on {len(adapted.layers)} layers"
+    return text + (f", and all of {', '.join(saved)}" if saved else "")
+
+
+def check_frozen(adapted: AdaptedModel, schedule: ChainSchedule) -> None:
+    """Refuses to train adapted weights beside their links, if there are knots: no earlier link could be restored."""
+    if schedule.has_knots and (trained := [name for name, layer in adapted.layers.items() if layer.weight.requires_grad]):
+        raise UserError(
+            f"model: the base weight of layer {trained[0]!r} is trainable, but a chain needs it frozen. Did you call "
+            "unfreeze()?"
+        )
+
+
+def beginning_of_epoch(trainer: Trainer, now: FitPosition) -> FitPosition:
+    """When the epoch began; earlier ones may have been of another length, in a run that resumes with other options."""
+    window = max(1, trainer.accumulate_grad_batches)  # fewer are refused with the run's length
+    return FitPosition(now.epoch, now.global_step - math.ceil((trainer.fit_loop.batch_idx + 1) / window))

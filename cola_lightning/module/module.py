@@ -20,14 +20,12 @@ from cola_lightning.export.module import export_trained
 from cola_lightning.export.verify import ExportOptions, Format
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.merge import cast_floats
-from cola_lightning.module.activation_checkpointing import disable_activation_checkpointing
-from cola_lightning.module.arguments import read_arguments
 from cola_lightning.module.base import AdaptedModule, values_of
-from cola_lightning.module.checkpoint import device_of, load_module
+from cola_lightning.module.checkpoint import device_of, load_module, read_arguments
 from cola_lightning.module.fit import attach, prepare_checkpoint
 from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.module.run import Run, run_of, trainer_of
-from cola_lightning.module.state import StateDictError, data_of, prepare_loading, prompt_format_of, state_of
+from cola_lightning.module.state import StateDictError, of_data, prepare_loading, state_of
 from cola_lightning.seeding import check_seed
 
 log = logging.getLogger(__name__)
@@ -38,7 +36,7 @@ class COLAModule(AdaptedModule):
 
     A subclass defines ``build_model`` and ``training_step``. ``self.model`` is what ``build_model`` returned, with its target
     layers adapted in place; ``self.chain`` contains the finished links. The callback
-    :class:`~cola_lightning.callbacks.ChainOfLoRA` decides when a link is finished; without it the run is one link: plain LoRA.
+    :class:`~cola_lightning.ChainOfLoRA` decides when a link is finished; without it the run is one link: plain LoRA.
 
     Args:
         modules_to_save_lr: the initial learning rate of ``modules_to_save``; ``null``: the optimizer's, as for the links.
@@ -54,8 +52,8 @@ class COLAModule(AdaptedModule):
         trained_factors: of each link: ``both``; ``B`` only, with A at its random initial values (asymmetric LoRA); or one
             of them chosen at ``random``, with the other at its initial values (RAC-LoRA).
         kept_optimizer_state: the share of the optimizer state of A and B, the entries with the largest first moments, that a
-            knot retains, as in ReLoRA (0.001 to 0.1); 0: a new optimizer. Not for 8-bit or factored states (AdamW8bit,
-            Adafactor), unless 1: all.
+            knot retains, as in ReLoRA (0.001 to 0.1); 0: a new optimizer; 1: all, and so with every share above 0 for states
+            that are 8-bit or factored (AdamW8bit, Adafactor).
         init_chain: a chain folder, a checkpoint, or the folder of an ordinary PEFT LoRA, whose links are applied before
             training starts; ``null``: start from the base. Checkpoints of the run contain these links too.
         init_links: how many links of ``init_chain``, from the first; ``null``: all.
@@ -120,16 +118,11 @@ class COLAModule(AdaptedModule):
         schedule = ChainSchedule(default_rank=int(config.rank), default_alpha=float(config.alpha))
         seed = None if seed is None else int(seed)
         run = Run(schedule, seed, seed)
-        super().__init__(
-            config,
-            run,
-            trained_factors=trained_factors,
-            init_chain=init_chain,
-            init_links=init_links,
-            save_base=save_base,
-            compile=compile,
-            activation_checkpointing=activation_checkpointing,
-        )
+        super().__init__(config, run)
+        self.trained_factors, self.save_base = trained_factors, save_base
+        self.init_chain = None if init_chain is None else str(init_chain)
+        self.init_links = None if init_links is None else int(init_links)
+        self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         run.optimization = LinkOptimization(
             optimizer,
             modules_to_save_lr,
@@ -267,7 +260,8 @@ class COLAModule(AdaptedModule):
         """
         base = None if base_folder is None else Path(base_folder)
         options = ExportOptions(Path(folder), format, dtype, max_rank, base, license, verify, overwrite)
-        return export_trained(self, options, prompt_format_of(trainer_of(self)), data_of(trainer_of(self)))
+        prompt_format, data = (of_data(trainer_of(self), name) for name in ("prompt_format", "identity"))
+        return export_trained(self, options, prompt_format, data)
 
     def merged_model(
         self,
@@ -296,8 +290,6 @@ class COLAModule(AdaptedModule):
         values = self.adapted.trained.outside()
         if outside := [name for name, value in values.items() if value.requires_grad]:
             log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
-        if self.activation_checkpointing:
-            disable_activation_checkpointing(model)
         return model
 
     def upcast(self) -> None:

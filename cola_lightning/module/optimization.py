@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
@@ -111,16 +111,10 @@ class LinkOptimization:
             UserError: for a learning rate of fully trained modules where there are none.
         """
         groups = self._parameter_groups(trained, modules_to_save)
-        try:
-            optimizer = self.make_optimizer(groups)
-        except ValueError as error:  # an optimizer's own message for a mistyped value
-            raise UserError(f"model.optimizer: {error}") from error
+        optimizer = self.make_optimizer(groups)
         # Torch's GradScaler has a fused optimizer unscale the gradients in its step, and Lightning then refuses to clip them
         # (16-mixed). Without this mark they are unscaled before, as for any other optimizer.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        for group in optimizer.param_groups:  # torch's fused SGD fails where a parameter gets its first gradient late
-            if group.get("fused") and (isinstance(optimizer, SGD) or any(p.is_complex() for p in group["params"])):
-                group["fused"] = None
         self._optimizer, self._scheduler, self._horizon = optimizer, None, None
         for group in optimizer.param_groups:
             # numpy's numbers, of np.logspace for example, would make a checkpoint unreadable for torch.load(weights_only=True)
@@ -209,11 +203,6 @@ class LinkOptimization:
                 f"model.lr_schedule: {self.lr_schedule} with warmup_steps {self.warmup_steps:g} needs {' and '.join(missing)}, "
                 "because the length of the run or of its links is unknown. Or use constant, with model.warmup_steps in steps"
             )
-        if 0 < self.knot_warmup_steps < 1:
-            raise UserError(
-                "model.knot_warmup_steps: must be a number of steps, because the length of a link is unknown, got the share "
-                f"{self.knot_warmup_steps:g}"
-            )
 
     def begin_link(self, module: LightningModule, adapted: AdaptedModel, start: FitPosition) -> None:
         """Makes the current link's optimizers and learning-rate schedules, in a fit or after it.
@@ -247,12 +236,6 @@ class LinkOptimization:
         if is_fitting and self.kept_optimizer_state:
             for old, new in zip(before, trainer.optimizers, strict=True):
                 copy_state(old, new, self.kept_optimizer_state, _used_entries(adapted))
-
-    def check_state(self, optimizers: Sequence[Optimizer], adapted: AdaptedModel) -> None:
-        """Refuses optimizers of whose state a knot cannot retain a part, where it is to, after their first step."""
-        if 0 < self.kept_optimizer_state < 1:
-            for optimizer in optimizers:
-                refuse_state(optimizer, _used_entries(adapted))
 
     def resume(self, trainer: Trainer) -> None:
         """Applies the present hyperparameters to a resumed link's optimizer, where they differ from the checkpoint's.
@@ -302,7 +285,8 @@ def copy_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[in
     """Copies optimizer state over a knot: of the factors' moments only some entries, of other parameters all of it.
 
     Those are the entries with the largest first moments, and each moment retains the same: a first moment without its second
-    would be divided by zero, as A's gradient is 0 while the new B is. Step counts are copied too.
+    would be divided by zero, as A's gradient is 0 while the new B is. Step counts are copied too, and all of a state
+    that has no number for each entry: of 8-bit codes, or of sums over rows.
 
     Args:
         old: the previous link's optimizer.
@@ -310,37 +294,14 @@ def copy_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[in
         share: the share of entries that the factors' moments retain, above 0.
         factors: by the id of each factor, the entries that both links use: a factor has those of the largest rank.
 
-    Raises:
-        UserError: for a state of which no part can be retained; see :func:`refuse_state`.
-
     Source: Lialin et al., "ReLoRA" (arXiv 2307.05695), section 3: a partial reset of the optimizer by magnitude.
     """
-    if share < 1:
-        refuse_state(old, factors)
     for group in new.param_groups:
         for parameter in group["params"]:
             state = old.state.get(parameter)
             if state:
                 used = factors.get(id(parameter))
                 new.state[parameter] = {**state} if used is None else _kept(state, parameter, share, used)
-
-
-def refuse_state(optimizer: Optimizer, factors: Container[int]) -> None:
-    """Refuses to retain a part of a state that is not a number for each entry of a factor: 8-bit codes, or sums over rows.
-
-    Args:
-        optimizer: a link's, after a step.
-        factors: the ids of the links' factors.
-    """
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items() if id(parameter) in factors else ():
-            if not isinstance(value, Tensor) or value.numel() == 1:
-                continue
-            if value.shape != parameter.shape or not value.is_floating_point():
-                raise UserError(
-                    f"model.kept_optimizer_state: must be 0 or 1 with {type(optimizer).__name__}, because its {name} is not a "
-                    "number for each entry of a factor"
-                )
 
 
 def _kept(state: dict[str, Any], parameter: Tensor, share: float, used: tuple[Any, ...]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -53,7 +52,6 @@ class Rewind:
 
     def __init__(self) -> None:
         self._persistent: Set[str] = frozenset()  # names of the buffers that checkpoints contain
-        self._buffers: dict[str, Tensor] = {}  # copies of these, on their device
         self._window: Window | None = None  # the one that has begun, or begins with the next batch; None before a fit
 
     def begin_fit(self, trainer: Trainer, module: nn.Module, names: Set[str]) -> None:
@@ -84,7 +82,8 @@ class Rewind:
     def begin_window(self, trainer: Trainer, module: nn.Module) -> None:
         """Stores what the first batch of the window may change."""
         if self._window is not None:
-            buffers = self._copied_buffers(module) if self._persistent else {}
+            named = _named_buffers(module) if self._persistent else {}
+            buffers = {name: value.detach().clone() for name, value in named.items() if name in self._persistent}
             counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
             states = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
             self._window = replace(self._window, buffers=buffers, callbacks=states)
@@ -107,15 +106,6 @@ class Rewind:
                 counters[LOADERS] = window.loaders
             checkpoint["state_dict"] |= {name: layout.gather(copied) for name, copied in window.buffers.items()}
             checkpoint["callbacks"] |= window.callbacks
-
-    def _copied_buffers(self, module: nn.Module) -> dict[str, Tensor]:
-        """Copies of the persistent buffers as they are now, on their device and into the same memory each time."""
-        own = {name: value.detach() for name, value in _named_buffers(module).items() if name in self._persistent}
-        places, before = ([(k, v.shape, v.dtype, v.device) for k, v in some.items()] for some in (own, self._buffers))
-        if places != before:  # the first time, or another device or shape
-            self._buffers = {name: torch.empty_like(value) for name, value in own.items()}
-        torch._foreach_copy_(list(self._buffers.values()), list(own.values()))
-        return self._buffers
 
 
 def _named_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -108,10 +108,8 @@ class Run:
         Lightning's batch-size finder removes the callbacks, one of which sets the length.
         """
         trainer = self.trainer
-        if self.length is not None:
+        if self.length is not None or trainer is None or trainer.train_dataloader is None:
             return self.length
-        if trainer is None or trainer.train_dataloader is None:
-            return None
         return run_length(trainer, START)
 
     # ------------------------------------------------------------------ metrics

@@ -16,8 +16,8 @@ from cola_lightning.chain.link import Link, own_values
 from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.chain.store import METADATA, describe_link, link_fields, pack
 from cola_lightning.errors import NonFiniteError, UserError
-from cola_lightning.module.arguments import plain
 from cola_lightning.module.base import AdaptedModule, aliases, is_frozen, values_of
+from cola_lightning.module.checkpoint import plain
 from cola_lightning.module.run import run_of, trainer_of
 from cola_lightning.trained import weight_of
 
@@ -68,8 +68,8 @@ def facts_of(module: AdaptedModule) -> dict[str, Any]:
         "callback_metrics": {name: value.detach().cpu().clone() for name, value in logged.items()},
         "scheduled": [[run.schedule.rank(link), run.schedule.alpha(link)] for link in range(module.link + 1)],
         "modules_to_save": list(module.lora_config.modules_to_save),
-        "prompt_format": prompt_format_of(trainer),
-        "data": data_of(trainer),
+        "prompt_format": of_data(trainer, "prompt_format"),
+        "data": of_data(trainer, "identity"),
     }
     return facts if adapted.base_weights is None else facts | {"base_weights": adapted.base_weights}
 
@@ -89,18 +89,13 @@ def check_writable_state(module: AdaptedModule) -> None:
         raise NonFiniteError(f"{reason}, in link {module.link}: this checkpoint is not written")
 
 
-def prompt_format_of(trainer: Any) -> dict[str, Any]:
-    """The ``prompt_format`` of the trainer's data module, of this package or with the same attribute; else an empty dict."""
-    given = _of_data_module(trainer, "prompt_format")
-    return given if {"kind", "chat_template"} <= given.keys() else {}
+def of_data(trainer: Any, name: str) -> dict[str, Any]:
+    """The ``prompt_format`` or ``identity`` of the trainer's data module, if it has one that JSON can hold; else an empty dict.
 
-
-def data_of(trainer: Any) -> dict[str, Any]:
-    """The ``identity`` of the trainer's data module, of this package or with the same attribute; else an empty dict."""
-    return _of_data_module(trainer, "identity")
-
-
-def _of_data_module(trainer: Any, name: str) -> dict[str, Any]:
+    Args:
+        trainer: the trainer.
+        name: which of the two; data modules of this package have both.
+    """
     given = getattr(getattr(trainer, "datamodule", None), name, None)
     with contextlib.suppress(TypeError):  # another attribute of that name
         return dict(plain(given)) if isinstance(given, dict) else {}
@@ -134,7 +129,7 @@ def prepare_loading(module: AdaptedModule, state_dict: dict[str, Any], prefix: s
     if not has_current:  # the values of what is trained are of a later link
         state_dict.update({name: value for name, value in trained.items() if not is_frozen(value)})
     for name in trained.keys() & state_dict.keys():
-        state_dict[name] = _laid_out(state_dict[name], trained[name])
+        state_dict[name] = layout.lay_out(state_dict[name], trained[name])
     for name, value in values.items():
         own = name.removeprefix(prefix)
         if name not in trained and weight_of(own) == own:  # frozen, or another name for a value of the model
@@ -210,29 +205,15 @@ def _check_same_choices(module: AdaptedModule, state: StoredState) -> None:
     Raises:
         UserError: for the first that differs.
     """
-    mine, schedule, facts = module.adapted.cast_dtype, run_of(module).schedule, state.facts
-    if _dtype_of(module, state) != mine:
-        raise UserError(
-            f"trainer.precision, model.finished_links: {module.trainer.precision} and {module.lora_config.finished_links} cast "
-            f"adapted weights to {str(mine).removeprefix('torch.')}, but in the checkpoint's run they had {facts['dtype']}"
-        )
-    if (seed := run_of(module).given_seed) not in (None, facts["seed"]):
-        raise UserError(f"model.seed, or seed_everything: must be {facts['seed']} as in the checkpoint, got {seed}")
-    if module.init_chain is not None and module.init_chain_source != facts["init_chain_source"]:
-        raise UserError(
-            f"model.init_chain: the checkpoint's run began from {facts['init_chain_source']}, and not from "
-            f"{module.init_chain_source}. Leave it out"
-        )
-    if facts["has_knots"] and not schedule.has_knots:
-        raise UserError("chain: the run that wrote the checkpoint had knots, so this one needs them too")
-    planned = [[schedule.rank(link), schedule.alpha(link)] for link in range(len(facts["scheduled"]))]
-    if facts["live"] is not None and planned != facts["scheduled"]:
-        raise UserError(
-            "model.rank, model.alpha, chain.ranks, chain.alphas: the links of the checkpoint's run had the ranks and alphas "
-            f"{facts['scheduled']}, and here they have {planned}"
-        )
-
-
-def _laid_out(value: Any, own: Any) -> Any:
-    """A value in the layout of the module's own."""
-    return layout.lay_out(value, own) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
+    run, facts = run_of(module), state.facts
+    planned = [[run.schedule.rank(link), run.schedule.alpha(link)] for link in range(len(facts["scheduled"]))]
+    of_run = {  # by the options: what the checkpoint's run had, and what this one has
+        "trainer.precision, model.finished_links": (_dtype_of(module, state), module.adapted.cast_dtype),
+        "model.seed, or seed_everything": (facts["seed"], run.given_seed),
+        "model.init_chain": (facts["init_chain_source"], module.init_chain and module.init_chain_source),
+        "chain (has knots)": (facts["has_knots"], facts["has_knots"] and run.schedule.has_knots),
+        "model.rank, model.alpha, chain.ranks, chain.alphas": (facts["scheduled"], planned if facts["live"] else None),
+    }
+    for options, (before, now) in of_run.items():
+        if now not in (None, before):
+            raise UserError(f"{options}: must be {before}, as in the run that wrote the checkpoint, got {now}")

@@ -14,10 +14,10 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from cola_lightning import layout
-from cola_lightning.module.arguments import class_path, is_recorded
 from cola_lightning.module.base import AdaptedModule
+from cola_lightning.module.checkpoint import class_path, is_recorded
 from cola_lightning.module.run import run_of
-from cola_lightning.module.state import data_of
+from cola_lightning.module.state import of_data
 from cola_lightning.module.step_loss import Late
 
 
@@ -66,13 +66,13 @@ def configuration(trainer: Trainer, module: AdaptedModule) -> dict[str, dict[str
     """The plain options of a fit: of model, data, chain and optimizer; no secret, and nothing that is not set."""
     arguments, optimizer = module.constructor_arguments, trainer.optimizers[0]
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    of_data = {} if data is None else {"class_path": class_path(type(data))} | data_of(trainer) | _plain(vars(data))
     found = {
         "model": {"class_path": arguments["class_path"]} | arguments["defaults"] | arguments["init_args"],
-        "data": of_data,
         "chain": asdict(run_of(module).schedule),
         "optimizer": {"class_path": class_path(type(optimizer))} | _plain(optimizer.defaults),
     }
+    if data is not None:
+        found["data"] = {"class_path": class_path(type(data))} | of_data(trainer, "identity") | _plain(vars(data))
     given = {part: {name: value for name, value in of_part.items() if value is not None} for part, of_part in found.items()}
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(given, default=str))
     return plain

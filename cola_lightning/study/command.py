@@ -31,7 +31,7 @@ def compare(words: Sequence[str]) -> int:
     parser = command_parser("compare", DESCRIPTION)
     parser.add_class_arguments(Comparison)
     comparison = Comparison(**parsed(parser, words[:cut]).as_dict())
-    from cola_lightning.callbacks import RunWatch
+    from cola_lightning.callbacks.command import RunWatch
     from cola_lightning.study.study import Study
 
     with RunWatch().listening():

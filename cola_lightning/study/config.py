@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cola_lightning.callbacks import RunWatch
+from cola_lightning.callbacks.command import RunWatch
 from cola_lightning.cli.training import COLACLI, differences
 from cola_lightning.errors import UserError
 

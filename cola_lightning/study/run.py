@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from cola_lightning.callbacks import RunWatch
+from cola_lightning.callbacks.command import RunWatch
 from cola_lightning.chain.base import fingerprint_of
 from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import NonFiniteError, UserError

@@ -1,0 +1,205 @@
+"""The callbacks of the command line alone: for signals, the configuration beside the checkpoints, and losses of short fits."""
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import rich
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
+from typing_extensions import override
+
+from cola_lightning.callbacks.prediction_writer import run_folder
+from cola_lightning.module.run import run_of
+
+log = logging.getLogger(__name__)
+
+WIDE = 100  # columns
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption(SystemExit):
+    """A signal asked the run to stop: exit status 130 or 143. After a KeyboardInterrupt Lightning ignores a second Ctrl-C."""
+
+
+class RunWatch(Callback):
+    """Handles signals: after the first, a fit finishes the current batch; anything else stops at once.
+
+    A second signal always stops at once, and then nothing more is written. (After Lightning's own handling a fit ends with
+    status 0, Ctrl-C may come in the middle of an optimizer step, and processes may stop at different batches.)
+
+    Attributes:
+        validates_at_end: whether the fit it watches does; a study validates after it.
+    """
+
+    validates_at_end = True
+
+    def __init__(self) -> None:
+        self.log_dir: str | None = None  # of the run's logger
+        self._process = os.getpid()
+        self._received: int | None = None
+        self._is_waited_for = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles the signals inside the block; only the main thread may."""
+        previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a data worker, forked with this handler: a Ctrl-C in the terminal is not for it
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        if self._received is not None:  # a file that is being written retains its previous content
+            rich.get_console().show_cursor()
+            os._exit(128 + number)
+        self._received = number
+        if not self._is_waited_for:
+            raise Interruption(128 + number)
+        log.warning("%s: stopping after this batch; once more stops at once", signal.Signals(number).name)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_waited_for = True
+        signal.signal(signal.SIGTERM, self._handle)  # until Lightning restores it after the fit, in place of its own
+
+    def _stop_if_asked(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        is_asked = self._received is not None
+        if trainer.world_size > 1:  # all processes at the same batch, or some would wait for the others forever
+            is_asked = trainer.strategy.reduce_boolean_decision(is_asked, all=False)
+        if is_asked:
+            raise Interruption(128 + (self._received or signal.SIGTERM))
+
+    on_train_batch_end = on_train_epoch_end = _stop_if_asked
+
+    @override
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.world_size == 1:  # processes may have different numbers of these batches
+            self._stop_if_asked(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_waited_for = False
+
+    def remove_empty_folder(self) -> None:
+        """Removes the run's folder, and those around it, if nothing is in them: a run that was refused, for example."""
+        if self.log_dir is not None:
+            with contextlib.suppress(OSError):
+                os.removedirs(self.log_dir)
+
+
+class ConfigSaver(SaveConfigCallback):
+    """Saves the run's configuration beside its checkpoints, once it is known to work: when its first epoch starts.
+
+    A fit replaces an existing file; an evaluation, which may use the same folder, leaves the fit's. The checkpoint that the run
+    resumed from is omitted: a later command with this configuration would use it in place of the run's own.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or self.already_saved:
+            return
+        self.already_saved, folder = True, run_folder(trainer)
+        path, files = os.path.join(folder, self.config_filename), get_filesystem(folder)
+        if trainer.is_global_zero and (trainer.state.fn == "fit" or not files.exists(path)):
+            files.makedirs(folder, exist_ok=True)
+            config = self.config.clone()
+            config.ckpt_path = config.links = None  # another run's: this run's own checkpoints are beside the file
+            self.parser.save(config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: D102
+        self._save(trainer, pl_module)
+
+    on_validation_start = on_test_start = on_predict_start = _save
+
+
+class LossesOfShortRuns(Callback):
+    """Has a short fit, too, leave losses: it is logged at least ten times and at its end, where it also validates.
+
+    Lightning logs every 50th step, and validates after an epoch or an interval: of twelve steps nothing is left.
+
+    Args:
+        is_interval_given: whether the user has set ``log_every_n_steps``, which then holds.
+    """
+
+    def __init__(self, *, is_interval_given: bool) -> None:
+        self.is_interval_given = is_interval_given
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        length = run_of(pl_module).known_length()
+        if length is not None and not self.is_interval_given:
+            trainer.log_every_n_steps = int(max(1, min(trainer.log_every_n_steps, length.end_step // 10)))
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+        is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        if trainer.global_step + 1 == trainer.max_steps or (trainer.is_last_batch and is_last_epoch):
+            trainer.should_stop = True  # which it does in any case: Lightning logs such a step, and validates after it
+            if trainer.check_val_every_n_epoch is not None:
+                trainer.check_val_every_n_epoch = 1
+
+
+class ChainProgressBar(RichProgressBar):
+    """Lightning's progress bar with the current link's index, and one bar at a time: validation's replaces training's."""
+
+    @override
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        columns = super().configure_columns(trainer)
+        return columns if rich.get_console().width >= WIDE else columns[:-1]  # without batches per second
+
+    @override
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+    @property
+    @override
+    def total_train_batches(self) -> int | float:
+        """This epoch's batches in all. Lightning's own number leaves out those before a resume, and takes steps for batches."""
+        trainer, n_batches, window = self.trainer, self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        n_steps = trainer.max_steps - trainer.global_step if trainer.max_steps > 0 else n_batches
+        done = (trainer.fit_loop.batch_idx + 1) % n_batches // window * window  # of an epoch that is over: 0
+        return min(n_batches, done + n_steps * window)
+
+    @override
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Replaces Lightning's, whose last epoch is -2 if ``max_steps`` limits the run."""
+        link, max_epochs = getattr(self.trainer.lightning_module, "link", 0), self.trainer.max_epochs
+        last = f"/{max_epochs - 1}" if max_epochs is not None and max_epochs > 0 else ""
+        return f"link {link}, epoch {current_epoch}{last}"
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args)
+        description = self._get_train_description(trainer.current_epoch)
+        if self.progress is not None and self.train_progress_bar_id is not None:  # a knot comes after the epoch's start
+            self.progress.update(self.train_progress_bar_id, description=description)
+
+    def _show_training(self, *, is_shown: bool) -> None:
+        if self.progress is not None and self.train_progress_bar_id is not None:
+            self.progress.update(self.train_progress_bar_id, visible=is_shown)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._show_training(is_shown=False)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._show_training(is_shown=True)
+        super().on_validation_end(trainer, pl_module)
