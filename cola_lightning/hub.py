@@ -32,7 +32,7 @@ def needed_for(what: str) -> Iterator[None]:
         if not any(isinstance(cause, LocalEntryNotFoundError | ConnectionError) for cause in causes(error)):
             raise
         raise HubError(
-            f"{what} is not in the local cache, and the Hugging Face hub cannot be reached: a path works without it"
+            f"{what} is not in the local cache, and the Hugging Face hub cannot be reached. Use the path of a local copy"
         ) from error
 
 

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 from unittest import mock
 
 from jsonargparse import ArgumentParser
@@ -32,6 +34,14 @@ CLASSES = {
 COMMANDS = ["generate", "inspect", "export", "compare", "configs"]
 
 
+def shown(default: Any) -> str:
+    """A default as JSON, and a class with its arguments as a call."""
+    if isinstance(default, Mapping) and "class_path" in default:
+        arguments = ", ".join(f"{name}={value}" for name, value in default.get("init_args", {}).items())
+        return f"{default['class_path'].rpartition('.')[2]}({arguments})"
+    return json.dumps(default, default=str)
+
+
 def rows(group: str, cls: type) -> Iterator[str]:
     """A row of the table for each option that a class has as a group."""
     parser = ArgumentParser(exit_on_error=False)
@@ -40,15 +50,16 @@ def rows(group: str, cls: type) -> Iterator[str]:
         name = action.option_strings[-1] if action.option_strings else ""
         if not name.startswith(f"--{group}.") or name.endswith((".help", "+")):
             continue
-        default = "required" if action.required else f"`{json.dumps(action.default, default=str)}`"
-        text = " ".join((action.help or "").split()).replace("|", "\\|").replace("``", "`")
+        default = "required" if action.required else f"`{shown(action.default)}`"
+        text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", " ".join((action.help or "").split()))
+        text = text.replace("|", "\\|").replace("``", "`")
         yield f"| `{name}` | {default} | {text} |"
 
 
 def text_of_help(command: str) -> str:
     """What ``cola COMMAND --help`` prints."""
     out = io.StringIO()
-    wide = mock.patch.dict(os.environ, COLUMNS="100")
+    wide = mock.patch.dict(os.environ, COLUMNS="88")
     with wide, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         main([command, "--help"])
     return out.getvalue().strip()

@@ -138,7 +138,7 @@ def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(capfd):
     )
     further = ["--ckpt_path", LAST, "--trainer.max_epochs", "4", "--model.optimizer.lr", "0.9", "--model.dropout", "0.3"]
     assert [fit("--model", "hpmod.Saving"), fit("--model", "hpmod.Saving", *further)] == [0, 0]
-    assert "model.optimizer: from here on lr 0.02 -> 0.9" in capfd.readouterr().out
+    assert "model.optimizer: continuing with lr 0.02 -> 0.9" in capfd.readouterr().out
     assert yaml.safe_load(Path("runs/version_1/config.yaml").read_text())["model"]["init_args"]["dropout"] == 0.3
 
 

@@ -62,7 +62,7 @@ def test_a_run_is_named_by_its_folder_as_an_argument_or_an_option(capsys):
     capsys.readouterr()
     for words in ([], ["chain", "--checkpoint", "chain"]):
         assert main(["inspect", *words]) == 2
-        assert capsys.readouterr().err == "error: checkpoint: name one: cola inspect PATH\n"
+        assert capsys.readouterr().err == "error: checkpoint: pass one path: cola inspect PATH\n"
 
 
 def accuracy(capfd, *arguments):

@@ -169,7 +169,7 @@ def test_all_linear_leaves_experts_unless_asked_and_says_so(caplog):
     names = inject_lora(model, LoRAConfig("all-linear", rank=2, alpha=2, experts=True))
     assert [name for name in names if ".experts." in name] == [f"model.layers.1.mlp.{name}" for name in PROJECTIONS]
     assert "Qwen3MoeExperts (model.layers.0.mlp.experts)" in caplog.text
-    assert "2 projections of experts have links of 896 parameters" in caplog.text
+    assert "the links of 2 expert projections have 896 parameters" in caplog.text
 
 
 def test_a_projection_alone_is_adapted_by_name_and_the_others_stay_parameters():
@@ -203,6 +203,18 @@ def test_a_module_begins_with_an_adapter_of_pefts_on_experts_and_goes_on_with_it
     module = COLACausalLM(name, init_chain=str(tmp_path / "peft"), **how)
     assert difference(tiny.logits(module.model), tiny.logits(theirs)) <= 1e-5
     assert difference(tiny.logits(module.merged_model(0)), tiny.logits(theirs)) > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match any targeted module")  # as above
+def test_an_adapter_has_the_ranks_that_a_pattern_gives_experts(tmp_path):
+    options = {"target_modules": ["q_proj", *PROJECTIONS], "rank": 4, "rank_pattern": {"experts.down_proj": 2}}
+    module = COLACausalLM(tiny.folder(tmp_path / "base", "mixtral"), seed=0, **options)
+    for layer in module.adapted.layers.values():
+        with_trained_link(layer)
+    assert "loaded again with peft" in module.export(tmp_path / "peft", "peft")[-1]
+    (link,) = read_chain(tmp_path / "peft").links
+    assert {A.shape[-2] for name, (A, _) in link.factors.items() if name.endswith("down_proj")} == {2}
+    assert link.rank == 4
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's, where a graph ends

@@ -325,7 +325,7 @@ EXAMPLES = [(Toy, X), (T5Toy, {"input_ids": IDS, "decoder_input_ids": IDS})]
 @pytest.mark.parametrize(("cls", "example"), EXAMPLES)
 def test_an_example_input_is_what_logits_are_compared_for(tmp_path, format_, cls, example):
     module = tiny.with_live_link(toy(cls))
-    assert "for no input is known" in module.export(tmp_path / "unknown", format_)[-1]
+    assert "because no input is known" in module.export(tmp_path / "unknown", format_)[-1]
     module.example_input_array = example
     line = module.export(tmp_path / "out", format_)[-1]
     assert re.search(r"its logits differ from the module's by at most [\d.e-]+, where the largest is \d", line)

@@ -222,7 +222,7 @@ def test_predict_takes_the_rows_that_were_not_trained_if_there_are_any(tmp_path,
 
 
 def test_sizes_that_cannot_be_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"^data\.train_size \+ data\.val_size.*: 241 rows are needed, and there are 200"):
+    with pytest.raises(UserError, match=r"^data\.train_size \+ data\.val_size.*: 241 rows are needed, but there are only 200"):
         parts(template(write(tmp_path / "rows.csv", labelled(200)), val_size=0.6, test_size=0.6))
 
 

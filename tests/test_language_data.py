@@ -253,7 +253,7 @@ def test_train_and_validation_are_drawn_together_from_train_and_test_from_valida
     assert parts()[0] == train != parts(split_seed=1)[0]
     assert parts(val_size=5)[0] == train  # validation comes last
     assert set(test) <= {f"film number {k} It was" for k in range(10)}
-    with pytest.raises(UserError, match=r"train_size \+ data.val_size, of .*: 42 rows are needed, and there are 40"):
+    with pytest.raises(UserError, match=r"train_size \+ data.val_size, of .*: 42 rows are needed, but there are only 40"):
         parts(train_size=30)
 
 
@@ -266,7 +266,7 @@ def test_without_a_source_the_task_is_read_from_the_folder_of_the_environment_or
     assert data.max_length == 64  # the model's own limit
     data.tokenizer.model_max_length = 10**30
     assert data.max_length == 2048
-    with pytest.raises(UserError, match=r"^data\.subset is for a data set of the hub, and .* is on this machine"):
+    with pytest.raises(UserError, match=r"^data\.subset works with data sets of the hub only, but .* is a local path"):
         PromptDataModule("sst2", str(tmp_path), "sub")
 
 

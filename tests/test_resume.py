@@ -361,12 +361,12 @@ def test_another_learning_rate_or_decay_is_used_from_there_on_and_told(tmp_path,
     fit(tmp_path, ("batch_end", 12))  # in the second epoch, after the knot, at its 6th batch
     stopped = last(tmp_path)
     _, same, _ = fit(tmp_path / "same", ckpt_path=stopped)
-    assert "from here on" not in caplog.text
+    assert "continuing with" not in caplog.text
     _, other, run = fit(tmp_path / "other", ckpt_path=stopped, module=make(lr=2e-2, weight_decay=0.5))
     assert other.rates.keys() == same.rates.keys()
     assert [rate for (rate,) in other.rates.values()] == pytest.approx([2 * rate for (rate,) in same.rates.values()], rel=1e-12)
     assert run.optimizers[0].param_groups[0]["weight_decay"] == 0.5
-    assert "from here on lr 0.01 -> 0.02, weight_decay 0.01 -> 0.5" in caplog.text
+    assert "continuing with lr 0.01 -> 0.02, weight_decay 0.01 -> 0.5" in caplog.text
     _, flat, _ = fit(tmp_path / "flat", ckpt_path=stopped, module=make(lr_schedule="constant"))
     assert {rate for (rate,) in flat.rates.values()} == {1e-2}
     _, longer, _ = fit(tmp_path / "longer", ckpt_path=stopped, max_epochs=5)

@@ -52,9 +52,9 @@ def test_a_pattern_names_the_files_of_one_split(tmp_path):
     data.setup("predict")  # of one split all rows, as of a file
     assert [row.prompt for row in data.test] == [row["text"] for row in ROWS]
     assert len(data.identity["files"]) == 3
-    with pytest.raises(UserError, match=r"one of the endings .*, got .*0\.jsonl' and .*0\.txt'"):
+    with pytest.raises(UserError, match=r"the same ending, one of .*, got .*0\.jsonl' and .*0\.txt'"):
         read(f"{tmp_path}/logs/0.*")
-    with pytest.raises(UserError, match=r"^data\.source: .* is no file, no folder and no data set"):
+    with pytest.raises(UserError, match=r"^data\.source: .* is not a file, a folder or the name of a data set"):
         read(f"{tmp_path}/logs/*.parquet")
 
 

@@ -30,7 +30,7 @@ ORDINARY = {
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
-# Any other field of PEFT's configuration that is set may change what an adapter computes, but for those that are read here ...
+# Any other field of PEFT's configuration that is set may change what an adapter computes, except those that are read here ...
 HARMLESS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 # ... those that say which layers the tensors belong to, which the tensors' names also say ...
 HARMLESS |= {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"}
@@ -75,7 +75,7 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
     unknown += [name for name, (lora_A, lora_B) in pairs.items() if len(lora_A) != lora_B.shape[1]]  # of groups
     if not pairs or unknown:
         raise UserError(
-            f"adapter: {where} may contain factors of linear layers and convolutions only, got {(unknown or ['none'])[0]!r}"
+            f"adapter: {where} may contain only factors of linear layers and convolutions, got {(unknown or ['none'])[0]!r}"
         )
     scaled = {}
     for name, pair in pairs.items():

@@ -29,7 +29,7 @@ def generate(words: Sequence[str]) -> None:
     decoding.check()
     prompt = options.prompt if options.chat or options.prompt is not None else _standard_input()
     if prompt is not None and not prompt.strip():
-        raise UserError("prompt: is empty. Pass it by --prompt or on standard input")
+        raise UserError("prompt: is empty. Pass one with --prompt or on standard input")
     logging.getLogger("cola_lightning").setLevel(logging.ERROR)  # standard output is for the generated text
     opened = OpenedCheckpoint.open(options.checkpoint)
     module, prompt_format = loaded(opened, options, "generate"), opened.state.facts["prompt_format"]

@@ -170,7 +170,7 @@ def parsed(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
     options = parser.parse_args(list(words))
     if "path" in options:
         if (options.path is None) == (options.checkpoint is None):
-            raise UserError(f"checkpoint: name one: {parser.prog} PATH")
+            raise UserError(f"checkpoint: pass one path: {parser.prog} PATH")
         options.checkpoint = options.checkpoint or options.path
     for name, value in vars(options).items():
         if isinstance(value, Path):

@@ -34,7 +34,7 @@ class Turn:
     departs: bool
 
     def is_inside(self, other: "Turn") -> bool:
-        """Whether a later turn's context holds this one, token by token, so that one row trains both."""
+        """Whether a later turn's context contains this one, token by token, so that one row can train both."""
         return self.end <= other.start and self.ids[: self.end] == other.ids[: self.end]
 
 
@@ -155,9 +155,9 @@ def _without_greeting(conversation: Conversation) -> Conversation | None:
 
 def _without_beginning(template: ChatTemplate, conversation: Conversation, n_tokens: int) -> Conversation:
     """The conversation whose longest turn, other than the system's and the assistant's, has lost about its first tokens."""
-    asked = [place for place, turn in enumerate(conversation.messages) if turn["role"] not in ("system", "assistant")]
-    texts = {place: text_of(conversation.messages[place]["content"]) for place in asked}
-    place = max(asked, key=lambda place: len(texts[place]), default=None)
+    places = [place for place, turn in enumerate(conversation.messages) if turn["role"] not in ("system", "assistant")]
+    texts = {place: text_of(conversation.messages[place]["content"]) for place in places}
+    place = max(places, key=lambda place: len(texts[place]), default=None)
     ids = [] if place is None else template.tokenizer(texts[place], add_special_tokens=False)["input_ids"]
     if place is None or n_tokens >= len(ids):
         raise UnusableRow(TOO_LONG)
@@ -252,13 +252,13 @@ def _continued(prompt: str, before: str, whole: str) -> str:
 
 def _check_words(template: ChatTemplate, turn: Message, rendered: str, notes: set[str]) -> None:
     """Refuses a rendering without the last word of what the assistant says, or without the functions that it calls."""
-    said = text_of(turn["content"])  # of which a template may omit thoughts, and white space
+    text = text_of(turn["content"])  # of which a template may omit thoughts, and white space
     calls = [call.get("function", call).get("name", "") for call in turn.get("tool_calls") or ()]
     if not all(name in rendered for name in calls):
         raise UnusableRow("the chat template does not render function calls")
-    if not all(word in rendered for word in (re.findall(r"\w+", said) or said.split())[-1:]):
+    if not all(word in rendered for word in (re.findall(r"\w+", text) or text.split())[-1:]):
         raise UnusableRow("the chat template does not render what the assistant says")
-    thoughts = turn.get("reasoning_content") or said.rpartition("</think>")[0].rpartition("<think>")[2]
+    thoughts = turn.get("reasoning_content") or text.rpartition("</think>")[0].rpartition("<think>")[2]
     if str(thoughts).strip() not in rendered:
         notes.add("the chat template does not render the thoughts of assistant turns")
 

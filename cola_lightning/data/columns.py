@@ -45,9 +45,9 @@ class Reading:
 
     def __str__(self) -> str:
         """Which columns are taken, for the log."""
-        asked = [name for part, name in self.columns.items() if part not in ("response", "completion", "system", "tools")]
+        inputs = [name for part, name in self.columns.items() if part not in ("response", "completion", "system", "tools")]
         answer = [self.columns[part] for part in ("response", "completion") if part in self.columns]
-        text = " -> ".join([", ".join(asked), *answer])
+        text = " -> ".join([", ".join(inputs), *answer])
         text += "".join(f", {part}: {self.columns[part]}" for part in ("system", "tools") if part in self.columns)
         return text + "".join(f" (or {given(self.columns | {part: name})})" for name, part in self.others.items())
 
@@ -110,8 +110,8 @@ def find_columns(
     if "text" in texts and "role" not in names:  # each row of a tree of messages is a turn
         return Reading("text", {"text": "text"}, {})
     raise UserError(
-        f"data.columns: found no conversation, no prompt with its response, no text among {', '.join(names)}; name them as in "
-        + given({"prompt": names[0], "response": names[-1]})
+        f"data.columns: found no conversation, no prompt with a response and no text among the columns "
+        f"{', '.join(names)}. Name them, for example " + given({"prompt": names[0], "response": names[-1]})
     )
 
 
@@ -122,7 +122,7 @@ def _ambiguous(readings: Iterable[Columns]) -> UserError:
 
 def _chosen_columns(names: Sequence[str], chosen: Mapping[str, str], *, has_response: bool) -> Reading:
     if unknown := [part for part in chosen if part not in PARTS]:
-        raise UserError(f"data.columns: {unknown[0]!r} is no part of a row; the parts are {', '.join(PARTS)}")
+        raise UserError(f"data.columns: {unknown[0]!r} is not a part of a row. The parts are {', '.join(PARTS)}")
     if missing := [name for name in chosen.values() if name not in names]:
         raise UserError(f"data.columns: the data has no column {missing[0]!r}; its columns are {', '.join(names)}")
     kinds = [kind for kind in get_args(Kind) if kind in chosen]

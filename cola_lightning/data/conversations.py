@@ -40,8 +40,8 @@ def conversation(row: Row, columns: Columns, loss: str = "all") -> Conversation:
     return Conversation(messages, _tools(row, columns), tuple(trained[-1:] if loss == "last" else trained))
 
 
-class Asked(NamedTuple):
-    """What is to be answered.
+class Question(NamedTuple):
+    """A prompt to be answered.
 
     Attributes:
         prompt: as the data has it: a text, or turns.
@@ -56,14 +56,14 @@ class Asked(NamedTuple):
     head: str = ""
 
 
-def asked(row: Row, kind: Kind, columns: Columns) -> Asked:
-    """What is to be answered in a row."""
+def question(row: Row, kind: Kind, columns: Columns) -> Question:
+    """The prompt of a row."""
     if kind == "text":
-        return Asked(row.text(columns["text"]), Conversation(()), None)
+        return Question(row.text(columns["text"]), Conversation(()), None)
     if kind == "prompt":
         field, (prompt, n_head) = columns.get("response", ""), _prompt(row, columns)
         target = None if row.get(field) is None else _text(row, field).strip()
-        return Asked(prompt, Conversation(_prompt_turns(row, columns), _tools(row, columns)), target, prompt[:n_head])
+        return Question(prompt, Conversation(_prompt_turns(row, columns), _tools(row, columns)), target, prompt[:n_head])
     turns = _turns(row, columns)
     last = len(turns) - bool(turns and turns[-1][0]["role"] == "assistant")
     if "completion" in columns:
@@ -72,7 +72,7 @@ def asked(row: Row, kind: Kind, columns: Columns) -> Asked:
     if not last:
         raise UnusableRow("no turn to answer")
     target = text_of(messages[last]["content"]).strip() if last < len(messages) else None
-    return Asked(messages[:last], Conversation(messages[:last], _tools(row, columns)), target)
+    return Question(messages[:last], Conversation(messages[:last], _tools(row, columns)), target)
 
 
 def _turns(row: Row, columns: Columns) -> list[Turn]:

@@ -199,11 +199,11 @@ def collate_options(
     batch: dict[str, Any] = {"loss": loss} | ({"metric": metric} if metric else {})
     batch |= {"prompt": [row.example.prompt for row in rows], "options": [list(row.example.options) for row in rows]}
     if rows[0].example.is_generated:
-        asked = [row for row in rows if row.prompt_ids]  # the first ones
-        batch["references"] = [list(row.example.references) for row in asked]
-        if asked:
-            batch["prompt_ids"] = pad_left([row.prompt_ids for row in asked], pad)
-            batch["prompt_mask"] = pad_left([[1] * len(row.prompt_ids) for row in asked], 0)
+        generated = [row for row in rows if row.prompt_ids]  # the first ones
+        batch["references"] = [list(row.example.references) for row in generated]
+        if generated:
+            batch["prompt_ids"] = pad_left([row.prompt_ids for row in generated], pad)
+            batch["prompt_mask"] = pad_left([[1] * len(row.prompt_ids) for row in generated], 0)
     if not all(row.prefixes for row in rows):  # the answers are unknown and will be generated
         return batch
     prefixes = [prefix for row in rows for prefix in row.prefixes]
@@ -257,10 +257,10 @@ class OptionBatches(TokenizedDataModule):
         if not getattr(trainer.lightning_module, "generate_in_validation", False):
             return super().val_dataloader()
         n_processes, _ = self._processes  # which take turns: each generates equally many, in its first batches
-        n_asked = max(1, min(n_rows, len(self.val)) // n_processes) * n_processes
-        asked = set(random.Random(self.split_seed).sample(range(len(self.val)), min(n_asked, len(self.val))))
-        rows = [row if place in asked else replace(row, prompt_ids=[]) for place, row in enumerate(self.val)]
-        order = sorted(self._evaluation_order(rows, "limit_val_batches"), key=lambda place: place not in asked)
+        n_generated = max(1, min(n_rows, len(self.val)) // n_processes) * n_processes
+        generated = set(random.Random(self.split_seed).sample(range(len(self.val)), min(n_generated, len(self.val))))
+        rows = [row if place in generated else replace(row, prompt_ids=[]) for place, row in enumerate(self.val)]
+        order = sorted(self._evaluation_order(rows, "limit_val_batches"), key=lambda place: place not in generated)
         repeated = order[: -len(rows) % n_processes]  # as a sampler would, but without their answers
         order += range(len(rows), len(rows) + len(repeated))
         rows += [replace(rows[place], prompt_ids=[]) for place in repeated]

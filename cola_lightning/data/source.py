@@ -203,13 +203,13 @@ class SourceDataModule(TokenizedDataModule):
         if isinstance(self.source, str):
             listed = [Source(self.source, self.subset, self.revision)]
         elif self.subset or self.revision or not self.source:
-            raise UserError("data.source: a list has at least one entry, and each entry has its own subset and revision")
+            raise UserError("data.source: a list needs at least one entry. Set subset and revision in its entries")
         else:
             listed = [Source(one) if isinstance(one, str) else one for one in self.source]
         for one in listed:
             named = [f"data.{name}" for name in ("subset", "revision") if getattr(one, name) is not None]
             if named and not is_on_hub(one.source):
-                raise UserError(f"{named[0]} is for a data set of the hub, and {one.source!r} is on this machine")
+                raise UserError(f"{named[0]} works with data sets of the hub only, but {one.source!r} is a local path")
             if not 0 < one.share <= 1:
                 raise UserError(f"data.source: share must be above 0 and at most 1, got {one.share}")
         return listed
@@ -280,8 +280,8 @@ class SourceDataModule(TokenizedDataModule):
                 setattr(self, part, [])
                 continue
             if not parts.get(part):
-                how = "Set it in the fit, or use `cola validate`" if part == "test" else "Set it above 0 in the fit"
-                raise UserError(f"data.{part}_size: {self.source!r} has no {PURPOSES[part]} rows. {how}.")
+                advice = "Set it in the fit, or use `cola validate`" if part == "test" else "Set it above 0 in the fit"
+                raise UserError(f"data.{part}_size: {self.source!r} has no {PURPOSES[part]} rows. {advice}.")
             found = [self.encode(rows, "predict" if stage == "predict" else part) for rows in parts[part]]
             encoded = joined([rows for rows, _ in found])
             for _, report in found:  # of each source
@@ -306,15 +306,15 @@ class SourceDataModule(TokenizedDataModule):
         found: dict[str, list[Any]] = {}
         for source, splits in zip(self.sources, self._splits, strict=True):
             if stage == "predict":
-                parts = {"test": self._asked(source, splits)}
+                parts = {"test": self._rows_to_predict(source, splits)}
             else:
                 parts = self._parts(splits, PARTS.get(stage, ["test"]))
             for part, rows in parts.items():
                 found.setdefault(part, []).append(rows)
         return found
 
-    def _asked(self, source: Source, splits: Splits[Any]) -> Rows:
-        """The rows that predict takes."""
+    def _rows_to_predict(self, source: Source, splits: Splits[Any]) -> Rows:
+        """The rows that predict uses."""
         rows = None
         if not is_file(source.source):
             rows = self._parts(splits, ["test"], may_lack_targets=True).get("test")

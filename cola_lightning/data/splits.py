@@ -94,7 +94,7 @@ def choose_split(splits: Splits[S], given: str | None, names: Sequence[str], opt
     """The split that an option names or, where it is null, the first of some names that there is; None if there is none.
 
     Raises:
-        UserError: for a split that there is not; it lists those that there are.
+        UserError: for a split that does not exist; it lists those that do.
     """
     if given is not None and given not in splits:
         raise UserError(f"data.{option}: there is no split {given!r}; the splits are {', '.join(splits)}")
@@ -156,16 +156,16 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
     others = [file for file in files if _ending(file.name) != ending]
     if ending is None or others:
         found = " and ".join(repr(str(file)) for file in [files[0], *others[:1]])
-        raise UserError(f"data.source: files of rows must all have one of the endings {', '.join(READERS)}, got {found}")
+        raise UserError(f"data.source: all files must have the same ending, one of {', '.join(READERS)}, got {found}")
     n_bytes = sum(file.stat().st_size for file in files)
     try:
         with warnings.catch_warnings(), progress_bar_if(n_bytes > WORTH_A_BAR_BYTES):
             warnings.simplefilter("error", ParserWarning)  # of cells without a column, which pandas drops
-            how = {"sample_by": "document" if text_unit == "file" else text_unit} if ending == ".txt" else {}
+            options = {"sample_by": "document" if text_unit == "file" else text_unit} if ending == ".txt" else {}
             if READERS[ending] == "csv":
-                how = _csv_options(files[0], "\t" if ending == ".tsv" else ",")
+                options = _csv_options(files[0], "\t" if ending == ".tsv" else ",")
             read = getattr(datasets.Dataset, f"from_{READERS[ending]}")  # load_dataset would tell the hub that it is used
-            rows = read([str(file) for file in files], **how)
+            rows = read([str(file) for file in files], **options)
             if ending == ".txt":
                 rows = rows.map(_texts, batched=True)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
@@ -207,7 +207,7 @@ def hub_data(source: str, subset: str | None, revision: str | None, *, streaming
     import datasets
 
     if _ending(source) is not None or not hub.is_repo_id(source):
-        raise UserError(f"data.source: {source!r} is no file, no folder and no data set of the hub (owner/name)")
+        raise UserError(f"data.source: {source!r} is not a file, a folder or the name of a data set on the hub (owner/name)")
     try:
         with hub.needed_for(f"data.source: {source!r}"):
             return datasets.load_dataset(source, subset, revision=revision, streaming=streaming)
@@ -251,7 +251,7 @@ def draw(n_rows: int, sizes: Sequence[int], seed: int, what: str, groups: Sequen
         UserError: if there are fewer rows than the parts need.
     """
     if sum(sizes) > n_rows:
-        raise UserError(f"{what}: {sum(sizes)} rows are needed, and there are {n_rows}")
+        raise UserError(f"{what}: {sum(sizes)} rows are needed, but there are only {n_rows}")
     order: Any = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed)).numpy()
     if groups is not None:
         counts, seen = Counter(groups), Counter[object]()

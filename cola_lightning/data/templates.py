@@ -35,7 +35,7 @@ class Template(Formatter):
         try:
             list(self.parse(text))
         except ValueError as error:
-            raise UserError(f"{option}: fields are in braces, and {{{{ is a brace; {text!r} cannot be read: {error}") from error
+            raise UserError(f"{option}: cannot read {text!r}: {error}. Fields are in braces; write a brace as {{{{") from error
         self.text = text
 
     def fill(self, row: Row) -> str:

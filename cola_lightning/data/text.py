@@ -10,7 +10,7 @@ from typing_extensions import override
 from cola_lightning.chat_template import ChatTemplate, find_chat_template, unknown_tokens
 from cola_lightning.data.chat import encode_conversations, fit_prompt
 from cola_lightning.data.columns import Columns, Kind, find_columns
-from cola_lightning.data.conversations import asked, conversation, pair
+from cola_lightning.data.conversations import conversation, pair, question
 from cola_lightning.data.encoding import (
     LanguageRow,
     PromptRow,
@@ -121,8 +121,8 @@ class TextDataModule(SourceDataModule):
         if kind == "messages" and self.chat_template is False:
             raise UserError("data.chat_template: conversations need a chat template. Set it to null or true.")
         if kind != "text":
-            how = "formatted by the tokenizer's" if self.applies_chat_template else "directly followed by responses, without a"
-            self._log(f"prompts are {how} chat template (data.chat_template)")
+            form = "formatted by the tokenizer's" if self.applies_chat_template else "directly followed by responses, without a"
+            self._log(f"prompts are {form} chat template (data.chat_template)")
         return kind, columns
 
     @property
@@ -206,7 +206,7 @@ class TextDataModule(SourceDataModule):
         room = min(self._max_length, int(self.tokenizer.model_max_length) - self._fitting_decoding().max_new_tokens)
 
         def prompt_row(row: Row) -> PromptRow:
-            prompt, turns, target, head = asked(row, kind, columns)
+            prompt, turns, target, head = question(row, kind, columns)
             text = fit_prompt(template, turns, room) if is_chat else prompt
             if not (ids := encode_prompt(self.tokenizer, text, room, head * (not is_chat), is_whole=is_chat)):
                 raise UnusableRow("the prompt has no tokens")

@@ -113,7 +113,7 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
         loading = f"import transformers\nfrom peft import PeftModel\n\n{loading}"
         card.write(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
         if reference is None:
-            return [*lines, "not compared" + (", for no input is known" if options.verify else "")]
+            return [*lines, "not compared" + (", because no input is known" if options.verify else "")]
         with loading_again():
             loaded = PeftModel.from_pretrained(base.model, str(partial))
         return [*lines, reference.compare(loaded, "loaded again with peft", is_same=rank == total)]
@@ -168,16 +168,16 @@ def _named_base(module: Any, adapted: AdaptedModel, folder: Path | None, dtype: 
         value.copy_(known.get(name, value) if found is None else found)
     if different := [name for name in different if not is_within(name, [*saved, *in_4_bits])]:
         raise UserError(
-            f"format: peft cannot be used, because the base of {type(module).__name__} is not {pretrained.name!r}, which the "
-            f"adapter would name: {different[0]!r} differs. Use merged"
+            f"format: peft cannot be used. The adapter would name {pretrained.name!r} as its base, but {different[0]!r} "
+            f"of this {type(module).__name__}'s base differs from it. Use merged"
         )
     given = {"dtype": str(dtype).removeprefix("torch.") if dtype.itemsize < 4 else pretrained.dtype} | fields
     given |= {"revision": pretrained.revision} if pretrained.revision else {}
     given |= {"id2label": dict(enumerate(module.labels_of_base))} if module.labels_of_base else {}
     arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
     if in_4_bits:  # de-quantised to compare
-        how = f"load_in_4bit=True, bnb_4bit_quant_type={module.quantization!r}"
-        arguments += f", quantization_config=transformers.BitsAndBytesConfig({how})"
+        quantization = f"load_in_4bit=True, bnb_4bit_quant_type={module.quantization!r}"
+        arguments += f", quantization_config=transformers.BitsAndBytesConfig({quantization})"
     name = os.path.expanduser(pretrained.model_name)
     code = f"transformers.{module.auto_class}.from_pretrained({name!r}, {arguments})"
     return AdapterBase(named, name, saved, code, pretrained.revision, TASKS.get(module.auto_class))

@@ -79,7 +79,7 @@ def export_module(
     with quiet():
         lines = export(module, adapted, chain, options, card)
     if outside := [name for name, value in module.adapted.trained.outside().items() if value.requires_grad]:
-        lines.append(f"not in it, for it was trained outside of self.model: {', '.join(outside)}")
+        lines.append(f"not exported, because it was trained outside of self.model: {', '.join(outside)}")
     return lines
 
 
@@ -91,7 +91,7 @@ def _export_chain(chain: Chain, options: ExportOptions) -> list[str]:
         with loading_again():
             again = Chain.load(partial)
         if len(again) != len(chain) or not again.is_beginning_of(chain):
-            raise ExportError("the chain has other factors after loading it again, so the export was deleted")
+            raise ExportError("the exported chain has other factors when it is loaded again, so the export was deleted")
         return [f"{len(chain)} links; loaded again, their factors are the same to the bit"]
 
 
@@ -144,7 +144,7 @@ def _load_again(written: Any, folder: Path, reference: ReferenceLogits | None) -
             again.load_state_dict(load_file(folder / STATE_DICT_NAME))
     after = again.state_dict()
     if different := [name for name, digest in before.items() if digest_of(after[name]) != digest]:
-        raise ExportError(f"{different[0]!r} has another value after loading it again")
+        raise ExportError(f"the exported {different[0]!r} has another value when it is loaded again, so the export was deleted")
     if reference is None:
-        return "loaded again, the weights are the same to the bit; no logits were compared, for no input is known"
+        return "loaded again, the weights are the same to the bit; no logits were compared, because no input is known"
     return reference.compare(again, "loaded again")

@@ -99,7 +99,7 @@ class ReferenceLogits:
 
         Args:
             model: the loaded model.
-            how: how it was loaded, as the beginning of the line.
+            loaded: how the model was loaded, as the beginning of the line.
             is_same: whether the logits are to be the same, and not those of an approximation.
 
         Raises:
@@ -109,10 +109,10 @@ class ReferenceLogits:
         # Infinite logits are those of masked classes.
         difference = float((logits - self.logits).abs().masked_fill(logits == self.logits, 0).max())
         largest = float(self.logits.masked_fill(self.logits.isinf(), 0).abs().max())
-        line = f"{how}, its logits differ from the module's by at most {difference:.2g}, where the largest is {largest:.3g}"
+        line = f"{loaded}, its logits differ from the module's by at most {difference:.2g}, where the largest is {largest:.3g}"
         is_half = any(value.is_floating_point() and value.dtype.itemsize < 4 for value in model.parameters())
         if not (difference <= TOLERANCE * largest if is_same and not is_half else math.isfinite(difference)):
-            raise ExportError(f"{line}. It was deleted")
+            raise ExportError(f"{line}. The export was deleted")
         return line
 
 
@@ -153,7 +153,7 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
         return ReferenceLogits(inputs, logits_of(model, inputs))
     except Exception as error:  # an encoder-decoder, a model of texts and images, a configuration that is not transformers'
         what = f"{type(model).__name__} does not take tokens alone ({one_line(repr(error))})"
-        log.warning("no logits are compared: %s; example_input_array gives other inputs", what)
+        log.warning("no logits are compared: %s. Set example_input_array of the module to compare those of other inputs", what)
         return None
 
 

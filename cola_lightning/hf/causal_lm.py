@@ -72,8 +72,8 @@ class COLACausalLM(LanguageModule):
         generate_in_validation: generate answers in a fit's validations, too, of as many rows as ``data.generate_rows`` says, so
             that ``val_f1`` or ``val_exact_match`` can choose a checkpoint.
         **pretrained: the arguments of ``LanguageModule`` (``revision``, ``dtype``, ``quantization``, ...) and of
-            :class:`~cola_lightning.COLAModule` (``target_modules``, ``rank``, ``alpha``, ``optimizer``, ...). The signature
-            above lists them all with their defaults; ``cola fit --model.help COLACausalLM`` says what each does.
+            :class:`~cola_lightning.COLAModule` (``target_modules``, ``rank``, ``alpha``, ``optimizer``, ...). ``help()``
+            lists them all with their defaults, and ``cola fit --model.help COLACausalLM`` says what each does.
 
     Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes" (arXiv 2305.17333), appendix; the loss and
         the scores are those of its code (princeton-nlp/MeZO, large_models).

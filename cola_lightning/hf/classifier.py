@@ -38,8 +38,7 @@ class COLASequenceClassifier(LanguageModule):
         metric: what is logged in addition to the loss: ``accuracy``, ``f1`` (of label 1 where there are two, else the mean
             over the labels) or ``matthews_corrcoef``.
         **pretrained: the arguments of ``LanguageModule`` and :class:`~cola_lightning.COLAModule`; ``modules_to_save_lr`` is the
-            head's learning rate. The signature above lists them all; ``cola fit --model.help COLASequenceClassifier`` says
-            what each does.
+            head's learning rate. ``cola fit --model.help COLASequenceClassifier`` says what each does.
 
     Raises:
         UserError: as for :class:`~cola_lightning.COLACausalLM`.

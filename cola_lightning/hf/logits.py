@@ -310,7 +310,7 @@ def check_decoder(model: Any) -> None:
     """
     tokens = torch.arange(3)[None] + model.config.get_text_config().vocab_size // 2
     mask = torch.ones_like(tokens)
-    with evaluating(model):  # at the model's own positions, but for the padded tokens
+    with evaluating(model):  # at the model's own positions, except for the padded tokens
         alone, changed = (
             model(input_ids=ids, attention_mask=mask).logits.float() for ids in (tokens, tokens - torch.tensor([0, 0, 2]))
         )

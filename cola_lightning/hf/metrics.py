@@ -33,8 +33,8 @@ class OfAnswers(SQuAD):
     """One of SQuAD's two metrics of answers, from 0 to 1.
 
     ``f1`` is the mean over rows of an answer's F1 in words, without case, punctuation and articles; ``exact_match`` the share
-    of answers that are right but for these and blanks. Where neither an answer nor a reference has a word left ("the" and "A"),
-    both are 1, as in SQuAD's evaluation since version 2; the protocol's code, like that of version 1, has an F1 of 0 there.
+    of answers that are right except for these and blanks. If neither an answer nor a reference has a word left ("the" and
+    "A"), both are 1, as in SQuAD's evaluation since version 2; the protocol's code, like version 1, has an F1 of 0 there.
     """
 
     def __init__(self, name: str) -> None:

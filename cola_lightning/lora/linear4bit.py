@@ -52,12 +52,12 @@ def _quantize_(linear: Any, dtype: torch.dtype) -> None:
     """Makes a linear layer a 4-bit one, in place."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    how: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}
+    options: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}
     with torch.device("meta"):
-        like = Linear4bit(1, 1, compute_dtype=dtype, **how)
+        like = Linear4bit(1, 1, compute_dtype=dtype, **options)
     vars(linear).update({name: value for name, value in vars(like).items() if not hasattr(linear, name)})
     linear.__class__ = Linear4bit
-    linear.weight = Params4bit(linear.weight.detach(), requires_grad=False, **how, module=linear)
+    linear.weight = Params4bit(linear.weight.detach(), requires_grad=False, **options, module=linear)
     linear.to("cpu")  # which quantises it
     keep_layout(linear)
 

@@ -199,7 +199,7 @@ class AdaptedModule(LightningModule, RecordsArguments):
         if self.model is not self.adapted.model and not self.is_wrapped_by_fsdp1:
             raise UserError(
                 f"model: a {type(self.model).__name__} was assigned to self.model, in place of what build_model() returned. A "
-                "wrapper belongs into build_model; model.compile: true compiles in place"
+                "wrapper belongs in build_model, and model.compile true compiles in place"
             )
         if not self._is_configured:  # a subclass' own configure_model may have frozen more
             self.adapted.trained.remember()

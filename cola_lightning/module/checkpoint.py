@@ -255,7 +255,7 @@ def readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _warn_once(what: str) -> None:
-    log.warning("%s, which a checkpoint cannot contain: it is omitted", what)
+    log.warning("%s. A checkpoint stores only plain values, so it is left out", what)
 
 
 # ---------------------------------------------------------------------- a module from a file
@@ -293,7 +293,7 @@ def load_module(
             log.warning("%s; it is loaded as %s", error, cls.__name__)
     for name in recorded["not_plain"]:
         if name not in given:
-            log.warning("checkpoint: it has no %r, which was not a plain value: pass it, or its default applies", name)
+            log.warning("checkpoint: %r is not stored, because it is not a plain value. Pass it, or its default is used", name)
     module = cls(**stored_arguments(cls, recorded) | given)
     if strict and not module.strict_loading:
         raise UserError(f"strict: cannot be True, because {cls.__name__}.strict_loading is False")

@@ -340,7 +340,7 @@ class COLAModule(AdaptedModule):
         names = super().load_state_dict(state_dict, strict=False, assign=assign)
         if strict and (names.missing_keys or names.unexpected_keys):
             raise StateDictError(
-                "checkpoint: it must contain what this module trains, and nothing else. Missing key(s) in "
+                "checkpoint: it does not contain exactly what this module trains. Missing key(s) in "
                 f"state_dict: {sorted(names.missing_keys)}. Unexpected key(s) in state_dict: {sorted(names.unexpected_keys)}"
             )
         return names

@@ -251,7 +251,7 @@ class LinkOptimization:
             before = group | {"lr": group.get("initial_lr", group["lr"])}
             if changed := {name: value for name, value in wanted.items() if before.get(name) != value}:
                 changes = ", ".join(f"{name} {before.get(name)} -> {value}" for name, value in changed.items())
-                log.info("model.optimizer: from here on %s", changes)
+                log.info("model.optimizer: continuing with %s", changes)
             group |= wanted
             if scheduler is not None:
                 rate = scheduler.base_lrs[k] = group["initial_lr"] = wanted["lr"]
@@ -282,7 +282,7 @@ def _used_entries(adapted: AdaptedModel) -> dict[int, tuple[Any, ...]]:
 
 @torch.no_grad()
 def copy_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[int, tuple[Any, ...]]) -> None:
-    """Copies optimizer state over a knot: of the factors' moments only some entries, of other parameters all of it.
+    """Copies optimizer state over a knot: some entries of the factors' moments, and the whole state of other parameters.
 
     Those are the entries with the largest first moments, and each moment retains the same: a first moment without its second
     would be divided by zero, as A's gradient is 0 while the new B is. Step counts are copied too, and all of a state
@@ -305,7 +305,7 @@ def copy_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[in
 
 
 def _kept(state: dict[str, Any], parameter: Tensor, share: float, used: tuple[Any, ...]) -> dict[str, Any]:
-    """A state whose moments are 0 but for the used entries with the largest first moments; what is no moment unchanged."""
+    """A state whose moments are 0 except for the used entries with the largest first moments; all else is unchanged."""
     is_used = torch.zeros_like(parameter, dtype=torch.bool)
     is_used[used] = True
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()}

@@ -86,12 +86,12 @@ class Run:
         self.seed = self.given_seed if stored is None else stored
         if self.seed is None:
             self.seed = layout.gather_objects(secrets.randbits(31))[0]  # from no generator of torch's
-            log.info("model.seed: %d was drawn, for none was given", self.seed)
+            log.info("No seed given (model.seed); using %d", self.seed)
 
     # ------------------------------------------------------------------ position and length
 
     def position(self, trainer: Trainer | None) -> FitPosition:
-        """The epoch and optimizer step that the fit has reached, also after it, where a Trainer may only evaluate.
+        """The epoch and optimizer step that the fit has reached, or had reached at its end.
 
         Args:
             trainer: the module's Trainer.
