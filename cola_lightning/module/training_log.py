@@ -21,6 +21,9 @@ from cola_lightning.module.state import of_data
 from cola_lightning.module.step_loss import Late
 
 
+OWN = {"knots_unknown", "default_rank", "default_alpha"}  # fields of a schedule that are no options of ChainOfLoRA
+
+
 class TrainingLog:
     """The log of one fit, which begins with its configuration.
 
