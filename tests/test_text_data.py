@@ -55,7 +55,7 @@ def test_two_readings_that_train_different_things_are_refused_with_the_option_fo
     ],
 )
 def test_where_nothing_fits_the_columns_are_listed(names, lists):
-    with pytest.raises(UserError, match=rf"data\.columns: found no .* among {', '.join(names)}; .*--data\.columns '{{"):
+    with pytest.raises(UserError, match=rf"data\.columns: .* among the columns {', '.join(names)}\. .*--data\.columns '{{"):
         find_columns(names, lists, None)
 
 

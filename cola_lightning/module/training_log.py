@@ -20,7 +20,6 @@ from cola_lightning.module.run import run_of
 from cola_lightning.module.state import of_data
 from cola_lightning.module.step_loss import Late
 
-
 OWN = {"knots_unknown", "default_rank", "default_alpha"}  # fields of a schedule that are no options of ChainOfLoRA
 
 
