@@ -7,6 +7,7 @@ import griffe
 
 ROLE = re.compile(r":(?:class|meth|func|mod):`~?(?:[\w.]+\.)?(\w+)`")  # of Sphinx
 EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)  # Google's style guide says `Examples:`, and griffe only that
+SOURCE = re.compile(r"^( *)(Source|Shape): (?=\S)", re.MULTILINE)  # griffe would cut it into a title and a text
 
 
 class Docstrings(griffe.Extension):
@@ -15,4 +16,5 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called for each object that is loaded."""
         if obj.docstring is not None:
-            obj.docstring.value = EXAMPLE.sub(r"\1Examples:", ROLE.sub(r"``\1``", obj.docstring.value))
+            text = EXAMPLE.sub(r"\1Examples:", ROLE.sub(r"``\1``", obj.docstring.value))
+            obj.docstring.value = SOURCE.sub(r"\1**\2:** ", text)

@@ -205,7 +205,7 @@ def test_a_module_begins_with_an_adapter_of_pefts_on_experts_and_goes_on_with_it
     assert difference(tiny.logits(module.merged_model(0)), tiny.logits(theirs)) > 1e-2
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match any targeted module")  # as above
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")  # as above
 def test_an_adapter_has_the_ranks_that_a_pattern_gives_experts(tmp_path):
     options = {"target_modules": ["q_proj", *PROJECTIONS], "rank": 4, "rank_pattern": {"experts.down_proj": 2}}
     module = COLACausalLM(tiny.folder(tmp_path / "base", "mixtral"), seed=0, **options)
