@@ -32,7 +32,8 @@ def configs(words: Sequence[str]) -> None:
         found.pop(name, None)
     if not options.names:
         for name, path in found.items():
-            print(textwrap.fill(f"{name}: {_first_sentence(path)}", WIDTH, subsequent_indent="    "))
+            text = f"{name}: {_first_sentence(path)}"
+            print(textwrap.fill(text, WIDTH, subsequent_indent="    ", break_on_hyphens=False))
         print("\n`cola configs NAME` copies a configuration to configs/, where the commands in its header expect it.")
         return
     requested = list(found) if options.names == ["all"] else [name.removesuffix(".yaml") for name in options.names]

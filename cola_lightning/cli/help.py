@@ -160,6 +160,7 @@ def add_checkpoint(parser: "ArgumentParser", kinds: str) -> None:
         parser: the command's.
         kinds: what it may be, for ``--help``.
     """
+    parser.usage = f"{parser.prog} PATH [OPTIONS]"
     parser.add_argument("path", nargs="?", type=Path | None, metavar="PATH", help=kinds)
     parser.add_argument("--checkpoint", type=Path | None, metavar="PATH", help="the same, as an option")
     parser.add_argument("--links", type=int | None, metavar="N", help=LINKS)
