@@ -129,7 +129,7 @@ def help_formatter() -> "type[DefaultHelpFormatter]":
     class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
         # Private, but what a formatter overrides: argparse's ArgumentDefaultsHelpFormatter and jsonargparse's do.
         def _get_help_string(self, action: argparse.Action) -> str:
-            text = re.sub(r"(?::\w+:)?`+~?([^`]+)`+", r"`\1`", action.help or "")  # docstrings' marks for code
+            text = re.sub(r"(?::\w+:)?`+(?:~[\w.]+\.)?([^`]+)`+", r"`\1`", action.help or "")  # docstrings' marks for code
             if action.required:
                 return f"{text} (required)"
             if "efault:" in text or isinstance(action.default, dict) or action.default in (None, False, [], argparse.SUPPRESS):
