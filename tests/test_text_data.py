@@ -180,7 +180,7 @@ def test_rows_without_a_response_are_predicted_and_not_learned(tmp_path):
     assert own.decode(predicted[2].prompt_ids).endswith("Yes.</s>\n[user]\nOld?</s>\n[assistant]\n")
     assert own.decode(predicted[4].prompt_ids) == "<s>It was"
     for row, message in [
-        (rows[0], r"data\.columns: found no .* among prompt"),
+        (rows[0], r"data\.columns: found no .* among the columns prompt"),
         (rows[1], "the field 'response' is null, not text: .*row 1"),
         (MESSAGES_WITHOUT_ANSWER, "no assistant turn to train: .*row 1"),
     ]:

@@ -112,7 +112,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def _plain(value: Any) -> Any:
-    """In plain types: numbers and lists of tensors and arrays, text of others, and None where JSON has no such number."""
+    """The value in plain types: lists of numbers for tensors and arrays, None for numbers that JSON lacks, else text."""
     text = json.dumps(value, default=lambda one: one.tolist() if hasattr(one, "tolist") else str(one))
     return json.loads(text, parse_constant=lambda name: None)
 

@@ -1,4 +1,4 @@
-"""Data modules; they import nothing of models or chains, and find what they need at the module that is trained."""
+"""Data modules; they import nothing of models or chains, and get what they need from the module that is trained."""
 
 from cola_lightning.data.classification import TextClassificationDataModule
 from cola_lightning.data.source import Source

@@ -172,7 +172,7 @@ def _without_beginning(template: ChatTemplate, conversation: Conversation, n_tok
 def _rows(
     template: ChatTemplate, conversations: Sequence[Conversation], notes: set[str]
 ) -> list[list[list[Turn]] | UnusableRow]:
-    """The turns of each conversation, those together that one row trains; or why the conversation cannot be used."""
+    """The turns of each conversation, in groups that one row each trains; or the reason why it cannot be used."""
     contexts = [[one.until(place + 1) for place in one.trained] for one in conversations]
     texts = each(lambda some: [_render(template, one, notes) for one in some], contexts)
 
@@ -197,7 +197,7 @@ def _render(template: ChatTemplate, conversation: Conversation, notes: set[str],
 
 
 def _tokens(template: ChatTemplate, texts: Sequence[tuple[str, str]]) -> list[Turn]:
-    """Turns of which the prompt and the whole text are given, in tokens."""
+    """Tokenizes turns, whose prompts and whole texts are given."""
     prompts, wholes = [prompt for prompt, _ in texts], [whole for _, whole in texts]
     turns = []
     for (prompt, whole), tokens in zip(
@@ -283,7 +283,7 @@ def _stopped(template: ChatTemplate, turns: list[Turn]) -> list[Turn]:
 
 
 def _in_rows(turns: Sequence[Turn]) -> list[list[Turn]]:
-    """A conversation's turns, together where a later turn's context holds an earlier one."""
+    """A conversation's turns in groups: a turn whose context contains an earlier turn is in the same group."""
     rows: list[list[Turn]] = []
     for turn in turns:
         row = next((row for row in rows if row[-1].is_inside(turn)), None)

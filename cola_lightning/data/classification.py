@@ -117,7 +117,7 @@ class TextClassificationDataModule(SourceDataModule):
         return self.map_rows(rows, features, *options, encode=lambda some, notes: together(self._tokens, each(read, some)))
 
     def _tokens(self, read: list[tuple[int, list[str]]]) -> list[list[dict[str, Any]] | UnusableRow]:
-        """Rows in tokens, of each of which the label and the texts are given."""
+        """Tokenizes rows, whose labels and texts are given."""
         if not read:
             return []
         tokenizer, inputs = self.tokenizer, [list(column) for column in zip(*(texts for _, texts in read), strict=True)]

@@ -31,7 +31,7 @@ SYSTEMS = ("system", "system_prompt")
 
 @dataclass(frozen=True)
 class Reading:
-    """What rows are taken for.
+    """How rows are read.
 
     Attributes:
         kind: a conversation, a prompt with its response, or a text.
@@ -60,7 +60,7 @@ def given(columns: Columns) -> str:
 def find_columns(
     names: Sequence[str], lists: Collection[str], chosen: Mapping[str, str] | None, *, has_response: bool = True
 ) -> Reading:
-    """What a data set's rows are, by its columns.
+    """Finds how a data set's rows are read, by the names of its columns.
 
     Args:
         names: the data set's columns.

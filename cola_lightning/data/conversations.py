@@ -1,4 +1,4 @@
-"""A row's fields as what is trained: conversations as people store them, and prompts with their responses."""
+"""What is trained of a row's fields: conversations as people store them, and prompts with their responses."""
 
 import json
 from collections.abc import Iterator
@@ -188,7 +188,7 @@ def pair(row: Row, columns: Columns) -> Pair:
 
 
 def _prompt(row: Row, columns: Columns) -> tuple[str, int]:
-    """The system prompt and what is asked, with an empty line between; and the length of the former, with that line."""
+    """The system prompt and the question, with an empty line between; and the length of the system prompt with that line."""
     system = _optional(row, columns, "system")
     before = f"{system}\n\n" if system else ""
     return before + _question(row, columns), len(before)

@@ -69,7 +69,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = False) ->
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool) -> tuple[list[list[int]], Any]:
-    """Tokens, and the ``tokenizers.Encoding`` of each text; None for the latter if the tokenizer is a slow one."""
+    """Tokens, and the ``tokenizers.Encoding`` of each text; None in its place if the tokenizer is a slow one."""
     if not texts:
         return [], []
     # Without a warning of texts that are too long: they are truncated later.
@@ -96,7 +96,7 @@ class Continued:
 def tokenize_continued(
     tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], *, is_whole: bool = False
 ) -> list[Continued]:
-    """Tokenizes texts that continue prompts; a prompt alone only where the text does not show where its tokens end.
+    """Tokenizes texts that continue prompts; a prompt separately only if its boundary is ambiguous.
 
     Args:
         tokenizer: a Hugging Face tokenizer.

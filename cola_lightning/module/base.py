@@ -63,8 +63,8 @@ class AdaptedModule(LightningModule, RecordsArguments):
         """Builds the base model.
 
         It is called under the default dtype float32, with the global generators of Python, numpy and torch seeded by
-        ``self.seed``; again where the base without its links is needed, as for an earlier link: it must build the same one, of
-        new parameters.
+        ``self.seed``. It may be called again, for example to go back to an earlier link, and must then build an identical
+        model, of new parameters.
 
         Returns:
             The base, with its pretrained weights; its target layers are then adapted in place.

@@ -1,4 +1,4 @@
-"""A module's part in the runs of a Trainer: it begins fits, seeds batches, checks steps, and has checkpoints resume exactly."""
+"""A module's callback: it begins fits, seeds batches, checks steps, and makes checkpoints resume exactly."""
 
 import logging
 import math

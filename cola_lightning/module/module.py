@@ -364,7 +364,7 @@ class COLAModule(AdaptedModule):
         links: int | None = None,
         **kwargs: Any,
     ) -> Self:
-        """As in Lightning, on the CPU; the class and its arguments are read from the checkpoint.
+        """Loads a module onto the CPU, as in Lightning; its class and arguments are read from the checkpoint.
 
         If the checkpoint contains its base, ``build_model`` need not make the base's weights first. For what another person's
         checkpoint can do, see docs/guarantees.md.

@@ -89,7 +89,7 @@ class Rewind:
             self._window = replace(self._window, buffers=buffers, callbacks=states)
 
     def write(self, checkpoint: dict[str, Any], trainer: Trainer, key: str, *, is_validating: bool) -> None:
-        """Has a checkpoint of a fit say where the run resumes.
+        """Writes into a fit's checkpoint where the run resumes.
 
         Args:
             checkpoint: the checkpoint that Lightning is about to write.
@@ -114,7 +114,7 @@ def _named_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def resume_rewound(checkpoint: Mapping[str, Any], key: str) -> None:
-    """Has Lightning resume a fit from where :meth:`Rewind.write` says."""
+    """Makes Lightning resume a fit from where :meth:`Rewind.write` says."""
     if (stored := checkpoint["callbacks"].get(key)) is not None:
         given, counters = checkpoint["loops"]["fit_loop"], stored["progress"]
         given.update({name: value for name, value in counters.items() if name != LOADERS})

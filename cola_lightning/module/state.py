@@ -23,7 +23,7 @@ from cola_lightning.trained import weight_of
 
 
 class StateDictError(UserError, RuntimeError):
-    """Names that do not fit: a mistake of the user's, and the RuntimeError that torch raises for it, with its message."""
+    """Mismatched state-dict keys: a user error, and also the RuntimeError that torch raises for it, with its message."""
 
 
 # ---------------------------------------------------------------------- the rest of the state

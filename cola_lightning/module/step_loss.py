@@ -105,7 +105,7 @@ class StepLoss:
 
 
 class Late:
-    """A value that is copied to the host in the background, to be read later: then there is hardly anything to wait for.
+    """A value that is copied to the host in the background, so that reading it later hardly waits.
 
     Args:
         value: a scalar.

@@ -1,4 +1,4 @@
-"""What a fit's loggers are told besides metrics: its configuration once, and each logged step's rate, gradient norm and speed.
+"""What a fit's loggers get besides metrics: its configuration once, and the rate, gradient norm and speed of each logged step.
 
 Not by ``self.log``: what is logged there is stored with the link, and a speed differs from run to run.
 """
