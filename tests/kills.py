@@ -132,9 +132,9 @@ def fit(folder, name, *arguments, **recorder):
     options = [f"--trainer.callbacks.{option}={value}" for option, value in {"path": f"{name}.jsonl", **recorder}.items()]
     command = ["-m", "cola_lightning", "fit", "--config", "../config.yaml", *arguments]
     command += ["--trainer.callbacks+=tests.kill_run.Recorder", *options]
-    how = {"cwd": folder, "log": folder / f"{name}.log", "start_new_session": True}
+    given = {"cwd": folder, "log": folder / f"{name}.log", "start_new_session": True}
     try:
-        return forked.run(*command, **how, timeout=SECONDS).returncode
+        return forked.run(*command, **given, timeout=SECONDS).returncode
     except subprocess.TimeoutExpired:
         return None
 

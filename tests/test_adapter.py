@@ -29,8 +29,8 @@ STEPPED = {"opt": ["q_proj", "v_proj"], "llama": ["q_proj", "v_proj", "down_proj
 def test_one_link_equals_pefts_lora_for_50_steps(name, device):
     torch.manual_seed(0)
     ours = AutoModelForCausalLM.from_config(tiny.config(name)).to(device)
-    how = {"target_modules": STEPPED[name], "fan_in_fan_out": name == "gpt2", "lora_dropout": 0.0}
-    theirs = get_peft_model(copy.deepcopy(ours), LoraConfig(r=4, lora_alpha=8, **how))
+    options = {"target_modules": STEPPED[name], "fan_in_fan_out": name == "gpt2", "lora_dropout": 0.0}
+    theirs = get_peft_model(copy.deepcopy(ours), LoraConfig(r=4, lora_alpha=8, **options))
     assert inject_lora(ours, LoRAConfig(STEPPED[name], rank=4, alpha=8))
     peft_modules = dict(theirs.base_model.model.named_modules())
     with torch.no_grad():
@@ -77,8 +77,8 @@ def lora(folder, architecture, config=LoraConfig, **fields):
 
 def module_from(folder, architecture, **arguments):
     """A module that begins with the adapter."""
-    how = {"target_modules": BASES[architecture], "rank": 2, "seed": 0, "init_chain": str(folder / "peft")}
-    return COLACausalLM(str(folder / "base"), **how | arguments)
+    options = {"target_modules": BASES[architecture], "rank": 2, "seed": 0, "init_chain": str(folder / "peft")}
+    return COLACausalLM(str(folder / "base"), **options | arguments)
 
 
 def edit(folder, **fields):
@@ -152,13 +152,13 @@ def test_a_plain_module_begins_with_an_adapter_too_and_leaves_with_it(tmp_path, 
 
 def test_an_exported_chain_goes_on_here_with_its_first_links_and_in_peft_as_one(tmp_path, caplog):
     name = tiny.folder(tmp_path / "base", "bert", "AutoModel")
-    how = {"target_modules": ["query"], "rank": 4, "num_labels": 3, "seed": 0}
-    module = tiny.three_links(COLASequenceClassifier(name, **how))
+    options = {"target_modules": ["query"], "rank": 4, "num_labels": 3, "seed": 0}
+    module = tiny.three_links(COLASequenceClassifier(name, **options))
     module.export(tmp_path / "peft", "peft")
-    begun = COLASequenceClassifier(name, init_chain=str(tmp_path / "peft"), **how)
+    begun = COLASequenceClassifier(name, init_chain=str(tmp_path / "peft"), **options)
     assert difference(tiny.logits(begun.model), tiny.logits(module.model)) <= 1e-5
     assert "trained modules alone" not in caplog.text
-    begun = COLASequenceClassifier(name, init_chain=str(tmp_path / "peft"), init_links=1, **how)
+    begun = COLASequenceClassifier(name, init_chain=str(tmp_path / "peft"), init_links=1, **options)
     expected = module.merged_model(1)
     expected.load_state_dict({name: begun.model.state_dict()[name] for name in begun.adapted.trained.copies()}, strict=False)
     assert difference(tiny.logits(begun.model), tiny.logits(expected)) <= 1e-5

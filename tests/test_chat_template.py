@@ -25,9 +25,9 @@ CHATML_TALK = (
 )
 
 
-def encoded(folder, own, **how):
+def encoded(folder, own, **options):
     """The row of the conversation, and what is trained of it."""
-    data = TextDataModule(tiny.write_rows(folder, [{"messages": TALK}]), **how)
+    data = TextDataModule(tiny.write_rows(folder, [{"messages": TALK}]), **options)
     own.model_max_length = 1024
     tiny.set_up(data, own, "fit")
     (row,) = data.train

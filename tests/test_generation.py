@@ -52,9 +52,9 @@ def responses_to(module, decoding, ends=(), prompts=PROMPTS):
 
 
 @torch.no_grad()
-def plain(module, prompt, n_tokens=50, ends=(), *, is_line=False, **how):
+def plain(module, prompt, n_tokens=50, ends=(), *, is_line=False, **options):
     """Greedy, without a cache and without padding: the text, and how many tokens were generated."""
-    ids = module.tokenizer(prompt, **how)["input_ids"]
+    ids = module.tokenizer(prompt, **options)["input_ids"]
     n_prompt = len(ids)
     while len(ids) < n_prompt + n_tokens:
         ids.append(int(module.model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -140,9 +140,9 @@ def test_an_end_of_turn_that_is_no_special_token_is_no_part_of_the_response(llam
 def test_samples_follow_from_the_seed_the_temperature_and_top_p(llama):
     greedy = llama.generate(responses_to(llama, Decoding(8)))
 
-    def sampled(seed, **how):
+    def sampled(seed, **options):
         torch.manual_seed(seed)
-        return llama.generate(responses_to(llama, Decoding(8, do_sample=True, **how)))
+        return llama.generate(responses_to(llama, Decoding(8, do_sample=True, **options)))
 
     assert sampled(1) == sampled(1) != sampled(2)
     assert sampled(1) != greedy
@@ -229,10 +229,10 @@ def test_predict_writes_responses_that_follow_from_the_seed(tmp_path, chat):
     tiny.write_rows(tmp_path, rows, ["validation"])
     name = tiny.folder(tmp_path / "model", "llama", max_position_embeddings=128)
 
-    def predicted(seed=0, **how):
+    def predicted(seed=0, **options):
         module = COLACausalLM(name, target_modules=["q_proj"], rank=2, seed=seed)
         module.tokenizer.chat_template = chat
-        data = TextDataModule(str(tmp_path), batch_size=2, max_new_tokens=6, **how)
+        data = TextDataModule(str(tmp_path), batch_size=2, max_new_tokens=6, **options)
         trainer(tmp_path, PredictionWriter()).predict(module, datamodule=data, return_predictions=False)
         return module, tiny.read_rows(tmp_path / "predictions.jsonl")
 

@@ -66,9 +66,9 @@ def source(tmp_path_factory):
 def make(request, source):
     """Makes a data module that has been set up."""
 
-    def make(*stages, seed=3, **how):
+    def make(*stages, seed=3, **options):
         sizes = SIZES if request.param in PAPERS else {"train_size": 23}
-        data = MODULES[request.param](source, **{"batch_size": 4, "max_length": 130} | sizes | how)
+        data = MODULES[request.param](source, **{"batch_size": 4, "max_length": 130} | sizes | options)
         tokenizer = tiny.chat_tokenizer(tiny.CHAT)
         return tiny.set_up(data, tokenizer, *stages, seed=seed, num_labels=2)
 
@@ -105,8 +105,8 @@ def test_each_row_is_in_one_batch_with_its_tokens_and_labels(make):
 
 
 def test_the_order_of_training_follows_from_the_seeds_and_the_epoch_and_goes_on_inside_one(make):
-    def order(epoch=0, done=0, world_size=1, rank=0, **how):
-        data = make("fit", **how)
+    def order(epoch=0, done=0, world_size=1, rank=0, **options):
+        data = make("fit", **options)
         data.trainer.world_size, data.trainer.global_rank = world_size, rank
         loader = data.train_dataloader()
         loader.sampler.set_epoch(epoch)
@@ -150,8 +150,8 @@ def test_predictions_are_in_the_order_of_the_data_also_of_rows_that_are_drawn(ma
 def test_batches_of_like_length_have_less_padding_and_come_by_chance():
     lengths = torch.randint(1, 300, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def batches(**how):
-        order = list(EpochSampler(lengths, 3, **how))
+    def batches(**options):
+        order = list(EpochSampler(lengths, 3, **options))
         assert sorted(order) == list(range(1003))
         return [[lengths[row] for row in order[start : start + 8]] for start in range(0, 1003, 8)]
 

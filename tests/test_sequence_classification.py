@@ -62,15 +62,15 @@ def test_the_head_has_a_learning_rate_of_its_own_in_every_link_and_in_full_fine_
 
 
 def test_it_learns_and_its_checkpoint_gives_the_same_head_and_predictions(tmp_path):
-    data, how = data_of(tmp_path / "rows.jsonl"), {"architecture": "llama", "target_modules": "all-linear"}
-    module = classifier(tmp_path, optimizer=lambda p: torch.optim.AdamW(p, lr=5e-3), metric="f1", **how)
+    data, options = data_of(tmp_path / "rows.jsonl"), {"architecture": "llama", "target_modules": "all-linear"}
+    module = classifier(tmp_path, optimizer=lambda p: torch.optim.AdamW(p, lr=5e-3), metric="f1", **options)
     run = trainer(tmp_path, chain={"every_n_epochs": 4}, max_epochs=8)
     run.fit(module, datamodule=data)
     assert run.callback_metrics["val_f1"] > 0.9
     run.save_checkpoint(tmp_path / "end.ckpt")
     (before,) = run.test(module, datamodule=data, verbose=False)
     predicted = run.predict(module, datamodule=data)
-    loaded = classifier(tmp_path, **how)
+    loaded = classifier(tmp_path, **options)
     again = trainer(tmp_path).predict(loaded, datamodule=data, ckpt_path=tmp_path / "end.ckpt")
     assert [batch["prediction"].tolist() for batch in again] == [batch["prediction"].tolist() for batch in predicted]
     assert_bit_equal(weights(loaded.model), weights(module.model))
@@ -94,8 +94,8 @@ def test_a_row_means_the_same_alone_and_padded_in_a_batch(tmp_path, architecture
 def test_what_is_newly_initialised_is_trained_whole_and_what_is_pretrained_is_not(tmp_path):
     """The files of a BERT that was saved as a masked language model hold no pooler."""
 
-    def trained_whole(auto_class, **how):
-        module = classifier(tmp_path, "bert", auto_class, **how)
+    def trained_whole(auto_class, **options):
+        module = classifier(tmp_path, "bert", auto_class, **options)
         module.configure_model()
         named = module.model.named_parameters()
         return sorted({name.rpartition(".")[0] for name, p in named if p.requires_grad and ".lora_" not in name})

@@ -78,8 +78,8 @@ def test_in_half_precision_a_link_is_rounded_once_however_small_it_is(dtype, siz
 def test_four_links_are_those_of_a_run_that_merges(tmp_path, precision, tolerance):
     dtype = torch.float64 if precision == "64-true" else torch.float32
     chain, data = {"every_n_epochs": 1, "ranks": [4, 2, 6, 3]}, [batches(dtype=dtype), batches(2, dtype=dtype)]
-    how = {"chain": chain, "data": data, "precision": precision, "accumulate_grad_batches": 3}
-    merged, stacked = (fit(tmp_path, make(finished_links=mode, rank=6), **how) for mode in MODES)
+    options = {"chain": chain, "data": data, "precision": precision, "accumulate_grad_batches": 3}
+    merged, stacked = (fit(tmp_path, make(finished_links=mode, rank=6), **options) for mode in MODES)
     assert_close_chains(stacked.chain, merged.chain, tolerance)
     for mine, theirs in zip(stacked.merged_model().parameters(), merged.merged_model().parameters(), strict=True):
         assert mine.dtype == dtype
@@ -181,7 +181,7 @@ def test_a_base_that_is_kept_is_as_it_was_before_it_was_cast_and_taken_from_the_
     assert torch.equal(other.merged_model()(x), module.merged_model()(x))
 
 
-@pytest.mark.parametrize("how", [{"modules_to_save": ["2"], "target_modules": ["0"]}, {"target_modules": None}])
-def test_fully_trained_parameters_in_half_precision_are_told_of(tmp_path, caplog, how):
-    trainer(tmp_path, max_epochs=1, precision="bf16-true").fit(toy(**how), batches())
+@pytest.mark.parametrize("options", [{"modules_to_save": ["2"], "target_modules": ["0"]}, {"target_modules": None}])
+def test_fully_trained_parameters_in_half_precision_are_told_of(tmp_path, caplog, options):
+    trainer(tmp_path, max_epochs=1, precision="bf16-true").fit(toy(**options), batches())
     assert caplog.text.count("fully trained parameters are in half precision") == 1

@@ -67,8 +67,8 @@ class Losses(Callback):
 
 
 def fit(path, batches, window=1, *, ckpt_path=None, arguments=None, **options):
-    how = {"target_modules": "all-linear", "rank": 4, "seed": 0} | (arguments or {})
-    module, noted = Noted(tiny.folder(path / "model"), **how), Losses(path)
+    given = {"target_modules": "all-linear", "rank": 4, "seed": 0} | (arguments or {})
+    module, noted = Noted(tiny.folder(path / "model"), **given), Losses(path)
     options = {"max_epochs": 1, "accumulate_grad_batches": window, "limit_val_batches": 0} | options
     loaders = (DataLoader(batches, batch_size=None), [1]) if isinstance(batches, list) else (batches,)
     trainer(path, noted, **options).fit(module, *loaders, ckpt_path=ckpt_path, weights_only=True)
@@ -103,10 +103,10 @@ def test_rows_of_options_weigh_alike(tmp_path):
 def test_a_run_resumed_inside_a_window_is_the_run_itself(tmp_path):
     """With knots, clipping and dropout."""
     batches = Shuffled(batches_of(rows_of([LENGTHS[k % 8] + k % 3 for k in range(48)]), 2, 1, 3))
-    how = {"chain": {"every_n_train_steps": 2}, "gradient_clip_val": 0.5, "arguments": {"dropout": 0.2}}
-    whole, losses = fit(tmp_path, batches, 4, **how)
+    options = {"chain": {"every_n_train_steps": 2}, "gradient_clip_val": 0.5, "arguments": {"dropout": 0.2}}
+    whole, losses = fit(tmp_path, batches, 4, **options)
     assert whole.link == 2
-    resumed, rest = fit(tmp_path, batches, 4, ckpt_path=tmp_path / "inside.ckpt", **how)
+    resumed, rest = fit(tmp_path, batches, 4, ckpt_path=tmp_path / "inside.ckpt", **options)
     assert_bit_equal(weights(resumed), weights(whole))
     assert rest[-1] == losses[-1]
 

@@ -23,16 +23,16 @@ PIECES += ["<s>", "</s>", "<sep>"]
 TEXTS = st.lists(st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs"]), max_size=8).map("".join)
 
 
-def byte_level(**how):
-    return pre_tokenizers.ByteLevel(**{"add_prefix_space": False} | how)
+def byte_level(**options):
+    return pre_tokenizers.ByteLevel(**{"add_prefix_space": False} | options)
 
 
 def split(pattern):
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level(use_regex=False)])
 
 
-def bpe(pre_tokenizer, normalizer=None, post=None, added=(), **how):
-    own = Tokenizer(models.BPE(**how))
+def bpe(pre_tokenizer, normalizer=None, post=None, added=(), **options):
+    own = Tokenizer(models.BPE(**options))
     own.pre_tokenizer, own.normalizer = pre_tokenizer, normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet)
@@ -95,9 +95,9 @@ def tokenizer(request):
     return PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS[request.param](), **names)
 
 
-def continued(own, prompt, text, **how):
+def continued(own, prompt, text, **options):
     """What a prompt and a text share, from the tokens of both."""
-    (before,), (ids,) = (tokenize(own, [some], **how) for some in (prompt, text))
+    (before,), (ids,) = (tokenize(own, [some], **options) for some in (prompt, text))
     return Continued(ids, n_common(before, ids), before == ids[: len(before)])
 
 
