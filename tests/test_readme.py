@@ -164,6 +164,7 @@ def test_the_tutorial_works_line_by_line(tmp_path, capsys):
         assert main([instead.get(word, word) for word in words]) == 0, words
     out = capsys.readouterr().out
     assert "tickets.csv: 96 rows for training, 12 for validation, 12 for test" in out
+    assert "prediction: 120 rows" in out
     assert Path("merged/tokenizer.json").exists()
 
 

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 DRAWN_SHARE, MOST_DRAWN = 0.1, 1_000  # of the training rows, for validation where it has no split
 ENCODING = 2  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
-PURPOSES = {"train": "training", "val": "validation", "test": "test"}
+PURPOSES = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
 PARTS = {"fit": ["train", "val"], "validate": ["val"]}  # that a stage needs; other stages: test
 
 
@@ -282,17 +282,18 @@ class SourceDataModule(TokenizedDataModule):
             if not parts.get(part):
                 advice = "Set it in the fit, or use `cola validate`" if part == "test" else "Set it above 0 in the fit"
                 raise UserError(f"data.{part}_size: {self.source!r} has no {PURPOSES[part]} rows. {advice}.")
-            found = [self.encode(rows, "predict" if stage == "predict" else part) for rows in parts[part]]
+            purpose = "predict" if stage == "predict" else part
+            found = [self.encode(rows, purpose) for rows in parts[part]]
             encoded = joined([rows for rows, _ in found])
             for _, report in found:  # of each source
                 total += report
                 for note in sorted(report.notes):
                     self._log(note)
                 if report.n_rows:  # of a stream, none is read yet
-                    self._log(f"{PURPOSES[part]}: {report}")
+                    self._log(f"{PURPOSES[purpose]}: {report}")
             if isinstance(encoded, Sized) and not len(encoded):
                 reasons = f": {total.reasons()}" if total.skipped else ""
-                raise UserError(f"data.source: no row of {self.source!r} can be used for {PURPOSES[part]}{reasons}")
+                raise UserError(f"data.source: no row of {self.source!r} can be used for {PURPOSES[purpose]}{reasons}")
             setattr(self, part, encoded)
         # Of all parts together: one of few rows may have more by chance.
         skips_none = stage == "predict" and self.predicts_all
