@@ -161,7 +161,7 @@ class ChainOfLoRA(Callback):
             raise UserError(
                 f"chain.monitor: {name} is not logged in validation. Logged are {', '.join(sorted(logged)) or 'no metrics'}"
             )
-        # The mean over the processes, so that all of them tie a knot, or none; of a copy, for it is reduced in place.
+        # The mean over the processes, so that all of them tie a knot or none does; of a copy, because reduce changes it.
         value = logged[name].detach().to(trainer.strategy.root_device, copy=True)
         # By step: a validation that a resumed run repeats counts once. Inside an accumulation window the value is known
         # only from the next step on, also in a run that resumes at the window's beginning.

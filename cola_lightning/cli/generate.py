@@ -38,8 +38,8 @@ def generate(words: Sequence[str]) -> None:
     from cola_lightning.hf import COLACausalLM
 
     if not isinstance(module, COLACausalLM):
-        what = f"a {type(module).__name__}, which does not generate text: only a COLACausalLM does"
-        raise UserError(f"checkpoint: {str(options.checkpoint)!r} is of {what}")
+        found = f"{str(options.checkpoint)!r} contains a {type(module).__name__}"
+        raise UserError(f"checkpoint: {found}, but only a COLACausalLM generates text")
     module.to(torch.accelerator.current_accelerator() or "cpu").eval()
     is_chat = options.chat or bool(prompt_format.get("chat_template"))
     if is_chat and not module.tokenizer.chat_template:

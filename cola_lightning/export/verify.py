@@ -94,7 +94,7 @@ class ReferenceLogits:
     inputs: Mapping[str, Any] | tuple[Any, ...]
     logits: Tensor
 
-    def compare(self, model: nn.Module, how: str, *, is_same: bool = True) -> str:
+    def compare(self, model: nn.Module, loaded: str, *, is_same: bool = True) -> str:
         """Reports how far the logits of an export, loaded again, are from the expected ones.
 
         Args:

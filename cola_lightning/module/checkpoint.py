@@ -154,7 +154,7 @@ def plain(value: Any) -> Any:
         return tuple(map(plain, value)) if isinstance(value, tuple) else list(map(plain, value))
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: plain(item) for key, item in value.items()}
-    raise TypeError(f"expected plain values, received {type(value).__name__}")
+    raise TypeError(f"a {type(value).__name__} is not a plain value")
 
 
 def stored_arguments(cls: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def find_class(path: str) -> type:
     found = pydoc.locate(path)
     if isinstance(found, type):
         return found
-    raise UserError(f"checkpoint: the class of its module, {path!r}, cannot be imported from here")
+    raise UserError(f"checkpoint: its class {path!r} cannot be imported. Work in the folder that contains it, or install it")
 
 
 # ---------------------------------------------------------------------- the file
@@ -290,7 +290,7 @@ def load_module(
         cls = found if issubclass(found, cls) else cls
     except UserError as error:  # it was in a script, say
         if cls.__name__ != recorded["class_path"].rpartition(".")[2]:
-            log.warning("%s; it is loaded as %s", error, cls.__name__)
+            log.warning("%s. It is loaded as a %s", error, cls.__name__)
     for name in recorded["not_plain"]:
         if name not in given:
             log.warning("checkpoint: %r is not stored, because it is not a plain value. Pass it, or its default is used", name)
