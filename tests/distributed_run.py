@@ -212,7 +212,7 @@ def trainer_by(strategy, folder, *callbacks, **options):
 
 
 def fit(folder, name, model="mlp", strategy="single", *, ckpt_path=None, chain=None, callbacks=(), arguments=None, **options):
-    """Trains four links of four steps, and leaves checkpoints of steps 6, 11 and the last, and what each process holds."""
+    """Trains four links of four steps, and leaves checkpoints of step 6 (or 11) and the last, and what each process holds."""
     module, watch = make(model, **arguments or {}), Watch(folder, name)
     chain = {"every_n_train_steps": 4, "ranks": RANKS} if chain is None else chain
     rule = chain if isinstance(chain, ChainOfLoRA) else ChainOfLoRA(**chain)
@@ -224,14 +224,14 @@ def fit(folder, name, model="mlp", strategy="single", *, ckpt_path=None, chain=N
 
 
 class Watch(Callback):
-    """Notes the training losses, as means over all processes, and saves a checkpoint inside a link and an epoch, twice."""
+    """Notes the training losses, as means over all processes, and saves a checkpoint inside a link and an epoch."""
 
     def __init__(self, folder, name):
         self.folder, self.name, self.losses = folder, name, []
 
     def on_train_batch_end(self, trainer, *args):
         self.losses.append(float(trainer.callback_metrics.get("train_loss", 0)))  # none before the first step
-        if trainer.global_step in (6, 11):
+        if trainer.global_step == (11 if self.name == "ddp-single" else 6):
             trainer.save_checkpoint(self.folder / f"{self.name}.step{trainer.global_step}.ckpt")
 
 

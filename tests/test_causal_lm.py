@@ -5,11 +5,11 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from cola_lightning import COLACausalLM, PredictionWriter, TextDataModule, UserError
+from cola_lightning import PredictionWriter, TextDataModule, UserError
 from cola_lightning.data.encoding import Pair, collate_language, encode_responses, encode_texts, labels_of
 from cola_lightning.data.examples import Example, collate_options, encode_examples
 from tests import tiny
-from tests.tiny import plain_scores, with_live_link
+from tests.tiny import causal_lm, plain_scores, with_live_link
 from tests.toy import trainer
 
 ARCHITECTURES = ["opt", "llama", "gpt2", "qwen3", "gpt_neox"]
@@ -38,12 +38,6 @@ def _more_configs():
         for name, make in MORE_CONFIGS.items():
             patch.setitem(tiny.CONFIGS, name, make)
         yield
-
-
-def causal_lm(path, architecture="llama", *, scale=3, changes=(), **arguments):
-    name = tiny.folder(path / architecture, architecture, scale=scale, **dict(changes))
-    how = {"target_modules": tiny.targets(architecture), "rank": 2, "alpha": 4, "seed": 0}
-    return COLACausalLM(name, **how | arguments)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

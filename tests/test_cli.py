@@ -247,7 +247,7 @@ def test_a_fast_dev_run_writes_nothing():
 @given(
     strategies.lists(strategies.text(strategies.characters(codec="utf-8", exclude_categories=["Cc"])), min_size=3, max_size=3)
 )
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_text_is_read_as_it_is_written_and_not_as_yaml(texts):
     words = [f"--model.model_name={texts[0]}", "--data=TemplateDataModule", "--data.source=x", f"--data.label={texts[2]}"]
     words += [f"--data.prompt={texts[1]}"] if texts[1].startswith("-") else ["--data.prompt", texts[1]]

@@ -19,20 +19,14 @@ from tests.toy import trainer
 PROMPTS = ["It", "A film with great actors", "Is the town old?", "The cat sat on the mat.", "Yes, the river is long", "No"]
 
 
-def causal_lm(path, architecture="llama", **arguments):
-    name = tiny.folder(path / "model", architecture)
-    made = COLACausalLM(name, target_modules=tiny.targets(architecture), rank=2, alpha=4, seed=0, **arguments)
-    return tiny.with_live_link(made).eval()
-
-
 @pytest.fixture(scope="module", params=["opt", "llama", "gpt2"])
 def module(request, tmp_path_factory):
-    return causal_lm(tmp_path_factory.mktemp(request.param), request.param)
+    return tiny.with_live_link(tiny.causal_lm(tmp_path_factory.mktemp("model"), request.param)).eval()
 
 
 @pytest.fixture
 def llama(tmp_path):
-    return causal_lm(tmp_path)
+    return tiny.with_live_link(tiny.causal_lm(tmp_path)).eval()
 
 
 def written(prompt, *references):
@@ -152,7 +146,7 @@ def test_samples_follow_from_the_seed_the_temperature_and_top_p(llama):
 
 
 def test_a_module_that_was_just_fitted_generates_without_dropout(tmp_path):
-    module = causal_lm(tmp_path, dropout=0.9).train()
+    module = tiny.with_live_link(tiny.causal_lm(tmp_path, dropout=0.9)).train()
     assert len({module.generate(responses_to(module, Decoding(8), prompts=["Is the town"]))[0] for _ in range(4)}) == 1
     assert module.model.training
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cola_lightning import COLACausalLM, Example
+from cola_lightning import Example
 from cola_lightning.data.encoding import collate_language, encode_texts
 from cola_lightning.data.examples import collate_options, encode_examples
 from cola_lightning.hf import logits
@@ -18,8 +18,7 @@ TEXTS = ["The town is old and the river is long. " * 2, "It was", "The film was 
 
 @pytest.fixture(params=["opt", "llama", "gpt2"])
 def module(request, tmp_path):
-    name = tiny.folder(tmp_path / "model", request.param)
-    module = COLACausalLM(name, target_modules=tiny.targets(request.param), rank=2, alpha=4, seed=0)
+    module = tiny.causal_lm(tmp_path, request.param)
     module.configure_model()
     return module
 

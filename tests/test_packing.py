@@ -1,5 +1,6 @@
 """Several sequences in a row, by positions that start again: what a model makes of them, and rows that are packed."""
 
+import functools
 import itertools
 import math
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import SGD
 
-from cola_lightning import COLACausalLM, TextDataModule, UserError
+from cola_lightning import TextDataModule, UserError
 from cola_lightning.data.encoding import collate_language, encode_texts
 from cola_lightning.data.packing import best_fit, collate_packs
 from tests import tiny
@@ -39,9 +40,7 @@ def _configs():
         yield
 
 
-def causal_lm(path, architecture="llama", *, scale=3, **arguments):
-    name = tiny.folder(path / architecture, architecture, scale=scale)
-    return COLACausalLM(name, **{"target_modules": "all-linear", "rank": 2, "alpha": 4, "seed": 0} | arguments)
+causal_lm = functools.partial(tiny.causal_lm, target_modules="all-linear")
 
 
 def rows_of(module, texts):

@@ -12,6 +12,7 @@ from cola_lightning.lora.config import DRAWS
 from cola_lightning.study.config import as_words, resolved
 from cola_lightning.study.methods import method
 from tests.test_chain_of_lora import Watch
+from tests.test_compare import known_config
 from tests.toy import DIGITS, batches, toy, trainer
 
 
@@ -124,14 +125,13 @@ RELORA = {"kept_optimizer_state": 0.01, "schedule_scope": "run", "lr_schedule": 
     [
         ("lora", 1, {}),
         ("cola", 10, OWN),
-        ("rac-4", 4, {"trained_factors": "random"}),
         ("relora", 10, RELORA),
         ("asymmetric", 1, {"trained_factors": "B"}),
     ],
 )
 def test_a_method_of_a_study_follows_its_own_rules_and_cola_those_of_the_config(name, links, rules):
     words = ["--config", DIGITS, *as_words({f"model.{rule}": value for rule, value in OWN.items()})]
-    found = method(name, resolved(words))
+    found = method(name, known_config(*words))
     assert (found.links, found.rank) == (links, 1)
     config = resolved([*words, *as_words(found.options)])
     assert (LORA | rules).items() <= config["model"]["init_args"].items()

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
-from cola_lightning import COLACausalLM, LastCheckpoint
+from cola_lightning import LastCheckpoint
 from cola_lightning.hf import chunked_loss
 from cola_lightning.hf.logits import logits_of
 from tests import tiny
@@ -78,8 +78,7 @@ def test_each_rank_and_size_of_a_stack_is_compiled_once_in_training_and_in_valid
 
 
 def language_model(folder, architecture, **arguments):
-    targets = tiny.targets(architecture)
-    module = COLACausalLM(tiny.folder(folder, architecture), target_modules=targets, rank=2, alpha=4, seed=0, **arguments)
+    module = tiny.causal_lm(folder, architecture, **arguments)
     module.configure_model()
     set_B(module)
     return module

@@ -14,7 +14,6 @@ from cola_lightning.cli import main
 from cola_lightning.data.source import Source
 from cola_lightning.data.splits import load_splits
 from tests import tiny
-from tests.test_causal_lm import causal_lm
 from tests.test_language_data import attach
 from tests.toy import assert_bit_equal, trainer, weights
 
@@ -163,7 +162,7 @@ def test_a_run_on_two_sources_resumes_to_the_bit_inside_an_epoch(tmp_path):
                 trainer.save_checkpoint(tmp_path / "3.ckpt", weights_only=False)
 
     def fit(*callbacks, ckpt_path=None):
-        module = causal_lm(tmp_path)
+        module = tiny.causal_lm(tmp_path)
         run = trainer(tmp_path, *callbacks, chain={"every_n_train_steps": 4}, max_steps=9)
         run.fit(module, datamodule=TextDataModule([texts, asked], chat_template=False, batch_size=4), ckpt_path=ckpt_path)
         return weights(module)

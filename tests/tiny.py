@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from cola_lightning import TemplateDataModule, lora_layers
+from cola_lightning import COLACausalLM, TemplateDataModule, lora_layers
 
 REVIEWS = Path(__file__).parents[1] / "configs" / "quickstart"
 
@@ -165,6 +165,12 @@ def folder(path, architecture="llama", auto_class="AutoModelForCausalLM", *, sca
 
 def targets(architecture):
     return TARGETS.get(architecture, ["q_proj", "v_proj"])
+
+
+def causal_lm(path, architecture="llama", *, scale=3, changes=(), **arguments):
+    """A module around such a model, which lies in a folder of the path."""
+    name = folder(path / architecture, architecture, scale=scale, **dict(changes))
+    return COLACausalLM(name, **{"target_modules": targets(architecture), "rank": 2, "alpha": 4, "seed": 0} | arguments)
 
 
 def with_live_link(module):
