@@ -120,7 +120,7 @@ turn = st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=15, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(rows=st.lists(st.one_of(st.none(), st.lists(turn, max_size=6)), min_size=1, max_size=6))
 def test_whatever_rows_are_a_run_trains_what_can_be_trained_after_what_a_server_shows(tmp_path, rows):

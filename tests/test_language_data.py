@@ -43,12 +43,8 @@ SIZES = {"train_size": 23, "val_size": 23, "test_size": 23}
 MODULES = {
     "SST2": lambda source, **how: PromptDataModule("SST2", source, **how),
     "SQuAD": lambda source, **how: PromptDataModule("SQuAD", source, **how),
-    "options": lambda source, **how: TemplateDataModule(source, prompt="{sentence}It was", options=[" bad", " good"], **how),
     "answer": lambda source, **how: TemplateDataModule(source, prompt="{sentence}?", answer="question", **how),
     "text": lambda source, **how: TextDataModule(source, columns={"text": "sentence"}, **how),
-    "instructions": lambda source, **how: TextDataModule(
-        source, columns={"prompt": "question", "response": "sentence"}, chat_template=False, **how
-    ),
     "conversations": lambda source, **how: TextDataModule(source, columns={"messages": "messages"}, **how),
     "classifier": lambda source, **how: TextClassificationDataModule(source, text_fields=["sentence", "question"], **how),
 }

@@ -121,8 +121,9 @@ def test_gradients_of_the_default_optimizer_are_clipped_under_16_mixed(tmp_path)
 # ---------------------------------------------------------------------- by default
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-true"])
-@pytest.mark.parametrize("is_read_early", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "is_read_early"), [("32-true", True), ("bf16-mixed", False), ("bf16-true", True), ("16-true", False)]
+)
 def test_by_default_links_are_merged_into_float32_and_stacked_on_half_precision(tmp_path, precision, is_read_early):
     expected = fit(tmp_path / "expected", make("stack" if precision.endswith("6-true") else "merge"), precision)
     module = make("auto")

@@ -126,12 +126,15 @@ def test_the_links_of_a_run_fill_it(schedule, run, start, lengths):
     ids=["falls", "stands", "stands within delta", "rises, max", "rises, min", "patience 3", "patience 4", "nan"],
 )
 def test_a_link_ends_where_its_loss_stands_still_and_nowhere_else(tmp_path, curve, chain, expected):
-    for n_before_training in (0, -1):  # the validation before training does not count
-        module = toy(Scripted, lr_schedule="constant")
-        module.curve = curve
-        how = {"max_epochs": 2, "val_check_interval": 2, "num_sanity_val_steps": n_before_training}
-        trainer(tmp_path, chain=chain, **how).fit(module, batches(), batches(1))
-        assert ends(module) == expected
+    module = toy(Scripted, lr_schedule="constant")
+    module.curve = curve
+    how = {
+        "max_epochs": 2,
+        "val_check_interval": 2,
+        "num_sanity_val_steps": -1,
+    }  # what is validated before training does not count
+    trainer(tmp_path, chain=chain, **how).fit(module, batches(), batches(1))
+    assert ends(module) == expected
 
 
 def test_a_validation_inside_an_accumulation_window_counts_at_the_next_step(tmp_path):

@@ -101,7 +101,7 @@ def continued(own, prompt, text, **options):
     return Continued(ids, n_common(before, ids), before == ids[: len(before)])
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@settings(max_examples=30, derandomize=True, deadline=None, database=None)
 @given(
     prompts=st.lists(TEXTS, min_size=1, max_size=4),
     responses=st.lists(TEXTS, min_size=4, max_size=4),
