@@ -36,9 +36,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("changed", ["0.weight", "1.running_mean", "2.bias", "2.weight"])
-@pytest.mark.parametrize(
-    "way", ["load", "load_state_dict", "resume", "init_chain from a checkpoint", "init_chain from a folder"]
-)
+@pytest.mark.parametrize("way", ["load", "load_state_dict", "resume", "a checkpoint as init_chain", "a folder as init_chain"])
 def test_another_value_of_what_is_frozen_is_refused(trained, changed, way):
     class Other(Frozen):
         pass

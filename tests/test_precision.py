@@ -96,7 +96,7 @@ def test_a_chain_keeps_its_dtypes_and_its_loss_at_knots_and_resumes_to_the_bit(t
     fit(tmp_path, one_layer(), precision, epochs=2)
     resumed = fit(tmp_path / "resumed", one_layer(), precision, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
     assert_bit_equal(weights(resumed), weights(module))
-    x = next(iter(batches()))[0]
+    x = next(iter(batches()))[0].to(module.model[2].weight.dtype)
     assert torch.equal(resumed.eval().model(x), module.eval().model(x))
 
 
