@@ -12,16 +12,9 @@ from torch import Tensor, nn
 
 from cola_lightning import layout
 from cola_lightning.chain import Chain, Link
-from cola_lightning.chain.base import (
-    BaseIdentity,
-    check_same_base,
-    check_same_labels,
-    check_same_layers,
-    check_same_shapes,
-    describe_base,
-)
+from cola_lightning.chain.base import BaseIdentity, check_same_base, check_same_layers, check_same_shapes, describe_base
 from cola_lightning.chain.chain import check_links
-from cola_lightning.chain.link import add_links, begin_link, own_values, record_link
+from cola_lightning.chain.link import add_links, begin_link, own_values
 from cola_lightning.chain.schedule import Factor, TrainedFactors, frozen_factor
 from cola_lightning.chain.store import pack, unpack
 from cola_lightning.errors import UserError
@@ -198,7 +191,10 @@ class AdaptedModel:
         self.check_next(None)
         assert self.live is not None
         metadata = {"start_step": 0, "end_step": 0} | metadata
-        return record_link(self.layers, *self.live, index=self.link, extras=self.trained.copies(), **metadata)
+        layers, (rank, alpha) = self.layers, self.live
+        factors = {name: (layout.gather(layer.factors[0]), layout.gather(layer.factors[1])) for name, layer in layers.items()}
+        own, extras = own_values(layers, rank, alpha), self.trained.copies()
+        return Link(self.link, rank, alpha, factors=factors, extras=extras, own_values=own, **metadata)
 
     def tie_knot(self, rank: int | None = None, alpha: float | None = None, **metadata: Any) -> Link:
         """Finishes the current link and begins the next, which needs a new optimizer.
@@ -315,8 +311,7 @@ class AdaptedModel:
         if weights is None:
             check_same_base(chain.base, self.chain.base)
         elif weights is not self.base_weights:
-            check_same_labels(chain.base, self.chain.base)
-            check_same_layers(chain.base.weight_norms, self.chain.base.weight_norms)
+            check_same_base(chain.base, self.chain.base, is_stored=True)
             check_same_shapes(weights, base_weights(self.model))
 
     def take_base(self, chain: Chain, weights: dict[str, Tensor] | None) -> None:

@@ -42,11 +42,8 @@ def quiet() -> Iterator[None]:
     from huggingface_hub import utils as hub  # documented there, but not in its __all__
     from transformers.utils import logging
 
-    verbosity, had_bars, had_downloads = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        not hub.are_progress_bars_disabled(),  # type: ignore[attr-defined]
-    )
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    had_downloads = not hub.are_progress_bars_disabled()  # type: ignore[attr-defined]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of downloads, too
     if had_downloads:

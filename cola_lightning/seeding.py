@@ -1,6 +1,5 @@
 """Random draws that depend on a seed alone, and restore the global generators afterwards."""
 
-import functools
 import hashlib
 import random
 from collections.abc import Iterator
@@ -26,7 +25,8 @@ def check_seed(field: str, seed: int | None) -> None:
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the global generators of Python, numpy and torch inside the block; afterwards their states are restored.
 
-    Of several GPUs, only the present one's generator is seeded: there is one of them for each process.
+    Of several GPUs, only the present one's generator is seeded: there is one of them for each process. Other accelerators than
+    CUDA's have generators that are not seeded.
 
     Args:
         seed: at least 0; numpy takes its last 32 bits.
@@ -46,8 +46,6 @@ def seeded(seed: int) -> Iterator[None]:
         torch.default_generator.manual_seed(seed)
         if uses_cuda:
             torch.cuda.manual_seed(seed)
-        elif not is_worker and _has_accelerator():
-            torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:
@@ -70,11 +68,6 @@ def seeded_build(seed: int) -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(before)
-
-
-@functools.cache
-def _has_accelerator() -> bool:
-    return torch.accelerator.is_available()
 
 
 def derive_seed(*parts: object) -> int:

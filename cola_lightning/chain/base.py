@@ -2,8 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +11,7 @@ from cola_lightning import layout
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import lora_layers, names_of_factors
 
-T = TypeVar("T")
-
 SAMPLED_VALUES = 64  # per parameter and buffer
-
-
-def from_stored(kind: type[T], stored: Mapping[str, Any]) -> T:
-    """A dataclass from the values in a file, without those of other releases."""
-    known = {one.name for one in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in stored.items() if name in known})
 
 
 @dataclass(frozen=True)
@@ -96,14 +87,22 @@ def _bytes(sample: Tensor) -> bytes:
     return wide.detach().cpu().double().numpy().tobytes()
 
 
-def check_same_base(expected: BaseIdentity, received: BaseIdentity) -> None:
+def check_same_base(expected: BaseIdentity, received: BaseIdentity, *, is_stored: bool = False) -> None:
     """Refuses a base on which the chain was not trained, or that ``build_model`` made again with other values.
 
+    Args:
+        expected: the chain's base.
+        received: this model's.
+        is_stored: whether the base's values are stored with the chain, so that this model's do not matter.
+
     Raises:
-        UserError: if the adapted layers, the dtypes, the labels or the values differ.
+        UserError: if the adapted layers, the labels, the dtypes or the values differ.
     """
     check_same_layers(expected.weight_norms, received.weight_norms)
-    check_same_labels(expected, received)
+    if None not in (expected.labels, received.labels) and expected.labels != received.labels:
+        raise UserError(f"model.label_names: must be {expected.labels}, on which the chain was trained, got {received.labels}")
+    if is_stored:
+        return
     mine, theirs = received.values, expected.values
     alone = mine.keys() ^ theirs.keys()
     changed = {name for name in mine.keys() - alone if mine[name] != theirs[name] and None not in (mine[name], theirs[name])}
@@ -118,17 +117,6 @@ def check_same_base(expected: BaseIdentity, received: BaseIdentity) -> None:
             "revision, seed and target_modules, and a build_model that makes the same base again (it may draw from the global "
             "generators, which are seeded for it), or train with save_base: true"
         )
-
-
-def check_same_labels(expected: BaseIdentity, received: BaseIdentity) -> None:
-    """Refuses a classifier whose labels differ from those on which the chain was trained, if both are known.
-
-    Raises:
-        UserError: if the labels or their order differ.
-    """
-    theirs, mine = expected.labels, received.labels
-    if None not in (theirs, mine) and theirs != mine:
-        raise UserError(f"model.label_names: must be {theirs}, on which the chain was trained, got {mine}")
 
 
 def check_same_layers(expected: Collection[str], received: Collection[str]) -> None:

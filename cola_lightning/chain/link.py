@@ -3,12 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cola_lightning import layout
 from cola_lightning.lora.layer import LoRALayer, low_rank_delta
 from cola_lightning.seeding import derive_seed
 
@@ -101,22 +100,6 @@ def own_values(layers: Mapping[str, LoRALayer], rank: int, alpha: float) -> dict
     """The :attr:`Link.own_values` of the layers' current link, which has this rank and alpha."""
     values = {name: (layer.rank, layer.scaling) for name, layer in layers.items()}
     return {name: value for name, value in values.items() if value != (rank, alpha / rank)}
-
-
-def record_link(layers: Mapping[str, LoRALayer], rank: int, alpha: float, **metadata: Any) -> Link:
-    """The record of the layers' current link, finished or not; the layers are unchanged.
-
-    Args:
-        layers: the adapted layers by name.
-        rank: the link's.
-        alpha: the link's.
-        **metadata: ``index``, ``start_step``, ``end_step`` and optionally ``extras`` and ``metrics``.
-    """
-    factors = {}
-    for name, layer in layers.items():
-        lora_A, lora_B = layer.factors
-        factors[name] = layout.gather(lora_A), layout.gather(lora_B)
-    return Link(rank=rank, alpha=alpha, factors=factors, own_values=own_values(layers, rank, alpha), **metadata)
 
 
 def add_links(name: str, layer: LoRALayer, links: Sequence[Link], device: torch.device | str) -> None:

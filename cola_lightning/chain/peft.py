@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from cola_lightning.chain.base import BaseIdentity, from_stored
+from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.link import Link
 from cola_lightning.chain.store import check_version, damage_refused, link_fields
@@ -124,7 +124,7 @@ def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
         LookupError, TypeError, ValueError: if the description does not match the factors.
     """
     check_version(description.get("format_version"), where)
-    chain, described = Chain(base=from_stored(BaseIdentity, description["base"])), list(map(link_fields, description["links"]))
+    chain, described = Chain(base=BaseIdentity(**description["base"])), list(map(link_fields, description["links"]))
     ends = dict.fromkeys(whole.factors, 0)
     for fields in described:
         link = Link(**fields, factors={}, extras=whole.extras if fields is described[-1] else {})

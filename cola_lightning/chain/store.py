@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cola_lightning.chain.base import BaseIdentity, from_stored
+from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.chain.link import Link
 from cola_lightning.errors import UserError, one_line
 
@@ -95,7 +95,7 @@ def decode(description: Mapping[str, Any], tensors: Mapping[str, Tensor], where:
         factors = {name: (own.pop(f"{name}.lora_A"), own.pop(f"{name}.lora_B")) for name in targets}
         extras = {name.removeprefix("extras."): value for name, value in own.items()}
         links.append(Link(**fields, factors=factors, extras=extras))
-    return links, from_stored(BaseIdentity, description["base"])
+    return links, BaseIdentity(**description["base"])
 
 
 def describe_link(link: Link) -> dict[str, Any]:

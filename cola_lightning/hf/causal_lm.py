@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -243,26 +243,26 @@ class COLACausalLM(LanguageModule):
         arrays = arrays_of(host)
         may_split = batch.keys() <= BY_TOKEN and self._may_split
         parts = split_by_length(batch, arrays) if may_split else [(list(range(len(batch["labels"]))), batch)]
-        of_parts = (self._language_loss(part, Learned.of(arrays, rows, part["labels"].shape[1])) for rows, part in parts)
+        of_parts = (self._language_loss(part, *_learned(arrays, rows, part["labels"].shape[1])) for rows, part in parts)
         totals, router_losses, counts = zip(*of_parts, strict=True)
         total, size = totals[0] if len(totals) == 1 else torch.stack(totals).sum(), sum(counts)
         loss = total / max(size, 1)
         return StepOutput(loss + router_losses[0] if has_router_loss(self.model) else loss, size)
 
-    def _language_loss(self, batch: Batch, learned: "Learned") -> tuple[Tensor, Tensor | float, int]:
+    def _language_loss(self, batch: Batch, places: Any, labels: Any, positions: Any) -> tuple[Tensor, Tensor | float, int]:
         """The sum of the losses of a batch's tokens, the router's loss of a mixture of experts, and the number of tokens."""
 
         def moved(values: np.ndarray[Any, Any]) -> Tensor:
             return to_device(torch.from_numpy(values), batch["labels"].device)
 
-        places, labels, n_tokens = moved(learned.places), moved(learned.labels.ravel()), len(learned.indices)
-        if learned.positions is not None and batch.keys() <= BY_TOKEN:  # else an image's tokens may have more than one
-            batch = {"position_ids": moved(learned.positions), **batch}
+        learned, places, labels = np.flatnonzero(labels != IGNORE_INDEX), moved(places), moved(labels.ravel())
+        if positions is not None and batch.keys() <= BY_TOKEN:  # else an image's tokens may have more than one
+            batch = {"position_ids": moved(positions), **batch}
         if self._is_chunked(len(labels)):
-            return *chunked_loss(self.model, batch, places, labels, moved(learned.indices)), n_tokens
+            return *chunked_loss(self.model, batch, places, labels, moved(learned)), len(learned)
         logits, router_loss = logits_and_router_loss(self.model, batch, places)
         total = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        return total, router_loss, n_tokens
+        return total, router_loss, len(learned)
 
     def _is_chunked(self, n_positions: int) -> bool:
         if self.chunked_loss is None and not self.is_wrapped_by_fsdp1:  # which has its weights in the forward pass alone
@@ -297,41 +297,31 @@ def _text(options: list[str], places: int | list[int] | None) -> Any:
     return None if places is None else options[places]
 
 
-class Learned(NamedTuple):
+def _learned(
+    batch: Arrays, rows: list[int], length: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
     """What is learned from some rows of a language-model batch, on the host.
 
-    Attributes:
-        places: the positions with a loss in any row, which alone go through the head: at least one.
-        labels: the next tokens there (rows x places), ``IGNORE_INDEX`` without a loss.
-        indices: of the tokens with a loss in the flattened ``labels``.
-        positions: of the tokens in their rows, which begin at 0 after padding; None without a mask of rows x length.
+    Args:
+        batch: ``labels`` and, if there is one of rows x length, ``attention_mask``, on the host.
+        rows: indices of the rows.
+        length: number of their last positions.
+
+    Returns:
+        The positions with a loss in any row, which alone go through the head (at least one); the next tokens there (rows x
+        places), ``IGNORE_INDEX`` without a loss; and the tokens' positions in their rows, which begin at 0 after padding, None
+        without a mask of rows x length.
     """
-
-    places: np.ndarray[Any, Any]
-    labels: np.ndarray[Any, Any]
-    indices: np.ndarray[Any, Any]
-    positions: np.ndarray[Any, Any] | None
-
-    @classmethod
-    def of(cls, batch: Arrays, rows: list[int], length: int) -> Self:
-        """Finds it.
-
-        Args:
-            batch: ``labels`` and, if there is one of rows x length, ``attention_mask``, on the host.
-            rows: indices of the rows.
-            length: number of their last positions.
-        """
-        given, positions = batch["labels"][rows, -length:], None
-        labels = np.full_like(given, IGNORE_INDEX)
-        labels[:, :-1] = given[:, 1:]  # each position predicts the next token
-        if "attention_mask" in batch:
-            mask = batch["attention_mask"][rows, -length:] != 0
-            labels[~mask] = IGNORE_INDEX  # a row's first token follows on padding, which predicts nothing
-            positions = (mask.cumsum(-1) - 1).clip(min=0)
-        places = np.flatnonzero((labels != IGNORE_INDEX).any(0))
-        places = places if len(places) else np.zeros(1, dtype=places.dtype)
-        labels = labels[:, places]
-        return cls(places, labels, np.flatnonzero(labels != IGNORE_INDEX), positions)
+    given, positions = batch["labels"][rows, -length:], None
+    labels = np.full_like(given, IGNORE_INDEX)
+    labels[:, :-1] = given[:, 1:]  # each position predicts the next token
+    if "attention_mask" in batch:
+        mask = batch["attention_mask"][rows, -length:] != 0
+        labels[~mask] = IGNORE_INDEX  # a row's first token follows on padding, which predicts nothing
+        positions = (mask.cumsum(-1) - 1).clip(min=0)
+    places = np.flatnonzero((labels != IGNORE_INDEX).any(0))
+    places = places if len(places) else np.zeros(1, dtype=places.dtype)
+    return places, labels[:, places], positions
 
 
 def _mean_log_probabilities(logits: Tensor, batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from cola_lightning.errors import UserError
 from cola_lightning.hf.host import HostValues
 from cola_lightning.hf.metrics import Accuracy
-from cola_lightning.hf.pretrained import Dtype, Pretrained, with_limit
+from cola_lightning.hf.pretrained import Dtype, Pretrained
 from cola_lightning.lora.inject import is_within
 from cola_lightning.lora.linear4bit import Quantization, check_quantization, quantize
 from cola_lightning.module.module import COLAModule
@@ -138,9 +138,10 @@ class LanguageModule(COLAModule, ABC):
         if pending is not None and "template" in pending.state.facts["prompt_format"]:  # of data.chat_template
             tokenizer.chat_template = pending.state.facts["prompt_format"]["template"]
             self.has_trained_template = True
-        if self.pretrained.gguf_file is not None:  # its configuration takes seconds; most use rotary positions, without a limit
-            return tokenizer
-        return with_limit(tokenizer, self.pretrained.config())
+        if self.pretrained.gguf_file is None:  # its configuration takes seconds; most use rotary positions, without a limit
+            positions = getattr(self.pretrained.config(), "max_position_embeddings", None)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+        return tokenizer
 
     @override
     def build_model(self) -> nn.Module:

@@ -119,7 +119,9 @@ class Pretrained:
         tokenizer = self.load(AutoTokenizer)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers' result for a folder without its files
             raise UserError(f"model.model_name: {self.model_name!r} has no tokenizer files")
-        return with_padding(tokenizer)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        return tokenizer
 
     def model_and_new_weights(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> tuple[Any, list[str]]:
         """The model in training mode: ``from_pretrained`` leaves it in evaluation mode, where it would train without dropout.
@@ -159,17 +161,3 @@ class Pretrained:
             if weights & new and is_new and not any(name.startswith(f"{outer}.") for outer in found):
                 found.append(name)
         return found
-
-
-def with_padding(tokenizer: Any) -> Any:
-    """The tokenizer; without a padding token it pads with its end-of-text token."""
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
-
-
-def with_limit(tokenizer: Any, config: Any) -> Any:
-    """The tokenizer, with the length of the model's longest sequence, of which not every tokenizer's files know."""
-    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    return tokenizer

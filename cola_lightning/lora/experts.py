@@ -10,8 +10,6 @@ Source: ``transformers.integrations.moe`` (5.24): the attributes of experts clas
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -145,17 +143,15 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 # ---------------------------------------------------------------------- the experts of a model
 
 
-@contextmanager
-def experts_as_layers(model: nn.Module, *, is_wanted: bool) -> Iterator[None]:
-    """Makes the projections of a model's experts layers inside the block; those with a link stay layers after it."""
-    if is_wanted:
-        for experts in list(model.modules()):
-            if is_experts(experts):
-                _open(experts)
-    try:
-        yield
-    finally:
-        close_experts(model)
+def open_experts(model: nn.Module) -> None:
+    """Makes the projections of a model's experts layers: modules, with the same parameters."""
+    found: list[Any] = [module for module in model.modules() if is_experts(module)]
+    for experts in found:
+        for name in PROJECTIONS:
+            if isinstance(weight := getattr(experts, name, None), nn.Parameter):
+                delattr(experts, name)
+                experts.add_module(name, ExpertsProjection(weight, weight_is_transposed=experts.is_transposed))
+        experts.forward = functools.partial(experts_forward, experts)
 
 
 def close_experts(model: nn.Module) -> None:
@@ -175,11 +171,3 @@ def is_experts(module: Any) -> bool:
     """Whether a module is of a class with ``use_experts_implementation``, not split over processes, and not in 8 bits."""
     is_whole = getattr(module, "_is_expert_parallel", None) is False  # no public attribute says so
     return is_whole and "forward" not in vars(module) and module.down_proj.dtype.itemsize > 1
-
-
-def _open(experts: Any) -> None:
-    for name in PROJECTIONS:
-        if isinstance(weight := getattr(experts, name, None), nn.Parameter):
-            delattr(experts, name)
-            experts.add_module(name, ExpertsProjection(weight, weight_is_transposed=experts.is_transposed))
-    experts.forward = functools.partial(experts_forward, experts)

@@ -18,7 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.config import LoRAConfig, is_matched
-from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, experts_as_layers, is_experts
+from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, is_experts, open_experts
 from cola_lightning.lora.layer import LoRALayer, cast_, is_quantized, lora_layers
 from cola_lightning.lora.layer_types import LoRAConv1d, LoRAConv2d, LoRALinear, lora_conv1d
 from cola_lightning.lora.linear4bit import dequantize_, keep_layout, lora_linear_4bit
@@ -153,8 +153,12 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     if config.target_modules is None:
         return []
-    with experts_as_layers(model, is_wanted=config.experts or config.target_modules != ALL_LINEAR):
+    if config.experts or config.target_modules != ALL_LINEAR:
+        open_experts(model)
+    try:
         return _inject(model, config.target_modules, config)
+    finally:
+        close_experts(model)  # but those that have links
 
 
 def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAConfig) -> list[str]:

@@ -27,13 +27,12 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from cola_lightning import layout
-from cola_lightning.lora.config import DRAWS, Init, LoRAConfig, Scaling, value_of
+from cola_lightning.lora.config import DRAWS, LoRAConfig, value_of
 from cola_lightning.lora.stack import Stack
 
 # The attributes that a LoRA layer adds to its base layer's.
 LINK_ATTRIBUTES = (
-    *("lora_A", "lora_B", "lora_dropout", "init", "rank", "alpha", "stack"),
-    *("rank_share", "alpha_share", "scaling_rule"),
+    *("lora_A", "lora_B", "lora_dropout", "lora_config", "rank", "alpha", "shares", "stack"),
     *("base_class", "base_dtype", "source_dtype"),
 )
 
@@ -90,9 +89,8 @@ class LoRALayer(nn.Module):
         lora_B: out x max_rank (experts x out x max_rank), the factor that then starts at zero.
         rank: rank of the current link; the rows of A and columns of B beyond it are zero and unused.
         alpha: the update is scaled by ``alpha / rank``.
-        rank_share: the layer's largest rank divided by that of the model's links; 1 without a ``rank_pattern``.
-        alpha_share: likewise, of alphas.
-        scaling_rule: ``lora`` or ``rslora``.
+        lora_config: what the model's links are like.
+        shares: the layer's rank and alpha in a link of the config's, divided by these: 1 without patterns.
         stack: the finished links, if they are not merged; else None.
         base_class: the layer's class before it was adapted.
         base_dtype: the layer's compute dtype when it was adapted; a precision may have cast it since.
@@ -104,12 +102,10 @@ class LoRALayer(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_dropout: nn.Module
-    init: Init
+    lora_config: LoRAConfig
     rank: int
     alpha: float
-    rank_share: float
-    alpha_share: float
-    scaling_rule: Scaling
+    shares: tuple[float, float]
     stack: Stack | None
     base_class: Any
     base_dtype: torch.dtype
@@ -183,9 +179,8 @@ class LoRALayer(nn.Module):
         adapted.lora_A = nn.Parameter(torch.zeros(*matrices, rank, n_in, dtype=wide, device=device))
         adapted.lora_B = nn.Parameter(torch.zeros(*matrices, n_out, rank, dtype=wide, device=device))
         adapted.lora_dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        adapted.init, adapted.rank, adapted.alpha = config.init, rank, alpha
-        adapted.rank_share, adapted.alpha_share = rank / config.rank, alpha / config.alpha
-        adapted.scaling_rule = config.scaling
+        adapted.lora_config, adapted.rank, adapted.alpha = config, rank, alpha
+        adapted.shares = rank / config.rank, alpha / config.alpha
         adapted.reset()
         return adapted
 
@@ -223,11 +218,11 @@ class LoRALayer(nn.Module):
     @property
     def scaling(self) -> float:
         """The factor in front of B A: ``alpha / rank``, or by ``rslora`` ``alpha / sqrt(rank)``."""
-        return self.alpha / (self.rank if self.scaling_rule == "lora" else math.sqrt(self.rank))
+        return self.alpha / (self.rank if self.lora_config.scaling == "lora" else math.sqrt(self.rank))
 
     def values_in(self, rank: int, alpha: float) -> tuple[int, float]:
         """This layer's rank and alpha in a link with these."""
-        return max(1, round(self.rank_share * rank)), self.alpha_share * alpha
+        return max(1, round(self.shares[0] * rank)), self.shares[1] * alpha
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -325,7 +320,7 @@ class LoRALayer(nn.Module):
         self.alpha = self.alpha if alpha is None else alpha
         *matrices, n_values = self.lora_A[..., 0, :].shape if drawn == "A" else self.lora_B[..., 0].shape
         rows = torch.zeros(*matrices, self.rank, n_values, dtype=torch.float32, device="cpu")
-        DRAWS[self.init](rows, generator)
+        DRAWS[self.lora_config.init](rows, generator)
         full = F.pad(rows, (0, 0, 0, self.max_rank - self.rank))
         lora_A, lora_B = (full, torch.zeros_like(self.lora_B)) if drawn == "A" else (torch.zeros_like(self.lora_A), full.mT)
         layout.copy_(self.lora_A, lora_A)
