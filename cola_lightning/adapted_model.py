@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cola_lightning import layout
 from cola_lightning.chain import Chain, Link
-from cola_lightning.chain.base import BaseIdentity, check_same_base, check_same_layers, check_same_shapes, describe_base
+from cola_lightning.chain.base import BaseIdentity, check_same_base, check_same_layers, describe_base
 from cola_lightning.chain.chain import check_links
 from cola_lightning.chain.link import add_links, begin_link, own_values
 from cola_lightning.chain.schedule import Factor, TrainedFactors, frozen_factor
@@ -23,7 +23,7 @@ from cola_lightning.lora.inject import inject_lora
 from cola_lightning.lora.layer import LoRALayer, is_quantized, is_quantized_model, lora_layers
 from cola_lightning.merge import cast_floats, free, merge
 from cola_lightning.seeding import check_seed, seeded_build
-from cola_lightning.trained import TrainedValues, base_weights
+from cola_lightning.trained import TrainedValues, base_values, base_weights
 
 
 class Placement(NamedTuple):
@@ -303,16 +303,13 @@ class AdaptedModel:
 
         Args:
             chain: the chain.
-            weights: its base's weights, if they were stored: then only the shapes of the base must agree.
+            weights: its base's weights, if they were stored: then the base's own values do not matter.
 
         Raises:
-            UserError: for other layers, values or shapes.
+            UserError: for other layers or values.
         """
-        if weights is None:
-            check_same_base(chain.base, self.chain.base)
-        elif weights is not self.base_weights:
-            check_same_base(chain.base, self.chain.base, is_stored=True)
-            check_same_shapes(weights, base_weights(self.model))
+        if weights is None or weights is not self.base_weights:
+            check_same_base(chain.base, self.chain.base, is_stored=weights is not None)
 
     def take_base(self, chain: Chain, weights: dict[str, Tensor] | None) -> None:
         """Loads the stored weights of a chain's base, if there are any; call :meth:`check_base` first."""
@@ -374,9 +371,8 @@ class AdaptedModel:
     def _write_base(self, model: nn.Module) -> None:
         """Writes the base, without any link, into a model of the same shape: as stored, or rebuilt."""
         weights = base_weights(self.rebuild_base()) if self.base_weights is None else self.base_weights
-        state = model.state_dict()
-        for name, value in weights.items():
-            layout.copy_(state[name], value)
+        for name, value in base_values(model).items():
+            layout.copy_(value, weights[name])
 
     # ------------------------------------------------------------------ dtypes
 

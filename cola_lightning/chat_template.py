@@ -157,20 +157,16 @@ class ChatTemplate:
     @cached_property
     def _answered(self) -> tuple[bool, str, str]:
         """Whether contents must be lists of parts; what follows an answer at the end of a conversation, and inside one."""
-        errors = []
         begin = {"role": "system", "content": "Be brief."}  # some templates need one
         for n_begin, is_parts in itertools.product((0, 1), (False, True)):
             turns = [*[begin] * n_begin, *user_turn(QUESTION), assistant_turn(ANSWER), *user_turn(QUESTION)]
             turns = [_with_content(turn, is_parts=is_parts) for turn in turns]
             try:
                 last, inside = (self._apply(some) for some in (turns[:-1], turns))
-            except UnusableRow as error:
-                errors.append(error)
+            except UnusableRow:
                 continue
             if ANSWER in last:
                 return is_parts, last.rpartition(ANSWER)[2], inside.rpartition(ANSWER)[2]
-        if errors:
-            raise errors[0]
         return False, "", ""  # each row is refused, by its name
 
     @property

@@ -132,15 +132,3 @@ def check_same_layers(expected: Collection[str], received: Collection[str]) -> N
     if alone := sorted(set(expected) ^ set(received)):
         missing = "the chain" if alone[0] in received else "this module"
         raise UserError(f"model.target_modules: must name the layers of the chain, but {missing} does not adapt {alone[0]!r}")
-
-
-def check_same_shapes(expected: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
-    """Refuses a model into which the weights of the chain's base do not fit.
-
-    Raises:
-        UserError: naming a weight of another shape, or that only one of them has.
-    """
-    for name in sorted(expected.keys() | received.keys()):
-        theirs, ours = (tuple(part[name].shape) if name in part else "none" for part in (expected, received))
-        if theirs != ours:
-            raise UserError(f"model: {name!r} has shape {theirs} in the checkpoint's base, but {ours} here")
