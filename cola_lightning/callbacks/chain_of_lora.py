@@ -14,7 +14,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
 from cola_lightning.chain import Link
-from cola_lightning.chain.schedule import UNTIL, ChainSchedule, FitPosition, Mode, Plateau
+from cola_lightning.chain.schedule import UNTIL, ChainSchedule, FitPosition, Mode, is_plateau
 from cola_lightning.errors import UserError
 from cola_lightning.module import COLAModule
 from cola_lightning.module.run import run_of
@@ -76,7 +76,7 @@ class ChainOfLoRA(Callback):
             knots_unknown=self._is_own_rule,
             patience=patience,
         )
-        self.plateau = None if patience is None else Plateau(patience, monitor, min_delta, mode)
+        self.patience, self.monitor, self.min_delta, self.mode = patience, monitor, min_delta, mode
         if patience is None and (monitor, min_delta, mode) != ("val_loss", 0.0, "min"):
             raise UserError("chain.monitor, chain.min_delta, chain.mode: need chain.patience")
         self._decided_at: int | None = None
@@ -93,9 +93,9 @@ class ChainOfLoRA(Callback):
             global_step: optimizer steps taken.
         """
         start = self.module.link_start
-        if self.plateau is not None:  # a value known at a link's first step belongs to the previous link
+        if self.patience is not None:  # a value known at a link's first step belongs to the previous link
             known = (value for step, value in self._values.items() if start.global_step < step <= global_step)
-            return self.plateau.is_reached(known)
+            return is_plateau(known, self.patience, self.min_delta, self.mode)
         return run_of(self.module).schedule.is_due(start, FitPosition(epoch, global_step))
 
     @property
@@ -146,7 +146,7 @@ class ChainOfLoRA(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.schedule.has_knots:
             self.module.adapted.check_next(None)
-        if self.plateau is not None and not sum(trainer.num_val_batches):
+        if self.patience is not None and not sum(trainer.num_val_batches):
             raise UserError(
                 "chain.patience: this run has no validation. It needs rows for validation, a validation_step, and a "
                 "trainer.limit_val_batches above 0"
@@ -154,9 +154,9 @@ class ChainOfLoRA(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.plateau is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+        if self.patience is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        logged, name = trainer.callback_metrics, self.plateau.monitor
+        logged, name = trainer.callback_metrics, self.monitor
         if name not in logged:
             raise UserError(
                 f"chain.monitor: {name} is not logged in validation. Logged are {', '.join(sorted(logged)) or 'no metrics'}"
@@ -176,11 +176,11 @@ class ChainOfLoRA(Callback):
             return {}
         start = self.module.link_start.global_step
         values = {step: value for step, value in self._values.items() if step > start}
-        return {"values": values, "monitor": self.plateau and self.plateau.monitor}
+        return {"values": values, "monitor": self.patience and self.monitor}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        is_same = state_dict["monitor"] == (self.plateau and self.plateau.monitor)
+        is_same = state_dict["monitor"] == (self.patience and self.monitor)
         self._values = state_dict["values"] if is_same else {}  # of another metric
 
     @override

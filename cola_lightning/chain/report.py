@@ -3,7 +3,6 @@
 Source: Roy & Vetterli, "The effective rank" (EUSIPCO 2007), section 2.
 """
 
-import itertools
 import json
 import math
 import statistics
@@ -112,8 +111,8 @@ def report(chain: Chain) -> list[LinkReport]:
         >>> first.steps, first.layers["fc"].singular_values, round(first.effective_rank, 6)
         (10, [0.5, 0.5], 2.0)
     """
-    total_ranks = itertools.accumulate(link.rank for link in chain.links)
-    return [_report_link(link, rank, chain.base.weight_norms) for link, rank in zip(chain.links, total_ranks, strict=True)]
+    ranks = [link.rank for link in chain.links]
+    return [_report_link(link, sum(ranks[: k + 1]), chain.base.weight_norms) for k, link in enumerate(chain.links)]
 
 
 def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) -> LinkReport:

@@ -84,8 +84,7 @@ class ChainSchedule:
         ranks: each link's rank, the first link's first; None: ``model.rank`` for all.
         alphas: each link's alpha; None: ``model.alpha`` for all.
         knots_unknown: knots are decided while training, so no link's length is known beforehand.
-        patience: a knot after this many validations without improvement, see :class:`Plateau`, which decides: ``knots_unknown``
-            is then true.
+        patience: a knot after this many validations without improvement, see :func:`is_plateau`. It sets ``knots_unknown``.
         default_rank: rank of a link without ``ranks``: the module's.
         default_alpha: alpha of a link without ``alphas``: the module's.
 
@@ -218,34 +217,24 @@ def _increases(knots: Sequence[int]) -> bool:
     return all(a < b for a, b in itertools.pairwise((0, *knots)))
 
 
-@dataclass(frozen=True)
-class Plateau:
-    """Finishes a link once a metric has not improved for ``patience`` validations in a row, as EarlyStopping ends a run.
+def is_plateau(values: Iterable[float], patience: int, min_delta: float = 0.0, mode: Mode = "min") -> bool:
+    """Whether a link's metric has not improved for ``patience`` validations in a row, as EarlyStopping ends a run.
 
     Args:
+        values: the metric in the link's validations so far; the first one is an improvement if it is finite.
         patience: validations without improvement after which the link is finished.
-        monitor: name of the metric.
         min_delta: a value is an improvement if it is better than the link's best by more than this.
         mode: whether a lower (``min``) or a higher (``max``) value is better.
 
     Example:
-        >>> rule = Plateau(patience=2, min_delta=0.1)
-        >>> [rule.is_reached([1.0, 0.8, 0.75, 0.72][:n]) for n in range(1, 5)]
+        >>> [is_plateau([1.0, 0.8, 0.75, 0.72][:n], patience=2, min_delta=0.1) for n in range(1, 5)]
         [False, False, False, True]
     """
-
-    patience: int
-    monitor: str = "val_loss"
-    min_delta: float = 0.0
-    mode: Mode = "min"
-
-    def is_reached(self, values: Iterable[float]) -> bool:
-        """Whether a link with these metric values is finished; its first value is an improvement if it is finite."""
-        best, waited, sign = math.inf, 0, {"min": 1, "max": -1}[self.mode]
-        for value in values:
-            is_better = sign * value < best - self.min_delta  # NaN is no improvement
-            best, waited = (sign * value, 0) if is_better else (best, waited + 1)
-        return waited >= self.patience
+    best, waited, sign = math.inf, 0, {"min": 1, "max": -1}[mode]
+    for value in values:
+        is_better = sign * value < best - min_delta  # NaN is no improvement
+        best, waited = (sign * value, 0) if is_better else (best, waited + 1)
+    return waited >= patience
 
 
 # A rule's name -> the factor that a link does not train, from the run's seed and the link's index; see frozen_factor.

@@ -98,18 +98,14 @@ class COLASequenceClassifier(LanguageModule):
             found = places
         if len(found) < 2 or ((self._is_number_given or self.is_made) and len(found) != self.num_labels):
             raise UserError(f"model.num_labels: is {self.num_labels}, but the data has {len(found)}: {', '.join(found)}")
-        self._set_labels(self._in_models_order(found))
+        own = [name for _, name in sorted(self.pretrained.config().id2label.items())]  # a pretrained head may have them
+        self._set_labels(own if sorted(own) == sorted(found) else found)
 
     def _set_labels(self, names: Sequence[str]) -> None:
         self._label_names, self.num_labels = list(names), len(names)
         if self.is_made:
             self._describe(self.model.config)
             self.adapted.chain.base = replace(self.adapted.chain.base, labels=self._label_names)
-
-    def _in_models_order(self, found: Sequence[str]) -> Sequence[str]:
-        """The same labels in the order of a pretrained head that has them."""
-        own = [name for _, name in sorted(self.pretrained.config().id2label.items())]
-        return own if sorted(own) == sorted(found) else found
 
     def _describe(self, config: Any) -> None:
         config.id2label = dict(enumerate(self._label_names or ()))

@@ -20,13 +20,11 @@ from cola_lightning.lora.layer_types import LoRALinear
 
 Quantization = Literal["nf4"]
 
-FIELD = "model.quantization"
-
 
 def check_quantization(quantization: str) -> None:
     """Refuses an unknown quantization, before any weight is read; bitsandbytes must be installed."""
     if quantization not in get_args(Quantization):
-        raise UserError(f"{FIELD}: must be null or {', '.join(get_args(Quantization))}, got {quantization!r}")
+        raise UserError(f"model.quantization: must be null or {', '.join(get_args(Quantization))}, got {quantization!r}")
     importlib.import_module("bitsandbytes")  # an error now, not once the base has been read
 
 
@@ -43,7 +41,7 @@ def quantize(model: nn.Module, dtype: torch.dtype, skip: Collection[str] = ()) -
     """
     layers = [layer for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in skip]
     if not layers:
-        raise UserError(f"{FIELD}: a {type(model).__name__} has no Linear layers to quantize")
+        raise UserError(f"model.quantization: a {type(model).__name__} has no Linear layers to quantize")
     for layer in layers:
         _quantize_(layer, dtype)
 
