@@ -15,10 +15,10 @@ from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.base import BaseIdentity, check_same_base, check_same_layers, describe_base
 from cola_lightning.chain.chain import check_links
 from cola_lightning.chain.link import add_links, begin_link, own_values
-from cola_lightning.chain.schedule import Factor, TrainedFactors, frozen_factor
+from cola_lightning.chain.schedule import TrainedFactors, frozen_factor
 from cola_lightning.chain.store import pack, unpack
 from cola_lightning.errors import UserError
-from cola_lightning.lora.config import LoRAConfig
+from cola_lightning.lora.config import Factor, LoRAConfig
 from cola_lightning.lora.inject import inject_lora
 from cola_lightning.lora.layer import LoRALayer, is_quantized, is_quantized_model, lora_layers
 from cola_lightning.merge import cast_floats, free, merge

@@ -138,7 +138,7 @@ class ChatTemplate:
             UnusableRow: if the template raises an error, as for a system prompt that it does not support.
             UserError: if the tokenizer has no chat template.
         """
-        messages = [_with_content(turn, is_parts=self._renders_parts_alone) for turn in conversation.messages]
+        messages = [_with_content(turn, is_parts=self._answered[0]) for turn in conversation.messages]
         text: str = self._apply(messages, tools=conversation.tools, add_generation_prompt=is_open, **mode)
         return text
 
@@ -168,10 +168,6 @@ class ChatTemplate:
             if ANSWER in last:
                 return is_parts, last.rpartition(ANSWER)[2], inside.rpartition(ANSWER)[2]
         return False, "", ""  # each row is refused, by its name
-
-    @property
-    def _renders_parts_alone(self) -> bool:
-        return self._answered[0]
 
     @cached_property
     def special_ids(self) -> set[int]:

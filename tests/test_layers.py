@@ -169,7 +169,8 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind, mode, rank):
     layer.finish()
     layer.requires_grad_(False)
     parameters = layer.lora_A.requires_grad_(), layer.lora_B.requires_grad_()
-    layer.reset(torch.Generator().manual_seed(1), rank=rank, alpha=3)
+    layer.rank, layer.alpha = rank, 3
+    layer.reset(torch.Generator().manual_seed(1))
     with_trained_link(layer, seed=3)
     assert (layer.lora_A, layer.lora_B) == parameters
     A, B = (factor.detach().clone().requires_grad_() for factor in layer.factors)
@@ -291,7 +292,8 @@ def test_complex_inputs_are_dropped_too():
 @pytest.mark.parametrize("base", [lambda: nn.Linear(400, 100), lambda: nn.Conv2d(16, 100, 5), lambda: Experts(100, 400)])
 def test_A_is_drawn_as_peft_draws_it(base, init, std):
     layer = adapt_layer(base(), rank=100, alpha=1, init=init)
-    layer.reset(torch.Generator().manual_seed(0), rank=50)
+    layer.rank = 50
+    layer.reset(torch.Generator().manual_seed(0))
     assert layer.factors[0].std().item() == pytest.approx(std, rel=0.02)
 
 

@@ -72,7 +72,7 @@ def test_it_learns_and_its_checkpoint_gives_the_same_head_and_predictions(tmp_pa
     predicted = run.predict(module, datamodule=data)
     loaded = classifier(tmp_path, **options)
     again = trainer(tmp_path).predict(loaded, datamodule=data, ckpt_path=tmp_path / "end.ckpt")
-    assert [batch["prediction"].tolist() for batch in again] == [batch["prediction"].tolist() for batch in predicted]
+    assert [batch["prediction"] for batch in again] == [batch["prediction"] for batch in predicted]
     assert_bit_equal(weights(loaded.model), weights(module.model))
     (after,) = trainer(tmp_path).test(loaded, datamodule=data, verbose=False)
     assert after["test_loss"] == before["test_loss"]

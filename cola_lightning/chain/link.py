@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cola_lightning.lora.config import Factor
 from cola_lightning.lora.layer import LoRALayer, low_rank_delta
 from cola_lightning.seeding import derive_seed
 
@@ -117,19 +117,12 @@ def add_links(name: str, layer: LoRALayer, links: Sequence[Link], device: torch.
             layer.add_finished_link(lora_A.to(device), lora_B.to(device), link.scaling(name))
 
 
-def begin_link(
-    layers: Mapping[str, LoRALayer],
-    seed: int,
-    index: int,
-    rank: int,
-    alpha: float,
-    drawn: Literal["A", "B"] = "A",
-) -> None:
+def begin_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float, drawn: Factor = "A") -> None:
     """Begins a link in every layer: A drawn from (seed, link, layer name), B zero, or the other way round.
 
     The draw depends on nothing else: not on the global generator, the device, or the number of processes.
     """
     for name, layer in layers.items():
         generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
-        own_rank, own_alpha = layer.values_in(rank, alpha)
-        layer.reset(generator, rank=own_rank, alpha=own_alpha, drawn=drawn)
+        layer.rank, layer.alpha = layer.values_in(rank, alpha)
+        layer.reset(generator, drawn)

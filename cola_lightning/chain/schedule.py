@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from cola_lightning.errors import UserError
+from cola_lightning.lora.config import Factor
 from cola_lightning.seeding import derive_seed
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 Mode = Literal["min", "max"]
 TrainedFactors = Literal["both", "B", "random"]
-Factor = Literal["A", "B"]
 
 KNOT_OPTIONS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "knots", "patience")
 UNTIL = 0.75  # of a run: the share over which ``knots`` are spread, if none is given

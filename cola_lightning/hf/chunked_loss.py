@@ -54,12 +54,9 @@ def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, learn
         total: Tensor = _SumOfLosses.apply(logits_of, size, labels, hidden, *trained)  # type: ignore[no-untyped-call]
     else:
         parts = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
-        total = torch.stack([_sum_of_losses(logits_of(chunk), own) for chunk, own in parts]).sum()
+        losses = [F.cross_entropy(logits_of(chunk).float(), own, reduction="sum") for chunk, own in parts]
+        total = torch.stack(losses).sum()
     return total, router_loss(model, output)
-
-
-def _sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def _as_in_model(model: Any, head: nn.Module, hidden: Tensor, logits: Tensor) -> Tensor:

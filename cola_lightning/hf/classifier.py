@@ -167,14 +167,11 @@ class COLASequenceClassifier(LanguageModule):
         targets = batch.get("labels", torch.full_like(predicted, IGNORE_INDEX))
         return {"prediction": self._named(predicted), "target": self._named(targets), "scores": logits.log_softmax(-1)}
 
-    def _named(self, places: Tensor) -> Tensor | list[Any]:
-        """Labels by index: the indices themselves if labels are indices or not known, and None for a missing one."""
+    def _named(self, places: Tensor) -> list[Any]:
+        """Labels by index, as numbers if all are whole numbers; the indices if labels are not known, None for a missing one."""
         names = self.label_names or [str(place) for place in range(self.num_labels)]
-        is_missing = places == IGNORE_INDEX
-        if not is_missing.any() and names == [str(place) for place in range(len(names))]:
-            return places
         values: list[Any] = [int(name) for name in names] if all(map(WHOLE_NUMBER.fullmatch, names)) else names
-        return [None if missing else values[place] for place, missing in zip(places.tolist(), is_missing.tolist(), strict=True)]
+        return [None if place == IGNORE_INDEX else values[place] for place in places.tolist()]
 
     def _logits(self, batch: Mapping[str, Any]) -> Tensor:
         """The logits, in float32: rows x labels."""

@@ -14,6 +14,7 @@ from cola_lightning.errors import UserError
 Init = Literal["kaiming", "gaussian"]  # how the factor that does not begin at zero is drawn
 FinishedLinks = Literal["auto", "merge", "stack"]
 Scaling = Literal["lora", "rslora"]
+Factor = Literal["A", "B"]
 
 
 def kaiming_(rows: Tensor, generator: torch.Generator | None) -> None:

@@ -19,7 +19,7 @@ Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from cola_lightning import layout
-from cola_lightning.lora.config import DRAWS, LoRAConfig, value_of
+from cola_lightning.lora.config import DRAWS, Factor, LoRAConfig, value_of
 from cola_lightning.lora.stack import Stack
 
 # The attributes that a LoRA layer adds to its base layer's.
@@ -298,26 +298,15 @@ class LoRALayer(nn.Module):
         else:
             self.stack.push(lora_A, lora_B, scaling)
 
-    def reset(
-        self,
-        generator: torch.Generator | None = None,
-        *,
-        rank: int | None = None,
-        alpha: float | None = None,
-        drawn: Literal["A", "B"] = "A",
-    ) -> None:
-        """Begins a new link in place: draws A, zeroes B, drops their gradients.
+    def reset(self, generator: torch.Generator | None = None, drawn: Factor = "A") -> None:
+        """Begins a new link of the present rank in place: draws A, zeroes B, drops their gradients.
 
         A is drawn on the CPU in fp32 and then copied, so the same generator gives the same A on any device and in any dtype.
 
         Args:
             generator: for drawing A; None means torch's global generator.
-            rank: the new link's rank, 1 to ``max_rank``; None keeps it.
-            alpha: the new link's alpha; None keeps it.
             drawn: the factor that is drawn; the other is zero. B is drawn as the A of the transposed layer would be.
         """
-        self.rank = self.rank if rank is None else rank
-        self.alpha = self.alpha if alpha is None else alpha
         *matrices, n_values = self.lora_A[..., 0, :].shape if drawn == "A" else self.lora_B[..., 0].shape
         rows = torch.zeros(*matrices, self.rank, n_values, dtype=torch.float32, device="cpu")
         DRAWS[self.lora_config.init](rows, generator)
