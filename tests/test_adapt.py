@@ -252,7 +252,7 @@ class Router(nn.Linear):
 
 def test_a_subclass_with_a_forward_of_its_own_is_refused_or_named(caplog):
     model = nn.Sequential(Plain(4, 4), Router(4, 4))
-    with pytest.raises(UserError, match=r"^model\.target_modules: .*'1' is a Router"):
+    with pytest.raises(UserError, match=r"^model\.target_modules: .*'1', which is a Router"):
         inject_lora(model, LoRAConfig(["1"], rank=1, alpha=1))
     assert inject_lora(model, LoRAConfig("all-linear", rank=1, alpha=1)) == ["0"]
     (message,) = told(caplog)

@@ -150,19 +150,17 @@ def test_a_plain_module_begins_with_an_adapter_too_and_leaves_with_it(tmp_path, 
     assert [link.rank for link in read_chain(tmp_path / "again").links] == [5, 2]
 
 
-def test_an_exported_chain_goes_on_here_with_its_first_links_and_in_peft_as_one(tmp_path, caplog):
+def test_an_exported_chain_goes_on_here_with_its_first_links_and_in_peft_as_one(tmp_path):
     name = tiny.folder(tmp_path / "base", "bert", "AutoModel")
     options = {"target_modules": ["query"], "rank": 4, "num_labels": 3, "seed": 0}
     module = tiny.three_links(COLASequenceClassifier(name, **options))
     module.export(tmp_path / "peft", "peft")
     begun = COLASequenceClassifier(name, init_chain=str(tmp_path / "peft"), **options)
     assert difference(tiny.logits(begun.model), tiny.logits(module.model)) <= 1e-5
-    assert "trained modules alone" not in caplog.text
     begun = COLASequenceClassifier(name, init_chain=str(tmp_path / "peft"), init_links=1, **options)
     expected = module.merged_model(1)
     expected.load_state_dict({name: begun.model.state_dict()[name] for name in begun.adapted.trained.copies()}, strict=False)
     assert difference(tiny.logits(begun.model), tiny.logits(expected)) <= 1e-5
-    assert "trained modules alone" in caplog.text  # an adapter holds the last head alone
     model = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft", is_trainable=True)
     model.save_pretrained(tmp_path / "on")
     (link,) = read_chain(tmp_path / "on").links
@@ -194,7 +192,6 @@ REFUSED = {
     "an embedding": (lambda folder: lora_of(folder, target_modules=["embed_tokens"]), r"'model\.embed_tokens\.lora_emb"),
     "a field of a later peft": (lambda folder: edit(folder, use_something={"a": 1}), "use_something "),
     "a factor alone": (without("layers.0.self_attn.q_proj.lora_B"), r"q_proj\.lora_B"),
-    "another rank": (lambda folder: edit(folder, r=6), "'.*q_proj' is 3, and not 6"),
     "no tensors": (lambda folder: (folder / "peft" / "adapter_model.safetensors").unlink(), "No such file"),
 }
 

@@ -24,7 +24,7 @@ def model():
 
 
 def test_all_linear_means_what_is_registered_as_linear():
-    with pytest.raises(UserError, match=r"^model\.target_modules: .*'1' is a Grid"):
+    with pytest.raises(UserError, match=r"^model\.target_modules: .*'1', which is a Grid"):
         inject_lora(model(), LoRAConfig(["1"], rank=1, alpha=1))
     register_lora_layer(Grid)(LoRAGrid)
     assert inject_lora(model(), LoRAConfig("all-linear", rank=1, alpha=1)) == ["0", "2"]

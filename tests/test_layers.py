@@ -277,17 +277,6 @@ def test_dropout_acts_on_the_link_alone_and_only_in_training(kind, mode):
     assert_near(layer.eval()(x), with_update(base, layer.scaling * layer.lora_B @ layer.lora_A, x), 1e-6)
 
 
-def test_complex_inputs_are_dropped_too():
-    layer = with_trained_link(adapt_layer(nn.Linear(6, 5, dtype=torch.complex64), 3, 1, dropout=0.5))
-    x = torch.randn(7, 6, dtype=torch.complex64)
-    assert not torch.equal(layer(x), layer(x))
-    dropped = layer.lora_dropout(x)
-    assert torch.equal(dropped.real == 0, dropped.imag == 0)
-    assert torch.equal(dropped[dropped != 0], 2 * x[dropped != 0])
-    with pytest.raises(RuntimeError, match="dtype"):  # as of a plain layer: the imaginary part is not lost without a word
-        adapt_layer(nn.Linear(6, 5), 3, 1)(x)
-
-
 @pytest.mark.parametrize(("init", "std"), [("kaiming", (3 * 400) ** -0.5), ("gaussian", 1 / 50)])
 @pytest.mark.parametrize("base", [lambda: nn.Linear(400, 100), lambda: nn.Conv2d(16, 100, 5), lambda: Experts(100, 400)])
 def test_A_is_drawn_as_peft_draws_it(base, init, std):

@@ -221,7 +221,7 @@ REFUSALS = {
     ],
     inject: [
         ({"target_modules": ["q_porj"]}, r"model\.target_modules: the nearest that exist: q_proj"),
-        ({"target_modules": ["norm"]}, r"model\.target_modules: 'body\.norm' is a LayerNorm"),
+        ({"target_modules": ["norm"]}, r"model\.target_modules: 'body\.norm', which is a LayerNorm"),
         ({"modules_to_save": ["body"]}, r"model\.target_modules: no layer is left"),
     ],
     TextDataModule: [

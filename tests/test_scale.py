@@ -51,7 +51,7 @@ def test_weights_links_stack_and_checkpoint_are_those_of_a_module(tmp_path, scal
     assert parts.trained == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert parts.base + parts.links == sum(p.nbytes for p in module.parameters())
     assert parts.links == sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers)
-    assert parts.stack == sum(layer.stack.nbytes for layer in layers if layer.stack is not None)
+    assert parts.stack == sum(layer.stack.A.nbytes + layer.stack.B.nbytes for layer in layers if layer.stack is not None)
     own = [sum(p.nbytes for name, p in b.named_parameters() if "lora_" not in name) for b in module.model.model.layers]
     assert (parts.block, parts.root) == (max(own), parts.base - sum(own))
     run.save_checkpoint(tmp_path / "run.ckpt")

@@ -106,17 +106,18 @@ def check_same_base(expected: BaseIdentity, received: BaseIdentity, *, is_stored
     mine, theirs = received.values, expected.values
     alone = mine.keys() ^ theirs.keys()
     changed = {name for name in mine.keys() - alone if mine[name] != theirs[name] and None not in (mine[name], theirs[name])}
-    if expected.dtypes != received.dtypes or alone or changed:
+    if expected.dtypes != received.dtypes:
         where = f"in {' and '.join(received.dtypes)} and not in {' and '.join(expected.dtypes)}"
-        if different := sorted(alone) + sorted(changed):
-            name = different[0]
-            what = "with other values of" if name in changed else "with" if name in mine else "without"
-            where = f"{what} {name!r}" + (f" and {len(different) - 1} more" if len(different) > 1 else "")
-        raise UserError(
-            f"base: the chain was trained on another base: on {expected}, and this is {received}, {where}. Use the same model, "
-            "revision, seed and target_modules, and a build_model that makes the same base again (it may draw from the global "
-            "generators, which are seeded for it), or train with save_base: true"
-        )
+    elif different := sorted(alone) + sorted(changed):
+        what = "with other values of" if different[0] in changed else "with" if different[0] in mine else "without"
+        where = f"{what} {different[0]!r}" + (f" and {len(different) - 1} more" if len(different) > 1 else "")
+    else:
+        return
+    raise UserError(
+        f"base: the chain was trained on another base: on {expected}, and this is {received}, {where}. Use the same model, "
+        "revision, seed and target_modules, and a build_model that makes the same base again (it may draw from the global "
+        "generators, which are seeded for it), or train with save_base: true"
+    )
 
 
 def check_same_layers(expected: Collection[str], received: Collection[str]) -> None:
