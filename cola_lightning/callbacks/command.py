@@ -68,7 +68,7 @@ class RunWatch(Callback):
         self._received = number
         if not self._is_waited_for:
             raise Interruption(128 + number)
-        log.warning("%s: stopping after this batch; once more stops at once", signal.Signals(number).name)
+        log.warning("%s: stopping after this batch. A second signal stops at once", signal.Signals(number).name)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,7 +101,7 @@ class RunWatch(Callback):
 
 
 class ConfigSaver(SaveConfigCallback):
-    """Saves the run's configuration beside its checkpoints, once it is known to work: when its first epoch starts.
+    """Saves the run's configuration next to its checkpoints, once it is known to work: when its first epoch starts.
 
     A fit replaces an existing file; an evaluation, which may use the same folder, leaves the fit's. The checkpoint that the run
     resumed from is omitted: a later command with this configuration would use it in place of the run's own.
@@ -129,12 +129,12 @@ class ConfigSaver(SaveConfigCallback):
 
 
 class LossesOfShortRuns(Callback):
-    """Has a short fit, too, leave losses: it is logged at least ten times and at its end, where it also validates.
+    """Logs a short fit at least ten times and at its end, and validates at its end.
 
-    Lightning logs every 50th step, and validates after an epoch or an interval: of twelve steps nothing is left.
+    Lightning logs every 50th step, and validates after an epoch or an interval, so a fit of twelve steps would leave no loss.
 
     Args:
-        is_interval_given: whether the user has set ``log_every_n_steps``, which then holds.
+        is_interval_given: whether the user has set ``log_every_n_steps``, which then stays as it is.
     """
 
     def __init__(self, *, is_interval_given: bool) -> None:
@@ -170,7 +170,7 @@ class ChainProgressBar(RichProgressBar):
     @property
     @override
     def total_train_batches(self) -> int | float:
-        """This epoch's batches in all. Lightning's own number leaves out those before a resume, and takes steps for batches."""
+        """This epoch's batches in all. Lightning's own number leaves out those before a resume, and counts steps as batches."""
         trainer, n_batches, window = self.trainer, self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         n_steps = trainer.max_steps - trainer.global_step if trainer.max_steps > 0 else n_batches
         done = (trainer.fit_loop.batch_idx + 1) % n_batches // window * window  # of an epoch that is over: 0

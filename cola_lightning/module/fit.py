@@ -291,7 +291,7 @@ def prepare_checkpoint(module: AdaptedModule, checkpoint: dict[str, Any]) -> Non
 
 
 def check_one_seed(seed: int | None) -> None:
-    """Refuses processes that have drawn a seed each.
+    """Refuses processes that have drawn different seeds.
 
     Raises:
         UserError: for a model that was accessed before the processes were joined, without a seed.
@@ -345,9 +345,9 @@ def warn_of_no_gradient(names: list[str], model: nn.Module) -> None:
     """Warns of the adapted layers of a model that have these names, and no gradient in a fit's first step."""
     if names:
         log.warning(
-            "model.target_modules: %d of %d adapted layers got no gradient in the first step's batches (%s): the link of a "
-            "layer whose weight the model reads without calling the layer is never trained; a layer that these batches did "
-            "not use, such as an expert without tokens, is trained once it is used",
+            "model.target_modules: %d of %d adapted layers got no gradient in the first step (%s). A link is never trained if "
+            "the model reads the weight of its layer without calling the layer. It is trained later if only these batches did "
+            "not use the layer, such as an expert without tokens",
             len(names),
             len(lora_layers(model)),
             first_names(names),
