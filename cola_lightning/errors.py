@@ -109,7 +109,7 @@ def one_line(message: str) -> str:
     indent = len(lines[0]) - len(lines[0].lstrip())
     paragraph = [*itertools.takewhile(lambda line: not line[:indent].strip(), lines)]
     paragraph.sort(key=lambda line: "Got value" not in line)  # else by the order in which a union's types were tried
-    said = "; ".join(line.strip().removeprefix("- ") for line in paragraph if not TRIED.match(line)).replace(":; ", ": ")
-    said = re.sub(r"<class '([^']+)'>|typing\.|\. Got value: Namespace\(.*", r"\1", said)
-    said = re.sub(r"Expected an? ([^;]+)(?:\. Got|; Given) value: ([^;]*)", r"must be \1, got '\2'", said)
-    return f"{'.'.join(fields)}: {said}"
+    message = "; ".join(line.strip().removeprefix("- ") for line in paragraph if not TRIED.match(line)).replace(":; ", ": ")
+    message = re.sub(r"<class '([^']+)'>|typing\.|\. Got value: Namespace\(.*", r"\1", message)
+    message = re.sub(r"Expected an? ([^;]+)(?:\. Got|; Given) value: ([^;]*)", r"must be \1, got '\2'", message)
+    return f"{'.'.join(fields)}: {message}"

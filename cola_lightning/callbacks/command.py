@@ -76,10 +76,10 @@ class RunWatch(Callback):
         signal.signal(signal.SIGTERM, self._handle)  # until Lightning restores it after the fit, in place of its own
 
     def _stop_if_asked(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        is_asked = self._received is not None
+        should_stop = self._received is not None
         if trainer.world_size > 1:  # all processes at the same batch, or some would wait for the others forever
-            is_asked = trainer.strategy.reduce_boolean_decision(is_asked, all=False)
-        if is_asked:
+            should_stop = trainer.strategy.reduce_boolean_decision(should_stop, all=False)
+        if should_stop:
             raise Interruption(128 + (self._received or signal.SIGTERM))
 
     on_train_batch_end = on_train_epoch_end = _stop_if_asked

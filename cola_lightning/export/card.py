@@ -54,8 +54,8 @@ class Card:
             self.tokenizer.save_pretrained(folder)
         pretrained = self.module.named_base
         base = self.module.base_name if pretrained is None else pretrained.model_name
-        told = self.module.constructor_arguments | {"data": self.data}
-        told = {name: told[name] for name in ("class_path", "init_args", "data") if told[name]}
+        arguments = self.module.constructor_arguments | {"data": self.data}
+        arguments = {name: arguments[name] for name in ("class_path", "init_args", "data") if arguments[name]}
         data = ModelCardData(
             base_model=base if pretrained is not None and is_repo_id(base) and not os.path.isdir(base) else None,
             library_name="peft" if kind.startswith("PEFT") else "transformers",
@@ -75,6 +75,6 @@ class Card:
             dumps=lambda value: json.dumps(value, ensure_ascii=False),
             links=self.chain.links,
             metrics=list(dict.fromkeys(name for link in self.chain.links for name in link.metrics)),
-            arguments=yaml.safe_dump(told, sort_keys=False, allow_unicode=True).strip(),
+            arguments=yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True).strip(),
         )
         card.save(folder / CARD_NAME)
