@@ -103,8 +103,8 @@ def execute(claim: Path, options: Mapping[str, Any]) -> bool:
         process.terminate()  # after the terminal's Ctrl-C, this is a second signal: it stops at once
         process.wait()
     if process.returncode == 2:
-        output = (folder / LOG).read_text(encoding="locale", errors="replace")
-        raise UserError([f"a run was refused, see {folder / LOG}", *re.findall("^error: (.*)", output, re.MULTILINE)][-1])
+        text = (folder / LOG).read_text(encoding="locale", errors="replace")
+        raise UserError([f"a run was refused, see {folder / LOG}", *re.findall("^error: (.*)", text, re.MULTILINE)][-1])
     return (folder / RESULT).exists()
 
 
