@@ -57,8 +57,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-        if not had_downloads:
-            hub.disable_progress_bars()  # type: ignore[attr-defined]
 
 
 def upload(folder: Path, repo_id: str, *, is_public: bool = False) -> str:

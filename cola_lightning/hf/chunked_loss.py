@@ -1,7 +1,6 @@
 """The language-model loss without the logits of all positions: head and cross-entropy over chunks of them."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from cola_lightning.hf.logits import Batch, forward, kept, router_loss
+from cola_lightning.hf.logits import Batch, forward, kept, router_loss, with_attribute
 
 CHUNKED_ABOVE = 2**28  # bytes of float32 logits
 CHUNK = 2**26  # bytes of float32 logits that exist together
@@ -38,7 +37,7 @@ def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, learn
         inputs.append(hidden)
         return hidden
 
-    with _with_forward(head, skipped):
+    with with_attribute(head, "forward", skipped):
         output = forward(model, batch, places)
     hidden = kept(model, inputs[0], places)
     is_plain = output.logits is inputs[0]  # else it scales or caps its logits
@@ -66,24 +65,11 @@ def _as_in_model(model: Any, head: nn.Module, hidden: Tensor, logits: Tensor) ->
     output, ids = BaseModelOutputWithPast(last_hidden_state=hidden), hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
     with (
         torch.compiler.set_stance("force_eager"),
-        _with_forward(model.base_model, lambda *_, **__: output),
-        _with_forward(head, lambda _: logits),
+        with_attribute(model.base_model, "forward", lambda *_, **__: output),
+        with_attribute(head, "forward", lambda _: logits),
     ):
         made: Tensor = model.forward(input_ids=ids).logits
     return made
-
-
-@contextmanager
-def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block, the module's forward pass is another."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 class _SumOfLosses(torch.autograd.Function):

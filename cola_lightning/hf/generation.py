@@ -1,7 +1,6 @@
 """Text that a causal language model generates."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from cola_lightning.constants import MAX_NEW_TOKENS
 from cola_lightning.decoding import Decoding
+from cola_lightning.hf.logits import with_attribute
 
 ANSWER = Decoding(max_new_tokens=MAX_NEW_TOKENS, stop=("\n",))  # of an answer that is compared with references
 
@@ -49,11 +49,13 @@ def generate(
         options["stop_strings"] = list(decoding.stop)
     options |= {"eos_token_id": sorted(ends) or None, "pad_token_id": tokenizer.pad_token_id}
     hidden = ends & set(tokenizer.added_tokens_decoder)  # special or not
-    with _sole_generation_config(GenerationConfig(**options), model):  # type: ignore[no-untyped-call]
+    config = GenerationConfig(**options)  # type: ignore[no-untyped-call]
+    # It is the model's own, too: transformers would fill in values of that, a penalty for example.
+    with with_attribute(model, "generation_config", config):
         generated = model.generate(  # type: ignore[operator]
             input_ids=batch["prompt_ids"],
             attention_mask=batch["prompt_mask"],
-            generation_config=model.generation_config,
+            generation_config=config,
             tokenizer=tokenizer,  # which stop strings need
             synced_gpus=is_sharded,
             streamer=streamer and _FilteredStreamer(hidden, streamer),
@@ -71,13 +73,3 @@ class _FilteredStreamer:
     def put(self, tokens: Tensor) -> None:
         """Takes the prompts, rows x length, whole, and then the generated tokens."""
         self._put(tokens if tokens.dim() > 1 else tokens[~torch.isin(tokens, self.hidden)])
-
-
-@contextmanager
-def _sole_generation_config(config: Any, model: Any) -> Iterator[None]:
-    """Makes this the only generation config: transformers fills in values of the model's own, a penalty for example."""
-    before, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = before

@@ -343,3 +343,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, is_training in before.items():
             module.training = is_training
+
+
+@contextmanager
+def with_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Inside the block, an attribute of the module, such as its ``forward``, has another value."""
+    is_own, before = name in vars(module), vars(module).get(name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+        if is_own:
+            setattr(module, name, before)
