@@ -39,25 +39,20 @@ def quantize(model: nn.Module, dtype: torch.dtype, skip: Collection[str] = ()) -
     Raises:
         UserError: if there are no other linear layers.
     """
-    layers = [layer for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in skip]
-    if not layers:
-        raise UserError(f"model.quantization: a {type(model).__name__} has no Linear layers to quantize")
-    for layer in layers:
-        _quantize_(layer, dtype)
-
-
-def _quantize_(linear: Any, dtype: torch.dtype) -> None:
-    """Makes a linear layer a 4-bit one, in place."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
+    layers: list[Any] = [layer for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in skip]
+    if not layers:
+        raise UserError(f"model.quantization: a {type(model).__name__} has no Linear layers to quantize")
     options: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}
     with torch.device("meta"):
         like = Linear4bit(1, 1, compute_dtype=dtype, **options)
-    vars(linear).update({name: value for name, value in vars(like).items() if not hasattr(linear, name)})
-    linear.__class__ = Linear4bit
-    linear.weight = Params4bit(linear.weight.detach(), requires_grad=False, **options, module=linear)
-    linear.to("cpu")  # which quantises it
-    keep_layout(linear)
+    for layer in layers:
+        vars(layer).update({name: value for name, value in vars(like).items() if not hasattr(layer, name)})
+        layer.__class__ = Linear4bit
+        layer.weight = Params4bit(layer.weight.detach(), requires_grad=False, **options, module=layer)
+        layer.to("cpu")  # which quantises it
+        keep_layout(layer)
 
 
 def keep_layout(layer: Any) -> None:
