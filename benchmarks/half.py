@@ -57,7 +57,7 @@ def predictions(checkpoint: Path, merged: Path, adapter: Path) -> tuple[dict[str
     module.model = own
     found["adapter, float32"] = scores(PeftModel.from_pretrained(module.merged_model(0), str(adapter)).base_model.model)
     module.model = own
-    module.upcast()
+    module.adapted.upcast()
     found["module, float32"] = scores(own)
     return found, torch.cat([batch["answer"] for batch in batches])
 

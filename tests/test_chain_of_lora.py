@@ -95,6 +95,25 @@ def test_a_run_equals_a_hand_written_loop_to_the_bit(tmp_path, accumulate, clip,
     assert run.callback_metrics["train_loss"].item() == pytest.approx(losses[-1], abs=1e-7)
 
 
+class Manual(Toy):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+        self.lr_schedulers().step()
+
+
+def test_manual_optimization_has_the_same_links(tmp_path):
+    manual, automatic = toy(Manual), toy()
+    for module in (manual, automatic):
+        trainer(tmp_path, chain={"every_n_train_steps": 4}, max_epochs=2).fit(module, batches())
+    assert manual.link == 4
+    assert_bit_equal(weights(manual), weights(automatic))
+
+
 def test_a_knot_keeps_the_function():
     module = toy(rank=3)
     module.configure_model()

@@ -102,7 +102,7 @@ def exported(request, tmp_path_factory):
     path = saved(tiny.three_links(module_of(folder / "base", request.param)), folder)
     module, chain = COLAModule.load_from_checkpoint(path), read_chain(path)
     lines = {format_: module.export(folder / format_, format_) for format_ in ("merged", "peft", "chain")}
-    module.upcast()
+    module.adapted.upcast()
     logits = tiny.logits(module.model)
     return SimpleNamespace(case=request.param, folder=folder, module=module, chain=chain, lines=lines, logits=logits)
 

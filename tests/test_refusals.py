@@ -216,7 +216,6 @@ REFUSALS = {
         ({"trainer_arguments": {"max_epochs": -1, "max_time": {"minutes": 1}}}, r"model\.lr_schedule: trainer\.max_steps"),
         ({"cls": PlainToy}, "model: COLAModule"),
         ({"modules_to_save_lr": 0.1}, r"model\.modules_to_save_lr"),
-        ({"cls": type("Manual", (Toy,), {"automatic_optimization": False})}, "model: automatic_optimization"),
         ({"target_modules": None, "chain": {"every_n_epochs": 1}}, r"model\.target_modules"),
     ],
     inject: [

@@ -231,8 +231,6 @@ def _refuse(trainer: Trainer, module: LightningModule, ranks: Sequence[int]) -> 
                 f"trainer.callbacks: {type(callback).__name__} cannot be combined with knots. (You can average merged models "
                 "of several runs.)"
             )
-    if not module.automatic_optimization:
-        raise UserError("model: ChainOfLoRA needs automatic optimization, but automatic_optimization is False")
     largest = module.lora_config.rank
     if max(ranks, default=0) > largest:
         raise UserError(f"chain.ranks: must be at most {largest} (model.rank), got {max(ranks)}")

@@ -18,30 +18,15 @@ def export(words: Sequence[str]) -> None:
         UserError: for invalid arguments.
         ExportError: if the export does not pass its verification; it is then deleted.
     """
+    from cola_lightning.export.module import export_module
+    from cola_lightning.export.verify import ExportOptions
+    from cola_lightning.module import COLAModule
+
     parser = command_parser("export", SUBCOMMANDS["export"])
     add_checkpoint(parser, "a run's folder, or a checkpoint in it")
-    parser.add_argument(
-        "--format",
-        required=True,
-        choices=["merged", "peft", "chain"],
-        help="merged: a plain Hugging Face model (for other modules, a state dict); peft: the chain as one PEFT adapter; "
-        "chain: a chain folder",
-    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a folder that does not exist or is empty")
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="with merged: dtype (default: model.dtype)",
-    )
-    parser.add_argument("--max_rank", type=int | None, metavar="R", help="with peft: recompress to this rank, by SVD")
-    parser.add_argument(
-        "--base_folder",
-        type=Path | None,
-        metavar="DIR",
-        help="with peft: write the base there, and name that folder in the adapter: for a base that peft cannot load by name",
-    )
+    parser.add_method_arguments(COLAModule, "export", as_group=False, skip={"folder", "verify", "overwrite"})
     parser.add_argument("--trust_remote_code", type=bool, default=False, help=TRUST)
-    parser.add_argument("--license", metavar="ID", help="the model card's license: the hub's identifier, such as apache-2.0")
     parser.add_argument(
         "--push_to_hub",
         metavar="ID",
@@ -51,10 +36,8 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is not empty")
     parser.add_argument("--no_verify", action="store_true", help="do not load the export again to compare its logits")
     options = parsed(parser, words)
-    from cola_lightning.export.module import export_module
-    from cola_lightning.export.verify import ExportOptions
-
-    given = {name: options[name] for name in ("dtype", "max_rank", "base_folder", "license", "overwrite")}
+    given = {name: options[name] for name in ("dtype", "max_rank", "license", "overwrite")}
+    given["base_folder"] = options.base_folder and Path(options.base_folder).expanduser()
     export_options = ExportOptions(options.output, options.format, verify=not options.no_verify, **given)
     export_options.check(options.checkpoint)
     opened = OpenedCheckpoint.open(options.checkpoint)

@@ -24,6 +24,7 @@ log = getLogger(__name__)
 TOLERANCE = 1e-4  # of the largest logit
 
 Format = Literal["merged", "peft", "chain"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ExportOptions:
 
     folder: Path
     format: Format
-    dtype: str | None = None
+    dtype: Dtype | None = None
     max_rank: int | None = None
     base_folder: Path | None = None
     license: str | None = None

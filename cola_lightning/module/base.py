@@ -25,8 +25,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.checkpoint import RecordsArguments, class_path
 from cola_lightning.module.fsdp import shard_by_blocks, shard_module
-from cola_lightning.module.run import Run, run_of, trainer_of
-from cola_lightning.module.step_loss import StepLoss
+from cola_lightning.module.run import Run, StepLoss, run_of, trainer_of
 from cola_lightning.trained import weight_of
 
 

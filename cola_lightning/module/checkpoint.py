@@ -303,10 +303,8 @@ def load_module(
     strict = module.strict_loading if strict is None else strict
     keys = module.load_state_dict(checkpoint["state_dict"], strict=strict)
     run_of(module).pending = None
-    if keys.missing_keys:
-        rank_zero_warn(f"Found keys that are in the model state dict but not in the checkpoint: {keys.missing_keys}")
-    if keys.unexpected_keys:
-        rank_zero_warn(f"Found keys that are not in the model state dict but in the checkpoint: {keys.unexpected_keys}")
+    if any(keys):
+        rank_zero_warn(f"checkpoint: the module alone has {keys.missing_keys}, the checkpoint alone {keys.unexpected_keys}")
     return module
 
 

@@ -17,9 +17,8 @@ from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.schedule import ChainSchedule, LRSchedule, TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.export.module import export_trained
-from cola_lightning.export.verify import ExportOptions, Format
+from cola_lightning.export.verify import Dtype, ExportOptions, Format
 from cola_lightning.lora.config import LoRAConfig
-from cola_lightning.merge import cast_floats
 from cola_lightning.module.base import AdaptedModule, values_of
 from cola_lightning.module.checkpoint import device_of, load_module, read_arguments
 from cola_lightning.module.fit import attach, prepare_checkpoint
@@ -229,7 +228,7 @@ class COLAModule(AdaptedModule):
         folder: str | Path,
         format: Format = "merged",
         *,
-        dtype: str | None = None,
+        dtype: Dtype | None = None,
         max_rank: int | None = None,
         base_folder: str | Path | None = None,
         license: str | None = None,
@@ -291,14 +290,6 @@ class COLAModule(AdaptedModule):
         if outside := [name for name, value in values.items() if value.requires_grad]:
             log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
         return model
-
-    def upcast(self) -> None:
-        """Casts half-precision tensors to float32, and restores the precision that finished links have in the chain.
-
-        For inference, not for further training: rounded weights stay rounded.
-        """
-        cast_floats(self, torch.float32, half_only=True)
-        self.adapted.upcast()
 
     # ------------------------------------------------------------------ training
 

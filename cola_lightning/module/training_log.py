@@ -16,9 +16,8 @@ from torch.optim import Optimizer
 from cola_lightning import layout
 from cola_lightning.module.base import AdaptedModule
 from cola_lightning.module.checkpoint import class_path, is_recorded
-from cola_lightning.module.run import run_of
+from cola_lightning.module.run import Late, run_of
 from cola_lightning.module.state import of_data
-from cola_lightning.module.step_loss import Late
 
 OWN = {"knots_unknown", "default_rank", "default_alpha"}  # fields of a schedule that are no options of ChainOfLoRA
 
