@@ -173,12 +173,18 @@ class Runs:
 
 
 @pytest.fixture
-def runs(monkeypatch):
-    """Without the figures, which take longer than all else; each config is resolved once."""
+def _without_figures(monkeypatch):
+    """They take longer than all else."""
+    for name in ("draw_curves", "draw_points"):
+        monkeypatch.setattr(study, name, lambda *_: None)
+
+
+@pytest.fixture
+def runs(_without_figures, monkeypatch):
+    """Each config is resolved once."""
     made = Runs()
-    instead = {"execute": made, "draw_curves": lambda *_: None, "draw_points": lambda *_: None}
-    for name, stands_in in (instead | {"resolved": lambda words: known_config(*words)}).items():
-        monkeypatch.setattr(study, name, stands_in)
+    monkeypatch.setattr(study, "execute", made)
+    monkeypatch.setattr(study, "resolved", lambda words: known_config(*words))
     return made
 
 
@@ -376,7 +382,7 @@ def test_a_run_is_the_fit_of_the_same_values(tmp_path):
     assert not list(folder.rglob("*.ckpt"))
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("here", "_without_figures")
 def test_the_weights_that_the_config_keeps_are_the_ones_that_are_measured(tmp_path):
     keeping = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val_accuracy", "mode": "min"}}  # of the first epoch
     fit = [*SHORT, "--model.optimizer.lr", "0.1", "--trainer.callbacks+", json.dumps(keeping)]
@@ -402,7 +408,7 @@ def test_what_cannot_be_measured_or_divided_is_refused(tmp_path, capsys, words, 
     assert not (tmp_path / "results.jsonl").exists()
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("here", "_without_figures")
 def test_a_run_that_diverges_has_a_line(tmp_path):
     diverging = [*SHORT, "--trainer.check_val_every_n_epoch", "9", "--model.optimizer.weight_decay", "3"]
     assert compare(tmp_path, "--learning_rates", "[1e6]", methods="[full]", seeds=1, fit=diverging) == 0
@@ -428,7 +434,7 @@ class ForkedRun(forked.Command):
 
 
 @pytest.fixture
-def _forked(monkeypatch):
+def _forked(_without_figures, monkeypatch):
     """Runs of studies in this process are forked."""
     module = sys.modules["cola_lightning.study.run"]
     monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=ForkedRun, STDOUT=None))

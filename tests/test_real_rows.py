@@ -44,6 +44,7 @@ def smollm2():
 
 
 @tiny.needs_smollm2
-@pytest.mark.parametrize(("task", "n_rows"), [("CB", 2), *(pytest.param(task, 20, marks=pytest.mark.slow) for task in CHOICES)])
-def test_scores_on_smollm2_are_those_of_one_option_at_a_time(smollm2, task, n_rows):
-    check_scores(smollm2, task, n_rows)
+@pytest.mark.slow
+@pytest.mark.parametrize("task", CHOICES)
+def test_scores_on_smollm2_are_those_of_one_option_at_a_time(smollm2, task):
+    check_scores(smollm2, task, 20)
