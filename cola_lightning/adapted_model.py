@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from cola_lightning import layout
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.base import BaseIdentity, check_same_base, check_same_layers, describe_base
-from cola_lightning.chain.chain import check_links
+from cola_lightning.chain.chain import check_links, pack, unpack
 from cola_lightning.chain.link import add_links, begin_link, own_values
 from cola_lightning.chain.schedule import TrainedFactors, frozen_factor
-from cola_lightning.chain.store import pack, unpack
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import Factor, LoRAConfig
 from cola_lightning.lora.inject import inject_lora
@@ -237,9 +236,8 @@ class AdaptedModel:
         A loop of your own stores the optimizer's state with it.
         """
         live = [self.live_link()] if self.layers else []
-        return pack(
-            [*self.chain.links, *live], self.chain.base, {"seed": self.seed, "values": {} if live else self.trained.copies()}
-        )
+        values = {} if live else self.trained.copies()
+        return pack(Chain([*self.chain.links, *live], self.chain.base), {"seed": self.seed, "values": values})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Loads a :meth:`state_dict`; a new optimizer's state is loaded after it.
@@ -247,8 +245,7 @@ class AdaptedModel:
         Raises:
             UserError: for a chain of another base.
         """
-        links, base, facts = unpack(state, "the state dict")
-        chain = Chain(links, base)
+        chain, facts = unpack(state, "the state dict")
         self.check_base(chain, None)
         self.seed = facts["seed"]
         if not self.layers:

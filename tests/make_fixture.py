@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cola_lightning import COLAModule, lora_layers
-from cola_lightning.chain.store import VERSION
+from cola_lightning.chain.chain import VERSION
 from tests.toy import trainer
 
 FIXTURES = Path(__file__).parent / "fixtures"

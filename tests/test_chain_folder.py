@@ -9,8 +9,8 @@ from safetensors import safe_open
 
 from cola_lightning import Chain, Link, UserError
 from cola_lightning.chain import BaseIdentity
+from cola_lightning.chain.chain import VERSION
 from cola_lightning.chain.checkpoint import read_chain
-from cola_lightning.chain.store import VERSION
 from tests.make_fixture import FIXTURES, Fixed, Trained, inputs
 from tests.test_damage import assert_same
 

@@ -18,10 +18,9 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
-from cola_lightning.chain.chain import Chain
+from cola_lightning.chain.chain import JSON_NAME, METADATA, Chain, link_fields, unpack
 from cola_lightning.chain.link import OUTSIDE, Link
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
-from cola_lightning.chain.store import JSON_NAME, METADATA, link_fields, unpack
 from cola_lightning.errors import UserError
 
 STATE_PREFIX = "chain."  # begins the names in a module's state dict of all that is not a trained value, see StoredState
@@ -110,8 +109,7 @@ class StoredState:
         packed = {key.removeprefix(start): value for key, value in state_dict.items() if str(key).startswith(start)}
         if not isinstance(packed.get(METADATA), Tensor):
             raise UserError(f"{field}: {name!r} contains no chain. Was it written by another package?")
-        links, base, facts = unpack(packed, name)
-        return cls(Chain(links, base), facts)
+        return cls(*unpack(packed, name))
 
 
 @dataclass

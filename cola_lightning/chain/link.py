@@ -59,14 +59,10 @@ class Link:
 
     def is_same_update(self, other: "Link") -> bool:
         """Whether both links add the same update to the same layers, bit for bit."""
-        if self.factors.keys() != other.factors.keys() or any(self.scaling(one) != other.scaling(one) for one in self.factors):
-            return False
-        pairs = [
-            (mine, theirs)
+        return self.factors.keys() == other.factors.keys() and all(
+            self.scaling(name) == other.scaling(name) and all(map(torch.equal, pair, other.factors[name]))
             for name, pair in self.factors.items()
-            for mine, theirs in zip(pair, other.factors[name], strict=True)
-        ]
-        return all(mine is theirs or torch.equal(mine, theirs) for mine, theirs in pairs)
+        )
 
     def norm(self) -> float:
         """Frobenius norm of the link's update over all layers."""

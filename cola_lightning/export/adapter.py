@@ -17,7 +17,6 @@ from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain import Chain
 from cola_lightning.chain.link import core_of_product, is_of_experts
 from cola_lightning.chain.peft import LINKS_KEY, PREFIX, TENSORS_NAME
-from cola_lightning.chain.store import describe
 from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.verify import ExportOptions, digest_of, loading_again, reference_of
@@ -100,7 +99,7 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
     tensors = _values_saved(chain, base.model, config.modules_to_save or ())
     for name, (lora_A, lora_B) in as_peft_weights(base.model, factors).items():
         tensors |= {f"{name}.lora_A.weight": lora_A, f"{name}.lora_B.weight": lora_B}
-    metadata = {LINKS_KEY: json.dumps(describe(chain.links, chain.base))} if rank == total else {}
+    metadata = {LINKS_KEY: json.dumps(chain.describe())} if rank == total else {}
     lines += [f"one adapter of rank {rank}", f"its base: {base.code}"]
     with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
         config.save_pretrained(str(partial))

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain
-from cola_lightning.chain.store import write_files
 from cola_lightning.chat_template import ChatTemplate, end_tokens
 from cola_lightning.errors import ExportError, UserError
 from cola_lightning.export.adapter import export_adapter
@@ -85,7 +84,7 @@ def export_module(
 
 def _export_chain(chain: Chain, options: ExportOptions) -> list[str]:
     with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
-        write_files(chain.links, chain.base, partial)
+        chain.write(partial)
         if not options.verify:
             return ["not compared"]
         with loading_again():

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning import layout
-from cola_lightning.chain.chain import Chain, check_links
+from cola_lightning.chain.chain import METADATA, Chain, check_links, describe_link, link_fields, pack
 from cola_lightning.chain.checkpoint import STATE_PREFIX, StoredState
 from cola_lightning.chain.link import Link, own_values
 from cola_lightning.chain.schedule import FitPosition
-from cola_lightning.chain.store import METADATA, describe_link, link_fields, pack
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.module.base import AdaptedModule, aliases, is_frozen, values_of
 from cola_lightning.module.checkpoint import plain
@@ -36,8 +35,7 @@ def state_of(module: AdaptedModule, prefix: str = "") -> dict[str, Tensor]:
         module: the module.
         prefix: begins the names.
     """
-    chain = module.adapted.chain
-    packed = pack(chain.links, chain.base, facts_of(module))
+    packed = pack(module.adapted.chain, facts_of(module))
     return {f"{prefix}{STATE_PREFIX}{name}": value for name, value in packed.items()}
 
 
