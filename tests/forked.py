@@ -62,9 +62,9 @@ class Command:
             self._folder.cleanup()
 
 
-def run(*arguments, timeout=None, check=False, **how):
+def run(*arguments, timeout=None, check=False, **options):
     """A command from beginning to end; see ``Command``."""
-    done = Command(*arguments, **how).finish(timeout)
+    done = Command(*arguments, **options).finish(timeout)
     assert not check or done.returncode == 0, done.stderr
     return done
 

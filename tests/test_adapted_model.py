@@ -128,10 +128,10 @@ def build_normed():
 @modes
 @pytest.mark.parametrize("links", [0, 1, 2])
 def test_it_goes_back_with_what_is_trained_whole_and_with_buffers(finished_links, links):
-    how = {"target_modules": ["0"], "modules_to_save": ["3"], "finished_links": finished_links}
-    model = train(adapted(build_normed, **how))
+    options = {"target_modules": ["0"], "modules_to_save": ["3"], "finished_links": finished_links}
+    model = train(adapted(build_normed, **options))
     x, expected = next(iter(batches()))[0], model.merged_model(links).eval()
-    recorded = model.chain.links[links - 1].extras if links else adapted(build_normed, **how).trained.copies()
+    recorded = model.chain.links[links - 1].extras if links else adapted(build_normed, **options).trained.copies()
     assert_bit_equal({name: expected.state_dict()[name] for name in recorded}, recorded)
     model.go_to(model.chain.truncate(links))
     assert_same_weights(model.model[3], expected[3])

@@ -86,8 +86,8 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def went_on(trained):
     """That folder, once one process has gone on from what two left, two from what one left, and two have used modules again."""
-    for name, how in run.STAYED.items():
-        run.fit(trained, name, **how)
+    for name, options in run.STAYED.items():
+        run.fit(trained, name, **options)
     run.moved(trained, "single")
     forked_torchrun(trained, "resumed", "refused", "used_again")
     return trained
@@ -111,12 +111,12 @@ def same(device, n_processes, request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", run.SAME)
 def test_processes_are_equal_to_the_bit_and_the_single_process_to_rounding(same, device, n_processes, tmp_path, name):
-    how = run.SAME[name]
-    run.fit(tmp_path, "single", **how)
+    options = run.SAME[name]
+    run.fit(tmp_path, "single", **options)
     first, *others = left_by(same, name, n_processes)
     for other in others:
         assert_bit_equal(first, other)
-    tolerance = 1e-12 if "precision" in how else 1e-5
+    tolerance = 1e-12 if "precision" in options else 1e-5
     if device == "cuda":  # the single process is on the CPU
         tolerance *= 1e3
     assert distance(first, torch.load(tmp_path / "single.rank0.pt")) < tolerance

@@ -109,8 +109,8 @@ ALWAYS = ["qwen3_moe", "gpt_oss", "nemotron_h"]  # the experts of all are in the
 def test_an_architecture_trains_and_knots_and_exports_and_generates(tmp_path, architecture):
     """With links on all linear layers and experts. PEFT itself refuses a Mamba layer's output projection."""
     targets = r".*(experts\..*|[qkvo])_proj" if architecture == "nemotron_h" else "all-linear"
-    how = {"target_modules": targets, "experts": True, "rank": 4, "seed": 0, "optimizer": lambda p: AdamW(p, lr=3e-2)}
-    module = COLACausalLM(tiny.folder(tmp_path / "base", architecture), **how)
+    options = {"target_modules": targets, "experts": True, "rank": 4, "seed": 0, "optimizer": lambda p: AdamW(p, lr=3e-2)}
+    module = COLACausalLM(tiny.folder(tmp_path / "base", architecture), **options)
     ids = torch.randint(2, 400, (2, 12), generator=torch.Generator().manual_seed(1))
     data = DataLoader([{"input_ids": ids, "labels": ids}] * 4, batch_size=None)
     run = trainer(tmp_path, chain={"every_n_train_steps": 2, "ranks": [4, 3]}, max_steps=4, limit_val_batches=0)
@@ -198,8 +198,8 @@ def test_a_module_begins_with_an_adapter_of_pefts_on_experts_and_goes_on_with_it
             if ".lora_B." in key:
                 parameter.normal_().mul_(0.1)
     theirs.save_pretrained(tmp_path / "peft")
-    how = {"target_modules": ["q_proj", *PROJECTIONS], "rank": 2, "seed": 0}
-    module = COLACausalLM(name, init_chain=str(tmp_path / "peft"), **how)
+    options = {"target_modules": ["q_proj", *PROJECTIONS], "rank": 2, "seed": 0}
+    module = COLACausalLM(name, init_chain=str(tmp_path / "peft"), **options)
     assert difference(tiny.logits(module.model), tiny.logits(theirs)) <= 1e-5
     assert difference(tiny.logits(module.merged_model(0)), tiny.logits(theirs)) > 1e-2
 

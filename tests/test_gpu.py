@@ -33,12 +33,12 @@ def chained(request, device, tmp_path_factory):
     if quantization is not None:
         pytest.importorskip("bitsandbytes")
     torch.use_deterministic_algorithms(device == "cuda", warn_only=True)
-    how = {"dtype": dtype, "quantization": quantization, "finished_links": finished_links, "attn_implementation": "eager"}
+    given = {"dtype": dtype, "quantization": quantization, "finished_links": finished_links, "attn_implementation": "eager"}
     chain = {"target_modules": ["q_proj", "v_proj"], "rank": 4, "alpha": 6, "dropout": 0.1, "seed": 0}
     name, folder = tiny.folder(tmp_path_factory.mktemp("base")), tmp_path_factory.mktemp("run")
 
     def fit(to, ckpt_path=None):
-        module = COLACausalLM(name, optimizer=lambda parameters: AdamW(parameters, lr=1e-2), **how, **chain)
+        module = COLACausalLM(name, optimizer=lambda parameters: AdamW(parameters, lr=1e-2), **given, **chain)
         saving = ModelCheckpoint(to, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         options = {"accelerator": "gpu" if device == "cuda" else "cpu", "devices": 1, "enable_checkpointing": True}
         run = trainer(to, saving, chain={"every_n_train_steps": 2}, max_steps=6, **options)

@@ -175,15 +175,15 @@ class Scaled(Toy):
         return super().training_step((batch[0] * self.scale, batch[1]), batch_idx)
 
 
-@pytest.mark.parametrize("how", [{"target_modules": ["0"], "modules_to_save": ["2"]}, {"target_modules": None}], ids=str)
-def test_what_was_trained_is_stored_also_if_it_is_frozen_since(tmp_path, how):
-    module = fitted(tmp_path, toy(Scaled, **how))
+@pytest.mark.parametrize("options", [{"target_modules": ["0"], "modules_to_save": ["2"]}, {"target_modules": None}], ids=str)
+def test_what_was_trained_is_stored_also_if_it_is_frozen_since(tmp_path, options):
+    module = fitted(tmp_path, toy(Scaled, **options))
     names = module.state_dict().keys()
     module.freeze()
     assert module.state_dict().keys() == names
     module.trainer.save_checkpoint(tmp_path / "run.ckpt")
     assert_bit_equal(weights(Scaled.load_from_checkpoint(tmp_path / "run.ckpt")), weights(module))
-    if how["target_modules"] is not None:
+    if options["target_modules"] is not None:
         (link,) = read_chain(tmp_path / "run.ckpt").links
         assert torch.equal(link.extras["2.weight"], module.model[2].weight)
         assert torch.equal(module.live_link().extras["self.scale"], module.scale)
@@ -312,9 +312,9 @@ def test_weights_only_counts(tmp_path):
             self.where = checkpoint["where"]
 
     module, path = fitted(tmp_path, toy(Pickling)), tmp_path / "run.ckpt"
-    for how in ({}, {"weights_only": True}):
+    for options in ({}, {"weights_only": True}):
         with pytest.raises(UserError, match="weights_only=False"):
-            Pickling.load_from_checkpoint(path, **how)
+            Pickling.load_from_checkpoint(path, **options)
     loaded = Pickling.load_from_checkpoint(path, "cpu", weights_only=False, rank=2)
     assert_bit_equal(weights(loaded), weights(module))
     assert loaded.where == PurePosixPath("here")
@@ -355,7 +355,7 @@ def test_a_configuration_object_is_given_again_and_a_warning_says_so(tmp_path, c
     module = fitted(tmp_path, Configured(config))
     with pytest.raises(TypeError, match="'config'"):
         Configured.load_from_checkpoint(tmp_path / "run.ckpt")
-    assert "it has no 'config', which was not a plain value: pass it" in caplog.text
+    assert "'config' is not stored, because it is not a plain value. Pass it" in caplog.text
     loaded = Configured.load_from_checkpoint(tmp_path / "run.ckpt", config=config)
     assert_bit_equal(weights(loaded), weights(module))
 

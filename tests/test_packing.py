@@ -182,9 +182,9 @@ def data_of(path, **arguments):
 def test_an_optimizer_step_over_packs_is_that_over_their_rows(tmp_path):
     """The tokens of all packs weigh alike, and evaluation is not packed."""
     found = {}
-    for name, how in WAYS.items():
+    for name, options in WAYS.items():
         module = causal_lm(tmp_path, target_modules=["q_proj", "v_proj"], optimizer=lambda p: SGD(p, lr=0.5))
-        data = data_of(tmp_path, **how)
+        data = data_of(tmp_path, **options)
         run = trainer(tmp_path, max_epochs=2, accumulate_grad_batches=100)
         run.fit(module, datamodule=data)
         values = {metric: run.callback_metrics[metric].item() for metric in ("train_loss", "val_loss")}
@@ -198,10 +198,10 @@ def test_an_optimizer_step_over_packs_is_that_over_their_rows(tmp_path):
 
 
 def test_a_run_over_packs_resumed_inside_an_epoch_is_the_run_itself(tmp_path):
-    def fit(steps, ckpt_path=None, **how):
+    def fit(steps, ckpt_path=None, **options):
         module = causal_lm(tmp_path, "opt", target_modules=["q_proj", "v_proj"], dropout=0.2)
         run = trainer(tmp_path, chain={"every_n_train_steps": 4}, max_steps=steps, accumulate_grad_batches=2)
-        run.fit(module, datamodule=data_of(tmp_path, **{"packing": True, "batch_size": 2} | how), ckpt_path=ckpt_path)
+        run.fit(module, datamodule=data_of(tmp_path, **{"packing": True, "batch_size": 2} | options), ckpt_path=ckpt_path)
         return module, run
 
     (whole, _), (_, part) = fit(9), fit(5)

@@ -28,8 +28,8 @@ def both():
     """A model with the layers and patterns above, here and in peft, with the same A."""
     torch.manual_seed(0)
     ours, targets = AutoModelForCausalLM.from_config(tiny.config("llama")), ["q_proj", "v_proj", "down_proj"]
-    how = {"target_modules": targets, "use_rslora": True} | PATTERNS | CHOSEN
-    theirs = get_peft_model(copy.deepcopy(ours), LoraConfig(r=4, lora_alpha=8, **how))
+    options = {"target_modules": targets, "use_rslora": True} | PATTERNS | CHOSEN
+    theirs = get_peft_model(copy.deepcopy(ours), LoraConfig(r=4, lora_alpha=8, **options))
     names = inject_lora(ours, LoRAConfig(targets, rank=4, alpha=8, scaling="rslora", **PATTERNS, **CHOSEN))
     parts = {name: part for name, part in theirs.base_model.model.named_modules() if hasattr(part, "lora_A")}
     assert names == list(parts)

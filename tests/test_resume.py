@@ -401,8 +401,8 @@ def test_a_choice_that_the_checkpoint_would_overrule_is_refused_and_nothing_is_w
 )
 def test_a_run_may_go_on_with_other_batches_and_windows_and_decays_until_its_end(tmp_path, stop, change, n_left, n_done):
     def run(folder, stop, path=None, batch_size=4, **changes):
-        how = {"accumulate_grad_batches": 1, "limit_val_batches": 0, "max_epochs": 4, "chain": {"at_epochs": [9]}} | changes
-        return fit(folder, stop, path, module=make(lr_schedule="linear"), data=Data(batch_size=batch_size), **how)
+        options = {"accumulate_grad_batches": 1, "limit_val_batches": 0, "max_epochs": 4, "chain": {"at_epochs": [9]}} | changes
+        return fit(folder, stop, path, module=make(lr_schedule="linear"), data=Data(batch_size=batch_size), **options)
 
     run(tmp_path, stop)
     _, recorder, fitted = run(tmp_path / "other", None, last(tmp_path), **change)

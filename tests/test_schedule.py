@@ -128,20 +128,20 @@ def test_the_links_of_a_run_fill_it(schedule, run, start, lengths):
 def test_a_link_ends_where_its_loss_stands_still_and_nowhere_else(tmp_path, curve, chain, expected):
     module = toy(Scripted, lr_schedule="constant")
     module.curve = curve
-    how = {
+    options = {
         "max_epochs": 2,
         "val_check_interval": 2,
         "num_sanity_val_steps": -1,
     }  # what is validated before training does not count
-    trainer(tmp_path, chain=chain, **how).fit(module, batches(), batches(1))
+    trainer(tmp_path, chain=chain, **options).fit(module, batches(), batches(1))
     assert ends(module) == expected
 
 
 def test_a_validation_inside_an_accumulation_window_counts_at_the_next_step(tmp_path):
     """Batches 2, 4, ... are followed by validations; after every third a step is taken."""
     module = toy(Scripted, lr_schedule="constant")
-    how = {"max_epochs": 2, "val_check_interval": 2, "accumulate_grad_batches": 3}
-    trainer(tmp_path, chain={"patience": 1}, **how).fit(module, batches(), batches(1))
+    options = {"max_epochs": 2, "val_check_interval": 2, "accumulate_grad_batches": 3}
+    trainer(tmp_path, chain={"patience": 1}, **options).fit(module, batches(), batches(1))
     assert ends(module) == [2, 4, 6]
 
 
@@ -231,11 +231,11 @@ def test_the_trainers_own_limits_are_the_length_of_a_run(tmp_path, fit, length):
 
 
 def test_links_of_epochs_without_a_length_have_the_schedule_of_the_run(tmp_path):
-    how = {"fit": {"max_steps": 30, "max_epochs": None}, "schedule_scope": "run"}
-    seen = rates(tmp_path, {"every_n_epochs": 1, "ranks": [2, 1]}, knot_warmup_steps=2, loaders=[ONCE, batches(1)], **how)
+    options = {"fit": {"max_steps": 30, "max_epochs": None}, "schedule_scope": "run"}
+    seen = rates(tmp_path, {"every_n_epochs": 1, "ranks": [2, 1]}, knot_warmup_steps=2, loaders=[ONCE, batches(1)], **options)
     after_knot = {10: 0, 11: 0.5, 20: 0, 21: 0.5}
     assert seen == pytest.approx([(1 - step / 30) * after_knot.get(step, 1) for step in range(30)])
-    seen = rates(tmp_path, {"every_n_train_steps": 3}, loaders=[ENDLESS, batches(1)], **how)
+    seen = rates(tmp_path, {"every_n_train_steps": 3}, loaders=[ENDLESS, batches(1)], **options)
     assert seen == pytest.approx([1 - step / 30 for step in range(30)])
 
 

@@ -35,8 +35,8 @@ def texts_of(part, data):
     return [data.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in part]
 
 
-def read(source, **how):
-    return {split: [dict(row) for row in rows()] for split, rows in load_splits(source, **how).items()}
+def read(source, **options):
+    return {split: [dict(row) for row in rows()] for split, rows in load_splits(source, **options).items()}
 
 
 # ---------------------------------------------------------------------- what a source may be

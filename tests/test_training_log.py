@@ -47,9 +47,9 @@ def fit(folder, logger):
     """Four steps with a knot and clipping, of which every second is logged."""
     module = Secretive(tiny.folder(folder / "model"), hub_token="hf_secret", rank=4, seed=0)
     data = Shuffled(batches_of(rows_of(LENGTHS[:4]), 1))
-    how = {"max_epochs": 1, "log_every_n_steps": 2, "gradient_clip_val": 1e-3, "limit_val_batches": 0}
+    options = {"max_epochs": 1, "log_every_n_steps": 2, "gradient_clip_val": 1e-3, "limit_val_batches": 0}
     norms = Norms()
-    trainer(folder, norms, logger=logger, chain={"every_n_train_steps": 2}, **how).fit(module, data)
+    trainer(folder, norms, logger=logger, chain={"every_n_train_steps": 2}, **options).fit(module, data)
     return module, norms.found
 
 

@@ -288,5 +288,5 @@ def set_up(data, own, *stages, **module):
 
 def reviews(**arguments):
     """The quickstart's rows, as its config has them."""
-    how = {"prompt": "{text} It was", "options": [" terrible", " great"], "max_length": 128, "length_grouped": False}
-    return TemplateDataModule(str(REVIEWS), **how | arguments)
+    options = {"prompt": "{text} It was", "options": [" terrible", " great"], "max_length": 128, "length_grouped": False}
+    return TemplateDataModule(str(REVIEWS), **options | arguments)
