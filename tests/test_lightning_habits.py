@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import PurePosixPath
 
 import numpy as np
+import omegaconf
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -345,18 +346,23 @@ def test_hyperparameters_are_stored_plain_or_left_out_with_one_warning(tmp_path,
     assert_bit_equal(weights(loaded), weights(module))
 
 
-def test_a_configuration_object_is_given_again_and_a_warning_says_so(tmp_path, caplog):
+@pytest.mark.parametrize("library", ["argparse", "omegaconf"])
+def test_a_configuration_comes_back_as_one(tmp_path, library):
     class Configured(Toy):
-        def __init__(self, config):
-            super().__init__(target_modules=list(config.targets), rank=config.rank, seed=0)
+        def __init__(self, config, dtype=None):
+            super().__init__(target_modules=list(config.targets), rank=config.size.rank, seed=0)
             self.save_hyperparameters()
+            self.dtype_given = dtype
 
-    config = Namespace(targets=["0"], rank=2)
-    module = fitted(tmp_path, Configured(config))
-    with pytest.raises(TypeError, match="'config'"):
-        Configured.load_from_checkpoint(tmp_path / "run.ckpt")
-    assert "'config' is not stored, because it is not a plain value. Pass it" in caplog.text
-    loaded = Configured.load_from_checkpoint(tmp_path / "run.ckpt", config=config)
+    if library == "omegaconf":
+        config = omegaconf.OmegaConf.create({"n": 2, "targets": ["0"], "size": {"rank": "${n}"}})
+    else:
+        config = Namespace(targets=["0"], size=Namespace(rank=2))
+    module = fitted(tmp_path, Configured(config, torch.bfloat16))
+    loaded = Configured.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert type(loaded.hparams.config) is type(config)
+    assert type(loaded.hparams.config.size) is type(config.size)
+    assert (loaded.hparams.config.size.rank, loaded.dtype_given) == (2, torch.bfloat16)
     assert_bit_equal(weights(loaded), weights(module))
 
 

@@ -8,7 +8,8 @@ import inspect
 import logging
 import pydoc
 import re
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
@@ -86,7 +87,7 @@ class RecordsArguments:
                     given |= given.pop(parameter.name, {})
             for name in filter(is_recorded, given):
                 try:
-                    recorded["init_args"][name] = plain(given[name])
+                    recorded["init_args"][name] = plain(given[name], is_marked=True)
                 except TypeError:
                     recorded["not_plain"].append(name)
             recorded["defaults"] = {name: value for name, value in _defaults(cls).items() if name not in given}
@@ -135,26 +136,66 @@ def is_recorded(name: str) -> bool:
     return name not in NOT_RECORDED and not SECRET.search(name)
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, *, is_marked: bool = False) -> Any:
     """The value in types that JSON has: numbers, texts, and lists and dicts of these. A path is a text.
+
+    Args:
+        value: the value.
+        is_marked: whether a configuration of argparse's or OmegaConf's, and a dtype, is marked, so that :func:`made` makes it
+            again. Otherwise a configuration is a dict or list.
 
     Raises:
         TypeError: if it cannot be expressed in them.
     """
     if value is None or isinstance(value, bool):
         return value
+    part = functools.partial(plain, is_marked=is_marked)
     if isinstance(value, np.generic):
-        return plain(value.item())
+        return part(value.item())
     for kind in (int, float, str):  # jsonargparse's restricted numbers are of subclasses
         if isinstance(value, kind) and not isinstance(value, Enum):  # which would not be one of its class when it comes back
             return kind(value)
     if isinstance(value, PathLike):
         return str(value)
     if isinstance(value, list | tuple):
-        return tuple(map(plain, value)) if isinstance(value, tuple) else list(map(plain, value))
+        return tuple(map(part, value)) if isinstance(value, tuple) else list(map(part, value))
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: plain(item) for key, item in value.items()}
-    raise TypeError(f"a {type(value).__name__} is not a plain value")
+        return {key: part(item) for key, item in value.items()}
+    if isinstance(value, Namespace):
+        kind, contents = "namespace", part(vars(value))
+    elif type(value).__module__.startswith("omegaconf."):
+        from omegaconf import OmegaConf
+
+        kind, contents = "omegaconf", part(OmegaConf.to_container(value, resolve=True))
+    elif isinstance(value, torch.dtype) and is_marked:
+        kind, contents = "dtype", str(value)
+    else:
+        raise TypeError(f"a {type(value).__name__} is not a plain value")
+    return {MARK: kind, "value": contents} if is_marked else contents
+
+
+def made(value: Any) -> Any:
+    """An argument as it was before :func:`plain` marked parts of it."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(made, value))
+    if not isinstance(value, dict):
+        return value
+    parts = {key: made(part) for key, part in value.items()}
+    return MADE[value[MARK]](parts["value"]) if MARK in value else parts
+
+
+def _configuration(contents: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return contents if "${" in str(contents) else OmegaConf.create(contents)  # a file's interpolation could call a resolver
+
+
+MARK = "_type_"  # in a recorded argument, the key of an object that stands for what JSON does not have
+MADE: dict[str, Callable[[Any], Any]] = {
+    "namespace": lambda contents: Namespace(**contents),
+    "omegaconf": _configuration,
+    "dtype": {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}.__getitem__,
+}
 
 
 def stored_arguments(cls: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +206,7 @@ def stored_arguments(cls: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
         recorded: the ``constructor_arguments`` of the checkpoint's module.
     """
     stored = recorded["defaults"] | recorded["init_args"]
-    return {name: value for name, value in _of_class(cls, stored).items() if is_recorded(name)}
+    return {name: made(value) for name, value in _of_class(cls, stored).items() if is_recorded(name)}
 
 
 def read_arguments(path: str | Path, cls: type) -> dict[str, Any]:
