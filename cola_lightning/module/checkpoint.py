@@ -162,16 +162,16 @@ def plain(value: Any, *, is_marked: bool = False) -> Any:
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: part(item) for key, item in value.items()}
     if isinstance(value, Namespace):
-        kind, contents = "namespace", part(vars(value))
+        mark, contents = "namespace", part(vars(value))
     elif type(value).__module__.startswith("omegaconf."):
         from omegaconf import OmegaConf
 
-        kind, contents = "omegaconf", part(OmegaConf.to_container(value, resolve=True))
+        mark, contents = "omegaconf", part(OmegaConf.to_container(value, resolve=True))
     elif isinstance(value, torch.dtype) and is_marked:
-        kind, contents = "dtype", str(value)
+        mark, contents = "dtype", str(value)
     else:
         raise TypeError(f"a {type(value).__name__} is not a plain value")
-    return {MARK: kind, "value": contents} if is_marked else contents
+    return {MARK: mark, "value": contents} if is_marked else contents
 
 
 def made(value: Any) -> Any:
