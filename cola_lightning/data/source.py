@@ -203,7 +203,7 @@ class SourceDataModule(TokenizedDataModule):
         if isinstance(self.source, str):
             listed = [Source(self.source, self.subset, self.revision)]
         elif self.subset or self.revision or not self.source:
-            raise UserError("data.source: a list needs at least one entry. Set subset and revision in its entries")
+            raise UserError("data.source: a list needs at least one entry. Set subset and revision in each entry")
         else:
             listed = [Source(one) if isinstance(one, str) else one for one in self.source]
         for one in listed:
