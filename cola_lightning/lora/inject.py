@@ -201,7 +201,8 @@ def strip_lora(model: nn.Module) -> None:
         model: an adapted model.
     """
     for layer in lora_layers(model).values():
-        dtype, stack = _base_dtype(layer), layer.stack
+        stack, is_upcast = layer.stack, layer.stack is None and layer.source_dtype.endswith("16")
+        dtype = getattr(torch, layer.source_dtype) if is_upcast else layer.dtype
         if layer.has_begun or (stack is not None and stack.rank):
             begin_merging(layer, torch.promote_types(layer.dtype, torch.float32))
             if stack is not None:
@@ -213,13 +214,6 @@ def strip_lora(model: nn.Module) -> None:
             if parameter.is_floating_point():
                 cast_(parameter, dtype)
     close_experts(model)
-
-
-def _base_dtype(layer: LoRALayer) -> torch.dtype:
-    """The dtype of a layer's base; a weight into which links are merged may be wider."""
-    is_upcast = layer.stack is None and layer.source_dtype.endswith("16")
-    dtype: torch.dtype = getattr(torch, layer.source_dtype) if is_upcast else layer.dtype
-    return dtype
 
 
 def begin_merging(layer: LoRALayer, wide: torch.dtype) -> None:
