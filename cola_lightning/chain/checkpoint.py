@@ -4,7 +4,6 @@ These are megabytes where the weights would be gigabytes. This file reads checkp
 without a module or Lightning.
 """
 
-import io
 import os
 import pickle
 import zipfile
@@ -31,14 +30,11 @@ def opened_file(source: Any) -> Iterator[BinaryIO]:
     """A file of this machine or at a URL, opened for reading; an open file as it is."""
     if not isinstance(source, str | PathLike):
         yield source
-    elif "://" in (path := str(source)):
-        from lightning.fabric.utilities.cloud_io import get_filesystem
+        return
+    import fsspec
 
-        with get_filesystem(path).open(path, "rb") as file:
-            yield io.BytesIO(file.read())
-    else:
-        with open(os.path.expanduser(path), "rb") as file:  # pathlib's fails for a name that begins with ~
-            yield file
+    with fsspec.open(os.path.expanduser(source), "rb") as file:
+        yield file
 
 
 def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool = True) -> Any:
