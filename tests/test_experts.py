@@ -217,7 +217,7 @@ def test_an_adapter_has_the_ranks_that_a_pattern_gives_experts(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's, where a graph ends
-@pytest.mark.parametrize("mode", ["merge", "stack"])
+@pytest.mark.parametrize("mode", [pytest.param("merge", marks=pytest.mark.slow), "stack"])
 def test_a_compiled_and_a_checkpointed_model_compute_the_same(mode):
     def build():
         return base("qwen3_moe", num_hidden_layers=1)
@@ -241,7 +241,9 @@ def test_a_compiled_and_a_checkpointed_model_compute_the_same(mode):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # as above
-@pytest.mark.parametrize(("dtype", "is_one_graph"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "is_one_graph"), [pytest.param(torch.float32, False, marks=pytest.mark.slow), (torch.bfloat16, True)]
+)
 def test_links_on_experts_end_a_compiled_graph_in_float32_alone(dtype, is_one_graph):
     model = base("qwen3_moe", num_hidden_layers=1).to(dtype)
     inject_lora(model, LoRAConfig(["q_proj", *PROJECTIONS], rank=2, alpha=2, finished_links="stack"))

@@ -9,11 +9,11 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 PICTURES = {"anatomy_of_a_chain": 5, "quickstart": 4, "research": 1, "your_own_module": 3}
-SLOW = pytest.param("your_own_module", marks=pytest.mark.slow)  # whose module test_domain_shift.py trains
+SLOW = ["quickstart", "your_own_module"]  # test_digits.py and test_domain_shift.py train the same in small
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jupyter's own packages
-@pytest.mark.parametrize("name", [*list(PICTURES)[:3], SLOW])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PICTURES])
 def test_a_notebook_runs(name, tmp_path):
     assert len(list(FOLDER.glob("*.ipynb"))) == len(PICTURES)
     (tmp_path / "data").symlink_to(FOLDER / "data")  # the stored runs
