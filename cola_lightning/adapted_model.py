@@ -246,7 +246,7 @@ class AdaptedModel:
             UserError: for a chain of another base.
         """
         chain, facts = unpack(state, "the state dict")
-        self.check_base(chain, None)
+        check_same_base(chain.base, self.chain.base)
         self.seed = facts["seed"]
         if not self.layers:
             self.trained.write(facts["values"])
@@ -295,22 +295,9 @@ class AdaptedModel:
             if layer.stack is not None:
                 layer.stack.clear()
 
-    def check_base(self, chain: Chain, weights: dict[str, Tensor] | None) -> None:
-        """Refuses a chain of another base.
-
-        Args:
-            chain: the chain.
-            weights: its base's weights, if they were stored: then the base's own values do not matter.
-
-        Raises:
-            UserError: for other layers or values.
-        """
-        if weights is None or weights is not self.base_weights:
-            check_same_base(chain.base, self.chain.base, is_stored=weights is not None)
-
     def take_base(self, chain: Chain, weights: dict[str, Tensor] | None) -> None:
-        """Loads the stored weights of a chain's base, if there are any; call :meth:`check_base` first."""
-        if weights is not None and weights is not self.base_weights:
+        """Loads the stored weights of a chain's base, if there are any; call :func:`check_same_base` first."""
+        if weights is not None:
             self.base_weights = weights
             self._write_base(self.model)
             self.forget_links(chain.base)

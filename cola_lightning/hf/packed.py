@@ -4,7 +4,6 @@ import logging
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from cola_lightning.constants import IGNORE_INDEX
@@ -44,7 +43,7 @@ def separated(batch: Batch, separation: Separation) -> dict[str, Any]:
     positions, mask = batch["position_ids"].expand_as(batch["labels"]), batch.get("attention_mask")
     if mask is not None:  # transformers reads positions where there is none; each padded token is now a sequence
         positions = positions.masked_fill(mask == 0, 0)
-    starts = _starts(positions)
+    starts = F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True)  # of sequences, as transformers finds them
     labels = batch["labels"].masked_fill(starts, IGNORE_INDEX)
     packed = {name: value for name, value in batch.items() if name != "attention_mask"}
     packed |= {"position_ids": positions, "labels": labels}
@@ -56,11 +55,6 @@ def separated(batch: Batch, separation: Separation) -> dict[str, Any]:
         of_tokens = [name for name, value in packed.items() if getattr(value, "shape", ())[:2] == positions.shape]
         packed |= {name: packed[name].flatten(0, 1)[None] for name in of_tokens}
     return packed
-
-
-def _starts(positions: Tensor) -> Tensor:
-    """Where a sequence begins, as transformers finds it: rows x length."""
-    return F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning import layout
+from cola_lightning.chain.base import check_same_base
 from cola_lightning.chain.chain import METADATA, Chain, check_links, describe_link, link_fields, pack
 from cola_lightning.chain.checkpoint import STATE_PREFIX, StoredState
 from cola_lightning.chain.link import Link, own_values
@@ -151,7 +152,7 @@ def check_restorable(module: AdaptedModule, state: StoredState) -> None:
         UserError: for the first that differs.
     """
     chain, _ = _requested_links(module, state)
-    module.adapted.check_base(chain, state.facts.get("base_weights"))
+    check_same_base(chain.base, module.adapted.chain.base, is_stored="base_weights" in state.facts)
     trainer = trainer_of(module)
     if trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None:
         _check_same_choices(module, state)
