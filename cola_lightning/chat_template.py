@@ -145,7 +145,7 @@ class ChatTemplate:
     def _apply(self, messages: list[Message], **options: Any) -> Any:
         if not self.tokenizer.chat_template:
             raise UserError(
-                "model.model_name: its tokenizer has no chat template (data.chat_template of TextDataModule sets one)"
+                "model.model_name: its tokenizer has no chat template (TextDataModule's data.chat_template sets one)"
             )
         import jinja2
 

@@ -192,9 +192,7 @@ def plot(reports: Sequence[LinkReport], path: Path) -> None:
         spectra = zip(*(layer.singular_values for layer in link.layers.values()), strict=False)  # layers may have other ranks
         medians = [statistics.median(values) or math.nan for values in spectra]  # a gap: a log scale has no zero
         right.plot(range(1, len(medians) + 1), medians, "o-", color=shade, label=f"link {link.index}", markersize=4)
-    right.set(
-        title="singular values: median over layers", xlabel="place, the largest first", ylabel=r"singular value of $\Delta W$"
-    )
+    right.set(title="singular values: median over layers", xlabel="the largest first", ylabel=r"singular value of $\Delta W$")
     right.set_yscale("log")
     right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.legend(frameon=False, loc="outside right upper", ncols=1 + len(reports) // 16)

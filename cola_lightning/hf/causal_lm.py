@@ -20,6 +20,7 @@ from cola_lightning.hf.host import arrays_of, to_device
 from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
 from cola_lightning.hf.logits import (
     BY_TOKEN,
+    Array,
     Arrays,
     Batch,
     check_decoder,
@@ -96,9 +97,8 @@ class COLACausalLM(LanguageModule):
     @override
     def build_model(self) -> nn.Module:
         model = super().build_model()
-        if (
-            run_of(self).pending is None and not self.is_made
-        ):  # else the base of a chain, which was checked when the chain began
+        # Else it is the base of a chain, and was checked when the chain began.
+        if run_of(self).pending is None and not self.is_made:
             check_decoder(model)
         return model
 
@@ -252,7 +252,7 @@ class COLACausalLM(LanguageModule):
     def _language_loss(self, batch: Batch, places: Any, labels: Any, positions: Any) -> tuple[Tensor, Tensor | float, int]:
         """The sum of the losses of a batch's tokens, the router's loss of a mixture of experts, and the number of tokens."""
 
-        def moved(values: np.ndarray[Any, Any]) -> Tensor:
+        def moved(values: Array) -> Tensor:
             return to_device(torch.from_numpy(values), batch["labels"].device)
 
         learned, places, labels = np.flatnonzero(labels != IGNORE_INDEX), moved(places), moved(labels.ravel())
@@ -297,9 +297,7 @@ def _text(options: list[str], places: int | list[int] | None) -> Any:
     return None if places is None else options[places]
 
 
-def _learned(
-    batch: Arrays, rows: list[int], length: int
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+def _learned(batch: Arrays, rows: list[int], length: int) -> tuple[Array, Array, Array | None]:
     """What is learned from some rows of a language-model batch, on the host.
 
     Args:

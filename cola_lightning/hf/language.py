@@ -93,7 +93,7 @@ class LanguageModule(COLAModule, ABC):
             check_quantization(quantization)
             if self.lora_config.target_modules is None:
                 raise UserError(
-                    "model.target_modules: must not be null with model.quantization, because 4-bit weights cannot be trained"
+                    "model.target_modules: must not be null with model.quantization: 4-bit weights cannot be trained"
                 )
         self.new_weights: list[str] = []  # newly initialised weights of the base, once it is made
         self.evaluation_metrics = nn.ModuleDict()  # by stage, name and dataloader, made when needed

@@ -18,7 +18,8 @@ from cola_lightning.hf.host import to_device
 log = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
-Arrays = Mapping[str, np.ndarray[Any, Any]]  # a batch's values on the host
+Array = np.ndarray[Any, Any]
+Arrays = Mapping[str, Array]  # a batch's values on the host
 
 # Options share their prompt where that leaves less than half of the tokens to be computed: attention is over all of them.
 WORTH_SHARING = 2

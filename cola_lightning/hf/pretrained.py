@@ -136,9 +136,8 @@ class Pretrained:
         """
         options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
         if is_empty:
-            return auto_class.from_config(
-                self.config(**fields), trust_remote_code=self.trust_remote_code, **options
-            ).train(), []
+            options["trust_remote_code"] = self.trust_remote_code
+            return auto_class.from_config(self.config(**fields), **options).train(), []
         model, info = self.load(auto_class, output_loading_info=True, **options, **fields)
         model.train()
         if self.gguf_file is not None:  # de-quantised: save_pretrained would take it for a quantised model, and refuse

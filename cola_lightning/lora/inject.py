@@ -311,9 +311,7 @@ def _check_not_shared(model: nn.Module, targets: list[str], saved: list[str]) ->
         if len(shared) > 1 and (adapted or 0 < len(trained) < len(shared)):
             field = "model.target_modules" if adapted else "model.modules_to_save"
             module = (adapted or trained)[0].rpartition(".")[0]
-            raise UserError(
-                f"{field}: the weight of {module!r} is shared ({' = '.join(shared)}), so it cannot be trained alone"
-            )
+            raise UserError(f"{field}: the weight of {module!r} is shared ({' = '.join(shared)}), and cannot be trained alone")
 
 
 def _class_for(name: str, layer: nn.Module, config: LoRAConfig) -> type[LoRALayer]:
