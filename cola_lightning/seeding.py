@@ -1,5 +1,6 @@
 """Random draws that depend on a seed alone, and restore the global generators afterwards."""
 
+import functools
 import hashlib
 import random
 from collections.abc import Iterator
@@ -21,12 +22,14 @@ def check_seed(field: str, seed: int | None) -> None:
         raise UserError(f"{field}: must be between 0 and 2**32 - 1, got {seed}")
 
 
+_has_accelerator = functools.cache(torch.accelerator.is_available)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the global generators of Python, numpy and torch inside the block; afterwards their states are restored.
 
-    Of several GPUs, only the present one's generator is seeded: there is one of them for each process. Other accelerators than
-    CUDA's have generators that are not seeded.
+    Of several GPUs, only the present one's generator is seeded: there is one of them for each process.
 
     Args:
         seed: at least 0; numpy takes its last 32 bits.
@@ -46,6 +49,8 @@ def seeded(seed: int) -> Iterator[None]:
         torch.default_generator.manual_seed(seed)
         if uses_cuda:
             torch.cuda.manual_seed(seed)
+        elif not is_worker and _has_accelerator():  # a Mac's, for example
+            torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:

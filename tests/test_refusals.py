@@ -42,6 +42,7 @@ MISTAKES = [
     (FIT + "--chain.every_n_epoch 5", "unrecognized arguments: --chain.every_n_epoch 5; .*every_n_epochs"),
     (FIT + "--model.rnak 3", ".*'rnak' is not accepted; .*rank"),
     (FIT + "--model mine.My", ".*'mine.My': No module named 'mine'"),
+    (FIT + "--model.optimizer.lr -1", "model.optimizer: Invalid learning rate"),
     (FIT + "--chain.patience 3", "chain: .*every_n_epochs and patience"),
     (FIT + "--trainer.strategy ddp_spawn", "trainer.strategy: "),
     (FIT + "--trainer.val_check_interval 1000", ".*val_check_interval"),
@@ -137,6 +138,9 @@ class PlainToy(LightningModule):
     training_step = configure_optimizers = Toy.training_step
 
 
+UNKNOWN_LENGTH = {"trainer_arguments": {"max_epochs": -1, "max_time": {"minutes": 1}}}
+
+
 def fit(chain=(), trainer_arguments=(), **arguments):
     module = toy(**arguments)
     trainer(Path(), chain=dict(chain), **{"max_epochs": 3} | dict(trainer_arguments)).fit(module, batches())
@@ -210,7 +214,8 @@ REFUSALS = {
         ({"chain": {"ranks": [2, 3]}}, r"chain\.ranks"),
         ({"warmup_steps": 11, "chain": {"every_n_epochs": 1}}, r"model\.warmup_steps"),
         ({"schedule_scope": "run", "knot_warmup_steps": 7, "chain": {"every_n_train_steps": 6}}, r"model\.knot_warmup_steps"),
-        ({"trainer_arguments": {"max_epochs": -1, "max_time": {"minutes": 1}}}, r"model\.lr_schedule: trainer\.max_steps"),
+        (UNKNOWN_LENGTH, r"model\.lr_schedule: trainer\.max_steps"),
+        (UNKNOWN_LENGTH | {"lr_schedule": "constant", "knot_warmup_steps": 0.5}, r"model\.knot_warmup_steps: the share 0\.5"),
         ({"cls": PlainToy}, "model: COLAModule"),
         ({"modules_to_save_lr": 0.1}, r"model\.modules_to_save_lr"),
         ({"target_modules": None, "chain": {"every_n_epochs": 1}}, r"model\.target_modules"),

@@ -111,7 +111,10 @@ class LinkOptimization:
             UserError: for a learning rate of fully trained modules where there are none.
         """
         groups = self._parameter_groups(trained, modules_to_save)
-        optimizer = self.make_optimizer(groups)
+        try:
+            optimizer = self.make_optimizer(groups)
+        except ValueError as error:  # an optimizer's own message for a mistyped value
+            raise UserError(f"model.optimizer: {error}") from error
         # Torch's GradScaler has a fused optimizer unscale the gradients in its step, and Lightning then refuses to clip them
         # (16-mixed). Without this mark they are unscaled before, as for any other optimizer.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
@@ -202,6 +205,11 @@ class LinkOptimization:
             raise UserError(
                 f"model.lr_schedule: {self.lr_schedule} with warmup_steps {self.warmup_steps:g} needs {' and '.join(missing)}, "
                 "because the length of the run or of its links is unknown. Or use constant, with model.warmup_steps in steps"
+            )
+        if 0 < self.knot_warmup_steps < 1:
+            raise UserError(
+                "model.knot_warmup_steps: must be a number of steps, because the length of a link is unknown, got the share "
+                f"{self.knot_warmup_steps:g}"
             )
 
     def begin_link(self, module: LightningModule, adapted: AdaptedModel, start: FitPosition) -> None:

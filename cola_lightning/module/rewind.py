@@ -13,6 +13,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -83,7 +84,10 @@ class Rewind:
         """Stores what the first batch of the window may change."""
         if self._window is not None:
             named = _named_buffers(module) if self._persistent else {}
-            buffers = {name: value.detach().clone() for name, value in named.items() if name in self._persistent}
+            own = {name: value.detach() for name, value in named.items() if name in self._persistent}
+            buffers = {name: torch.empty_like(value) for name, value in own.items()}
+            if own:
+                torch._foreach_copy_([*buffers.values()], [*own.values()])  # one operation for all
             counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
             states = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
             self._window = replace(self._window, buffers=buffers, callbacks=states)
