@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -15,6 +16,7 @@ from cola_lightning import COLACausalLM, COLASequenceClassifier, LoRAConfig, Use
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import read_adapter
 from tests import tiny
+from tests.test_layer_types import network
 from tests.toy import batches, difference, toy, trainer
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
@@ -23,20 +25,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 # ---------------------------------------------------------------------- one link
 
 STEPPED = {"opt": ["q_proj", "v_proj"], "llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
+CONVOLUTIONS = {  # a network, its layers, and the shape of its images
+    "2d": (network, ["0", "2", "4"], (4, 2, 8, 8)),
+    "1d": (lambda: nn.Sequential(nn.Conv1d(3, 6, 3, padding="same"), nn.Flatten(1), nn.Linear(54, 5)), ["0", "2"], (4, 3, 9)),
+}
 
 
-@pytest.mark.parametrize("name", STEPPED)
+@pytest.mark.parametrize("name", [*STEPPED, *CONVOLUTIONS])
 def test_one_link_equals_pefts_lora_for_50_steps(name, device):
     torch.manual_seed(0)
-    ours = AutoModelForCausalLM.from_config(tiny.config(name)).to(device)
-    options = {"target_modules": STEPPED[name], "fan_in_fan_out": name == "gpt2", "lora_dropout": 0.0}
+    build, targets, images = CONVOLUTIONS.get(name) or (tiny.config, STEPPED.get(name), None)
+    ours = (build() if images else AutoModelForCausalLM.from_config(build(name))).to(device)
+    options = {"target_modules": targets, "fan_in_fan_out": name == "gpt2", "lora_dropout": 0.0}
     theirs = get_peft_model(copy.deepcopy(ours), LoraConfig(r=4, lora_alpha=8, **options))
-    assert inject_lora(ours, LoRAConfig(STEPPED[name], rank=4, alpha=8))
+    assert inject_lora(ours, LoRAConfig(targets, rank=4, alpha=8)) == targets or not images
     peft_modules = dict(theirs.base_model.model.named_modules())
     with torch.no_grad():
         for layer_name, layer in lora_layers(ours).items():
-            layer.lora_A.copy_(peft_modules[layer_name].lora_A["default"].weight)
-    for mine, other in tiny.losses_of_both(ours, theirs, steps=50):
+            layer.lora_A.copy_(peft_modules[layer_name].lora_A["default"].weight.flatten(1))
+    for mine, other in tiny.losses_of_both(ours, theirs, 50, images):
         assert mine == pytest.approx(other, abs=1e-6 if device == "cpu" else 1e-4)
     assert any(layer.lora_B.any() for layer in lora_layers(ours).values())
     merged = theirs.merge_and_unload()

@@ -183,13 +183,14 @@ def with_live_link(module):
     return module
 
 
-def losses_of_both(ours, theirs, steps):
-    """Steps of AdamW on the same random tokens: the losses of both models before each."""
+def losses_of_both(ours, theirs, steps, images=None):
+    """Steps of AdamW on the same random tokens, or images of that shape: the losses of both models before each."""
     optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2) for model in (ours, theirs)]
     for _ in range(steps):
-        tokens, losses = torch.randint(40, (4, 12)).to(ours.device), []
+        x = torch.randn(images) if images else torch.randint(40, (4, 12))
+        y, x, losses = torch.arange(len(x)), x.to(next(ours.parameters()).device), []
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
-            loss = model(input_ids=tokens, labels=tokens).loss
+            loss = nn.functional.cross_entropy(model(x), y.to(x.device)) if images else model(input_ids=x, labels=x).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
