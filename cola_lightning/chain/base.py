@@ -45,23 +45,18 @@ def describe_base(model: nn.Module, name: str = "") -> BaseIdentity:
         model: an adapted model with no link merged into its weights.
         name: the model's name.
     """
-    layers, values = lora_layers(model), _hashes(model)
-    norms = {}
+    layers, norms = lora_layers(model), dict[str, float]()
     for layer_name, layer in layers.items():
         weight = layer.full_weight()
         wide = torch.promote_types(weight.dtype, torch.float32)
         norms[layer_name] = float(torch.linalg.vector_norm(weight, dtype=wide))
     dtypes = sorted({layer.source_dtype for layer in layers.values()})
+    links, named = names_of_factors(model), model.named_parameters(remove_duplicate=False)
+    trained = set(layout.plain_names(key for key, parameter in named if parameter.requires_grad))
+    tensors = {key: value for key, value in layout.state_dict(model).items() if isinstance(value, Tensor) and key not in links}
+    values = {key: None if key in trained else hash_of(value) for key, value in tensors.items()}
     known = sorted((key, value) for key, value in values.items() if value is not None)
     return BaseIdentity(name, hashlib.sha256(repr(known).encode()).hexdigest(), dtypes, norms, values)
-
-
-def _hashes(model: nn.Module) -> dict[str, str | None]:
-    links, state = names_of_factors(model), layout.state_dict(model)
-    values = {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in links}
-    named = model.named_parameters(remove_duplicate=False)
-    trained = set(layout.plain_names(name for name, parameter in named if parameter.requires_grad))
-    return {name: None if name in trained else hash_of(value) for name, value in values.items()}
 
 
 def fingerprint_of(values: Mapping[str, Tensor]) -> str:
@@ -71,20 +66,13 @@ def fingerprint_of(values: Mapping[str, Tensor]) -> str:
 
 
 def hash_of(value: Tensor) -> str:
-    """A hash of a tensor's shape and of a sample of its values."""
-    sample = value.flatten() if value.numel() <= SAMPLED_VALUES else _sample(value)
-    return hashlib.sha256(f"{tuple(value.shape)}".encode() + _bytes(sample)).hexdigest()[:16]
-
-
-def _sample(value: Tensor) -> Tensor:
-    places = torch.randint(value.numel(), (SAMPLED_VALUES,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    return value.flatten()[places.to(value.device)]
-
-
-def _bytes(sample: Tensor) -> bytes:
-    """The values in float64: the same bytes whichever wider dtype stores them."""
+    """A hash of a tensor's shape and of a sample of its values, in float64: the same whichever wider dtype stores them."""
+    sample = value.detach().flatten()
+    if value.numel() > SAMPLED_VALUES:
+        places = torch.randint(value.numel(), (SAMPLED_VALUES,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        sample = sample[places.to(value.device)]
     wide = torch.view_as_real(sample) if sample.is_complex() else sample
-    return wide.detach().cpu().double().numpy().tobytes()
+    return hashlib.sha256(f"{tuple(value.shape)}".encode() + wide.cpu().double().numpy().tobytes()).hexdigest()[:16]
 
 
 def check_same_base(expected: BaseIdentity, received: BaseIdentity, *, is_stored: bool = False) -> None:
