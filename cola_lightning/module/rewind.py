@@ -10,7 +10,6 @@ The layout of ``checkpoint["loops"]`` is Lightning's own and not documented; onl
 
 import copy
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,32 +27,21 @@ EPOCHS, BATCHES, VALIDATION = "epoch_progress", "epoch_loop.batch_progress", "ep
 LOADERS = "combined_loader"
 
 
-@dataclass(frozen=True)
-class Window:
-    """The state needed to begin an accumulation window again, besides counters and weights.
-
-    Attributes:
-        epoch: of the window.
-        batch_idx: its first batch in the epoch.
-        loaders: the states of the training data loaders before that batch was fetched, of those that have a state; none at the
-            start of an epoch, where they start over. (Lightning fetches one batch ahead if a loader has no length.)
-        buffers: the persistent buffers when that batch began; none before.
-        callbacks: the states of EarlyStopping callbacks when that batch began, which count validations; none before.
-    """
-
-    epoch: int
-    batch_idx: int
-    loaders: list[dict[str, Any]]
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    callbacks: Mapping[str, Any] = field(default_factory=dict)
-
-
 class Rewind:
-    """Where a fit would resume if a checkpoint were written now, which may be before where the fit is."""
+    """Where a fit would resume if a checkpoint were written now, which may be before where the fit is.
+
+    That is at the accumulation window that has begun, or begins with the next batch. Besides counters and weights it needs the
+    states of the training data loaders before its first batch was fetched, of those that have a state. (Lightning fetches one
+    batch ahead if a loader has no length.) It also needs what its first batch may change: the persistent buffers, and the
+    states of EarlyStopping callbacks, which count validations.
+    """
 
     def __init__(self) -> None:
         self._persistent: Set[str] = frozenset()  # names of the buffers that checkpoints contain
-        self._window: Window | None = None  # the one that has begun, or begins with the next batch; None before a fit
+        self._place: tuple[int, int] | None = None  # epoch and first batch of the window; None before a fit
+        self._loaders: list[dict[str, Any]] = []  # none at the start of an epoch, where they start over
+        self._buffers: dict[str, Tensor] = {}
+        self._callbacks: dict[str, Any] = {}
 
     def begin_fit(self, trainer: Trainer, module: nn.Module, names: Set[str]) -> None:
         """Begins a fit: at batch 0, unless it resumes inside an epoch.
@@ -73,24 +61,21 @@ class Rewind:
             trainer: the Trainer of the fit.
             batch_idx: index of that batch in the epoch.
         """
-        states = list[dict[str, Any]]()
+        self._place, self._loaders, self._buffers, self._callbacks = (trainer.current_epoch, batch_idx), [], {}, {}
         if batch_idx:  # before an epoch, a loader may still have the state of the end of the last
             # Those whose state Lightning stores, in its order; a loader of this package has an empty state.
             loaders = [loader for loader in CombinedLoader(trainer.train_dataloader).flattened if isinstance(loader, Stateful)]
-            states = [copy.deepcopy(loader.state_dict()) for loader in loaders]
-        self._window = Window(trainer.current_epoch, batch_idx, states)
+            self._loaders = [copy.deepcopy(loader.state_dict()) for loader in loaders]
 
     def begin_window(self, trainer: Trainer, module: nn.Module) -> None:
         """Stores what the first batch of the window may change."""
-        if self._window is not None:
-            named = _named_buffers(module) if self._persistent else {}
-            own = {name: value.detach() for name, value in named.items() if name in self._persistent}
-            buffers = {name: torch.empty_like(value) for name, value in own.items()}
-            if own:
-                torch._foreach_copy_([*buffers.values()], [*own.values()])  # one operation for all
-            counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
-            states = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
-            self._window = replace(self._window, buffers=buffers, callbacks=states)
+        named = _named_buffers(module) if self._persistent else {}
+        own = {name: value.detach() for name, value in named.items() if name in self._persistent}
+        self._buffers = {name: torch.empty_like(value) for name, value in own.items()}
+        if own:
+            torch._foreach_copy_([*self._buffers.values()], [*own.values()])  # one operation for all
+        counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
+        self._callbacks = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
 
     def write(self, checkpoint: dict[str, Any], trainer: Trainer, key: str, *, is_validating: bool) -> None:
         """Writes into a fit's checkpoint where the run resumes.
@@ -101,15 +86,15 @@ class Rewind:
             key: the entry of its callbacks in which this is stored.
             is_validating: whether a validation inside the fit has begun and not ended.
         """
-        given, window = checkpoint["loops"]["fit_loop"], self._window
+        given = checkpoint["loops"]["fit_loop"]
         counters = copy.deepcopy({name: given[name] for name in (EPOCHS, BATCHES, VALIDATION)})
         batch_idx = _rewind(counters, trainer, is_validating=is_validating)
         checkpoint["callbacks"][key] = {"progress": counters}
-        if window is not None and (trainer.current_epoch, batch_idx) == (window.epoch, window.batch_idx):
+        if (trainer.current_epoch, batch_idx) == self._place:
             if any(given["state_dict"].get(LOADERS, ())):
-                counters[LOADERS] = window.loaders
-            checkpoint["state_dict"] |= {name: layout.gather(copied) for name, copied in window.buffers.items()}
-            checkpoint["callbacks"] |= window.callbacks
+                counters[LOADERS] = self._loaders
+            checkpoint["state_dict"] |= {name: layout.gather(copied) for name, copied in self._buffers.items()}
+            checkpoint["callbacks"] |= self._callbacks
 
 
 def _named_buffers(module: nn.Module) -> dict[str, Tensor]:
