@@ -450,15 +450,8 @@ class AdaptedModel:
                 cast_floats(model, self.cast_dtype)
             if device is None and not placement.is_sharded and len(devices) == 1:  # a rebuilt one is on the CPU
                 device = devices.pop()
-        model = merge(
-            model,
-            added,
-            wide,
-            compute_device=placement.device,
-            dtype=wide if dtype is None and layers else dtype,
-            device=device,
-            in_place=in_place or not is_own,
-        )
+        dtype, in_place = wide if dtype is None and layers else dtype, in_place or not is_own
+        model = merge(model, added, wide, compute_device=placement.device, dtype=dtype, device=device, in_place=in_place)
         model.load_state_dict(extras, strict=False)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
