@@ -230,7 +230,7 @@ REFUSALS = {
         ({"source": "a/b", "temperature": 0.7}, r"data\.temperature"),
         ({"source": "a/b", "stop": ["\n", ""]}, r"data\.stop"),
         ({"source": []}, r"data\.source: at least one"),
-        ({"source": ["a/b"], "subset": "main"}, "data.source: entries"),
+        ({"source": ["a/b"], "subset": "main"}, "data.source: subset and revision"),
         ({"source": ["a/b"], "streaming": True}, r"data\.streaming"),
     ],
     template_row: [
