@@ -3,6 +3,7 @@
 One link against peft is in test_adapter.py, and DDP, FSDP1 and FSDP2 are in test_distributed.py.
 """
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -92,3 +93,20 @@ def test_an_export_is_the_model_and_takes_no_second_copy_on_the_device(chained, 
     assert_bit_equal(weights(module), before)
     assert {parameter.device.type for parameter in module.parameters()} == {device}
     assert difference(tiny.logits(module.merged_model()), tiny.logits(module.model)) < (2e-2 if chained.is_half else 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_benchmark_measures_every_side_and_option_on_the_same_batches(device, monkeypatch):
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(device == "cuda"))  # transformers' Trainer would take all
+    found = {}
+    for made in gpu.plan(True):
+        if not made["compile"]:  # which takes a minute on a CPU
+            result = gpu.measure(made, device)
+            assert "error" not in result
+            assert len(result["all_seconds"]) == gpu.STEPS
+            assert min(result["seconds"], result["gib"], result["tokens_a_second"]) > 0
+            found[made["side"], made["base"], made["checkpointing"]] = result
+    assert len(found) == 10
+    for (_, base, _), result in found.items():  # at the start a link adds nothing
+        assert result["loss"] == pytest.approx(found["floor", base, False]["loss"], rel=1e-5 if device == "cpu" else 1e-2)

@@ -1,11 +1,84 @@
-"""The study on a real language model: which answers are right, and its intervals."""
+"""The study on a real language model, with a tiny one in its place: what it keeps of a run, right answers, its intervals."""
 
+import json
+import shutil
 import statistics
+import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from scipy import stats
 
-from benchmarks.gsm8k.study import difference_over_rows, is_right
+from benchmarks.gsm8k import study
+from benchmarks.gsm8k.study import Stage, difference_over_rows, is_right
+from cola_lightning.study import study as studies
+from cola_lightning.study.run import run
+from tests import tiny
+
+CONFIG = Path(study.__file__).with_name("config.yaml")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The study's folder, with its config for a tiny model and a few rows; runs are executed in this process."""
+    here = tmp_path / "gsm8k"
+    here.mkdir()
+    config = yaml.safe_load(CONFIG.read_text())
+    model = tiny.folder(here / "model", max_position_embeddings=512)
+    tiny.chat_tokenizer(tiny.CHAT).save_pretrained(model)
+    rows = [{"question": f"The cat has {k} mats. How many?", "answer": f"It has {k} mats.\n#### {k}"} for k in range(9)]
+    config["model"]["init_args"] |= {"model_name": model, "gguf_file": None}
+    sizes = {"max_length": 96, "val_size": 2, "test_size": 3, "max_new_tokens": 4}
+    config["data"]["init_args"] |= {"source": tiny.write_rows(here / "rows", rows, ("train", "test")), **sizes}
+    (here / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def execute(claim, asked):
+        (claim.parent / "run.json").write_text(json.dumps(asked))
+        return run(str(claim.parent)) == 0
+
+    monkeypatch.setattr(study, "HERE", here)
+    monkeypatch.setattr(study, "CONFIG", here / "config.yaml")
+    monkeypatch.setattr(study, "STEPS", 4)
+    monkeypatch.setattr(study, "ANSWERED", 2)
+    monkeypatch.setattr(studies, "execute", execute)
+    monkeypatch.setattr(sys, "argv", ["cola"])
+    return here
+
+
+def test_a_study_keeps_losses_by_row_and_right_answers_and_repeats_no_run_that_has_a_line(here, monkeypatch):
+    stage = Stage("gsm8k", 1, 4, {"lora": [1e-3], "cola-4": [1e-3]})
+    study.measure_base("gsm8k")
+    study.run(stage.words)
+    study.collect_losses(stage)
+    study.answer(stage)
+    losses = {tuple(line["run"]): line["rows"] for line in tiny.read_rows(stage.folder / "rows.jsonl")}
+    assert len(stage.results) == len(losses) == 2
+    for line in stage.results:
+        rows = losses[line.run]
+        total = sum(size for _, size in rows)
+        assert len(rows) == 3
+        assert sum(loss * size for loss, size in rows) / total == pytest.approx(line.test, rel=1e-5)
+    assert [line["rows"] for line in tiny.read_rows(stage.folder / "answers.jsonl")] == [2, 2]
+
+    kept = {path.name: path.read_text() for path in stage.folder.glob("*.jsonl")}
+    for folder in (stage.folder / "runs", here / "runs"):  # as in a clone, which has the lines alone
+        shutil.rmtree(folder)
+    monkeypatch.setattr(studies, "execute", lambda *_: pytest.fail("run again"))
+    study.measure_base("gsm8k")
+    study.run(stage.words)
+    study.collect_losses(stage)
+    study.answer(stage)
+    assert not (here / "runs").exists()
+    assert {path.name: path.read_text() for path in stage.folder.glob("*.jsonl")} == kept
+
+    base, lora, chain = study.rows()
+    assert base[1] == "before training"
+    assert float(base[4]) != float(lora[4])
+    assert [lora[1], lora[2], lora[3], lora[5]] == ["LoRA", "0.001", "1", ""]
+    assert float(chain[5].split()[0]) == pytest.approx(float(chain[4]) - float(lora[4]), abs=1.5e-4)
+    assert lora[7].endswith("/2")
+    assert [one.folder for one in study.studies()] == [stage.folder]
 
 
 @pytest.mark.parametrize(
