@@ -281,8 +281,8 @@ class SentAtEachStep(Callback):
 
 def same(folder):
     """Every model, strategy and mode after four links."""
-    for name, how in SAME.items():
-        fit(folder, name, strategy=name.rpartition("-")[2], **how)
+    for name, settings in SAME.items():
+        fit(folder, name, strategy=name.rpartition("-")[2], **settings)
     fit(folder, "dropped", strategy="ddp", arguments={"dropout": 0.2})
 
 
@@ -394,15 +394,15 @@ class OwnRule(ChainOfLoRA):
 def plateau(folder):
     """Knots by that loss."""
     for name, rule in {"plateau": ChainOfLoRA(patience=1), "own rule": OwnRule()}.items():
-        how = {"arguments": {"lr_schedule": "constant"}, "max_steps": -1, "max_epochs": 4}
-        fit(folder, name, "diverse", "ddp", chain=rule, **how)
+        settings = {"arguments": {"lr_schedule": "constant"}, "max_steps": -1, "max_epochs": 4}
+        fit(folder, name, "diverse", "ddp", chain=rule, **settings)
 
 
 def predicted(folder):
     """A run whose seed the first process draws, with dropout; what it predicts, by each strategy."""
     for strategy in ("ddp", "fsdp2"):
-        how = {"arguments": {"seed": None, "dropout": 0.2}, "callbacks": [PredictionWriter()]}
-        module = fit(folder / strategy, "predicted", "mlp", strategy, **how)
+        settings = {"arguments": {"seed": None, "dropout": 0.2}, "callbacks": [PredictionWriter()]}
+        module = fit(folder / strategy, "predicted", "mlp", strategy, **settings)
         module.trainer.predict(module, datamodule=Data())
 
 
@@ -438,8 +438,8 @@ def weighed(folder):
         module = COLACausalLM(str(folder / "llama"), **{"rank": 2, "seed": 0} | arguments)
         module.chunked_loss = module.chunked_loss and world() > 1
         watch = Watch(folder, name := f"weighed-{name}-{strategy}")
-        how = {"max_epochs": 1, "limit_val_batches": 0, "use_distributed_sampler": False, "gradient_clip_val": 0.5}
-        made = trainer_by(strategy, folder, watch, chain={}, accumulate_grad_batches=4 // world(), **how)
+        settings = {"max_epochs": 1, "limit_val_batches": 0, "use_distributed_sampler": False, "gradient_clip_val": 0.5}
+        made = trainer_by(strategy, folder, watch, chain={}, accumulate_grad_batches=4 // world(), **settings)
         loader = DataLoader(batches[made.global_rank :: world()], batch_size=None)
         made.fit(module, loader, loader)
         losses = torch.tensor(watch.losses[4 // world() - 1 :: 4 // world()])

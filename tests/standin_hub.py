@@ -71,8 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
             inside = [entry for entry in _entries(files) if _is_inside(entry["path"], place, is_recursive=is_recursive)]
             return self._send_json(inside) if inside else self._refuse("EntryNotFound")
         if endpoint == "paths-info":
-            asked = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
-            return self._send_json([entry for entry in _entries(files) if entry["path"] in asked])
+            requested = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+            return self._send_json([entry for entry in _entries(files) if entry["path"] in requested])
         about = {"id": name, "sha": revision, "private": False, "gated": False, "disabled": False, "tags": []}
         return self._send_json(
             about | {"lastModified": TIME, "createdAt": TIME, "siblings": [{"rfilename": path} for path in files]}

@@ -221,7 +221,7 @@ def test_an_encoder_layer_of_torchs_evaluates_with_its_links(is_padded, finished
 # ---------------------------------------------------------------------- kin of Linear, and weights that no Linear holds
 
 
-def told(caplog):
+def messages(caplog):
     return [record.getMessage() for record in caplog.records if record.name.startswith("cola_lightning")]
 
 
@@ -233,7 +233,7 @@ def test_a_subclass_that_computes_as_linear_does_is_adapted(caplog):
     parts = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
     names = inject_lora(model, LoRAConfig("all-linear", rank=2, alpha=4))
     assert names == [f"transformer.h.{k}.{part}" for k in (0, 1) for part in parts]
-    assert told(caplog) == []
+    assert messages(caplog) == []
     assert {type(layer) for layer in lora_layers(model).values()} == {LoRALinear}
     expected = with_links(model)(ids).logits
     strip_lora(model)
@@ -255,7 +255,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_refused_or_named(caplog):
     with pytest.raises(UserError, match=r"^model\.target_modules: .*'1', which is a Router"):
         inject_lora(model, LoRAConfig(["1"], rank=1, alpha=1))
     assert inject_lora(model, LoRAConfig("all-linear", rank=1, alpha=1)) == ["0"]
-    (message,) = told(caplog)
+    (message,) = messages(caplog)
     assert message.endswith(": Router (1)")
     strip_lora(model)
     assert type(model[0]) is Plain
@@ -268,7 +268,7 @@ def test_weights_that_no_linear_layers_hold_are_told_of_and_no_others(caplog):
     inject_lora(encoder(), LoRAConfig("all-linear", rank=1, alpha=1))
     with pytest.raises(UserError, match="NonDynamicallyQuantizableLinear"):
         inject_lora(nn.MultiheadAttention(8, 2), LoRAConfig(["out_proj"], rank=2, alpha=4))
-    told_of_experts, told_of_attention = told(caplog)
+    told_of_experts, told_of_attention = messages(caplog)
     assert "MixtralExperts (model.layers.0.mlp.experts)" in told_of_experts
     assert not {"embed_tokens", "lm_head"} & set(re.split(r"\W", told_of_experts))
     assert "NonDynamicallyQuantizableLinear (layers.0.self_attn.out_proj)" in told_of_attention
@@ -277,4 +277,4 @@ def test_weights_that_no_linear_layers_hold_are_told_of_and_no_others(caplog):
         inject_lora(transformers.AutoModel.from_config(tiny.config(architecture)), LoRAConfig("all-linear", rank=2, alpha=4))
     parts = {"conv": nn.Conv2d(3, 8, 3), "body": nn.Linear(8, 8), "head": Router(8, 8), "place": nn.Embedding(9, 8)}
     inject_lora(nn.ModuleDict(parts), LoRAConfig("all-linear", rank=1, alpha=1, modules_to_save=["head"]))
-    assert told(caplog) == []
+    assert messages(caplog) == []

@@ -231,9 +231,9 @@ def test_a_nan_stops_the_run_names_its_step_and_is_never_written(tmp_path, next_
     every = 1 if next_is == "a checkpoint" else 5
     checkpoint = ModelCheckpoint(dirpath=tmp_path, save_on_exception=True, save_last=True, every_n_train_steps=every)
     knots, max_steps = 7 if next_is == "a knot" else 5, 14 if next_is == "the end" else -1
-    chain, how = {"every_n_train_steps": knots}, {"max_epochs": 3, "max_steps": max_steps, "enable_checkpointing": True}
+    chain, settings = {"every_n_train_steps": knots}, {"max_epochs": 3, "max_steps": max_steps, "enable_checkpointing": True}
     with pytest.raises(NonFiniteError, match=rf"loss is nan at step 13 \(epoch 1\), in link {13 // knots}"):
-        trainer(tmp_path, checkpoint, chain=chain, **how).fit(module, batches())
+        trainer(tmp_path, checkpoint, chain=chain, **settings).fit(module, batches())
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.isfinite(value).all() for name, value in state.items() if not name.startswith("chain."))
     assert all(torch.isfinite(factor).all() for link in module.chain.links for pair in link.factors.values() for factor in pair)
@@ -310,8 +310,8 @@ def test_where_all_is_trained_or_frozen_by_the_user_nothing_is_named(tmp_path, c
     module = toy(NetToy)
     module.model.read.requires_grad_(False)
     assert warnings_of_a_fit(tmp_path, module, caplog, accumulate_grad_batches=2) == []
-    for how in ({"dropout": 0.1}, {"target_modules": None}):
-        assert warnings_of_a_fit(tmp_path, toy(**how), caplog) == []
+    for settings in ({"dropout": 0.1}, {"target_modules": None}):
+        assert warnings_of_a_fit(tmp_path, toy(**settings), caplog) == []
 
 
 # ---------------------------------------------------------------------- on_knot
@@ -349,11 +349,11 @@ def test_a_link_begun_again_in_on_knot_is_the_one_of_that_rank_and_resumes_exact
     chain = {"every_n_train_steps": 4}
     trainer(tmp_path, chain=chain | {"ranks": [4, 2, 1]}, max_steps=12).fit(by_schedule, batches(3))
 
-    def fit(module, **how):
+    def fit(module, **settings):
         saving = ModelCheckpoint(
             tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}", enable_version_counter=False
         )
-        trainer(tmp_path, saving, chain=chain, max_steps=12, enable_checkpointing=True).fit(module, batches(3), **how)
+        trainer(tmp_path, saving, chain=chain, max_steps=12, enable_checkpointing=True).fit(module, batches(3), **settings)
 
     fit(whole)
     assert_bit_equal(weights(whole), weights(by_schedule))

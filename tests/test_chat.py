@@ -29,11 +29,11 @@ def turns(*contents, system=None):
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def encoded(own, messages, max_length=4000, *, tools=None, notes=None, **how):
+def encoded(own, messages, max_length=4000, *, tools=None, notes=None, **options):
     """The rows of a conversation; the reason is raised if there is one."""
     trained = tuple(k for k, turn in enumerate(messages) if turn["role"] == "assistant")
     conversation = Conversation(messages, tools, trained)
-    (rows,) = encode_conversations(ChatTemplate(own), [conversation], max_length, set() if notes is None else notes, **how)
+    (rows,) = encode_conversations(ChatTemplate(own), [conversation], max_length, set() if notes is None else notes, **options)
     if isinstance(rows, UnusableRow):
         raise rows
     return [row for row in rows if row.pop("lost") >= 0]
@@ -97,8 +97,10 @@ def test_each_turn_of_a_known_template_is_trained_once_after_its_generation_prom
     expected = []
     for k, turn in enumerate(messages):
         if turn["role"] == "assistant":
-            how = {"tokenize": False, "add_generation_prompt": True} | ({"enable_thinking": False} if name in CLOSED else {})
-            prompt = own.apply_chat_template(messages[:k], **how).removesuffix(OPENED.get(name, ""))
+            options = {"tokenize": False, "add_generation_prompt": True} | (
+                {"enable_thinking": False} if name in CLOSED else {}
+            )
+            prompt = own.apply_chat_template(messages[:k], **options).removesuffix(OPENED.get(name, ""))
             words = TRAINED[name].format(turn["content"])
             expected.append(tuple(own(text, add_special_tokens=False)["input_ids"] for text in (prompt, words)))
     spans = [(row["input_ids"], *span) for row in rows for span in zip(row["spans"][::2], row["spans"][1::2], strict=True)]
@@ -135,7 +137,7 @@ class Behaviour:
     special: tuple = ()
     messages: tuple = tuple(TALK)
     stop: str | None = "</s>"
-    said: str | None = None
+    output: str | None = None
 
 
 IF_ASSISTANT = "{% if turn.role == 'assistant' "
@@ -169,7 +171,7 @@ BEHAVIOURS = {
         ],
         THOUGHT,
     ),
-    "opens a thought that the turn has not": Behaviour(OPENING, APPENDED, THOUGHT, said="opens a thought"),
+    "opens a thought that the turn has not": Behaviour(OPENING, APPENDED, THOUGHT, output="opens a thought"),
     "opens the thought that the turn has": Behaviour(
         OPENING, [["[user]Old?</s>[assistant]<think>", "Hm.</think>No</s>"]], THOUGHT, turns("Old?", "<think>Hm.</think>No")
     ),
@@ -178,7 +180,7 @@ BEHAVIOURS = {
         [["[user]Old?</s>[assistant]<think>\n\n</think>", "No</s>"]],
         THOUGHT,
         turns("Old?", "No"),
-        said="enable_thinking: false",
+        output="enable_thinking: false",
     ),
     "ends the last turn with another token": Behaviour(
         RETURNED,
@@ -216,18 +218,18 @@ def test_a_turn_is_trained_after_its_context_whatever_a_template_does(name):
     own.add_tokens(["\n\n"])
     notes = set()
     assert pieces(own, encoded(own, expected.messages, notes=notes)) == expected.rows
-    assert [expected.said in note for note in notes] == [True] * (expected.said is not None)
+    assert [expected.output in note for note in notes] == [True] * (expected.output is not None)
     assert own.convert_ids_to_tokens(ChatTemplate(own).stop_tokens) == [expected.stop] * (expected.stop is not None)
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, database=None)
-@given(said=st.text(" \nxé(", min_size=1, max_size=8))
-def test_white_space_of_a_turn_is_trained_and_a_token_over_the_prompts_end_is_the_turns(said):
+@given(output=st.text(" \nxé(", min_size=1, max_size=8))
+def test_white_space_of_a_turn_is_trained_and_a_token_over_the_prompts_end_is_the_turns(output):
     own = tiny.chat_tokenizer(tiny.CHAT)
     own.add_tokens(["\n\n"])
-    ((before, text, after),) = pieces(own, encoded(own, turns("Write.", said)))
-    assert before + text + after == f"<s>[user]\nWrite.</s>\n[assistant]\n{said}</s>\n"
-    assert text == ("\n" if said[0] == "\n" else "") + f"{said}</s>"
+    ((before, text, after),) = pieces(own, encoded(own, turns("Write.", output)))
+    assert before + text + after == f"<s>[user]\nWrite.</s>\n[assistant]\n{output}</s>\n"
+    assert text == ("\n" if output[0] == "\n" else "") + f"{output}</s>"
 
 
 PARTS = template("{% for part in turn.content if part.type == 'text' %}{{ part.text }}{% endfor %}</s>")
@@ -310,23 +312,25 @@ def test_what_is_asked_last_loses_its_beginning_and_only_a_response_its_end(shor
     own = tiny.chat_tokenizer(tiny.CHAT)
     question, answer = "the river is long " * 8, "the town is old " * 8
     before, after = ("<s>[system]\nBe brief.</s>\n[user]\n", "</s>\n[assistant]\n")
-    how = {"shortens_response": shortens_response}
+    options = {"shortens_response": shortens_response}
     n_head = len(own(before + after, add_special_tokens=False)["input_ids"])
     n_answer = len(own(answer + "</s>", add_special_tokens=False)["input_ids"])
-    ((asked, said, *_),) = pieces(own, encoded(own, turns(question, answer, system="Be brief."), n_head + n_answer + 9, **how))
-    assert said == f"{answer}</s>"
-    assert asked.startswith(before)
-    assert asked.endswith(f"is long {after}")
-    assert len(asked) < len(before + question + after)
+    ((requested, output, *_),) = pieces(
+        own, encoded(own, turns(question, answer, system="Be brief."), n_head + n_answer + 9, **options)
+    )
+    assert output == f"{answer}</s>"
+    assert requested.startswith(before)
+    assert requested.endswith(f"is long {after}")
+    assert len(requested) < len(before + question + after)
     long = turns("Old?", answer * 9, system="Be brief.")
     if not shortens_response:
         with pytest.raises(UnusableRow, match=r"longer than data\.max_length"):
             encoded(own, long, 80)
     else:
-        (row,) = encoded(own, long, 80, **how)
-        ((asked, said),) = pieces(own, [row])
-        assert (len(row["input_ids"]), asked) == (80, f"{before}Old?{after}")
-        assert (answer * 9).startswith(said)  # without a stop token: it does not stop there
+        (row,) = encoded(own, long, 80, **options)
+        ((requested, output),) = pieces(own, [row])
+        assert (len(row["input_ids"]), requested) == (80, f"{before}Old?{after}")
+        assert (answer * 9).startswith(output)  # without a stop token: it does not stop there
     with pytest.raises(UnusableRow, match=r"longer than data\.max_length"):
         encoded(own, turns(question, answer), 60, too_long="skip")
 

@@ -41,13 +41,13 @@ def loss_and_gradients(module, batch):
     return output, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-CASES = [(name, "links") for name in ("opt", "gpt2", *CONFIGS)] + [("llama", how) for how in HOW] + [("gemma2", "head")]
+CASES = [(name, "links") for name in ("opt", "gpt2", *CONFIGS)] + [("llama", options) for options in HOW] + [("gemma2", "head")]
 
 
-@pytest.mark.parametrize(("architecture", "how"), CASES)
-def test_loss_and_gradients_are_those_of_all_logits(tmp_path, architecture, how):
-    module = COLACausalLM(tiny.folder(tmp_path, architecture), rank=2, seed=0, **HOW[how])
-    with_live_link(module) if how != "all" else module.configure_model()
+@pytest.mark.parametrize(("architecture", "options"), CASES)
+def test_loss_and_gradients_are_those_of_all_logits(tmp_path, architecture, options):
+    module = COLACausalLM(tiny.folder(tmp_path, architecture), rank=2, seed=0, **HOW[options])
+    with_live_link(module) if options != "all" else module.configure_model()
     (batch,) = batches_of(rows_of([30, 9, 14, 2, 21]), 5)
     for mode in (True, False):
         module.train(mode)

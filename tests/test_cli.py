@@ -40,7 +40,7 @@ def fit(*words):
     return run("fit", "--config", DIGITS, *FAST, *words)
 
 
-def told(capfd, start):
+def messages(capfd, start):
     """The rest of the one line that begins so."""
     (line,) = [line.removeprefix(start) for line in capfd.readouterr().out.splitlines() if line.startswith(start)]
     return line
@@ -63,10 +63,10 @@ def checkpoint_of(version):
 
 def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(capfd):
     assert fit() == 0
-    said = capfd.readouterr().out
-    assert "model: 330 of 9,300 parameters are trained (3.55%), link 0 of rank 1 and alpha 1 on 3 layers" in said
-    assert "link 0 finished: steps 0 to 9, rank 1, update norm" in said
-    command = next(line for line in said.splitlines() if line.startswith("use it: cola "))
+    output = capfd.readouterr().out
+    assert "model: 330 of 9,300 parameters are trained (3.55%), link 0 of rank 1 and alpha 1 on 3 layers" in output
+    assert "link 0 finished: steps 0 to 9, rank 1, update norm" in output
+    command = next(line for line in output.splitlines() if line.startswith("use it: cola "))
     assert run(*command.partition(" (")[0].split()[3:]) == 0
     assert "test_accuracy" in capfd.readouterr().out
     assert "test_accuracy" in Path("runs/version_0/test/version_0/metrics.csv").read_text()
@@ -221,7 +221,7 @@ def test_runs_of_a_logger_that_gives_all_one_folder_keep_their_own_configuration
     folders = []
     for rank in ("1", "2"):
         assert fit(*logger, "--model.rank", rank, "--chain.ranks", "null") == 0
-        command = told(capfd, "use it: cola ").partition(" (")[0].split()
+        command = messages(capfd, "use it: cola ").partition(" (")[0].split()
         folders.append(Path(command[command.index("--config") + 1]).parent)
         assert yaml.safe_load((folders[-1] / "config.yaml").read_text())["model"]["init_args"]["rank"] == int(rank)
         assert (folders[-1] / "checkpoints" / "last.ckpt").is_file()
@@ -229,7 +229,7 @@ def test_runs_of_a_logger_that_gives_all_one_folder_keep_their_own_configuration
     assert {folder.parent for folder in folders} == {Path("all/project")}
     capfd.readouterr()
     assert run("test", "--config", str(folders[1] / "config.yaml"), "--ckpt_path", "last") == 0
-    assert told(capfd, "ckpt_path: ") == str(folders[1] / "checkpoints" / "last.ckpt")
+    assert messages(capfd, "ckpt_path: ") == str(folders[1] / "checkpoints" / "last.ckpt")
 
 
 def test_a_fast_dev_run_writes_nothing():

@@ -58,7 +58,7 @@ def fit(config="config.yaml"):
     return main(["fit", "--config", config])
 
 
-def said(capfd, start):
+def output(capfd, start):
     """What follows in each line that begins so."""
     return [line.removeprefix(start) for line in capfd.readouterr().out.splitlines() if line.startswith(start)]
 
@@ -108,7 +108,7 @@ def test_instructions_are_trained_and_answered(capfd):
     data = {"source": "own.jsonl", "max_new_tokens": 4, "val_size": 2}
     Path("text.yaml").write_text(f"{OF_OWN_DATA}data: {json.dumps({'class_path': 'TextDataModule', 'init_args': data})}\n")
     assert fit("text.yaml") == 0
-    (try_,) = said(capfd, "try it: cola ")
+    (try_,) = output(capfd, "try it: cola ")
     assert main(shlex.split(try_.replace("TEXT", "Old?"))) == 0
     metrics = Path("runs/version_0/metrics.csv").read_text()
     assert "val_loss" in metrics
@@ -128,7 +128,7 @@ def test_one_command_without_a_config_is_a_run(capfd):
     Path("own.jsonl").write_text("".join(f'{{"prompt": "Town {k}? ", "response": "Yes"}}\n' for k in range(20)))
     few = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.limit_train_batches=1"]
     assert main(["fit", "--model.model_name", "model", "--data.source", "own.jsonl", "--chain.every_n_epochs", "1", *few]) == 0
-    assert len(said(capfd, "link ")) == 3
+    assert len(output(capfd, "link ")) == 3
 
 
 ENDS = """
@@ -200,8 +200,8 @@ def test_a_hub_that_is_needed_and_not_reached_is_no_mistake(monkeypatch, capfd):
 def test_the_quickstart_gets_from_chance_to_90_percent(capfd):
     config = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
     assert main(["fit", "--config", config, "--data.source", str(tiny.REVIEWS)]) == 0
-    told = [line for line in capfd.readouterr().out.splitlines() if line.startswith(("before", "link"))]
-    accuracies = [float(line.rpartition("val_accuracy ")[2]) for line in told if "val_accuracy" in line]
+    messages = [line for line in capfd.readouterr().out.splitlines() if line.startswith(("before", "link"))]
+    accuracies = [float(line.rpartition("val_accuracy ")[2]) for line in messages if "val_accuracy" in line]
     assert len(accuracies) == 4
     assert accuracies[0] < 0.7
     assert accuracies[-1] >= 0.9

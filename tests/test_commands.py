@@ -37,13 +37,13 @@ def _folder(_fitted, tmp_path, monkeypatch):
 
 
 def test_inspect_tells_the_same_of_a_checkpoint_and_of_its_chain(capsys):
-    told = []
+    messages = []
     for path in (LAST, "chain"):
         assert main(["inspect", "--checkpoint", path, "--json", "--plot", "chain.png"]) == 0
-        told.append(json.loads(capsys.readouterr().out))
-    assert told[0] == told[1]
-    assert [(link["rank"], link["steps"], link["total_rank"]) for link in told[0]] == [(1, 9, 1), (1, 9, 2), (1, 9, 3)]
-    assert all("val_accuracy" in link["metrics"] for link in told[0])
+        messages.append(json.loads(capsys.readouterr().out))
+    assert messages[0] == messages[1]
+    assert [(link["rank"], link["steps"], link["total_rank"]) for link in messages[0]] == [(1, 9, 1), (1, 9, 2), (1, 9, 3)]
+    assert all("val_accuracy" in link["metrics"] for link in messages[0])
     assert Path("chain.png").read_bytes().startswith(b"\x89PNG")
     assert main([*INSPECT, "--links", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -51,11 +51,11 @@ def test_inspect_tells_the_same_of_a_checkpoint_and_of_its_chain(capsys):
 
 
 def test_a_run_is_named_by_its_folder_as_an_argument_or_an_option(capsys):
-    told = []
+    messages = []
     for words in (["inspect", "runs/version_0"], ["inspect", "--checkpoint", LAST], ["inspect", "chain"]):
         assert main(words) == 0
-        told.append(capsys.readouterr().out)
-    assert told[0] == told[1] == told[2]
+        messages.append(capsys.readouterr().out)
+    assert messages[0] == messages[1] == messages[2]
     assert main(["export", "runs/version_0", "--format", "chain", "--output", "again"]) == 0
     assert Path("again/chain.json").read_bytes() == Path("chain/chain.json").read_bytes()
     assert main(["test", "--config", DIGITS, "--ckpt_path", "runs/version_0"]) == 0

@@ -142,13 +142,13 @@ def test_differences_to_lora_are_paired_by_seed_and_no_interval_is_made_up():
 # ---------------------------------------------------------------------- a study whose runs are made up
 
 
-def made_up(claim, asked):
+def made_up(claim, requested):
     """In the place of a run's process: it takes no time, and its metric follows from its options."""
-    given = dict(zip(asked["words"][::2], asked["words"][1::2], strict=True))
-    value = asked["result"]["learning_rate"] + asked["result"]["seed"] / 1000
+    given = dict(zip(requested["words"][::2], requested["words"][1::2], strict=True))
+    value = requested["result"]["learning_rate"] + requested["result"]["seed"] / 1000
     value += len(json.loads(given.get("--chain.at_epochs", "null")) or ()) / 10
     facts = {"steps": 10, "seconds": 1.0, "peak_memory": 9.0, "trainable_parameters": 5, "curve": [[5, 2 * value], [10, value]]}
-    write([Result(**asked["result"], **facts, validation=value, test=value)], claim.parent / "result.json")
+    write([Result(**requested["result"], **facts, validation=value, test=value)], claim.parent / "result.json")
     return True
 
 
@@ -156,17 +156,17 @@ class Runs:
     """Made-up runs: ``asked`` are their names, ``changes`` fields of some results, ``failing`` the names of those that fail."""
 
     def __init__(self):
-        self.asked, self.words, self.failing, self.changes, self.stop_at = [], [], set(), {}, None
+        self.requested, self.words, self.failing, self.changes, self.stop_at = [], [], set(), {}, None
 
-    def __call__(self, claim, asked):
+    def __call__(self, claim, requested):
         name = claim.parent.name
-        if self.stop_at == len(self.asked):
+        if self.stop_at == len(self.requested):
             raise KeyboardInterrupt
-        self.asked.append(name)
-        self.words.append(asked["words"])
+        self.requested.append(name)
+        self.words.append(requested["words"])
         if name in self.failing:
             return False
-        made_up(claim, asked)
+        made_up(claim, requested)
         path = claim.parent / "result.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | self.changes.get(name, {})))
         return True
@@ -213,7 +213,7 @@ def test_a_study_leaves_lines_and_tables(tmp_path, runs, capsys):
     assert float(cola["difference"]) == pytest.approx(0.1)
     assert "| cola-2 | 1 | 2 | 0.01 | 2 |" in (tmp_path / "table.md").read_text()
     assert "cola-2" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(runs.asked)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(runs.requested)
     assert not list(tmp_path.rglob("claim*"))
 
 
@@ -231,15 +231,15 @@ def test_runs_that_differ_in_more_than_their_method_are_said_to(tmp_path, runs, 
 def test_a_second_call_does_only_what_is_missing(tmp_path, runs):
     for _ in range(2):
         assert compare(tmp_path) == 0
-        assert len(runs.asked) == 4
+        assert len(runs.requested) == 4
     assert compare(tmp_path, methods="[lora, cola-2, full]", seeds=3) == 0
-    assert [name.split("-lr")[0] + name[-1] for name in runs.asked[4:]] == ["full0", "full1", "lora2", "cola-22", "full2"]
+    assert [name.split("-lr")[0] + name[-1] for name in runs.requested[4:]] == ["full0", "full1", "lora2", "cola-22", "full2"]
     assert compare(tmp_path, methods="[full]", seeds=1) == 0
     before = lines(tmp_path)
     assert len(before) == 9  # a smaller question forgets nothing
     shutil.rmtree(tmp_path / "runs")  # as in a clone
     assert compare(tmp_path) == 0
-    assert len(runs.asked) == 9
+    assert len(runs.requested) == 9
     assert lines(tmp_path) == before
 
 
@@ -247,15 +247,15 @@ def test_seeds_that_compare_no_rates_run_at_the_best_alone_and_a_failed_run_stop
     words = ["--learning_rates", "{lora: [1e-2, 2e-2], cola-2: [3e-2]}", "--tuning_seeds", "1"]
     runs.failing = {"cola-2-lr0.03-seed0"}
     assert compare(tmp_path, *words, seeds=3) == 1
-    assert runs.asked[:3] == ["lora-lr0.01-seed0", "lora-lr0.02-seed0", "cola-2-lr0.03-seed0"]
-    assert runs.asked[3:] == ["lora-lr0.01-seed1", "lora-lr0.01-seed2"]
+    assert runs.requested[:3] == ["lora-lr0.01-seed0", "lora-lr0.02-seed0", "cola-2-lr0.03-seed0"]
+    assert runs.requested[3:] == ["lora-lr0.01-seed1", "lora-lr0.01-seed2"]
     assert "cola-2-lr0.03-seed0/log.txt" in capsys.readouterr().out.replace("\n", "")
     runs.failing, runs.stop_at = set(), 6
     assert compare(tmp_path, *words, seeds=3) == 130  # Ctrl-C: the run in hand is lost
     assert len(lines(tmp_path)) == 5
     runs.stop_at = None
     assert compare(tmp_path, *words, seeds=3) == 0
-    assert runs.asked[5:] == [f"cola-2-lr0.03-seed{seed}" for seed in range(3)]
+    assert runs.requested[5:] == [f"cola-2-lr0.03-seed{seed}" for seed in range(3)]
 
 
 def test_options_of_a_fit_and_seeds_of_splits_are_every_runs(tmp_path, runs):
@@ -275,7 +275,7 @@ def test_another_config_or_metric_is_another_study(tmp_path, runs, capsys):
     for words in (["--metric", "val_accuracy"], ["--also_seeded", "[data.split_seed]"], ["--", "--model.rank", "2"]):
         assert compare(tmp_path, *words) == 2
         assert "Use another --output" in capsys.readouterr().err
-    assert len(lines(tmp_path)) == len(runs.asked) == 4
+    assert len(lines(tmp_path)) == len(runs.requested) == 4
     (tmp_path / "config.yaml").write_text("trainer: {max_epochs: 50}\n")  # another program's
     assert compare(tmp_path) == 2
     assert (tmp_path / "config.yaml").read_text() == "trainer: {max_epochs: 50}\n"
@@ -320,8 +320,8 @@ def test_two_processes_share_the_runs(tmp_path):
     for done in [one.finish(timeout=300) for one in both]:
         assert done.returncode == 0, done.stderr
         assert "cola-2" in done.stdout
-    asked = (tmp_path / "asked.txt").read_text().split()
-    assert len(asked) == len(set(asked)) == len(lines(tmp_path)) == 4
+    requested = (tmp_path / "asked.txt").read_text().split()
+    assert len(requested) == len(set(requested)) == len(lines(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("is_alive", [True, False])
@@ -338,7 +338,7 @@ def test_a_run_of_another_machine_is_left_to_it_while_that_lives(tmp_path, runs,
 
     monkeypatch.setattr(study.time, "sleep", end_elsewhere)
     assert compare(tmp_path) == 0
-    assert len(runs.asked) == (3 if is_alive else 4)
+    assert len(runs.requested) == (3 if is_alive else 4)
     assert (lines(tmp_path)[-1 if is_alive else 0]["validation"] == 0.5) == is_alive
 
 
@@ -351,8 +351,8 @@ SHORT = ["--trainer.max_epochs", "2", "--chain.every_n_epochs", "1"]
 def here(monkeypatch):
     """Runs are executed in this process, which has imported everything."""
 
-    def execute(claim, asked):
-        (claim.parent / "run.json").write_text(json.dumps(asked))
+    def execute(claim, requested):
+        (claim.parent / "run.json").write_text(json.dumps(requested))
         return run(str(claim.parent)) == 0
 
     monkeypatch.setattr(study, "execute", execute)

@@ -23,24 +23,24 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(WIDTH))
 
 
-def told(capfd, *words):
+def messages(capfd, *words):
     assert main(list(words)) == 0
     return capfd.readouterr().out.splitlines()
 
 
 def test_help_names_every_subcommand_and_what_people_set_with_its_default(capfd):
-    lines = told(capfd, "--help")
+    lines = messages(capfd, "--help")
     assert max(map(len, lines)) <= WIDTH
     indented = [line.split() for line in lines if line.startswith("  ")]
     assert [words[0] for words in indented if words[0] != "cola"] == list(SUBCOMMANDS)
     assert {words[1] for words in indented if words[0] == "cola"} < SUBCOMMANDS.keys()  # of the examples
     for name in SUBCOMMANDS:
-        lines = told(capfd, name, "--help")
+        lines = messages(capfd, name, "--help")
         assert lines[0].startswith(f"usage: cola {name}")
         assert f"  {EXAMPLES[name].splitlines()[0]}" in lines
         assert max(map(len, lines[: lines.index("options:")])) <= WIDTH  # what follows may be Lightning's
         assert not [line for line in lines if "(type:" in line or "<class" in line or "``" in line or line.count("efault:") > 1]
-    lines = told(capfd, "fit", "--help")
+    lines = messages(capfd, "fit", "--help")
     lines = lines[lines.index("main options:") + 1 :]
     assert [line.split("  ")[1] for line in lines[: len(MAIN_OPTIONS)]] == list(MAIN_OPTIONS)
     config = resolved(["--model.model_name=x", "--data.source=x"])
@@ -56,14 +56,14 @@ def test_help_names_every_subcommand_and_what_people_set_with_its_default(capfd)
 def test_configs_lists_what_runs_without_a_clone_and_copies_it_to_where_its_header_expects_it(capfd):
     paths = [path for path in CONFIGS.rglob("*.yaml") if path.stem not in ("digits", "domain_shift")]
     names = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in paths)
-    listed = [line.partition(": ")[0] for line in told(capfd, "configs") if line[:1] not in ("", " ", "`")]
+    listed = [line.partition(": ")[0] for line in messages(capfd, "configs") if line[:1] not in ("", " ", "`")]
     assert sorted(listed) == names
-    told(capfd, "configs", "smollm2.yaml", "overlays/fsdp2")
+    messages(capfd, "configs", "smollm2.yaml", "overlays/fsdp2")
     for name in ("smollm2.yaml", "overlays/fsdp2.yaml"):
         assert (Path("configs") / name).read_bytes() == (CONFIGS / name).read_bytes()
     assert main(["configs", "smollm2"]) == 2  # it is there
-    told(capfd, "configs", "smollm2", "--overwrite")
-    told(capfd, "configs", "all", "--output", "elsewhere")
+    messages(capfd, "configs", "smollm2", "--overwrite")
+    messages(capfd, "configs", "all", "--output", "elsewhere")
     assert len(list(Path("elsewhere").rglob("*.yaml"))) == len(names)
 
 

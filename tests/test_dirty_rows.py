@@ -87,8 +87,8 @@ def test_a_function_call_is_the_assistants_and_what_it_returns_the_tools():
     function = {"name": "weather", "arguments": {"city": "Oslo"}}
     assert made.messages[1]["tool_calls"] == [{"type": "function", "function": function}]
     assert (made.trained, made.tools) == ((1, 3), [{"name": "weather"}])
-    asked = Row({"query": "Warm?", "answers": f"[{call}]", "tools": "[]"}, "rows, row 1")
-    made = conversation(asked, {"prompt": "query", "response": "answers", "tools": "tools"})
+    requested = Row({"query": "Warm?", "answers": f"[{call}]", "tools": "[]"}, "rows, row 1")
+    made = conversation(requested, {"prompt": "query", "response": "answers", "tools": "tools"})
     assert made.messages[1]["tool_calls"] == [{"type": "function", "function": function}]
 
 
@@ -162,15 +162,15 @@ def test_rows_are_skipped_by_their_reasons_and_the_second_start_says_the_same(tm
     caplog.set_level("INFO", "cola_lightning")
     rows = [{"instruction": f"Is {k} old?", "input": "", "output": "No. " * (1 + 40 * (k == 7))} for k in range(60)]
     rows[3]["output"], rows[5]["output"], rows[9]["instruction"] = "", " ", None
-    folder, said = tiny.write_rows(tmp_path, rows), []
+    folder, printed = tiny.write_rows(tmp_path, rows), []
     for _ in range(2):
         caplog.clear()
         data = tiny.set_up(TextDataModule(folder, max_length=64), tiny.chat_tokenizer(chat), "test")
-        said.append([line for line in caplog.messages if "skipped" in line])
-    assert said[0] == said[1]
+        printed.append([line for line in caplog.messages if "skipped" in line])
+    assert printed[0] == printed[1]
     n_tokens = sum(len(row["input_ids"]) for row in data.test)
     n_trained = sum(label != -100 for row in data.test for label in labels_of(row))
-    (line,) = said[0]
+    (line,) = printed[0]
     assert line.startswith(f"test: 60 rows: 3 skipped (2 no response: {folder}, test, row 4; 1 the field 'instruction' is null")
     assert "1 shortened by " in line
     assert line.endswith(f"; {n_tokens:,} tokens, {n_trained:,} of them trained")

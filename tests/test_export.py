@@ -342,8 +342,8 @@ class ConvToy(COLAModule):
         self.dilation, self.is_2d = dilation, is_2d
 
     def build_model(self):
-        how = {"padding": "same", "dilation": self.dilation}
-        first = nn.Conv2d(3, 8, (3, 1), **how) if self.is_2d else nn.Conv1d(3, 8, 3, **how)
+        options = {"padding": "same", "dilation": self.dilation}
+        first = nn.Conv2d(3, 8, (3, 1), **options) if self.is_2d else nn.Conv1d(3, 8, 3, **options)
         return nn.Sequential(first, nn.GELU(), nn.Flatten(1), nn.Linear(288 if self.is_2d else 48, 5))
 
 

@@ -204,7 +204,7 @@ def test_a_size_takes_from_the_split_that_there_is_and_the_log_says_so(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "splits", "asked"),
+    ("arguments", "splits", "requested"),
     [
         ({"test_size": 3}, ["train"], [("train", 3)]),
         ({}, ["train"], [("train", 10)]),
@@ -213,12 +213,12 @@ def test_a_size_takes_from_the_split_that_there_is_and_the_log_says_so(tmp_path,
         ({}, ["test"], [("test", 10)]),
     ],
 )
-def test_predict_takes_the_rows_that_were_not_trained_if_there_are_any(tmp_path, arguments, splits, asked):
+def test_predict_takes_the_rows_that_were_not_trained_if_there_are_any(tmp_path, arguments, splits, requested):
     tiny.write_rows(tmp_path, [{"text": f"It was {k}."} for k in range(10)], splits)
     data = template(str(tmp_path), **arguments)
     data.setup("predict")
     of_splits = Counter(row.example.place.partition(",")[2].split(",")[0].strip() for row in data.test)
-    assert [*of_splits.items()] == asked
+    assert [*of_splits.items()] == requested
 
 
 def test_sizes_that_cannot_be_are_named(tmp_path):

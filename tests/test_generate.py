@@ -71,18 +71,18 @@ def test_the_docs_lines_for_exports_print_what_it_prints(trained, tmp_path, monk
     capfd.readouterr()
     exec(code, names := {})
     merged, adapter = capfd.readouterr().out.splitlines()
-    told = printed(capfd, "--checkpoint", path, "--prompt", names["prompt"], "--max_new_tokens", "50")
-    assert merged.strip() == adapter.strip() == told.strip()
+    messages = printed(capfd, "--checkpoint", path, "--prompt", names["prompt"], "--max_new_tokens", "50")
+    assert merged.strip() == adapter.strip() == messages.strip()
 
 
 def test_links_sampling_and_stops(trained, capfd):
     path, predictions = trained("chat")
-    asked = ["--checkpoint", path, "--prompt", PROMPTS[1]]
-    assert printed(capfd, *asked, "--links", 3) == printed(capfd, *asked) != printed(capfd, *asked, "--links", 0)
-    sampled = [printed(capfd, *asked, "--do_sample", "--temperature", 2, "--seed", seed) for seed in (1, 1, 2)]
+    requested = ["--checkpoint", path, "--prompt", PROMPTS[1]]
+    assert printed(capfd, *requested, "--links", 3) == printed(capfd, *requested) != printed(capfd, *requested, "--links", 0)
+    sampled = [printed(capfd, *requested, "--do_sample", "--temperature", 2, "--seed", seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     stop = predictions[1][2:4]
-    assert printed(capfd, *asked, "--stop", "no such text", stop).strip() == predictions[1].partition(stop)[0].strip()
+    assert printed(capfd, *requested, "--stop", "no such text", stop).strip() == predictions[1].partition(stop)[0].strip()
 
 
 @pytest.mark.parametrize("kind", ["chat", "template unused"])

@@ -61,14 +61,14 @@ def plain(module, prompt, n_tokens=50, ends=(), *, is_line=False, **options):
 @contextmanager
 def ending_by_chance(module, token):
     """Lets a model write a token now and then, by what its hidden state is; tells how often the head was asked."""
-    asked = []
+    requested = []
 
     def hook(_, inputs, logits):
-        asked.append(len(logits))
+        requested.append(len(logits))
         logits[..., token] += 100 * (torch.sin(10 * inputs[0][..., 0]) > 0.8)
 
     handle = module.model.get_output_embeddings().register_forward_hook(hook)
-    yield asked
+    yield requested
     handle.remove()
 
 
@@ -90,17 +90,17 @@ def test_an_answer_ends_at_a_lines_end_or_the_texts_whatever_the_models_own_sett
     llama.model.generation_config.update(**own)
     llama.tokenizer.add_tokens(["town\nhall"])
     (token,) = llama.tokenizer(end, add_special_tokens=False)["input_ids"]
-    with ending_by_chance(llama, token) as asked:
+    with ending_by_chance(llama, token) as requested:
         texts, lengths = zip(*(plain(llama, prompt, is_line=True) for prompt in PROMPTS), strict=True)
         assert min(lengths) < max(lengths)
-        asked.clear()
+        requested.clear()
         assert llama.generate(answers_to(llama)) == list(texts)
-        assert len(asked) == max(lengths)
+        assert len(requested) == max(lengths)
 
 
 def test_a_batchs_responses_are_those_of_a_plain_greedy_loop_and_end_before_a_stop(llama):
     (newline,) = llama.tokenizer("\n", add_special_tokens=False)["input_ids"]
-    with ending_by_chance(llama, newline) as asked:
+    with ending_by_chance(llama, newline) as requested:
         texts = [plain(llama, prompt, 20)[0] for prompt in PROMPTS]
         assert any("\n" in text for text in texts)
         assert llama.generate(responses_to(llama, Decoding(20))) == texts
@@ -110,9 +110,9 @@ def test_a_batchs_responses_are_those_of_a_plain_greedy_loop_and_end_before_a_st
         assert len(set(map(len, stopped))) > 2
         lengths = [plain(llama, prompt, 20, [newline])[1] for prompt in PROMPTS]
         assert min(lengths) < max(lengths)
-        asked.clear()
+        requested.clear()
         llama.generate(responses_to(llama, Decoding(20), [newline]))  # a token that ends a turn
-        assert len(asked) == max(lengths)
+        assert len(requested) == max(lengths)
 
 
 def test_an_end_of_turn_that_is_no_special_token_is_no_part_of_the_response(llama, capsys):
@@ -166,13 +166,15 @@ class Told(COLACausalLM):
     """Its answers are known."""
 
     def generate(self, batch):
-        asked = batch["prompt"][: len(batch["references"])]
-        assert len(super().generate(batch)) == len(asked)
-        return [TOLD[question_of(prompt)] for prompt in asked]
+        requested = batch["prompt"][: len(batch["references"])]
+        assert len(super().generate(batch)) == len(requested)
+        return [TOLD[question_of(prompt)] for prompt in requested]
 
 
 def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_the_answers(tmp_path):
-    rows = [{"title": "T", "context": "C", "question": asked, "answers": {"text": some}} for asked, some in ANSWERS.items()]
+    rows = [
+        {"title": "T", "context": "C", "question": requested, "answers": {"text": some}} for requested, some in ANSWERS.items()
+    ]
     sizes = {"train_size": 1, "val_size": 4, "test_size": 5, "batch_size": 2}
     squad = PromptDataModule("SQuAD", tiny.write_rows(tmp_path / "squad", rows), **sizes)
     module = Told(tiny.folder(tmp_path / "model", "opt"), target_modules=["q_proj"], rank=2, seed=0)
@@ -197,7 +199,9 @@ def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_t
 
 @pytest.mark.parametrize("generate_rows", [None, 3])
 def test_a_fit_generates_some_answers_by_which_a_checkpoint_can_be_chosen(tmp_path, generate_rows):
-    rows = [{"title": "T", "context": "C", "question": asked, "answers": {"text": some}} for asked, some in ANSWERS.items()]
+    rows = [
+        {"title": "T", "context": "C", "question": requested, "answers": {"text": some}} for requested, some in ANSWERS.items()
+    ]
     rows = tiny.write_rows(tmp_path / "squad", rows)
     squad = PromptDataModule("SQuAD", rows, train_size=1, val_size=4, test_size=5, batch_size=2, generate_rows=generate_rows)
     module = Told(
@@ -206,9 +210,9 @@ def test_a_fit_generates_some_answers_by_which_a_checkpoint_can_be_chosen(tmp_pa
     best = ModelCheckpoint(tmp_path / "best", monitor="val_f1", mode="max")
     run = trainer(tmp_path, best, max_epochs=1, enable_checkpointing=True)
     run.fit(module, datamodule=squad)
-    asked = [prompt for batch in squad.val_dataloader() for prompt in batch["prompt"][: len(batch["references"])]]
-    assert len(asked) == (generate_rows or 4)
-    assert best.best_model_score == pytest.approx(sum(F1[question_of(prompt)] for prompt in asked) / len(asked))
+    requested = [prompt for batch in squad.val_dataloader() for prompt in batch["prompt"][: len(batch["references"])]]
+    assert len(requested) == (generate_rows or 4)
+    assert best.best_model_score == pytest.approx(sum(F1[question_of(prompt)] for prompt in requested) / len(requested))
     losses = float(run.callback_metrics["val_loss"]), run.validate(module, datamodule=squad, verbose=False)[0]["val_loss"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 

@@ -33,8 +33,8 @@ def here(tmp_path, monkeypatch):
     config["data"]["init_args"] |= {"source": tiny.write_rows(here / "rows", rows, ("train", "test")), **sizes}
     (here / "config.yaml").write_text(yaml.safe_dump(config))
 
-    def execute(claim, asked):
-        (claim.parent / "run.json").write_text(json.dumps(asked))
+    def execute(claim, requested):
+        (claim.parent / "run.json").write_text(json.dumps(requested))
         return run(str(claim.parent)) == 0
 
     monkeypatch.setattr(study, "HERE", here)

@@ -76,7 +76,7 @@ class Set:
     """A data set: its rows, the columns that a fit names, its splits (None: a file without a card), and a user's arguments."""
 
     row: Callable
-    said: str
+    printed: str
     splits: str | None = None
     arguments: dict[str, str] = field(default_factory=dict)
     subsets: str = "default"
@@ -210,7 +210,7 @@ def assert_trained(run, row, train="train", validation="train"):
 def test_a_data_set_of_the_hub_is_trained_on_by_its_name(runs, name):
     run, made = runs[name.replace("/", " ")], SETS[name]
     assert_trained(run, made.row, made.train, made.validation)
-    assert any(all(column in line for column in made.said.split()) for line in run.log.splitlines())
+    assert any(all(column in line for column in made.printed.split()) for line in run.log.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -237,8 +237,8 @@ def test_a_revision_is_an_older_state_of_a_set(runs, name):
 def test_one_command_by_names_alone_is_a_chain_of_three_epochs(runs):
     run = runs["by names alone"]
     assert run.status == 0, run.log
-    for said in ("using max_epochs 3", "link 0 finished", "link 1 finished", "link 2 live at the end"):
-        assert said in run.log
+    for printed in ("using max_epochs 3", "link 0 finished", "link 1 finished", "link 2 live at the end"):
+        assert printed in run.log
 
 
 def test_a_data_set_is_streamed_and_its_first_rows_are_held_out(runs):

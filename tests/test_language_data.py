@@ -41,12 +41,14 @@ ROWS = [
 ]
 SIZES = {"train_size": 23, "val_size": 23, "test_size": 23}
 MODULES = {
-    "SST2": lambda source, **how: PromptDataModule("SST2", source, **how),
-    "SQuAD": lambda source, **how: PromptDataModule("SQuAD", source, **how),
-    "answer": lambda source, **how: TemplateDataModule(source, prompt="{sentence}?", answer="question", **how),
-    "text": lambda source, **how: TextDataModule(source, columns={"text": "sentence"}, **how),
-    "conversations": lambda source, **how: TextDataModule(source, columns={"messages": "messages"}, **how),
-    "classifier": lambda source, **how: TextClassificationDataModule(source, text_fields=["sentence", "question"], **how),
+    "SST2": lambda source, **settings: PromptDataModule("SST2", source, **settings),
+    "SQuAD": lambda source, **settings: PromptDataModule("SQuAD", source, **settings),
+    "answer": lambda source, **settings: TemplateDataModule(source, prompt="{sentence}?", answer="question", **settings),
+    "text": lambda source, **settings: TextDataModule(source, columns={"text": "sentence"}, **settings),
+    "conversations": lambda source, **settings: TextDataModule(source, columns={"messages": "messages"}, **settings),
+    "classifier": lambda source, **settings: TextClassificationDataModule(
+        source, text_fields=["sentence", "question"], **settings
+    ),
 }
 PAPERS = ("SST2", "SQuAD")
 
@@ -167,21 +169,21 @@ def test_batches_of_like_length_have_less_padding_and_come_by_chance():
 def test_a_long_prompt_loses_its_beginning_and_leaves_room_for_an_answer_in_training_too(architecture):
     tokenizer = tiny.tokenizer(architecture)
     prompt, option = "The capital of the country is the largest town. " * 20 + "Answer:", " the town\n"
-    asked, whole = (tokenizer(text)["input_ids"] for text in (prompt, prompt + option))
+    requested, whole = (tokenizer(text)["input_ids"] for text in (prompt, prompt + option))
     bos = [0] if architecture == "llama" else []
     written = Example(prompt, (option,), 0, references=("the town", "a town"))
     for example, is_learned, room in [(Example(prompt, (option,), 0), False, 80), (written, True, 30), (written, False, 30)]:
         short, cut = encode_examples(tokenizer, [Example("It", ("x",), 0), example], 80, is_learned=is_learned)
         assert (short.n_lost, cut.n_lost) == (0, len(whole) - room)
         assert cut.prefixes[0] + cut.option_ids[0][-1:] == bos + whole[len(whole) - room + len(bos) :]
-        assert cut.option_ids[0] == whole[len(asked) :]
+        assert cut.option_ids[0] == whole[len(requested) :]
         is_asked = room == 30 and not is_learned
-        assert cut.prompt_ids == (bos + asked[len(asked) - 30 + len(bos) :] if is_asked else [])
+        assert cut.prompt_ids == (bos + requested[len(requested) - 30 + len(bos) :] if is_asked else [])
         assert short.prefixes[0] + short.option_ids[0][-1:] == tokenizer("Itx")["input_ids"]
-    n_option = len(whole) - len(asked)
+    n_option = len(whole) - len(requested)
     (cut,) = encode_examples(tokenizer, [written], 50 + n_option, is_learned=True)  # the answer loses its end
     n_kept = n_option - max(2, n_option // 4)
-    assert cut.option_ids == [whole[len(asked) : len(asked) + n_kept]]
+    assert cut.option_ids == [whole[len(requested) : len(requested) + n_kept]]
     assert len(cut) < n_option
     (reason,) = encode_examples(tokenizer, [written], 50 + n_option, is_learned=True, too_long="skip")
     assert str(reason) == "longer than data.max_length"
@@ -192,12 +194,12 @@ def test_no_option_is_cut_and_each_adds_tokens_of_its_own():
     example = Example("It was", (" great", " one of the largest and oldest of all towns"), 0, "train, row 2")
     n_option = max(len(ids) for ids in encode_examples(tokenizer, [example], 500)[0].option_ids)
     assert len(encode_examples(tokenizer, [example], n_option + 1)[0]) == n_option
-    for asked, length, expected in [
+    for requested, length, expected in [
         (example, n_option, "an option is longer than data.max_length"),
         (Example("It was", ("", " great"), 0), 500, "the prompt, or an option, adds no tokens"),
         (Example("It was", ("Yes", "Yes "), 0), 500, "two options are equal, or differ only in spaces"),
     ]:
-        (reason,) = encode_examples(tokenizer, [asked], length)
+        (reason,) = encode_examples(tokenizer, [requested], length)
         assert str(reason) == expected
     (reason,) = encode_examples(tiny.tokenizer("gpt2"), [Example("", ("Yes", "No"), 0)], 500)
     assert str(reason) == "the prompt, or an option, adds no tokens"
@@ -296,9 +298,9 @@ def test_a_drawn_row_that_cannot_be_used_is_skipped_and_counted_and_another_is_n
     data, expected = drawn(tmp_path, lambda train, val, others: dict.fromkeys([*train[5:7], val[3], *others], change))
     data.setup("fit")
     assert [prompts_of(part) for part in (data.train, data.val)] == expected
-    told = [line for line in caplog.messages if " skipped (" in line]
-    assert [line.partition(" skipped")[0] for line in told] == ["validation: 100 rows: 1", "training: 200 rows: 2"]
-    assert all("train, row " in line for line in told)
+    log_lines = [line for line in caplog.messages if " skipped (" in line]
+    assert [line.partition(" skipped")[0] for line in log_lines] == ["validation: 100 rows: 1", "training: 200 rows: 2"]
+    assert all("train, row " in line for line in log_lines)
 
 
 def test_more_than_a_share_of_all_rows_is_an_error_and_of_one_part_alone_is_not(tmp_path):

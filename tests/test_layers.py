@@ -298,8 +298,8 @@ def test_the_same_generator_gives_the_same_A_in_every_dtype_and_leaves_the_globa
 @variants
 def test_a_chain_is_copied_kept_replayed_to_the_bit_and_gone_back_in(kind, mode, tmp_path):
     def adapted_model():
-        how = {"target_modules": ["0"], "rank": 4, "alpha": 6, "finished_links": mode}
-        return AdaptedModel(lambda: nn.Sequential(LAYERS[kind][0](), nn.Tanh()), LoRAConfig(**how), seed=1)
+        options = {"target_modules": ["0"], "rank": 4, "alpha": 6, "finished_links": mode}
+        return AdaptedModel(lambda: nn.Sequential(LAYERS[kind][0](), nn.Tanh()), LoRAConfig(**options), seed=1)
 
     model, x = adapted_model(), inputs(kind)
     outputs = [model.model(x)]

@@ -75,7 +75,7 @@ def test_another_run_begins_with_it(trained, source, links):
 def test_a_merged_copy_and_an_export_say_that_they_have_it_not(trained, tmp_path, caplog):
     names = ["self.head.0.weight", "self.head.0.bias", "self.head.1.weight"]
     for format_ in ("merged", "peft"):
-        told = trained.module.export(tmp_path / format_, format_)[-1]
-        assert told.partition("self.model: ")[2].split(", ") == names
+        messages = trained.module.export(tmp_path / format_, format_)[-1]
+        assert messages.partition("self.model: ")[2].split(", ") == names
     trained.module.merged_model()
     assert all(name in caplog.text for name in names)

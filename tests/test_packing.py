@@ -116,7 +116,9 @@ def of_one_row():
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mixtral"])
 def test_an_attention_that_separates_sequences_of_one_row_gets_one(tmp_path, architecture, of_one_row):
     """A stand-in for flash attention, which needs a GPU."""
-    modules = [with_live_link(causal_lm(tmp_path, architecture, attn_implementation=how)) for how in ("eager", of_one_row)]
+    modules = [
+        with_live_link(causal_lm(tmp_path, architecture, attn_implementation=settings)) for settings in ("eager", of_one_row)
+    ]
     (output, expected), rows = [None, None], []
     modules[1].model.get_input_embeddings().register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
     for dtype in (None, torch.bfloat16):

@@ -56,9 +56,9 @@ class Watched(ValidatedToy):
         self.model.train(was_training)
         return loss
 
-    def tie_knot(self, *how, **named):
+    def tie_knot(self, *settings, **named):
         before = self.loss()
-        link = super().tie_knot(*how, **named)
+        link = super().tie_knot(*settings, **named)
         self.changes.append(abs(self.loss() - before) / before)
         return link
 

@@ -105,8 +105,14 @@ class Rows(EpochDataModule):
 
 
 def make(base, cls=COLACausalLM, **arguments):
-    how = {"target_modules": ["q_proj", "v_proj"], "rank": 4, "alpha": 6, "seed": 0, "optimizer": lambda p: AdamW(p, lr=1e-2)}
-    return cls(base, **how | {"quantization": "nf4", "finished_links": "stack"} | arguments)
+    settings = {
+        "target_modules": ["q_proj", "v_proj"],
+        "rank": 4,
+        "alpha": 6,
+        "seed": 0,
+        "optimizer": lambda p: AdamW(p, lr=1e-2),
+    }
+    return cls(base, **settings | {"quantization": "nf4", "finished_links": "stack"} | arguments)
 
 
 def fit(folder, module, *callbacks, ckpt_path=None, n_labels=None, **options):
@@ -183,15 +189,15 @@ def test_a_classifiers_new_head_is_not_quantised_and_goes_back_with_the_links(tm
 
 
 @pytest.mark.parametrize(
-    ("precision", "how", "computes_in", "wide", "tolerance"),
+    ("precision", "settings", "computes_in", "wide", "tolerance"),
     [
         ("bf16-true", {}, torch.bfloat16, torch.float32, 0.1),
         ("64-true", {}, torch.float64, torch.float64, 1e-4),
         ("32-true", {"dtype": "float16"}, torch.float16, torch.float32, 0.1),
     ],
 )
-def test_every_precision_trains_wide_links(tmp_path, precision, how, computes_in, wide, tolerance):
-    module = fit(tmp_path, make(tiny.folder(tmp_path / "opt", "opt"), **how), precision=precision)  # with biases
+def test_every_precision_trains_wide_links(tmp_path, precision, settings, computes_in, wide, tolerance):
+    module = fit(tmp_path, make(tiny.folder(tmp_path / "opt", "opt"), **settings), precision=precision)  # with biases
     layers = list(module.adapted.layers.values())
     assert {layer.stack.A.dtype for layer in layers} == {computes_in}
     assert {factor.dtype for layer in layers for factor in (layer.lora_A, layer.lora_B)} == {wide}
@@ -259,8 +265,8 @@ def test_merged_by_the_command(trained, tmp_path, capsys, dtype):
     assert difference(tiny.logits(model), tiny.logits(trained.module.model)) <= (0.1 if dtype else 1e-4)
 
 
-def nf4(**how):
-    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **how)
+def nf4(**settings):
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **settings)
 
 
 def test_peft_puts_an_adapter_on_the_plain_base_and_on_transformers_own_in_4_bits(base, trained, tmp_path, capsys):
@@ -269,8 +275,8 @@ def test_peft_puts_an_adapter_on_the_plain_base_and_on_transformers_own_in_4_bit
     expected = tiny.logits(trained.module.model)
     plain = PeftModel.from_pretrained(trained.module.merged_model(0), tmp_path / "out")
     assert difference(tiny.logits(plain), expected) <= 1e-4
-    how = {"quantization_config": nf4(bnb_4bit_compute_dtype=torch.float32), "device_map": "cpu", "dtype": torch.float32}
-    own = AutoModelForCausalLM.from_pretrained(base, **how)
+    settings = {"quantization_config": nf4(bnb_4bit_compute_dtype=torch.float32), "device_map": "cpu", "dtype": torch.float32}
+    own = AutoModelForCausalLM.from_pretrained(base, **settings)
     for layer in own.modules():
         layer.support_avx512bf16_for_cpu = False  # bitsandbytes' own packing fails at these sizes
     loaded = PeftModel.from_pretrained(own, tmp_path / "out")

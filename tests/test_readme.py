@@ -70,9 +70,9 @@ def test_an_example_runs(place, model_and_rows, capsys):
     out = capsys.readouterr().out
     if place == ("docs/python.md", 1):  # learns, link by link, about as it says; the order of the rows is by chance
         stated, _ = blocks("docs/python.md", "text")
-        said, found = ([float(x) for x in re.findall(r"links: test accuracy (\S+)", text)] for text in (stated, out))
-        assert len(said) == len(found) == 4
-        assert found == pytest.approx(said, abs=0.12)
+        output, found = ([float(x) for x in re.findall(r"links: test accuracy (\S+)", text)] for text in (stated, out))
+        assert len(output) == len(found) == 4
+        assert found == pytest.approx(output, abs=0.12)
         assert found == sorted(found)
     if place == ("docs/python.md", 2):
         first, *others = json.loads(out.rpartition("ranks: ")[2])
@@ -121,7 +121,7 @@ def test_configs_and_commands_parse(monkeypatch, capsys):
         for part in config.keys() & {"model", "data"}:
             assert holds(parsed[part]["init_args"], config[part]["init_args"])
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("cola_lightning.study.study.Study", lambda asked, words: SimpleNamespace(run=lambda: 0))
+    monkeypatch.setattr("cola_lightning.study.study.Study", lambda requested, words: SimpleNamespace(run=lambda: 0))
     found = [words for page in PAGES for words in commands(page)]
     assert len(found) >= 20
     written = ("--ckpt_path", "--model.init_chain", "runs/version_0")

@@ -116,9 +116,9 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2_and_nothing_is_w
     monkeypatch.chdir(folder)
     before = contents()
     assert main(words.split()) == 2
-    said = capfd.readouterr().err
-    assert re.match(f"error: {message}", said.strip().splitlines()[-1]), said
-    assert "Traceback" not in said
+    output = capfd.readouterr().err
+    assert re.match(f"error: {message}", output.strip().splitlines()[-1]), output
+    assert "Traceback" not in output
     assert contents() == before
 
 
@@ -150,10 +150,10 @@ def inject(**arguments):
     """An injection that is refused leaves the model as it is."""
     body = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "k_proj": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
     model = nn.ModuleDict({"body": body, "head": nn.Linear(8, 3)})
-    how = {"target_modules": ["q_proj"], "rank": 2, "alpha": 4}
+    settings = {"target_modules": ["q_proj"], "rank": 2, "alpha": 4}
     before = [type(part) for part in model.modules()]
     try:
-        inject_lora(model, LoRAConfig(**how | arguments))
+        inject_lora(model, LoRAConfig(**settings | arguments))
     finally:
         assert [type(part) for part in model.modules()] == before
 

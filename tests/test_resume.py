@@ -298,11 +298,11 @@ def test_a_knot_that_fails_halfway_leaves_the_last_checkpoint_as_it_was(tmp_path
     whole, _, _ = fit(tmp_path / "whole", module=make(**arguments))
     finished, finish = [], LoRALayer.finish
 
-    def fail_on_the_second(layer, *how):
+    def fail_on_the_second(layer, *settings):
         finished.append(layer)
         if len(finished) == 2:
             raise RuntimeError("in the knot")
-        finish(layer, *how)
+        finish(layer, *settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(LoRALayer, "finish", fail_on_the_second)

@@ -55,8 +55,8 @@ def test_back_to_the_best_and_on_in_one_process_equals_fresh_ones(tmp_path):
     assert [link.start_step for link in module.chain.links] == [0, 0, 10]
 
 
-@pytest.mark.parametrize("how", ["second fit", "init_chain", "by hand"])
-def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_path, how):
+@pytest.mark.parametrize("settings", ["second fit", "init_chain", "by hand"])
+def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_path, settings):
     seen = []
 
     class Watched(ValidatedToy):
@@ -65,21 +65,21 @@ def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_pa
 
     first = second = make(Watched)
     fit(tmp_path, first, epochs=2)
-    if how == "by hand":
+    if settings == "by hand":
         first.tie_knot(rank=2)
-    if how == "init_chain":
+    if settings == "init_chain":
         first.full_chain().save(tmp_path / "chain")
         second = make(Watched, init_chain=str(tmp_path / "chain"))
     seen.clear()
     run = fit(tmp_path / "more", second, epochs=2)
-    base = 1 if how == "second fit" else 2
+    base = 1 if settings == "second fit" else 2
     links, rates = zip(*seen, strict=True)
     assert list(links) == [base] * 10 + [base + 1] * 10
     assert rates == pytest.approx([1e-2 * (1 - step % 10 / 10) for step in range(20)])
     assert [(link.start_step, link.end_step) for link in second.chain.links[base:]] == [(0, 10)]
     moved = lora_layers(second.model)["0"].weight - make(Toy).merged_model(0)[0].weight
     torch.testing.assert_close(moved, second.chain.delta("0"))
-    if how == "init_chain":  # which its checkpoint needs no more
+    if settings == "init_chain":  # which its checkpoint needs no more
         run.save_checkpoint(tmp_path / "more.ckpt")
         (tmp_path / "chain").rename(tmp_path / "elsewhere")
         loaded = Watched.load_from_checkpoint(tmp_path / "more.ckpt")

@@ -75,15 +75,15 @@ def test_the_last_rank_and_alpha_of_short_lists_hold_on(tmp_path):
 
 def test_a_rule_of_ones_own_decides_the_knots(tmp_path):
     class AtOddSteps(ChainOfLoRA):
-        asked = ()
+        requested = ()
 
         def should_tie(self, epoch, global_step):
-            self.asked = (*self.asked, global_step)
+            self.requested = (*self.requested, global_step)
             return global_step in (3, 7)
 
     rule, module = AtOddSteps(), toy(lr_schedule="constant")
     trainer(tmp_path, rule, max_epochs=2, accumulate_grad_batches=2).fit(module, batches())
-    assert rule.asked == (1, 2, 3, 4, 5, 6, 7, 8, 9)
+    assert rule.requested == (1, 2, 3, 4, 5, 6, 7, 8, 9)
     assert ends(module) == [3, 7]
     with pytest.raises(UserError, match=r"model\.lr_schedule"):
         trainer(tmp_path, AtOddSteps(), max_epochs=2).fit(toy(), batches())

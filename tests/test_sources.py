@@ -102,15 +102,15 @@ def test_a_folder_that_datasets_has_saved_is_read(tmp_path):
 def two(folder):
     """A folder with texts in two splits, and a file of instructions with other names, which has the columns of texts, too."""
     tiny.write_rows(folder / "texts", ROWS, ["train", "validation"])
-    asked = [{"text": "unused", "ask": f"Who is {k}?", "say": f"Al {k}."} for k in range(20)]
+    requested = [{"text": "unused", "ask": f"Who is {k}?", "say": f"Al {k}."} for k in range(20)]
     return str(folder / "texts"), Source(
-        write(folder / "asked.jsonl", lines(asked)), columns={"prompt": "ask", "response": "say"}
+        write(folder / "asked.jsonl", lines(requested)), columns={"prompt": "ask", "response": "say"}
     )
 
 
 def test_each_source_has_its_own_splits_columns_and_share_and_one_order_mixes_them(tmp_path):
-    texts, asked = two(tmp_path)
-    half = Source(asked.source, columns=asked.columns, share=0.5)
+    texts, requested = two(tmp_path)
+    half = Source(requested.source, columns=requested.columns, share=0.5)
     data = attach(TextDataModule((texts, half), chat_template=False, batch_size=4))
     alone = [attach(TextDataModule([one], chat_template=False)) for one in (texts, half)]
     for one in (data, *alone):
@@ -124,7 +124,7 @@ def test_each_source_has_its_own_splits_columns_and_share_and_one_order_mixes_th
     assert sum(of_texts) == 6
     assert len({*of_texts}) > 1 or of_texts[0] not in (0, 4)
     assert data.prompt_format["kind"] == "response"
-    assert [one["source"] for one in data.identity["sources"]] == [texts, asked.source]
+    assert [one["source"] for one in data.identity["sources"]] == [texts, requested.source]
     assert all(one["files"] for one in data.identity["sources"])
     assert data.identity["sources"][1]["share"] == 0.5
 
@@ -154,7 +154,7 @@ def test_templates_and_classifiers_take_several_sources(tmp_path):
 
 
 def test_a_run_on_two_sources_resumes_to_the_bit_inside_an_epoch(tmp_path):
-    texts, asked = two(tmp_path)
+    texts, requested = two(tmp_path)
 
     class Save(Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -164,7 +164,7 @@ def test_a_run_on_two_sources_resumes_to_the_bit_inside_an_epoch(tmp_path):
     def fit(*callbacks, ckpt_path=None):
         module = tiny.causal_lm(tmp_path)
         run = trainer(tmp_path, *callbacks, chain={"every_n_train_steps": 4}, max_steps=9)
-        run.fit(module, datamodule=TextDataModule([texts, asked], chat_template=False, batch_size=4), ckpt_path=ckpt_path)
+        run.fit(module, datamodule=TextDataModule([texts, requested], chat_template=False, batch_size=4), ckpt_path=ckpt_path)
         return weights(module)
 
     whole = fit(Save())

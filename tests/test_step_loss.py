@@ -123,13 +123,13 @@ def test_a_run_is_that_of_transformers_trainer(tmp_path):
     rows = rows_of([LENGTHS[k % 8] + k % 3 for k in range(160)])
     arguments = {"target_modules": None, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}
     module, losses = fit(tmp_path, batches_of(rows, 2), 4, arguments=arguments, gradient_clip_val=1.3)
-    how = transformers.TrainingArguments(
+    settings = transformers.TrainingArguments(
         str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4, learning_rate=0.1, optim="sgd",
         max_grad_norm=1.3, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
         max_steps=20, use_cpu=True,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    theirs = Ordered(model, how, lambda some: collate_language(some, 0), rows)
+    theirs = Ordered(model, settings, lambda some: collate_language(some, 0), rows)
     theirs.train()
     assert losses == pytest.approx([line["loss"] for line in theirs.state.log_history if "loss" in line], abs=1e-5)
     assert len(losses) == 20

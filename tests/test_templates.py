@@ -64,14 +64,14 @@ def test_a_row_becomes_a_prompt_with_options_or_an_answer(tmp_path, arguments, p
 )
 def test_a_number_is_an_index_unless_it_is_the_text_of_another_option(tmp_path, label, options, place):
     """A CSV file, whose values are text, would else mean another option."""
-    asked = {"prompt": "Is it?", "options": options}
+    requested = {"prompt": "Is it?", "options": options}
     if place is None:
         with pytest.raises(
             UserError, match=r"the label .* write it as text: .*row 1|the field 'label' is .*, not one of.*row 1"
         ):
-            examples([{"label": label}], tmp_path, **asked)
+            examples([{"label": label}], tmp_path, **requested)
     else:
-        ((row,), _) = examples([{"label": label}], tmp_path, **asked)
+        ((row,), _) = examples([{"label": label}], tmp_path, **requested)
         assert row.example.answer == place
 
 
@@ -84,20 +84,20 @@ def test_a_class_index_is_an_index_whatever_the_options(tmp_path):
 
 
 def test_the_loss_of_an_answer_needs_the_right_option_alone_in_training(tmp_path):
-    for asked, trained, validated in [
+    for requested, trained, validated in [
         ({"loss": "answer", **FIXED}, (" yes",), (" no", " yes")),
         ({"loss": "options", **FIXED}, (" no", " yes"), (" no", " yes")),
         ({"answer": "gold"}, (" blue\n",), (" blue\n",)),
     ]:
-        (row,), data = examples([ROW], tmp_path, stage="fit", prompt="Is it?", **asked)
+        (row,), data = examples([ROW], tmp_path, stage="fit", prompt="Is it?", **requested)
         assert (row.example.options, data.val[0].example.options) == (trained, validated)
-        assert data.collate([row])["loss"] == asked.get("loss", "answer")
+        assert data.collate([row])["loss"] == requested.get("loss", "answer")
 
 
 def test_a_chat_template_is_around_the_prompt_and_the_option_is_what_the_assistant_says(tmp_path):
     own = tiny.chat_tokenizer(CHAT)
-    asked = {"apply_chat_template": True, "max_length": 80}
-    ((row,), _) = examples([ROW], tmp_path, own, prompt="{text} Is it?", options=["no", "yes it is"], **asked)
+    requested = {"apply_chat_template": True, "max_length": 80}
+    ((row,), _) = examples([ROW], tmp_path, own, prompt="{text} Is it?", options=["no", "yes it is"], **requested)
     before = "<s>[user]\nIt was {old}. Is it?</s>\n[assistant]\n"
     n_before = len(own(before, add_special_tokens=False)["input_ids"])
     prefixes = [row.prefixes[place] for place in row.prefix_of]
@@ -105,11 +105,11 @@ def test_a_chat_template_is_around_the_prompt_and_the_option_is_what_the_assista
         whole = own(before + option, add_special_tokens=False)["input_ids"]
         assert (prefix, ids) == (whole[:-1], whole[n_before:])
     assert row.example.prompt == "It was {old}. Is it?"
-    ((row,), _) = examples([ROW], tmp_path, own, prompt="Which?", answer="gold", **asked)
+    ((row,), _) = examples([ROW], tmp_path, own, prompt="Which?", answer="gold", **requested)
     assert own.decode(row.prompt_ids) == "<s>[user]\nWhich?</s>\n[assistant]\n"
     assert own.decode(row.prefixes[0] + row.option_ids[0][-1:]) == "<s>[user]\nWhich?</s>\n[assistant]\n blue\n"
     long = {"text": "The river is long. " * 50, "label": 0}
-    ((row,), _) = examples([long], tmp_path, own, prompt="{text}Is it?", options=["a", "b"], **asked)
+    ((row,), _) = examples([long], tmp_path, own, prompt="{text}Is it?", options=["a", "b"], **requested)
     assert 70 < len(row) < 80
     assert own.decode(row.prefixes[0]).startswith("<s>[user]\n")
     assert own.decode(row.prefixes[0]).endswith("long. Is it?</s>\n[assistant]\n")

@@ -92,12 +92,12 @@ def learned(row, folder, chat=tiny.CHAT):
 
 def test_the_turns_of_a_prompt_have_no_loss(tmp_path):
     row = {"prompt": MESSAGES[1:4], "completion": MESSAGES[4:]}
-    text, said = learned(row, tmp_path)
+    text, printed = learned(row, tmp_path)
     assert "Yes." in text
-    assert said == "No.</s>"
+    assert printed == "No.</s>"
     own = tiny.chat_tokenizer(tiny.CHAT)
-    ((asked,), _) = encoded([row], tmp_path, own, "predict")
-    assert (own.decode(asked.prompt_ids) + said, asked.target) == (text.removesuffix("\n"), "No.")
+    ((requested,), _) = encoded([row], tmp_path, own, "predict")
+    assert (own.decode(requested.prompt_ids) + printed, requested.target) == (text.removesuffix("\n"), "No.")
 
 
 def test_a_system_prompt_and_an_input_are_parts_of_the_prompt_where_they_are_not_empty(tmp_path):
@@ -134,9 +134,9 @@ def test_instructions_are_in_the_chat_template_where_the_tokenizer_has_one(tmp_p
     turns, _ = encoded(AS_TURNS, tmp_path, chat, "fit")
     following, _ = encoded(PAIRS, tmp_path, plain, "fit")
     assert turns != following
-    for own, asked, is_chat in [(chat, None, True), (chat, False, False), (plain, None, False)]:
+    for own, requested, is_chat in [(chat, None, True), (chat, False, False), (plain, None, False)]:
         caplog.clear()
-        rows, data = encoded(PAIRS, tmp_path, own, "fit", chat_template=asked)
+        rows, data = encoded(PAIRS, tmp_path, own, "fit", chat_template=requested)
         assert rows == (turns if is_chat else following)
         assert data.prompt_format == {"kind": "response", "chat_template": is_chat}
         assert len([line for line in caplog.messages if line.endswith("(data.chat_template)")]) == 1  # once, of both parts
@@ -157,16 +157,16 @@ def test_what_a_response_is_generated_from_is_what_it_was_learned_after(tmp_path
     """Token by token: a blank at a prompt's end would else be read in one way and learned in another."""
     own = tiny.chat_tokenizer(chat, architecture=architecture)
     rows, _ = encoded(PAIRS, tmp_path, own)
-    asked, data = encoded(PAIRS, tmp_path, own, "predict", stop="END")
-    for row, prompt, (text, response) in zip(rows, asked, ASKED, strict=True):
+    requested, data = encoded(PAIRS, tmp_path, own, "predict", stop="END")
+    for row, prompt, (text, response) in zip(rows, requested, ASKED, strict=True):
         n_before = row["spans"][0]
         assert prompt.prompt_ids == row["input_ids"][:n_before]
         assert own.decode(row["input_ids"][n_before:], skip_special_tokens=True).strip() == response.strip()
         assert (prompt.prompt, prompt.target) == (text, response.strip())
-    batch = data.collate(asked)
+    batch = data.collate(requested)
     assert batch["end_tokens"] == ([own.eos_token_id] if chat else [])
     assert (batch["decoding"]["max_new_tokens"], batch["decoding"]["stop"]) == (256, ("END",))
-    assert batch["prompt_mask"].sum(-1).tolist() == [len(row.prompt_ids) for row in asked]
+    assert batch["prompt_mask"].sum(-1).tolist() == [len(row.prompt_ids) for row in requested]
 
 
 def test_rows_without_a_response_are_predicted_and_not_learned(tmp_path):
@@ -194,12 +194,12 @@ def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat
     own.model_max_length = 64
     long = "The capital of the country is the largest town. " * 9
     rows = [{"prompt": long, "response": "It is."}]
-    for asked, room in (
+    for requested, room in (
         ({"max_length": 40, "max_new_tokens": 8}, 40),
         ({"max_new_tokens": 30}, 34),
         ({"max_new_tokens": 64}, 32),
     ):
-        ((row,), _) = encoded(rows, tmp_path, own, "predict", **asked)
+        ((row,), _) = encoded(rows, tmp_path, own, "predict", **requested)
         assert room - 3 * bool(chat) <= len(row.prompt_ids) <= room  # a chat template is around a shorter text
         assert own.decode(row.prompt_ids).startswith("<s>[user]\n" if chat else "<s>")
         assert long.rstrip()[-20:] in own.decode(row.prompt_ids)

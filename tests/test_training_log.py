@@ -72,9 +72,9 @@ def test_a_step_is_logged_with_its_rate_norm_and_speed_and_links_do_not_store_th
     assert not VALUES & module.chain[0].metrics.keys()
     text = (folder / "hparams.yaml").read_text()
     assert "secret" not in text
-    told = yaml.safe_load(text)
-    assert {name: told[name.split("/")[0]][name.split("/")[1]] for name in OPTIONS} == OPTIONS
-    assert told["optimizer"]["lr"] == 1e-3
+    messages = yaml.safe_load(text)
+    assert {name: messages[name.split("/")[0]][name.split("/")[1]] for name in OPTIONS} == OPTIONS
+    assert messages["optimizer"]["lr"] == 1e-3
 
 
 def test_a_module_of_ones_own_is_logged_without_tokens(tmp_path):
@@ -117,9 +117,9 @@ def of_wandb(folder):
 
     logger = Noted(save_dir=folder, offline=True)
     fit(folder, logger)
-    told = {f"{part}/{name}": value for part, values in logger.experiment.config.items() for name, value in values.items()}
+    messages = {f"{part}/{name}": value for part, values in logger.experiment.config.items() for name, value in values.items()}
     wandb.finish()
-    return values, told
+    return values, messages
 
 
 @pytest.mark.filterwarnings("ignore")  # theirs
