@@ -129,7 +129,7 @@ class AdaptedModel:
 
     @property
     def merges(self) -> bool:
-        """Whether finished links are merged into the weights, and not stacked beside them."""
+        """Whether finished links are merged into the weights, and not stacked next to them."""
         return any(layer.stack is None for layer in self.layers.values())
 
     def trained_parameters(self) -> list[nn.Parameter]:

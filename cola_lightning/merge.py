@@ -1,6 +1,6 @@
 """Merging: an adapted model becomes a plain one, layer by layer, so that no more is in memory than the result and one layer.
 
-And the copies and casts of whole models that this needs.
+Copies and casts of whole models are here, too.
 """
 
 import copy

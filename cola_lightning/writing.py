@@ -1,6 +1,6 @@
 """Files and folders that are written atomically.
 
-Both are written beside their destination, under a hidden name, flushed to disk, and then renamed in one step: after a crash, or
+Both are written next to their destination, under a hidden name, flushed to disk, and then renamed in one step: after a crash or
 on a full disk, the previous contents are still there.
 """
 

@@ -1,4 +1,4 @@
-"""The callbacks of the command line alone: for signals, the configuration beside the checkpoints, and losses of short fits."""
+"""The callbacks of the command line alone: for signals, the configuration next to the checkpoints, and losses of short fits."""
 
 import contextlib
 import logging
@@ -75,19 +75,19 @@ class RunWatch(Callback):
         self._is_waited_for = True
         signal.signal(signal.SIGTERM, self._handle)  # until Lightning restores it after the fit, in place of its own
 
-    def _stop_if_asked(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def _stop_if_signalled(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         should_stop = self._received is not None
         if trainer.world_size > 1:  # all processes at the same batch, or some would wait for the others forever
             should_stop = trainer.strategy.reduce_boolean_decision(should_stop, all=False)
         if should_stop:
             raise Interruption(128 + (self._received or signal.SIGTERM))
 
-    on_train_batch_end = on_train_epoch_end = _stop_if_asked
+    on_train_batch_end = on_train_epoch_end = _stop_if_signalled
 
     @override
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.world_size == 1:  # processes may have different numbers of these batches
-            self._stop_if_asked(trainer)
+            self._stop_if_signalled(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,7 +119,7 @@ class ConfigSaver(SaveConfigCallback):
         if trainer.is_global_zero and (trainer.state.fn == "fit" or not files.exists(path)):
             files.makedirs(folder, exist_ok=True)
             config = self.config.clone()
-            config.ckpt_path = config.links = None  # another run's: this run's own checkpoints are beside the file
+            config.ckpt_path = config.links = None  # another run's: this run's own checkpoints are next to the file
             self.parser.save(config, path, skip_none=False, overwrite=True, multifile=self.multifile)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: D102

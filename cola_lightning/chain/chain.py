@@ -1,7 +1,7 @@
 """A chain: the finished links of a run, in order, as plain CPU tensors, and how it is stored.
 
 A checkpoint stores the chain instead of weights. Replay passes each link through the same function as its knot did, so the
-weights, or the factors stacked beside them, are equal bit for bit.
+weights, or the factors stacked next to them, are equal bit for bit.
 
 A stored chain is a description for JSON, and tensors by name. State dicts and chain folders have both, and the metadata of a
 PEFT adapter has the description.
@@ -31,7 +31,7 @@ METADATA = "metadata"  # the name of the tensor that holds the JSON of packed te
 JSON_NAME, TENSORS_NAME = "chain.json", "chain.safetensors"
 JSON_CHECKSUM = "sha256_of_json"  # of all other fields, which contain the tensors'
 
-DESCRIBED = ("index", "rank", "alpha", "start_step", "end_step", "metrics")  # a link's fields beside its tensors
+DESCRIBED = ("index", "rank", "alpha", "start_step", "end_step", "metrics")  # a link's fields, except its tensors
 
 
 def check_version(version: Any, where: str) -> None:
@@ -234,7 +234,7 @@ def link_fields(described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pack(chain: Chain, facts: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A chain, and facts beside it, as tensors by name: what every reader and writer of state dicts takes.
+    """A chain, and facts about its run, as tensors by name: what every reader and writer of state dicts takes.
 
     The chain's :meth:`~Chain.tensors`; a fact that is a dict of tensors as ``{fact}.{name}``; and all else as JSON, whose bytes
     are the tensor ``metadata``.

@@ -35,7 +35,7 @@ HARMLESS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 HARMLESS |= {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"}
 HARMLESS |= {"target_modules", "target_parameters", "exclude_modules"}
 HARMLESS |= {"layers_to_transform", "layers_pattern", "modules_to_save"}
-# ... and those of training, of memory, of initialisations, and those that have an effect only beside a field that is refused.
+# ... and those of training, of memory, of initialisations, and those without an effect unless a refused field is set.
 HARMLESS |= {"lora_dropout", "fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size"}
 HARMLESS |= {"eva_config", "corda_config", "loftq_config", "lora_ga_config"}
 

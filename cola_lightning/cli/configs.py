@@ -9,7 +9,7 @@ from cola_lightning.cli.help import SUBCOMMANDS, WIDTH, command_parser, parsed
 from cola_lightning.errors import UserError, nearest
 
 PACKAGE = Path(__file__).parent.parent
-# In a wheel the configurations are in the package, in a clone beside it.
+# In a wheel the configurations are in the package, in a clone next to it.
 FOLDER = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
 
 

@@ -101,7 +101,7 @@ class COLACLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         words = as_texts(self.words)
-        if words[0] in self.subcommands():  # not as defaults: theirs would stay beside another class
+        if words[0] in self.subcommands():  # not as defaults: theirs would stay with another class
             words[1:1] = [f"--{group}={name}" for group, name in CLASSES.items()]
         try:
             self.config = parser.parse_args(words)

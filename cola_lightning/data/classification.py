@@ -23,7 +23,7 @@ LABELS = ["label", "labels"]
 class TextClassificationDataModule(SourceDataModule):
     """Labelled texts, or labelled pairs of texts, tokenized for a sequence classifier.
 
-    Labels are names or whole numbers; beside ``model.label_names``, a whole number is a name's index. Without
+    Labels are names or whole numbers; with ``model.label_names``, a whole number is a name's index. Without
     ``model.label_names``, they are those of the train split, or of a single file, in sorted order. ``predict`` also accepts
     rows without a label.
 

@@ -28,7 +28,7 @@ from cola_lightning.merge import cast_floats, free
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.writing import atomic_folder
 
-# Names of layers that PEFT, beside experts, takes for those that transformers 4 had for each expert.
+# Names of layers that PEFT, in addition to experts, takes for those that transformers 4 had for each expert.
 # Source: ``peft.utils.transformers_weight_conversion`` (0.21).
 RENAMED = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassification": "SEQ_CLS"}  # PEFT's names
@@ -264,7 +264,7 @@ def peft_config(base: AdapterBase, layers: list[str], experts: list[str], rank: 
 
     ``target_modules`` are the last parts of the layers' names, if these match no other layer, else an expression for the full
     names; ``target_parameters`` are the names of the experts' projections, and the weights of layers that PEFT would take for
-    experts by their names, beside any (``RENAMED``).
+    experts by their names, in addition to any (``RENAMED``).
     """
     from peft import LoraConfig
 

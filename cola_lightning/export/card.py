@@ -1,4 +1,4 @@
-"""What lies beside an export's weights: its tokenizer, and its model card, ``README.md``, with the hub's metadata."""
+"""What lies next to an export's weights: its tokenizer, and its model card, ``README.md``, with the hub's metadata."""
 
 import json
 import os

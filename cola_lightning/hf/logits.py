@@ -29,7 +29,7 @@ WORTH_SHARING = 2
 PASS_COST_A_THREAD = 16
 PASS_COST_ELSEWHERE = 4096
 
-# The tolerance for logits computed in the same way, beside other tokens: hardly any rounding, in any dtype.
+# The tolerance for logits computed in the same way, next to other tokens: hardly any rounding, in any dtype.
 UNTOUCHED = 1e-3
 
 # The tolerance for logits in half precision, computed in different ways.

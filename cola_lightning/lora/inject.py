@@ -158,7 +158,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     try:
         return _inject(model, config.target_modules, config)
     finally:
-        close_experts(model)  # but those that have links
+        close_experts(model)  # except those that have links
 
 
 def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAConfig) -> list[str]:

@@ -11,7 +11,7 @@ weight as a matrix (``matrix_sizes``), how its inputs are multiplied by A and B 
 is laid out as its weight (``update``).
 
 Finished links are merged into the weight, which is then stored in float32, or, for half-precision and quantised bases, they are
-stored beside it in a :class:`~cola_lightning.lora.stack.Stack`, and the weight is never modified.
+stored next to it in a :class:`~cola_lightning.lora.stack.Stack`, and the weight is never modified.
 
 Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3.
 """
@@ -185,7 +185,7 @@ class LoRALayer(nn.Module):
         return adapted
 
     def begin_stack(self) -> None:
-        """Has finished links stored beside the weight, into which none is merged yet."""
+        """Has finished links stored next to the weight, into which none is merged yet."""
         (n_in, n_out), matrices = self.matrix_sizes(self), self.matrices(self)
         self.stack = Stack(n_in, n_out, self.base_dtype, self.weight.device, matrices)
 

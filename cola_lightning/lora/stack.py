@@ -1,4 +1,4 @@
-"""The finished links of one layer beside its weight: one frozen low-rank pair, for bases that cannot be merged into.
+"""The finished links of one layer next to its weight: one frozen low-rank pair, for bases that cannot be merged into.
 
 Rounding a merged link into a half-precision weight loses most of it, and a 4-bit weight cannot be added to at all; a sum of
 links is itself of low rank, and its factors are the links' own, side by side.

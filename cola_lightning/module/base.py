@@ -100,7 +100,7 @@ class AdaptedModule(LightningModule, RecordsArguments):
 
     @property
     def base_name(self) -> str:
-        """The base's name, in messages and beside its fingerprint."""
+        """The base's name, in messages and next to its fingerprint."""
         return class_path(type(self))
 
     @property

@@ -64,7 +64,7 @@ class WholeSignature:
 class RecordsArguments:
     """Records each instance's constructor arguments, whatever a subclass' ``__init__`` does with them.
 
-    (A separate class: jsonargparse takes the signature of ``__new__`` where a class defines one beside its ``__init__``.)
+    (A separate class: jsonargparse takes the signature of ``__new__`` where a class defines one next to its ``__init__``.)
 
     Attributes:
         constructor_arguments: ``class_path``; the plain ``init_args``; ``defaults`` of others, which may change later; and
@@ -238,7 +238,7 @@ def find_class(path: str) -> type:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a local checkpoint to disk beside its destination, then renames it in one step; refuses to read damaged ones.
+    """Writes a local checkpoint to disk next to its destination, then renames it in one step; refuses to read damaged ones.
 
     Lightning writes to the system's temporary folder first, which is often another file system, so that its move is a copy.
 

@@ -378,7 +378,7 @@ def summary(adapted: AdaptedModel, parameters: list[Tensor], trained: list[nn.Pa
 
 
 def check_frozen(adapted: AdaptedModel, schedule: ChainSchedule) -> None:
-    """Refuses to train adapted weights beside their links, if there are knots: no earlier link could be restored."""
+    """Refuses to train adapted weights next to their links, if there are knots: no earlier link could be restored."""
     if schedule.has_knots and (trained := [name for name, layer in adapted.layers.items() if layer.weight.requires_grad]):
         raise UserError(
             f"model: the base weight of layer {trained[0]!r} is trainable, but a chain needs it frozen. Did you call "
@@ -392,7 +392,7 @@ def beginning_of_epoch(trainer: Trainer, now: FitPosition) -> FitPosition:
     return FitPosition(now.epoch, now.global_step - math.ceil((trainer.fit_loop.batch_idx + 1) / window))
 
 
-# ---------------------------------------------------------------------- what loggers are told besides metrics
+# ---------------------------------------------------------------------- what loggers get in addition to metrics
 
 OWN = {"knots_unknown", "default_rank", "default_alpha"}  # fields of a schedule that are no options of ChainOfLoRA
 
