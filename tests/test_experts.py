@@ -157,7 +157,6 @@ def test_a_change_of_the_models_implementation_of_experts_removes_no_link():
 
 
 def test_all_linear_leaves_experts_unless_asked_and_says_so(caplog):
-    caplog.set_level("INFO")
     names = inject_lora(base("qwen3_moe"), LoRAConfig("all-linear", rank=2, alpha=2))
     assert not [name for name in names if ".experts." in name]
     assert "Qwen3MoeExperts (model.layers.0.mlp.experts), " in caplog.text
@@ -168,7 +167,6 @@ def test_all_linear_leaves_experts_unless_asked_and_says_so(caplog):
     names = inject_lora(model, LoRAConfig("all-linear", rank=2, alpha=2, experts=True))
     assert [name for name in names if ".experts." in name] == [f"model.layers.1.mlp.{name}" for name in PROJECTIONS]
     assert "Qwen3MoeExperts (model.layers.0.mlp.experts)" in caplog.text
-    assert "the links of 2 expert projections have 896 parameters" in caplog.text
 
 
 def test_a_projection_alone_is_adapted_by_name_and_the_others_stay_parameters():

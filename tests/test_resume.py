@@ -313,6 +313,22 @@ def test_a_knot_that_fails_halfway_leaves_the_last_checkpoint_as_it_was(tmp_path
     assert_bit_equal(weights(module), weights(whole))
 
 
+class Saves(Callback):
+    """Notes after how many batches a checkpoint is written."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_save_checkpoint(self, trainer, *_):
+        self.batches.append(trainer.fit_loop.total_batch_idx + 1)
+
+
+def test_last_is_written_once_at_the_end_of_an_epoch_that_ends_with_a_validation(tmp_path):
+    saves = Saves()
+    fit(tmp_path, callbacks=[saves])
+    assert saves.batches == [4, 8, 12, 16, 20, 24]
+
+
 class WrittenSteps(Callback):
     """Notes at each batch the run's step, and that of a checkpoint that is there."""
 

@@ -14,9 +14,9 @@ from cola_lightning.errors import UserError
 class LastCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt``, the newest state of a fit, from which an interrupted fit resumes.
 
-    It is written after each epoch and each validation, and when the fit is interrupted or fails; the state of a failed
-    optimizer step is not written. The command line includes it as the group ``last``. (ModelCheckpoint's ``save_last`` writes
-    only together with a checkpoint that its ``monitor`` selects, its ``save_on_exception`` also halfway through a step.)
+    It is written after each epoch and each validation inside one, and when the fit is interrupted or fails; the state of a
+    failed optimizer step is not written. The command line includes it as the group ``last``. (ModelCheckpoint's ``save_last``
+    writes only together with a checkpoint that its ``monitor`` selects, its ``save_on_exception`` also halfway through a step.)
 
     Args:
         every_n_train_steps: also write it after every n optimizer steps.
@@ -68,7 +68,12 @@ class LastCheckpoint(ModelCheckpoint):
         trainer.save_checkpoint(path, weights_only=False)
         self.last_model_path = self.best_model_path = path
 
-    on_validation_end = on_train_epoch_end = _write
+    on_train_epoch_end = _write
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fit_loop.epoch_loop.done:  # else the end of the epoch follows
+            self._write(trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -179,10 +179,6 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
             keep_layout(module)
     for name, layer in targets.items():
         classes[name].adapt_(layer, config, name)
-    of_experts: list[Any] = [layer for layer in targets.values() if isinstance(layer, ExpertsProjection)]
-    if of_experts:
-        n_values = sum(factor.numel() for layer in of_experts for factor in (layer.lora_A, layer.lora_B))
-        log.info("model.experts: the links of %s expert projections have %s parameters", len(of_experts), f"{n_values:,}")
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and lora_layers(module):
             module.activation_relu_or_gelu = 0  # its fused path in evaluation would read the weights, without the links

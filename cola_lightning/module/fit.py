@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel
+from cola_lightning.chain.checkpoint import STATE_PREFIX
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import first_names
@@ -31,7 +32,7 @@ from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.optimization import warn_of_half_precision
 from cola_lightning.module.rewind import Rewind, align_logged_step, resume_rewound
 from cola_lightning.module.run import Late, accumulation_schedulers, run_length, run_of
-from cola_lightning.module.state import check_writable_state, of_data, state_of
+from cola_lightning.module.state import check_writable_state, of_data
 from cola_lightning.seeding import derive_seed, seeded
 
 log = logging.getLogger(__name__)
@@ -285,7 +286,8 @@ def prepare_checkpoint(module: AdaptedModule, checkpoint: dict[str, Any]) -> Non
         NonFiniteError: for a trained value that is not finite, and after a knot that failed halfway.
     """
     check_writable_state(module)
-    checkpoint["state_dict"] |= state_of(module)  # weight averaging has put a copy's there
+    own = checkpoint.get("current_model_state", {}).items()  # weight averaging has put a copy's state in the place of it
+    checkpoint["state_dict"] |= {name: value for name, value in own if name.startswith(STATE_PREFIX)}
     checkpoint |= readable(checkpoint)
 
 
