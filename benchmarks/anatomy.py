@@ -23,7 +23,7 @@ from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
 from cola_lightning import Chain, ChainOfLoRA
-from cola_lightning.chain.link import Link
+from cola_lightning.chain.chain import Link
 from cola_lightning.chain.report import effective_rank, report
 
 ROOT = Path(__file__).parent.parent

@@ -5,7 +5,7 @@ from .callbacks.chain_of_lora import ChainOfLoRA as ChainOfLoRA
 from .callbacks.last_checkpoint import LastCheckpoint as LastCheckpoint
 from .callbacks.prediction_writer import PredictionWriter as PredictionWriter
 from .chain.chain import Chain as Chain
-from .chain.link import Link as Link
+from .chain.chain import Link as Link
 from .chain.schedule import ChainSchedule as ChainSchedule
 from .data.base import EpochDataModule as EpochDataModule
 from .data.classification import TextClassificationDataModule as TextClassificationDataModule

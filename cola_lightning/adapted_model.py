@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning import layout
-from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.base import BaseIdentity, check_same_base, check_same_layers, describe_base
-from cola_lightning.chain.chain import check_links, pack, unpack
-from cola_lightning.chain.link import add_links, begin_link, own_values
+from cola_lightning.chain.chain import Chain, Link, add_links, begin_link, check_links, own_values, pack, unpack
 from cola_lightning.chain.schedule import TrainedFactors, frozen_factor
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import Factor, LoRAConfig

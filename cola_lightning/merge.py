@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola_lightning.chain.link import Link, add_links
+from cola_lightning.chain.chain import Link, add_links
 from cola_lightning.lora.experts import close_experts
 from cola_lightning.lora.inject import begin_merging
 from cola_lightning.lora.layer import lora_layers

@@ -20,7 +20,7 @@ from torch.optim import SGD, AdamW
 
 from cola_lightning import ChainOfLoRA, UserError, lora_layers
 from cola_lightning.callbacks.chain_of_lora import check_strategy
-from cola_lightning.chain.link import begin_link
+from cola_lightning.chain.chain import begin_link
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.errors import NonFiniteError
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights

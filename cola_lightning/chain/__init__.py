@@ -1,7 +1,6 @@
 """Chains: links, when they end, and how they are saved and loaded."""
 
 from cola_lightning.chain.base import BaseIdentity
-from cola_lightning.chain.chain import Chain
-from cola_lightning.chain.link import Link
+from cola_lightning.chain.chain import Chain, Link
 
 __all__ = ["BaseIdentity", "Chain", "Link"]

@@ -17,8 +17,7 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
-from cola_lightning.chain.chain import JSON_NAME, METADATA, Chain, link_fields, unpack
-from cola_lightning.chain.link import OUTSIDE, Link
+from cola_lightning.chain.chain import JSON_NAME, METADATA, OUTSIDE, Chain, Link, link_fields, unpack
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
 from cola_lightning.errors import UserError
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cola_lightning.chain.base import BaseIdentity
-from cola_lightning.chain.chain import Chain, check_version, damage_refused, link_fields
-from cola_lightning.chain.link import Link
+from cola_lightning.chain.chain import Chain, Link, check_version, damage_refused, link_fields
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import value_of
 from cola_lightning.lora.experts import PROJECTIONS

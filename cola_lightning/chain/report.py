@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cola_lightning.chain.chain import Chain
-from cola_lightning.chain.link import Link, core_of_product
+from cola_lightning.chain.chain import Chain, Link, core_of_product
 from cola_lightning.errors import UserError
 from cola_lightning.writing import atomic_file
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain import Chain
-from cola_lightning.chain.link import core_of_product, is_of_experts
+from cola_lightning.chain.chain import Chain, core_of_product, is_of_experts
 from cola_lightning.chain.peft import LINKS_KEY, PREFIX, TENSORS_NAME
 from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card

@@ -17,9 +17,8 @@ from typing_extensions import override
 
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
-from cola_lightning.chain import Chain
+from cola_lightning.chain.chain import OUTSIDE, Chain
 from cola_lightning.chain.checkpoint import read_chain
-from cola_lightning.chain.link import OUTSIDE
 from cola_lightning.chain.schedule import FitPosition, TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig

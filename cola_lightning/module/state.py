@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from cola_lightning import layout
 from cola_lightning.chain.base import check_same_base
-from cola_lightning.chain.chain import METADATA, Chain, check_links, describe_link, link_fields, pack
+from cola_lightning.chain.chain import METADATA, Chain, Link, check_links, describe_link, link_fields, own_values, pack
 from cola_lightning.chain.checkpoint import STATE_PREFIX, StoredState
-from cola_lightning.chain.link import Link, own_values
 from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.module.base import AdaptedModule, aliases, is_frozen, values_of
