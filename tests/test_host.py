@@ -2,7 +2,7 @@
 
 import torch
 
-from cola_lightning.hf.host import HostValues
+from cola_lightning.hf.logits import HostValues
 
 
 def test_values_are_those_of_the_host_until_the_device_has_others():

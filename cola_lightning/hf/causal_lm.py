@@ -16,13 +16,13 @@ from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.errors import UserError
 from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_loss, n_bytes
 from cola_lightning.hf.generation import generate
-from cola_lightning.hf.host import arrays_of, to_device
 from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
 from cola_lightning.hf.logits import (
     BY_TOKEN,
     Array,
     Arrays,
     Batch,
+    arrays_of,
     check_decoder,
     check_taken,
     evaluating,
@@ -32,6 +32,7 @@ from cola_lightning.hf.logits import (
     shared_logits,
     split_by_length,
     takes_mask_of_pairs,
+    to_device,
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
 from cola_lightning.hf.packed import Separation, is_packed, may_be_packed, separated, separation_of

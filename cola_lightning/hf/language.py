@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from cola_lightning.errors import UserError
-from cola_lightning.hf.host import HostValues
+from cola_lightning.hf.logits import HostValues
 from cola_lightning.hf.metrics import Accuracy
 from cola_lightning.hf.pretrained import Dtype, Pretrained
 from cola_lightning.lora.inject import is_within
