@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.chain import Chain, core_of_product, is_of_experts
 from cola_lightning.chain.peft import LINKS_KEY, PREFIX, TENSORS_NAME
 from cola_lightning.errors import UserError
-from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.verify import ExportOptions, digest_of, loading_again, reference_of
 from cola_lightning.lora.experts import is_experts
 from cola_lightning.lora.inject import is_linear, is_within
@@ -30,6 +29,7 @@ from cola_lightning.writing import atomic_folder
 # Names of layers that PEFT, in addition to experts, takes for those that transformers 4 had for each expert.
 # Source: ``peft.utils.transformers_weight_conversion`` (0.21).
 RENAMED = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+FOLDER = "path/to/this/folder"  # in the code that loads an export, on its card
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassification": "SEQ_CLS"}  # PEFT's names
 
 
@@ -54,7 +54,9 @@ class AdapterBase:
     task: str | None = None
 
 
-def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: ExportOptions, card: Card) -> list[str]:
+def export_adapter(
+    module: Any, adapted: AdaptedModel, chain: Chain, options: ExportOptions, write_card: Callable[[Path, str, str], None]
+) -> list[str]:
     """Writes a chain as one ordinary PEFT LoRA.
 
     Args:
@@ -62,7 +64,7 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
         adapted: its adapted model, which is upcast in place.
         chain: the chain, the current link included.
         options: the folder, the rank, and whether to compare.
-        card: the model card to write, too.
+        write_card: writes the model card: of a folder, a kind of export, and code that loads it.
 
     Returns:
         Lines to report: the errors of recompression, the rank, the base, and the comparison.
@@ -109,7 +111,7 @@ def export_adapter(module: Any, adapted: AdaptedModel, chain: Chain, options: Ex
             (partial / "labels.json").write_text(f"{labels}\n", encoding="utf-8")
         loading = f'base = {base.code}\nmodel = PeftModel.from_pretrained(base, "{FOLDER}")'
         loading = f"import transformers\nfrom peft import PeftModel\n\n{loading}"
-        card.write(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
+        write_card(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
         if reference is None:
             return [*lines, "not compared" + (", because no input is known" if options.verify else "")]
         with loading_again():
