@@ -1,4 +1,4 @@
-"""The callbacks of the command line alone: for signals, the configuration next to the checkpoints, and losses of short fits."""
+"""The callbacks of the command line alone: for signals and short fits, the configuration next to the checkpoints, progress."""
 
 import contextlib
 import logging
@@ -30,15 +30,21 @@ class Interruption(SystemExit):
 
 
 class RunWatch(Callback):
-    """Handles signals: after the first, a fit finishes the current batch; anything else stops at once.
+    """Handles signals, and shows the losses of short fits.
 
-    A second signal always stops at once, and then nothing more is written. (After Lightning's own handling a fit ends with
-    status 0, Ctrl-C may come in the middle of an optimizer step, and processes may stop at different batches.)
+    After the first signal, a fit finishes the current batch; anything else stops at once. A second signal always stops at once,
+    and then nothing more is written. (After Lightning's own handling a fit ends with status 0, Ctrl-C may come in the middle of
+    an optimizer step, and processes may stop at different batches.)
+
+    A short fit is logged at least ten times and at its end, and validates at its end. (Lightning logs every 50th step, and
+    validates after an epoch or an interval, so a fit of twelve steps would leave no loss.)
 
     Attributes:
+        is_interval_given: whether the user has set ``log_every_n_steps``, which then stays as it is.
         validates_at_end: whether the fit it watches does; a study validates after it.
     """
 
+    is_interval_given = False
     validates_at_end = True
 
     def __init__(self) -> None:
@@ -71,9 +77,21 @@ class RunWatch(Callback):
         log.warning("%s: stopping after this batch. A second signal stops at once", signal.Signals(number).name)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         self._is_waited_for = True
         signal.signal(signal.SIGTERM, self._handle)  # until Lightning restores it after the fit, in place of its own
+        length = run_of(pl_module).known_length()
+        if self.validates_at_end and length is not None and not self.is_interval_given:
+            trainer.log_every_n_steps = int(max(1, min(trainer.log_every_n_steps, length.end_step // 10)))
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+        is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        is_last_step = trainer.global_step + 1 == trainer.max_steps or (trainer.is_last_batch and is_last_epoch)
+        if self.validates_at_end and is_last_step:
+            trainer.should_stop = True  # which it does in any case: Lightning logs such a step, and validates after it
+            if trainer.check_val_every_n_epoch is not None:
+                trainer.check_val_every_n_epoch = 1
 
     def _stop_if_signalled(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         should_stop = self._received is not None
@@ -126,33 +144,6 @@ class ConfigSaver(SaveConfigCallback):
         self._save(trainer, pl_module)
 
     on_validation_start = on_test_start = on_predict_start = _save
-
-
-class LossesOfShortRuns(Callback):
-    """Logs a short fit at least ten times and at its end, and validates at its end.
-
-    Lightning logs every 50th step, and validates after an epoch or an interval, so a fit of twelve steps would leave no loss.
-
-    Args:
-        is_interval_given: whether the user has set ``log_every_n_steps``, which then stays as it is.
-    """
-
-    def __init__(self, *, is_interval_given: bool) -> None:
-        self.is_interval_given = is_interval_given
-
-    @override
-    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        length = run_of(pl_module).known_length()
-        if length is not None and not self.is_interval_given:
-            trainer.log_every_n_steps = int(max(1, min(trainer.log_every_n_steps, length.end_step // 10)))
-
-    @override
-    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
-        is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
-        if trainer.global_step + 1 == trainer.max_steps or (trainer.is_last_batch and is_last_epoch):
-            trainer.should_stop = True  # which it does in any case: Lightning logs such a step, and validates after it
-            if trainer.check_val_every_n_epoch is not None:
-                trainer.check_val_every_n_epoch = 1
 
 
 class ChainProgressBar(RichProgressBar):

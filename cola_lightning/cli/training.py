@@ -23,7 +23,7 @@ from typing_extensions import override
 import cola_lightning.data  # noqa: F401  # gives the command line the data modules' short names
 from cola_lightning import __version__, layout
 from cola_lightning.callbacks.chain_of_lora import ChainOfLoRA, check_strategy
-from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, Interruption, LossesOfShortRuns, RunWatch
+from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, Interruption, RunWatch
 from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter, run_folder
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, in_run
@@ -33,7 +33,6 @@ from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.run import run_of
 from cola_lightning.module.state import of_data
-from cola_lightning.writing import check_writable
 
 log = logging.getLogger(__name__)
 CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextDataModule"}  # where none is named
@@ -204,7 +203,7 @@ class COLACLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         root = os.path.expanduser(config.default_root_dir or os.getcwd())
-        check_writable("trainer.default_root_dir", root)
+        self.watch.is_interval_given = config.log_every_n_steps is not None or config.barebones
         if not config.barebones:
             if config.logger in (None, True):  # Lightning's own choice depends on whether tensorboard is installed
                 run = Path(self.opened.path).parent.parent if self.opened is not None else Path()
@@ -214,8 +213,6 @@ class COLACLI(LightningCLI):
             callbacks = kwargs["callbacks"] = list(filter(None, callbacks))
             if config.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
                 callbacks.append(ChainProgressBar())
-            if self.watch.validates_at_end:
-                callbacks.append(LossesOfShortRuns(is_interval_given=config.log_every_n_steps is not None))
             if config.enable_checkpointing is not False:
                 callbacks.append(self._get(self.config_init, "last"))
         if config.enable_model_summary is None:  # the module's own log line says more
