@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning import layout
-from cola_lightning.chain.base import BaseIdentity, check_same_base, check_same_layers, describe_base
+from cola_lightning.chain.base import TrainedValues, base_copies, base_values, check_same_base, check_same_layers, describe_base
 from cola_lightning.chain.chain import Chain, Link, add_links, begin_link, check_links, own_values, pack, unpack
 from cola_lightning.chain.schedule import TrainedFactors, frozen_factor
 from cola_lightning.errors import UserError
@@ -19,8 +19,7 @@ from cola_lightning.lora.config import Factor, LoRAConfig
 from cola_lightning.lora.inject import inject_lora
 from cola_lightning.lora.layer import LoRALayer, is_quantized, is_quantized_model, lora_layers
 from cola_lightning.merge import cast_floats, free, merge
-from cola_lightning.seeding import check_seed, seeded_build
-from cola_lightning.trained import TrainedValues, base_values, base_weights
+from cola_lightning.seeding import seeded_build
 
 
 class Placement(NamedTuple):
@@ -87,7 +86,6 @@ class AdaptedModel:
         outside: Callable[[], dict[str, Tensor]] = dict,
         trained_factors: TrainedFactors = "both",
     ) -> None:
-        check_seed("model.seed", seed)
         self.build_model, self._config, self.seed = build_model, config, seed
         self.placement = self._own_placement if placement is None else placement
         self.trained_factors = trained_factors
@@ -96,7 +94,7 @@ class AdaptedModel:
         if is_saved and is_quantized_model(self.model):
             raise UserError("model.save_base: does not work with a 4-bit base")
         self.chain = Chain(base=describe_base(self.model, name))
-        self.base_weights = base_weights(self.model) if is_saved else None
+        self.base_weights = base_copies(self.model) if is_saved else None
         self.live: tuple[int, float] | None = None
         if self.layers:
             self.begin_link(self.config.rank, self.config.alpha)
@@ -274,7 +272,7 @@ class AdaptedModel:
             extras = self.extras_after(chain)
             if self.merges:
                 self._write_base(self.model)
-            self.forget_links(chain.base)
+            self.forget_links(chain)
             self.trained.write(extras)
         self.replay(chain)
 
@@ -286,9 +284,9 @@ class AdaptedModel:
                 add_links(name, layer, chain.links[self.link :], device)
         self.chain = Chain(list(chain.links), chain.base)
 
-    def forget_links(self, base: BaseIdentity) -> None:
-        """Clears the chain and the stacks, for weights that hold no link any more."""
-        self.chain = Chain(base=base)
+    def forget_links(self, chain: Chain) -> None:
+        """Begins an empty chain on the base of another, and clears the stacks: the weights hold no link any more."""
+        self.chain = Chain(base=chain.base)
         for layer in self.layers.values():
             if layer.stack is not None:
                 layer.stack.clear()
@@ -298,7 +296,7 @@ class AdaptedModel:
         if weights is not None:
             self.base_weights = weights
             self._write_base(self.model)
-            self.forget_links(chain.base)
+            self.forget_links(chain)
 
     def start_from(self, chain: Chain) -> None:
         """Replays another run's chain on a base without links, and loads its fully trained modules.
@@ -313,7 +311,8 @@ class AdaptedModel:
         links, state, trained = list(chain.links), layout.state_dict(self.model), self.trained.values()
         if links:  # peft writes embeddings and heads with an adapter that has them as targets: the base's own values
             frozen = {name: value for name, value in links[-1].extras.items() if name in state and name not in trained}
-            own = {name for name, value in frozen.items() if _is_equal(layout.gather(state[name]), value)}
+            mine = {name: layout.gather(state[name]) for name in frozen}
+            own = {name for name, value in frozen.items() if torch.equal(mine[name], value.to(mine[name].dtype))}
             extras = {name: value for name, value in links[-1].extras.items() if name not in own}
             links[-1] = replace(links[-1], extras=extras)
         self.replay(Chain(links, self.chain.base))
@@ -325,7 +324,7 @@ class AdaptedModel:
         names, extras = self.trained.values().keys(), self.trained.first | (chain.links[-1].extras if chain.links else {})
         if names <= extras.keys():  # nothing for which to rebuild the base
             return extras
-        weights = base_weights(self.rebuild_base()) if self.base_weights is None else self.base_weights
+        weights = base_copies(self.rebuild_base()) if self.base_weights is None else self.base_weights
         return {name: weights[name] for name in names & weights.keys()} | extras
 
     # ------------------------------------------------------------------ the base
@@ -352,7 +351,7 @@ class AdaptedModel:
 
     def _write_base(self, model: nn.Module) -> None:
         """Writes the base, without any link, into a model of the same shape: as stored, or rebuilt."""
-        weights = base_weights(self.rebuild_base()) if self.base_weights is None else self.base_weights
+        weights = base_copies(self.rebuild_base()) if self.base_weights is None else self.base_weights
         for name, value in base_values(model).items():
             layout.copy_(value, weights[name])
 
@@ -372,7 +371,7 @@ class AdaptedModel:
             chain = self.chain
             if len(chain):
                 self._write_base(self.model)
-                self.forget_links(chain.base)
+                self.forget_links(chain)
             for layer in self.layers.values():
                 layer.begin_stack()
             self.replay(chain)
@@ -398,7 +397,7 @@ class AdaptedModel:
             layer.compute_dtype = torch.float32
         if not self.merges:
             chain = self.chain
-            self.forget_links(chain.base)
+            self.forget_links(chain)
             self.replay(chain)
 
     # ------------------------------------------------------------------ a plain copy
@@ -454,8 +453,3 @@ class AdaptedModel:
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         return model
-
-
-def _is_equal(mine: Tensor, theirs: Tensor) -> bool:
-    """Whether a value equals the other after a cast to its dtype."""
-    return mine.shape == theirs.shape and torch.equal(mine, theirs.to(mine.dtype))

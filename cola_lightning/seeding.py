@@ -9,19 +9,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from cola_lightning.errors import UserError
-
-
-def check_seed(field: str, seed: int | None) -> None:
-    """Refuses a number that the global generators cannot be seeded with; None is no seed.
-
-    Raises:
-        UserError: naming the field.
-    """
-    if seed is not None and not 0 <= seed < 2**32:
-        raise UserError(f"{field}: must be between 0 and 2**32 - 1, got {seed}")
-
-
 _has_accelerator = functools.cache(torch.accelerator.is_available)
 
 
@@ -32,7 +19,7 @@ def seeded(seed: int) -> Iterator[None]:
     Of several GPUs, only the present one's generator is seeded: there is one of them for each process.
 
     Args:
-        seed: at least 0; numpy takes its last 32 bits.
+        seed: numpy takes its last 32 bits.
 
     Example:
         >>> with seeded(1):

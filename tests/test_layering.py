@@ -16,7 +16,7 @@ FILES = {f"cola_lightning.{name}".replace("/", ".").removesuffix(".__init__"): n
 BLOCK = (ROOT / "CONTRIBUTING.md").read_text().split("\n## How the package is built\n")[1].split("```")[1]
 ROWS = [["__init__"]]  # from the bottom up
 ROWS += [re.split("  +", line)[0].split(", ") for line in reversed(BLOCK.splitlines()[1:])]
-TORCH_ONLY = {"adapted_model", "chain", "errors", "layout", "lora", "merge", "seeding", "trained", "writing"}
+TORCH_ONLY = {"adapted_model", "chain", "errors", "layout", "lora", "merge", "seeding", "writing"}
 ITS_NEEDS = {"torch", "numpy", "typing_extensions", "safetensors", "cola_lightning"} | sys.stdlib_module_names
 
 
@@ -48,7 +48,7 @@ def test_imports_point_downwards_and_not_in_a_circle_and_the_engine_needs_torch_
 
 def test_no_file_is_longer_than_500_lines():
     lengths = {name: len(path.read_text().splitlines()) for path, name in PATHS.items()}
-    assert len(lengths) > 80
+    assert len(lengths) > 70
     assert {name: n for name, n in lengths.items() if n > 500} == {}
 
 

@@ -46,7 +46,7 @@ MISTAKES = [
     (FIT + "--chain.patience 3", "chain: .*every_n_epochs and patience"),
     (FIT + "--trainer.strategy ddp_spawn", "trainer.strategy: "),
     (FIT + "--trainer.val_check_interval 1000", ".*val_check_interval"),
-    (FIT + "--trainer.default_root_dir a_file/sub", ".*a_file is a file"),
+    (FIT + "--trainer.default_root_dir a_file/sub", "cola: cannot use '.*a_file.*': Not a directory"),
     (FIT + "--config beside.yaml", "model.optimizer: .*inside its init_args"),
     (FIT + "--config typo.yaml", ".*'trainer.max_epoch'"),
     (FIT + "--links 2", "model.init_links: "),
@@ -201,7 +201,6 @@ REFUSALS = {
     module: [
         ({"alpha": float("inf")}, r"model\.alpha"),
         ({"dropout": 1.0}, r"model\.dropout"),
-        ({"seed": 2**32}, r"model\.seed"),
         ({"finished_links": "merged"}, r"model\.finished_links"),
         ({"kept_optimizer_state": 2}, r"model\.kept_optimizer_state"),
         ({"lr_ratio_B": 0}, r"model\.lr_ratio_B"),

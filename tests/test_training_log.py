@@ -4,6 +4,7 @@ import csv
 import importlib
 import math
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -37,15 +38,17 @@ class Norms(Callback):
 
 
 class Secretive(COLACausalLM):
-    """With an argument that no file may hold."""
+    """With an argument that no file may hold, and two that JSON has no type for."""
 
-    def __init__(self, model_name, hub_token=None, **others):
+    def __init__(self, model_name, hub_token=None, sizes=None, kind=None, **others):
         super().__init__(model_name, **others)
 
 
 def fit(folder, logger):
     """Four steps with a knot and clipping, of which every second is logged."""
-    module = Secretive(tiny.folder(folder / "model"), hub_token="hf_secret", rank=4, seed=0)
+    module = Secretive(
+        tiny.folder(folder / "model"), hub_token="hf_secret", sizes=Namespace(hidden=[8]), kind=torch.half, rank=4, seed=0
+    )
     data = Shuffled(batches_of(rows_of(LENGTHS[:4]), 1))
     options = {"max_epochs": 1, "log_every_n_steps": 2, "gradient_clip_val": 1e-3, "limit_val_batches": 0}
     norms = Norms()
@@ -75,6 +78,7 @@ def test_a_step_is_logged_with_its_rate_norm_and_speed_and_links_do_not_store_th
     messages = yaml.safe_load(text)
     assert {name: messages[name.split("/")[0]][name.split("/")[1]] for name in OPTIONS} == OPTIONS
     assert messages["optimizer"]["lr"] == 1e-3
+    assert (messages["model"]["sizes"], messages["model"]["kind"]) == ({"hidden": [8]}, "torch.float16")
 
 
 def test_a_module_of_ones_own_is_logged_without_tokens(tmp_path):

@@ -1,7 +1,12 @@
-"""The identity of the base that a chain was trained on: its name, fingerprints of its values, and the checks against them."""
+"""The base that a chain was trained on: its identity, the checks against it, and which of its values are trained.
+
+Its identity is its name, with fingerprints of its values. What training changes besides the links are fully trained parameters
+and buffers, in the model and outside of it.
+"""
 
 import hashlib
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -51,10 +56,9 @@ def describe_base(model: nn.Module, name: str = "") -> BaseIdentity:
         wide = torch.promote_types(weight.dtype, torch.float32)
         norms[layer_name] = float(torch.linalg.vector_norm(weight, dtype=wide))
     dtypes = sorted({layer.source_dtype for layer in layers.values()})
-    links, named = names_of_factors(model), model.named_parameters(remove_duplicate=False)
+    named = model.named_parameters(remove_duplicate=False)
     trained = set(layout.plain_names(key for key, parameter in named if parameter.requires_grad))
-    tensors = {key: value for key, value in layout.state_dict(model).items() if isinstance(value, Tensor) and key not in links}
-    values = {key: None if key in trained else hash_of(value) for key, value in tensors.items()}
+    values = {key: None if key in trained else hash_of(value) for key, value in base_values(model).items()}
     known = sorted((key, value) for key, value in values.items() if value is not None)
     return BaseIdentity(name, hashlib.sha256(repr(known).encode()).hexdigest(), dtypes, norms, values)
 
@@ -121,3 +125,96 @@ def check_same_layers(expected: Collection[str], received: Collection[str]) -> N
     if alone := sorted(set(expected) ^ set(received)):
         missing = "the chain" if alone[0] in received else "this module"
         raise UserError(f"model.target_modules: must name the layers of the chain, but {missing} does not adapt {alone[0]!r}")
+
+
+# ---------------------------------------------------------------------- its values, and which of them are trained
+
+
+def base_values(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
+    """A model's parameters and persistent buffers by name, without its links and the names in ``without``."""
+    state, factors = layout.state_dict(model), names_of_factors(model)
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and name not in factors and without.isdisjoint({name, weight_of(name)})
+    }
+
+
+def base_copies(model: nn.Module) -> dict[str, Tensor]:
+    """CPU copies of the :func:`base_values`."""
+    return {name: layout.gather(value) for name, value in base_values(model).items()}
+
+
+def weight_of(name: str) -> str:
+    """The weight to which an entry of a state dict belongs, such as a 4-bit weight's scales (``fc.weight.absmax``)."""
+    return re.sub(r"\.weight\..*", ".weight", name)
+
+
+class TrainedValues:
+    """What training changes besides the links of an adapted model; each link records it.
+
+    Args:
+        model: the adapted model.
+        outside: returns what else is trained outside of the model, by names that begin with ``self.``.
+
+    Attributes:
+        first: the values outside of the model before the first link.
+    """
+
+    def __init__(self, model: nn.Module, outside: Callable[[], dict[str, Tensor]]) -> None:
+        self.model, self.outside = model, outside
+        self.first: dict[str, Tensor] = {}
+        self.remember()
+
+    def remember(self) -> None:
+        """Records which parameters are trainable now. They count as trained from here on, also while they are frozen."""
+        names = layout.plain_names(name for name, _ in self.model.named_parameters(remove_duplicate=False))
+        self._trained = names_of_factors(self.model) | set(names).difference(self._frozen_now())
+
+    def remember_first(self) -> None:
+        """Stores the values outside of the model, before training; those already stored are not replaced."""
+        self.first = {name: layout.gather(value) for name, value in self.outside().items()} | self.first
+
+    def frozen_names(self) -> list[str]:
+        """Names of the model's parameters that are not trained, each under all of its names; see :meth:`remember`."""
+        return [name for name in self._frozen_now() if name not in self._trained]
+
+    def _frozen_now(self) -> list[str]:
+        named = self.model.named_parameters(remove_duplicate=False)
+        return layout.plain_names(name for name, parameter in named if not parameter.requires_grad)
+
+    def values(self) -> dict[str, Tensor]:
+        """Fully trained parameters, and persistent buffers, themselves."""
+        return base_values(self.model, without=set(self.frozen_names())) | self.outside()
+
+    def recorded(self) -> dict[str, Tensor]:
+        """The :meth:`values` that a link records: all but buffers outside of the model that have not changed."""
+        values = self.values()
+        buffers = [name for name in values.keys() & self.first.keys() if not isinstance(values[name], nn.Parameter)]
+        constant = {name for name in buffers if torch.equal(layout.gather(values[name]), self.first[name])}
+        return {name: value for name, value in values.items() if name not in constant}
+
+    def copies(self) -> dict[str, Tensor]:
+        """CPU copies of the :meth:`recorded` values."""
+        return {name: layout.gather(value) for name, value in self.recorded().items()}
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Writes :meth:`copies` into the present values; names that are unknown here are ignored."""
+        own = layout.state_dict(self.model) | self.outside()
+        for name in own.keys() & values.keys():
+            layout.copy_(own[name], values[name])
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Writes another run's values into the present ones.
+
+        Raises:
+            UserError: for a value without a counterpart of its shape.
+        """
+        own = self.values()
+        for name, value in values.items():
+            if name not in own or own[name].shape != value.shape:
+                raise UserError(
+                    f"model.init_chain: has values for {name!r} of shape {tuple(value.shape)}, which is not fully trained here "
+                    "(model.modules_to_save)"
+                )
+        self.write(values)

@@ -7,12 +7,12 @@ without a module or Lightning.
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,18 +22,6 @@ from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
 from cola_lightning.errors import UserError
 
 STATE_PREFIX = "chain."  # begins the names in a module's state dict of all that is not a trained value, see StoredState
-
-
-@contextmanager
-def opened_file(source: Any) -> Iterator[BinaryIO]:
-    """A file of this machine or at a URL, opened for reading; an open file as it is."""
-    if not isinstance(source, str | PathLike):
-        yield source
-        return
-    import fsspec
-
-    with fsspec.open(os.path.expanduser(source), "rb") as file:
-        yield file
 
 
 def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool = True) -> Any:
@@ -47,8 +35,11 @@ def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool =
     Raises:
         UserError: if there is no such file, or it is damaged, or ``torch.save`` did not write it.
     """
+    import fsspec
+
+    is_named = isinstance(source, str | PathLike)
     try:
-        with opened_file(source) as file:
+        with fsspec.open(os.path.expanduser(source), "rb") if is_named else nullcontext(source) as file:
             with zipfile.ZipFile(file) as archive:
                 if (part := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"its part {part!r} is damaged")

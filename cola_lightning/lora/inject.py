@@ -292,11 +292,6 @@ def is_within(name: str, modules: Iterable[str]) -> bool:
     return any(f".{module}." in f".{name}." for module in modules)
 
 
-def first_names(names: list[str]) -> str:
-    """The first three names."""
-    return ", ".join([*names[:3], *["..."] * (len(names) > 3)])
-
-
 def _check_not_shared(model: nn.Module, targets: list[str], saved: list[str]) -> None:
     """Refuses weights that the model also uses elsewhere: adapting or training one would change, or miss, the other."""
     groups: dict[int, list[str]] = defaultdict(list)

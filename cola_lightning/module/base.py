@@ -12,20 +12,21 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
+from cola_lightning.chain.base import weight_of
 from cola_lightning.chain.chain import OUTSIDE, Chain
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.schedule import FitPosition, TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.checkpoint import RecordsArguments, class_path
-from cola_lightning.module.fsdp import shard_by_blocks, shard_module
+from cola_lightning.module.fsdp import repeated_blocks, shard_module
 from cola_lightning.module.run import Run, StepLoss, run_of, trainer_of
-from cola_lightning.trained import weight_of
 
 
 class AdaptedModule(LightningModule, RecordsArguments):
@@ -39,9 +40,13 @@ class AdaptedModule(LightningModule, RecordsArguments):
         run: the state of the module's run.
 
     Attributes:
+        named_base: for exports: where transformers and PEFT find the base, a ``Pretrained``; None: it has no name there.
+        labels_of_base: a classifier's labels, which are a part of the base's identity; None: not known.
         trained_factors: these and the following are arguments of :class:`~cola_lightning.COLAModule`, which sets them.
     """
 
+    named_base: Any = None
+    labels_of_base: list[str] | None = None
     trained_factors: TrainedFactors
     init_chain: str | None
     init_links: int | None
@@ -95,22 +100,14 @@ class AdaptedModule(LightningModule, RecordsArguments):
         ``ModuleList`` that hold more than single layers. Override it with your own ``fully_shard`` calls: trainable parameters
         are hidden from them, and replicated.
         """
-        shard_by_blocks(self.model, mesh)
+        for block in repeated_blocks(self.model):  # each is gathered when it computes, the rest once a step
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
     @property
     def base_name(self) -> str:
         """The base's name, in messages and next to its fingerprint."""
         return class_path(type(self))
-
-    @property
-    def named_base(self) -> Any:
-        """For exports: where transformers and PEFT find the base, a ``Pretrained``; None: it has no name there."""
-        return None
-
-    @property
-    def labels_of_base(self) -> list[str] | None:
-        """A classifier's labels, which are a part of the base's identity; None: not known."""
-        return None
 
     # ------------------------------------------------------------------ its parts
 

@@ -11,7 +11,6 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from enum import Enum
 from os import PathLike
 from pathlib import Path
@@ -22,7 +21,6 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.serialization import config
 from typing_extensions import override
 
@@ -30,7 +28,6 @@ import cola_lightning
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_archive
 from cola_lightning.errors import UserError, causes
 from cola_lightning.lora.config import LoRAConfig
-from cola_lightning.module.run import run_of
 from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
@@ -198,15 +195,25 @@ MADE: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def stored_arguments(cls: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor arguments that a checkpoint holds, as far as a class takes them.
+def made_again(cls: Any, recorded: Mapping[str, Any], given: dict[str, Any]) -> Any:
+    """A module that is made as a checkpoint's was, without its values.
 
     Args:
-        cls: the class to be made.
-        recorded: the ``constructor_arguments`` of the checkpoint's module.
+        cls: the requested class; the module is of the checkpoint's class if that is a subclass.
+        recorded: the ``constructor_arguments`` of the checkpoint's module, of which those that the class takes are used.
+        given: arguments in place of the checkpoint's.
     """
-    stored = recorded["defaults"] | recorded["init_args"]
-    return {name: made(value) for name, value in _of_class(cls, stored).items() if is_recorded(name)}
+    try:
+        found = find_class(recorded["class_path"])
+        cls = found if issubclass(found, cls) else cls
+    except UserError as error:  # it was in a script, say
+        if cls.__name__ != recorded["class_path"].rpartition(".")[2]:
+            log.warning("%s. It is loaded as a %s", error, cls.__name__)
+    for name in recorded["not_plain"]:
+        if name not in given:
+            log.warning("checkpoint: %r is not stored, because it is not a plain value. Pass it, or its default is used", name)
+    stored = _of_class(cls, recorded["defaults"] | recorded["init_args"])
+    return cls(**{name: made(value) for name, value in stored.items() if is_recorded(name)} | given)
 
 
 def read_arguments(path: str | Path, cls: type) -> dict[str, Any]:
@@ -297,56 +304,6 @@ def readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def _warn_once(what: str) -> None:
     log.warning("%s. A checkpoint stores only plain values, so it is left out", what)
-
-
-# ---------------------------------------------------------------------- a module from a file
-
-
-def load_module(
-    cls: Any,
-    source: Any,
-    links: int | None,
-    given: dict[str, Any],
-    *,
-    weights_only: bool = True,
-    strict: bool | None = None,
-) -> Any:
-    """A module, on the CPU; see :meth:`~cola_lightning.COLAModule.load_from_checkpoint`.
-
-    Not by Lightning's method, which unpickles what is at a URL, and calls what the hyperparameters name.
-
-    Args:
-        cls: the requested class; the module is of the checkpoint's class if that is a subclass.
-        source: a path, a URL, or an open file.
-        links: how many links.
-        given: arguments of the class.
-        weights_only: False unpickles any object.
-        strict: of the module's ``load_state_dict``; None: its ``strict_loading``.
-    """
-    opened = source if isinstance(source, OpenedCheckpoint) else OpenedCheckpoint.open(source, weights_only=weights_only)
-    opened = replace(opened, links=links)
-    checkpoint, recorded = opened.contents, opened.state.facts["module"]
-    try:
-        found = find_class(recorded["class_path"])
-        cls = found if issubclass(found, cls) else cls
-    except UserError as error:  # it was in a script, say
-        if cls.__name__ != recorded["class_path"].rpartition(".")[2]:
-            log.warning("%s. It is loaded as a %s", error, cls.__name__)
-    for name in recorded["not_plain"]:
-        if name not in given:
-            log.warning("checkpoint: %r is not stored, because it is not a plain value. Pass it, or its default is used", name)
-    module = cls(**stored_arguments(cls, recorded) | given)
-    if strict and not module.strict_loading:
-        raise UserError(f"strict: cannot be True, because {cls.__name__}.strict_loading is False")
-    run_of(module).pending = opened
-    module.make_model()
-    module.on_load_checkpoint(checkpoint)
-    strict = module.strict_loading if strict is None else strict
-    keys = module.load_state_dict(checkpoint["state_dict"], strict=strict)
-    run_of(module).pending = None
-    if any(keys):
-        rank_zero_warn(f"checkpoint: the module alone has {keys.missing_keys}, the checkpoint alone {keys.unexpected_keys}")
-    return module
 
 
 def device_of(map_location: Any) -> torch.device:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -23,16 +24,15 @@ from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.checkpoint import STATE_PREFIX
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
-from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import first_names
+from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.layer import is_quantized, lora_layers
 from cola_lightning.module.base import AdaptedModule, values_of
-from cola_lightning.module.checkpoint import AtomicCheckpointIO, class_path, is_recorded, readable
+from cola_lightning.module.checkpoint import MARK, AtomicCheckpointIO, class_path, is_recorded, readable
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.optimization import warn_of_half_precision
 from cola_lightning.module.rewind import Rewind, align_logged_step, resume_rewound
 from cola_lightning.module.run import Late, accumulation_schedulers, run_length, run_of
-from cola_lightning.module.state import check_writable_state, of_data
+from cola_lightning.module.state import of_data
 from cola_lightning.seeding import derive_seed, seeded
 
 log = logging.getLogger(__name__)
@@ -283,9 +283,15 @@ def prepare_checkpoint(module: AdaptedModule, checkpoint: dict[str, Any]) -> Non
     """Completes a checkpoint, and refuses one from which no run could go on.
 
     Raises:
-        NonFiniteError: for a trained value that is not finite, and after a knot that failed halfway.
+        NonFiniteError: for a loss or a trained value that is not finite, and after a knot that failed halfway.
     """
-    check_writable_state(module)
+    module.step_loss.check()
+    values = ((name, value) for name, value in module.named_parameters() if value.requires_grad)
+    reason = next((f"{name!r} is no longer finite" for name, value in values if not torch.isfinite(value).all()), None)
+    if run_of(module).is_tying:
+        reason = "a knot failed halfway"
+    if reason is not None:
+        raise NonFiniteError(f"{reason}, in link {module.link}: this checkpoint is not written")
     own = checkpoint.get("current_model_state", {}).items()  # weight averaging has put a copy's state in the place of it
     checkpoint["state_dict"] |= {name: value for name, value in own if name.startswith(STATE_PREFIX)}
     checkpoint |= readable(checkpoint)
@@ -354,7 +360,7 @@ def warn_of_no_gradient(names: list[str], model: nn.Module) -> None:
             "not use the layer, such as an expert without tokens",
             len(names),
             len(lora_layers(model)),
-            first_names(names),
+            ", ".join([*names[:3], *["..."] * (len(names) > 3)]),
         )
 
 
@@ -452,7 +458,8 @@ def configuration(trainer: Trainer, module: AdaptedModule) -> dict[str, dict[str
     if data is not None:
         found["data"] = {"class_path": class_path(type(data))} | of_data(trainer, "identity") | _plain(vars(data))
     given = {part: {name: value for name, value in of_part.items() if value is not None} for part, of_part in found.items()}
-    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(given, default=str))
+    text = json.dumps(given, default=str)
+    plain: dict[str, dict[str, Any]] = json.loads(text, object_hook=lambda one: one["value"] if MARK in one else one)
     return plain
 
 

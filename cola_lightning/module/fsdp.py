@@ -12,8 +12,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -21,13 +19,6 @@ from typing_extensions import override
 from cola_lightning import layout
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
-
-
-def shard_by_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shards a model by FSDP2: each repeated block is gathered when it computes, the rest once a step."""
-    for block in repeated_blocks(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

@@ -3,29 +3,31 @@
 import inspect
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import AdamW
 from typing_extensions import override
 
 from cola_lightning.chain import Chain, Link
+from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.chain.schedule import ChainSchedule, LRSchedule, TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.export.module import export_trained
 from cola_lightning.export.verify import Dtype, ExportOptions, Format
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.base import AdaptedModule, values_of
-from cola_lightning.module.checkpoint import device_of, load_module, read_arguments
+from cola_lightning.module.checkpoint import device_of, made_again, read_arguments
 from cola_lightning.module.fit import attach, prepare_checkpoint
 from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.module.run import Run, run_of, trainer_of
 from cola_lightning.module.state import StateDictError, of_data, prepare_loading, state_of
-from cola_lightning.seeding import check_seed
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +112,6 @@ class COLAModule(AdaptedModule):
         **lora: Any,
     ) -> None:
         config = LoRAConfig(**lora)
-        check_seed("model.seed", seed)
         if init_links is not None and init_chain is None:
             raise UserError("model.init_links: needs model.init_chain")
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
@@ -376,8 +377,21 @@ class COLAModule(AdaptedModule):
             UserError: for a path that is not a checkpoint, a damaged checkpoint, or another base.
         """
         given = {} if hparams_file is None else read_arguments(hparams_file, cls)
-        is_plain = weights_only is not False
-        module: Self = load_module(cls, checkpoint_path, links, given | kwargs, weights_only=is_plain, strict=strict)
+        opened, is_plain = checkpoint_path, weights_only is not False
+        if not isinstance(opened, OpenedCheckpoint):
+            opened = OpenedCheckpoint.open(opened, weights_only=is_plain)
+        # Not by Lightning's method, which unpickles what is at a URL, and calls what the hyperparameters name.
+        module: Self = made_again(cls, opened.state.facts["module"], given | kwargs)
+        if strict and not module.strict_loading:
+            raise UserError(f"strict: cannot be True, because {type(module).__name__}.strict_loading is False")
+        run_of(module).pending = replace(opened, links=links)
+        module.make_model()
+        module.on_load_checkpoint(opened.contents)
+        strict = module.strict_loading if strict is None else strict
+        keys = module.load_state_dict(opened.contents["state_dict"], strict=strict)
+        run_of(module).pending = None
+        if any(keys):
+            rank_zero_warn(f"checkpoint: the module alone has {keys.missing_keys}, the checkpoint alone {keys.unexpected_keys}")
         return module if map_location is None else module.to(device_of(map_location))
 
     @override

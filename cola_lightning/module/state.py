@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning import layout
-from cola_lightning.chain.base import check_same_base
-from cola_lightning.chain.chain import METADATA, Chain, Link, check_links, describe_link, link_fields, own_values, pack
+from cola_lightning.chain.base import check_same_base, weight_of
+from cola_lightning.chain.chain import METADATA, Link, check_links, describe_link, link_fields, own_values, pack
 from cola_lightning.chain.checkpoint import STATE_PREFIX, StoredState
 from cola_lightning.chain.schedule import FitPosition
-from cola_lightning.errors import NonFiniteError, UserError
+from cola_lightning.errors import UserError
 from cola_lightning.module.base import AdaptedModule, aliases, is_frozen, values_of
 from cola_lightning.module.checkpoint import plain
 from cola_lightning.module.run import run_of, trainer_of
-from cola_lightning.trained import weight_of
 
 
 class StateDictError(UserError, RuntimeError):
@@ -72,21 +71,6 @@ def facts_of(module: AdaptedModule) -> dict[str, Any]:
     return facts if adapted.base_weights is None else facts | {"base_weights": adapted.base_weights}
 
 
-def check_writable_state(module: AdaptedModule) -> None:
-    """Refuses a state from which no run could go on.
-
-    Raises:
-        NonFiniteError: for a loss or a trained value that is not finite, and after a knot that failed halfway.
-    """
-    module.step_loss.check()
-    values = ((name, value) for name, value in module.named_parameters() if value.requires_grad)
-    reason = next((f"{name!r} is no longer finite" for name, value in values if not torch.isfinite(value).all()), None)
-    if run_of(module).is_tying:
-        reason = "a knot failed halfway"
-    if reason is not None:
-        raise NonFiniteError(f"{reason}, in link {module.link}: this checkpoint is not written")
-
-
 def of_data(trainer: Any, name: str) -> dict[str, Any]:
     """The ``prompt_format`` or ``identity`` of the trainer's data module, if it has one that JSON can hold; else an empty dict.
 
@@ -118,7 +102,6 @@ def prepare_loading(module: AdaptedModule, state_dict: dict[str, Any], prefix: s
     packed = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix + STATE_PREFIX)}
     if packed:
         state = StoredState.of(packed, prefix=prefix)
-        check_restorable(module, state)
         has_current = restore(module, state)
     elif module.adapted.live is not None or module.adapted.trained.frozen_names():  # else the values are all
         missing_keys.append(f"{prefix}{STATE_PREFIX}{METADATA}")
@@ -134,40 +117,27 @@ def prepare_loading(module: AdaptedModule, state_dict: dict[str, Any], prefix: s
             state_dict.setdefault(name, state_dict.get(f"{prefix}{others.get(own, own)}", value))
 
 
-def _requested_links(module: AdaptedModule, state: StoredState) -> tuple[Chain, bool]:
-    """The finished links to restore, and whether the current one of the state is to follow them."""
-    pending = run_of(module).pending
-    total, links = len(state.chain) + 1, None if pending is None else pending.links
-    if links in (None, total):
-        return state.chain, True
-    check_links(links, total)
-    return state.chain.truncate(links), False
-
-
-def check_restorable(module: AdaptedModule, state: StoredState) -> None:
-    """Refuses a state of another base, or with fewer links than requested; to resume a fit also one with other options.
-
-    Raises:
-        UserError: for the first that differs.
-    """
-    chain, _ = _requested_links(module, state)
-    check_same_base(chain.base, module.adapted.chain.base, is_stored="base_weights" in state.facts)
-    trainer = trainer_of(module)
-    if trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None:
-        _check_same_choices(module, state)
-
-
 def restore(module: AdaptedModule, state: StoredState) -> bool:
     """Brings a module to a state: its base, its finished links, and where the current link began.
 
     If fewer links are requested (``links`` of the pending checkpoint), a link begins after them, and what else is trained gets
-    the values after the last of them. Call :func:`check_restorable` first.
+    the values after the last of them.
 
     Returns:
         Whether the trained values that are stored with the state belong to it.
+
+    Raises:
+        UserError: for a state of another base, or with fewer links than requested; to resume a fit also with other options.
     """
     trainer, adapted, run, facts = trainer_of(module), module.adapted, run_of(module), state.facts
-    chain, has_current = _requested_links(module, state)
+    total = len(state.chain) + 1
+    links = total if run.pending is None or run.pending.links is None else run.pending.links
+    check_links(links, total)
+    has_current = links == total
+    chain = state.chain if has_current else state.chain.truncate(links)
+    check_same_base(chain.base, adapted.chain.base, is_stored="base_weights" in facts)
+    if trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None:
+        _check_same_choices(module, state)
     dtype = _dtype_of(module, state) if has_current or chain.links else adapted.cast_dtype  # the base alone has none
     adapted.take_base(chain, facts.get("base_weights"))
     if dtype != adapted.cast_dtype:

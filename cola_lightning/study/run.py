@@ -27,10 +27,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from cola_lightning.callbacks.command import RunWatch
-from cola_lightning.chain.base import fingerprint_of
+from cola_lightning.chain.base import base_values, fingerprint_of
 from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import NonFiniteError, UserError
-from cola_lightning.lora.layer import names_of_factors
 from cola_lightning.module import COLAModule
 from cola_lightning.study.results import Result, write
 
@@ -144,9 +143,7 @@ class Recorder(RunWatch):
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.facts["trainable_parameters"] = sum(parameter.numel() for group in groups for parameter in group["params"])
         if not pl_module.is_sharded and "base" not in self.facts:  # of a run that resumes, whose base has links merged
-            state, factors = pl_module.model.state_dict(), names_of_factors(pl_module.model)
-            of_base = {name: value for name, value in state.items() if isinstance(value, torch.Tensor) and name not in factors}
-            self.facts["base"] = fingerprint_of(of_base)
+            self.facts["base"] = fingerprint_of(base_values(pl_module.model))
         self._started_at = time.perf_counter() - self.facts["seconds"]
 
     @override
