@@ -1,7 +1,7 @@
-"""Causal language models: prompted classification, and the language-model loss."""
+"""Causal language models: prompted classification, the language-model loss, and generation."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from cola_lightning.chat_template import end_tokens
-from cola_lightning.constants import IGNORE_INDEX
+from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
+from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_loss, n_bytes
-from cola_lightning.hf.generation import generate
 from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
 from cola_lightning.hf.logits import (
     BY_TOKEN,
@@ -33,6 +33,7 @@ from cola_lightning.hf.logits import (
     split_by_length,
     takes_mask_of_pairs,
     to_device,
+    with_attribute,
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
 from cola_lightning.hf.packed import Separation, is_packed, may_be_packed, separated, separation_of
@@ -41,6 +42,7 @@ from cola_lightning.seeding import derive_seed, seeded
 
 # What the module itself reads of a language-model batch, besides its tokens.
 READ_HERE = {"references", "metric", "prompt_ids", "prompt_mask", "decoding", "end_tokens"}
+ANSWER = Decoding(max_new_tokens=MAX_NEW_TOKENS, stop=("\n",))  # of an answer that is compared with references
 
 
 class COLACausalLM(LanguageModule):
@@ -143,18 +145,46 @@ class COLACausalLM(LanguageModule):
         make = functools.partial(METRICS[requested], named["option_ids"].shape[1])
         return {requested: (make, (output.predictions, output.targets))}
 
+    @torch.no_grad()
     def generate(self, batch: Batch, streamer: Any = None) -> list[str]:
-        """The text that the model generates after each prompt of a batch, without surrounding white space.
+        """The text that the model generates after each prompt of a batch.
 
         Args:
             batch: ``prompt_ids`` and ``prompt_mask`` (rows x length), padded on the left. ``decoding``: the fields of
                 :class:`~cola_lightning.decoding.Decoding`; without it, greedy, at most 50 tokens, up to a line's end.
                 ``end_tokens``: tokens at which it ends, besides the end of text.
             streamer: receives the tokens of a single row as they are generated: transformers' ``TextStreamer``.
+
+        Returns:
+            The text of each row, without surrounding white space, special tokens, and an end token that was added to the
+            tokenizer.
         """
-        ends = end_tokens(self.model, self.tokenizer)
-        with self._uncompiled(), evaluating(self.model):  # without dropout, also after a fit, which leaves the training mode
-            return generate(self.model, self.tokenizer, batch, ends, is_sharded=self.is_sharded, streamer=streamer)
+        from transformers import GenerationConfig
+
+        model, tokenizer = cast(Any, self.model), self.tokenizer
+        decoding = Decoding(**batch["decoding"]) if "decoding" in batch else ANSWER
+        ends = {*end_tokens(model, tokenizer), *batch.get("end_tokens", ())}
+        options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": decoding.do_sample}
+        if decoding.do_sample:  # top_k: transformers' own default is 50
+            options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        if decoding.stop:
+            options["stop_strings"] = list(decoding.stop)
+        options |= {"eos_token_id": sorted(ends) or None, "pad_token_id": tokenizer.pad_token_id}
+        hidden = ends & set(tokenizer.added_tokens_decoder)  # special or not
+        config = GenerationConfig(**options)  # type: ignore[no-untyped-call]
+        # Without dropout, also after a fit, which leaves the training mode. The configuration is the model's own, too:
+        # transformers would fill in values of that, a penalty for example.
+        with self._uncompiled(), evaluating(model), with_attribute(model, "generation_config", config):
+            generated = model.generate(
+                input_ids=batch["prompt_ids"],
+                attention_mask=batch["prompt_mask"],
+                generation_config=config,
+                tokenizer=tokenizer,  # which stop strings need
+                synced_gpus=self.is_sharded,  # then weights are gathered at each token: all processes go on until all are done
+                streamer=streamer and _FilteredStreamer(hidden, streamer),
+            )
+        new = [[token for token in row if token not in hidden] for row in generated[:, batch["prompt_ids"].shape[1] :].tolist()]
+        return [decoding.cut(text, is_open=False)[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def option_scores(self, batch: Batch) -> Tensor:
         """The mean log-probability of each option's tokens after its prompt.
@@ -334,3 +364,14 @@ def _mean_log_probabilities(logits: Tensor, batch: Batch) -> Tensor:
     means = log_probabilities.sum(-1) / lengths.clamp(min=1)
     scores: Tensor = means.masked_fill(lengths == 0, -torch.inf)
     return scores
+
+
+class _FilteredStreamer:
+    """Passes generated tokens on to a streamer, except the hidden ones."""
+
+    def __init__(self, hidden: Collection[int], streamer: Any) -> None:
+        self.hidden, self.end, self._put = torch.tensor(list(hidden), dtype=torch.long), streamer.end, streamer.put
+
+    def put(self, tokens: Tensor) -> None:
+        """Takes the prompts, rows x length, whole, and then the generated tokens."""
+        self._put(tokens if tokens.dim() > 1 else tokens[~torch.isin(tokens, self.hidden)])

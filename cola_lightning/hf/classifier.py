@@ -65,7 +65,7 @@ class COLASequenceClassifier(LanguageModule):
             )
         self.num_labels, self.metric = int(max(counts, default=2)), metric
         self._is_number_given, self.are_names_given = num_labels is not None, label_names is not None
-        self._label_names = None if label_names is None else [str(name) for name in label_names]
+        self.labels_of_base = None if label_names is None else [str(name) for name in label_names]
         super().__init__(model_name, **pretrained)
 
     # ------------------------------------------------------------------ labels
@@ -73,8 +73,8 @@ class COLASequenceClassifier(LanguageModule):
     @property
     def label_names(self) -> list[str] | None:
         """The labels in the order of the model's outputs; None while they are not known."""
-        if self._label_names is not None:
-            return self._label_names
+        if self.labels_of_base is not None:
+            return self.labels_of_base
         if self.is_made:
             return self.chain.base.labels
         pending = run_of(self).pending
@@ -102,19 +102,14 @@ class COLASequenceClassifier(LanguageModule):
         self._set_labels(own if sorted(own) == sorted(found) else found)
 
     def _set_labels(self, names: Sequence[str]) -> None:
-        self._label_names, self.num_labels = list(names), len(names)
+        self.labels_of_base, self.num_labels = list(names), len(names)
         if self.is_made:
             self._describe(self.model.config)
-            self.adapted.chain.base = replace(self.adapted.chain.base, labels=self._label_names)
+            self.adapted.chain.base = replace(self.adapted.chain.base, labels=self.labels_of_base)
 
     def _describe(self, config: Any) -> None:
-        config.id2label = dict(enumerate(self._label_names or ()))
+        config.id2label = dict(enumerate(self.labels_of_base or ()))
         config.label2id = {name: place for place, name in config.id2label.items()}
-
-    @property
-    @override
-    def labels_of_base(self) -> list[str] | None:
-        return self._label_names
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -131,14 +126,14 @@ class COLASequenceClassifier(LanguageModule):
 
     @override
     def model_fields(self) -> dict[str, Any]:
-        return {"num_labels": self.num_labels} if self._is_number_given or self._label_names is not None else {}
+        return {"num_labels": self.num_labels} if self._is_number_given or self.labels_of_base is not None else {}
 
     @override
     def build_model(self) -> Any:
         if not self.is_made and self.label_names is not None:
             self._set_labels(self.label_names)
         model: Any = super().build_model()
-        if self._label_names is not None:
+        if self.labels_of_base is not None:
             self._describe(model.config)
         self.num_labels = int(model.config.num_labels)
         model.config.pad_token_id = self.tokenizer.pad_token_id  # where a sequence ends, for heads that read its last token
