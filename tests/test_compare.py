@@ -137,6 +137,7 @@ def test_differences_to_lora_are_paired_by_seed_and_no_interval_is_made_up():
     assert (alone.difference, lost.test, lost.diverged) == (None, None, 1)
     curves = [result(curve=[[5, 1.0], [10, 2.0]]), result(seed=1, curve=[[5, 3.0]]), result(seed=2, validation=None)]
     assert mean_curve(curves) == {5: 2.0}
+    assert mean_curve([result(curve=[], steps=9, validation=v) for v in (1.0, 3.0, None)]) == {9: 2.0}  # validated at their end
 
 
 # ---------------------------------------------------------------------- a study whose runs are made up

@@ -29,7 +29,7 @@ def draw_curves(results: Results, metric: str, path: Path) -> None:
     plot_curves(axes, results)
     axes.set_xlabel("optimizer steps (dots: knots)")
     axes.set_ylabel(f"{metric}, mean over seeds")
-    if axes.get_legend_handles_labels()[0]:  # a run without validation has no curve
+    if axes.get_legend_handles_labels()[0]:  # a run that diverged before its first validation has none
         axes.legend(frameon=False)
     figure.savefig(path, dpi=130)
 
@@ -61,8 +61,9 @@ def plot_curves(axes: Any, results: Results, skip: float = 0.0, names: Mapping[s
 
 
 def mean_curve(results: Sequence[Result]) -> dict[int, float]:
-    """The metric's mean over the seeds, at each step at which all seeds have it."""
-    curves = [dict(result.curve) for result in results if result.curve]
+    """The metric's mean over the seeds, at each step at which all have it; of runs validated after their end only, that end."""
+    ends = [[(one.steps, one.validation)] if one.validation is not None else [] for one in results]
+    curves = [dict(one.curve or end) for one, end in zip(results, ends, strict=True) if one.curve or end]
     steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     return {step: statistics.fmean(curve[step] for curve in curves) for step in steps}
 
