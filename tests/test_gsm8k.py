@@ -79,6 +79,8 @@ def test_a_study_keeps_losses_by_row_and_right_answers_and_repeats_no_run_that_h
     assert float(chain[5].split()[0]) == pytest.approx(float(chain[4]) - float(lora[4]), abs=1.5e-4)
     assert lora[7].endswith("/2")
     assert [one.folder for one in study.studies()] == [stage.folder]
+    study.draw(here / "differences.png")
+    assert (here / "differences.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

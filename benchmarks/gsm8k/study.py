@@ -13,8 +13,8 @@ runs that study alone.
 
     python benchmarks/gsm8k/study.py --tables
 
-trains nothing: it collects the losses by row of finished runs, and prints the table of docs/results.md from the lines that are
-there.
+trains nothing: it collects the losses by row of finished runs, and from the lines that are there it prints the table of
+docs/results.md and draws ``differences.png``.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
@@ -39,6 +40,7 @@ sys.path.append(str(HERE.parent))
 from studies import compare, grouped, run  # noqa: E402
 
 from cola_lightning.study.config import as_words  # noqa: E402
+from cola_lightning.study.figures import COLORS  # noqa: E402
 from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read  # noqa: E402
 from cola_lightning.study.table import shown_difference, shown_test, summarize  # noqa: E402
 
@@ -294,35 +296,70 @@ def studies() -> list[Stage]:
 
 
 def rows_of(stage: Stage) -> list[list[str]]:
-    """A study's rows of the table. Differences are to LoRA at its best rate, with the same seeds."""
-    methods: dict[tuple[int, float], list[Result]] = defaultdict(list)
-    for result in sorted(stage.results, key=lambda result: result.seed):
-        methods[[*NAMES].index(result.method), result.learning_rate].append(result)
-    lora = at_best_rates(stage.results, "min", [0]).get("lora", [])
-    losses, answers = by_run(stage.folder / "rows.jsonl"), by_run(stage.folder / "answers.jsonl")
+    """A study's rows of the table."""
+    answers = by_run(stage.folder / "answers.jsonl")
     table = []
-    for _, results in sorted(methods.items()):
-        right = [answers[result.run] for result in results if result.run in answers]
-        pairs = [
-            (losses[one.run]["rows"], losses[other.run]["rows"]) for one in results for other in lora if is_pair(one, other)
-        ]
+    for results, lora, difference in compared(stage):
         summary = summarize(({} if results == lora else {"lora": lora}) | {"method": results})[-1]
+        right = [answers[result.run] for result in results if result.run in answers]
         table.append([
-            f"{stage.task}, rank {stage.rank}, {stage.steps:,} steps" + (f", {stage.variant}" if stage.variant else ""),
+            title(stage),
             NAMES[results[0].method],
             f"{summary.learning_rate:g}",
             str(summary.seeds),
             shown_test(summary),
-            "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference_over_rows(*zip(*pairs, strict=True))) if pairs else "",
+            "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference) if difference else "",
             shown_difference(summary) if summary.low is not None else "",
             " ".join(f"{line['right']}/{line['rows']}" for line in right),
         ])  # fmt: skip
     return table
 
 
+def title(stage: Stage) -> str:
+    """What a study's rows are called."""
+    return f"{stage.task}, rank {stage.rank}, {stage.steps:,} steps" + (f", {stage.variant}" if stage.variant else "")
+
+
+def compared(stage: Stage) -> Iterator[tuple[list[Result], list[Result], tuple[float, float, float] | None]]:
+    """The results of each method and learning rate, LoRA's at its best rate, and the difference to those over rows.
+
+    Only the seeds that both have are compared.
+    """
+    methods: dict[tuple[int, float], list[Result]] = defaultdict(list)
+    for result in sorted(stage.results, key=lambda result: result.seed):
+        methods[[*NAMES].index(result.method), result.learning_rate].append(result)
+    lora = at_best_rates(stage.results, "min", [0]).get("lora", [])
+    losses = by_run(stage.folder / "rows.jsonl")
+    for _, results in sorted(methods.items()):
+        pairs = [
+            (losses[one.run]["rows"], losses[other.run]["rows"]) for one in results for other in lora if is_pair(one, other)
+        ]
+        yield results, lora, difference_over_rows(*zip(*pairs, strict=True)) if pairs else None
+
+
 def is_pair(one: Result, lora: Result) -> bool:
     """Whether a result can be compared with LoRA's row by row."""
     return one.run != lora.run and one.seed == lora.seed and None not in (one.test, lora.test)
+
+
+def draw(path: Path) -> None:
+    """Plots each difference to LoRA, with its interval over the rows."""
+    found = [
+        (f"{title(stage)}: {NAMES[results[0].method]}, {results[0].learning_rate:g}", difference)
+        for stage in studies()
+        for results, _, difference in compared(stage)
+        if difference is not None
+    ]
+    figure = Figure(figsize=(7.6, 0.8 + 0.26 * len(found)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (_, (mean, low, high)) in enumerate(found):
+        axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=COLORS[0], markersize=4, capsize=3)
+    axes.axvline(0, color="0.4", linewidth=1)
+    axes.set_yticks(range(len(found)), [name for name, _ in found])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlabel("test loss minus LoRA's, in nats per token (left of the line is better)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -340,6 +377,7 @@ def main() -> None:
                 answer(stage)
     for stage in studies():
         collect_losses(stage)
+    draw(HERE / "differences.png")
     for row in [HEAD, ["---"] * len(HEAD), *rows()]:
         print(f"| {' | '.join(row)} |")
 
