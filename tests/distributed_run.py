@@ -53,9 +53,9 @@ SAME = {
     "whole-fsdp2": WHOLE,
     "idle-fsdp2": {"model": "idle", "arguments": {"modules_to_save": ["3"]}},
     "experts-stack-fsdp2": EXPERTS | {"arguments": {"experts": True, "finished_links": "stack"}},
-    "experts-fsdp1": EXPERTS | {"gradient_clip_val": None},
-    "cnn-fsdp1": {"model": "cnn", "gradient_clip_val": None},
-    "llama-fsdp1": {"model": "llama", "gradient_clip_val": None},
+    "experts-fsdp1": EXPERTS,
+    "cnn-fsdp1": {"model": "cnn"},
+    "llama-fsdp1": {"model": "llama"},
     "llama-fsdp2": {"model": "llama"},
     "gpt2-fsdp2": {"model": "gpt2"},
     "mlp-stack-fsdp2": STACK,
@@ -65,7 +65,7 @@ SAME = {
 ALONE = ["mlp-stack-ddp", "whole-fsdp2", "mlp-stack-fsdp2", "llama-fsdp1"]
 
 # Runs of one process that no checkpoint interrupts.
-STAYED = {"stayed-64": LLAMA_64, "stayed": {"model": "llama"}, "unclipped": SAME["llama-fsdp1"], "stayed-whole": WHOLE}
+STAYED = {"stayed-64": LLAMA_64, "stayed": {"model": "llama"}, "stayed-whole": WHOLE}
 # What goes on from another's checkpoint, by names that end in the strategy: that checkpoint, and the run that stayed.
 MOVED = {
     "ddp-single": ("llama-ddp.step6", "stayed-64"),
@@ -73,7 +73,7 @@ MOVED = {
     "fsdp2-single": ("llama-fsdp2.step6", "stayed"),
     "fsdp2-ddp": ("llama-fsdp2.step6", "stayed"),
     "single-fsdp2": ("stayed.step6", "stayed"),
-    "single-fsdp1": ("unclipped.step6", "unclipped"),
+    "single-fsdp1": ("stayed.step6", "stayed"),
     "whole-fsdp2-single": ("whole-fsdp2.step6", "stayed-whole"),
     "whole-single-fsdp2": ("stayed-whole.step6", "stayed-whole"),
 }

@@ -51,6 +51,9 @@ def test_help_names_every_subcommand_and_what_people_set_with_its_default(capfd)
         for name in option.split("."):
             found = found.get("init_args", found)[name]
         assert yaml.safe_load(value) == found or (option, found) == ("trainer.precision", None)
+    clipping = " ".join("\n".join(lines).partition("--trainer.gradient_clip_val")[2].split())
+    assert clipping.partition("--")[0].endswith("unscaled before. (default: 1.0) ")  # Lightning's text ends with its own
+    assert config["trainer"]["gradient_clip_val"] == 1.0
 
 
 def test_configs_lists_what_runs_without_a_clone_and_copies_it_to_where_its_header_expects_it(capfd):

@@ -130,6 +130,8 @@ def help_formatter() -> "type[DefaultHelpFormatter]":
         # Private, but what a formatter overrides: argparse's ArgumentDefaultsHelpFormatter and jsonargparse's do.
         def _get_help_string(self, action: argparse.Action) -> str:
             text = re.sub(r"(?::\w+:)?`+(?:~[\w.]+\.)?([^`]+)`+", r"`\1`", action.help or "")  # docstrings' marks for code
+            if action.default is not None:  # the text has Lightning's
+                text = text.removesuffix("\nDefault: `None`.")
             if action.required:
                 return f"{text} (required)"
             if "efault:" in text or isinstance(action.default, dict) or action.default in (None, False, [], argparse.SUPPRESS):

@@ -92,6 +92,7 @@ class COLACLI(LightningCLI):
         parser.add_class_arguments(LastCheckpoint, "last")
         parser.add_argument("--links", type=int | None, default=None, help=f"of ckpt_path or model.init_chain, the {LINKS}")
         parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({"trainer.gradient_clip_val": 1.0})
         for name, (title, description) in GROUPS.items():
             group = parser.groups[name]  # type: ignore[index]
             group.title, group.description = title, description

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -158,7 +159,7 @@ class ReplicatedTrainables(Strategy):
 
 
 def _configure_fsdp1(strategy: FSDPStrategy, module: Any) -> None:
-    """Configures FSDP1, which wraps the module later: what not to shard, and where to wrap if the user does not say."""
+    """Configures FSDP1, which wraps the module later: what not to shard, where to wrap by default, and how to clip."""
     # Lightning wraps the whole module. As under FSDP2, what is outside of the model is replicated; a checkpoint contains it.
     inside = {id(parameter) for parameter in module.model.parameters()}
     replicated = [p for p in module.parameters() if p.requires_grad or id(p) not in inside]
@@ -170,6 +171,8 @@ def _configure_fsdp1(strategy: FSDPStrategy, module: Any) -> None:
     strategy.kwargs["ignored_states"] = [*strategy.kwargs.get("ignored_states", ()), *replicated]
     if "auto_wrap_policy" not in strategy.kwargs and (blocks := repeated_blocks(module)):
         strategy.kwargs["auto_wrap_policy"] = ModuleWrapPolicy({type(block) for block in blocks})
+    # Lightning refuses to clip by the norm, of which a shard has a part. What is trained here is whole on each process.
+    strategy.precision_plugin.clip_grad_by_norm = Precision().clip_grad_by_norm  # type: ignore[method-assign]
 
 
 def _average_gradients(optimizer: Optimizer) -> None:
