@@ -7,6 +7,7 @@ Only what a subcommand needs is imported: ``inspect`` needs neither lightning no
 """
 
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -61,8 +62,10 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
         problem = f"there is no subcommand {first!r}{nearest(first, SUBCOMMANDS)}" if words else "add a subcommand"
         raise UserError(f"cola: {problem} ({', '.join(SUBCOMMANDS)}; cola --help describes them)")
     if first.startswith("-") or first in ("fit", "validate", "test", "predict"):
+        gc.disable()  # else collections go through a million imported objects, which takes a second
         from cola_lightning.cli.training import train
 
+        gc.enable()
         return train(args)
     module = importlib.import_module("cola_lightning.study.command" if first == "compare" else f"cola_lightning.cli.{first}")
     return getattr(module, first)(words[1:]) or 0

@@ -84,6 +84,12 @@ class COLACLI(LightningCLI):
     # ------------------------------------------------------------------ the options
 
     @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the subcommand that runs, because Lightning makes a parser for each."""
+        every = LightningCLI.subcommands()
+        return {name: skipped for name, skipped in every.items() if [name] == self.words[:1]} or every
+
+    @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Puts first in ``--help`` what users set most: model, data and chain; then the Trainer with its many options."""
         parser.add_lightning_class_args(COLAModule, "model", subclass_mode=True)
