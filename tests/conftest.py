@@ -20,6 +20,7 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 import pytest
 
+gc.disable()  # until all is imported
 sys.argv[:] = ["cola"]  # LightningCLI warns of arguments that are given twice
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
@@ -38,6 +39,7 @@ def pytest_collection_finish():
     import lightning.pytorch  # noqa: F401  # its log handler keeps the stderr of its first import: not that of a test
 
     gc.freeze()  # what is imported stays: the collector goes through a million objects less each time
+    gc.enable()
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -3,7 +3,10 @@
 import gc
 import sys
 
+import datasets  # noqa: F401
+
 import cola_lightning.cli.training  # noqa: F401
+import tests.distributed_run  # and with it transformers
 import tests.forked  # noqa: F401
 from benchmarks.digits_model import COLADigits
 

@@ -48,6 +48,14 @@ class Command:
             self._process.start()
         self.pid = self._process.pid
 
+    def poll(self):
+        """As ``subprocess.Popen.poll``."""
+        return self._process.exitcode
+
+    def wait(self):
+        """As ``subprocess.Popen.wait``."""
+        self.returncode = self.finish().returncode
+
     def finish(self, timeout=None):
         """Waits for its end, and kills it after ``timeout`` seconds; gives what ``subprocess.run`` does, as text."""
         try:

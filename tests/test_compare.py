@@ -424,14 +424,8 @@ class ForkedRun(forked.Command):
     def __init__(self, command, stdout, stderr):
         super().__init__(*command[1:], log=stdout.name)
 
-    def poll(self):
-        return self._process.exitcode
-
     def terminate(self):
         self._process.terminate()
-
-    def wait(self):
-        self.returncode = self.finish().returncode
 
 
 @pytest.fixture

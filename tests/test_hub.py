@@ -168,13 +168,13 @@ def runs(hub, tmp_path_factory):
     streamed, each_epoch = ["--data.streaming", "true", "--data.val_size", "5"], ["--chain.every_n_epochs", "1"]
     commands = {name: {"source": name} | made.arguments for name, made in SETS.items()} | {
         "stanfordnlp/imdb": fit("stanfordnlp/imdb", model=body),
-        "no split": fit("HuggingFaceH4/ultrachat_200k"),
+        "no split": {"source": "HuggingFaceH4/ultrachat_200k"},
         "no subset": {"source": "openai/gsm8k"},
         **{name: {"source": name} for name in REFUSED},
         "old": {"source": "owner/revised", "revision": hub.old},
         "new": {"source": "owner/revised"},
         "streamed": fit("trl-lib/tldr", *streamed),
-        "streamed, no validation": fit("tatsu-lab/alpaca", *streamed, "--data.test_size", "5"),
+        "streamed, no validation": {"source": "tatsu-lab/alpaca", "streaming": True, "val_size": 5, "test_size": 5},
         "by names alone": ["fit", "--model.model_name", "owner/chat", "--data.source", "tatsu-lab/alpaca", *each_epoch],
     }
     commands = {name.replace("/", " "): command for name, command in commands.items()}
