@@ -124,13 +124,6 @@ def test_instructions_are_trained_and_answered(capfd):
         assert [row["target"] for row in predicted()] == [None, None]
 
 
-def test_one_command_without_a_config_is_a_run(capfd):
-    Path("own.jsonl").write_text("".join(f'{{"prompt": "Town {k}? ", "response": "Yes"}}\n' for k in range(20)))
-    few = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.limit_train_batches=1"]
-    assert main(["fit", "--model.model_name", "model", "--data.source", "own.jsonl", "--chain.every_n_epochs", "1", *few]) == 0
-    assert len(output(capfd, "link ")) == 3
-
-
 ENDS = """
 data:
   class_path: TemplateDataModule
