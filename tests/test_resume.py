@@ -268,9 +268,13 @@ def assert_same_state(ours, theirs):
         assert first_difference(*progress, part) is None
 
 
+STOPPED = []  # runs with workers: torch waits five seconds for each of them when the run is collected as garbage
+
+
 def test_workers_prepare_the_same_batches_and_a_validation_starts_over_in_the_same_process_too(tmp_path):
     _, expected, _ = fit(tmp_path / "whole")
-    module, before, _ = fit(tmp_path, ("validation", 4), data=Data(batch_size=4, num_workers=2))
+    module, before, run = fit(tmp_path, ("validation", 4), data=Data(batch_size=4, num_workers=2))
+    STOPPED.append(run)
     _, after, _ = fit(tmp_path / "on", ckpt_path=last(tmp_path), module=module, data=Data(batch_size=4, num_workers=1))
     for first, second, all_ in zip(before.all, after.all, expected.all, strict=True):
         assert first | second == all_
