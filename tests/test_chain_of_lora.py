@@ -1,6 +1,5 @@
 """The chain under the Trainer, against a hand-written loop and closed forms."""
 
-import csv
 import math
 
 import pytest
@@ -23,7 +22,7 @@ from cola_lightning.callbacks.chain_of_lora import check_strategy
 from cola_lightning.chain.chain import begin_link
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.errors import NonFiniteError
-from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
+from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, read_csv, toy, trainer, weights
 
 
 class Watch(Callback):
@@ -178,14 +177,9 @@ def test_the_callbacks_work_together_in_any_order(tmp_path, order):
     module = toy(ValidatedToy, optimizer=lambda p: SGD(p, lr=0.1), lr_schedule="linear")
     run.fit(module, batches(), batches(2))
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
-    rates = [float(row["lr-SGD"]) for row in logger_rows(logger) if row.get("lr-SGD")]
+    rates = [float(row["lr-SGD"]) for row in read_csv(f"{logger.log_dir}/metrics.csv") if row.get("lr-SGD")]
     assert rates == pytest.approx([0.1 * (1 - step % 20 / 20) for step in range(40)])
     assert module.link == 1
-
-
-def logger_rows(logger):
-    with open(f"{logger.log_dir}/metrics.csv") as file:
-        return list(csv.DictReader(file))
 
 
 def test_early_stopping_counts_on_across_knots(tmp_path):
@@ -266,7 +260,7 @@ def test_one_log_line_a_link(tmp_path, caplog):
         "link 2 live at the end: steps 20 to 30",
     ]
     assert all("val_loss" in line for line in lines)
-    assert [row["link"] for row in logger_rows(logger) if row.get("link")] == ["0.0", "1.0", "2.0"]
+    assert [row["link"] for row in read_csv(f"{logger.log_dir}/metrics.csv") if row.get("link")] == ["0.0", "1.0", "2.0"]
 
 
 # ---------------------------------------------------------------------- a link that gets no gradient

@@ -1,6 +1,5 @@
 """The command line as a user meets it: what it writes, what it says, and its exit status. Mistakes: tests/test_refusals.py."""
 
-import csv
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ from cola_lightning.cli import main
 from cola_lightning.errors import causes
 from cola_lightning.study.config import resolved
 from tests import forked, tiny
-from tests.toy import DIGITS, FAST, LAST, wait_for
+from tests.toy import DIGITS, FAST, LAST, read_csv, wait_for
 
 pytestmark = [
     # Lightning's advice about folders that are used again.
@@ -154,7 +153,7 @@ def test_a_run_in_the_users_home_is_in_one_folder_in_which_last_is_found(monkeyp
 
 
 def logged(version, name):
-    rows = csv.DictReader(Path(f"runs/version_{version}/metrics.csv").read_text().splitlines())
+    rows = read_csv(f"runs/version_{version}/metrics.csv")
     return {int(row["step"]): float(row[name]) for row in rows if row[name]}
 
 
@@ -290,8 +289,6 @@ def test_a_fit_without_a_limit_is_of_three_epochs(limit, epochs):
 # ---------------------------------------------------------------------- what fails, and what is stopped
 
 OWN = """
-import csv
-import json
 import os
 import signal
 

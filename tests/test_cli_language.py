@@ -1,6 +1,5 @@
 """Language models from the command line: a run and what follows it."""
 
-import csv
 import json
 import shlex
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from cola_lightning.cli import main
 from tests import forked, tiny
 from tests.test_distributed import as_torchrun
+from tests.toy import read_csv
 
 CONFIG = """
 seed_everything: 0
@@ -177,8 +177,7 @@ def test_two_processes_are_one():
         assert row == alone
     losses = []
     for path in sorted(Path("runs").rglob("metrics.csv")):
-        lines = csv.DictReader(path.read_text().splitlines())
-        losses.append([float(line["val_loss"]) for line in lines if line["val_loss"]])
+        losses.append([float(row["val_loss"]) for row in read_csv(path) if row["val_loss"]])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 

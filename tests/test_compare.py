@@ -1,7 +1,6 @@
 """``cola compare``: methods on one config, at equal numbers of optimizer steps."""
 
 import contextlib
-import csv
 import functools
 import json
 import math
@@ -30,7 +29,7 @@ from cola_lightning.study.results import Result, at_best_rates, best_rates, writ
 from cola_lightning.study.run import run
 from cola_lightning.study.table import summarize
 from tests import forked
-from tests.toy import DIGITS, wait_for
+from tests.toy import DIGITS, read_csv, wait_for
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,10 +37,6 @@ ROOT = Path(__file__).parent.parent
 def result(method="lora", seed=0, rate=1e-2, validation=1.0, test=None, **facts):
     facts = {"rank": 1, "links": 1, "steps": 10, "seconds": 1.0, "peak_memory": 9.0, "trainable_parameters": 5} | facts
     return Result(method, seed, rate, validation=validation, test=validation if test is None else test, **facts)
-
-
-def table(path):
-    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 # ---------------------------------------------------------------------- methods
@@ -208,7 +203,7 @@ def test_a_study_leaves_lines_and_tables(tmp_path, runs, capsys):
     assert [(r["method"], r["learning_rate"], r["seed"]) for r in lines(tmp_path)] == [
         (name, rate, seed) for seed in (0, 1) for name in ("lora", "cola-2") for rate in (1e-2, 2e-2)
     ]
-    lora, cola = table(tmp_path / "table.csv")
+    lora, cola = read_csv(tmp_path / "table.csv")
     assert (lora["method"], lora["links"], lora["learning_rate"]) == ("lora", "1", "0.01")
     assert (cola["method"], cola["links"], cola["learning_rate"]) == ("cola-2", "2", "0.01")
     assert float(cola["difference"]) == pytest.approx(0.1)
@@ -371,7 +366,7 @@ def test_a_run_is_the_fit_of_the_same_values(tmp_path):
     assert main(["test", *fit, "--ckpt_path", str(tmp_path / "fit/runs/version_0/checkpoints/last.ckpt")]) == 0
     folder = tmp_path / "study" / "runs" / "cola-lr0.02-seed0"
     of_fit = tmp_path / "fit/runs/version_0"
-    fitted, tested, mine = (table(path / "metrics.csv") for path in (of_fit, of_fit / "test/version_0", folder))
+    fitted, tested, mine = (read_csv(path / "metrics.csv") for path in (of_fit, of_fit / "test/version_0", folder))
     val = [float(row["val_accuracy"]) for row in fitted if row.get("val_accuracy")]
     assert [value for _, value in line["curve"]] == pytest.approx(val, abs=0)
     assert line["validation"] == val[-1]

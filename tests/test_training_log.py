@@ -1,6 +1,5 @@
 """What a run tells its loggers: its configuration, and for each logged step its rate, gradient norm, speed and link."""
 
-import csv
 import importlib
 import math
 import time
@@ -15,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from cola_lightning import COLACausalLM
 from tests import tiny
 from tests.test_step_loss import LENGTHS, Shuffled, batches_of, rows_of
-from tests.toy import batches, toy, trainer
+from tests.toy import batches, read_csv, toy, trainer
 
 OPTIONS = {
     "model/rank": 4,
@@ -57,8 +56,8 @@ def fit(folder, logger):
 
 
 def rows_of_csv(folder):
-    with (folder / "metrics.csv").open() as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    rows = read_csv(folder / "metrics.csv")
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
 
 def test_a_step_is_logged_with_its_rate_norm_and_speed_and_links_do_not_store_them(tmp_path):

@@ -1,6 +1,7 @@
 """A small model, data and trainer that the tests share."""
 
 import copy
+import csv
 import time
 from pathlib import Path
 
@@ -117,6 +118,11 @@ def _shallow_copy(module):
     twin = copy.copy(module)
     vars(twin).update({name: value.copy() for name, value in vars(twin).items() if isinstance(value, dict | set)})
     return twin
+
+
+def read_csv(path):
+    """The rows of a file with a header."""
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
 
 
 def wait_for(is_so, seconds=120):
