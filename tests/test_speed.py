@@ -80,7 +80,7 @@ def test_a_step_needs_less_memory_than_pefts(speed):
 
 
 def test_a_step_on_experts_needs_less_memory_than_pefts_and_no_more_time(speed):
-    for _, mine, other, _, limit, values in speed.measure_experts(speed.mixture(1, 512), [64], 3):
+    for _, mine, other, _, limit, values in speed.measure_experts(speed.mixture(1, 512), [64], 1):
         assert speed.ratio(values, mine, other) <= SLACK * limit
 
 
@@ -94,7 +94,7 @@ def test_a_large_vocabulary_needs_a_part_of_the_memory_of_all_its_logits(speed):
 
 
 def test_64_finished_ranks_cost_little_and_a_knot_as_much_memory_as_computed(bases, speed):
-    width, layers, targets, mode = 768, 1, 2, ("bfloat16", "stack")
+    width, layers, targets, mode = 384, 1, 2, ("bfloat16", "stack")
     results = bases.measure_steps(speed.shape(layers, width, 500), speed.TARGETS, 3, [mode], length=8)
     assert speed.ratio(results["seconds"], "bfloat16 stack, 64 ranks", "bfloat16 stack, one link") <= SLACK * bases.STEP_LIMIT
     computed = layers * targets * bases.RANK * (width + width) * 2 / 1e6

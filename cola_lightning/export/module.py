@@ -104,7 +104,7 @@ def _export_chain(chain: Chain, options: ExportOptions) -> list[str]:
             again = Chain.load(partial)
         if len(again) != len(chain) or not again.is_beginning_of(chain):
             raise ExportError("the exported chain has other factors when it is loaded again, so the export was deleted")
-        return [f"{len(chain)} links; loaded again, their factors are the same to the bit"]
+        return [f"links: {len(chain)}; loaded again, their factors are the same to the bit"]
 
 
 # ---------------------------------------------------------------------- a model card
