@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from cola_lightning.data.splits import load_splits
 from cola_lightning.data.tasks import TASKS
-from cola_lightning.hf.language import Pretrained
+from cola_lightning.hf.pretrained import Pretrained
 
 HERE = Path(__file__).parent
 UNITS = ("seconds", "mib")

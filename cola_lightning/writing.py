@@ -90,6 +90,20 @@ def check_free(path: Path, *, overwrite: bool = False) -> None:
         )
 
 
+def check_writable(field: str, folder: str | Path) -> None:
+    """Refuses a folder that cannot be created or written to, without creating it; a URL is not checked.
+
+    Args:
+        field: its name in messages.
+        folder: the folder.
+    """
+    path = Path(os.path.realpath(folder))
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if "://" not in str(folder) and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        why = f"{existing} is a file, or you have no write permission"
+        raise UserError(f"{field}: cannot write to {str(folder)!r}: {why}")
+
+
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
     try:

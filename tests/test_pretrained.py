@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, UserError
-from cola_lightning.hf.language import Pretrained
+from cola_lightning.hf.pretrained import Pretrained
 from tests import tiny
 
 

@@ -46,7 +46,7 @@ MISTAKES = [
     (FIT + "--chain.patience 3", "chain: .*every_n_epochs and patience"),
     (FIT + "--trainer.strategy ddp_spawn", "trainer.strategy: "),
     (FIT + "--trainer.val_check_interval 1000", ".*val_check_interval"),
-    (FIT + "--trainer.default_root_dir a_file/sub", "cola: cannot use '.*a_file.*': Not a directory"),
+    (FIT + "--trainer.default_root_dir a_file/sub", ".*a_file is a file"),
     (FIT + "--config beside.yaml", "model.optimizer: .*inside its init_args"),
     (FIT + "--config typo.yaml", ".*'trainer.max_epoch'"),
     (FIT + "--links 2", "model.init_links: "),

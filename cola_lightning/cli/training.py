@@ -33,6 +33,7 @@ from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.run import run_of
 from cola_lightning.module.state import of_data
+from cola_lightning.writing import check_writable
 
 log = logging.getLogger(__name__)
 CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextDataModule"}  # where none is named
@@ -210,6 +211,7 @@ class COLACLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         root = os.path.expanduser(config.default_root_dir or os.getcwd())
+        check_writable("trainer.default_root_dir", root)
         self.watch.is_interval_given = config.log_every_n_steps is not None or config.barebones
         if not config.barebones:
             if config.logger in (None, True):  # Lightning's own choice depends on whether tensorboard is installed

@@ -16,7 +16,7 @@ from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_loss, n_bytes
-from cola_lightning.hf.language import ANSWER_METRICS, METRICS, LanguageModule, Measured, StepOutput
+from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
 from cola_lightning.hf.logits import (
     BY_TOKEN,
     Array,
@@ -35,6 +35,7 @@ from cola_lightning.hf.logits import (
     to_device,
     with_attribute,
 )
+from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
 from cola_lightning.hf.packed import Separation, is_packed, may_be_packed, separated, separation_of
 from cola_lightning.module.run import run_of
 from cola_lightning.seeding import derive_seed, seeded

@@ -12,8 +12,9 @@ from typing_extensions import override
 
 from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
-from cola_lightning.hf.language import METRICS, LanguageModule, Measured, StepOutput
+from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
 from cola_lightning.hf.logits import check_taken, taken_by
+from cola_lightning.hf.metrics import METRICS
 from cola_lightning.module.run import run_of
 
 

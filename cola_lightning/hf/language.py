@@ -1,226 +1,26 @@
-"""What the modules for Hugging Face models share: the model, its tokenizer, and the steps with their metrics.
-
-The model's files come from the hub, from a folder, or from an installed Python package.
-"""
+"""What the modules for Hugging Face models share: the model, its tokenizer, and the steps with their metrics."""
 
 import functools
-import importlib.util
-import os
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import BinaryF1Score, MulticlassF1Score, MulticlassMatthewsCorrCoef
-from torchmetrics.text import SQuAD
+from torchmetrics import Metric
 from typing_extensions import override
 
-from cola_lightning.errors import UserError, one_line
+from cola_lightning.errors import UserError
 from cola_lightning.export.verify import Dtype
 from cola_lightning.hf.logits import HostValues
+from cola_lightning.hf.metrics import Accuracy
+from cola_lightning.hf.pretrained import Pretrained
 from cola_lightning.lora.inject import is_within
-from cola_lightning.lora.linear4bit import Quantization, check_quantization, quantize
+from cola_lightning.lora.linear4bit import Quantization, quantize
 from cola_lightning.module.module import COLAModule
 from cola_lightning.module.run import run_of, trainer_of
-
-PACKAGE_PREFIX = "package:"
-
-
-def package_folder(model_name: str) -> Path:
-    """The folder of the installed Python package with the import name after ``package:``.
-
-    Raises:
-        UserError: if there is none.
-    """
-    name = model_name.removeprefix(PACKAGE_PREFIX)
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"model.model_name: no package is installed here for {model_name!r}. After {PACKAGE_PREFIX} comes the name by "
-            "which Python imports it"
-        )
-    return Path(spec.submodule_search_locations[0])
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """The files of a pretrained model.
-
-    Args:
-        model_name: a hub id (``facebook/opt-125m``), a folder, or ``package:NAME``: the folder of the installed Python package
-            with that import name.
-        revision: branch, tag or commit on the hub.
-        dtype: of the weights in memory.
-        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None: transformers' choice.
-        trust_remote_code: run the Python files that come with the model.
-        gguf_file: name of a GGUF file among the model's files, whose weights transformers de-quantises. A package that holds
-            nothing but one GGUF file needs no name.
-
-    Raises:
-        UserError: if a package has several GGUF files, and none is named.
-    """
-
-    model_name: str
-    revision: str | None = None
-    dtype: Dtype = "float32"
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    gguf_file: str | None = None
-
-    def __post_init__(self) -> None:
-        """Finds the GGUF file of a package that has no other model."""
-        if self.gguf_file or not self.model_name.startswith(PACKAGE_PREFIX):
-            return
-        folder = package_folder(self.model_name)
-        files = [] if (folder / "config.json").exists() else sorted(path.name for path in folder.glob("*.gguf"))
-        if len(files) > 1:
-            raise UserError(f"model.gguf_file: {self.model_name!r} has several files, name one of {', '.join(files)}")
-        object.__setattr__(self, "gguf_file", next(iter(files), None))
-
-    @property
-    def name(self) -> str:
-        """The name, and the revision if one is requested."""
-        return self.model_name + (f"@{self.revision}" if self.revision else "")
-
-    @property
-    def is_found_by_name(self) -> bool:
-        """Whether transformers and PEFT find the model by its name alone."""
-        return not self.gguf_file and not self.model_name.startswith(PACKAGE_PREFIX)
-
-    def load(self, auto_class: Any, **arguments: Any) -> Any:
-        """The result of ``auto_class.from_pretrained`` on the files.
-
-        Args:
-            auto_class: one of transformers' Auto classes.
-            **arguments: for ``from_pretrained``, besides those that say where the files are.
-
-        Raises:
-            UserError: if there is no such package, or no such files, or the class cannot load them.
-        """
-        options = {"trust_remote_code": self.trust_remote_code, "gguf_file": self.gguf_file, "revision": self.revision}
-        is_package = self.model_name.startswith(PACKAGE_PREFIX)
-        place = str(package_folder(self.model_name)) if is_package else os.path.expanduser(self.model_name)
-        try:
-            return auto_class.from_pretrained(place, **options, **arguments)
-        except (OSError, ValueError) as error:
-            what = f"{auto_class.__name__} cannot load a model from {self.model_name!r}"
-            raise UserError(f"model.model_name: {what}: {one_line(str(error))}") from error
-
-    def config(self, **fields: Any) -> Any:
-        """The model's configuration, with some of its fields given."""
-        from transformers import AutoConfig
-
-        return self.load(AutoConfig, **fields)
-
-    def tokenizer(self) -> Any:
-        """The model's tokenizer; one without a padding token pads with its end-of-text token, which is masked anyway."""
-        from transformers import AutoTokenizer
-
-        tokenizer = self.load(AutoTokenizer)
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers' result for a folder without its files
-            raise UserError(f"model.model_name: {self.model_name!r} has no tokenizer files")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        return tokenizer
-
-    def model_and_new_weights(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> tuple[Any, list[str]]:
-        """The model in training mode: ``from_pretrained`` leaves it in evaluation mode, where it would train without dropout.
-
-        Args:
-            auto_class: such as ``AutoModelForCausalLM``.
-            is_empty: only the shapes matter: the weights are not read.
-            **fields: of the configuration, such as ``num_labels``.
-
-        Returns:
-            The model, and the names of the newly initialised weights, which the files do not contain; none if ``is_empty``.
-        """
-        options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
-        if is_empty:
-            options["trust_remote_code"] = self.trust_remote_code
-            return auto_class.from_config(self.config(**fields), **options).train(), []
-        model, info = self.load(auto_class, output_loading_info=True, **options, **fields)
-        model.train()
-        if self.gguf_file is not None:  # de-quantised: save_pretrained would take it for a quantised model, and refuse
-            model.hf_quantizer, model.is_quantized = None, False
-            del model.config.quantization_config
-        return model, sorted(info["missing_keys"])
-
-    @staticmethod
-    def new_modules(model: nn.Module, new_weights: Iterable[str]) -> list[str]:
-        """The largest modules that hold new weights and no pretrained one, and single layers that hold both.
-
-        Args:
-            model: the model.
-            new_weights: the names of its newly initialised weights.
-        """
-        new, found = set(new_weights), list[str]()
-        for name, module in model.named_modules():
-            weights = {f"{name}.{key}" for key in module.state_dict()}
-            is_new = weights <= new or not any(True for _ in module.children())
-            if weights & new and is_new and not any(name.startswith(f"{outer}.") for outer in found):
-                found.append(name)
-        return found
-
-
-# ---------------------------------------------------------------------- metrics of labels, options and answers
-
-
-class Accuracy(MeanMetric):
-    """The share of predictions that equal their targets."""
-
-    @override
-    def update(self, predictions: Tensor, targets: Tensor) -> None:  # type: ignore[override]
-        super().update((predictions == targets).float())
-
-
-class MatthewsCorrCoef(MulticlassMatthewsCorrCoef):
-    """Matthews' correlation coefficient, from -1 to 1; 0 where all predictions or all targets are equal, as in scikit-learn."""
-
-    @override
-    def compute(self) -> Tensor:
-        is_constant = any((self.confmat.sum(dim) > 0).sum() < 2 for dim in (0, 1))
-        return torch.zeros((), device=self.confmat.device) if is_constant else super().compute()
-
-
-class OfAnswers(SQuAD):
-    """One of SQuAD's two metrics of answers, from 0 to 1.
-
-    ``f1`` is the mean over rows of an answer's F1 in words, without case, punctuation and articles; ``exact_match`` the share
-    of answers that are right except for these and blanks. If neither an answer nor a reference has a word left ("the" and
-    "A"), both are 1, as in SQuAD's evaluation since version 2; the protocol's code, like version 1, has an F1 of 0 there.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    @override
-    def update(self, texts: list[str], references: list[list[str]]) -> None:  # type: ignore[override]
-        """Takes answers, and the references of each; the best match counts."""
-        predictions = [{"prediction_text": text, "id": str(k)} for k, text in enumerate(texts)]
-        answers = ({"text": some, "answer_start": [0] * len(some)} for some in references)
-        targets: list[Any] = [{"answers": some, "id": str(k)} for k, some in enumerate(answers)]
-        super().update(predictions, targets)
-
-    @override
-    def compute(self) -> torch.Tensor:  # type: ignore[override]
-        return super().compute()[self.name] / 100
-
-
-# By their names: of the number of options, a metric of predictions and targets; and one of generated answers and references.
-METRICS: dict[str, Callable[[int], Metric]] = {
-    "accuracy": lambda n_options: Accuracy(),
-    "f1": lambda n_options: BinaryF1Score() if n_options == 2 else MulticlassF1Score(n_options, average="macro"),
-    "matthews_corrcoef": MatthewsCorrCoef,
-}
-ANSWER_METRICS = {name: functools.partial(OfAnswers, name) for name in ("f1", "exact_match")}
-
-
-# ---------------------------------------------------------------------- the module
 
 
 @dataclass(frozen=True)
@@ -293,7 +93,7 @@ class LanguageModule(COLAModule, ABC):
         self.named_base = self.pretrained
         self.quantization = quantization
         if quantization is not None:
-            check_quantization(quantization)
+            importlib.import_module("bitsandbytes")  # an error now, not once the base has been read
             if self.lora_config.target_modules is None:
                 raise UserError(
                     "model.target_modules: must not be null with model.quantization: 4-bit weights cannot be trained"
@@ -368,7 +168,7 @@ class LanguageModule(COLAModule, ABC):
         wide = [*self.lora_config.modules_to_save, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
         skip = [name for module, name in names.items() if module is head or is_within(name, wide)]
         skip += [name for name in names.values() if not f"{name}.".startswith(body and f"{body}.")]
-        quantize(model, getattr(torch, self.pretrained.dtype), skip)
+        quantize(model, getattr(torch, self.pretrained.dtype), skip, self.quantization or "nf4")
 
     # ------------------------------------------------------------------ the steps
 

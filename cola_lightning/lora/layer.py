@@ -339,7 +339,7 @@ class LoRALayer(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
+        return ", ".join(filter(None, (super().extra_repr(), f"rank={self.rank}, alpha={self.alpha:g}")))
 
 
 @torch.no_grad()

@@ -6,9 +6,8 @@ transformers' default: quantised once more, they would depend on the number of t
 
 import copy
 import functools
-import importlib
 from collections.abc import Collection
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +20,14 @@ from cola_lightning.lora.layer_types import LoRALinear
 Quantization = Literal["nf4"]
 
 
-def check_quantization(quantization: str) -> None:
-    """Refuses an unknown quantization, before any weight is read; bitsandbytes must be installed."""
-    if quantization not in get_args(Quantization):
-        raise UserError(f"model.quantization: must be null or {', '.join(get_args(Quantization))}, got {quantization!r}")
-    importlib.import_module("bitsandbytes")  # an error now, not once the base has been read
-
-
-def quantize(model: nn.Module, dtype: torch.dtype, skip: Collection[str] = ()) -> None:
-    """Quantises the linear layers of a model to NF4, in place and one by one.
+def quantize(model: nn.Module, dtype: torch.dtype, skip: Collection[str] = (), quantization: Quantization = "nf4") -> None:
+    """Quantises the linear layers of a model, in place and one by one.
 
     Args:
         model: on the CPU, so that the result is the same on every machine.
         dtype: the compute dtype of the quantised layers.
         skip: names of layers to leave unchanged.
+        quantization: the data type; bitsandbytes refuses one that it does not know.
 
     Raises:
         UserError: if there are no other linear layers.
@@ -44,7 +37,7 @@ def quantize(model: nn.Module, dtype: torch.dtype, skip: Collection[str] = ()) -
     layers: list[Any] = [layer for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in skip]
     if not layers:
         raise UserError(f"model.quantization: a {type(model).__name__} has no Linear layers to quantize")
-    options: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}
+    options: dict[str, Any] = {"quant_type": quantization, "compress_statistics": False}
     with torch.device("meta"):
         like = Linear4bit(1, 1, compute_dtype=dtype, **options)
     for layer in layers:
