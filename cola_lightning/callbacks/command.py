@@ -129,7 +129,7 @@ class ConfigSaver(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pass
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _save(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         if trainer.sanity_checking or self.already_saved:
             return
         self.already_saved, folder = True, run_folder(trainer)
@@ -140,10 +140,7 @@ class ConfigSaver(SaveConfigCallback):
             config.ckpt_path = config.links = None  # another run's: this run's own checkpoints are next to the file
             self.parser.save(config, path, skip_none=False, overwrite=True, multifile=self.multifile)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: D102
-        self._save(trainer, pl_module)
-
-    on_validation_start = on_test_start = on_predict_start = _save
+    on_train_batch_start = on_validation_start = on_test_start = on_predict_start = _save
 
 
 class ChainProgressBar(RichProgressBar):

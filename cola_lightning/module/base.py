@@ -24,12 +24,12 @@ from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.schedule import FitPosition, TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
-from cola_lightning.module.checkpoint import RecordsArguments, class_path
+from cola_lightning.module.arguments import RecordsArguments, class_path
 from cola_lightning.module.fsdp import repeated_blocks, shard_module
 from cola_lightning.module.run import Run, StepLoss, run_of, trainer_of
 
 
-class AdaptedModule(LightningModule, RecordsArguments):
+class BaseCOLAModule(LightningModule, RecordsArguments):
     """The part of a :class:`~cola_lightning.COLAModule` that makes its model, and knows what it consists of.
 
     Lightning makes a model late, in ``configure_model``, and much reads it before: optimizers, summaries, a subclass' own
@@ -319,7 +319,7 @@ class AdaptedModule(LightningModule, RecordsArguments):
 # ---------------------------------------------------------------------- the values that its state dict contains
 
 
-def values_of(module: AdaptedModule, prefix: str = "", *, keep_vars: bool = True, into: Any = None) -> dict[str, Any]:
+def values_of(module: BaseCOLAModule, prefix: str = "", *, keep_vars: bool = True, into: Any = None) -> dict[str, Any]:
     """The parameters, buffers and extra states of a module that training may change: no frozen ones of the model's.
 
     Args:
@@ -340,7 +340,7 @@ def values_of(module: AdaptedModule, prefix: str = "", *, keep_vars: bool = True
     return state
 
 
-def values_outside(module: AdaptedModule) -> dict[str, Tensor]:
+def values_outside(module: BaseCOLAModule) -> dict[str, Tensor]:
     """The tensors that training changes outside of a module's model; lazy ones have no values yet."""
     first = module.adapted.trained.first
     return {
@@ -351,7 +351,7 @@ def values_outside(module: AdaptedModule) -> dict[str, Tensor]:
     }
 
 
-def aliases(module: AdaptedModule) -> dict[str, str]:
+def aliases(module: BaseCOLAModule) -> dict[str, str]:
     """Other names of the model's parameters and buffers, for a module that holds a part of the model a second time.
 
     Returns:

@@ -26,13 +26,13 @@ from cola_lightning.chain.checkpoint import STATE_PREFIX
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.lora.layer import is_quantized, lora_layers
-from cola_lightning.module.base import AdaptedModule, values_of
-from cola_lightning.module.checkpoint import MARK, AtomicCheckpointIO, class_path, is_recorded, readable
+from cola_lightning.module.arguments import MARK, class_path, is_recorded, plain_hyperparameters
+from cola_lightning.module.base import BaseCOLAModule, values_of
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.optimization import warn_of_half_precision
 from cola_lightning.module.rewind import Rewind, align_logged_step, resume_rewound
 from cola_lightning.module.run import Late, accumulation_schedulers, run_length, run_of
-from cola_lightning.module.state import of_data
+from cola_lightning.module.state import AtomicCheckpointIO, of_data
 from cola_lightning.seeding import derive_seed, seeded
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class FitCallback(Callback):
         module: the module.
     """
 
-    def __init__(self, module: AdaptedModule) -> None:
+    def __init__(self, module: BaseCOLAModule) -> None:
         self.module = module
         self._rewind = Rewind()
         self._batch = ExitStack()  # the scope of a batch's seed
@@ -134,21 +134,13 @@ class FitCallback(Callback):
         run.optimization.check_lengths(lengths)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_loss(trainer)
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave(trainer, pl_module)
-
-    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._leave(trainer, pl_module)
         if run_of(self.module).is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
             for part, is_training in self._modes:
                 part.training = is_training
 
-    def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _leave(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Cleans up at the end of a Trainer's run, and stores where it ended."""
         self._batch.close()
         run = run_of(self.module)
@@ -159,6 +151,8 @@ class FitCallback(Callback):
         fitter = run.trainer
         if fitter is not None and fitter.state.status == TrainerStatus.RUNNING and fitter.lightning_module is pl_module:
             pl_module.trainer = fitter  # inside of whose fit another Trainer has evaluated the module
+
+    teardown = _leave
 
     # ------------------------------------------------------------------ epochs and batches
 
@@ -186,10 +180,6 @@ class FitCallback(Callback):
             self._rewind.expect_window(trainer, batch_idx + 1)
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batch.close()  # of an epoch that a hook has cut short
-
-    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._check_loss(trainer)
@@ -204,15 +194,17 @@ class FitCallback(Callback):
             self._seed("validation", trainer.global_rank, trainer.global_step, dataloader_idx, batch_idx)
 
     @override
-    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._batch.close()
-
-    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = run_of(self.module)
         if run.is_validating:
             self._log.restart_clock()
         run.is_validating = False
+
+    def _restore_generators(self, *args: Any, **kwargs: Any) -> None:
+        """Ends the scope of a batch's seed."""
+        self._batch.close()
+
+    on_validation_batch_end = on_train_epoch_end = _restore_generators  # the latter if a hook has cut an epoch short
 
     def _seed(self, *place: object) -> None:
         """Seeds the global generators for a batch; they are restored after it."""
@@ -248,11 +240,13 @@ class FitCallback(Callback):
             if trainer.is_global_zero:
                 warn_of_no_gradient(self._without_gradient, self.module.model)
 
-    def _check_loss(self, trainer: Trainer) -> None:
+    def _check_loss(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Checks the loss of the last step, and shows it: a progress bar of Lightning's would read a new one at each batch."""
         loss = self.module.step_loss.check()
         if loss is not None and self._is_loss_shown:
             trainer.progress_bar_metrics["train_loss"] = loss
+
+    on_train_end = _check_loss
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -269,7 +263,7 @@ class FitCallback(Callback):
             resume_rewound(checkpoint, self.state_key)
 
 
-def attach(module: AdaptedModule, trainer: Trainer) -> None:
+def attach(module: BaseCOLAModule, trainer: Trainer) -> None:
     """Attaches a module's callback to its Trainer: after the user's, and before those that write checkpoints."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(one, FitCallback) and one.module is module for one in callbacks):
@@ -279,7 +273,7 @@ def attach(module: AdaptedModule, trainer: Trainer) -> None:
         trainer.callbacks = [*first, FitCallback(module), *last]  # type: ignore[attr-defined]
 
 
-def prepare_checkpoint(module: AdaptedModule, checkpoint: dict[str, Any]) -> None:
+def prepare_checkpoint(module: BaseCOLAModule, checkpoint: dict[str, Any]) -> None:
     """Completes a checkpoint, and refuses one from which no run could go on.
 
     Raises:
@@ -294,7 +288,7 @@ def prepare_checkpoint(module: AdaptedModule, checkpoint: dict[str, Any]) -> Non
         raise NonFiniteError(f"{reason}, in link {module.link}: this checkpoint is not written")
     own = checkpoint.get("current_model_state", {}).items()  # weight averaging has put a copy's state in the place of it
     checkpoint["state_dict"] |= {name: value for name, value in own if name.startswith(STATE_PREFIX)}
-    checkpoint |= readable(checkpoint)
+    checkpoint |= plain_hyperparameters(checkpoint)
 
 
 # ---------------------------------------------------------------------- what would go wrong without an error
@@ -413,7 +407,7 @@ class TrainingLog:
         module: the module.
     """
 
-    def __init__(self, trainer: Trainer, module: AdaptedModule) -> None:
+    def __init__(self, trainer: Trainer, module: BaseCOLAModule) -> None:
         self.module = module
         self._waiting: tuple[int, dict[str, float], Late | None] | None = None  # the present step's, if logged
         self.restart_clock()
@@ -446,7 +440,7 @@ class TrainingLog:
             logger.log_metrics(values | ({} if norm is None else {"grad_norm": norm.read()}), step=step)
 
 
-def configuration(trainer: Trainer, module: AdaptedModule) -> dict[str, dict[str, Any]]:
+def configuration(trainer: Trainer, module: BaseCOLAModule) -> dict[str, dict[str, Any]]:
     """The plain options of a fit: of model, data, chain and optimizer; no secret, and nothing that is not set."""
     arguments, optimizer = module.constructor_arguments, trainer.optimizers[0]
     data: Any = trainer.datamodule  # type: ignore[attr-defined]

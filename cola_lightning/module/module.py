@@ -22,8 +22,8 @@ from cola_lightning.errors import UserError
 from cola_lightning.export.module import export_trained
 from cola_lightning.export.verify import Dtype, ExportOptions, Format
 from cola_lightning.lora.config import LoRAConfig
-from cola_lightning.module.base import AdaptedModule, values_of
-from cola_lightning.module.checkpoint import device_of, made_again, read_arguments
+from cola_lightning.module.arguments import device_of, made_again, read_arguments
+from cola_lightning.module.base import BaseCOLAModule, values_of
 from cola_lightning.module.fit import attach, prepare_checkpoint
 from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.module.run import Run, run_of, trainer_of
@@ -32,7 +32,7 @@ from cola_lightning.module.state import StateDictError, of_data, prepare_loading
 log = logging.getLogger(__name__)
 
 
-class COLAModule(AdaptedModule):
+class COLAModule(BaseCOLAModule):
     """A pretrained model that is fine-tuned with a chain of low-rank links.
 
     A subclass defines ``build_model`` and ``training_step``. ``self.model`` is what ``build_model`` returned, with its target

@@ -10,7 +10,6 @@ import math
 import os
 import secrets
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,10 +141,6 @@ class Run:
     def begin_metrics(self, trainer: Trainer | None) -> None:
         """Begins a link's metrics: the values logged so far are not its own."""
         self.earlier_metrics, self.previous_metrics = {}, dict(trainer.callback_metrics) if trainer else {}
-
-    def load_metrics(self, of_link: Mapping[str, float], logged: Mapping[str, Any]) -> None:
-        """Loads the metrics of a checkpoint: the current link's, and all that its Trainer had logged."""
-        self.earlier_metrics, self.previous_metrics, self.stored_metrics = dict(of_link), {}, dict(logged)
 
     def restore_metrics(self, trainer: Trainer) -> None:
         """Restores the last logged values in a resumed Trainer: Lightning does not, and a rule by metrics may read them."""

@@ -4,20 +4,25 @@ Lightning's checkpoint contains the state dict, and so everything that a resume 
 """
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
+from torch.utils.serialization import config
+from typing_extensions import override
 
 from cola_lightning import layout
 from cola_lightning.chain.base import check_same_base, weight_of
 from cola_lightning.chain.chain import METADATA, Link, check_links, describe_link, link_fields, own_values, pack
-from cola_lightning.chain.checkpoint import STATE_PREFIX, StoredState
+from cola_lightning.chain.checkpoint import STATE_PREFIX, OpenedCheckpoint, StoredState, read_archive
 from cola_lightning.chain.schedule import FitPosition
-from cola_lightning.errors import UserError
-from cola_lightning.module.base import AdaptedModule, aliases, is_frozen, values_of
-from cola_lightning.module.checkpoint import plain
+from cola_lightning.errors import UserError, causes
+from cola_lightning.module.arguments import plain
+from cola_lightning.module.base import BaseCOLAModule, aliases, is_frozen, values_of
 from cola_lightning.module.run import run_of, trainer_of
+from cola_lightning.writing import atomic_file
 
 
 class StateDictError(UserError, RuntimeError):
@@ -27,7 +32,7 @@ class StateDictError(UserError, RuntimeError):
 # ---------------------------------------------------------------------- the rest of the state
 
 
-def state_of(module: AdaptedModule, prefix: str = "") -> dict[str, Tensor]:
+def state_of(module: BaseCOLAModule, prefix: str = "") -> dict[str, Tensor]:
     """A module's state besides its trained values: its finished links, and its :func:`facts_of`.
 
     Args:
@@ -38,7 +43,7 @@ def state_of(module: AdaptedModule, prefix: str = "") -> dict[str, Tensor]:
     return {f"{prefix}{STATE_PREFIX}{name}": value for name, value in packed.items()}
 
 
-def facts_of(module: AdaptedModule) -> dict[str, Any]:
+def facts_of(module: BaseCOLAModule) -> dict[str, Any]:
     """What is stored of a module besides its trained values and its finished links; :func:`restore` reads it.
 
     A fact that a later release adds is missing in earlier files: read it with ``get``.
@@ -84,10 +89,50 @@ def of_data(trainer: Any, name: str) -> dict[str, Any]:
     return {}
 
 
+# ---------------------------------------------------------------------- the file
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a local checkpoint to disk next to its destination, then renames it in one step; refuses to read damaged ones.
+
+    Lightning writes to the system's temporary folder first, which is often another file system, so that its move is a copy.
+
+    Args:
+        opened: a checkpoint that was read already, for its path.
+    """
+
+    def __init__(self, opened: OpenedCheckpoint | None = None) -> None:
+        super().__init__()
+        self.opened = opened
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        # Without checksums, which a user may have turned off, it would be refused when read.
+        with config.patch("save.compute_crc32", True):  # type: ignore[attr-defined]  # of torch's config modules
+            if storage_options is not None or "://" in str(path):
+                super().save_checkpoint(checkpoint, path, storage_options)
+                return
+            with atomic_file(Path(path)) as partial, partial.open("wb") as file:
+                try:
+                    torch.save(checkpoint, file)
+                except RuntimeError as error:  # torch's own, for a full disk, too
+                    raise next((cause for cause in causes(error) if isinstance(cause, OSError)), error) from error
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if self.opened is not None and self.opened.path == str(path) and (contents := self.opened.take()):
+            return contents
+        # Lightning's default unpickles what is at a URL
+        checkpoint: dict[str, Any] = read_archive(path, weights_only=weights_only is not False)
+        return checkpoint
+
+
 # ---------------------------------------------------------------------- loading
 
 
-def prepare_loading(module: AdaptedModule, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+def prepare_loading(module: BaseCOLAModule, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Restores a module from a state dict before torch loads its values, also for a module inside another one.
 
     A hook of torch's, which may change the state dict. It takes our own entries from it, and adds what no state dict of ours
@@ -117,7 +162,7 @@ def prepare_loading(module: AdaptedModule, state_dict: dict[str, Any], prefix: s
             state_dict.setdefault(name, state_dict.get(f"{prefix}{others.get(own, own)}", value))
 
 
-def restore(module: AdaptedModule, state: StoredState) -> bool:
+def restore(module: BaseCOLAModule, state: StoredState) -> bool:
     """Brings a module to a state: its base, its finished links, and where the current link began.
 
     If fewer links are requested (``links`` of the pending checkpoint), a link begins after them, and what else is trained gets
@@ -157,17 +202,18 @@ def restore(module: AdaptedModule, state: StoredState) -> bool:
     run.left_at = FitPosition(*facts["position"])
     if facts["live"] is not None:
         adapted.resume_link(Link(**link_fields(facts["live"]), factors={}))
-    run.load_metrics(link_fields(facts["live"])["metrics"] if facts["live"] else {}, facts["callback_metrics"])
+    run.earlier_metrics = link_fields(facts["live"])["metrics"] if facts["live"] else {}
+    run.previous_metrics, run.stored_metrics = {}, facts["callback_metrics"]
     return True
 
 
-def _dtype_of(module: AdaptedModule, state: StoredState) -> torch.dtype:
+def _dtype_of(module: BaseCOLAModule, state: StoredState) -> torch.dtype:
     """The dtype to which the state's run cast adapted weights; without links, the module's own."""
     dtype: torch.dtype = getattr(torch, state.facts["dtype"]) if state.facts["dtype"] else module.adapted.cast_dtype
     return dtype
 
 
-def _check_same_choices(module: AdaptedModule, state: StoredState) -> None:
+def _check_same_choices(module: BaseCOLAModule, state: StoredState) -> None:
     """Refuses to resume a fit with options that the checkpoint's would override.
 
     Raises:

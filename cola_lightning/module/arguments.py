@@ -1,7 +1,4 @@
-"""Lightning's checkpoints as files: written atomically, checked when read, and made into modules again.
-
-For that, a module's class and constructor arguments are recorded.
-"""
+"""A module's constructor arguments: recorded, stored in its checkpoints as plain values, and passed to its class again."""
 
 import functools
 import inspect
@@ -18,17 +15,12 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
-from torch.utils.serialization import config
-from typing_extensions import override
 
 import cola_lightning
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_archive
-from cola_lightning.errors import UserError, causes
+from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
-from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +98,7 @@ def _parameters(cls: type) -> list[inspect.Parameter]:
     """The arguments of a class; of this package's classes also those that they pass on: to the base, and to LoRAConfig."""
     classes = [one for one in cls.__mro__[: cls.__mro__.index(LightningModule)] if "__init__" in vars(one)]
     found: dict[str, inspect.Parameter] = {}
-    for owner in (*classes[:-1], LoRAConfig):  # the last, AdaptedModule, gets its arguments from COLAModule
+    for owner in (*classes[:-1], LoRAConfig):  # the last, BaseCOLAModule, gets its arguments from COLAModule
         is_passing_on = owner.__module__.startswith("cola_lightning.")
         for name, parameter in inspect.signature(owner.__init__).parameters.items():  # type: ignore[misc]
             if parameter.kind is not parameter.VAR_KEYWORD or not is_passing_on:
@@ -241,47 +233,7 @@ def find_class(path: str) -> type:
     raise UserError(f"checkpoint: its class {path!r} cannot be imported. Work in the folder that contains it, or install it")
 
 
-# ---------------------------------------------------------------------- the file
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a local checkpoint to disk next to its destination, then renames it in one step; refuses to read damaged ones.
-
-    Lightning writes to the system's temporary folder first, which is often another file system, so that its move is a copy.
-
-    Args:
-        opened: a checkpoint that was read already, for its path.
-    """
-
-    def __init__(self, opened: OpenedCheckpoint | None = None) -> None:
-        super().__init__()
-        self.opened = opened
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        # Without checksums, which a user may have turned off, it would be refused when read.
-        with config.patch("save.compute_crc32", True):  # type: ignore[attr-defined]  # of torch's config modules
-            if storage_options is not None or "://" in str(path):
-                super().save_checkpoint(checkpoint, path, storage_options)
-                return
-            with atomic_file(Path(path)) as partial, partial.open("wb") as file:
-                try:
-                    torch.save(checkpoint, file)
-                except RuntimeError as error:  # torch's own, for a full disk, too
-                    raise next((cause for cause in causes(error) if isinstance(cause, OSError)), error) from error
-
-    @override
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        if self.opened is not None and self.opened.path == str(path) and (contents := self.opened.take()):
-            return contents
-        # Lightning's default unpickles what is at a URL
-        checkpoint: dict[str, Any] = read_archive(path, weights_only=weights_only is not False)
-        return checkpoint
-
-
-def readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The hyperparameters of a checkpoint that are plain: ``torch.load(weights_only=True)`` may not read others.
 
     Classes of hyperparameters are removed from the checkpoint.
