@@ -35,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if args is None else list(args)
     with _logging():
         try:
-            return _run(words, args)
+            return _run(words)
         except KeyboardInterrupt:  # of a command that handles no signals
             return 130
         except SystemExit as exit_:  # --help, a signal, or code of the user's
@@ -50,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return status
 
 
-def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
+def _run(words: list[str]) -> int:
     if words == ["--version"]:  # without slow imports
         print(f"cola {__version__}")
         return 0
@@ -61,14 +61,12 @@ def _run(words: Sequence[str], args: Sequence[str] | None) -> int:
     if not first.startswith("-") and first not in SUBCOMMANDS:
         problem = f"there is no subcommand {first!r}{nearest(first, SUBCOMMANDS)}" if words else "add a subcommand"
         raise UserError(f"cola: {problem} ({', '.join(SUBCOMMANDS)}; cola --help describes them)")
-    if first.startswith("-") or first in ("fit", "validate", "test", "predict"):
-        gc.disable()  # else collections go through a million imported objects, which takes a second
-        from cola_lightning.cli.training import train
-
-        gc.enable()
-        return train(args)
-    module = importlib.import_module("cola_lightning.study.command" if first == "compare" else f"cola_lightning.cli.{first}")
-    return getattr(module, first)(words[1:]) or 0
+    is_lightnings = first.startswith("-") or first in ("fit", "validate", "test", "predict")
+    file = "cli.training" if is_lightnings else "study.command" if first == "compare" else f"cli.{first}"
+    gc.disable()  # else collections go through a million imported objects, which takes a second
+    module = importlib.import_module(f"cola_lightning.{file}")
+    gc.enable()
+    return module.train(words) if is_lightnings else getattr(module, first)(words[1:]) or 0
 
 
 def _refusal(error: BaseException) -> tuple[str, int] | None:

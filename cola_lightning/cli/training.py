@@ -62,9 +62,8 @@ OF_CLASS = re.compile(r"Parser key \"(model|data)\":.*?class_path '([\w.]+)'", r
 class COLACLI(LightningCLI):
     """LightningCLI with the group ``chain``, metrics in a CSV file, and predictions in a JSONL file."""
 
-    def __init__(self, args: Sequence[str] | None, watch: RunWatch) -> None:
-        self.watch = watch
-        self.words = sys.argv[1:] if args is None else list(args)
+    def __init__(self, words: list[str], watch: RunWatch) -> None:
+        self.words, self.watch = words, watch
         self.opened: OpenedCheckpoint | None = None
         # Without allow_abbrev=False, argparse would accept --chain.every_n_epoch as --chain.every_n_epochs.
         strict: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False, "formatter_class": help_formatter()}
@@ -317,11 +316,11 @@ def _inside_init_args(option: re.Match[str]) -> str:
     return f"--{option['group']}.init_args={text.strip()}"
 
 
-def train(args: Sequence[str] | None) -> int:
+def train(words: list[str]) -> int:
     """Runs a LightningCLI subcommand.
 
     Args:
-        args: the arguments of ``cola``; None: the process's.
+        words: the arguments of ``cola``.
 
     Returns:
         The exit status, 0.
@@ -332,7 +331,7 @@ def train(args: Sequence[str] | None) -> int:
     watch = RunWatch()
     with watch.listening():
         try:
-            cli = COLACLI(args, watch)
+            cli = COLACLI(words, watch)
             with contextlib.suppress(RuntimeError):  # if another process has failed
                 cli.trainer.strategy.barrier()
         finally:
