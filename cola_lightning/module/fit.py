@@ -22,17 +22,15 @@ from typing_extensions import override
 
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain.checkpoint import STATE_PREFIX
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
-from cola_lightning.errors import NonFiniteError, UserError
+from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized, lora_layers
-from cola_lightning.module.arguments import MARK, class_path, is_recorded, plain_hyperparameters
+from cola_lightning.module.arguments import MARK, class_path, is_recorded
 from cola_lightning.module.base import BaseCOLAModule, values_of
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
-from cola_lightning.module.optimization import warn_of_half_precision
 from cola_lightning.module.rewind import Rewind, align_logged_step, resume_rewound
 from cola_lightning.module.run import Late, accumulation_schedulers, run_length, run_of
-from cola_lightning.module.state import AtomicCheckpointIO, of_data
+from cola_lightning.module.state import AtomicCheckpointIO, of_data, prepare_checkpoint
 from cola_lightning.seeding import derive_seed, seeded
 
 log = logging.getLogger(__name__)
@@ -273,24 +271,6 @@ def attach(module: BaseCOLAModule, trainer: Trainer) -> None:
         trainer.callbacks = [*first, FitCallback(module), *last]  # type: ignore[attr-defined]
 
 
-def prepare_checkpoint(module: BaseCOLAModule, checkpoint: dict[str, Any]) -> None:
-    """Completes a checkpoint, and refuses one from which no run could go on.
-
-    Raises:
-        NonFiniteError: for a loss or a trained value that is not finite, and after a knot that failed halfway.
-    """
-    module.step_loss.check()
-    values = ((name, value) for name, value in module.named_parameters() if value.requires_grad)
-    reason = next((f"{name!r} is no longer finite" for name, value in values if not torch.isfinite(value).all()), None)
-    if run_of(module).is_tying:
-        reason = "a knot failed halfway"
-    if reason is not None:
-        raise NonFiniteError(f"{reason}, in link {module.link}: this checkpoint is not written")
-    own = checkpoint.get("current_model_state", {}).items()  # weight averaging has put a copy's state in the place of it
-    checkpoint["state_dict"] |= {name: value for name, value in own if name.startswith(STATE_PREFIX)}
-    checkpoint |= plain_hyperparameters(checkpoint)
-
-
 # ---------------------------------------------------------------------- what would go wrong without an error
 
 
@@ -304,6 +284,15 @@ def check_one_seed(seed: int | None) -> None:
         raise UserError(
             "model.seed: set it, or seed_everything. The model was accessed before the processes were joined, so they drew "
             f"{len(seeds)} different seeds"
+        )
+
+
+def warn_of_half_precision(model: nn.Module) -> None:
+    """Warns of fully trained parameters in half precision; links are always in float32."""
+    if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        log.warning(
+            "fully trained parameters are in half precision, which rounds small steps away: model.dtype float32 with "
+            "trainer.precision bf16-mixed keeps them in float32"
         )
 
 

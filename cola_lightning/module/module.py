@@ -24,10 +24,10 @@ from cola_lightning.export.verify import Dtype, ExportOptions, Format
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.arguments import device_of, made_again, read_arguments
 from cola_lightning.module.base import BaseCOLAModule, values_of
-from cola_lightning.module.fit import attach, prepare_checkpoint
+from cola_lightning.module.fit import attach
 from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
 from cola_lightning.module.run import Run, run_of, trainer_of
-from cola_lightning.module.state import StateDictError, of_data, prepare_loading, state_of
+from cola_lightning.module.state import StateDictError, of_data, prepare_checkpoint, prepare_loading, state_of
 
 log = logging.getLogger(__name__)
 

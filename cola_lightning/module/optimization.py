@@ -324,12 +324,3 @@ def _kept(state: dict[str, Any], parameter: Tensor, share: float, used: tuple[An
     n_kept = max(1, round(share * int(is_used.sum())))
     is_kept = is_used & (sizes >= sizes[is_used].topk(n_kept).values[-1])
     return {name: torch.where(is_kept, value, 0) if name in moments else value for name, value in state.items()}
-
-
-def warn_of_half_precision(model: nn.Module) -> None:
-    """Warns of fully trained parameters in half precision; links are always in float32."""
-    if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
-        log.warning(
-            "fully trained parameters are in half precision, which rounds small steps away: model.dtype float32 with "
-            "trainer.precision bf16-mixed keeps them in float32"
-        )

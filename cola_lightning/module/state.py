@@ -18,8 +18,8 @@ from cola_lightning.chain.base import check_same_base, weight_of
 from cola_lightning.chain.chain import METADATA, Link, check_links, describe_link, link_fields, own_values, pack
 from cola_lightning.chain.checkpoint import STATE_PREFIX, OpenedCheckpoint, StoredState, read_archive
 from cola_lightning.chain.schedule import FitPosition
-from cola_lightning.errors import UserError, causes
-from cola_lightning.module.arguments import plain
+from cola_lightning.errors import NonFiniteError, UserError, causes
+from cola_lightning.module.arguments import plain, plain_hyperparameters
 from cola_lightning.module.base import BaseCOLAModule, aliases, is_frozen, values_of
 from cola_lightning.module.run import run_of, trainer_of
 from cola_lightning.writing import atomic_file
@@ -90,6 +90,24 @@ def of_data(trainer: Any, name: str) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------- the file
+
+
+def prepare_checkpoint(module: BaseCOLAModule, checkpoint: dict[str, Any]) -> None:
+    """Completes a checkpoint, and refuses one from which no run could go on.
+
+    Raises:
+        NonFiniteError: for a loss or a trained value that is not finite, and after a knot that failed halfway.
+    """
+    module.step_loss.check()
+    values = ((name, value) for name, value in module.named_parameters() if value.requires_grad)
+    reason = next((f"{name!r} is no longer finite" for name, value in values if not torch.isfinite(value).all()), None)
+    if run_of(module).is_tying:
+        reason = "a knot failed halfway"
+    if reason is not None:
+        raise NonFiniteError(f"{reason}, in link {module.link}: this checkpoint is not written")
+    own = checkpoint.get("current_model_state", {}).items()  # weight averaging has put a copy's state in the place of it
+    checkpoint["state_dict"] |= {name: value for name, value in own if name.startswith(STATE_PREFIX)}
+    checkpoint |= plain_hyperparameters(checkpoint)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
