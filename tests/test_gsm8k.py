@@ -72,12 +72,15 @@ def test_a_study_keeps_losses_by_row_and_right_answers_and_repeats_no_run_that_h
     assert not (here / "runs").exists()
     assert {path.name: path.read_text() for path in stage.folder.glob("*.jsonl")} == kept
 
-    base, lora, chain = study.rows()
-    assert base[1] == "before training"
-    assert float(base[4]) != float(lora[4])
-    assert [lora[1], lora[2], lora[3], lora[5]] == ["LoRA", "0.001", "1", ""]
-    assert float(chain[5].split()[0]) == pytest.approx(float(chain[4]) - float(lora[4]), abs=1.5e-4)
-    assert lora[7].endswith("/2")
+    head, *rows = study.table()
+    assert "over seeds" not in head  # of one seed
+    base, lora, chain = (dict(zip(head, row, strict=True)) for row in rows)
+    assert base["method"] == "before training"
+    assert float(base["test loss"]) != float(lora["test loss"])
+    assert [lora["method"], lora["rate"], lora["seeds"], lora["to LoRA, over rows"]] == ["LoRA", "0.001", "1", ""]
+    difference = float(chain["test loss"]) - float(lora["test loss"])
+    assert float(chain["to LoRA, over rows"].split()[0]) == pytest.approx(difference, abs=1.5e-4)
+    assert lora["right answers"].endswith("/2")
     assert [one.folder for one in study.studies()] == [stage.folder]
     study.draw(here / "differences.png")
     assert (here / "differences.png").read_bytes().startswith(b"\x89PNG")

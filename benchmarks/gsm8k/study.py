@@ -275,14 +275,19 @@ def difference_over_rows(ours: Sequence[Rows], theirs: Sequence[Rows]) -> tuple[
 HEAD = ["GSM8K, Zig", "method", "rate", "seeds", "test loss", "to LoRA, over rows", "over seeds", "right answers"]
 
 
-def rows() -> list[list[str]]:
-    """The table: the model before training, and, for each study that has lines, a row for each method and learning rate."""
-    table = []
+def table() -> list[list[str]]:
+    """The head, the model before training, and, for each study that has lines, a row for each method and learning rate.
+
+    A column that is empty is left out.
+    """
+    found = []
     for line in _lines(HERE / "base.jsonl"):
         total = sum(size for _, size in line["rows"])
         mean = sum(loss * size for loss, size in line["rows"]) / total
-        table.append([line["task"], "before training", "", "", f"{mean:.4f}", "", "", ""])
-    return grouped(table + [row for stage in studies() for row in rows_of(stage)])
+        found.append([line["task"], "before training", "", "", f"{mean:.4f}", "", "", ""])
+    found = grouped(found + [row for stage in studies() for row in rows_of(stage)])
+    kept = [place for place in range(len(HEAD)) if any(row[place] for row in found)]
+    return [[row[place] for place in kept] for row in [HEAD, *found]]
 
 
 def studies() -> list[Stage]:
@@ -378,7 +383,8 @@ def main() -> None:
     for stage in studies():
         collect_losses(stage)
     draw(HERE / "differences.png")
-    for row in [HEAD, ["---"] * len(HEAD), *rows()]:
+    head, *rows = table()
+    for row in [head, ["---"] * len(head), *rows]:
         print(f"| {' | '.join(row)} |")
 
 
