@@ -10,6 +10,7 @@ import sys
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import torch
 from lightning.pytorch import Callback
@@ -32,7 +33,8 @@ from cola_lightning import (
     layout,
 )
 from cola_lightning.data.encoding import collate_language
-from cola_lightning.hf import chunked_loss
+from cola_lightning.decoding import Decoding
+from cola_lightning.hf import causal_lm, chunked_loss
 from tests import tiny
 from tests.toy import trainer
 
@@ -406,6 +408,7 @@ def predicted(folder):
         module.trainer.predict(module, datamodule=Data())
 
 
+@mock.patch.object(causal_lm, "ANSWER", Decoding(max_new_tokens=6, stop=("\n",)))
 def written(folder):
     """Generated answers; the model and its rows lie in the folder."""
     for strategy in ("ddp", "fsdp2") if world() > 1 else ("single",):

@@ -4,6 +4,7 @@ import gc
 import sys
 
 import datasets  # noqa: F401
+import peft  # noqa: F401
 
 import cola_lightning.cli.training  # noqa: F401
 import tests.distributed_run  # and with it transformers
