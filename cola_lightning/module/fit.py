@@ -441,7 +441,7 @@ def configuration(trainer: Trainer, module: BaseCOLAModule) -> dict[str, dict[st
     if data is not None:
         found["data"] = {"class_path": class_path(type(data))} | of_data(trainer, "identity") | _plain(vars(data))
     given = {part: {name: value for name, value in of_part.items() if value is not None} for part, of_part in found.items()}
-    text = json.dumps(given, default=str)
+    text = json.dumps(given, default=str)  # of a marked configuration or dtype, its contents
     plain: dict[str, dict[str, Any]] = json.loads(text, object_hook=lambda one: one["value"] if MARK in one else one)
     return plain
 
