@@ -3,7 +3,6 @@
 import gc
 import sys
 
-import datasets  # noqa: F401
 import peft  # noqa: F401
 
 import cola_lightning.cli.training  # noqa: F401
