@@ -311,7 +311,7 @@ def rows_of(stage: Stage) -> list[list[str]]:
             title(stage),
             NAMES[results[0].method],
             f"{summary.learning_rate:g}",
-            str(summary.seeds),
+            str(summary.seeds) if summary.seeds > 1 else "",
             shown_test(summary),
             "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference) if difference else "",
             shown_difference(summary) if summary.low is not None else "",
