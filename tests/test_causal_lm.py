@@ -289,8 +289,8 @@ def test_validation_means_are_over_rows_and_tokens_whatever_the_batches(tmp_path
     module = causal_lm(tmp_path)
 
     def metrics(data):
-        (messages,) = trainer(tmp_path).validate(module, datamodule=data, verbose=False)
-        return messages
+        (found,) = trainer(tmp_path).validate(module, datamodule=data, verbose=False)
+        return found
 
     for make in (lambda size: TextDataModule(source, eval_batch_size=size), lambda size: tiny.reviews(eval_batch_size=size)):
         assert metrics(make(100)) == pytest.approx(metrics(make(7)), abs=1e-5)

@@ -1,5 +1,6 @@
 """The chain under the Trainer, against a hand-written loop and closed forms."""
 
+import json
 import math
 
 import pytest
@@ -240,6 +241,14 @@ def test_other_tools_that_would_break_a_chain_are_refused(tmp_path):
             trainer(tmp_path, callback, chain={}, max_epochs=1).fit(toy(), batches())
     with pytest.raises(UserError, match=r"trainer\.strategy: "):
         check_strategy(trainer(tmp_path, strategy="ddp_fork", devices=1).strategy)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_next_to_averaged_weights_a_checkpoint_has_the_runs_own_position_and_metrics(tmp_path):
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="5", every_n_train_steps=5)
+    trainer(tmp_path, EMAWeightAveraging(), saving, max_steps=5, enable_checkpointing=True).fit(toy(), batches())
+    checkpoint = torch.load(tmp_path / "5.ckpt", weights_only=True)
+    assert json.loads(bytes(checkpoint["state_dict"]["chain.metadata"].tolist()))["facts"]["position"] == [0, 5]
 
 
 def test_what_a_run_never_reaches_is_a_warning(tmp_path, caplog):
