@@ -27,7 +27,7 @@ from transformers import OPTConfig
 
 from cola_lightning import COLACausalLM, LoRAConfig
 from cola_lightning.lora.inject import lora_class
-from cola_lightning.lora.linear4bit import quantize
+from cola_lightning.lora.quantization import quantize
 
 Mode = tuple[str, str]  # base, what becomes of finished links
 MODES: list[Mode] = [

@@ -88,7 +88,7 @@ def build(name: str, base: str, device: str) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     (block,) = model.model.layers
     if base == "nf4":
-        from cola_lightning.lora.linear4bit import quantize
+        from cola_lightning.lora.quantization import quantize
 
         quantize(block.cpu(), torch.bfloat16)
         block.to(device)

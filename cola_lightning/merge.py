@@ -16,7 +16,7 @@ from cola_lightning.chain.chain import Link, add_links
 from cola_lightning.lora.experts import close_experts
 from cola_lightning.lora.inject import begin_merging
 from cola_lightning.lora.layer import lora_layers
-from cola_lightning.lora.linear4bit import dequantize
+from cola_lightning.lora.quantization import dequantize
 
 
 def merge(

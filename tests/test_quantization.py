@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from cola_lightning import COLACausalLM, COLAModule, COLASequenceClassifier, EpochDataModule, LoRAConfig, UserError, inject_lora
 from cola_lightning.chain.base import describe_base
 from cola_lightning.cli import main
-from cola_lightning.lora import linear4bit
+from cola_lightning.lora import quantization
 from tests import tiny
 from tests.toy import (
     ValidatedToy,
@@ -79,7 +79,7 @@ def test_a_base_is_the_same_however_many_threads_make_it():
         try:
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(2112, 1024, bias=False))  # more than 32,768 scales
-            linear4bit.quantize(model, torch.float32)
+            quantization.quantize(model, torch.float32)
         finally:
             torch.set_num_threads(1)
         inject_lora(model, LoRAConfig(["0"], rank=2, alpha=4, finished_links="stack"))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from cola_lightning import ChainOfLoRA, COLAModule, LoRAConfig
-from cola_lightning.lora import linear4bit
+from cola_lightning.lora import quantization
 from cola_lightning.lora.inject import lora_class
 
 # Of commands: a run of three links on the digits, and where its checkpoint is.
@@ -90,7 +90,7 @@ def quantized_linear(dtype=torch.float32, bias=True):
     """A linear layer in 4 bits, of a size that bitsandbytes can pack anew."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96, bias=bias, dtype=dtype))
-    linear4bit.quantize(model, dtype)
+    quantization.quantize(model, dtype)
     return model[0]
 
 

@@ -21,7 +21,7 @@ from cola_lightning.export.verify import ExportOptions, digest_of, loading_again
 from cola_lightning.lora.experts import is_experts
 from cola_lightning.lora.inject import is_linear, is_within
 from cola_lightning.lora.layer import is_quantized
-from cola_lightning.lora.linear4bit import dequantize
+from cola_lightning.lora.quantization import dequantize
 from cola_lightning.merge import cast_floats, free
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.writing import atomic_folder

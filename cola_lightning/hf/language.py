@@ -18,7 +18,7 @@ from cola_lightning.hf.logits import HostValues
 from cola_lightning.hf.metrics import Accuracy
 from cola_lightning.hf.pretrained import Pretrained
 from cola_lightning.lora.inject import is_within
-from cola_lightning.lora.linear4bit import Quantization, quantize
+from cola_lightning.lora.quantization import Quantization, quantize
 from cola_lightning.module.module import COLAModule
 from cola_lightning.module.run import run_of, trainer_of
 

@@ -6,11 +6,12 @@ merged into.
 """
 
 import logging
+import pydoc
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,8 +21,8 @@ from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.config import LoRAConfig, is_matched
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, is_experts, open_experts
 from cola_lightning.lora.layer import LoRALayer, cast_, is_quantized, lora_layers
-from cola_lightning.lora.layer_types import LoRAConv1d, LoRAConv2d, LoRALinear, lora_conv1d
-from cola_lightning.lora.linear4bit import dequantize_, keep_layout, lora_linear_4bit
+from cola_lightning.lora.layer_types import LoRAConv1d, LoRAConv2d, LoRALinear
+from cola_lightning.lora.quantization import dequantize_, keep_layout
 
 ALL_LINEAR = "all-linear"
 
@@ -33,20 +34,20 @@ NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d, *
 
 # ---------------------------------------------------------------------- layer types
 
-Registered = TypeVar("Registered", bound=type[LoRALayer] | Callable[[], type[LoRALayer]])
+Registered = TypeVar("Registered", bound=type[LoRALayer])
 
 
 class _Entry(NamedTuple):
-    lora_class: Any  # the class, or a function that makes it on first use
+    lora_class: type[LoRALayer] | str  # or its dotted name, for one whose file imports another package
     is_linear: bool
 
 
-# Layer type -> its LoRA class. Another package's type is given by name; its LoRA class is made once a model has such a layer.
+# Layer type -> its LoRA class. Another package's type is given by name, and so is a LoRA class that needs the package.
 _entries: dict[type | str, _Entry] = {
     nn.Linear: _Entry(LoRALinear, is_linear=True),
-    "transformers.pytorch_utils.Conv1D": _Entry(lora_conv1d, is_linear=True),
+    "transformers.pytorch_utils.Conv1D": _Entry("cola_lightning.lora.conv1d.LoRAConv1D", is_linear=True),
     "transformers.models.falcon.modeling_falcon.FalconLinear": _Entry(LoRALinear, is_linear=True),  # it, too, is x W^T + b
-    "bitsandbytes.nn.modules.Linear4bit": _Entry(lora_linear_4bit, is_linear=True),
+    "bitsandbytes.nn.modules.Linear4bit": _Entry("cola_lightning.lora.linear4bit.LoRALinear4bit", is_linear=True),
     ExpertsProjection: _Entry(LoRAExpertsProjection, is_linear=True),  # which a model has only if experts are wanted
     nn.Conv1d: _Entry(LoRAConv1d, is_linear=False),
     nn.Conv2d: _Entry(LoRAConv2d, is_linear=False),
@@ -56,12 +57,11 @@ _entries: dict[type | str, _Entry] = {
 def register_lora_layer(layer_type: type[nn.Module] | str, *, is_linear: bool = False) -> Callable[[Registered], Registered]:
     """Registers a LoRA class for a layer type, in place of any other for that type.
 
-    A decorator for the class (``class LoRAMine(LoRALayer, Mine)``), or for a function without arguments that returns it and is
-    called once a model has such a layer. The class must be registered wherever a chain is trained or loaded.
+    A decorator for the class (``class LoRAMine(LoRALayer, Mine)``), which must be registered wherever a chain is trained or
+    loaded.
 
     Args:
-        layer_type: the plain layer's class, itself and no subclass, or its dotted name (``"package.module.Class"``), so that
-            the package need not be imported.
+        layer_type: the plain layer's class, itself and no subclass, or its dotted name (``"package.module.Class"``).
         is_linear: whether ``all-linear`` includes these layers.
 
     Example:
@@ -105,23 +105,14 @@ def lora_class(module: nn.Module) -> type[LoRALayer] | None:
     entry = _find(module)
     if entry is None:
         return None
-    found: type[LoRALayer] = entry.lora_class if isinstance(entry.lora_class, type) else entry.lora_class()
-    return found
+    found = entry.lora_class
+    return cast(type[LoRALayer], pydoc.locate(found)) if isinstance(found, str) else found
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a layer that ``all-linear`` includes."""
     entry = _find(module)
     return entry is not None and entry.is_linear
-
-
-def __getattr__(name: str) -> Any:
-    """The classes that are made on first use, for pickle, which finds a class by its module and name."""
-    if name == "LoRAConv1D":
-        return lora_conv1d()
-    if name == "LoRALinear4bit":
-        return lora_linear_4bit()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # ---------------------------------------------------------------------- into a model, and out again

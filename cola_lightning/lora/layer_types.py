@@ -3,7 +3,6 @@
 The A of a convolution is a convolution with ``rank`` output channels, and B one of size 1 after it.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,26 +23,6 @@ class LoRALinear(LoRALayer, nn.Linear):
         >>> layer.lora_A.shape, layer.lora_B.shape, layer.delta_weight().shape
         (torch.Size([2, 4]), torch.Size([3, 2]), torch.Size([3, 4]))
     """
-
-
-@functools.cache
-def lora_conv1d() -> type[LoRALayer]:
-    """``LoRAConv1D``: its base class lives in transformers, which takes seconds to import."""
-    from transformers.pytorch_utils import Conv1D
-
-    class LoRAConv1D(LoRALayer, Conv1D):  # type: ignore[misc]  # both declare the weight
-        """GPT-2's ``Conv1D`` (a linear layer whose weight is in x out) with a link."""
-
-        weight_is_transposed = True
-
-        @classmethod
-        @override
-        def matrix_sizes(cls, layer: Any) -> tuple[int, int]:
-            return layer.nx, layer.nf
-
-    # Where pickle finds it.
-    LoRAConv1D.__module__, LoRAConv1D.__qualname__ = "cola_lightning.lora.inject", "LoRAConv1D"
-    return LoRAConv1D
 
 
 # ---------------------------------------------------------------------- convolutions

@@ -1,134 +1,40 @@
-"""4-bit bases, by bitsandbytes: quantised, adapted, and de-quantised again.
+"""bitsandbytes' 4-bit linear layer with a link, in a file of its own: bitsandbytes is an optional package."""
 
-Source: Dettmers et al., "QLoRA" (arXiv 2305.14314): the NF4 data type, in blocks of 64. Its scales stay in float32, as is
-transformers' default: quantised once more, they would depend on the number of threads.
-"""
-
-import copy
-import functools
-from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from bitsandbytes import matmul_4bit
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor
 from typing_extensions import override
 
-from cola_lightning.errors import UserError
-from cola_lightning.lora.layer import LoRALayer, is_quantized
-from cola_lightning.lora.layer_types import LoRALinear
-
-Quantization = Literal["nf4"]
+from cola_lightning.lora.layer import LoRALayer
+from cola_lightning.lora.quantization import dequantized_weight
 
 
-def quantize(model: nn.Module, dtype: torch.dtype, skip: Collection[str] = (), quantization: Quantization = "nf4") -> None:
-    """Quantises the linear layers of a model, in place and one by one.
+class LoRALinear4bit(LoRALayer, Linear4bit):  # type: ignore[misc]
+    """bitsandbytes' 4-bit linear layer with a link; finished links are stacked."""
 
-    Args:
-        model: on the CPU, so that the result is the same on every machine.
-        dtype: the compute dtype of the quantised layers.
-        skip: names of layers to leave unchanged.
-        quantization: the data type; bitsandbytes refuses one that it does not know.
+    weight: Any
+    compute_dtype: torch.dtype | None
 
-    Raises:
-        UserError: if there are no other linear layers.
-    """
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    @override
+    def _prepare_weight(self, *, is_stacking: bool) -> torch.dtype:
+        self.source_dtype = self.weight.quant_type
+        return self.compute_dtype or torch.float32
 
-    layers: list[Any] = [layer for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in skip]
-    if not layers:
-        raise UserError(f"model.quantization: a {type(model).__name__} has no Linear layers to quantize")
-    options: dict[str, Any] = {"quant_type": quantization, "compress_statistics": False}
-    with torch.device("meta"):
-        like = Linear4bit(1, 1, compute_dtype=dtype, **options)
-    for layer in layers:
-        vars(layer).update({name: value for name, value in vars(like).items() if not hasattr(layer, name)})
-        layer.__class__ = Linear4bit
-        layer.weight = Params4bit(layer.weight.detach(), requires_grad=False, **options, module=layer)
-        layer.to("cpu")  # which quantises it
-        keep_layout(layer)
+    @override
+    def base_forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):  # which does not cover this product
+            x = x.to(torch.get_autocast_dtype(device))
+        dtype = x.dtype
+        if dtype == torch.float64:  # its kernels do not support it
+            x = x.float()
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y: Tensor = matmul_4bit(x, self.weight, bias=bias, quant_state=self.weight.quant_state)
+        return y.to(dtype)
 
-
-def keep_layout(layer: Any) -> None:
-    """Keeps bitsandbytes from repacking a 4-bit weight, and computing with other kernels, in evaluation on some CPUs."""
-    layer.state_dict()  # restores a repacked weight
-    layer.support_avx512bf16_for_cpu = False
-
-
-def dequantized_weight(layer: Any) -> Tensor:
-    """The weight that a 4-bit layer computes with in float32: out x in, not rounded to the dtype that it was quantised from."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    state = copy.copy(layer.weight.quant_state)
-    state.dtype = torch.float32
-    weight: Tensor = dequantize_4bit(layer.weight.detach(), state)
-    return weight
-
-
-def dequantize(model: Any, dtype: torch.dtype) -> None:
-    """Makes the 4-bit layers of a model, if any, plain ones, in place. See :func:`dequantize_`."""
-    for layer in model.modules():
-        if is_quantized(layer):
-            dequantize_(layer, dtype)
-    if getattr(model, "is_loaded_in_4bit", False):  # by transformers, which would refuse to cast or save it as it is now
-        model.hf_quantizer.remove_quantization_config(model)
-        model.is_loaded_in_4bit = False
-
-
-@torch.no_grad()
-def dequantize_(layer: Any, dtype: torch.dtype) -> None:
-    """Makes a 4-bit layer a plain one with the weight that it computes with, in place; an adapted one keeps its links.
-
-    Args:
-        layer: a 4-bit layer, adapted or not.
-        dtype: of the new weight.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    weight = dequantized_weight(layer).to(dtype)
-    with torch.device("meta"):
-        of_4_bits = vars(Linear4bit(1, 1)).keys() - vars(nn.Linear(1, 1)).keys()
-    for name in of_4_bits & vars(layer).keys():
-        delattr(layer, name)
-    if isinstance(layer, LoRALayer):
-        layer.__class__, layer.base_class = LoRALinear, nn.Linear
-    else:
-        layer.__class__ = nn.Linear
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-
-
-@functools.cache
-def lora_linear_4bit() -> type[LoRALayer]:
-    """``LoRALinear4bit``: its base class lives in bitsandbytes, an optional package."""
-    from bitsandbytes import matmul_4bit
-    from bitsandbytes.nn import Linear4bit
-
-    class LoRALinear4bit(LoRALayer, Linear4bit):  # type: ignore[misc]
-        """bitsandbytes' 4-bit linear layer with a link; finished links are stacked."""
-
-        weight: Any
-        compute_dtype: torch.dtype | None
-
-        @override
-        def _prepare_weight(self, *, is_stacking: bool) -> torch.dtype:
-            self.source_dtype = self.weight.quant_type
-            return self.compute_dtype or torch.float32
-
-        @override
-        def base_forward(self, x: Tensor, *more: Tensor) -> Tensor:
-            device = x.device.type
-            if torch.is_autocast_enabled(device):  # which does not cover this product
-                x = x.to(torch.get_autocast_dtype(device))
-            dtype = x.dtype
-            if dtype == torch.float64:  # its kernels do not support it
-                x = x.float()
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            y: Tensor = matmul_4bit(x, self.weight, bias=bias, quant_state=self.weight.quant_state)
-            return y.to(dtype)
-
-        @override
-        def full_weight(self) -> Tensor:
-            return dequantized_weight(self)
-
-    # Where pickle finds it.
-    LoRALinear4bit.__module__, LoRALinear4bit.__qualname__ = "cola_lightning.lora.inject", "LoRALinear4bit"
-    return LoRALinear4bit
+    @override
+    def full_weight(self) -> Tensor:
+        return dequantized_weight(self)
