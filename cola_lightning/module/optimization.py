@@ -88,10 +88,12 @@ class LinkOptimization:
     _groups: Sequence[dict[str, Any]] = ()  # hyperparameters, as requested
 
     def __post_init__(self) -> None:
-        if not 0 <= self.kept_optimizer_state <= 1:
-            raise UserError(f"model.kept_optimizer_state: must be between 0 and 1, got {self.kept_optimizer_state}")
-        if not 0 < self.lr_ratio_B < math.inf:
-            raise UserError(f"model.lr_ratio_B: must be a number above 0, got {self.lr_ratio_B}")
+        for name, is_valid, valid in (
+            ("kept_optimizer_state", 0 <= self.kept_optimizer_state <= 1, "between 0 and 1"),
+            ("lr_ratio_B", 0 < self.lr_ratio_B < math.inf, "a number above 0"),
+        ):
+            if not is_valid:
+                raise UserError(f"model.{name}: must be {valid}, got {getattr(self, name)}")
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the optimizer and its learning-rate schedule, which belong to a fit."""
