@@ -24,7 +24,6 @@ import math
 import os
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +44,7 @@ from cola_lightning.study.results import Result, Run, at_best_rates, best_rates,
 from cola_lightning.study.table import shown_difference, shown_test, summarize  # noqa: E402
 
 CONFIG = HERE / "config.yaml"
+TASKS = {"gsm8k": "GSM8K", "zig": "Zig"}
 OF_TASK = {"gsm8k": {}, "zig": {"data.source": str(HERE / "zig"), "data.columns": "{text: text}"}}
 NAMES = {
     "lora": "LoRA",
@@ -276,7 +276,7 @@ HEAD = ["GSM8K, Zig", "method", "rate", "seeds", "test loss", "to LoRA, over row
 
 
 def table() -> list[list[str]]:
-    """The head, the model before training, and, for each study that has lines, a row for each method and learning rate.
+    """The head, the model before training, and, for each study that has lines, a row for each method at its best rate.
 
     A column that is empty is left out.
     """
@@ -284,7 +284,7 @@ def table() -> list[list[str]]:
     for line in _lines(HERE / "base.jsonl"):
         total = sum(size for _, size in line["rows"])
         mean = sum(loss * size for loss, size in line["rows"]) / total
-        found.append([line["task"], "before training", "", "", f"{mean:.4f}", "", "", ""])
+        found.append([TASKS[line["task"]], "before training", "", "", f"{mean:.4f}", "", "", ""])
     found = grouped(found + [row for stage in studies() for row in rows_of(stage)])
     kept = [place for place in range(len(HEAD)) if any(row[place] for row in found)]
     return [[row[place] for place in kept] for row in [HEAD, *found]]
@@ -310,7 +310,7 @@ def rows_of(stage: Stage) -> list[list[str]]:
         table.append([
             title(stage),
             NAMES[results[0].method],
-            f"{summary.learning_rate:g}",
+            rates_of(stage, results[0]),
             str(summary.seeds) if summary.seeds > 1 else "",
             shown_test(summary),
             "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference) if difference else "",
@@ -320,22 +320,25 @@ def rows_of(stage: Stage) -> list[list[str]]:
     return table
 
 
+def rates_of(stage: Stage, chosen: Result) -> str:
+    """The learning rates that a method was run at, with that of a result marked."""
+    rates = sorted({result.learning_rate for result in stage.results if result.method == chosen.method})
+    return ", ".join(f"**{rate:g}**" if rate == chosen.learning_rate and len(rates) > 1 else f"{rate:g}" for rate in rates)
+
+
 def title(stage: Stage) -> str:
     """What a study's rows are called."""
-    return f"{stage.task}, rank {stage.rank}, {stage.steps:,} steps" + (f", {stage.variant}" if stage.variant else "")
+    return f"{TASKS[stage.task]}, rank {stage.rank}, {stage.steps:,} steps" + (f", {stage.variant}" if stage.variant else "")
 
 
 def compared(stage: Stage) -> Iterator[tuple[list[Result], list[Result], tuple[float, float, float] | None]]:
-    """The results of each method and learning rate, LoRA's at its best rate, and the difference to those over rows.
+    """The results of each method at its best rate, LoRA's, and the difference to those over rows.
 
     Only the seeds that both have are compared.
     """
-    methods: dict[tuple[int, float], list[Result]] = defaultdict(list)
-    for result in sorted(stage.results, key=lambda result: result.seed):
-        methods[[*NAMES].index(result.method), result.learning_rate].append(result)
-    lora = at_best_rates(stage.results, "min", [0]).get("lora", [])
-    losses = by_run(stage.folder / "rows.jsonl")
-    for _, results in sorted(methods.items()):
+    best = at_best_rates(stage.results, "min", [0])
+    lora, losses = best.get("lora", []), by_run(stage.folder / "rows.jsonl")
+    for results in (best[method] for method in NAMES if method in best):
         pairs = [
             (losses[one.run]["rows"], losses[other.run]["rows"]) for one in results for other in lora if is_pair(one, other)
         ]
@@ -350,7 +353,7 @@ def is_pair(one: Result, lora: Result) -> bool:
 def draw(path: Path) -> None:
     """Plots each difference to LoRA, with its interval over the rows."""
     found = [
-        (f"{title(stage)}: {NAMES[results[0].method]}, {results[0].learning_rate:g}", difference)
+        (f"{title(stage)}: {NAMES[results[0].method]}", difference)
         for stage in studies()
         for results, _, difference in compared(stage)
         if difference is not None
