@@ -85,12 +85,10 @@ def export_adapter(
         model = adapted.merged_model(0, in_place=True)
         base = AdapterBase(model, module.base_name, module.lora_config.modules_to_save, "module.merged_model(0)")
     factors, lines = concatenate(chain), []
-    rank = total = max(lora_A.shape[-2] for lora_A, _ in factors.values())
-    if options.max_rank is not None and options.max_rank < total:
-        rank = options.max_rank
-        for name, pair in factors.items():
-            if pair[0].shape[-2] <= rank:  # by its rank_pattern
-                continue
+    total = max(lora_A.shape[-2] for lora_A, _ in factors.values())
+    rank = min(total, options.max_rank or total)
+    for name, pair in factors.items():
+        if pair[0].shape[-2] > rank:
             lora_A, lora_B, error = compress(*pair, rank)
             factors[name] = lora_A, lora_B
             lines.append(f"{name}: relative error {error:.3g}")
@@ -135,22 +133,14 @@ def _named_base(module: Any, adapted: AdaptedModel, folder: Path | None, dtype: 
 
     in_4_bits = [f"{name}.weight" for name, part in adapted.model.named_modules() if is_quantized(part)]
     base: Any = adapted.merged_model(0, in_place=True)
-    pretrained = module.named_base
-    fields = {name: value for name, value in module.model_fields().items() if name == "num_labels"}
-    if fields and base.config.pad_token_id is not None:  # where a text ends
-        fields["pad_token_id"] = base.config.pad_token_id
+    pretrained, fields = module.named_base, _fields_of(module, base)
     whole = module.lora_config.modules_to_save
     saved = [*whole, *pretrained.new_modules(base, module.new_weights), *(in_4_bits if folder else ())]
     trained, wide = base.state_dict(), next(base.parameters()).dtype
     known = {name: value for name, value in trained.items() if is_within(name, saved)} | (adapted.base_weights or {})
     digests = {name: digest_of(value) for name, value in trained.items()}
     if folder is not None:
-        if not folder.is_dir() or not any(folder.iterdir()):  # else it must hold the base, which is checked below
-            with atomic_folder(folder) as partial:
-                cast_floats(base, getattr(torch, pretrained.dtype))
-                base.save_pretrained(partial)
-                module.tokenizer.save_pretrained(partial)
-        pretrained = replace(pretrained, model_name=str(folder.absolute()), revision=None, gguf_file=None)
+        pretrained = _in_folder(folder, base, module, pretrained)
     del trained
     free(base)
     with seeded(derive_seed(module.seed, "another")):  # newly initialised weights are not the module's
@@ -171,16 +161,39 @@ def _named_base(module: Any, adapted: AdaptedModel, folder: Path | None, dtype: 
             f"format: peft cannot be used. The adapter would name {pretrained.name!r} as its base, but {different[0]!r} "
             f"of this {type(module).__name__}'s base differs from it. Use merged"
         )
-    given = {"dtype": str(dtype).removeprefix("torch.") if dtype.itemsize < 4 else pretrained.dtype} | fields
-    given |= {"revision": pretrained.revision} if pretrained.revision else {}
+    loaded_in = str(dtype).removeprefix("torch.") if dtype.itemsize < 4 else pretrained.dtype
+    code = _code_of(module, pretrained, {"dtype": loaded_in} | fields, is_in_4_bits=bool(in_4_bits))
+    name = os.path.expanduser(pretrained.model_name)
+    return AdapterBase(named, name, saved, code, pretrained.revision, TASKS.get(module.auto_class))
+
+
+def _fields_of(module: Any, base: Any) -> dict[str, Any]:
+    """The fields of a classifier's configuration with which it is loaded: how many labels, and where a text ends."""
+    fields = {name: value for name, value in module.model_fields().items() if name == "num_labels"}
+    if fields and base.config.pad_token_id is not None:
+        fields["pad_token_id"] = base.config.pad_token_id
+    return fields
+
+
+def _in_folder(folder: Path, base: Any, module: Any, pretrained: Any) -> Any:
+    """Writes the base to a folder, and returns where it is then; a folder that is not empty must hold it already."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        with atomic_folder(folder) as partial:
+            cast_floats(base, getattr(torch, pretrained.dtype))
+            base.save_pretrained(partial)
+            module.tokenizer.save_pretrained(partial)
+    return replace(pretrained, model_name=str(folder.absolute()), revision=None, gguf_file=None)
+
+
+def _code_of(module: Any, pretrained: Any, fields: dict[str, Any], *, is_in_4_bits: bool) -> str:
+    """The code that loads the base."""
+    given = fields | ({"revision": pretrained.revision} if pretrained.revision else {})
     given |= {"id2label": dict(enumerate(module.labels_of_base))} if module.labels_of_base else {}
     arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
-    if in_4_bits:  # de-quantised to compare
+    if is_in_4_bits:  # de-quantised to compare
         quantization = f"load_in_4bit=True, bnb_4bit_quant_type={module.quantization!r}"
         arguments += f", quantization_config=transformers.BitsAndBytesConfig({quantization})"
-    name = os.path.expanduser(pretrained.model_name)
-    code = f"transformers.{module.auto_class}.from_pretrained({name!r}, {arguments})"
-    return AdapterBase(named, name, saved, code, pretrained.revision, TASKS.get(module.auto_class))
+    return f"transformers.{module.auto_class}.from_pretrained({os.path.expanduser(pretrained.model_name)!r}, {arguments})"
 
 
 # ---------------------------------------------------------------------- its factors
