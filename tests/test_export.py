@@ -22,7 +22,6 @@ from cola_lightning import Chain, COLACausalLM, COLAModule, COLASequenceClassifi
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
 from cola_lightning.errors import DiskError, ExportError
-from cola_lightning.export import verify
 from cola_lightning.export.verify import ReferenceLogits
 from cola_lightning.writing import atomic_file, atomic_folder
 from tests import tiny
@@ -452,7 +451,9 @@ def test_what_gives_other_logits_is_not_kept(tmp_path, format_, overwrite, monke
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
         wrong = ReferenceLogits({"input": torch.ones(3, 8)}, torch.zeros(3, 6))
-        patch.setattr(verify, "reference_logits", lambda *_: wrong)
+        patch.setattr(
+            f"cola_lightning.export.{'adapter' if format_ == 'peft' else 'module'}.reference_logits", lambda *_: wrong
+        )
         with pytest.raises(ExportError, match="deleted"):
             module.export(output, format_, overwrite=overwrite)
         assert contents(tmp_path) == before

@@ -17,7 +17,7 @@ from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.chain import Chain, core_of_product, is_of_experts
 from cola_lightning.chain.peft import LINKS_KEY, PREFIX, TENSORS_NAME
 from cola_lightning.errors import UserError
-from cola_lightning.export.verify import ExportOptions, digest_of, loading_again, reference_of
+from cola_lightning.export.verify import ExportOptions, digest_of, loading_again, reference_logits
 from cola_lightning.lora.experts import is_experts
 from cola_lightning.lora.inject import is_linear, is_within
 from cola_lightning.lora.layer import is_quantized
@@ -78,7 +78,8 @@ def export_adapter(
     if options.base_folder is None and module.named_base is not None and not module.named_base.is_found_by_name:
         raise UserError(f"base_folder must be given: peft cannot load {module.base_name!r} by its name, only from a folder")
     dtype = adapted.cast_dtype
-    reference = reference_of(module, adapted, options)  # upcast, the base without links is the one that was trained on
+    adapted.upcast()  # so that the base without links is the one that was trained on
+    reference = reference_logits(adapted.model, module.example_input_array) if options.verify else None
     if module.named_base is not None:
         base = _named_base(module, adapted, options.base_folder, dtype)
     else:

@@ -23,7 +23,7 @@ from cola_lightning.constants import MAX_NEW_TOKENS
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import ExportError, UserError
 from cola_lightning.export.adapter import FOLDER, export_adapter
-from cola_lightning.export.verify import ExportOptions, ReferenceLogits, digest_of, loading_again, reference_of
+from cola_lightning.export.verify import ExportOptions, ReferenceLogits, digest_of, loading_again, reference_logits
 from cola_lightning.hub import is_repo_id, quiet
 from cola_lightning.lora.layer import is_quantized_model
 from cola_lightning.merge import deep_copy, free
@@ -177,7 +177,9 @@ def _export_merged(module: Any, adapted: AdaptedModel, options: ExportOptions, c
     """Writes a plain model: a Hugging Face folder with its tokenizer, or else the state dict in ``model.safetensors``."""
     from transformers import PreTrainedModel
 
-    was_quantized, reference = is_quantized_model(adapted.model), reference_of(module, adapted, options)
+    was_quantized = is_quantized_model(adapted.model)
+    adapted.upcast()
+    reference = reference_logits(adapted.model, module.example_input_array) if options.verify else None
     dtype = options.dtype or ("float32" if module.named_base is None else module.named_base.dtype)
     model: Any = adapted.merged_model(dtype=getattr(torch, dtype), in_place=True)
     tokenizer, prompt_format = card.tokenizer, card.prompt_format

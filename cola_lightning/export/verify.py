@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.errors import ExportError, UserError, one_line
 from cola_lightning.writing import check_free
 
@@ -121,12 +120,6 @@ def digest_of(value: Tensor) -> bytes:
     """A hash of all of a tensor's bits."""
     bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(bits.numpy().data).digest()
-
-
-def reference_of(module: Any, adapted: AdaptedModel, options: ExportOptions) -> ReferenceLogits | None:
-    """The logits of a module's adapted model, which is upcast in place; None if none are to be compared, or no input known."""
-    adapted.upcast()
-    return reference_logits(adapted.model, module.example_input_array) if options.verify else None
 
 
 def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
