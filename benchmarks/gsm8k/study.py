@@ -69,7 +69,7 @@ class Stage:
         steps: optimizer steps of a run.
         rates: the learning rates of each method.
         seeds: how many.
-        variant: of the config: ``no-clipping``, ``no-warm-up``.
+        variant: of the config: ``no clipping``, ``no warm-up``.
     """
 
     task: str
@@ -83,7 +83,7 @@ class Stage:
     def folder(self) -> Path:
         """Of the study."""
         task = "" if self.task == "gsm8k" else self.task
-        return HERE / "-".join(filter(None, (task, f"rank-{self.rank}", f"steps-{self.steps}", self.variant)))
+        return HERE / "-".join(filter(None, (task, f"rank-{self.rank}", f"steps-{self.steps}", self.variant.replace(" ", "-"))))
 
     @property
     def words(self) -> list[str]:
@@ -94,9 +94,9 @@ class Stage:
         of_fit = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
         of_fit |= {"chain.at_steps": f"[{round(self.steps / 4)}]"}
         of_fit |= OF_TASK[self.task]
-        if self.variant == "no-clipping":
+        if self.variant == "no clipping":
             of_fit |= {"trainer.gradient_clip_val": "null"}
-        if self.variant == "no-warm-up":
+        if self.variant == "no warm-up":
             of_fit |= {"model.warmup_steps": 0, "model.knot_warmup_steps": 0}
         return compare(options, of_fit)
 
@@ -117,7 +117,7 @@ def stages() -> Iterator[Stage]:
         for rank in (8, 1):
             yield Stage(task, rank, SHORT, _tuned(rank, NAMES))
     for rank in (8, 1):
-        for variant in ("no-clipping", "no-warm-up"):
+        for variant in ("no clipping", "no warm-up"):
             yield Stage("gsm8k", rank, SHORT, _tuned(rank, ["lora"]), variant=variant)
     for task in ("gsm8k", "zig"):
         for rank in (8, 1):
@@ -290,7 +290,8 @@ def studies() -> list[Stage]:
     for path in HERE.glob("*rank-*/results.jsonl"):
         name = re.fullmatch(r"(\w*?)-?rank-(\d+)-steps-(\d+)-?(.*)", path.parent.name)
         assert name is not None
-        found.append(Stage(name[1] or "gsm8k", int(name[2]), int(name[3]), variant=name[4]))
+        variant = name[4].replace("no-", "no ")
+        found.append(Stage(name[1] or "gsm8k", int(name[2]), int(name[3]), variant=variant))
     return sorted(found, key=lambda stage: (stage.task, stage.steps, -stage.rank, stage.variant))
 
 
@@ -303,7 +304,7 @@ def rows_of(stage: Stage) -> list[list[str]]:
         right = [answers[result.run] for result in results if result.run in answers]
         table.append([
             title(stage),
-            NAMES[results[0].method],
+            NAMES[results[0].method] + (f", {stage.variant}" if stage.variant else ""),
             rates_of(stage, results[0]),
             str(summary.seeds) if summary.seeds > 1 else "",
             shown_test(summary),
@@ -322,7 +323,7 @@ def rates_of(stage: Stage, chosen: Result) -> str:
 
 def title(stage: Stage) -> str:
     """What a study's rows are called."""
-    return f"{TASKS[stage.task]}, rank {stage.rank}, {stage.steps:,} steps" + (f", {stage.variant}" if stage.variant else "")
+    return f"{TASKS[stage.task]}, rank {stage.rank}, {stage.steps:,} steps"
 
 
 def compared(stage: Stage) -> Iterator[tuple[list[Result], list[Result], tuple[float, float, float] | None]]:
