@@ -4,7 +4,7 @@
 
 runs ``cola compare`` on ``config.yaml``, stage after stage, on one CPU thread, from the repository's root. Each study is a
 folder here, with a line for each run in ``results.jsonl`` and its losses by row in ``rows.jsonl``. A second call does what is
-missing: a run that has its line is not repeated. All of it takes about 13,000 steps, of 7 to 11 seconds on a core with AVX2.
+missing: a run that has its line is not repeated. All of it takes about 14,000 steps, of 7 to 11 seconds on a core with AVX2.
 GSM8K's rows are linked from ``$COLA_DATA_DIR/real``. Zig's are its standard library (MIT): ``pip install ziglang==0.13.0``.
 
     python benchmarks/gsm8k/study.py --only rank-8-steps-150
@@ -24,7 +24,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,7 @@ from cola_lightning.study.table import shown_difference, shown_test, summarize  
 CONFIG = HERE / "config.yaml"
 TASKS = {"gsm8k": "GSM8K", "zig": "Zig"}
 OF_TASK = {"gsm8k": {}, "zig": {"data.source": str(HERE / "zig"), "data.columns": "{text: text}"}}
-NAMES = {
-    "lora": "LoRA",
-    "cola-4": "4 links",
-    "cola": "one knot, after a quarter",
-    "lora-sum-rank-4": "LoRA, four times the rank",
-}
+NAMES = {"lora": "LoRA", "cola-4": "4 links", "cola": "one early knot", "lora-sum-rank-4": "LoRA of rank {of_four}"}
 RATES = [3e-3, 1e-2, 1e-3]
 SHORT, STEPS, LONG = 150, 300, 1200
 ANSWERED = 100  # rows whose answers are generated
@@ -112,10 +107,9 @@ class Stage:
 def stages() -> Iterator[Stage]:
     """The calls, in the order of their use; rates come from the lines of the calls before them."""
     for rank in (8, 1):
-        yield Stage("gsm8k", rank, SHORT, {"lora": RATES, "cola-4": RATES})
-    for task in ("zig", "gsm8k"):
-        for rank in (8, 1):
-            yield Stage(task, rank, SHORT, _tuned(rank, NAMES))
+        yield Stage("gsm8k", rank, SHORT, dict.fromkeys(NAMES, RATES))
+    for rank in (8, 1):
+        yield Stage("zig", rank, SHORT, _tuned(rank, NAMES))
     for rank in (8, 1):
         for variant in ("no clipping", "no warm-up"):
             yield Stage("gsm8k", rank, SHORT, _tuned(rank, ["lora"]), variant=variant)
@@ -127,14 +121,10 @@ def stages() -> Iterator[Stage]:
         yield Stage("gsm8k", rank, STEPS, _tuned(rank, ["lora", "cola-4", "cola"]), seeds=2)
 
 
-def _tuned(rank: int, methods: Sequence[str] | Mapping[str, str]) -> dict[str, list[float]]:
-    """Each method at its best rate on GSM8K; those that were not tuned have the rate of the most similar one that was."""
-    best = _best(rank)
-    return {name: [best.get(name, best["cola-4" if name == "cola" else "lora"])] for name in methods}
-
-
-def _best(rank: int) -> dict[str, float]:
-    return best_rates(Stage("gsm8k", rank, SHORT).results, "min", [0])
+def _tuned(rank: int, methods: Iterable[str]) -> dict[str, list[float]]:
+    """Each method at its best rate on GSM8K."""
+    best = best_rates(Stage("gsm8k", rank, SHORT).results, "min", [0])
+    return {method: [best[method]] for method in methods}
 
 
 # ---------------------------------------------------------------------- rows of data
@@ -304,7 +294,7 @@ def rows_of(stage: Stage) -> list[list[str]]:
         right = [answers[result.run] for result in results if result.run in answers]
         table.append([
             title(stage),
-            NAMES[results[0].method] + (f", {stage.variant}" if stage.variant else ""),
+            name_in(stage, results[0].method),
             rates_of(stage, results[0]),
             str(summary.seeds) if summary.seeds > 1 else "",
             shown_test(summary),
@@ -324,6 +314,11 @@ def rates_of(stage: Stage, chosen: Result) -> str:
 def title(stage: Stage) -> str:
     """What a study's rows are called."""
     return f"{TASKS[stage.task]}, rank {stage.rank}, {stage.steps:,} steps"
+
+
+def name_in(stage: Stage, method: str) -> str:
+    """What a method is called in a study."""
+    return NAMES[method].format(of_four=4 * stage.rank) + (f", {stage.variant}" if stage.variant else "")
 
 
 def compared(stage: Stage) -> Iterator[tuple[list[Result], list[Result], tuple[float, float, float] | None]]:
@@ -348,7 +343,7 @@ def is_pair(one: Result, lora: Result) -> bool:
 def draw(path: Path) -> None:
     """Plots each difference to LoRA, with its interval over the rows."""
     found = [
-        (f"{title(stage)}: {NAMES[results[0].method]}", difference)
+        (f"{title(stage)}: {name_in(stage, results[0].method)}", difference)
         for stage in studies()
         for results, _, difference in compared(stage)
         if difference is not None

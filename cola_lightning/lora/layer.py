@@ -265,7 +265,7 @@ class LoRALayer(nn.Module):
         hidden = self.project_down(x if is_index else self.lora_dropout(x), lora_A, *more)
         hidden = hidden * self.scaling  # here, where it is smallest
         y = self.base_forward(x, *more) + self.project_up(hidden, lora_B, *more)
-        if self.stack is not None:
+        if self.stack is not None:  # apart from the link, which is in float32: one product would copy all factors in each step
             y = self.stack.add_to(y, x, self.project_down, self.project_up, *more)
         return y if is_autocast else y.to(dtype)
 
