@@ -4,7 +4,7 @@
 
 runs ``cola compare`` on ``config.yaml``, stage after stage, on one CPU thread, from the repository's root. Each study is a
 folder here, with a line for each run in ``results.jsonl`` and its losses by row in ``rows.jsonl``. A second call does what is
-missing: a run that has its line is not repeated. All of it takes about 14,000 steps, of 7 to 11 seconds on a core with AVX2.
+missing: a run that has its line is not repeated. All of it takes about 14,000 steps, of 7 to 12 seconds on a core with AVX2.
 GSM8K's rows are linked from ``$COLA_DATA_DIR/real``. Zig's are its standard library (MIT): ``pip install ziglang==0.13.0``.
 
     python benchmarks/gsm8k/study.py --only rank-8-steps-150
@@ -64,7 +64,7 @@ class Stage:
         steps: optimizer steps of a run.
         rates: the learning rates of each method.
         seeds: how many.
-        variant: of the config: ``no clipping``, ``no warm-up``.
+        variant: of the config: ``no-clipping``, ``no-warm-up``.
     """
 
     task: str
@@ -78,7 +78,7 @@ class Stage:
     def folder(self) -> Path:
         """Of the study."""
         task = "" if self.task == "gsm8k" else self.task
-        return HERE / "-".join(filter(None, (task, f"rank-{self.rank}", f"steps-{self.steps}", self.variant.replace(" ", "-"))))
+        return HERE / "-".join(filter(None, (task, f"rank-{self.rank}", f"steps-{self.steps}", self.variant)))
 
     @property
     def words(self) -> list[str]:
@@ -89,9 +89,9 @@ class Stage:
         of_fit = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
         of_fit |= {"chain.at_steps": f"[{round(self.steps / 4)}]"}
         of_fit |= OF_TASK[self.task]
-        if self.variant == "no clipping":
+        if self.variant == "no-clipping":
             of_fit |= {"trainer.gradient_clip_val": "null"}
-        if self.variant == "no warm-up":
+        if self.variant == "no-warm-up":
             of_fit |= {"model.warmup_steps": 0, "model.knot_warmup_steps": 0}
         return compare(options, of_fit)
 
@@ -111,7 +111,7 @@ def stages() -> Iterator[Stage]:
     for rank in (8, 1):
         yield Stage("zig", rank, SHORT, _tuned(rank, NAMES))
     for rank in (8, 1):
-        for variant in ("no clipping", "no warm-up"):
+        for variant in ("no-clipping", "no-warm-up"):
             yield Stage("gsm8k", rank, SHORT, _tuned(rank, ["lora"]), variant=variant)
     for task in ("gsm8k", "zig"):
         for rank in (8, 1):
@@ -280,8 +280,7 @@ def studies() -> list[Stage]:
     for path in HERE.glob("*rank-*/results.jsonl"):
         name = re.fullmatch(r"(\w*?)-?rank-(\d+)-steps-(\d+)-?(.*)", path.parent.name)
         assert name is not None
-        variant = name[4].replace("no-", "no ")
-        found.append(Stage(name[1] or "gsm8k", int(name[2]), int(name[3]), variant=variant))
+        found.append(Stage(name[1] or "gsm8k", int(name[2]), int(name[3]), variant=name[4]))
     return sorted(found, key=lambda stage: (stage.task, stage.steps, -stage.rank, stage.variant))
 
 
@@ -318,7 +317,7 @@ def title(stage: Stage) -> str:
 
 def name_in(stage: Stage, method: str) -> str:
     """What a method is called in a study."""
-    return NAMES[method].format(of_four=4 * stage.rank) + (f", {stage.variant}" if stage.variant else "")
+    return NAMES[method].format(of_four=4 * stage.rank) + (f", {stage.variant.replace('-', ' ', 1)}" if stage.variant else "")
 
 
 def compared(stage: Stage) -> Iterator[tuple[list[Result], list[Result], tuple[float, float, float] | None]]:
