@@ -231,6 +231,20 @@ def test_runs_of_a_logger_that_gives_all_one_folder_keep_their_own_configuration
     assert messages(capfd, "ckpt_path: ") == str(folders[1] / "checkpoints" / "last.ckpt")
 
 
+def test_a_fit_that_goes_on_in_its_own_folder_and_a_test_there_keep_the_metrics_so_far():
+    """A run of a study does: its logger has the run's folder as its own."""
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "mine", "name": "", "version": ""}}
+    assert fit("--trainer.logger", json.dumps(logger)) == 0
+    of_fit = read_csv("mine/metrics.csv")
+    again = ["--config", "mine/config.yaml", "--ckpt_path", "mine"]
+    assert run("fit", *again, "--trainer.max_epochs", "4") == 0
+    assert run("test", *again) == 0
+    rows = [{name: value for name, value in row.items() if value} for row in read_csv("mine/metrics.csv")]
+    assert rows[: len(of_fit)] == [{name: value for name, value in row.items() if value} for row in of_fit]
+    assert {int(row["step"]) for row in rows if "val_loss" in row} == {8, 17, 26, 35}
+    assert "test_accuracy" in rows[-1]
+
+
 def test_a_fast_dev_run_writes_nothing():
     Path("predictions.jsonl").write_text("mine\n")
     for subcommand in ("fit", "predict"):

@@ -483,3 +483,5 @@ def test_a_run_that_was_stopped_resumes(tmp_path):
     stopped = tmp_path / "resumed" / "runs" / "cola-lr0.02-seed0"
     assert line("resumed") == line("whole")
     assert "Restored all states" in (stopped / "log.txt").read_text()
+    whole = tmp_path / "whole" / "runs" / stopped.name / "metrics.csv"
+    assert [row["train_loss"] for row in read_csv(stopped / "metrics.csv")] == [row["train_loss"] for row in read_csv(whole)]

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
@@ -228,7 +230,21 @@ class COLACLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
         self.watch.log_dir = trainer.log_dir if trainer.loggers else None
+        if self.opened is not None:
+            self._continue_metrics(trainer, Path(self.opened.path).parent.parent)
         return trainer
+
+    @rank_zero_only
+    def _continue_metrics(self, trainer: Trainer, run: Path) -> None:
+        """Has a CSVLogger append to the ``metrics.csv`` of the checkpoint's run, as of a study's: it would remove the file."""
+        for logger in [one for one in trainer.loggers if isinstance(one, CSVLogger)]:
+            path = Path(logger.log_dir, "metrics.csv")
+            if path.exists() and path.parent.samefile(run):
+                earlier = path.rename(path.with_name("metrics.earlier.csv"))
+                with warnings.catch_warnings(action="ignore"):  # it announces the removal
+                    writer = logger.experiment
+                writer.metrics_keys = earlier.read_text(encoding="utf-8").partition("\n")[0].split(",")
+                earlier.rename(path)
 
     @override
     def instantiate_classes(self) -> None:
