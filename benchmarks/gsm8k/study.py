@@ -256,7 +256,7 @@ def difference_over_rows(ours: Sequence[Rows], theirs: Sequence[Rows]) -> tuple[
     return float(mean), float(mean - margin), float(mean + margin)
 
 
-HEAD = ["GSM8K, Zig", "method", "rate", "seeds", "test loss", "to LoRA, over rows", "over seeds", "right answers"]
+HEAD = ["GSM8K, Zig", "method", "rate", "seeds", "test loss", "to LoRA, over rows", "over seeds"]
 
 
 def table() -> list[list[str]]:
@@ -268,7 +268,7 @@ def table() -> list[list[str]]:
     for line in _lines(HERE / "base.jsonl"):
         total = sum(size for _, size in line["rows"])
         mean = sum(loss * size for loss, size in line["rows"]) / total
-        found.append([TASKS[line["task"]], "before training", "", "", f"{mean:.4f}", "", "", ""])
+        found.append([TASKS[line["task"]], "before training", "", "", f"{mean:.4f}", "", ""])
     found = grouped(found + [row for stage in studies() for row in rows_of(stage)])
     kept = [place for place in range(len(HEAD)) if any(row[place] for row in found)]
     return [[row[place] for place in kept] for row in [HEAD, *found]]
@@ -290,16 +290,15 @@ def rows_of(stage: Stage) -> list[list[str]]:
     table = []
     for results, lora, difference in compared(stage):
         summary = summarize(({} if results == lora else {"lora": lora}) | {"method": results})[-1]
-        right = [answers[result.run] for result in results if result.run in answers]
+        right = [f"; {line['right']}/{line['rows']} right" for result in results if (line := answers.get(result.run))]
         table.append([
             title(stage),
             name_in(stage, results[0].method),
             rates_of(stage, results[0]),
             str(summary.seeds) if summary.seeds > 1 else "",
-            shown_test(summary),
+            shown_test(summary) + "".join(right),
             "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference) if difference else "",
             shown_difference(summary) if summary.low is not None else "",
-            " ".join(f"{line['right']}/{line['rows']}" for line in right),
         ])  # fmt: skip
     return table
 
