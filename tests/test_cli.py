@@ -232,7 +232,7 @@ def test_runs_of_a_logger_that_gives_all_one_folder_keep_their_own_configuration
 
 
 def test_a_fit_that_goes_on_in_its_own_folder_and_a_test_there_keep_the_metrics_so_far():
-    """A run of a study does: its logger has the run's folder as its own."""
+    """As the runs of a study, whose logger writes into the run's folder itself."""
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "mine", "name": "", "version": ""}}
     assert fit("--trainer.logger", json.dumps(logger)) == 0
     of_fit = read_csv("mine/metrics.csv")

@@ -212,11 +212,11 @@ class COLACLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         root = os.path.expanduser(config.default_root_dir or os.getcwd())
+        run = Path(self.opened.path).parent.parent if self.opened is not None else Path()
         check_writable("trainer.default_root_dir", root)
         self.watch.is_interval_given = config.log_every_n_steps is not None or config.barebones
         if not config.barebones:
             if config.logger in (None, True):  # Lightning's own choice depends on whether tensorboard is installed
-                run = Path(self.opened.path).parent.parent if self.opened is not None else Path()
                 is_evaluated = self.subcommand != "fit" and self.opened is not None and (run / "config.yaml").is_file()
                 kwargs["logger"] = CSVLogger(run, name=self.subcommand) if is_evaluated else CSVLogger(root, name="runs")
             callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
@@ -231,12 +231,12 @@ class COLACLI(LightningCLI):
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
         self.watch.log_dir = trainer.log_dir if trainer.loggers else None
         if self.opened is not None:
-            self._continue_metrics(trainer, Path(self.opened.path).parent.parent)
+            self._continue_metrics(trainer, run)
         return trainer
 
     @rank_zero_only
     def _continue_metrics(self, trainer: Trainer, run: Path) -> None:
-        """Has a CSVLogger append to the ``metrics.csv`` of the checkpoint's run, as of a study's: it would remove the file."""
+        """Has a CSVLogger append to the ``metrics.csv`` in the folder of the checkpoint's run, which Lightning would remove."""
         for logger in [one for one in trainer.loggers if isinstance(one, CSVLogger)]:
             path = Path(logger.log_dir, "metrics.csv")
             if path.exists() and path.parent.samefile(run):
