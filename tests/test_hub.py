@@ -174,6 +174,7 @@ def runs(hub, tmp_path_factory):
         "old": {"source": "owner/revised", "revision": hub.old},
         "new": {"source": "owner/revised"},
         "streamed": fit("trl-lib/tldr", *streamed),
+        "streamed, another seed": fit("trl-lib/tldr", *streamed, "--seed_everything", "1"),
         "streamed, no validation": {"source": "tatsu-lab/alpaca", "streaming": True, "val_size": 5, "test_size": 5},
         "by names alone": ["fit", "--model.model_name", "owner/chat", "--data.source", "tatsu-lab/alpaca", *each_epoch],
     }
@@ -248,3 +249,11 @@ def test_a_data_set_is_streamed_and_its_first_rows_are_held_out(runs):
     trained, validated = ({row["trained"].strip() for row in run.texts if row["stage"] == s} for s in ("train", "validation"))
     assert validated == {f"Film train {k}!" for k in range(5) if k != 3}  # which has no response
     assert not trained & {f"Film train {k}!" for k in range(10)}
+
+
+def test_the_order_of_a_stream_depends_on_the_seed(runs):
+    first, other = (
+        [row["text"] for row in runs[name].texts if row["stage"] == "train"] for name in ("streamed", "streamed, another seed")
+    )
+    assert len(first) == len(other) == 16
+    assert first != other

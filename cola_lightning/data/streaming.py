@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Encode, Row, Rows
 from cola_lightning.data.splits import Splits, hub_data
-from cola_lightning.errors import UnusableRow, UserError
+from cola_lightning.errors import UnusableRow
 from cola_lightning.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,6 @@ class Stream:
         seed: int | str,
         n_processes: int,
         rank: int,
-        n_workers: int,
         max_skipped: float,
     ) -> Any:
         """The rows that are not held out, shuffled by a buffer, each process its own, and encoded.
@@ -62,17 +61,12 @@ class Stream:
             seed: of the order.
             n_processes: the number of processes that share the rows.
             rank: this process's rank.
-            n_workers: the loader's worker processes.
             max_skipped: the largest share of the rows read so far that may be skipped.
 
         Raises:
-            UserError: if rows are held out and there are several processes or workers, each of which would skip other rows;
-                while rows are read, if too many of them are skipped.
+            UserError: while rows are read, if too many of them are skipped.
         """
         from datasets.distributed import split_dataset_by_node
-
-        if self.n_held_out and (n_workers or n_processes > 1):
-            raise UserError("data.streaming: rows are held out, so use one process (trainer.devices 1) and data.num_workers 0")
 
         report = RowReport()
 

@@ -165,10 +165,13 @@ class TextDataModule(SourceDataModule):
         if part == "predict":
             return self._encode_prompts(rows)
         if isinstance(rows, Stream):
+            if rows.n_held_out and (self.num_workers or self._processes[0] > 1):  # each of which would skip other rows
+                raise UserError(
+                    "data.streaming: rows are held out, so use one process (trainer.devices 1) and data.num_workers 0"
+                )
             first = rows[:1]
             encode = functools.partial(self._encode, *self._find(first))
-            options: Any = self.order_seed, *self._processes, self.num_workers, self.max_skipped
-            return rows.encoded(encode, first.columns, *options), RowReport()  # they are read and counted in training
+            return functools.partial(rows.encoded, encode, first.columns), RowReport()  # they are read and counted in training
         found = self._find(rows)
         options = *found, self.applies_chat_template, self.chat_template_kwargs, self.loss, self.too_long
         features = {"input_ids": ["int32"], "spans": ["int32"]}
@@ -260,7 +263,8 @@ class TextDataModule(SourceDataModule):
     def train_dataloader(self) -> Any:
         if not self.streaming:
             return super().train_dataloader()
-        return stream_loader(self.train, self.collate, self.batch_size, self.num_workers)
+        data = self.train(self.order_seed, *self._processes, self.max_skipped)  # the module has its seed by now
+        return stream_loader(data, self.collate, self.batch_size, self.num_workers)
 
     @override
     def _order(self) -> dict[str, Any]:
