@@ -254,12 +254,6 @@ def test_a_module_is_exported_by_torch(tmp_path):
 # ---------------------------------------------------------------------- what is asked of a checkpoint counts
 
 
-def test_torchscript_is_for_a_merged_model():
-    module = toy()
-    with pytest.raises(UserError, match=r"torch\.jit\.script\(module\.merged_model\(\)\)"):
-        module.to_torchscript()
-
-
 class WithHead(ValidatedToy):
     def __init__(self, **arguments):
         super().__init__(**arguments)

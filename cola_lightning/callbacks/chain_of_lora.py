@@ -79,7 +79,6 @@ class ChainOfLoRA(Callback):
         self.patience, self.monitor, self.min_delta, self.mode = patience, monitor, min_delta, mode
         if patience is None and (monitor, min_delta, mode) != ("val_loss", 0.0, "min"):
             raise UserError("chain.monitor, chain.min_delta, chain.mode: need chain.patience")
-        self._decided_at: int | None = None
         self._last_step: int | None = None  # global step at the last batch start
         self._values: dict[int, float] = {}  # the monitored metric's, by the first step at which each is known
 
@@ -107,7 +106,7 @@ class ChainOfLoRA(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _refuse(trainer, pl_module, self.schedule.ranks or [])
         self.module = cast(COLAModule, pl_module)
-        self._decided_at = self._last_step = None
+        self._last_step = None
         if stage == "fit":
             run_of(self.module).use(self.schedule)
             # Keeps the values of a fit that this Trainer continues; a checkpoint's replace them.
@@ -118,14 +117,13 @@ class ChainOfLoRA(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         now = FitPosition(trainer.current_epoch, trainer.global_step)
-        self._last_step = now.global_step
+        is_inside_window, self._last_step = now.global_step == self._last_step, now.global_step
         if now.global_step == self.module.link_start.global_step:
             if now != self.module.link_start:  # a knot tied by hand at the end of an epoch counted that epoch
                 run_of(self.module).optimization.begin_link(self.module, self.module.adapted, now)
             return
-        if now.global_step == self._decided_at:  # inside an accumulation window
+        if is_inside_window:  # of accumulated batches
             return
-        self._decided_at = now.global_step
         is_due = self.should_tie(*now)
         if trainer.world_size > 1 and self._is_own_rule:  # which may read values that differ between the processes
             is_due = trainer.strategy.reduce_boolean_decision(bool(is_due), all=False)

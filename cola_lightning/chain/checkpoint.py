@@ -137,23 +137,6 @@ class OpenedCheckpoint:
         return contents
 
 
-def check_arguments(arguments: Mapping[str, Any], method: str) -> None:
-    """Refuses a checkpoint that lacks some of its module's constructor arguments.
-
-    Args:
-        arguments: the state's ``module``.
-        method: the module's method that does in Python what is refused.
-
-    Raises:
-        UserError: naming the first missing argument.
-    """
-    if arguments["not_plain"]:
-        raise UserError(
-            f"checkpoint: {arguments['not_plain'][0]!r} of {arguments['class_path']} is not a plain value. Load the checkpoint "
-            f"in Python, and call {method}() of the module"
-        )
-
-
 def chain_of(state_dict: Mapping[str, Any], state: StoredState, links: int | None = None) -> Chain:
     """The chain in a module's state dict: its finished links, and the current link in its current state.
 

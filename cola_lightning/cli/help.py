@@ -192,12 +192,15 @@ def loaded(opened: "OpenedCheckpoint", options: Any, method: str) -> Any:
     Raises:
         UserError: for a class that cannot be imported, or an argument that is not plain.
     """
-    from cola_lightning.chain.checkpoint import check_arguments
     from cola_lightning.hub import quiet
     from cola_lightning.module import COLAModule, find_class
 
     arguments = opened.state.facts["module"]
-    check_arguments(arguments, method)
+    if arguments["not_plain"]:
+        raise UserError(
+            f"checkpoint: {arguments['not_plain'][0]!r} of {arguments['class_path']} is not a plain value. Load the checkpoint "
+            f"in Python, and call {method}() of the module"
+        )
     find_class(arguments["class_path"])
     given: dict[str, Any] = {"trust_remote_code": True} if options.trust_remote_code else {}  # not every class has it
     with quiet():

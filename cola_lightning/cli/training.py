@@ -170,7 +170,6 @@ class COLACLI(LightningCLI):
             config.ckpt_path = str(self._newest_of_same_run(places))
             log.info("ckpt_path: %s", config.ckpt_path)
         if config.ckpt_path is not None and "://" not in config.ckpt_path:
-            config.ckpt_path = os.path.expanduser(config.ckpt_path)
             self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
             config.ckpt_path = self.opened.path  # of a run's folder, the file in it
 

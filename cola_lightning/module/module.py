@@ -394,15 +394,6 @@ class COLAModule(BaseCOLAModule):
             rank_zero_warn(f"checkpoint: the module alone has {keys.missing_keys}, the checkpoint alone {keys.unexpected_keys}")
         return module if map_location is None else module.to(device_of(map_location))
 
-    @override
-    def to_torchscript(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses: TorchScript compiles no hooks and no chain.
-
-        Raises:
-            UserError: always; it says what to script.
-        """
-        raise UserError("to_torchscript: a COLAModule cannot be scripted. Use torch.jit.script(module.merged_model())")
-
 
 # Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.
 default_optimizer = inspect.signature(COLAModule.__init__).parameters["optimizer"].default

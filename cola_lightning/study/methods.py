@@ -22,13 +22,11 @@ class Method:
     """A method for a config.
 
     Attributes:
-        name: as the user wrote it: ``cola``, or ``cola-4`` for a chain of four links.
         links: the number of links of a run; 1 for a chain of which it is not known beforehand, 0 for full fine-tuning.
         rank: the largest rank of a link; None for full fine-tuning.
         options: the options of ``cola fit`` that override the config.
     """
 
-    name: str
     links: int
     rank: int | None
     options: Mapping[str, Any]
@@ -49,66 +47,66 @@ def method(name: str, config: Config) -> Method:
     if kind not in METHODS or (kind in WITHOUT_CHAIN and n_links is not None):
         raise UserError(f"methods: there is no method {name!r}{nearest(name, METHODS)} (all: {', '.join(METHODS)})")
     if n_links is None:
-        return METHODS[kind](name, config, _own_chain)
+        return METHODS[kind](config, lambda: _own_chain(name, config))
     if kind == "lora-sum-rank":  # one link, so the run need not be divisible
-        return METHODS[kind](name, config, lambda name, config: ([_rank(config)] * int(n_links), {}))
-    return METHODS[kind](name, config, lambda name, config: _equal_links(config, int(n_links)))
+        return METHODS[kind](config, lambda: ([_rank(config)] * int(n_links), {}))
+    return METHODS[kind](config, lambda: _equal_links(config, int(n_links)))
 
 
-ChainOf = Callable[[str, Config], tuple[list[int], dict[str, Any]]]
+ChainOf = Callable[[], tuple[list[int], dict[str, Any]]]
 
 
-def _lora(name: str, config: Config, chain: ChainOf) -> Method:
+def _lora(config: Config, chain: ChainOf) -> Method:
     """One link over the whole run."""
-    return Method(name, 1, _rank(config), NO_CHAIN | _without_rules(config))
+    return Method(1, _rank(config), NO_CHAIN | _without_rules(config))
 
 
-def _cola(name: str, config: Config, chain: ChainOf) -> Method:
+def _cola(config: Config, chain: ChainOf) -> Method:
     """A chain: the config's, or one of links of equal length."""
-    ranks, options = chain(name, config)
-    return Method(name, len(ranks), max(ranks), options)
+    ranks, options = chain()
+    return Method(len(ranks), max(ranks), options)
 
 
-def _lora_sum_rank(name: str, config: Config, chain: ChainOf) -> Method:
+def _lora_sum_rank(config: Config, chain: ChainOf) -> Method:
     """One link whose rank is the sum of the chain's, with the same scaling."""
-    ranks, _ = chain(name, config)
+    ranks, _ = chain()
     given = config["model"].get("init_args", {})
     if given.get("rank_pattern") or given.get("alpha_pattern") or given.get("scaling") == "rslora":
         raise UserError("methods: lora-sum-rank takes no model.rank_pattern, model.alpha_pattern or model.scaling rslora")
     scaling = option_of_model(config, "alpha") / _rank(config)
     sizes = {"model.rank": sum(ranks), "model.alpha": scaling * sum(ranks)}
-    return Method(name, 1, sum(ranks), NO_CHAIN | _without_rules(config) | sizes)
+    return Method(1, sum(ranks), NO_CHAIN | _without_rules(config) | sizes)
 
 
-def _full(name: str, config: Config, chain: ChainOf) -> Method:
+def _full(config: Config, chain: ChainOf) -> Method:
     """Every parameter is trained, without links."""
     alone: dict[str, Any] = {"model.target_modules": None, "model.modules_to_save": [], "model.modules_to_save_lr": None}
-    return Method(name, 0, None, NO_CHAIN | alone)
+    return Method(0, None, NO_CHAIN | alone)
 
 
-def _rac(name: str, config: Config, chain: ChainOf) -> Method:
+def _rac(config: Config, chain: ChainOf) -> Method:
     """A chain in which each link trains one factor, and the other stays as drawn: RAC-LoRA."""
-    found = _cola(name, config, chain)
+    found = _cola(config, chain)
     return replace(found, options={**found.options, **_without_rules(config), "model.trained_factors": "random"})
 
 
-def _relora(name: str, config: Config, chain: ChainOf) -> Method:
+def _relora(config: Config, chain: ChainOf) -> Method:
     """A chain whose optimizer retains 1 % of its state over a knot, with one cosine and a warm-up after each knot: ReLoRA.
 
     The warm-up is the config's, else a tenth of the link, which need not be as long as the paper's 50 to 100 steps.
     """
-    found = _cola(name, config, chain)
+    found = _cola(config, chain)
     jagged = {"model.lr_schedule": "cosine", "model.schedule_scope": "run", "model.kept_optimizer_state": 0.01}
     rise = config["model"].get("init_args", {}).get("knot_warmup_steps") or 0.1
     return replace(found, options={**found.options, **_without_rules(config), **jagged, "model.knot_warmup_steps": rise})
 
 
-def _asymmetric(name: str, config: Config, chain: ChainOf) -> Method:
+def _asymmetric(config: Config, chain: ChainOf) -> Method:
     """One link that trains only B; A stays as drawn."""
-    return Method(name, 1, _rank(config), NO_CHAIN | _without_rules(config) | {"model.trained_factors": "B"})
+    return Method(1, _rank(config), NO_CHAIN | _without_rules(config) | {"model.trained_factors": "B"})
 
 
-METHODS: dict[str, Callable[[str, Config, ChainOf], Method]] = {
+METHODS: dict[str, Callable[[Config, ChainOf], Method]] = {
     "lora": _lora,
     "lora-sum-rank": _lora_sum_rank,
     "cola": _cola,
