@@ -73,6 +73,7 @@ MOVED = {
     "ddp-single": ("llama-ddp.step6", "stayed-64"),
     "ddp-single-ddp": ("ddp-single.step11", "stayed-64"),
     "fsdp2-single": ("llama-fsdp2.step6", "stayed"),
+    "fsdp1-single": ("llama-fsdp1.step6", "stayed"),
     "fsdp2-ddp": ("llama-fsdp2.step6", "stayed"),
     "single-fsdp2": ("stayed.step6", "stayed"),
     "single-fsdp1": ("stayed.step6", "stayed"),

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 from torch.nn import functional as F
 
 from cola_lightning import PredictionWriter, TextDataModule, UserError
@@ -13,31 +12,9 @@ from tests.tiny import causal_lm, plain_scores, with_live_link
 from tests.toy import trainer
 
 ARCHITECTURES = ["opt", "llama", "gpt2", "qwen3", "gpt_neox"]
-GROUPED = {**tiny.SIZES, **tiny.BODY, "num_key_value_heads": 2}
-MORE_CONFIGS = {
-    "mixtral": lambda: transformers.MixtralConfig(**GROUPED, num_local_experts=4),
-    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8),
-    # In which a mask of pairs of tokens does not keep sequences apart:
-    "gpt_neo": lambda: transformers.GPTNeoConfig(
-        **tiny.SIZES, hidden_size=32, num_heads=4, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=4
-    ),
-    "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=4),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=6),
-    "bloom": lambda: transformers.BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4),
-    "falcon": lambda: transformers.FalconConfig(
-        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
-    ),
-}
+# In which a mask of pairs of tokens does not keep sequences apart:
 WINDOWED = ["gpt_neo", "mistral"]
 NOT_APART = ["mistral", "gemma3", "bloom", "falcon"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _more_configs():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, make in MORE_CONFIGS.items():
-            patch.setitem(tiny.CONFIGS, name, make)
-        yield
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -145,22 +145,6 @@ def test_the_weights_move_by_the_sum_of_the_links(tmp_path, precision, tolerance
         assert max(ranks) <= 2 < torch.linalg.matrix_rank(delta) <= module.chain.total_rank(name) == 10
 
 
-def test_after_a_knot_everything_of_a_link_is_new(tmp_path):
-    def look(trainer, module):
-        (optimizer,) = trainer.optimizers
-        layers = lora_layers(module.model).values()
-        assert all(layer.lora_A.any() for layer in layers)
-        assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
-        return module.link, optimizer, len(optimizer.state), any(layer.lora_B.any() for layer in layers)
-
-    watch, module = Watch(look), toy(optimizer=lambda p: AdamW(p, lr=1e-2))
-    trainer(tmp_path, watch, chain={"every_n_train_steps": 5}, max_steps=20).fit(module, batches())
-    for step, (link, _, n_states, has_B) in enumerate(watch.seen):
-        assert link == step // 5
-        assert (n_states, has_B) == ((0, False) if step % 5 == 0 else (4, True))
-    assert len({optimizer for _, optimizer, _, _ in watch.seen}) == 4
-
-
 def test_without_knots_and_without_the_callback_it_is_lora(tmp_path):
     with_callback, without = toy(), toy()
     trainer(tmp_path, chain={}, max_epochs=2).fit(with_callback, batches())
@@ -256,20 +240,6 @@ def test_what_a_run_never_reaches_is_a_warning(tmp_path, caplog):
     assert "ends before its first knot" in caplog.text
     trainer(tmp_path, chain={"every_n_train_steps": 9}, max_epochs=1).fit(toy(), batches())
     assert "the last link has 1 optimizer steps, the others at least 9" in caplog.text
-
-
-def test_one_log_line_a_link(tmp_path, caplog):
-    caplog.set_level("INFO", "cola_lightning")
-    logger = CSVLogger(tmp_path)
-    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3, logger=logger).fit(toy(ValidatedToy), batches(), batches(2))
-    lines = [line for line in caplog.messages if line.startswith("link ")]
-    assert [line.partition(", rank 2")[0] for line in lines] == [
-        "link 0 finished: steps 0 to 10",
-        "link 1 finished: steps 10 to 20",
-        "link 2 live at the end: steps 20 to 30",
-    ]
-    assert all("val_loss" in line for line in lines)
-    assert [row["link"] for row in read_csv(f"{logger.log_dir}/metrics.csv") if row.get("link")] == ["0.0", "1.0", "2.0"]
 
 
 # ---------------------------------------------------------------------- a link that gets no gradient

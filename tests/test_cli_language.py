@@ -58,11 +58,6 @@ def fit(config="config.yaml"):
     return main(["fit", "--config", config])
 
 
-def output(capfd, start):
-    """What follows in each line that begins so."""
-    return [line.removeprefix(start) for line in capfd.readouterr().out.splitlines() if line.startswith(start)]
-
-
 def predicted():
     """The rows of the only file of predictions, which then goes."""
     (path,) = Path("runs").rglob("predictions.jsonl")
@@ -108,7 +103,7 @@ def test_instructions_are_trained_and_answered(capfd):
     data = {"source": "own.jsonl", "max_new_tokens": 4, "val_size": 2}
     Path("text.yaml").write_text(f"{OF_OWN_DATA}data: {json.dumps({'class_path': 'TextDataModule', 'init_args': data})}\n")
     assert fit("text.yaml") == 0
-    (try_,) = output(capfd, "try it: cola ")
+    try_ = capfd.readouterr().out.partition("\ntry it: cola ")[2].partition("\n")[0]
     assert main(shlex.split(try_.replace("TEXT", "Old?"))) == 0
     metrics = Path("runs/version_0/metrics.csv").read_text()
     assert "val_loss" in metrics

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import pytest
-import yaml
 
 from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule, RunLength
 from cola_lightning.cli import main
@@ -60,10 +59,6 @@ def test_a_config_fits_a_screen_and_says_what_it_needs(name):
     lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
     assert len(lines) <= 40
     assert any(line.startswith("#   cola fit --config configs/") for line in lines)
-
-
-def test_the_papers_config_clips_gradients_as_its_trainer():
-    assert yaml.safe_load((FOLDER / "paper.yaml").read_text())["trainer"]["gradient_clip_val"] == 1.0
 
 
 def test_the_overlay_for_several_gpus_replaces_a_configs_strategy():

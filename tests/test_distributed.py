@@ -1,7 +1,6 @@
 """One chain on many processes: the same as on one."""
 
 import importlib
-import json
 import os
 import signal
 import socket
@@ -32,13 +31,8 @@ def as_torchrun(n):
     return environments(n, TORCHELASTIC_RUN_ID="tests", GROUP_RANK="0", LOCAL_WORLD_SIZE=str(n))
 
 
-def forked_pair(folder, *jobs):
-    """Starts jobs on two processes."""
-    return [forked.Command(run.__file__, folder, *jobs, env=own) for own in environments(2)]
-
-
 def forked_torchrun(folder, *jobs, n=2):
-    """The same to its end, on n processes, and as Lightning sees it under torchrun."""
+    """Runs jobs to their end on n processes, and as Lightning sees it under torchrun."""
     for process in [forked.Command(run.__file__, folder, *jobs, env=own) for own in as_torchrun(n)]:
         done = process.finish(timeout=240)
         assert done.returncode == 0, done.stderr
@@ -210,9 +204,9 @@ def test_answers_written_on_two_processes_are_those_of_one(trained):
     run.written(trained)
     answers = []
     for strategy in ("single", "ddp", "fsdp2"):
-        lines = (trained / f"written-{strategy}" / "predictions.jsonl").read_text().splitlines()
-        assert [json.loads(line)["index"] for line in lines] == list(range(9))
-        answers.append([json.loads(line)["prediction"] for line in lines])
+        rows = tiny.read_rows(trained / f"written-{strategy}" / "predictions.jsonl")
+        assert [row["index"] for row in rows] == list(range(9))
+        answers.append([row["prediction"] for row in rows])
     assert answers[0] == answers[1] == answers[2]
     assert len(set(answers[0])) > 1
 
@@ -246,7 +240,7 @@ def test_what_does_not_go_together_is_refused(went_on):
 def test_where_one_process_is_killed_the_other_ends_with_an_error_and_the_last_checkpoint_loads(tmp_path, strategy):
     folder = tmp_path / strategy
     folder.mkdir()
-    first, second = forked_pair(folder, "killed")
+    first, second = (forked.Command(run.__file__, folder, "killed", env=own) for own in environments(2))
     first, second = first.finish(timeout=run.TIMEOUT.total_seconds() + 60), second.finish()
     assert (first.returncode, second.returncode) == (1, -signal.SIGKILL)
     assert "RuntimeError" in first.stderr

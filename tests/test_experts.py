@@ -34,11 +34,6 @@ def base(architecture, **changes):
     return AutoModelForCausalLM.from_config(config)
 
 
-def experts_of(model):
-    """The first experts module of a model."""
-    return next(module for module in model.modules() if hasattr(module, "has_post_expert_norm"))
-
-
 # ---------------------------------------------------------------------- oracles
 
 
@@ -163,7 +158,7 @@ def test_all_linear_leaves_experts_unless_asked_and_says_so(caplog):
     assert "model.experts true adapts experts" in caplog.text
     caplog.clear()
     model = base("qwen3_moe")
-    experts_of(model)._is_expert_parallel = True
+    next(part for part in model.modules() if hasattr(part, "has_post_expert_norm"))._is_expert_parallel = True
     names = inject_lora(model, LoRAConfig("all-linear", rank=2, alpha=2, experts=True))
     assert [name for name in names if ".experts." in name] == [f"model.layers.1.mlp.{name}" for name in PROJECTIONS]
     assert "Qwen3MoeExperts (model.layers.0.mlp.experts)" in caplog.text

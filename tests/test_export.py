@@ -95,8 +95,6 @@ def loaded_as_in_card(folder):
 @pytest.fixture(scope="module", params=MATRIX)
 def exported(request, tmp_path_factory):
     """A module with three links, and the folder of its exports."""
-    if request.param == "four bits":
-        pytest.importorskip("bitsandbytes")
     folder = tmp_path_factory.mktemp("exported")
     path = saved(tiny.three_links(module_of(folder / "base", request.param)), folder)
     module, chain = COLAModule.load_from_checkpoint(path), read_chain(path)

@@ -5,7 +5,6 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -221,11 +220,6 @@ def test_predict_takes_the_rows_that_were_not_trained_if_there_are_any(tmp_path,
     assert [*of_splits.items()] == requested
 
 
-def test_sizes_that_cannot_be_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"^data\.train_size \+ data\.val_size.*: 241 rows are needed, but there are only 200"):
-        parts(template(write(tmp_path / "rows.csv", labelled(200)), val_size=0.6, test_size=0.6))
-
-
 def test_each_part_of_a_labelled_file_has_the_same_share_of_each_label(tmp_path):
     data = classifier(
         write(tmp_path / "rows.csv", [*labelled(200), {"text": "Rare.", "label": "rare"}]), "neg", "pos", "rare", test_size=0.1
@@ -241,9 +235,7 @@ def test_each_part_of_a_labelled_file_has_the_same_share_of_each_label(tmp_path)
 def test_rows_are_tokenized_once_and_again_for_another_text_tokenizer_or_format(tmp_path):
     def prepared(tokenizer=None, **arguments):
         data = TextDataModule(str(tmp_path / "rows.jsonl"), val_size=2, test_size=2, **arguments)
-        module = SimpleNamespace(tokenizer=tokenizer or tiny.tokenizer(), seed=3)
-        data.trainer = SimpleNamespace(lightning_module=module, training=False, world_size=1, global_rank=0)
-        data.setup("fit")
+        tiny.set_up(data, tokenizer or tiny.tokenizer(), "fit")
         (file,) = data.train.cache_files  # memory-mapped
         return Path(file["filename"]), Path(file["filename"]).stat().st_mtime_ns
 

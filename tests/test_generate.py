@@ -1,5 +1,6 @@
 """``cola generate``: what it prints is what predict writes, of a checkpoint; each mistake is one line."""
 
+import functools
 import io
 import re
 from pathlib import Path
@@ -26,11 +27,9 @@ KINDS = {"chat": (CHAT, None), "template unused": (CHAT, False), "no template": 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Makes a checkpoint of two links, and what predict writes with it; each kind once."""
-    made = {}
 
+    @functools.cache
     def make(kind):
-        if kind in made:
-            return made[kind]
         folder, (chat, chat_template) = tmp_path_factory.mktemp("trained"), KINDS[kind]
         name = tiny.folder(folder / "model", "llama", max_position_embeddings=128)
         tiny.chat_tokenizer(chat).save_pretrained(name)
@@ -41,8 +40,7 @@ def trained(tmp_path_factory):
         run.fit(module, datamodule=data)
         run.save_checkpoint(folder / "last.ckpt")
         trainer(folder, PredictionWriter()).predict(module, datamodule=data, return_predictions=False)
-        made[kind] = folder / "last.ckpt", [row["prediction"] for row in tiny.read_rows(folder / "predictions.jsonl")]
-        return made[kind]
+        return folder / "last.ckpt", [row["prediction"] for row in tiny.read_rows(folder / "predictions.jsonl")]
 
     return make
 

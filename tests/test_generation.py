@@ -14,6 +14,7 @@ from cola_lightning.data.encoding import PromptRow, collate_prompts
 from cola_lightning.data.examples import collate_options, encode_examples
 from cola_lightning.decoding import Decoding
 from tests import tiny
+from tests.test_generate import CHAT
 from tests.toy import trainer
 
 PROMPTS = ["It", "A film with great actors", "Is the town old?", "The cat sat on the mat.", "Yes, the river is long", "No"]
@@ -162,6 +163,9 @@ def question_of(prompt):
     return prompt.removeprefix("Title: T\nContext: C\nQuestion: ").removesuffix("\nAnswer:")
 
 
+SQUAD = [{"title": "T", "context": "C", "question": one, "answers": {"text": some}} for one, some in ANSWERS.items()]
+
+
 class Told(COLACausalLM):
     """Its answers are known."""
 
@@ -172,11 +176,8 @@ class Told(COLACausalLM):
 
 
 def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_the_answers(tmp_path):
-    rows = [
-        {"title": "T", "context": "C", "question": requested, "answers": {"text": some}} for requested, some in ANSWERS.items()
-    ]
     sizes = {"train_size": 1, "val_size": 4, "test_size": 5, "batch_size": 2}
-    squad = PromptDataModule("SQuAD", tiny.write_rows(tmp_path / "squad", rows), **sizes)
+    squad = PromptDataModule("SQuAD", tiny.write_rows(tmp_path / "squad", SQUAD), **sizes)
     module = Told(tiny.folder(tmp_path / "model", "opt"), target_modules=["q_proj"], rank=2, seed=0)
     run = trainer(tmp_path, max_epochs=1)
     run.fit(module, datamodule=squad)
@@ -199,10 +200,7 @@ def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_t
 
 @pytest.mark.parametrize("generate_rows", [None, 3])
 def test_a_fit_generates_some_answers_by_which_a_checkpoint_can_be_chosen(tmp_path, generate_rows):
-    rows = [
-        {"title": "T", "context": "C", "question": requested, "answers": {"text": some}} for requested, some in ANSWERS.items()
-    ]
-    rows = tiny.write_rows(tmp_path / "squad", rows)
+    rows = tiny.write_rows(tmp_path / "squad", SQUAD)
     squad = PromptDataModule("SQuAD", rows, train_size=1, val_size=4, test_size=5, batch_size=2, generate_rows=generate_rows)
     module = Told(
         tiny.folder(tmp_path / "model", "opt"), target_modules=["q_proj"], rank=2, seed=0, generate_in_validation=True
@@ -217,11 +215,7 @@ def test_a_fit_generates_some_answers_by_which_a_checkpoint_can_be_chosen(tmp_pa
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-TURNS = "{% for turn in messages %}[{{ turn['role'] }}]{{ turn['content'] }}</s>{% endfor %}"
-TURNS += "{% if add_generation_prompt %}[assistant]{% endif %}"
-
-
-@pytest.mark.parametrize("chat", [TURNS, None])
+@pytest.mark.parametrize("chat", [CHAT, None])
 def test_predict_writes_responses_that_follow_from_the_seed(tmp_path, chat):
     rows = [{"prompt": f"Is town {k} old? " * (k + 1), "response": "Yes"} for k in range(3)] + [{"prompt": "Is it?"}]
     tiny.write_rows(tmp_path, rows, ["validation"])

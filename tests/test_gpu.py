@@ -31,8 +31,6 @@ pytestmark = [
 def chained(request, device, tmp_path_factory):
     """A run of three links of two steps on the device, and its checkpoint after each step."""
     dtype, quantization, finished_links = MODES[request.param]
-    if quantization is not None:
-        pytest.importorskip("bitsandbytes")
     torch.use_deterministic_algorithms(device == "cuda", warn_only=True)
     given = {"dtype": dtype, "quantization": quantization, "finished_links": finished_links, "attn_implementation": "eager"}
     chain = {"target_modules": ["q_proj", "v_proj"], "rank": 4, "alpha": 6, "dropout": 0.1, "seed": 0}

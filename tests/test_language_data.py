@@ -264,8 +264,6 @@ def test_without_a_source_the_task_is_read_from_the_folder_of_the_environment_or
     assert data.max_length == 64  # the model's own limit
     data.tokenizer.model_max_length = 10**30
     assert data.max_length == 2048
-    with pytest.raises(UserError, match=r"^data\.subset works with data sets of the hub only, but .* is a local path"):
-        PromptDataModule("sst2", str(tmp_path), "sub")
 
 
 # ---------------------------------------------------------------------- unusable rows

@@ -94,9 +94,7 @@ variants = pytest.mark.parametrize(("kind", "mode"), MERGE_AND_STACK)
 
 
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch, request):
-    if "4-bit" in request.node.name:
-        pytest.importorskip("bitsandbytes")
+def _registered(monkeypatch):
     monkeypatch.setattr(inject, "_entries", dict(inject._entries))
     register_lora_layer(Scaled)(LoRAScaled)
     register_lora_layer(Grid)(LoRAGrid)

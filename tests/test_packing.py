@@ -15,29 +15,14 @@ from cola_lightning import TextDataModule, UserError
 from cola_lightning.data.encoding import collate_language, encode_texts
 from cola_lightning.data.packing import best_fit, collate_packs
 from tests import tiny
-from tests.test_causal_lm import MORE_CONFIGS, assert_same_gradients
+from tests.test_causal_lm import assert_same_gradients
 from tests.tiny import with_live_link
 from tests.toy import assert_bit_equal, trainer, weights
 
-GROUPED = {**tiny.SIZES, **tiny.BODY, "num_key_value_heads": 2}
-CONFIGS = MORE_CONFIGS | {
-    "gemma2": lambda: transformers.Gemma2Config(**GROUPED, head_dim=8, sliding_window=6),
-    "starcoder2": lambda: transformers.Starcoder2Config(**GROUPED),
-    "deepseek_v3": tiny._mixture("DeepseekV3", tiny.MIXTURES["deepseek_v3"][1] | {"num_key_value_heads": 4}),
-    "mamba": lambda: transformers.MambaConfig(vocab_size=400, hidden_size=32, state_size=8, num_hidden_layers=2),
-}
 APART = ["opt", "llama", "gpt2", "qwen3", "gpt_neox", "phi3", "gpt_neo", "mistral", "gemma2", "gemma3", "starcoder2", "falcon"]
 APART += ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"]
 NOT_APART = ["bloom", "gpt_oss", "mamba", "lfm2_moe", "nemotron_h", "qwen3_next"]
 TEXTS = [["The town is old and the river is long.", "It was", "A film with great actors"], ["The cat sat on it", "Is it old?"]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _configs():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, make in CONFIGS.items():
-            patch.setitem(tiny.CONFIGS, name, make)
-        yield
 
 
 causal_lm = functools.partial(tiny.causal_lm, target_modules="all-linear")

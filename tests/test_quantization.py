@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from bitsandbytes.nn import Linear4bit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
 from torch import nn
@@ -22,17 +23,12 @@ from tests.toy import (
     assert_bit_equal,
     batches,
     difference,
-    plain_layer,
     quantized_linear,
     toy,
     trainer,
     weights,
     with_trained_link,
 )
-
-pytest.importorskip("bitsandbytes")
-
-from bitsandbytes.nn import Linear4bit
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -52,7 +48,7 @@ def adapted(dtype):
 
 
 def stripped(dtype):
-    return plain_layer(adapted(dtype))
+    return adapted(dtype).strip_()
 
 
 def inputs(dtype=torch.float32):

@@ -46,11 +46,8 @@ def _folder(tmp_path, monkeypatch):
 @pytest.fixture
 def model_and_rows(tmp_path):
     """A folder ``my_rows`` for each kind of task, and a tiny model's place."""
-    (tmp_path / "my_rows").mkdir()
     row = {"prompt": "Is it old? ", "response": "Yes", "review": "It was old.", "verdict": "bad"}
-    lines = [json.dumps(row | {"verdict": ("bad", "good")[k % 2]}) for k in range(8)]
-    for split in ("train", "validation", "test"):
-        (tmp_path / "my_rows" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    tiny.write_rows(tmp_path / "my_rows", [row | {"verdict": ("bad", "good")[k % 2]} for k in range(8)])
     rows = [f"Rain,It was old.,{('bad', 'good')[k % 2]}" for k in range(20)]
     (tmp_path / "reviews.csv").write_text("\n".join(["film,review,verdict", *rows]) + "\n")
     return tiny.folder(tmp_path / "model", "opt")

@@ -6,7 +6,6 @@ Of each kind of mistake there is one here; damaged files are in ``tests/test_com
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch import LightningModule
@@ -163,9 +162,7 @@ def set_up(data, row, chat=None):
     Path(data.source).write_text((json.dumps(row) + "\n") * 20)
     tokenizer = tiny.tokenizer("gpt2", pad=True)
     tokenizer.chat_template, tokenizer.model_max_length = chat, 64
-    data.trainer = SimpleNamespace(training=False, world_size=1, global_rank=0)
-    data.trainer.lightning_module = SimpleNamespace(tokenizer=tokenizer, seed=3)
-    data.setup("fit")
+    tiny.set_up(data, tokenizer, "fit")
 
 
 def template_row(prompt="Is it?", **arguments):

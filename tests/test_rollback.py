@@ -1,7 +1,5 @@
 """A chain goes back, goes on, and starts from another one: in one process as in a fresh one."""
 
-import copy
-
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -173,21 +171,6 @@ def test_loading_it_into_a_new_module_gives_the_same_outputs(tmp_path, finished_
     assert torch.equal(fresh.model(x), module.model(x))
     assert fresh.live_link().start_step == module.live_link().start_step == 20
     assert fresh.live_link().metrics == module.live_link().metrics
-
-
-def test_a_copy_from_before_a_knot_takes_the_module_back_and_forth(tmp_path):
-    module = trained(tmp_path)
-    before, first = copy.deepcopy(module.state_dict()), weights(module)
-    module.tie_knot(rank=1)
-    with torch.no_grad():
-        module.model[0].lora_B.add_(1)
-    after, second = copy.deepcopy(module.state_dict()), weights(module)
-    module.load_state_dict(before)
-    assert module.link == 2
-    assert_bit_equal(weights(module), first)
-    module.load_state_dict(after)
-    assert (module.link, module.model[0].rank) == (3, 1)
-    assert_bit_equal(weights(module), second)
 
 
 def test_where_all_is_trained_the_values_are_enough():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch._dynamo
-import transformers
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
@@ -105,7 +104,6 @@ def assert_same_gradients(mine, theirs):
 
 @pytest.mark.parametrize(("architecture", "chunked"), [("llama", False), ("gpt2", False), ("gemma2", True)])
 def test_a_language_model_is_one_graph(tmp_path, graphs, monkeypatch, architecture, chunked):
-    monkeypatch.setitem(tiny.CONFIGS, "gemma2", lambda: transformers.Gemma2Config(**tiny.SIZES, **tiny.BODY, head_dim=8))
     monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 7)  # seven positions
     ids = torch.arange(24).view(3, 8) + 5
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

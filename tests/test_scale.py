@@ -14,7 +14,6 @@ from tests import tiny
 from tests.toy import trainer
 
 METHODS = ["LoRA", "COLA merge", "COLA stack", "COLA float32", "full fine-tuning"]
-LAYERS = 2
 OVERHEAD = 64_000  # of a checkpoint beside its tensors: their names and places, the loops' state, the recipe
 
 
@@ -30,12 +29,6 @@ def method(scale, request):
     return found
 
 
-def config():
-    made = tiny.config("llama")
-    made.num_hidden_layers = LAYERS
-    return made
-
-
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")  # which is so
 @pytest.mark.parametrize("method", METHODS, indirect=True)
 def test_weights_links_stack_and_checkpoint_are_those_of_a_module(tmp_path, scale, method):
@@ -47,7 +40,7 @@ def test_weights_links_stack_and_checkpoint_are_those_of_a_module(tmp_path, scal
     ids = torch.randint(3, 300, (2, 2, 8))
     run.fit(module, DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=None))
     assert module.link == method.n_finished
-    parts, layers = scale.sizes(scale.build(config(), method)), module.adapted.layers.values()
+    parts, layers = scale.sizes(scale.build(tiny.config("llama"), method)), module.adapted.layers.values()
     assert parts.trained == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert parts.base + parts.links == sum(p.nbytes for p in module.parameters())
     assert parts.links == sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers)

@@ -6,7 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from cola_lightning import EpochDataModule, LastCheckpoint, UserError
@@ -64,6 +65,34 @@ def test_draws_of_a_batch_do_not_depend_on_what_was_drawn_before(tmp_path):
         noise.append(module.noise)
     assert noise[0] == noise[1]
     assert len(set(noise[0])) == 20
+
+
+def test_each_process_draws_its_own(tmp_path, monkeypatch):
+    noise = []
+    for rank in (0, 1):
+        monkeypatch.setattr(Trainer, "global_rank", rank)
+        module = toy(Noisy)
+        trainer(tmp_path, chain={}, max_epochs=1).fit(module, batches(), batches(2))
+        noise.append(set(module.noise))
+    assert len(noise[0] | noise[1]) == 20
+
+
+class Square(Toy):
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+
+def test_A_is_a_function_of_the_seed_the_link_and_the_layers_name():
+    def drawn(layer, *layers, seed=0, knots=0):
+        module = toy(Square, target_modules=[layer, *layers], seed=seed)
+        module.configure_model()
+        for _ in range(knots):
+            module.tie_knot()
+        return tuple(module.model[int(layer)].lora_A.flatten().tolist())
+
+    different = {drawn("2"), drawn("0"), drawn("2", seed=1), drawn("2", knots=1)}
+    assert len(different) == 4
+    assert drawn("2", "0") in different
 
 
 class Unlucky(Noisy):

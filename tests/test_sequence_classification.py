@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 
-from cola_lightning import COLACausalLM, COLASequenceClassifier, StepOutput, TextClassificationDataModule, UserError
+from cola_lightning import COLASequenceClassifier, StepOutput, TextClassificationDataModule, UserError
 from tests import tiny
 from tests.toy import assert_bit_equal, trainer, weights
 
@@ -56,9 +56,6 @@ def test_the_head_has_a_learning_rate_of_its_own_in_every_link_and_in_full_fine_
     names = {id(p): name for name, p in module.model.named_parameters()}
     assert {names[id(p)] for p in head["params"]} == {name for name in names.values() if name.startswith("classifier.")}
     assert chain is None or (module.link == 1 and all(".lora_" in names[id(p)] for p in others["params"]))
-    causal = COLACausalLM(tiny.folder(tmp_path / "opt", "opt"), rank=2, modules_to_save_lr=1e-3)
-    with pytest.raises(UserError, match=r"model\.modules_to_save_lr: needs model\.modules_to_save"):
-        trainer(tmp_path, max_steps=1).fit(causal, datamodule=tiny.reviews())
 
 
 def test_it_learns_and_its_checkpoint_gives_the_same_head_and_predictions(tmp_path):

@@ -78,8 +78,6 @@ def test_a_text_file_has_a_row_for_each_unit_that_is_not_blank(tmp_path, unit, t
 
 @pytest.mark.parametrize("name", ["rows.jsonl.zst", "rows.csv.zst", "rows.txt.zst", "rows.txt.gz"])
 def test_a_compressed_file_is_read(tmp_path, name):
-    if name.endswith("zst"):
-        pytest.importorskip("zstandard")
     texts = [row["text"] for row in ROWS]
     contents = {"csv": "\n".join(["text", *texts]), "txt": "\n\n".join(texts), "jsonl": lines(ROWS)}
     assert read(write(tmp_path / name, contents[name.split(".")[1]])) == {"train": ROWS}

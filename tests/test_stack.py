@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from cola_lightning import LastCheckpoint, UserError
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.lora.stack import Stack
+from tests.test_resume import last
 from tests.toy import ValidatedToy, assert_bit_equal, assert_near, batches, toy, trainer, weights
 
 MODES = ["merge", "stack"]
@@ -28,10 +29,6 @@ def fit(folder, module=None, *callbacks, epochs=4, ckpt_path=None, data=None, ch
     run = trainer(folder, *callbacks, chain=chain or {"every_n_epochs": 1}, **options)
     run.fit(module, *data or [batches(), batches(2)], ckpt_path=ckpt_path)
     return module
-
-
-def last(folder):
-    return folder / "checkpoints" / "last.ckpt"
 
 
 def assert_close_chains(mine, theirs, tolerance):

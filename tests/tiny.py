@@ -54,6 +54,28 @@ CONFIGS = {
     "phi3": lambda: transformers.Phi3Config(**SIZES, **BODY, num_key_value_heads=2, pad_token_id=None),
     "roberta": lambda: transformers.RobertaConfig(**SIZES, **BODY, type_vocab_size=1),
     "bert": lambda: transformers.BertConfig(**SIZES, **BODY),
+    "bloom": lambda: transformers.BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4),
+    "cohere": lambda: transformers.CohereConfig(**SIZES, **BODY, num_key_value_heads=2, logit_scale=0.3),
+    "falcon": lambda: transformers.FalconConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES,
+        **BODY,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=6,
+        final_logit_softcapping=2.0,
+        tie_word_embeddings=False,
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SIZES, **BODY, num_key_value_heads=2, head_dim=8, sliding_window=6),
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        **SIZES, hidden_size=32, num_heads=4, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=4
+    ),
+    "granite": lambda: transformers.GraniteConfig(**SIZES, **BODY, num_key_value_heads=2, logits_scaling=3.0),
+    "mamba": lambda: transformers.MambaConfig(vocab_size=400, hidden_size=32, state_size=8, num_hidden_layers=2),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, **BODY, num_key_value_heads=2, sliding_window=4),
+    "starcoder2": lambda: transformers.Starcoder2Config(**SIZES, **BODY, num_key_value_heads=2),
 }
 
 _KV, _FEW, _WIDE = {"num_key_value_heads": 2}, {"num_experts": 4, "num_experts_per_tok": 2}, {"moe_intermediate_size": 16}
@@ -67,7 +89,7 @@ _LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_h
 MIXTURES = {
     "qwen3_moe": ("Qwen3Moe", _KV | _FEW | _WIDE | {"head_dim": 8}),
     "mixtral": ("Mixtral", _KV | {"num_local_experts": 4}),
-    "deepseek_v3": ("DeepseekV3", _LATENT | _ROUTED),
+    "deepseek_v3": ("DeepseekV3", _LATENT | _ROUTED | {"num_key_value_heads": 4}),
     "gpt_oss": ("GptOss", _KV | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "nemotron_h": (
         "NemotronH",

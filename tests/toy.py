@@ -102,11 +102,6 @@ def with_trained_link(layer, seed=2):
     return layer
 
 
-def plain_layer(layer):
-    """The layer without its links: the base layer's class around the same parameters; the layer is not changed."""
-    return _shallow_copy(layer).strip_()
-
-
 def adapt_layer(layer, rank, alpha, dropout=0.0, init="kaiming", finished_links="merge"):
     """A LoRA layer on the same parameters; the layer is not changed."""
     config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, init=init, finished_links=finished_links)
