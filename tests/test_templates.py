@@ -107,7 +107,7 @@ def test_a_chat_template_is_around_the_prompt_and_the_option_is_what_the_assista
     assert row.example.prompt == "It was {old}. Is it?"
     ((row,), _) = examples([ROW], tmp_path, own, prompt="Which?", answer="gold", **requested)
     assert own.decode(row.prompt_ids) == "<s>[user]\nWhich?</s>\n[assistant]\n"
-    assert own.decode(row.prefixes[0] + row.option_ids[0][-1:]) == "<s>[user]\nWhich?</s>\n[assistant]\n blue\n"
+    assert own.decode(row.prefixes[0] + row.option_ids[0][-1:]) == "<s>[user]\nWhich?</s>\n[assistant]\nblue\n"
     long = {"text": "The river is long. " * 50, "label": 0}
     ((row,), _) = examples([long], tmp_path, own, prompt="{text}Is it?", options=["a", "b"], **requested)
     assert 70 < len(row) < 80

@@ -14,9 +14,10 @@ from cola_lightning.errors import UserError
 class LastCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt``, the newest state of a fit, from which an interrupted fit resumes.
 
-    It is written after each epoch and each validation inside one, and when the fit is interrupted or fails; the state of a
-    failed optimizer step is not written. The command line includes it as the group ``last``. (ModelCheckpoint's ``save_last``
-    writes only together with a checkpoint that its ``monitor`` selects, its ``save_on_exception`` also halfway through a step.)
+    It is written after each epoch and each validation inside one, after a signal to ``cola fit`` and, on one process, after a
+    failure; the state of a failed optimizer step is not written. The command line includes it as the group ``last``.
+    (ModelCheckpoint's ``save_last`` writes only together with a checkpoint that its ``monitor`` selects, its
+    ``save_on_exception`` also halfway through a step.)
 
     Args:
         every_n_train_steps: also write it after every n optimizer steps.

@@ -24,8 +24,8 @@ class TextClassificationDataModule(SourceDataModule):
     """Labelled texts, or labelled pairs of texts, tokenized for a sequence classifier.
 
     Labels are names or whole numbers; with ``model.label_names``, a whole number is a name's index. Without
-    ``model.label_names``, they are those of the train split, or of a single file, in sorted order. ``predict`` also accepts
-    rows without a label.
+    ``model.label_names``, they are those of the train split, or of a single file: its class names in their order, else sorted.
+    ``predict`` also accepts rows without a label.
 
     Args:
         source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``. The

@@ -140,7 +140,8 @@ def encode_examples(
             raise UnusableRow("two options are equal, or differ only in spaces")
         used = example.right() if is_learned else example
         prompt = template.prompt(Conversation(user_turn(used.prompt))) if template else used.prompt
-        found = [prompt + option for option in ("", *used.options)]
+        begin = str.lstrip if is_chat and example.is_generated else str  # an answer is then the assistant's whole turn
+        found = [prompt, *(prompt + begin(option) for option in used.options)]
         return found if is_chat else [text.lstrip().rstrip(" ") for text in found]
 
     def tokens(some: list[list[str]]) -> Iterator[list[list[int]]]:

@@ -127,7 +127,7 @@ class SourceDataModule(TokenizedDataModule):
             ``validation.csv``, ``test.csv``), a folder of ``Dataset.save_to_disk``, or the id of a data set on the hub. A list
             mixes several: each entry is one of these, or a mapping of ``source``, ``subset``, ``revision``, ``columns`` and
             ``share``, the share of its rows that is used. Each has its own splits, and sizes apply to each. ``predict`` takes
-            all rows of a single file; otherwise the test rows or, if there are none, the validation split.
+            all rows of a single file; otherwise the test rows, else the validation split, else the train split.
         subset: name of a configuration of a data set on the hub.
         revision: branch, tag or commit of a data set on the hub.
         text_unit: what a row of a ``.txt`` file is: the ``file``, a ``line``, or a ``paragraph``: text between empty lines.
@@ -146,13 +146,12 @@ class SourceDataModule(TokenizedDataModule):
             are no test rows.
         split_seed: seed by which rows are drawn.
         num_workers: worker processes that prepare batches; 0: the main process prepares them.
-        num_proc: processes that tokenize rows before training; ``null``: the main process does, with its threads.
+        num_proc: of ``TextDataModule`` and of classification: processes that tokenize; ``null``: the main process' threads.
         length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
             ``false``: shuffle the rows, as in the paper's runs.
         max_skipped: the largest share of the rows that may be skipped because they cannot be used, such as rows without a
             response; one may be skipped in any case, unless this is 0. ``predict`` skips none.
-        too_long: whether a row that is longer than ``max_length`` is shortened, or skipped and counted: ``shorten`` or
-            ``skip``.
+        too_long: ``shorten`` a row longer than ``max_length``, or ``skip`` and count it; plain text is split in any case.
     """
 
     _predicted: Any = None  # the rows that predict takes, if each is encoded

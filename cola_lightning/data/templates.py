@@ -66,8 +66,8 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         prompt: text with the data's fields in braces: ``{premise} Is it true that {hypothesis}?``.
         options: texts appended to the prompt, which may also have fields in braces; or the name of the field that lists them.
             ``null`` if the answer is generated.
-        delimiter: text between the prompt and each option, or the answer; ``null``: a space, if neither the prompt ends nor the
-            option begins with white space. Not used with ``apply_chat_template``.
+        delimiter: text between the prompt and each option, or the answer; ``null``: a space, before an option only if neither
+            the prompt ends nor the option begins with white space. Not used with ``apply_chat_template``.
         label: the field with the right option: its index, from 0, or its text. A row cannot be used if it is a number that is
             the text of an option at another index; or, in a CSV file, where numbers are text, if it is a number, all options
             are, and it is none of them.

@@ -62,7 +62,7 @@ class COLACausalLM(LanguageModule):
       tokens and comes with ``position_ids``. Whether the model keeps them apart is tried out at the first such batch; a model
       that does not (a state-space or convolution layer, Bloom) is refused. Other values that the model's forward pass takes
       (``pixel_values``, ``inputs_embeds``) are passed on, and values that it does not take are refused. Predict takes prompts
-      (``prompt_ids``, ``prompt_mask``) instead, and generates: see :meth:`generate`.
+      (``prompt_ids``, ``prompt_mask``, ``prompt``, ``target``) instead, and generates: see :meth:`generate`.
 
     Only the positions that carry the loss go through the language-model head, options that differ in their last token
     alone share one forward pass, and rows much shorter than others have their own forward pass, without padding.

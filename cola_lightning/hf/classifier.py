@@ -34,7 +34,7 @@ class COLASequenceClassifier(LanguageModule):
         num_labels: number of labels; ``null``: as many as ``label_names``, or as the data has. Without either, as in the
             model's configuration, which has 2 for a model without a head.
         label_names: the labels in the order of the model's outputs, in which a whole number in the data is an index;
-            ``null``: those of the data, in sorted order.
+            ``null``: the data's classes in their order, else its labels, sorted.
         metric: what is logged in addition to the loss: ``accuracy``, ``f1`` (of label 1 where there are two, else the mean
             over the labels) or ``matthews_corrcoef``.
         **pretrained: the arguments of ``LanguageModule`` and :class:`~cola_lightning.COLAModule`; ``modules_to_save_lr`` is the

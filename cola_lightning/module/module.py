@@ -184,7 +184,7 @@ class COLAModule(BaseCOLAModule):
     def begin_link(self, *, rank: int | None = None, alpha: float | None = None) -> None:
         """Begins the current link again, before its first step, with another rank or alpha: in :meth:`on_knot`, for example.
 
-        Its optimizer is new and has no state, also with ``kept_optimizer_state``.
+        Its optimizer is new; with ``kept_optimizer_state`` it has that share of the last link's state.
 
         Args:
             rank: of the link; None: as it is.
@@ -256,7 +256,7 @@ class COLAModule(BaseCOLAModule):
 
         Raises:
             UserError: for incompatible options, a folder that is not empty, or a model that cannot be exported in this format.
-            ExportError: if the export cannot be loaded, or gives other logits; it is removed.
+            ExportError: if the export cannot be loaded or, in float32, gives other logits; it is removed.
         """
         base = None if base_folder is None else Path(base_folder)
         options = ExportOptions(Path(folder), format, dtype, max_rank, base, license, verify, overwrite)
@@ -371,7 +371,7 @@ class COLAModule(BaseCOLAModule):
             weights_only: False unpickles any object in the file, which may run code: only for a trusted file.
             links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
             **kwargs: arguments of the class, in place of the checkpoint's. It has none that is not a plain value, and no
-                optimizer, ``attn_implementation`` or ``trust_remote_code``: what may be executed, no file says.
+                ``optimizer``, ``compile``, ``activation_checkpointing``, ``attn_implementation`` or ``trust_remote_code``.
 
         Raises:
             UserError: for a path that is not a checkpoint, a damaged checkpoint, or another base.
