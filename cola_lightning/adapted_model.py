@@ -47,7 +47,7 @@ class AdaptedModel:
         config: the layers to adapt, and what their links are like; or a function that returns it, once the base is built.
         seed: of all random draws: each link's A is drawn from it, the link's index and the layer's name.
         name: the base's name.
-        is_saved: keep a copy of the base's weights in memory, for who stores it; the state dict has none.
+        is_saved: keep a copy of the base's weights in memory; the state dict has none.
         placement: returns the model's placement; None: the model is used as it is, where it is.
         outside: returns what else is trained outside of the model, by names that begin with ``self.``; each link records it, as
             it does the model's fully trained modules.

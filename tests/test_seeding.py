@@ -92,7 +92,7 @@ def test_A_is_a_function_of_the_seed_the_link_and_the_layers_name():
 
     different = {drawn("2"), drawn("0"), drawn("2", seed=1), drawn("2", knots=1)}
     assert len(different) == 4
-    assert drawn("2", "0") in different
+    assert drawn("2", "0") == drawn("2")
 
 
 class Unlucky(Noisy):

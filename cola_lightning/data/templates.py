@@ -67,7 +67,8 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         options: texts appended to the prompt, which may also have fields in braces; or the name of the field that lists them.
             ``null`` if the answer is generated.
         delimiter: text between the prompt and each option, or the answer; ``null``: a space, before an option only if neither
-            the prompt ends nor the option begins with white space. Not used with ``apply_chat_template``.
+            the prompt ends nor the option begins with white space. In a chat template options have none, and an
+            answer has it without white space at its start.
         label: the field with the right option: its index, from 0, or its text. A row cannot be used if it is a number that is
             the text of an option at another index; or, in a CSV file, where numbers are text, if it is a number, all options
             are, and it is none of them.
