@@ -3,6 +3,7 @@
 :class:`~cola_lightning.COLAModule` is a Lightning module around one; a custom training loop needs nothing more.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -157,18 +158,36 @@ class AdaptedModel:
     # ------------------------------------------------------------------ links
 
     def begin_link(self, rank: int, alpha: float) -> None:
-        """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function does not change."""
-        rank, alpha = int(rank), float(alpha)  # numpy's numbers would be in checkpoints and chain folders
-        self.live = rank, alpha
-        begin_link(self.layers, self.seed, self.link, rank, alpha, self.frozen_factor or "A")
+        """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function does not change.
+
+        Raises:
+            UserError: for a model without links, or values that no link of it can have.
+        """
+        self.live = self.checked_link(rank, alpha)
+        begin_link(self.layers, self.seed, self.link, *self.live, self.frozen_factor or "A")
+
+    def checked_link(self, rank: int, alpha: float) -> tuple[int, float]:
+        """A link's rank and alpha as plain numbers: numpy's would be in checkpoints and chain folders.
+
+        Raises:
+            UserError: for a model without links, or values that no link of it can have.
+        """
+        if not self.layers:
+            raise UserError("model.target_modules: a link needs layers to adapt, got null")
+        largest = self.config.rank
+        if rank not in range(1, largest + 1):
+            raise UserError(f"rank: must be between 1 and {largest} (model.rank), got {rank}")
+        if not 0 < alpha < math.inf:
+            raise UserError(f"alpha: must be a number above 0, got {alpha}")
+        return int(rank), float(alpha)
 
     def resume_link(self, link: Link) -> None:
         """Sets the layers' rank and alpha for a link whose factors are loaded separately.
 
         Raises:
-            UserError: if a layer would have another rank or scaling in it.
+            UserError: if a layer would have another rank or scaling in it, or the rank is above the layers'.
         """
-        self.live = link.rank, link.alpha
+        self.live = self.checked_link(link.rank, link.alpha)
         for layer in self.layers.values():
             layer.rank, layer.alpha = layer.values_in(*self.live)
         if own_values(self.layers, *self.live) != link.own_values:
@@ -183,8 +202,8 @@ class AdaptedModel:
         Raises:
             UserError: for a model without links.
         """
-        self.check_next(None)
-        assert self.live is not None
+        if self.live is None:
+            raise UserError("model.target_modules: this model has no links, because it is null")
         metadata = {"start_step": 0, "end_step": 0} | metadata
         layers, (rank, alpha) = self.layers, self.live
         factors = {name: (layout.gather(layer.factors[0]), layout.gather(layer.factors[1])) for name, layer in layers.items()}
@@ -207,22 +226,14 @@ class AdaptedModel:
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
-        self.check_next(rank)
         link = self.live_link(**metadata)
+        following = self.checked_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha)
         for layers in self.by_unit():
             for layer in layers.values():
                 layer.finish()
         self.chain.append(link)
-        self.begin_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha)
+        self.begin_link(*following)
         return link
-
-    def check_next(self, rank: int | None) -> None:
-        """Refuses a model without links, and a rank for the next link that is above theirs (None: not given)."""
-        if not self.layers:
-            raise UserError("model.target_modules: a link needs layers to adapt, got null")
-        largest = self.config.rank
-        if rank is not None and rank not in range(1, largest + 1):
-            raise UserError(f"rank: must be between 1 and {largest} (model.rank), got {rank}")
 
     # ------------------------------------------------------------------ state
 

@@ -9,7 +9,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-_has_accelerator = functools.cache(torch.accelerator.is_available)
+
+@functools.cache
+def _accelerator() -> str | None:
+    """The kind of device that torch computes on here: ``cuda``, ``mps`` (a Mac's GPU), ...; None: the CPU alone."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return None if accelerator is None else accelerator.type
 
 
 @contextmanager
@@ -30,14 +35,13 @@ def seeded(seed: int) -> Iterator[None]:
     """
     pythons, numpys = random.getstate(), np.random.get_state()
     is_worker = torch.utils.data.get_worker_info() is not None  # which may not touch CUDA if it was forked
-    uses_cuda = not is_worker and torch.cuda.is_available()
-    with torch.random.fork_rng([torch.cuda.current_device()] if uses_cuda else ()):
+    kind = None if is_worker else _accelerator()
+    devices = [torch.accelerator.current_device_index()] if kind else []
+    with torch.random.fork_rng(devices, device_type=kind or "cuda"):
         # torch.manual_seed seeds all devices, and formats a call stack for each kind that is not in use: milliseconds a batch.
         torch.default_generator.manual_seed(seed)
-        if uses_cuda:
-            torch.cuda.manual_seed(seed)
-        elif not is_worker and _has_accelerator():  # a Mac's, for example
-            torch.manual_seed(seed)
+        if kind:
+            getattr(torch, kind).manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:

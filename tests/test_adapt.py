@@ -264,3 +264,11 @@ def test_weights_that_no_linear_layers_hold_are_told_of_and_no_others(caplog):
     parts = {"conv": nn.Conv2d(3, 8, 3), "body": nn.Linear(8, 8), "head": Router(8, 8), "place": nn.Embedding(9, 8)}
     inject_lora(nn.ModuleDict(parts), LoRAConfig("all-linear", rank=1, alpha=1, modules_to_save=["head"]))
     assert messages(caplog) == []
+
+
+def test_a_model_that_is_adapted_already_is_refused_as_its_links_would_be_frozen():
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 6))
+    inject_lora(model, LoRAConfig(["0"]))
+    with pytest.raises(UserError, match="already has LoRA layers"):
+        inject_lora(model, LoRAConfig(["1"]))
+    assert model[0].lora_A.requires_grad

@@ -15,7 +15,7 @@ import numpy as np
 import omegaconf
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
@@ -552,3 +552,28 @@ def test_a_predict_that_fails_leaves_the_rows_so_far_beside_where_all_would_be(t
     with pytest.raises(RuntimeError, match="no memory"):
         run.predict(module, batches(4))
     assert lines_of(tmp_path / "predictions.partial.jsonl") == partial
+
+
+@pytest.mark.parametrize("again", ["fit", "validate"])
+def test_a_module_whose_validation_failed_inside_a_fit_is_used_by_another_trainer(tmp_path, again):
+    class Interrupted(Callback):
+        def on_validation_batch_start(self, trainer, *_):
+            if trainer.state.fn == "fit" and not trainer.sanity_checking:
+                raise KeyError("stopped")
+
+    module = toy(ValidatedToy)
+    with pytest.raises(KeyError, match="stopped"):
+        trainer(tmp_path, Interrupted(), max_epochs=1).fit(module, batches(), batches())
+    other = trainer(tmp_path, max_epochs=1)
+    other.validate(module, batches()) if again == "validate" else other.fit(module, batches(), batches())
+    assert "val_loss" in other.callback_metrics
+
+
+def test_weights_that_are_loaded_after_the_base_was_built_are_refused_before_the_first_step(tmp_path):
+    class Loading(Toy):
+        def setup(self, stage):
+            torch.nn.init.ones_(self.model[0].weight)
+
+    module = toy(Loading)
+    with pytest.raises(UserError, match=r"'0\.weight' has other values .* load them in build_model\(\)"):
+        trainer(tmp_path, max_epochs=1).fit(module, batches())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import LightningModule
 from torch import nn
+from transformers import Adafactor
 
 from cola_lightning import AdaptedModel, ChainOfLoRA, ChainSchedule, LoRAConfig, UserError, inject_lora
 from cola_lightning.cli import main
@@ -197,6 +198,7 @@ REFUSALS = {
     ],
     module: [
         ({"alpha": float("inf")}, r"model\.alpha"),
+        ({"rank": 2.5}, r"model\.rank"),
         ({"dropout": 1.0}, r"model\.dropout"),
         ({"finished_links": "merged"}, r"model\.finished_links"),
         ({"kept_optimizer_state": 2}, r"model\.kept_optimizer_state"),
@@ -214,6 +216,7 @@ REFUSALS = {
         (UNKNOWN_LENGTH | {"lr_schedule": "constant", "knot_warmup_steps": 0.5}, r"model\.knot_warmup_steps: the share 0\.5"),
         ({"cls": PlainToy}, "model: COLAModule"),
         ({"modules_to_save_lr": 0.1}, r"model\.modules_to_save_lr"),
+        ({"lr_ratio_B": 4, "optimizer": Adafactor}, r"model\.lr_ratio_B: Adafactor"),
         ({"target_modules": None, "chain": {"every_n_epochs": 1}}, r"model\.target_modules"),
     ],
     inject: [

@@ -143,7 +143,8 @@ class ChainOfLoRA(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.schedule.has_knots:
-            self.module.adapted.check_next(None)
+            config = self.module.lora_config
+            self.module.adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
         if self.patience is not None and not sum(trainer.num_val_batches):
             raise UserError(
                 "chain.patience: this run has no validation. It needs rows for validation, a validation_step, and a "

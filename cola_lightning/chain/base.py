@@ -112,6 +112,29 @@ def check_same_base(expected: BaseIdentity, received: BaseIdentity, *, is_stored
     )
 
 
+def check_unchanged(model: nn.Module, base: BaseIdentity, merged: Collection[str]) -> None:
+    """Refuses a model whose frozen parameters are not those of its base: checkpoints do not contain them.
+
+    Args:
+        model: an adapted model that is not sharded.
+        base: its base, as ``build_model`` made it.
+        merged: the layers whose weights may hold finished links.
+
+    Raises:
+        UserError: naming a parameter.
+    """
+    values = base_values(model)
+    for name, parameter in model.named_parameters():
+        expected = base.values.get(name)
+        if parameter.requires_grad or expected is None or name.removesuffix(".weight") in merged:
+            continue
+        if name in values and hash_of(parameter) != expected:
+            raise UserError(
+                f"model: {name!r} has other values than in the model that build_model() returned. Checkpoints do not contain "
+                "frozen weights, so load them in build_model(), and not later, in setup() for example"
+            )
+
+
 def check_same_layers(expected: Collection[str], received: Collection[str]) -> None:
     """Refuses a model whose adapted layers are not those of the chain.
 

@@ -31,6 +31,11 @@ def gaussian_(rows: Tensor, generator: torch.Generator | None) -> None:
 DRAWS: dict[str, Callable[[Tensor, torch.Generator | None], None]] = {"kaiming": kaiming_, "gaussian": gaussian_}
 
 
+def is_rank(value: float) -> bool:
+    """Whether a link can have this rank."""
+    return value >= 1 and value % 1 == 0
+
+
 def is_matched(pattern: str, name: str) -> bool:
     """Whether a key of ``rank_pattern`` or ``alpha_pattern`` is for the layer of this name.
 
@@ -105,9 +110,9 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for name, is_valid, valid in (
-            ("rank", self.rank >= 1, "a whole number of at least 1"),
+            ("rank", is_rank(self.rank), "a whole number of at least 1"),
             ("alpha", 0 < self.alpha < math.inf, "a number above 0"),
-            ("rank_pattern", all(rank >= 1 for rank in (self.rank_pattern or {}).values()), "whole numbers of at least 1"),
+            ("rank_pattern", all(map(is_rank, (self.rank_pattern or {}).values())), "whole numbers of at least 1"),
             ("alpha_pattern", all(0 < a < math.inf for a in (self.alpha_pattern or {}).values()), "numbers above 0"),
             ("scaling", self.scaling in get_args(Scaling), " or ".join(get_args(Scaling))),
             ("dropout", 0 <= self.dropout < 1, "a probability from 0 to below 1"),

@@ -132,7 +132,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         The names of the adapted layers, in the model's order.
 
     Raises:
-        UserError: for what would later be wrong: no match, shared modules or weights, a 4-bit base to merge into, ...
+        UserError: for what would later be wrong: no match, shared modules or weights, a 4-bit base to merge into, a model that
+            is adapted already, ...
         AttributeError: for a layer whose weight is no parameter, but computed from others at each forward pass.
 
     Example:
@@ -144,6 +145,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     if config.target_modules is None:
         return []
+    if lora_layers(model):  # whose links a second call would freeze
+        raise UserError("model: it already has LoRA layers. Name all targets in one call, or call strip_lora first")
     if config.experts or config.target_modules != ALL_LINEAR:
         open_experts(model)
     try:

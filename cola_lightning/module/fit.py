@@ -19,9 +19,10 @@ from typing_extensions import override
 
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel
+from cola_lightning.chain.base import check_unchanged
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.errors import UserError
-from cola_lightning.lora.layer import is_quantized, lora_layers
+from cola_lightning.lora.layer import is_quantized, is_quantized_model, lora_layers
 from cola_lightning.module.base import BaseCOLAModule, values_of
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.rewind import Rewind, align_logged_step, resume_rewound
@@ -50,6 +51,11 @@ class FitCallback(Callback):
         self.module = module
         self._rewind = Rewind()
         self._batch = ExitStack()  # the scope of a batch's seed
+        self._log: TrainingLog | None = None  # of the fit, from its start on
+        self._is_validating = False  # whether a validation inside the fit has begun and not ended
+        self._modes: list[tuple[nn.Module, bool]] = []  # which parts were in training mode when the fit began
+        self._is_first_step = self._is_loss_shown = False
+        self._without_gradient: list[str] | None = None  # known after a backward pass
 
     # ------------------------------------------------------------------ the beginning and the end of a run
 
@@ -67,6 +73,7 @@ class FitCallback(Callback):
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
         check_one_seed(run.seed)
+        self._is_validating = False  # an earlier run of this Trainer may have failed in a validation
         if stage == "fit":
             run.length = None  # set again when training starts
             run.trainer_ref = weakref.ref(trainer)
@@ -82,6 +89,8 @@ class FitCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.module.make_model()  # which Lightning has done, except where a subclass' configure_model left super() out
         adapted = self.module.adapted
+        if not (self.module.is_sharded or is_quantized_model(adapted.model) or trainer.precision in ("bf16-true", "16-true")):
+            check_unchanged(adapted.model, adapted.chain.base, adapted.layers.keys() if adapted.link else ())
         warn_of_half_precision(adapted.model)
         check_frozen(adapted, run_of(self.module).schedule)
         if trainer.ckpt_path is None:  # parameters that a hook has added since the model was made
@@ -94,8 +103,7 @@ class FitCallback(Callback):
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         module.step_loss.begin()
         self._modes = [(part, part.training) for part in pl_module.modules()]
-        self._is_first_step, self._is_loss_shown = True, False
-        self._without_gradient: list[str] | None = None  # known after a backward pass
+        self._is_first_step, self._is_loss_shown, self._without_gradient = True, False, None
         now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
         run.length = run_length(trainer, beginning_of_epoch(trainer, now) if is_resumed else now)
         run.schedule = run.schedule.in_run(run.length)
@@ -103,7 +111,6 @@ class FitCallback(Callback):
         self._check_links(run.length)
         log.info("%s", summary(module.adapted, [*module.parameters()], module.trained_parameters()))
         self._log = TrainingLog(trainer, module)
-        run.is_validating = False
         self._rewind.begin_fit(trainer, module, values_of(module).keys())
 
     def _start_optimization(self, trainer: Trainer, *, is_resumed: bool) -> None:
@@ -131,7 +138,7 @@ class FitCallback(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._leave(trainer, pl_module)
-        if run_of(self.module).is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
+        if self._is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
             for part, is_training in self._modes:
                 part.training = is_training
 
@@ -170,7 +177,8 @@ class FitCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batch.close()
-        self._log.flush(trainer)
+        if self._log is not None:
+            self._log.flush(trainer)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._rewind.expect_window(trainer, batch_idx + 1)
 
@@ -178,22 +186,21 @@ class FitCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._check_loss(trainer)
-            run_of(self.module).is_validating = True
+            self._is_validating = True
             align_logged_step(trainer)
 
     @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if run_of(self.module).is_validating:
+        if self._is_validating:
             self._seed("validation", trainer.global_rank, trainer.global_step, dataloader_idx, batch_idx)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run = run_of(self.module)
-        if run.is_validating:
+        if self._is_validating and self._log is not None:
             self._log.restart_clock()
-        run.is_validating = False
+        self._is_validating = False
 
     def _restore_generators(self, *args: Any, **kwargs: Any) -> None:
         """Ends the scope of a batch's seed."""
@@ -229,7 +236,8 @@ class FitCallback(Callback):
         if loss is not None:
             pl_module.log("train_loss", loss)
         self._is_loss_shown = loss is not None
-        self._log.add(trainer, optimizer)
+        if self._log is not None:
+            self._log.add(trainer, optimizer)
         if self._is_first_step and self._without_gradient is not None:
             self._is_first_step = False
             if trainer.is_global_zero:
@@ -248,9 +256,8 @@ class FitCallback(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         prepare_checkpoint(self.module, checkpoint)
-        run = run_of(self.module)
-        if run.trainer is trainer:  # of a fit
-            self._rewind.write(checkpoint, trainer, self.state_key, is_validating=run.is_validating)
+        if run_of(self.module).trainer is trainer:  # of a fit
+            self._rewind.write(checkpoint, trainer, self.state_key, is_validating=self._is_validating)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:

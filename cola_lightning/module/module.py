@@ -165,16 +165,16 @@ class COLAModule(BaseCOLAModule):
             The finished link.
 
         Raises:
-            UserError: if the module trains without links, or the rank is above ``model.rank``.
+            UserError: if the module trains without links, or for a rank or alpha that no link of it can have.
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
-        self.adapted.check_next(rank)
         self.step_loss.check()  # before the link is recorded
         adapted, run, trainer = self.adapted, run_of(self), trainer_of(self)
-        run.is_tying = True
         rank = run.schedule.rank(self.link + 1) if rank is None else rank
         alpha = run.schedule.alpha(self.link + 1) if alpha is None else alpha
+        adapted.checked_link(rank, alpha)
+        run.is_tying = True
         link = adapted.tie_knot(rank, alpha, **run.metadata(trainer))
         run.optimization.begin_link(self, adapted, run.position(trainer))
         run.begin_metrics(trainer)
@@ -194,11 +194,9 @@ class COLAModule(BaseCOLAModule):
             UserError: if the module trains without links, the rank is above ``model.rank``, or the link has been trained.
         """
         adapted, run = self.adapted, run_of(self)
-        adapted.check_next(rank)
         if any(layer.has_begun for layer in adapted.layers.values()):
             raise UserError("begin_link: the current link has been trained; tie a knot to begin another one")
-        assert adapted.live is not None
-        before = adapted.live
+        before = adapted.live or (self.lora_config.rank, self.lora_config.alpha)
         adapted.begin_link(before[0] if rank is None else rank, before[1] if alpha is None else alpha)
         run.optimization.begin_link(self, adapted, run.position(trainer_of(self)))
 

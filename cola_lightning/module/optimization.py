@@ -126,6 +126,10 @@ class LinkOptimization:
             group |= {name: value.item() for name, value in group.items() if isinstance(value, np.generic)}
             group["lr"] = copy.deepcopy(group["lr"])  # a copy: a schedule modifies a rate that is a tensor in place
         if self.lr_ratio_B != 1:
+            if optimizer.param_groups[1]["lr"] is None:
+                raise UserError(
+                    f"model.lr_ratio_B: needs an optimizer with a learning rate, and {type(optimizer).__name__} has none"
+                )
             optimizer.param_groups[1]["lr"] *= self.lr_ratio_B
         given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         self._groups = copy.deepcopy(given)

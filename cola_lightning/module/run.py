@@ -40,7 +40,6 @@ class Run:
             at the same position continues it.
         trainer_ref: of the last fit; an evaluation by another Trainer may have followed.
         length: length of the fit; None while it is not known.
-        is_validating: whether a validation inside a fit has begun and not ended.
         is_tying: whether a knot has begun, and has not succeeded.
         earlier_metrics: the current link's, logged in an earlier run of a Trainer.
         previous_metrics: logged in this run of a Trainer by the previous link.
@@ -57,7 +56,6 @@ class Run:
     left_at: FitPosition | None = None
     trainer_ref: weakref.ref[Trainer] | None = None
     length: RunLength | None = None
-    is_validating: bool = False
     is_tying: bool = False
     earlier_metrics: dict[str, float] = field(default_factory=dict)
     previous_metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -293,7 +291,8 @@ class Late:
     """
 
     def __init__(self, value: Tensor) -> None:
-        self._value = value.to("cpu", non_blocking=True)
+        # In the background by CUDA alone: a Mac's GPU has no such event (https://github.com/pytorch/pytorch/issues/140296).
+        self._value = value.to("cpu", non_blocking=value.is_cuda)
         self._copied = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
 
     def read(self) -> float:
