@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning import layout
-from cola_lightning.chain.base import TrainedValues, base_copies, base_values, check_same_base, check_same_layers, describe_base
-from cola_lightning.chain.chain import Chain, Link, add_links, begin_link, check_links, own_values, pack, unpack
+from cola_lightning.chain.base import base_copies, base_values, check_same_base, check_same_layers, describe_base
+from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
 from cola_lightning.chain.schedule import TrainedFactors, frozen_factor
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import Factor, LoRAConfig
 from cola_lightning.lora.inject import inject_lora
-from cola_lightning.lora.layer import LoRALayer, is_quantized, is_quantized_model, lora_layers
-from cola_lightning.merge import cast_floats, free, merge
+from cola_lightning.lora.layer import LoRALayer, initialize_link, is_quantized, is_quantized_model, lora_layers, own_values
+from cola_lightning.merge import add_links, cast_floats, free, merge
 from cola_lightning.seeding import seeded_build
+from cola_lightning.trained_values import TrainedValues
 
 
 class Placement(NamedTuple):
@@ -164,7 +165,7 @@ class AdaptedModel:
             UserError: for a model without links, or values that no link of it can have.
         """
         self.live = self.checked_link(rank, alpha)
-        begin_link(self.layers, self.seed, self.link, *self.live, self.frozen_factor or "A")
+        initialize_link(self.layers, self.seed, self.link, *self.live, self.frozen_factor or "A")
 
     def checked_link(self, rank: int, alpha: float) -> tuple[int, float]:
         """A link's rank and alpha as plain numbers: numpy's would be in checkpoints and chain folders.
@@ -189,7 +190,7 @@ class AdaptedModel:
         """
         self.live = self.checked_link(link.rank, link.alpha)
         for layer in self.layers.values():
-            layer.rank, layer.alpha = layer.values_in(*self.live)
+            layer.rank, layer.alpha = layer.rank_and_alpha(*self.live)
         if own_values(self.layers, *self.live) != link.own_values:
             raise UserError("model.rank_pattern, model.alpha_pattern, model.scaling: must be those of the chain")
 

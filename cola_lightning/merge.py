@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola_lightning.chain.chain import Link, add_links
+from cola_lightning.chain.chain import Link
 from cola_lightning.lora.experts import close_experts
 from cola_lightning.lora.inject import begin_merging
-from cola_lightning.lora.layer import lora_layers
+from cola_lightning.lora.layer import LoRALayer, lora_layers
 from cola_lightning.lora.quantization import dequantize
 
 
@@ -51,6 +51,21 @@ def merge(
     dequantize(model, wide if dtype is None else dtype)
     close_experts(model)
     return _place(model, dtype, device)
+
+
+def add_links(name: str, layer: LoRALayer, links: Sequence[Link], device: torch.device | str) -> None:
+    """Applies finished links to a layer, as their knots did: merged into its weight, or stacked.
+
+    Args:
+        name: the layer's, in the links.
+        layer: the layer.
+        links: the links, some of which may not have this layer.
+        device: where the products are computed: the training's device gives equal bits.
+    """
+    for link in links:
+        if name in link.factors:
+            lora_A, lora_B = link.factors[name]
+            layer.add_finished_link(lora_A.to(device), lora_B.to(device), link.scaling(name))
 
 
 def _place(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Module:

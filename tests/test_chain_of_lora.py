@@ -20,9 +20,9 @@ from torch.optim import SGD, AdamW
 
 from cola_lightning import ChainOfLoRA, UserError, lora_layers
 from cola_lightning.callbacks.chain_of_lora import check_strategy
-from cola_lightning.chain.chain import begin_link
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.errors import NonFiniteError
+from cola_lightning.lora.layer import initialize_link
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, read_csv, toy, trainer, weights
 
 
@@ -53,7 +53,7 @@ def hand_written_loop(steps, every, ranks, accumulate=1, clip=None, lr=1e-2, see
                         r = ranks[link]
                         base[name][0].add_(alpha / r * (B[:, :r].contiguous() @ A[:r].contiguous()))
                 link += 1
-                begin_link(lora_layers(module.model), seed, link, ranks[link], alpha)  # draws A, zeroes B
+                initialize_link(lora_layers(module.model), seed, link, ranks[link], alpha)  # draws A, zeroes B
                 parameters = [p for pair in lora.values() for p in pair]
                 optimizer = AdamW(parameters, lr=lr)
             r = ranks[link]
@@ -295,7 +295,7 @@ class Halving(Toy):
 
     def on_knot(self, link):
         assert self.link == link.index + 1
-        self.begin_link(rank=link.rank // 2)
+        self.restart_link(rank=link.rank // 2)
         self.log("finished_rank", float(link.rank))
 
 

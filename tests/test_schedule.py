@@ -10,7 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from cola_lightning import ChainOfLoRA, UserError
-from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength, lr_factor, warmup_length
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
+from cola_lightning.module.optimization import lr_factor, warmup_length
 from tests.test_chain_of_lora import Watch
 from tests.toy import Toy, ValidatedToy, batches, toy, trainer
 

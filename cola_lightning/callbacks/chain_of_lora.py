@@ -14,10 +14,9 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
 from cola_lightning.chain import Link
-from cola_lightning.chain.schedule import UNTIL, ChainSchedule, FitPosition, Mode, is_plateau
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, UserRule, is_plateau
 from cola_lightning.errors import UserError
 from cola_lightning.module import COLAModule
-from cola_lightning.module.run import run_of
 
 log = logging.getLogger(__name__)
 
@@ -30,55 +29,27 @@ class ChainOfLoRA(Callback):
     a knot contains the unfinished link, and resuming it ties the knot. The patience of EarlyStopping continues across knots.
 
     Args:
-        every_n_epochs: a knot after every n epochs.
-        every_n_train_steps: a knot after every n optimizer steps.
-        at_epochs: knots at the beginning of these epochs: increasing, from 1.
-        at_steps: knots before these optimizer steps: increasing, from 1.
-        ranks: each link's rank, the first link's first, at most ``model.rank``; the last entry holds for further links.
-            Default: ``model.rank`` for all.
-        alphas: each link's alpha, likewise. Default: ``model.alpha`` for all.
-        patience: a knot after this many validations in a row without improvement of ``monitor``; those of one optimizer step
-            count as one. The length of a link is then not known beforehand: a learning rate that decays needs
-            ``model.schedule_scope: run``.
-        monitor: with ``patience``: the metric, logged in validation.
-        min_delta: with ``patience``: a value is an improvement if it is better than the link's best by more than this.
-        mode: with ``patience``: whether a lower (``min``) or a higher (``max``) value is better.
-        knots: this many knots, evenly over the share ``until`` of the run, whose length decides their steps.
-        until: with ``knots``: the share of the run at whose end the last of them is tied.
+        **options: when knots are tied, and each link's rank and alpha: the arguments of
+            :class:`~cola_lightning.ChainSchedule`, such as ``every_n_epochs``, ``knots`` and ``ranks``.
+
+    Attributes:
+        schedule: the :class:`~cola_lightning.ChainSchedule` of these arguments.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.
 
     Example:
-        >>> ChainOfLoRA(every_n_epochs=2, ranks=[8, 4, 2]).schedule.rank(1)
-        4
+        >>> ChainOfLoRA(every_n_epochs=2, ranks=[8, 4, 2]).schedule.ranks
+        [8, 4, 2]
 
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1: the knot comes before the forward pass of its step.
     """
 
-    def __init__(
-        self,
-        every_n_epochs: int | None = None,
-        every_n_train_steps: int | None = None,
-        at_epochs: list[int] | None = None,
-        at_steps: list[int] | None = None,
-        ranks: list[int] | None = None,
-        alphas: list[float] | None = None,
-        patience: int | None = None,
-        monitor: str = "val_loss",
-        min_delta: float = 0.0,
-        mode: Mode = "min",
-        knots: int | None = None,
-        until: float = UNTIL,
-    ) -> None:
-        self.schedule = ChainSchedule(
-            *(every_n_epochs, every_n_train_steps, at_epochs, at_steps, knots, until, ranks, alphas),
-            knots_unknown=self._is_own_rule,
-            patience=patience,
-        )
-        self.patience, self.monitor, self.min_delta, self.mode = patience, monitor, min_delta, mode
-        if patience is None and (monitor, min_delta, mode) != ("val_loss", 0.0, "min"):
-            raise UserError("chain.monitor, chain.min_delta, chain.mode: need chain.patience")
+    # **options: see COLAModule; each of them is defined, checked and documented once, in ChainSchedule.
+    def __init__(self, **options: Any) -> None:
+        self.schedule = ChainSchedule(**options)
+        if self._has_user_rule:
+            self.schedule = UserRule(**options)
         self._last_step: int | None = None  # global step at the last batch start
         self._values: dict[int, float] = {}  # the monitored metric's, by the first step at which each is known
 
@@ -91,14 +62,14 @@ class ChainOfLoRA(Callback):
             epoch: epochs finished.
             global_step: optimizer steps taken.
         """
-        start = self.module.link_start
-        if self.patience is not None:  # a value known at a link's first step belongs to the previous link
+        start, schedule = self.module.link_start, self.schedule
+        if schedule.patience is not None:  # a value known at a link's first step belongs to the previous link
             known = (value for step, value in self._values.items() if start.global_step < step <= global_step)
-            return is_plateau(known, self.patience, self.min_delta, self.mode)
-        return run_of(self.module).schedule.is_due(start, FitPosition(epoch, global_step))
+            return is_plateau(known, schedule.patience, schedule.min_delta, schedule.mode)
+        return self.module.fit_progress.schedule.is_due(start, FitPosition(epoch, global_step))
 
     @property
-    def _is_own_rule(self) -> bool:
+    def _has_user_rule(self) -> bool:
         """Whether ``should_tie`` is a subclass' own."""
         return type(self).should_tie is not ChainOfLoRA.should_tie
 
@@ -108,7 +79,6 @@ class ChainOfLoRA(Callback):
         self.module = cast(COLAModule, pl_module)
         self._last_step = None
         if stage == "fit":
-            run_of(self.module).use(self.schedule)
             # Keeps the values of a fit that this Trainer continues; a checkpoint's replace them.
             self._values = {step: value for step, value in self._values.items() if step <= trainer.global_step}
         # A new list: the trainer is iterating over the old one. Checkpoint callbacks stay last, as Lightning orders them.
@@ -120,12 +90,13 @@ class ChainOfLoRA(Callback):
         is_inside_window, self._last_step = now.global_step == self._last_step, now.global_step
         if now.global_step == self.module.link_start.global_step:
             if now != self.module.link_start:  # a knot tied by hand at the end of an epoch counted that epoch
-                run_of(self.module).optimization.begin_link(self.module, self.module.adapted, now)
+                self.module.fit_progress.link_start = now
+                self.module.link_optimization.renew(self.module, self.module.adapted)
             return
         if is_inside_window:  # of accumulated batches
             return
         is_due = self.should_tie(*now)
-        if trainer.world_size > 1 and self._is_own_rule:  # which may read values that differ between the processes
+        if trainer.world_size > 1 and self._has_user_rule:  # which may read values that differ between the processes
             is_due = trainer.strategy.reduce_boolean_decision(bool(is_due), all=False)
         if is_due:
             link = self.module.tie_knot()
@@ -145,7 +116,7 @@ class ChainOfLoRA(Callback):
         if self.schedule.has_knots:
             config = self.module.lora_config
             self.module.adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
-        if self.patience is not None and not sum(trainer.num_val_batches):
+        if self.schedule.patience is not None and not sum(trainer.num_val_batches):
             raise UserError(
                 "chain.patience: this run has no validation. It needs rows for validation, a validation_step, and a "
                 "trainer.limit_val_batches above 0"
@@ -153,9 +124,9 @@ class ChainOfLoRA(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.patience is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+        if self.schedule.patience is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        logged, name = trainer.callback_metrics, self.monitor
+        logged, name = trainer.callback_metrics, self.schedule.monitor
         if name not in logged:
             raise UserError(
                 f"chain.monitor: {name} is not logged in validation. Logged are {', '.join(sorted(logged)) or 'no metrics'}"
@@ -175,12 +146,16 @@ class ChainOfLoRA(Callback):
             return {}
         start = self.module.link_start.global_step
         values = {step: value for step, value in self._values.items() if step > start}
-        return {"values": values, "monitor": self.patience and self.monitor}
+        return {"values": values, "monitor": self._monitored}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        is_same = state_dict["monitor"] == (self.patience and self.monitor)
+        is_same = state_dict["monitor"] == self._monitored
         self._values = state_dict["values"] if is_same else {}  # of another metric
+
+    @property
+    def _monitored(self) -> str | None:
+        return None if self.schedule.patience is None else self.schedule.monitor
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -16,7 +16,6 @@ from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
 from cola_lightning.callbacks.prediction_writer import run_folder
-from cola_lightning.module.run import run_of
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +76,10 @@ class RunWatch(Callback):
         log.warning("%s: stopping after this batch. A second signal stops at once", signal.Signals(number).name)
 
     @override
-    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._is_waited_for = True
         signal.signal(signal.SIGTERM, self._handle)  # until Lightning restores it after the fit, in place of its own
-        length = run_of(pl_module).known_length()
+        length = pl_module.fit_progress.known_length()
         if self.validates_at_end and length is not None and not self.is_interval_given:
             trainer.log_every_n_steps = int(max(1, min(trainer.log_every_n_steps, length.end_step // 10)))
 

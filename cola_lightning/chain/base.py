@@ -1,12 +1,8 @@
-"""The base that a chain was trained on: its identity, the checks against it, and which of its values are trained.
-
-Its identity is its name, with fingerprints of its values. What training changes besides the links are fully trained parameters
-and buffers, in the model and outside of it.
-"""
+"""The base that a chain was trained on: its identity, a name with fingerprints of its values, and the checks against it."""
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -150,7 +146,7 @@ def check_same_layers(expected: Collection[str], received: Collection[str]) -> N
         raise UserError(f"model.target_modules: must name the layers of the chain, but {missing} does not adapt {alone[0]!r}")
 
 
-# ---------------------------------------------------------------------- its values, and which of them are trained
+# ---------------------------------------------------------------------- its values
 
 
 def base_values(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, Tensor]:
@@ -171,73 +167,3 @@ def base_copies(model: nn.Module) -> dict[str, Tensor]:
 def weight_of(name: str) -> str:
     """The weight to which an entry of a state dict belongs, such as a 4-bit weight's scales (``fc.weight.absmax``)."""
     return re.sub(r"\.weight\..*", ".weight", name)
-
-
-class TrainedValues:
-    """What training changes besides the links of an adapted model; each link records it.
-
-    Args:
-        model: the adapted model.
-        outside: returns what else is trained outside of the model, by names that begin with ``self.``.
-
-    Attributes:
-        first: the values outside of the model before the first link.
-    """
-
-    def __init__(self, model: nn.Module, outside: Callable[[], dict[str, Tensor]]) -> None:
-        self.model, self.outside = model, outside
-        self.first: dict[str, Tensor] = {}
-        self.remember()
-
-    def remember(self) -> None:
-        """Records which parameters are trainable now. They count as trained from here on, also while they are frozen."""
-        names = layout.plain_names(name for name, _ in self.model.named_parameters(remove_duplicate=False))
-        self._trained = names_of_factors(self.model) | set(names).difference(self._frozen_now())
-
-    def remember_first(self) -> None:
-        """Stores the values outside of the model, before training; those already stored are not replaced."""
-        self.first = {name: layout.gather(value) for name, value in self.outside().items()} | self.first
-
-    def frozen_names(self) -> list[str]:
-        """Names of the model's parameters that are not trained, each under all of its names; see :meth:`remember`."""
-        return [name for name in self._frozen_now() if name not in self._trained]
-
-    def _frozen_now(self) -> list[str]:
-        named = self.model.named_parameters(remove_duplicate=False)
-        return layout.plain_names(name for name, parameter in named if not parameter.requires_grad)
-
-    def values(self) -> dict[str, Tensor]:
-        """Fully trained parameters, and persistent buffers, themselves."""
-        return base_values(self.model, without=set(self.frozen_names())) | self.outside()
-
-    def recorded(self) -> dict[str, Tensor]:
-        """The :meth:`values` that a link records: all but buffers outside of the model that have not changed."""
-        values = self.values()
-        buffers = [name for name in values.keys() & self.first.keys() if not isinstance(values[name], nn.Parameter)]
-        constant = {name for name in buffers if torch.equal(layout.gather(values[name]), self.first[name])}
-        return {name: value for name, value in values.items() if name not in constant}
-
-    def copies(self) -> dict[str, Tensor]:
-        """CPU copies of the :meth:`recorded` values."""
-        return {name: layout.gather(value) for name, value in self.recorded().items()}
-
-    def write(self, values: Mapping[str, Tensor]) -> None:
-        """Writes :meth:`copies` into the present values; names that are unknown here are ignored."""
-        own = layout.state_dict(self.model) | self.outside()
-        for name in own.keys() & values.keys():
-            layout.copy_(own[name], values[name])
-
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        """Writes another run's values into the present ones.
-
-        Raises:
-            UserError: for a value without a counterpart of its shape.
-        """
-        own = self.values()
-        for name, value in values.items():
-            if name not in own or own[name].shape != value.shape:
-                raise UserError(
-                    f"model.init_chain: has values for {name!r} of shape {tuple(value.shape)}, which is not fully trained here "
-                    "(model.modules_to_save)"
-                )
-        self.write(values)

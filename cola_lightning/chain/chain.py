@@ -1,4 +1,4 @@
-"""Links, low-rank updates from their initialisation to their knot, and chains of them: in layers, in memory and in files.
+"""Links, low-rank updates from their initialisation to their knot, and chains of them: in memory and in files.
 
 A checkpoint stores the chain instead of weights. Replay passes each link through the same function as its knot did, so the
 weights, or the factors stacked next to them, are equal bit for bit.
@@ -10,7 +10,7 @@ PEFT adapter has the description.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,9 +22,7 @@ from torch import Tensor
 
 from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.errors import UserError, one_line
-from cola_lightning.lora.config import Factor
-from cola_lightning.lora.layer import LoRALayer, low_rank_delta
-from cola_lightning.seeding import derive_seed
+from cola_lightning.lora.layer import low_rank_delta
 from cola_lightning.writing import atomic_folder
 
 VERSION = 1  # of all that is stored
@@ -348,38 +346,3 @@ def unpack(tensors: Mapping[str, Tensor], where: str) -> tuple[Chain, dict[str, 
 
 def _is_of_tensors(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(part, Tensor) for part in value.values())
-
-
-# ---------------------------------------------------------------------- in layers
-
-
-def own_values(layers: Mapping[str, LoRALayer], rank: int, alpha: float) -> dict[str, tuple[int, float]]:
-    """The :attr:`Link.own_values` of the layers' current link, which has this rank and alpha."""
-    values = {name: (layer.rank, layer.scaling) for name, layer in layers.items()}
-    return {name: value for name, value in values.items() if value != (rank, alpha / rank)}
-
-
-def add_links(name: str, layer: LoRALayer, links: Sequence[Link], device: torch.device | str) -> None:
-    """Applies finished links to a layer, as their knots did: merged into its weight, or stacked.
-
-    Args:
-        name: the layer's, in the links.
-        layer: the layer.
-        links: the links, some of which may not have this layer.
-        device: where the products are computed: the training's device gives equal bits.
-    """
-    for link in links:
-        if name in link.factors:
-            lora_A, lora_B = link.factors[name]
-            layer.add_finished_link(lora_A.to(device), lora_B.to(device), link.scaling(name))
-
-
-def begin_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float, drawn: Factor = "A") -> None:
-    """Begins a link in every layer: A drawn from (seed, link, layer name), B zero, or the other way round.
-
-    The draw depends on nothing else: not on the global generator, the device, or the number of processes.
-    """
-    for name, layer in layers.items():
-        generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
-        layer.rank, layer.alpha = layer.values_in(rank, alpha)
-        layer.reset(generator, drawn)

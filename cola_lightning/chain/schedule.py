@@ -1,4 +1,4 @@
-"""When knots are tied; each link's rank, alpha, trained factors and length; and its learning-rate schedule.
+"""When knots are tied, and each link's rank, alpha, trained factors and length.
 
 Everything here is a pure function, of counters (an epoch and a global step: optimizer steps since the start of the run, as
 Lightning counts them), of a metric's values or of a seed. There is no state between calls, so a resumed run makes the same
@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from cola_lightning.errors import UserError
-from cola_lightning.lora.config import Factor
+from cola_lightning.lora.config import Factor, LoRAConfig, is_rank
 from cola_lightning.seeding import derive_seed
 
-LRSchedule = Literal["constant", "linear", "cosine"]
 Mode = Literal["min", "max"]
 TrainedFactors = Literal["both", "B", "random"]
 
@@ -72,45 +71,51 @@ class RunLength:
 
 @dataclass(frozen=True)
 class ChainSchedule:
-    """When the knots of a chain are tied. At most one of the six "when" arguments is given; without one: one link, plain LoRA.
+    """When the knots of a chain are tied, and each link's rank and alpha: the options of :class:`~cola_lightning.ChainOfLoRA`.
+
+    At most one of ``every_n_epochs``, ``every_n_train_steps``, ``at_epochs``, ``at_steps``, ``knots`` and ``patience`` may be
+    given; with none of them the run is one link: plain LoRA. Steps are optimizer steps, counted over the whole run from 0.
 
     Args:
-        every_n_epochs: a knot after every n epochs.
-        every_n_train_steps: a knot after every n optimizer steps.
-        at_epochs: knots at the beginning of these epochs, increasing, from 1.
-        at_steps: knots before these optimizer steps, increasing, from 1 (the first step is step 0).
-        knots: this many knots, evenly over the share ``until`` of a run, at whose start :meth:`in_run` gives their steps.
+        every_n_epochs: tie a knot after every n epochs.
+        every_n_train_steps: tie a knot after every n optimizer steps.
+        at_epochs: tie knots at the beginning of these epochs: increasing, from 1.
+        at_steps: tie knots before these optimizer steps: increasing, from 1.
+        ranks: each link's rank, the first link's first, at most ``model.rank``; the last entry holds for further links.
+            ``null``: ``model.rank`` for all.
+        alphas: each link's alpha, likewise. ``null``: ``model.alpha`` for all.
+        patience: tie a knot after this many validations in a row without improvement of ``monitor``; those of one optimizer
+            step count as one. The length of a link is then not known beforehand, so a learning rate that decays needs
+            ``model.schedule_scope: run``.
+        monitor: with ``patience``: the metric, logged in validation.
+        min_delta: with ``patience``: a value is an improvement if it is better than the link's best by more than this.
+        mode: with ``patience``: whether a lower (``min``) or a higher (``max``) value is better.
+        knots: tie this many knots, evenly over the share ``until`` of the run, whose length decides their steps.
         until: with ``knots``: the share of the run at whose end the last of them is tied.
-        ranks: each link's rank, the first link's first; None: ``model.rank`` for all.
-        alphas: each link's alpha; None: ``model.alpha`` for all.
-        knots_unknown: knots are decided while training, so no link's length is known beforehand.
-        patience: a knot after this many validations without improvement, see :func:`is_plateau`. It sets ``knots_unknown``.
-        default_rank: rank of a link without ``ranks``: the module's.
-        default_alpha: alpha of a link without ``alphas``: the module's.
 
     Raises:
-        UserError: for more than one "when" and for invalid values.
+        UserError: for more than one rule for when knots are tied, and for invalid values.
 
     Example:
         >>> schedule = ChainSchedule(at_epochs=[3], ranks=[8, 2])
         >>> [schedule.is_due(START, FitPosition(epoch, 10 * epoch)) for epoch in range(5)]
         [False, False, False, True, True]
-        >>> schedule.rank(1), schedule.alpha(1)
-        (2, 16)
+        >>> schedule.rank_and_alpha(1, LoRAConfig(rank=8, alpha=16))
+        (2, 16.0)
     """
 
     every_n_epochs: int | None = None
     every_n_train_steps: int | None = None
     at_epochs: Sequence[int] | None = None
     at_steps: Sequence[int] | None = None
-    knots: int | None = None
-    until: float = UNTIL
     ranks: Sequence[int] | None = None
     alphas: Sequence[float] | None = None
-    knots_unknown: bool = False
     patience: int | None = None
-    default_rank: int = 8
-    default_alpha: float = 16
+    monitor: str = "val_loss"
+    min_delta: float = 0.0
+    mode: Mode = "min"
+    knots: int | None = None
+    until: float = UNTIL
 
     def __post_init__(self) -> None:
         given = [name for name in KNOT_OPTIONS if getattr(self, name) is not None]
@@ -122,13 +127,18 @@ class ChainSchedule:
             *((name, _increases(getattr(self, name) or ()), "increasing, from 1 on") for name in ("at_epochs", "at_steps")),
             ("until", 0 < self.until < 1, "between 0 and 1"),
             ("until", self.knots is not None or self.until == UNTIL, "left out without chain.knots"),
-            ("ranks", all(rank >= 1 and rank % 1 == 0 for rank in self.ranks or ()), "whole numbers from 1"),
+            ("ranks", all(map(is_rank, self.ranks or ())), "whole numbers from 1"),
             ("alphas", all(0 < alpha < math.inf for alpha in self.alphas or ()), "positive"),
         ):
             if not is_valid:
                 raise UserError(f"chain.{name}: must be {valid}, got {getattr(self, name)}")
-        if self.patience is not None:
-            object.__setattr__(self, "knots_unknown", True)
+        if self.patience is None and (self.monitor, self.min_delta, self.mode) != ("val_loss", 0.0, "min"):
+            raise UserError("chain.monitor, chain.min_delta, chain.mode: need chain.patience")
+
+    @property
+    def knots_unknown(self) -> bool:
+        """Whether knots are decided while training, so that no link's length is known beforehand."""
+        return self.patience is not None
 
     @property
     def has_knots(self) -> bool:
@@ -152,13 +162,16 @@ class ChainSchedule:
         """Whether the link that began at ``start`` ends at ``now``."""
         return (now.epoch if self._counts_epochs else now.global_step) >= self.next_knot(start)
 
-    def rank(self, link: int) -> int:
-        """The rank of a link; the last entry of ``ranks`` holds for all links after it."""
-        return int(self.ranks[min(link, len(self.ranks) - 1)]) if self.ranks else self.default_rank
+    def rank_and_alpha(self, link: int, config: LoRAConfig) -> tuple[int, float]:
+        """The rank and alpha of a link; the last entry of ``ranks`` and ``alphas`` holds for all links after it.
 
-    def alpha(self, link: int) -> float:
-        """The alpha of a link; the last entry of ``alphas`` holds for all links after it."""
-        return float(self.alphas[min(link, len(self.alphas) - 1)]) if self.alphas else self.default_alpha
+        Args:
+            link: the link's index.
+            config: has the rank and alpha of a link for which the schedule has none.
+        """
+        rank = self.ranks[min(link, len(self.ranks) - 1)] if self.ranks else config.rank
+        alpha = self.alphas[min(link, len(self.alphas) - 1)] if self.alphas else config.alpha
+        return int(rank), float(alpha)
 
     def next_knot(self, start: FitPosition) -> float:
         """The epoch or global step (whichever the schedule counts) at which the link from ``start`` ends, if the run lasts."""
@@ -213,6 +226,15 @@ class ChainSchedule:
         return lengths
 
 
+@dataclass(frozen=True)
+class UserRule(ChainSchedule):
+    """The schedule of a ChainOfLoRA whose ``should_tie`` is a user's own, which decides while training."""
+
+    @property
+    def knots_unknown(self) -> bool:  # noqa: D102
+        return True
+
+
 def _increases(knots: Sequence[int]) -> bool:
     return all(a < b for a, b in itertools.pairwise((0, *knots)))
 
@@ -261,35 +283,3 @@ def frozen_factor(trained: TrainedFactors, seed: int, link: int) -> Factor | Non
         Asymmetric Chain of LoRA" (arXiv 2410.08305), algorithm 1.
     """
     return FROZEN_FACTOR[trained](seed, link)
-
-
-# From the share of the schedule after its warm-up to the factor on the learning rate.
-DECAY: dict[LRSchedule, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: max(0.0, 1.0 - progress),
-    "cosine": lambda progress: max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress))),
-}
-
-
-def lr_factor(schedule: LRSchedule, step: int, horizon: float, warmup_steps: float) -> float:
-    """The factor on the learning rate at a step of a schedule of ``horizon`` steps.
-
-    ``warmup_steps`` below 1 is a share of the horizon. The rate rises from 0 over the warm-up, then stays (``constant``), or
-    decays to 0 linearly (``linear``) or along half a cosine (``cosine``).
-
-    Example:
-        >>> [lr_factor("linear", step, horizon=4, warmup_steps=0) for step in range(5)]
-        [1.0, 0.75, 0.5, 0.25, 0.0]
-
-    Source: the formulas of ``transformers.get_{constant,linear,cosine}_schedule_with_warmup``.
-    """
-    warmup = warmup_length(warmup_steps, horizon)
-    if step < warmup:
-        return step / max(1, warmup)
-    return DECAY[schedule]((step - warmup) / max(1, horizon - warmup))
-
-
-def warmup_length(warmup_steps: float, horizon: float) -> int:
-    """The warm-up in steps: as given, or rounded up from a share of the horizon; never longer than the horizon."""
-    steps = warmup_steps if warmup_steps >= 1 or warmup_steps == 0 else math.ceil(warmup_steps * horizon)
-    return int(min(steps, horizon))

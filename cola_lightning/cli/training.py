@@ -33,8 +33,7 @@ from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, he
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
-from cola_lightning.module.run import run_of
-from cola_lightning.module.state import of_data
+from cola_lightning.module.state import data_facts
 from cola_lightning.writing import check_writable
 
 log = logging.getLogger(__name__)
@@ -249,7 +248,7 @@ class COLACLI(LightningCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if self.opened is not None:
-            self.opened.links, run_of(self.model).pending = self.links, self.opened
+            self.opened.links, self.model.opened_checkpoint = self.links, self.opened
         else:
             _ = self.model.first_chain  # a chain that does not exist is refused here, before the data is prepared
 
@@ -265,7 +264,7 @@ class COLACLI(LightningCLI):
     def after_fit(self) -> None:
         """Logs the checkpoint's path, and the next command for it."""
         can_be_tested = is_overridden("test_step", self.model) and getattr(self.datamodule, "can_be_tested", True)
-        kind = of_data(self.trainer, "prompt_format").get("kind")
+        kind = data_facts(self.trainer, "prompt_format").get("kind")
         if isinstance(self.model, COLACausalLM) and kind in ("response", "text"):
             self._log_command("try it", "generate")
         else:

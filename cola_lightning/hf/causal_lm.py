@@ -37,7 +37,6 @@ from cola_lightning.hf.logits import (
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
 from cola_lightning.hf.packed import Separation, is_packed, may_be_packed, separated, separation_of
-from cola_lightning.module.run import run_of
 from cola_lightning.seeding import derive_seed, seeded
 
 # What the module itself reads of a language-model batch, besides its tokens.
@@ -101,7 +100,7 @@ class COLACausalLM(LanguageModule):
     def build_model(self) -> nn.Module:
         model = super().build_model()
         # Else it is the base of a chain, and was checked when the chain began.
-        if run_of(self).pending is None and not self.is_made:
+        if self.opened_checkpoint is None and not self.is_made:
             check_decoder(model)
         return model
 

@@ -15,7 +15,6 @@ from cola_lightning.errors import UserError
 from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
 from cola_lightning.hf.logits import check_taken, taken_by
 from cola_lightning.hf.metrics import METRICS
-from cola_lightning.module.run import run_of
 
 
 class COLASequenceClassifier(LanguageModule):
@@ -77,8 +76,8 @@ class COLASequenceClassifier(LanguageModule):
             return self.labels_of_base
         if self.is_made:
             return self.chain.base.labels
-        pending = run_of(self).pending
-        chain = self.first_chain if pending is None else pending.state.chain  # which is about to be applied
+        opened = self.opened_checkpoint
+        chain = self.first_chain if opened is None else opened.state.chain  # which is about to be applied
         return None if chain is None else chain.base.labels
 
     def settle_labels(self, found: Sequence[str]) -> None:
@@ -142,9 +141,9 @@ class COLASequenceClassifier(LanguageModule):
     @override
     def choose_modules_to_save(self, model: Any) -> list[str]:
         """The head, and other modules that the pretrained files do not contain: frozen, they would stay as drawn."""
-        pending = run_of(self).pending
-        if pending is not None and pending.state.facts["modules_to_save"]:
-            return list(pending.state.facts["modules_to_save"])
+        opened = self.opened_checkpoint
+        if opened is not None and opened.state.facts["modules_to_save"]:
+            return list(opened.state.facts["modules_to_save"])
         children = model.named_children()
         head = [name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())]
         new = self.pretrained.new_modules(model, self.new_weights)

@@ -20,7 +20,7 @@ from cola_lightning.hf.pretrained import Pretrained
 from cola_lightning.lora.inject import is_within
 from cola_lightning.lora.quantization import Quantization, quantize
 from cola_lightning.module.module import COLAModule
-from cola_lightning.module.run import run_of, trainer_of
+from cola_lightning.module.progress import trainer_of
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ class LanguageModule(COLAModule, ABC):
     def tokenizer(self) -> Any:
         """The model's tokenizer, with the length of the model's longest sequence. Data modules use it."""
         tokenizer = self.pretrained.tokenizer()
-        pending = run_of(self).pending
-        if pending is not None and "template" in pending.state.facts["prompt_format"]:  # of data.chat_template
-            tokenizer.chat_template = pending.state.facts["prompt_format"]["template"]
+        opened = self.opened_checkpoint
+        if opened is not None and "template" in opened.state.facts["prompt_format"]:  # of data.chat_template
+            tokenizer.chat_template = opened.state.facts["prompt_format"]["template"]
             self.has_trained_template = True
         if self.pretrained.gguf_file is None:  # its configuration takes seconds; most use rotary positions, without a limit
             positions = getattr(self.pretrained.config(), "max_position_embeddings", None)

@@ -17,7 +17,7 @@ Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -29,10 +29,11 @@ from typing_extensions import override
 from cola_lightning import layout
 from cola_lightning.lora.config import DRAWS, Factor, LoRAConfig, value_of
 from cola_lightning.lora.stack import Stack
+from cola_lightning.seeding import derive_seed
 
 # The attributes that a LoRA layer adds to its base layer's.
 LINK_ATTRIBUTES = (
-    *("lora_A", "lora_B", "lora_dropout", "lora_config", "rank", "alpha", "shares", "stack"),
+    *("lora_A", "lora_B", "lora_dropout", "lora_config", "rank", "alpha", "rank_and_alpha_ratios", "stack"),
     *("base_class", "base_dtype", "source_dtype"),
 )
 
@@ -90,7 +91,7 @@ class LoRALayer(nn.Module):
         rank: rank of the current link; the rows of A and columns of B beyond it are zero and unused.
         alpha: the update is scaled by ``alpha / rank``.
         lora_config: what the model's links are like.
-        shares: the layer's rank and alpha in a link of the config's, divided by these: 1 without patterns.
+        rank_and_alpha_ratios: the layer's rank and alpha divided by the config's: 1 without patterns.
         stack: the finished links, if they are not merged; else None.
         base_class: the layer's class before it was adapted.
         base_dtype: the layer's compute dtype when it was adapted; a precision may have cast it since.
@@ -105,7 +106,7 @@ class LoRALayer(nn.Module):
     lora_config: LoRAConfig
     rank: int
     alpha: float
-    shares: tuple[float, float]
+    rank_and_alpha_ratios: tuple[float, float]
     stack: Stack | None
     base_class: Any
     base_dtype: torch.dtype
@@ -180,7 +181,7 @@ class LoRALayer(nn.Module):
         adapted.lora_B = nn.Parameter(torch.zeros(*matrices, n_out, rank, dtype=wide, device=device))
         adapted.lora_dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         adapted.lora_config, adapted.rank, adapted.alpha = config, rank, alpha
-        adapted.shares = rank / config.rank, alpha / config.alpha
+        adapted.rank_and_alpha_ratios = rank / config.rank, alpha / config.alpha
         adapted.reset()
         return adapted
 
@@ -220,9 +221,10 @@ class LoRALayer(nn.Module):
         """The factor in front of B A: ``alpha / rank``, or by ``rslora`` ``alpha / sqrt(rank)``."""
         return self.alpha / (self.rank if self.lora_config.scaling == "lora" else math.sqrt(self.rank))
 
-    def values_in(self, rank: int, alpha: float) -> tuple[int, float]:
+    def rank_and_alpha(self, rank: int, alpha: float) -> tuple[int, float]:
         """This layer's rank and alpha in a link with these."""
-        return max(1, round(self.shares[0] * rank)), self.shares[1] * alpha
+        rank_ratio, alpha_ratio = self.rank_and_alpha_ratios
+        return max(1, round(rank_ratio * rank)), alpha_ratio * alpha
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -378,3 +380,22 @@ def is_quantized(module: nn.Module) -> bool:
 def is_quantized_model(model: nn.Module) -> bool:
     """Whether a model has 4-bit layers."""
     return any(is_quantized(module) for module in model.modules())
+
+
+def own_values(layers: Mapping[str, LoRALayer], rank: int, alpha: float) -> dict[str, tuple[int, float]]:
+    """Rank and scaling of the layers that have others than ``rank`` and ``alpha / rank`` in a link, by name."""
+    values = {name: (layer.rank, layer.scaling) for name, layer in layers.items()}
+    return {name: value for name, value in values.items() if value != (rank, alpha / rank)}
+
+
+def initialize_link(
+    layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float, drawn: Factor = "A"
+) -> None:
+    """Initialises a link in every layer: A drawn from (seed, link, layer name), B zero, or the other way round.
+
+    The draw depends on nothing else: not on the global generator, the device, or the number of processes.
+    """
+    for name, layer in layers.items():
+        generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
+        layer.rank, layer.alpha = layer.rank_and_alpha(rank, alpha)
+        layer.reset(generator, drawn)

@@ -98,7 +98,7 @@ def _parameters(cls: type) -> list[inspect.Parameter]:
     """The arguments of a class; of this package's classes also those that they pass on: to the base, and to LoRAConfig."""
     classes = [one for one in cls.__mro__[: cls.__mro__.index(LightningModule)] if "__init__" in vars(one)]
     found: dict[str, inspect.Parameter] = {}
-    for owner in (*classes[:-1], LoRAConfig):  # the last, BaseCOLAModule, gets its arguments from COLAModule
+    for owner in (*classes, LoRAConfig):
         is_passing_on = owner.__module__.startswith("cola_lightning.")
         for name, parameter in inspect.signature(owner.__init__).parameters.items():  # type: ignore[misc]
             if parameter.kind is not parameter.VAR_KEYWORD or not is_passing_on:
@@ -187,7 +187,7 @@ MADE: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def made_again(cls: Any, recorded: Mapping[str, Any], given: dict[str, Any]) -> Any:
+def rebuilt(cls: Any, recorded: Mapping[str, Any], given: dict[str, Any]) -> Any:
     """A module that is made as a checkpoint's was, without its values.
 
     Args:

@@ -2,11 +2,10 @@
 
 import logging
 import math
-import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -23,11 +22,11 @@ from cola_lightning.chain.base import check_unchanged
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized, is_quantized_model, lora_layers
-from cola_lightning.module.base import BaseCOLAModule, values_of
+from cola_lightning.module.contract import TrainedModule
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
-from cola_lightning.module.rewind import Rewind, align_logged_step, resume_rewound
-from cola_lightning.module.run import accumulation_schedulers, run_length, run_of
-from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint
+from cola_lightning.module.progress import accumulation_schedulers, run_length
+from cola_lightning.module.rewind import Rewind, resume_rewound
+from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint, values_of
 from cola_lightning.module.training_log import TrainingLog
 from cola_lightning.seeding import derive_seed, seeded
 
@@ -47,7 +46,7 @@ class FitCallback(Callback):
         module: the module.
     """
 
-    def __init__(self, module: BaseCOLAModule) -> None:
+    def __init__(self, module: TrainedModule) -> None:
         self.module = module
         self._rewind = Rewind()
         self._batch = ExitStack()  # the scope of a batch's seed
@@ -61,29 +60,21 @@ class FitCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        module, run = self.module, run_of(self.module)
-        if pl_module is not module:  # a later module of the Trainer's, which is not of this package
+        module = self.module
+        if pl_module is not cast(LightningModule, module):  # a later module of the Trainer's, which is not of this package
             trainer.callbacks = [one for one in trainer.callbacks if one is not self]  # type: ignore[attr-defined]
             return
         check_sharding(trainer.strategy, module)
         replicate_trained(trainer.strategy)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO(run.pending)
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO(module.opened_checkpoint)
         if shards(trainer.strategy):  # in a later fit FSDP2 would gather into tensors made in inference mode
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
-        check_one_seed(run.seed)
+        check_one_seed(module.seed)
         self._is_validating = False  # an earlier run of this Trainer may have failed in a validation
         if stage == "fit":
-            run.length = None  # set again when training starts
-            run.trainer_ref = weakref.ref(trainer)
-            now = FitPosition(trainer.current_epoch, trainer.global_step)
-            if not now.global_step or now != run.left_at:  # else this Trainer continues its own fit
-                run.link_start = now
-                run.n_before += run.left_at is not None and run.left_at.global_step > 0
-            callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            if not any(isinstance(getattr(callback, "schedule", None), ChainSchedule) for callback in callbacks):
-                run.use(ChainSchedule())  # in place of an earlier fit's
+            module.fit_progress.begin_fit(trainer, schedule_of(trainer))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,48 +83,48 @@ class FitCallback(Callback):
         if not (self.module.is_sharded or is_quantized_model(adapted.model) or trainer.precision in ("bf16-true", "16-true")):
             check_unchanged(adapted.model, adapted.chain.base, adapted.layers.keys() if adapted.link else ())
         warn_of_half_precision(adapted.model)
-        check_frozen(adapted, run_of(self.module).schedule)
+        check_frozen(adapted, self.module.fit_progress.schedule)
         if trainer.ckpt_path is None:  # parameters that a hook has added since the model was made
             adapted.trained.remember_first()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module, run = self.module, run_of(self.module)
+        module, progress = self.module, self.module.fit_progress
         for callback in accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         module.step_loss.begin()
         self._modes = [(part, part.training) for part in pl_module.modules()]
         self._is_first_step, self._is_loss_shown, self._without_gradient = True, False, None
         now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
-        run.length = run_length(trainer, beginning_of_epoch(trainer, now) if is_resumed else now)
-        run.schedule = run.schedule.in_run(run.length)
+        progress.length = run_length(trainer, beginning_of_epoch(trainer, now) if is_resumed else now)
+        progress.schedule = progress.schedule.in_run(progress.length)
         self._start_optimization(trainer, is_resumed=is_resumed)
-        self._check_links(run.length)
-        log.info("%s", summary(module.adapted, [*module.parameters()], module.trained_parameters()))
+        self._check_links(progress.length)
+        log.info("%s", summary(module.adapted, [*pl_module.parameters()], module.trained_parameters()))
         self._log = TrainingLog(trainer, module)
-        self._rewind.begin_fit(trainer, module, values_of(module).keys())
+        self._rewind.begin_fit(trainer, pl_module, values_of(pl_module, module.adapted).keys())
 
     def _start_optimization(self, trainer: Trainer, *, is_resumed: bool) -> None:
         """Resumes the current link's optimizer, or begins the link as the schedule says."""
-        run = run_of(self.module)
+        module = self.module
         if is_resumed:
-            run.restore_metrics(trainer)
-            run.optimization.resume(trainer)
+            module.link_metrics.resume(trainer)
+            module.link_optimization.resume(trainer)
             return
-        if begin_as_scheduled(self.module.adapted, run.schedule):
-            run.begin_metrics(trainer)
+        if begin_as_scheduled(module.adapted, module.fit_progress.schedule):
+            module.link_metrics.reset(trainer)
         if trainer.global_step:  # the first rate was set before the run's length was known
             trainer.strategy.setup_optimizers(trainer)
 
     def _check_links(self, length: RunLength) -> None:
         """Checks options against the remaining links of this fit, as far as their lengths are known."""
-        module, run = self.module, run_of(self.module)
-        if run.schedule.has_unknown_lengths(length) or length.end_step == math.inf:
-            run.optimization.check_without_horizon(length)
+        progress, optimization = self.module.fit_progress, self.module.link_optimization
+        if progress.schedule.has_unknown_lengths(length) or length.end_step == math.inf:
+            optimization.check_without_horizon(length)
             return
-        lengths = run.schedule.links(run.link_start, length)
-        warn_of_lengths(run.schedule, lengths, module.link)
-        run.optimization.check_lengths(lengths)
+        lengths = progress.schedule.links(progress.link_start, length)
+        warn_of_lengths(progress.schedule, lengths, self.module.link)
+        optimization.check_lengths(lengths)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -145,12 +136,12 @@ class FitCallback(Callback):
     def _leave(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Cleans up at the end of a Trainer's run, and stores where it ended."""
         self._batch.close()
-        run = run_of(self.module)
+        progress, metrics = self.module.fit_progress, self.module.link_metrics
         if trainer.state.fn == "fit":
-            run.left_at = FitPosition(trainer.current_epoch, trainer.global_step)
+            progress.end = FitPosition(trainer.current_epoch, trainer.global_step)
         if trainer.state.fn in ("fit", "validate") and self.module.is_made:
-            run.earlier_metrics = run.metrics(trainer)  # which the Trainer clears when its next run begins
-        fitter = run.trainer
+            metrics.earlier = metrics.values(trainer, progress.link_start.global_step)  # the Trainer's next run clears its own
+        fitter = progress.trainer
         if fitter is not None and fitter.state.status == TrainerStatus.RUNNING and fitter.lightning_module is pl_module:
             pl_module.trainer = fitter  # inside of whose fit another Trainer has evaluated the module
 
@@ -160,9 +151,10 @@ class FitCallback(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run = run_of(self.module)
-        if run.length is not None:  # earlier epochs may have been of another length, if their data were loaded again
-            run.length = replace(run.length, epoch_start=FitPosition(trainer.current_epoch, trainer.global_step))
+        progress = self.module.fit_progress
+        if progress.length is not None:  # earlier epochs may have been of another length, if their data were loaded again
+            now = FitPosition(trainer.current_epoch, trainer.global_step)
+            progress.length = replace(progress.length, epoch_start=now)
         self._rewind.expect_window(trainer, 0)
 
     @override
@@ -212,7 +204,7 @@ class FitCallback(Callback):
         """Seeds the global generators for a batch; they are restored after it."""
         self._batch.close()
         assert self.module.seed is not None
-        n_before = run_of(self.module).n_before
+        n_before = self.module.fit_progress.n_earlier_fits
         self._batch.enter_context(seeded(derive_seed(self.module.seed, *place, *[f"after {n_before}"] * (n_before > 0))))
 
     # ------------------------------------------------------------------ steps
@@ -224,7 +216,7 @@ class FitCallback(Callback):
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_first_step:  # here: later a strategy that averages gradients fills in zeros where there is none
-            self._without_gradient = without_gradient(self.module.model)
+            self._without_gradient = without_gradient(self.module.adapted.model)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -241,7 +233,7 @@ class FitCallback(Callback):
         if self._is_first_step and self._without_gradient is not None:
             self._is_first_step = False
             if trainer.is_global_zero:
-                warn_of_no_gradient(self._without_gradient, self.module.model)
+                warn_of_no_gradient(self._without_gradient, self.module.adapted.model)
 
     def _check_loss(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Checks the loss of the last step, and shows it: a progress bar of Lightning's would read a new one at each batch."""
@@ -256,7 +248,7 @@ class FitCallback(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         prepare_checkpoint(self.module, checkpoint)
-        if run_of(self.module).trainer is trainer:  # of a fit
+        if self.module.fit_progress.trainer is trainer:  # of a fit
             self._rewind.write(checkpoint, trainer, self.state_key, is_validating=self._is_validating)
 
     @override
@@ -265,7 +257,7 @@ class FitCallback(Callback):
             resume_rewound(checkpoint, self.state_key)
 
 
-def attach(module: BaseCOLAModule, trainer: Trainer) -> None:
+def attach(module: TrainedModule, trainer: Trainer) -> None:
     """Attaches a module's callback to its Trainer: after the user's, and before those that write checkpoints."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(one, FitCallback) and one.module is module for one in callbacks):
@@ -273,6 +265,13 @@ def attach(module: BaseCOLAModule, trainer: Trainer) -> None:
         last = [one for one in others if isinstance(one, Checkpoint)]
         first = [one for one in others if one not in last]
         trainer.callbacks = [*first, FitCallback(module), *last]  # type: ignore[attr-defined]
+
+
+def schedule_of(trainer: Trainer) -> ChainSchedule:
+    """The schedule of the fit's ChainOfLoRA, which is above this file; without one, that of a single link."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    schedules = (getattr(callback, "schedule", None) for callback in callbacks)
+    return next((schedule for schedule in schedules if isinstance(schedule, ChainSchedule)), ChainSchedule())
 
 
 # ---------------------------------------------------------------------- what would go wrong without an error
@@ -306,7 +305,7 @@ def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> bool:
     Returns:
         Whether the link was begun again; not one that has been trained.
     """
-    planned, is_requested = (schedule.rank(adapted.link), schedule.alpha(adapted.link)), schedule.ranks or schedule.alphas
+    planned, is_requested = schedule.rank_and_alpha(adapted.link, adapted.config), schedule.ranks or schedule.alphas
     if adapted.live in (None, planned):
         return False
     if any(layer.has_begun for layer in adapted.layers.values()) or not (is_requested or not adapted.link):
@@ -385,3 +384,12 @@ def beginning_of_epoch(trainer: Trainer, now: FitPosition) -> FitPosition:
     """When the epoch began; earlier ones may have been of another length, in a run that resumes with other options."""
     window = max(1, trainer.accumulate_grad_batches)  # fewer are refused with the run's length
     return FitPosition(now.epoch, now.global_step - math.ceil((trainer.fit_loop.batch_idx + 1) / window))
+
+
+def align_logged_step(trainer: Trainer) -> None:
+    """Sets the loggers' step to the number of optimizer steps: a resume may leave it off by one."""
+    if not trainer.lightning_module.automatic_optimization:  # manual optimization may take several steps in a batch
+        return
+    loop = trainer.fit_loop.epoch_loop
+    is_before_its_count = trainer.validating and not loop._should_accumulate()
+    loop._batches_that_stepped = trainer.global_step - is_before_its_count

@@ -1,8 +1,11 @@
 """The Lightning module that owns a base model and its chain."""
 
+import functools
 import inspect
 import logging
-from collections.abc import Mapping
+import os
+import secrets
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -11,33 +14,50 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 from typing_extensions import override
 
+from cola_lightning import layout
+from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
-from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.chain.schedule import ChainSchedule, LRSchedule, TrainedFactors
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_chain
+from cola_lightning.chain.schedule import FitPosition, TrainedFactors
 from cola_lightning.errors import UserError
 from cola_lightning.export.module import export_trained
 from cola_lightning.export.verify import Dtype, ExportOptions, Format
 from cola_lightning.lora.config import LoRAConfig
-from cola_lightning.module.arguments import device_of, made_again, read_arguments
-from cola_lightning.module.base import BaseCOLAModule, values_of
+from cola_lightning.module.arguments import RecordsArguments, class_path, device_of, read_arguments, rebuilt
 from cola_lightning.module.fit import attach
-from cola_lightning.module.optimization import LinkOptimization, OptimizerCallable
-from cola_lightning.module.run import Run, run_of, trainer_of
-from cola_lightning.module.state import StateDictError, of_data, prepare_checkpoint, prepare_loading, state_of
+from cola_lightning.module.fsdp import repeated_blocks, shard_module
+from cola_lightning.module.link_metrics import LinkMetrics
+from cola_lightning.module.optimization import LinkOptimization, LRSchedule, OptimizerCallable
+from cola_lightning.module.progress import FitProgress, trainer_of
+from cola_lightning.module.state import (
+    StateDictError,
+    data_facts,
+    prepare_checkpoint,
+    prepare_loading,
+    state_of,
+    values_of,
+    values_outside,
+)
+from cola_lightning.module.step_loss import StepLoss
 
 log = logging.getLogger(__name__)
 
 
-class COLAModule(BaseCOLAModule):
+class COLAModule(LightningModule, RecordsArguments):
     """A pretrained model that is fine-tuned with a chain of low-rank links.
 
     A subclass defines ``build_model`` and ``training_step``. ``self.model`` is what ``build_model`` returned, with its target
     layers adapted in place; ``self.chain`` contains the finished links. The callback
     :class:`~cola_lightning.ChainOfLoRA` decides when a link is finished; without it the run is one link: plain LoRA.
+
+    Lightning makes a model late, in ``configure_model``, and much reads it before: optimizers, summaries, a subclass' own
+    ``__init__``. So the model is made when it is first read.
 
     Args:
         modules_to_save_lr: the initial learning rate of ``modules_to_save``; ``null``: the optimizer's, as for the links.
@@ -66,7 +86,15 @@ class COLAModule(BaseCOLAModule):
             as ``target_modules``, ``rank`` and ``alpha``.
 
     Attributes:
-        lora_config: the :class:`~cola_lightning.LoRAConfig` of these arguments.
+        lora_config: the :class:`~cola_lightning.LoRAConfig` of these arguments; ``build_model`` may replace it.
+        named_base: for exports: where transformers and PEFT find the base, a ``Pretrained``; None: it has no name there.
+        labels_of_base: a classifier's labels, which are a part of the base's identity; None: not known.
+        given_seed: what the user gave, by ``seed`` or ``seed_everything``; None: nothing.
+        fit_progress: where the present fit stands, or where the last one ended.
+        link_metrics: the metrics of the current link.
+        link_optimization: makes each link's optimizer.
+        step_loss: weighs the losses of an optimizer step's batches.
+        opened_checkpoint: a checkpoint that is about to be loaded.
 
     Raises:
         UserError: for invalid values.
@@ -88,6 +116,9 @@ class COLAModule(BaseCOLAModule):
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1. ``lr_ratio_B``: Hayou et al., "LoRA+" (arXiv
         2402.12354).
     """
+
+    named_base: Any = None
+    labels_of_base: list[str] | None = None
 
     # **lora, against our rule for constructors: jsonargparse and --help follow it into LoRAConfig, where each of its arguments
     # is defined, checked and documented once.
@@ -111,42 +142,153 @@ class COLAModule(BaseCOLAModule):
         activation_checkpointing: bool = False,
         **lora: Any,
     ) -> None:
-        config = LoRAConfig(**lora)
+        super().__init__()
+        self.lora_config = LoRAConfig(**lora)
         if init_links is not None and init_chain is None:
             raise UserError("model.init_links: needs model.init_chain")
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
-        schedule = ChainSchedule(default_rank=int(config.rank), default_alpha=float(config.alpha))
-        seed = None if seed is None else int(seed)
-        run = Run(schedule, seed, seed)
-        super().__init__(config, run)
+        self.given_seed = None if seed is None else int(seed)
         self.trained_factors, self.save_base = trained_factors, save_base
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else int(init_links)
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
-        run.optimization = LinkOptimization(
-            optimizer,
-            modules_to_save_lr,
-            lr_ratio_B,
-            lr_schedule,
-            warmup_steps,
-            schedule_scope,
-            knot_warmup_steps,
-            kept_optimizer_state,
-            run,
+        self.fit_progress, self.link_metrics, self.step_loss = FitProgress(), LinkMetrics(), StepLoss()
+        self.link_optimization = LinkOptimization(
+            progress=self.fit_progress,
+            make_optimizer=optimizer,
+            modules_to_save_lr=modules_to_save_lr,
+            lr_ratio_B=lr_ratio_B,
+            lr_schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+            schedule_scope=schedule_scope,
+            knot_warmup_steps=knot_warmup_steps,
+            kept_optimizer_state=kept_optimizer_state,
         )
+        self.opened_checkpoint: OpenedCheckpoint | None = None
+        self._adapted: AdaptedModel | None = None  # made by configure_model, or where the model is read before that
+        self._is_making = self._is_configured = self.is_wrapped_by_fsdp1 = self.is_tying_knot = False
         self.register_load_state_dict_pre_hook(prepare_loading)  # type: ignore[no-untyped-call]
 
-    @LightningModule.trainer.setter  # type: ignore[attr-defined, untyped-decorator]
-    def trainer(self, trainer: Trainer | None) -> None:
-        """Attaches a Trainer, and to the Trainer this module's callback; a subclass may override ``configure_callbacks``.
+    # ------------------------------------------------------------------ defined by a subclass
 
-        Lightning goes through the children for that, for which the model need not be made.
+    def build_model(self) -> nn.Module:
+        """Builds the base model.
+
+        It is called under the default dtype float32, with the global generators of Python, numpy and torch seeded by
+        ``self.seed``. It may be called again, for example to go back to an earlier link, and must then build an identical
+        model, of new parameters.
+
+        Returns:
+            The base, with its pretrained weights; its target layers are then adapted in place.
         """
-        is_making, self._is_making = self._is_making, True
-        LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
-        self._is_making = is_making
-        if isinstance(trainer, Trainer) and trainer.lightning_module is self:
-            attach(self, trainer)
+        raise UserError(f"model: {type(self).__name__} needs a build_model() that returns its base")
+
+    def checkpoint_activations(self) -> None:
+        """Applies ``activation_checkpointing`` to ``self.model``; override it for a model that is not Hugging Face's.
+
+        The names of its layers must not change (a wrapper module changes them), and copies of it must work (a closure over
+        this model would use it in its copies, too): set a flag that the blocks' own ``forward`` reads, for example.
+        """
+        model: Any = self.model
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # before 5.24
+        enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # needed by reentrant checkpointing alone; it costs a gradient of the embeddings
+
+    def compile_model(self, **options: Any) -> None:
+        """Applies ``compile`` to ``self.model``; override it to compile a part.
+
+        Args:
+            **options: of ``torch.compile``.
+        """
+        self.model.compile(**options)
+
+    def shard_model(self, mesh: DeviceMesh) -> None:
+        """Shards ``self.model`` over the processes of a one-dimensional mesh; called once, under FSDP2, with links injected.
+
+        By default, a Hugging Face decoder is sharded by its repeated blocks, and another model by the blocks of its
+        ``ModuleList`` that hold more than single layers. Override it with your own ``fully_shard`` calls: trainable parameters
+        are hidden from them, and replicated.
+        """
+        for block in repeated_blocks(self.model):  # each is gathered when it computes, the rest once a step
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+    @property
+    def base_name(self) -> str:
+        """The base's name, in messages and next to its fingerprint."""
+        return class_path(type(self))
+
+    # ------------------------------------------------------------------ its parts
+
+    @property
+    def adapted(self) -> AdaptedModel:
+        """The adapted model and its chain, without Lightning."""
+        self._ensure_model()
+        assert self._adapted is not None
+        return self._adapted
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the model is made."""
+        return self._adapted is not None
+
+    @functools.cached_property
+    def first_chain(self) -> Chain | None:
+        """The chain that a run begins from (``init_chain``); None if it begins from the base, or a checkpoint is loaded.
+
+        Raises:
+            UserError: if there is no such chain.
+        """
+        if self.init_chain is None or self.opened_checkpoint is not None:
+            return None
+        return read_chain(self.init_chain, self.init_links, "model.init_chain")
+
+    @property
+    def chain(self) -> Chain:
+        """The finished links, without the current one, which :meth:`full_chain` adds; none before the model is made."""
+        return Chain() if self._adapted is None else self._adapted.chain
+
+    @property
+    def link(self) -> int:
+        """Index of the current link: how many are finished."""
+        return len(self.chain)
+
+    @property
+    def link_start(self) -> FitPosition:
+        """Epoch and optimizer step at which the current link began."""
+        return self.fit_progress.link_start
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of every random draw; if none was given, None until the model is made."""
+        return self.given_seed if self._adapted is None else self._adapted.seed
+
+    @property
+    def is_base_in_checkpoint(self) -> bool:
+        """For ``build_model``: whether only shapes matter, as the base's weights come from a checkpoint."""
+        opened = self.opened_checkpoint
+        is_in_opened = opened is not None and "base_weights" in opened.state.facts
+        return is_in_opened or (self._adapted is not None and self._adapted.base_weights is not None)
+
+    @property
+    def init_chain_source(self) -> list[str | int | None]:
+        """The path of ``init_chain``, and how many of its links were requested."""
+        path = self.init_chain and str(Path(os.path.expanduser(self.init_chain)).absolute())
+        return [path, self.init_links]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 or FSDP1 has sharded the model."""
+        return self._placement().is_sharded
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters for the optimizer: the current link's, fully trained modules', and those outside of the model."""
+        return [parameter for _, parameter in self.named_trained_parameters()]
+
+    def named_trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The :meth:`trained_parameters` with their names in the module."""
+        frozen = {id(factor) for factor in self.adapted.frozen_factors()}
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
 
     # ------------------------------------------------------------------ links
 
@@ -170,19 +312,23 @@ class COLAModule(BaseCOLAModule):
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
         self.step_loss.check()  # before the link is recorded
-        adapted, run, trainer = self.adapted, run_of(self), trainer_of(self)
-        rank = run.schedule.rank(self.link + 1) if rank is None else rank
-        alpha = run.schedule.alpha(self.link + 1) if alpha is None else alpha
-        adapted.checked_link(rank, alpha)
-        run.is_tying = True
-        link = adapted.tie_knot(rank, alpha, **run.metadata(trainer))
-        run.optimization.begin_link(self, adapted, run.position(trainer))
-        run.begin_metrics(trainer)
-        run.is_tying = False  # not in a finally: after a knot that failed halfway nothing may be written
+        adapted, trainer = self.adapted, trainer_of(self)
+        next_rank, next_alpha = self.fit_progress.schedule.rank_and_alpha(self.link + 1, self.lora_config)
+        following = adapted.checked_link(next_rank if rank is None else rank, next_alpha if alpha is None else alpha)
+        self.is_tying_knot = True
+        link = adapted.tie_knot(*following, **self.link_steps_and_metrics())
+        self._begin_optimization()
+        self.link_metrics.reset(trainer)
+        self.is_tying_knot = False  # not in a finally: after a knot that failed halfway nothing may be written
         return link
 
-    def begin_link(self, *, rank: int | None = None, alpha: float | None = None) -> None:
-        """Begins the current link again, before its first step, with another rank or alpha: in :meth:`on_knot`, for example.
+    def _begin_optimization(self) -> None:
+        """Makes the optimizer of a link that begins now."""
+        self.fit_progress.link_start = self.fit_progress.position(trainer_of(self))
+        self.link_optimization.renew(self, self.adapted)
+
+    def restart_link(self, *, rank: int | None = None, alpha: float | None = None) -> None:
+        """Starts the current link again, before its first step, with another rank or alpha: in :meth:`on_knot`, for example.
 
         Its optimizer is new; with ``kept_optimizer_state`` it has that share of the last link's state.
 
@@ -193,12 +339,12 @@ class COLAModule(BaseCOLAModule):
         Raises:
             UserError: if the module trains without links, the rank is above ``model.rank``, or the link has been trained.
         """
-        adapted, run = self.adapted, run_of(self)
+        adapted = self.adapted
         if any(layer.has_begun for layer in adapted.layers.values()):
-            raise UserError("begin_link: the current link has been trained; tie a knot to begin another one")
-        before = adapted.live or (self.lora_config.rank, self.lora_config.alpha)
-        adapted.begin_link(before[0] if rank is None else rank, before[1] if alpha is None else alpha)
-        run.optimization.begin_link(self, adapted, run.position(trainer_of(self)))
+            raise UserError("restart_link: the current link has been trained. Tie a knot to begin another one")
+        old_rank, old_alpha = adapted.live or (self.lora_config.rank, self.lora_config.alpha)
+        adapted.begin_link(old_rank if rank is None else rank, old_alpha if alpha is None else alpha)
+        self._begin_optimization()
 
     def on_knot(self, link: Link) -> None:
         """Called after each knot that ``ChainOfLoRA`` ties, before the next link's first step. By default it does nothing.
@@ -215,12 +361,170 @@ class COLAModule(BaseCOLAModule):
         Raises:
             UserError: if the module trains without links.
         """
-        return self.adapted.live_link(**run_of(self).metadata(trainer_of(self)))
+        return self.adapted.live_link(**self.link_steps_and_metrics())
+
+    def link_steps_and_metrics(self) -> dict[str, Any]:
+        """Steps and metrics of the current link, for its record."""
+        start, trainer = self.link_start.global_step, trainer_of(self)
+        end, metrics = self.fit_progress.position(trainer).global_step, self.link_metrics.values(trainer, start)
+        return {"start_step": start, "end_step": end, "metrics": metrics}
 
     def full_chain(self) -> Chain:
         """The finished links and the current one as it is now: all that has been trained; ``chain`` holds the finished ones."""
         live = [] if self.adapted.live is None else [self.live_link()]
         return Chain([*self.chain.links, *live], self.chain.base)
+
+    # ------------------------------------------------------------------ the model
+
+    @override
+    def configure_model(self) -> None:
+        """Makes the model and its first link, once, and prepares it for the Trainer's precision and strategy, if there is one.
+
+        A subclass' own ``configure_model`` must call ``super().configure_model()``, and what it freezes before that counts as
+        frozen in the base.
+        """
+        self._ensure_model()
+        if self.model is not self.adapted.model and not self.is_wrapped_by_fsdp1:
+            raise UserError(
+                f"model: a {type(self.model).__name__} was assigned to self.model, in place of what build_model() returned. A "
+                "wrapper belongs in build_model, and model.compile true compiles in place"
+            )
+        if not self._is_configured:  # a subclass' own configure_model may have frozen more
+            self.adapted.trained.remember()
+        if (dtype := torch.get_default_dtype()) != torch.float32:  # what Lightning's precision will cast the model to
+            self.adapted.cast(dtype)
+        if (trainer := trainer_of(self)) is not None:
+            shard_module(trainer.strategy, self)
+        if self.should_compile and not self._is_configured:
+            self.compile_model(**_compile_options())
+        self._is_configured = True
+
+    def make_model(self) -> None:
+        """Makes and configures the model where no Trainer has done so; a second call changes nothing.
+
+        Raises:
+            UserError: for a subclass whose ``configure_model`` leaves ``super()`` out.
+        """
+        if not self._is_configured:
+            self.configure_model()
+        if not self._is_configured:
+            raise UserError(
+                f"{type(self).__name__}.configure_model must call super().configure_model(), which casts, shards and compiles "
+                "the model"
+            )
+
+    def _ensure_model(self) -> None:
+        """Makes the model, unless it is made or is being made: Lightning calls configure_model late; many read it before."""
+        if vars(self).get("_is_making", True) or self._adapted is not None:  # that is, after __init__
+            return
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.lightning_module not in (None, self):
+            raise UserError(f"{type(self).__name__}: cannot be used inside another LightningModule. Use an AdaptedModel there")
+        self._is_making = True
+        try:
+            with torch.device("cpu"):
+                self._make_model()
+        except BaseException:  # so that a second call does not take it for ready
+            self._modules.pop("model", None)
+            self._adapted = None
+            raise
+        finally:
+            self._is_making = False
+
+    def _make_model(self) -> None:
+        """Builds the base, adapts it, and begins a link, ready for a precision of the default dtype."""
+        opened = self.opened_checkpoint
+        seed = self._choose_seed(None if opened is None else opened.state.facts["seed"])
+        adapted = self._adapted = AdaptedModel(
+            self._build_base,
+            functools.partial(getattr, self, "lora_config"),  # in which build_model may choose modules_to_save
+            seed=seed,
+            name=self.base_name,
+            is_saved=self.save_base,
+            placement=self._placement,
+            outside=self._values_outside,
+            trained_factors=self.trained_factors,
+        )
+        if "model" not in self._modules:  # else one that was assigned, which configure_model refuses
+            self.model = adapted.model
+        adapted.cast(torch.get_default_dtype())  # now: Lightning casts only after a checkpoint's values are loaded
+        adapted.trained.remember_first()
+        adapted.chain.base = replace(adapted.chain.base, labels=self.labels_of_base)
+        if self.first_chain is not None:
+            adapted.start_from(self.first_chain)
+        if adapted.layers:
+            adapted.begin_link(*self.fit_progress.schedule.rank_and_alpha(self.link, self.lora_config))
+        if self.activation_checkpointing:
+            self.checkpoint_activations()
+
+    def _choose_seed(self, stored: int | None) -> int:
+        """The seed that was given, that of a checkpoint which is about to be loaded, or a random one."""
+        if self.given_seed is not None:
+            return self.given_seed
+        text = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was given
+        self.given_seed = None if text is None else int(text)
+        seed = self.given_seed if stored is None else stored
+        if seed is None:
+            seed = layout.gather_objects(secrets.randbits(31))[0]  # from no generator of torch's
+            log.info("No seed given (model.seed); using %d", seed)
+        return seed
+
+    def _build_base(self) -> nn.Module:
+        before = {name: dict(vars(self)[name]) for name in ("_modules", "_parameters", "_buffers")}
+        model = self.build_model()
+        if self.is_made:  # a rebuild: what else build_model assigns to the module stays as it was
+            for name, entries in before.items():
+                vars(self)[name].update(entries)
+        return model
+
+    def _values_outside(self) -> dict[str, Tensor]:
+        return values_outside(self, self.adapted)
+
+    def _placement(self) -> Placement:
+        """The placement of the model: in all of a strategy's wrappers, on the training device."""
+        trainer = trainer_of(self)
+        root, device = None, self.device
+        if trainer is not None:
+            root = trainer.strategy.model if trainer.strategy.lightning_module is self else None
+            device = trainer.strategy.root_device
+        is_sharded = layout.is_model_sharded(self.model) or self.is_wrapped_by_fsdp1
+        return Placement(self.model if root is None else root, device, is_sharded)
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward pass: ``module(x)`` is ``module.model(x)``."""
+        return self.model(*args, **kwargs)
+
+    # ------------------------------------------------------------------ a copy, and files
+
+    def merged_model(
+        self,
+        links: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> nn.Module:
+        """A plain copy of the model with the chain merged into its weights, without LoRA layers.
+
+        Parameters trained outside of ``self.model`` are not in the copy; a warning names them. If the model is sharded, the
+        copy is built on the CPU from a new base, without communication. (With full fine-tuning the parameters are gathered:
+        every process must call this.)
+
+        Args:
+            links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
+            dtype: to which each weight is rounded once its links are added; None: float32, whatever the model was trained in
+                (float64 where that was float64); if ``target_modules`` is null, its own.
+            device: where the copy is; None: where the model is.
+
+        Raises:
+            UserError: if there are fewer links.
+        """
+        self.make_model()
+        model = self.adapted.merged_model(links, dtype=dtype, device=device)
+        values = self.adapted.trained.outside()
+        if outside := [name for name, value in values.items() if value.requires_grad]:
+            log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
+        return model
 
     def export(
         self,
@@ -258,48 +562,16 @@ class COLAModule(BaseCOLAModule):
         """
         base = None if base_folder is None else Path(base_folder)
         options = ExportOptions(Path(folder), format, dtype, max_rank, base, license, verify, overwrite)
-        prompt_format, data = (of_data(trainer_of(self), name) for name in ("prompt_format", "identity"))
+        prompt_format, data = (data_facts(trainer_of(self), name) for name in ("prompt_format", "identity"))
         return export_trained(self, options, prompt_format, data)
-
-    def merged_model(
-        self,
-        links: int | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> nn.Module:
-        """A plain copy of the model with the chain merged into its weights, without LoRA layers.
-
-        Parameters trained outside of ``self.model`` are not in the copy; a warning names them. If the model is sharded, the
-        copy is built on the CPU from a new base, without communication. (With full fine-tuning the parameters are gathered:
-        every process must call this.)
-
-        Args:
-            links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
-            dtype: to which each weight is rounded once its links are added; None: float32, whatever the model was trained in
-                (float64 where that was float64); if ``target_modules`` is null, its own.
-            device: where the copy is; None: where the model is.
-
-        Raises:
-            UserError: if there are fewer links.
-        """
-        self.make_model()
-        model = self.adapted.merged_model(links, dtype=dtype, device=device)
-        values = self.adapted.trained.outside()
-        if outside := [name for name, value in values.items() if value.requires_grad]:
-            log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
-        return model
 
     # ------------------------------------------------------------------ training
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A new optimizer and learning-rate schedule for the current link; called again at each knot."""
-        run = run_of(self)
-        step = run.position(trainer_of(self)).global_step
-        trained, saved = self.named_trained_parameters(), self.lora_config.modules_to_save
-        made: OptimizerLRScheduler = run.optimization.configure(trained, saved, step)
-        return made
+        step = self.fit_progress.position(trainer_of(self)).global_step
+        return self.link_optimization.configure(self.named_trained_parameters(), self.lora_config.modules_to_save, step)
 
     # ------------------------------------------------------------------ state
 
@@ -311,7 +583,7 @@ class COLAModule(BaseCOLAModule):
         entries are tensors, and a checkpoint of Lightning's contains them.
         """
         self.make_model()
-        state = values_of(self, prefix, keep_vars=keep_vars, into=destination)
+        state = values_of(self, self.adapted, prefix, keep_vars=keep_vars, into=destination)
         state |= state_of(self, prefix)
         return state
 
@@ -379,20 +651,69 @@ class COLAModule(BaseCOLAModule):
         if not isinstance(opened, OpenedCheckpoint):
             opened = OpenedCheckpoint.open(opened, weights_only=is_plain)
         # Not by Lightning's method, which unpickles what is at a URL, and calls what the hyperparameters name.
-        module: Self = made_again(cls, opened.state.facts["module"], given | kwargs)
+        module: Self = rebuilt(cls, opened.state.facts["module"], given | kwargs)
         if strict and not module.strict_loading:
             raise UserError(f"strict: cannot be True, because {type(module).__name__}.strict_loading is False")
-        run_of(module).pending = replace(opened, links=links)
+        module.opened_checkpoint = replace(opened, links=links)
         module.make_model()
         module.on_load_checkpoint(opened.contents)
         strict = module.strict_loading if strict is None else strict
         keys = module.load_state_dict(opened.contents["state_dict"], strict=strict)
-        run_of(module).pending = None
+        module.opened_checkpoint = None
         if any(keys):
             rank_zero_warn(f"checkpoint: the module alone has {keys.missing_keys}, the checkpoint alone {keys.unexpected_keys}")
         return module if map_location is None else module.to(device_of(map_location))
+
+    # ------------------------------------------------------------------ the model is made when it is first read
+
+    @LightningModule.trainer.setter  # type: ignore[attr-defined, untyped-decorator]
+    def trainer(self, trainer: Trainer | None) -> None:
+        """Attaches a Trainer, and to the Trainer this module's callback; a subclass may override ``configure_callbacks``.
+
+        Lightning goes through the children for that, for which the model need not be made.
+        """
+        is_making, self._is_making = self._is_making, True
+        LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        self._is_making = is_making
+        if isinstance(trainer, Trainer) and trainer.lightning_module is self:
+            attach(self, trainer)
+
+    @override
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":
+            self._ensure_model()
+        return super().__getattr__(name)
+
+    @override
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        self._ensure_model_for_reader()
+        return super().named_children()
+
+    @override
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        self._ensure_model_for_reader()
+        modules: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return modules
+
+    @override
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self._ensure_model()
+        return super().named_parameters(*args, **kwargs)
+
+    def _ensure_model_for_reader(self) -> None:
+        """Makes the model for whoever goes through the module, except a Trainer, which has it made when it is due."""
+        if trainer_of(self) is None:
+            self._ensure_model()
 
 
 # Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.
 default_optimizer = inspect.signature(COLAModule.__init__).parameters["optimizer"].default
 default_optimizer.__qualname__ = "default_optimizer"
+
+
+def _compile_options() -> dict[str, Any]:
+    """Options for torch.compile: a model is compiled for each rank of a chain, in training and in evaluation.
+
+    Torch's limit of 8 remains in versions in which it cannot be set for one model.
+    """
+    return {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}

@@ -18,14 +18,46 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain.schedule import FitPosition, LRSchedule, RunLength, lr_factor, warmup_length
+from cola_lightning.chain.schedule import RunLength
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import is_within
-from cola_lightning.module.run import Run, trainer_of
+from cola_lightning.module.progress import FitProgress, trainer_of
 
 log = logging.getLogger(__name__)
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
+LRSchedule = Literal["constant", "linear", "cosine"]
+
+# From the share of the schedule after its warm-up to the factor on the learning rate.
+DECAY: dict[LRSchedule, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: max(0.0, 1.0 - progress),
+    "cosine": lambda progress: max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress))),
+}
+
+
+def lr_factor(schedule: LRSchedule, step: int, horizon: float, warmup_steps: float) -> float:
+    """The factor on the learning rate at a step of a schedule of ``horizon`` steps.
+
+    ``warmup_steps`` below 1 is a share of the horizon. The rate rises from 0 over the warm-up, then stays (``constant``), or
+    decays to 0 linearly (``linear``) or along half a cosine (``cosine``).
+
+    Example:
+        >>> [lr_factor("linear", step, horizon=4, warmup_steps=0) for step in range(5)]
+        [1.0, 0.75, 0.5, 0.25, 0.0]
+
+    Source: the formulas of ``transformers.get_{constant,linear,cosine}_schedule_with_warmup``.
+    """
+    warmup = warmup_length(warmup_steps, horizon)
+    if step < warmup:
+        return step / max(1, warmup)
+    return DECAY[schedule]((step - warmup) / max(1, horizon - warmup))
+
+
+def warmup_length(warmup_steps: float, horizon: float) -> int:
+    """The warm-up in steps: as given, or rounded up from a share of the horizon; never longer than the horizon."""
+    steps = warmup_steps if warmup_steps >= 1 or warmup_steps == 0 else math.ceil(warmup_steps * horizon)
+    return int(min(steps, horizon))
 
 
 class LinkLR(LRScheduler):
@@ -70,7 +102,7 @@ class LinkOptimization:
         schedule_scope: ``link`` or ``run``.
         knot_warmup_steps: of a schedule over the run: a number of steps, or a share of the link below 1.
         kept_optimizer_state: the share of an optimizer's state that a knot retains.
-        run: the state of the run.
+        progress: where the fit stands, which knows the beginning and the length of the link.
     """
 
     make_optimizer: OptimizerCallable
@@ -81,7 +113,7 @@ class LinkOptimization:
     schedule_scope: Literal["link", "run"]
     knot_warmup_steps: float
     kept_optimizer_state: float
-    run: Run
+    progress: FitProgress
     _optimizer: Optimizer | None = None
     _scheduler: LinkLR | None = None
     _horizon: tuple[float, float] | None = None
@@ -137,7 +169,7 @@ class LinkOptimization:
             return optimizer
         for group in optimizer.param_groups:
             group["initial_lr"] = copy.deepcopy(group["lr"])
-        done = max(0, step - self.run.link_start.global_step)  # by an earlier fit of the same Trainer
+        done = max(0, step - self.progress.link_start.global_step)  # by an earlier fit of the same Trainer
         self._scheduler = LinkLR(optimizer, self._lr_factor, last_epoch=done - 1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
@@ -164,21 +196,21 @@ class LinkOptimization:
         The horizon is determined when it is first needed: before a fit the length of its data is not known, and in a loop
         without a Trainer never.
         """
-        horizon, length = self._horizon, self.run.known_length()
+        horizon, length = self._horizon, self.progress.known_length()
         if horizon is None and length is not None:
             horizon = self._horizon_in(length)
-            self._horizon = horizon if length is self.run.length else None
+            self._horizon = horizon if length is self.progress.length else None
         if horizon is None and step == 0:  # whatever the length is
             return 0.0 if self.warmup_steps else 1.0
         end, rise = horizon or (math.inf, 0)
-        is_run, start = self.schedule_scope == "run", self.run.link_start
+        is_run, start = self.schedule_scope == "run", self.progress.link_start
         value = lr_factor(self.lr_schedule, start.global_step + step if is_run else step, end, self.warmup_steps)
         return value * step / rise if step < rise else value
 
     def _horizon_in(self, length: RunLength) -> tuple[float, float]:
         """The end of the schedule, and the steps of the warm-up after a knot; the run's first link has the run's warm-up."""
-        start = self.run.link_start
-        link_steps = self.run.schedule.link_steps(start, length)
+        start = self.progress.link_start
+        link_steps = self.progress.schedule.link_steps(start, length)
         rise = warmup_length(self.knot_warmup_steps, link_steps) if start.global_step else 0
         return length.end_step if self.schedule_scope == "run" else link_steps, rise
 
@@ -204,7 +236,7 @@ class LinkOptimization:
         if self._scheduler is None:
             return
         missing = ["trainer.max_steps"] if run.end_step == math.inf else []
-        if self.schedule_scope == "link" and self.run.schedule.has_unknown_lengths(run):
+        if self.schedule_scope == "link" and self.progress.schedule.has_unknown_lengths(run):
             missing.append("model.schedule_scope run")
         of_length = self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
         if of_length and (missing or self.schedule_scope == "link"):
@@ -218,8 +250,8 @@ class LinkOptimization:
                 f"{self.knot_warmup_steps:g}"
             )
 
-    def begin_link(self, module: LightningModule, adapted: AdaptedModel, start: FitPosition) -> None:
-        """Makes the current link's optimizers and learning-rate schedules, in a fit or after it.
+    def renew(self, module: LightningModule, adapted: AdaptedModel) -> None:
+        """Makes new optimizers and learning-rate schedules for a link that begins, in a fit or after it.
 
         In a fit they get the retained share of the factors' state, and all of the other parameters' state. After a fit they are
         those of the checkpoint that its Trainer may write, without state, as in a next fit.
@@ -227,14 +259,13 @@ class LinkOptimization:
         Args:
             module: the module of the run.
             adapted: its adapted model.
-            start: the moment of the run at which the link begins.
 
         Raises:
             UserError: if a subclass' ``configure_optimizers`` returns the same optimizer again.
         """
-        trainer, self.run.link_start = trainer_of(module), start
+        trainer = trainer_of(module)
         is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
-        trainer = trainer if is_fitting else self.run.trainer  # also in a validation of the fit
+        trainer = trainer if is_fitting else self.progress.trainer  # also in a validation of the fit
         if trainer is None or trainer.lightning_module is not module or not (is_fitting or trainer.optimizers):
             return
         before = trainer.optimizers

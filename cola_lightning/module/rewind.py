@@ -154,15 +154,6 @@ def _rewind(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int
     return rewound if has_begun else None
 
 
-def align_logged_step(trainer: Trainer) -> None:
-    """Sets the loggers' step to the number of optimizer steps: a resume may leave it off by one."""
-    if not trainer.lightning_module.automatic_optimization:  # manual optimization may take several steps in a batch
-        return
-    loop = trainer.fit_loop.epoch_loop
-    is_before_its_count = trainer.validating and not loop._should_accumulate()
-    loop._batches_that_stepped = trainer.global_step - is_before_its_count
-
-
 def _is_validation_due(trainer: Trainer) -> bool:
     """Whether Lightning will validate after the batch that has just been trained on; there is no public way to know."""
     loop = trainer.fit_loop

@@ -5,23 +5,26 @@ Lightning's checkpoint contains the state dict, and so everything that a resume 
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.serialization import config
 from typing_extensions import override
 
 from cola_lightning import layout
+from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.base import check_same_base, weight_of
-from cola_lightning.chain.chain import METADATA, Link, check_links, describe_link, link_fields, own_values, pack
+from cola_lightning.chain.chain import METADATA, OUTSIDE, Link, check_links, describe_link, link_fields, pack
 from cola_lightning.chain.checkpoint import STATE_PREFIX, OpenedCheckpoint, StoredState, read_archive
-from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import NonFiniteError, UserError, causes
+from cola_lightning.lora.layer import own_values
 from cola_lightning.module.arguments import plain, plain_hyperparameters
-from cola_lightning.module.base import BaseCOLAModule, aliases, is_frozen, values_of
-from cola_lightning.module.run import run_of, trainer_of
+from cola_lightning.module.contract import TrainedModule
+from cola_lightning.module.progress import trainer_of
 from cola_lightning.writing import atomic_file
 
 
@@ -29,10 +32,65 @@ class StateDictError(UserError, RuntimeError):
     """Mismatched state-dict keys: a user error, and also the RuntimeError that torch raises for it, with its message."""
 
 
+# ---------------------------------------------------------------------- the values that training changes
+
+
+def values_of(
+    module: nn.Module, adapted: AdaptedModel, prefix: str = "", *, keep_vars: bool = True, into: Any = None
+) -> dict[str, Any]:
+    """The parameters, buffers and extra states of a module that training may change: no frozen ones of the model's.
+
+    Args:
+        module: the module.
+        adapted: its adapted model.
+        prefix: begins the names.
+        keep_vars: see ``nn.Module.state_dict``.
+        into: a state dict to add them to; None: a new one.
+    """
+    if layout.has_fsdp1(module):
+        state = layout.state_dict(module, prefix, keep_vars=keep_vars)
+    else:
+        state = nn.Module.state_dict(module, destination=into, prefix=prefix, keep_vars=keep_vars)
+    omitted = {*(f"model.{name}" for name in adapted.trained.frozen_names()), *aliases(module)}
+    for name in list(state):
+        own = name.removeprefix(prefix)
+        if name.startswith(prefix) and not omitted.isdisjoint({own, weight_of(own)}):
+            del state[name]
+    return state
+
+
+def values_outside(module: nn.Module, adapted: AdaptedModel) -> dict[str, Tensor]:
+    """The tensors that training changes outside of a module's model; lazy ones have no values yet."""
+    first = adapted.trained.first
+    return {
+        name: value
+        for key, value in values_of(module, adapted).items()
+        if not key.startswith("model.") and isinstance(value, Tensor) and not is_lazy(value)
+        if (name := OUTSIDE + key) in first or not is_frozen(value)
+    }
+
+
+def aliases(module: nn.Module) -> dict[str, str]:
+    """Other names of the model's parameters and buffers, for a module that holds a part of the model a second time.
+
+    Returns:
+        By the other name, the value's name in the module's model.
+    """
+    found = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    named = list(zip(layout.plain_names(name for name, _ in found), (id(value) for _, value in found), strict=True))
+    inside = {key: name for name, key in named if name.startswith("model.")}
+    return {name: inside[key] for name, key in named if key in inside and not name.startswith("model.")}
+
+
+def is_frozen(value: Any) -> bool:
+    """Whether a value is a parameter that needs no gradient."""
+    return isinstance(value, nn.Parameter) and not value.requires_grad
+
+
 # ---------------------------------------------------------------------- the rest of the state
 
 
-def state_of(module: BaseCOLAModule, prefix: str = "") -> dict[str, Tensor]:
+def state_of(module: TrainedModule, prefix: str = "") -> dict[str, Tensor]:
     """A module's state besides its trained values: its finished links, and its :func:`facts_of`.
 
     Args:
@@ -43,40 +101,42 @@ def state_of(module: BaseCOLAModule, prefix: str = "") -> dict[str, Tensor]:
     return {f"{prefix}{STATE_PREFIX}{name}": value for name, value in packed.items()}
 
 
-def facts_of(module: BaseCOLAModule) -> dict[str, Any]:
+def facts_of(module: TrainedModule) -> dict[str, Any]:
     """What is stored of a module besides its trained values and its finished links; :func:`restore` reads it.
 
     A fact that a later release adds is missing in earlier files: read it with ``get``.
     """
-    adapted, run, trainer = module.adapted, run_of(module), trainer_of(module)
+    adapted, progress, trainer = module.adapted, module.fit_progress, trainer_of(cast(LightningModule, module))
     live = None
     if adapted.live is not None:
         rank, alpha = adapted.live
         values = own_values(adapted.layers, rank, alpha)
-        live = describe_link(Link(module.link, rank, alpha, factors={}, own_values=values, **run.metadata(trainer)))
-    logged = trainer.callback_metrics if trainer else {}
+        fields = module.link_steps_and_metrics()
+        live = describe_link(Link(module.link, rank, alpha, factors={}, own_values=values, **fields))
     facts = {
         "module": module.constructor_arguments,  # how it is made again
         "live": live,  # the current link, without its tensors
         "trained": list(adapted.trained.recorded()) if live else [],  # names of what else a link records
         "dtype": str(adapted.cast_dtype).removeprefix("torch.") if live else None,  # to which a precision has cast layers
-        "link_start": list(run.link_start),
-        "position": list(run.position(trainer)),
-        "n_before": run.n_before,
-        "has_knots": run.schedule.has_knots,
         "seed": adapted.seed,
         "init_chain_source": module.init_chain_source,
         "first_values": adapted.trained.first,
-        "callback_metrics": {name: value.detach().cpu().clone() for name, value in logged.items()},
-        "scheduled": [[run.schedule.rank(link), run.schedule.alpha(link)] for link in range(module.link + 1)],
+        "callback_metrics": module.link_metrics.to_store(trainer),
+        "scheduled": _scheduled(module, module.link + 1),
         "modules_to_save": list(module.lora_config.modules_to_save),
-        "prompt_format": of_data(trainer, "prompt_format"),
-        "data": of_data(trainer, "identity"),
+        "prompt_format": data_facts(trainer, "prompt_format"),
+        "data": data_facts(trainer, "identity"),
+        **progress.to_store(trainer),
     }
     return facts if adapted.base_weights is None else facts | {"base_weights": adapted.base_weights}
 
 
-def of_data(trainer: Any, name: str) -> dict[str, Any]:
+def _scheduled(module: TrainedModule, n_links: int) -> list[list[float]]:
+    """The rank and alpha that the schedule has for each of the first links."""
+    return [list(module.fit_progress.schedule.rank_and_alpha(link, module.lora_config)) for link in range(n_links)]
+
+
+def data_facts(trainer: Any, name: str) -> dict[str, Any]:
     """The ``prompt_format`` or ``identity`` of the trainer's data module, if it has one that JSON can hold; else an empty dict.
 
     Args:
@@ -92,16 +152,16 @@ def of_data(trainer: Any, name: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the file
 
 
-def prepare_checkpoint(module: BaseCOLAModule, checkpoint: dict[str, Any]) -> None:
+def prepare_checkpoint(module: TrainedModule, checkpoint: dict[str, Any]) -> None:
     """Completes a checkpoint, and refuses one from which no run could go on.
 
     Raises:
         NonFiniteError: for a loss or a trained value that is not finite, and after a knot that failed halfway.
     """
     module.step_loss.check()
-    values = ((name, value) for name, value in module.named_parameters() if value.requires_grad)
+    values = ((name, value) for name, value in cast(nn.Module, module).named_parameters() if value.requires_grad)
     reason = next((f"{name!r} is no longer finite" for name, value in values if not torch.isfinite(value).all()), None)
-    if run_of(module).is_tying:
+    if module.is_tying_knot:
         reason = "a knot failed halfway"
     if reason is not None:
         raise NonFiniteError(f"{reason}, in link {module.link}: this checkpoint is not written")
@@ -150,7 +210,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 # ---------------------------------------------------------------------- loading
 
 
-def prepare_loading(module: BaseCOLAModule, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+def prepare_loading(module: TrainedModule, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Restores a module from a state dict before torch loads its values, also for a module inside another one.
 
     A hook of torch's, which may change the state dict. It takes our own entries from it, and adds what no state dict of ours
@@ -160,6 +220,7 @@ def prepare_loading(module: BaseCOLAModule, state_dict: dict[str, Any], prefix: 
         UserError: if the chain was trained on another base, or is shorter than requested.
     """
     module.make_model()
+    as_torch = cast(nn.Module, module)
     _, _, missing_keys, *_ = args
     has_current = True
     packed = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix + STATE_PREFIX)}
@@ -168,8 +229,8 @@ def prepare_loading(module: BaseCOLAModule, state_dict: dict[str, Any], prefix: 
         has_current = restore(module, state)
     elif module.adapted.live is not None or module.adapted.trained.frozen_names():  # else the values are all
         missing_keys.append(f"{prefix}{STATE_PREFIX}{METADATA}")
-    values, trained = nn.Module.state_dict(module, prefix=prefix, keep_vars=True), values_of(module, prefix)
-    others = aliases(module)
+    values, trained = nn.Module.state_dict(as_torch, prefix=prefix, keep_vars=True), values_of(as_torch, module.adapted, prefix)
+    others = aliases(as_torch)
     if not has_current:  # the values of what is trained are of a later link
         state_dict.update({name: value for name, value in trained.items() if not is_frozen(value)})
     for name in trained.keys() & state_dict.keys():
@@ -180,10 +241,10 @@ def prepare_loading(module: BaseCOLAModule, state_dict: dict[str, Any], prefix: 
             state_dict.setdefault(name, state_dict.get(f"{prefix}{others.get(own, own)}", value))
 
 
-def restore(module: BaseCOLAModule, state: StoredState) -> bool:
+def restore(module: TrainedModule, state: StoredState) -> bool:
     """Brings a module to a state: its base, its finished links, and where the current link began.
 
-    If fewer links are requested (``links`` of the pending checkpoint), a link begins after them, and what else is trained gets
+    If fewer links are requested (``links`` of the opened checkpoint), a link begins after them, and what else is trained gets
     the values after the last of them.
 
     Returns:
@@ -192,9 +253,10 @@ def restore(module: BaseCOLAModule, state: StoredState) -> bool:
     Raises:
         UserError: for a state of another base, or with fewer links than requested; to resume a fit also with other options.
     """
-    trainer, adapted, run, facts = trainer_of(module), module.adapted, run_of(module), state.facts
+    trainer, adapted, facts = trainer_of(cast(LightningModule, module)), module.adapted, state.facts
+    progress, metrics, opened = module.fit_progress, module.link_metrics, module.opened_checkpoint
     total = len(state.chain) + 1
-    links = total if run.pending is None or run.pending.links is None else run.pending.links
+    links = total if opened is None or opened.links is None else opened.links
     check_links(links, total)
     has_current = links == total
     chain = state.chain if has_current else state.chain.truncate(links)
@@ -207,45 +269,45 @@ def restore(module: BaseCOLAModule, state: StoredState) -> bool:
         adapted.cast(dtype)
     adapted.go_to(chain)
     if adapted.cast_dtype == torch.float64 and not module.is_sharded:  # what is trained outside of the model, too
-        module.double()
-    run.seed = adapted.seed = facts["seed"]
-    run.link_start, run.n_before = FitPosition(*facts["link_start"]), facts["n_before"]
+        cast(nn.Module, module).double()
+    adapted.seed = facts["seed"]
+    progress.restore(facts)
     adapted.trained.first = dict(facts["first_values"])
     if not has_current:
         adapted.trained.write(adapted.extras_after(chain))
-        run.left_at = None
-        run.begin_metrics(trainer)
-        adapted.begin_link(run.schedule.rank(adapted.link), run.schedule.alpha(adapted.link))
+        progress.end = None
+        metrics.reset(trainer)
+        if adapted.layers:
+            adapted.begin_link(*progress.schedule.rank_and_alpha(adapted.link, module.lora_config))
         return False
-    run.left_at = FitPosition(*facts["position"])
-    if facts["live"] is not None:
-        adapted.resume_link(Link(**link_fields(facts["live"]), factors={}))
-    run.earlier_metrics = link_fields(facts["live"])["metrics"] if facts["live"] else {}
-    run.previous_metrics, run.stored_metrics = {}, facts["callback_metrics"]
+    live = link_fields(facts["live"]) if facts["live"] else {"metrics": {}}
+    if facts["live"]:
+        adapted.resume_link(Link(**live, factors={}))
+    metrics.restore(live["metrics"], facts["callback_metrics"])
     return True
 
 
-def _dtype_of(module: BaseCOLAModule, state: StoredState) -> torch.dtype:
+def _dtype_of(module: TrainedModule, state: StoredState) -> torch.dtype:
     """The dtype to which the state's run cast adapted weights; without links, the module's own."""
     dtype: torch.dtype = getattr(torch, state.facts["dtype"]) if state.facts["dtype"] else module.adapted.cast_dtype
     return dtype
 
 
-def _check_same_choices(module: BaseCOLAModule, state: StoredState) -> None:
+def _check_same_choices(module: TrainedModule, state: StoredState) -> None:
     """Refuses to resume a fit with options that the checkpoint's would override.
 
     Raises:
         UserError: for the first that differs.
     """
-    run, facts = run_of(module), state.facts
-    planned = [[run.schedule.rank(link), run.schedule.alpha(link)] for link in range(len(facts["scheduled"]))]
-    of_run = {  # by the options: what the checkpoint's run had, and what this one has
+    facts, has_knots = state.facts, module.fit_progress.schedule.has_knots
+    scheduled = _scheduled(module, len(facts["scheduled"]))
+    choices = {  # by the options: what the checkpoint's run had, and what this one has
         "trainer.precision, model.finished_links": (_dtype_of(module, state), module.adapted.cast_dtype),
-        "model.seed, or seed_everything": (facts["seed"], run.given_seed),
+        "model.seed, or seed_everything": (facts["seed"], module.given_seed),
         "model.init_chain": (facts["init_chain_source"], module.init_chain and module.init_chain_source),
-        "chain (has knots)": (facts["has_knots"], facts["has_knots"] and run.schedule.has_knots),
-        "model.rank, model.alpha, chain.ranks, chain.alphas": (facts["scheduled"], planned if facts["live"] else None),
+        "chain (has knots)": (facts["has_knots"], facts["has_knots"] and has_knots),
+        "model.rank, model.alpha, chain.ranks, chain.alphas": (facts["scheduled"], scheduled if facts["live"] else None),
     }
-    for options, (before, now) in of_run.items():
+    for options, (before, now) in choices.items():
         if now not in (None, before):
             raise UserError(f"{options}: must be {before}, as in the run that wrote the checkpoint, got {now}")

@@ -12,11 +12,9 @@ from torch.optim import Optimizer
 
 from cola_lightning import layout
 from cola_lightning.module.arguments import MARK, class_path, is_recorded
-from cola_lightning.module.base import BaseCOLAModule
-from cola_lightning.module.run import Late, run_of
-from cola_lightning.module.state import of_data
-
-OWN = {"knots_unknown", "default_rank", "default_alpha"}  # fields of a schedule that are no options of ChainOfLoRA
+from cola_lightning.module.contract import TrainedModule
+from cola_lightning.module.state import data_facts
+from cola_lightning.module.step_loss import Late
 
 
 class TrainingLog:
@@ -27,7 +25,7 @@ class TrainingLog:
         module: the module.
     """
 
-    def __init__(self, trainer: Trainer, module: BaseCOLAModule) -> None:
+    def __init__(self, trainer: Trainer, module: TrainedModule) -> None:
         self.module = module
         self._waiting: tuple[int, dict[str, float], Late | None] | None = None  # the present step's, if logged
         self.restart_clock()
@@ -60,17 +58,17 @@ class TrainingLog:
             logger.log_metrics(values | ({} if norm is None else {"grad_norm": norm.read()}), step=step)
 
 
-def configuration(trainer: Trainer, module: BaseCOLAModule) -> dict[str, dict[str, Any]]:
+def configuration(trainer: Trainer, module: TrainedModule) -> dict[str, dict[str, Any]]:
     """The plain options of a fit: of model, data, chain and optimizer; no secret, and nothing that is not set."""
     arguments, optimizer = module.constructor_arguments, trainer.optimizers[0]
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     found = {
         "model": {"class_path": arguments["class_path"]} | arguments["defaults"] | arguments["init_args"],
-        "chain": {name: value for name, value in asdict(run_of(module).schedule).items() if name not in OWN},
+        "chain": asdict(module.fit_progress.schedule),
         "optimizer": {"class_path": class_path(type(optimizer))} | _plain(optimizer.defaults),
     }
     if data is not None:
-        found["data"] = {"class_path": class_path(type(data))} | of_data(trainer, "identity") | _plain(vars(data))
+        found["data"] = {"class_path": class_path(type(data))} | data_facts(trainer, "identity") | _plain(vars(data))
     given = {part: {name: value for name, value in of_part.items() if value is not None} for part, of_part in found.items()}
     text = json.dumps(given, default=str)  # of a marked configuration or dtype, its contents
     plain: dict[str, dict[str, Any]] = json.loads(text, object_hook=lambda one: one["value"] if MARK in one else one)

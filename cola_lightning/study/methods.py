@@ -8,6 +8,7 @@ from typing import Any
 
 from cola_lightning.chain.schedule import KNOT_OPTIONS, START, UNTIL, ChainSchedule, RunLength
 from cola_lightning.errors import UserError, nearest
+from cola_lightning.lora.config import LoRAConfig
 
 Config = Mapping[str, Any]
 
@@ -144,7 +145,7 @@ def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
     """The ranks of the config's own chain; it needs no options."""
     chain = config["chain"]
     options = {option: chain.get(option) for option in OF_SCHEDULE}
-    schedule = ChainSchedule(**options, until=chain.get("until", UNTIL), default_rank=_rank(config))
+    schedule = ChainSchedule(**options, until=chain.get("until", UNTIL))
     if not schedule.has_knots:
         raise UserError(f"methods: {name!r} needs a config with knots. To set the number of links here, write {name}-4")
     epochs, steps = _length(config)
@@ -156,7 +157,8 @@ def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
     # In epochs of one step, both count the same.
     run = RunLength(lambda epoch: 1, float(epochs or math.inf), float(steps or math.inf))
     n_links = schedule.knots + 1 if schedule.knots else len(schedule.links(START, run))
-    return [schedule.rank(link) for link in range(n_links)], {}
+    lora = LoRAConfig(rank=_rank(config))
+    return [schedule.rank_and_alpha(link, lora)[0] for link in range(n_links)], {}
 
 
 def _equal_links(config: Config, n_links: int) -> tuple[list[int], dict[str, Any]]:

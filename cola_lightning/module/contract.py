@@ -1,0 +1,75 @@
+"""What the files below need of a COLA module, whose class stands above them and is made of them."""
+
+from typing import Any, Protocol
+
+from torch import nn
+
+from cola_lightning.adapted_model import AdaptedModel
+from cola_lightning.chain.checkpoint import OpenedCheckpoint
+from cola_lightning.lora.config import LoRAConfig
+from cola_lightning.module.link_metrics import LinkMetrics
+from cola_lightning.module.optimization import LinkOptimization
+from cola_lightning.module.progress import FitProgress
+from cola_lightning.module.step_loss import StepLoss
+
+
+class TrainedModule(Protocol):
+    """What a fit's callback, its log and its checkpoints need of their :class:`~cola_lightning.COLAModule`.
+
+    Attributes:
+        lora_config: which layers get links, and what the links are like.
+        constructor_arguments: how the module is made again.
+        init_chain: the path of the chain that the run begins from.
+        given_seed: what the user gave, by ``model.seed`` or ``seed_everything``; None: nothing.
+        opened_checkpoint: a checkpoint that is about to be loaded.
+        is_tying_knot: whether a knot has begun, and has not succeeded.
+        fit_progress: where the fit stands.
+        link_metrics: the current link's.
+        link_optimization: makes each link's optimizer.
+        step_loss: of the optimizer step.
+    """
+
+    lora_config: LoRAConfig
+    constructor_arguments: dict[str, Any]
+    init_chain: str | None
+    given_seed: int | None
+    opened_checkpoint: OpenedCheckpoint | None
+    is_tying_knot: bool
+    is_wrapped_by_fsdp1: bool
+    fit_progress: FitProgress
+    link_metrics: LinkMetrics
+    link_optimization: LinkOptimization
+    step_loss: StepLoss
+
+    @property
+    def adapted(self) -> AdaptedModel:
+        """The adapted model and its chain."""
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the model is made."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 or FSDP1 has sharded the model."""
+
+    @property
+    def link(self) -> int:
+        """Index of the current link."""
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of every random draw."""
+
+    @property
+    def init_chain_source(self) -> list[str | int | None]:
+        """The path of ``init_chain``, and how many of its links were requested."""
+
+    def make_model(self) -> None:
+        """Makes and configures the model where no Trainer has done so."""
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters for the optimizer."""
+
+    def link_steps_and_metrics(self) -> dict[str, Any]:
+        """Steps and metrics of the current link, for its record."""

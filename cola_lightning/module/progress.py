@@ -1,0 +1,128 @@
+"""Where a fit stands: its schedule of knots, its length, and where the current link began."""
+
+import math
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength
+
+
+class FitProgress:
+    """Where the present fit stands, or where the last one ended; a module has one, over all of its fits.
+
+    Attributes:
+        schedule: when knots fall, and each link's rank and alpha: that of the fit's ChainOfLoRA, else one link.
+        link_start: the position at which the current link began.
+        end: the position at which the last fit ended, or at which the checkpoint was written that the module was loaded from; a
+            next fit at the same position continues it. None before the first fit.
+        n_earlier_fits: how many fits have trained the module before this one, which draws other numbers than they did.
+        length: length of the present fit; None while it is not known.
+    """
+
+    def __init__(self) -> None:
+        self.schedule = ChainSchedule()
+        self.link_start = START
+        self.end: FitPosition | None = None
+        self.n_earlier_fits = 0
+        self.length: RunLength | None = None
+        self._trainer: weakref.ref[Trainer] | None = None  # of the last fit; an evaluation by another may have followed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the length and the Trainer, which belong to a fit, and cannot be pickled."""
+        return vars(self) | {"length": None, "_trainer": None}
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """The Trainer of the last fit, if it still exists."""
+        return None if self._trainer is None else self._trainer()
+
+    def begin_fit(self, trainer: Trainer, schedule: ChainSchedule) -> None:
+        """Begins a fit, or continues the Trainer's last one.
+
+        Args:
+            trainer: the Trainer of the fit.
+            schedule: the schedule of its knots.
+        """
+        self.schedule, self.length = schedule, None  # which is set when training starts
+        self._trainer = weakref.ref(trainer)
+        now = FitPosition(trainer.current_epoch, trainer.global_step)
+        if not now.global_step or now != self.end:  # else this Trainer continues its own fit
+            self.link_start = now
+            self.n_earlier_fits += self.end is not None and self.end.global_step > 0
+
+    def position(self, trainer: Trainer | None) -> FitPosition:
+        """The epoch and optimizer step that the fit has reached, or had reached at its end.
+
+        Args:
+            trainer: the module's Trainer.
+        """
+        if trainer is not None and trainer.state.fn == "fit":
+            return FitPosition(trainer.current_epoch, trainer.global_step)
+        if self.end is None or self.end.global_step < self.link_start.global_step:
+            return self.link_start
+        return self.end
+
+    def known_length(self) -> RunLength | None:
+        """The length of the fit; None if there is none, or its data is not set up.
+
+        Lightning's batch-size finder removes the callbacks, one of which sets the length.
+        """
+        trainer = self.trainer
+        if self.length is not None or trainer is None or trainer.train_dataloader is None:
+            return self.length
+        return run_length(trainer, START)
+
+    def to_store(self, trainer: Trainer | None) -> dict[str, Any]:
+        """What a checkpoint stores of it, for JSON."""
+        return {
+            "link_start": list(self.link_start),
+            "position": list(self.position(trainer)),
+            "n_before": self.n_earlier_fits,
+            "has_knots": self.schedule.has_knots,
+        }
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Restores what :meth:`to_store` returned, except for the schedule, which is an option of each fit."""
+        self.link_start, self.end = FitPosition(*stored["link_start"]), FitPosition(*stored["position"])
+        self.n_earlier_fits = stored["n_before"]
+
+
+def run_length(trainer: Trainer, epoch_start: FitPosition) -> RunLength:
+    """The length of the trainer's fit; known once its data is set up.
+
+    Args:
+        trainer: the Trainer of the fit.
+        epoch_start: the beginning of an epoch, from which the lengths of epochs are counted.
+    """
+    schedulers = accumulation_schedulers(trainer)
+
+    def steps_in_epoch(epoch: int) -> float:
+        window = schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
+        batches = trainer.num_training_batches
+        return batches if batches == math.inf else math.ceil(batches / window)
+
+    max_epochs, max_steps = trainer.max_epochs, trainer.max_steps
+    return RunLength(
+        steps_in_epoch,
+        max_epochs=math.inf if max_epochs is None or max_epochs < 0 else max_epochs,
+        max_steps=math.inf if max_steps < 0 else max_steps,
+        epoch_start=epoch_start,
+    )
+
+
+def accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
+    """The callbacks by which the number of accumulated batches depends on the epoch."""
+    return [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The Trainer that a module is attached to; None if there is none."""
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # Lightning's way to report none
+        return None
+    return trainer if isinstance(trainer, Trainer) else None  # Fabric's stand-in for one has no counters
