@@ -89,7 +89,7 @@ class AdaptedModel:
         trained_factors: TrainedFactors = "both",
     ) -> None:
         self.build_model, self._config, self.seed = build_model, config, seed
-        self.placement = self._own_placement if placement is None else placement
+        self.placement = self._placement_of_model if placement is None else placement
         self.trained_factors = trained_factors
         self.model = self.make_base()
         self.trained = TrainedValues(self.model, outside)
@@ -152,7 +152,7 @@ class AdaptedModel:
             found = [module for module in modules if isinstance(module, LoRALayer) and id(module) in names]  # none of a copy
             yield {names[id(module)]: module for module in found}
 
-    def _own_placement(self) -> Placement:
+    def _placement_of_model(self) -> Placement:
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         return Placement(self.model, device, layout.is_model_sharded(self.model))
 
@@ -183,16 +183,19 @@ class AdaptedModel:
         return int(rank), float(alpha)
 
     def resume_link(self, link: Link) -> None:
-        """Sets the layers' rank and alpha for a link whose factors are loaded separately.
+        """Makes a link the current one, with its factors as they are; those of layers that it does not have begin anew.
 
         Raises:
             UserError: if a layer would have another rank or scaling in it, or the rank is above the layers'.
         """
-        self.live = self.checked_link(link.rank, link.alpha)
-        for layer in self.layers.values():
-            layer.rank, layer.alpha = layer.rank_and_alpha(*self.live)
-        if own_values(self.layers, *self.live) != link.own_values:
+        self.begin_link(link.rank, link.alpha)
+        layers = self.layers
+        if own_values(layers, link.rank, link.alpha) != link.own_values:
             raise UserError("model.rank_pattern, model.alpha_pattern, model.scaling: must be those of the chain")
+        with torch.no_grad():
+            for name, pair in link.factors.items():
+                for factor, stored in zip(layers[name].factors, pair, strict=True):
+                    layout.copy_(factor, stored)
 
     def live_link(self, **metadata: Any) -> Link:
         """The current link as it is now: what a knot would record.
@@ -208,8 +211,8 @@ class AdaptedModel:
         metadata = {"start_step": 0, "end_step": 0} | metadata
         layers, (rank, alpha) = self.layers, self.live
         factors = {name: (layout.gather(layer.factors[0]), layout.gather(layer.factors[1])) for name, layer in layers.items()}
-        own, extras = own_values(layers, rank, alpha), self.trained.copies()
-        return Link(self.link, rank, alpha, factors=factors, extras=extras, own_values=own, **metadata)
+        extras, values = self.trained.copies(), own_values(layers, rank, alpha)
+        return Link(self.link, rank, alpha, factors=factors, extras=extras, own_values=values, **metadata)
 
     def tie_knot(self, rank: int | None = None, alpha: float | None = None, **metadata: Any) -> Link:
         """Finishes the current link and begins the next, which needs a new optimizer.
@@ -261,12 +264,7 @@ class AdaptedModel:
             return
         live = chain.links[-1]
         self.go_to(chain.truncate(live.index))
-        self.begin_link(live.rank, live.alpha)
         self.resume_link(live)
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                for mine, stored in zip(layer.factors, live.factors[name], strict=True):
-                    layout.copy_(mine, stored)
         self.trained.write(live.extras)
 
     # ------------------------------------------------------------------ from one chain to another
@@ -274,7 +272,7 @@ class AdaptedModel:
     def go_to(self, chain: Chain) -> None:
         """Brings the layers to these finished links: replays the missing ones, on a rebuilt base if necessary.
 
-        Where it goes back, fully trained modules and buffers have their values after the last of these links, too. The live
+        Where it goes back, fully trained modules and buffers also get their values after the last of these links. The live
         link's factors stay as they are: call :meth:`begin_link` for a new one.
 
         Raises:
@@ -324,8 +322,8 @@ class AdaptedModel:
         if links:  # peft writes embeddings and heads with an adapter that has them as targets: the base's own values
             frozen = {name: value for name, value in links[-1].extras.items() if name in state and name not in trained}
             mine = {name: layout.gather(state[name]) for name in frozen}
-            own = {name for name, value in frozen.items() if torch.equal(mine[name], value.to(mine[name].dtype))}
-            extras = {name: value for name, value in links[-1].extras.items() if name not in own}
+            unchanged = {name for name, value in frozen.items() if torch.equal(mine[name], value.to(mine[name].dtype))}
+            extras = {name: value for name, value in links[-1].extras.items() if name not in unchanged}
             links[-1] = replace(links[-1], extras=extras)
         self.replay(Chain(links, self.chain.base))
         if links:
@@ -444,10 +442,10 @@ class AdaptedModel:
         added = self.chain.links[:links] + ([self.live_link()] if links == total and layers else [])
         is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack was rounded
         is_stacked = bool(layers) and not self.merges
-        is_own = not placement.is_sharded and (links == total or (is_stacked and (links > 0 or not is_narrowed)))
+        is_usable = not placement.is_sharded and (links == total or (is_stacked and (links > 0 or not is_narrowed)))
         wide = torch.promote_types(self.cast_dtype, torch.float32)
         devices = {parameter.device for parameter in self.model.parameters()}
-        if is_own:
+        if is_usable:  # the model itself, and no rebuilt base
             model, extras = self.model, {} if links == total else self.extras_after(self.chain.truncate(links))
             added = added[-1:] if self.merges else added  # the others are in the weights
         else:
@@ -459,7 +457,7 @@ class AdaptedModel:
                 cast_floats(model, self.cast_dtype)
             if device is None and not placement.is_sharded and len(devices) == 1:  # a rebuilt one is on the CPU
                 device = devices.pop()
-        dtype, in_place = wide if dtype is None and layers else dtype, in_place or not is_own
+        dtype, in_place = wide if dtype is None and layers else dtype, in_place or not is_usable
         model = merge(model, added, wide, compute_device=placement.device, dtype=dtype, device=device, in_place=in_place)
         model.load_state_dict(extras, strict=False)
         for parameter in model.parameters():

@@ -43,7 +43,7 @@ class ExportError(OutsideError):
 
 
 class DiskError(OutsideError):
-    """A file cannot be written: the disk is full, say."""
+    """A file cannot be written, for example because the disk is full."""
 
 
 class NonFiniteError(RuntimeError):
@@ -51,7 +51,7 @@ class NonFiniteError(RuntimeError):
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """The names most similar to a word that is none of them, as the end of a message; the first three if none is near.
+    """The names that are most similar to an unknown word, as the end of a message; if no name is similar, the first three.
 
     Example:
         >>> nearest("SST", ["SST2", "BoolQ"])

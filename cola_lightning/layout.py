@@ -139,7 +139,7 @@ def sum_over_processes(values: Sequence[float | Tensor], device: torch.device) -
     """
     sums = torch.zeros(len(values), dtype=torch.float64, device=device)
     for place, value in zip(sums, values, strict=True):
-        place += value  # a number, too, without a copy from the host
+        place += value  # also for a number, without a copy from the host
     if has_processes():
         torch.distributed.all_reduce(sums)
     return sums

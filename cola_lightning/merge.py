@@ -1,6 +1,6 @@
 """Merging: an adapted model becomes a plain one, layer by layer, so that no more is in memory than the result and one layer.
 
-Copies and casts of whole models are here, too.
+Copies and casts of whole models are also here.
 """
 
 import copy
@@ -42,10 +42,10 @@ def merge(
     """
     memo = dict[int, Any]()
     for name, layer in lora_layers(model).items():
-        own = layer if in_place else deep_copy(layer, memo)
-        begin_merging(own, wide)
-        add_links(name, own, links, compute_device)
-        _place(own.strip_(), dtype, device)
+        merged = layer if in_place else deep_copy(layer, memo)
+        begin_merging(merged, wide)
+        add_links(name, merged, links, compute_device)
+        _place(merged.strip_(), dtype, device)
     if not in_place:
         model = deep_copy(model, memo, device=device, dtype=dtype)
     dequantize(model, wide if dtype is None else dtype)
@@ -87,7 +87,7 @@ def deep_copy(
 ) -> Any:
     """A deep copy of a model, each of whose tensors is copied directly to its new device and dtype; no gradients.
 
-    Also if a forward pass has left a result in an attribute (an auxiliary loss, say): it is copied without its graph.
+    A result that a forward pass has left in an attribute, such as an auxiliary loss, is copied without its graph.
 
     Args:
         model: the model.

@@ -61,9 +61,9 @@ class TrainedValues:
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Writes :meth:`copies` into the present values; names that are unknown here are ignored."""
-        own = layout.state_dict(self.model) | self.outside()
-        for name in own.keys() & values.keys():
-            layout.copy_(own[name], values[name])
+        present = layout.state_dict(self.model) | self.outside()
+        for name in present.keys() & values.keys():
+            layout.copy_(present[name], values[name])
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Writes another run's values into the present ones.
@@ -71,9 +71,9 @@ class TrainedValues:
         Raises:
             UserError: for a value without a counterpart of its shape.
         """
-        own = self.values()
+        present = self.values()
         for name, value in values.items():
-            if name not in own or own[name].shape != value.shape:
+            if name not in present or present[name].shape != value.shape:
                 raise UserError(
                     f"model.init_chain: has values for {name!r} of shape {tuple(value.shape)}, which is not fully trained here "
                     "(model.modules_to_save)"

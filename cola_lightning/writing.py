@@ -108,7 +108,7 @@ def check_writable(field: str, folder: str | Path) -> None:
 def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error, also for a full disk
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DiskError(f"{path} could not be written ({reason}); the old contents are unchanged") from error
 

@@ -44,8 +44,8 @@ def test_a_checkpoint_is_the_chain_and_not_the_model(tmp_path):
     assert sorted(checkpoint["state_dict"]) == sorted([*factors, "chain.metadata", "chain.callback_metrics.train_loss"])
     state = StoredState.of(checkpoint["state_dict"])
     assert [(link.rank, link.start_step, link.end_step) for link in state.chain.links] == [(4, 0, 8), (2, 8, 16)]
-    live = state.facts["live"]
-    assert (live["rank"], live["alpha"], list(live["metrics"])) == (6, 4.0, ["train_loss"])
+    live = state.live
+    assert (live.rank, live.alpha, list(live.metrics)) == (6, 4.0, ["train_loss"])
     resumed = run(tmp_path, make(), tmp_path / "step=20.ckpt")
     assert_bit_equal(weights(resumed), weights(whole))
     assert resumed.chain.is_beginning_of(whole.chain)

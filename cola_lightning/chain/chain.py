@@ -208,10 +208,10 @@ class Chain:
         chain = cls(base=BaseIdentity(**description["base"]))
         for described in description["links"]:
             start = f"{described['index']}."
-            own = {name.removeprefix(start): tensor.cpu() for name, tensor in tensors.items() if name.startswith(start)}
-            targets = [name for name in description["targets"] if f"{name}.lora_A" in own]
-            factors = {name: (own.pop(f"{name}.lora_A"), own.pop(f"{name}.lora_B")) for name in targets}
-            extras = {name.removeprefix("extras."): value for name, value in own.items()}
+            values = {name.removeprefix(start): tensor.cpu() for name, tensor in tensors.items() if name.startswith(start)}
+            targets = [name for name in description["targets"] if f"{name}.lora_A" in values]
+            factors = {name: (values.pop(f"{name}.lora_A"), values.pop(f"{name}.lora_B")) for name in targets}
+            extras = {name.removeprefix("extras."): value for name, value in values.items()}
             chain.links.append(Link(**link_fields(described), factors=factors, extras=extras))
         return chain
 
@@ -338,9 +338,9 @@ def unpack(tensors: Mapping[str, Tensor], where: str) -> tuple[Chain, dict[str, 
     description = json.loads(bytes(tensors[METADATA].tolist()))
     facts: dict[str, Any] = description["facts"]
     for name, value in tensors.items():
-        fact, _, own = name.partition(".")
-        if own and not fact.isdigit():
-            facts.setdefault(fact, {})[own] = value.cpu()
+        fact, _, value_name = name.partition(".")
+        if value_name and not fact.isdigit():
+            facts.setdefault(fact, {})[value_name] = value.cpu()
     return Chain.of(description, tensors, where), facts
 
 

@@ -7,7 +7,7 @@ without a module or Lightning.
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
@@ -70,10 +70,12 @@ class StoredState:
 
     Attributes:
         chain: the finished links.
+        live: the current link; None: trained without links. It has the layers and values that the state dict has.
         facts: all else, by name; :func:`cola_lightning.module.state.facts_of` lists it.
     """
 
     chain: Chain
+    live: Link | None
     facts: dict[str, Any]
 
     @classmethod
@@ -95,7 +97,44 @@ class StoredState:
         packed = {key.removeprefix(start): value for key, value in state_dict.items() if str(key).startswith(start)}
         if not isinstance(packed.get(METADATA), Tensor):
             raise UserError(f"{field}: {name!r} contains no chain. Was it written by another package?")
-        return cls(*unpack(packed, name))
+        chain, facts = unpack(packed, name)
+        fields, extras = facts.pop("live"), facts.pop("trained")
+        live = None if fields is None else _live_link(state_dict, prefix, link_fields(fields), chain.base.weight_norms, extras)
+        return cls(chain, live, facts)
+
+    def all_links(self, links: int | None = None) -> Chain:
+        """The finished links and then the current one.
+
+        Args:
+            links: how many links, from the first; None: all.
+
+        Raises:
+            UserError: if there are fewer.
+        """
+        chain = Chain([*self.chain.links, *([] if self.live is None else [self.live])], self.chain.base)
+        return chain if links is None else chain.truncate(links)
+
+
+def _live_link(
+    state_dict: Mapping[str, Any], prefix: str, fields: dict[str, Any], layers: Iterable[str], extras: Iterable[str]
+) -> Link:
+    """The current link in a module's state dict, where its values have their names in the module.
+
+    Args:
+        state_dict: the state dict.
+        prefix: begins the module's names.
+        fields: the link's fields, except its tensors.
+        layers: the names of the adapted layers.
+        extras: the names of what else the link records.
+    """
+    factors = {}
+    for name in layers:
+        lora_A, lora_B = (state_dict.get(f"{prefix}model.{name}.lora_{factor}") for factor in "AB")
+        if lora_A is not None and lora_B is not None:
+            rank, _ = fields["own_values"].get(name, (fields["rank"], None))
+            factors[name] = lora_A[..., :rank, :].contiguous(), lora_B[..., :rank].contiguous()
+    names = {name: prefix + (name.removeprefix(OUTSIDE) if name.startswith(OUTSIDE) else f"model.{name}") for name in extras}
+    return Link(**fields, factors=factors, extras={name: state_dict[key] for name, key in names.items() if key in state_dict})
 
 
 @dataclass
@@ -128,36 +167,13 @@ class OpenedCheckpoint:
         """
         source = in_run(source)
         contents, name = read_archive(source, field, weights_only=weights_only), name_of(source)
-        given = contents.get("state_dict") if isinstance(contents, dict) else None
-        return cls(name, contents, StoredState.of(given if isinstance(given, dict) else {}, name, field))
+        state_dict = contents.get("state_dict") if isinstance(contents, dict) else None
+        return cls(name, contents, StoredState.of(state_dict if isinstance(state_dict, dict) else {}, name, field))
 
     def take(self) -> dict[str, Any]:
         """Hands the contents to the caller, which may change them; empty on a second call."""
         contents, self.contents = self.contents, {}
         return contents
-
-
-def chain_of(state_dict: Mapping[str, Any], state: StoredState, links: int | None = None) -> Chain:
-    """The chain in a module's state dict: its finished links, and the current link in its current state.
-
-    Args:
-        state_dict: the state dict.
-        state: its decoded state.
-        links: the number of links, from the first; None: all.
-    """
-    chain, live = state.chain, state.facts["live"]
-    if live is not None:  # None: trained without links
-        factors, fields = {}, link_fields(live)
-        for name in chain.base.weight_norms:
-            lora_A, lora_B = (state_dict[f"model.{name}.lora_{factor}"] for factor in "AB")
-            rank, _ = fields["own_values"].get(name, (fields["rank"], None))
-            factors[name] = lora_A[..., :rank, :].contiguous(), lora_B[..., :rank].contiguous()
-        extras = {
-            name: state_dict[name.removeprefix(OUTSIDE) if name.startswith(OUTSIDE) else f"model.{name}"]
-            for name in state.facts["trained"]
-        }
-        chain = Chain([*chain.links, Link(**fields, factors=factors, extras=extras)], chain.base)
-    return chain if links is None else chain.truncate(links)
 
 
 def read_chain(path: str | Path, links: int | None = None, field: str = "checkpoint") -> Chain:
@@ -176,7 +192,7 @@ def read_chain(path: str | Path, links: int | None = None, field: str = "checkpo
     path = Path(os.path.expanduser(in_run(path)))
     if path.is_file():
         opened = OpenedCheckpoint.open(path, field)
-        return chain_of(opened.contents["state_dict"], opened.state, links)
+        return opened.state.all_links(links)
     if (path / JSON_NAME).is_file():
         chain = Chain.load(path)
     elif (path / CONFIG_NAME).is_file():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, chain_of
+from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, command_parser, loaded, parsed
 from cola_lightning.hub import upload
 
@@ -42,7 +42,7 @@ def export(words: Sequence[str]) -> None:
     export_options.check(options.checkpoint)
     opened = OpenedCheckpoint.open(options.checkpoint)
     state = opened.state
-    chain = chain_of(opened.contents["state_dict"], state, options.links)
+    chain = state.all_links(options.links)
     if export_options.format == "chain":
         lines = export_module(None, chain, export_options)
     else:

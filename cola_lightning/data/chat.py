@@ -33,7 +33,7 @@ class Turn:
     follows_prompt: bool
     departs: bool
 
-    def is_inside(self, other: "Turn") -> bool:
+    def is_in_modules(self, other: "Turn") -> bool:
         """Whether a later turn's context contains this one, token by token, so that one row can train both."""
         return self.end <= other.start and self.ids[: self.end] == other.ids[: self.end]
 
@@ -273,7 +273,7 @@ def _stopped(template: ChatTemplate, turns: list[Turn]) -> list[Turn]:
     stopped = []
     for turn, following in itertools.zip_longest(turns, turns[1:]):
         n, stop = len(turn.ids), template.stop_tokens
-        if following is not None and turn.is_inside(following):
+        if following is not None and turn.is_in_modules(following):
             if template.special_ids.issuperset(following.ids[n : n + 1]):
                 stop = following.ids[n : n + 1]  # a tool's turn, notes, and not the user's
             elif template.is_plain:
@@ -286,7 +286,7 @@ def _in_rows(turns: Sequence[Turn]) -> list[list[Turn]]:
     """A conversation's turns in groups: a turn whose context contains an earlier turn is in the same group."""
     rows: list[list[Turn]] = []
     for turn in turns:
-        row = next((row for row in rows if row[-1].is_inside(turn)), None)
+        row = next((row for row in rows if row[-1].is_in_modules(turn)), None)
         if row is None:
             rows.append(row := [])
         row.append(turn)

@@ -19,7 +19,7 @@ from cola_lightning.chain.peft import LINKS_KEY, PREFIX, TENSORS_NAME
 from cola_lightning.errors import UserError
 from cola_lightning.export.verify import ExportOptions, digest_of, loading_again, reference_logits
 from cola_lightning.lora.experts import is_experts
-from cola_lightning.lora.inject import is_linear, is_within
+from cola_lightning.lora.inject import is_in_matching_modules, is_linear
 from cola_lightning.lora.layer import is_quantized
 from cola_lightning.lora.quantization import dequantize
 from cola_lightning.merge import cast_floats, free
@@ -138,7 +138,9 @@ def _named_base(module: Any, adapted: AdaptedModel, folder: Path | None, dtype: 
     whole = module.lora_config.modules_to_save
     saved = [*whole, *pretrained.new_modules(base, module.new_weights), *(in_4_bits if folder else ())]
     trained, wide = base.state_dict(), next(base.parameters()).dtype
-    known = {name: value for name, value in trained.items() if is_within(name, saved)} | (adapted.base_weights or {})
+    known = {name: value for name, value in trained.items() if is_in_matching_modules(name, saved)} | (
+        adapted.base_weights or {}
+    )
     digests = {name: digest_of(value) for name, value in trained.items()}
     if folder is not None:
         pretrained = _in_folder(folder, base, module, pretrained)
@@ -157,7 +159,7 @@ def _named_base(module: Any, adapted: AdaptedModel, folder: Path | None, dtype: 
         found = next((one for one in rounded if digest_of(one) == digests.get(name)), None)
         different += [name] if found is None else []
         value.copy_(known.get(name, value) if found is None else found)
-    if different := [name for name in different if not is_within(name, [*saved, *in_4_bits])]:
+    if different := [name for name in different if not is_in_matching_modules(name, [*saved, *in_4_bits])]:
         raise UserError(
             f"format: peft cannot be used. The adapter would name {pretrained.name!r} as its base, but {different[0]!r} "
             f"of this {type(module).__name__}'s base differs from it. Use merged"

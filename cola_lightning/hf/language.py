@@ -17,7 +17,7 @@ from cola_lightning.export.verify import Dtype
 from cola_lightning.hf.logits import HostValues
 from cola_lightning.hf.metrics import Accuracy
 from cola_lightning.hf.pretrained import Pretrained
-from cola_lightning.lora.inject import is_within
+from cola_lightning.lora.inject import is_in_matching_modules
 from cola_lightning.lora.quantization import Quantization, quantize
 from cola_lightning.module.module import COLAModule
 from cola_lightning.module.progress import trainer_of
@@ -166,7 +166,7 @@ class LanguageModule(COLAModule, ABC):
         names: dict[Any, str] = {module: name for name, module in model.named_modules()}
         body, head = names[model.base_model], model.get_output_embeddings()  # the body is "" where it is the model itself
         wide = [*self.lora_config.modules_to_save, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
-        skip = [name for module, name in names.items() if module is head or is_within(name, wide)]
+        skip = [name for module, name in names.items() if module is head or is_in_matching_modules(name, wide)]
         skip += [name for name in names.values() if not f"{name}.".startswith(body and f"{body}.")]
         quantize(model, getattr(torch, self.pretrained.dtype), skip, self.quantization or "nf4")
 

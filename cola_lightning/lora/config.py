@@ -66,8 +66,8 @@ class LoRAConfig:
         layers_to_transform: adapt only the targets in these layers (or in this one), counted from 0: the first number in a name
             after a list's, such as the 3 of ``model.layers.3.mlp.up_proj``.
         experts: whether ``all-linear`` includes the projections of transformers' mixtures of experts (``gate_up_proj``,
-            ``up_proj``, ``down_proj``), each expert with a link of its own, which are many parameters. ``target_modules`` may
-            name them, too.
+            ``up_proj``, ``down_proj``), each expert with its own link, which adds many parameters. ``target_modules`` may
+            also name them.
         rank: largest rank of a link, and the first link's.
         alpha: a link's update is scaled by ``alpha / rank``.
         rank_pattern: other ranks for some layers, by patterns of their names, the first match counts: a pattern is a regular

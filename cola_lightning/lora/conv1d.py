@@ -1,4 +1,4 @@
-"""GPT-2's linear layer with a link, in a file of its own: transformers, whose layer it is, takes seconds to import."""
+"""GPT-2's linear layer with a link, in its own file because importing transformers, which defines the layer, takes seconds."""
 
 from typing import Any
 

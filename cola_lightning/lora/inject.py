@@ -46,7 +46,7 @@ class _Entry(NamedTuple):
 _entries: dict[type | str, _Entry] = {
     nn.Linear: _Entry(LoRALinear, is_linear=True),
     "transformers.pytorch_utils.Conv1D": _Entry("cola_lightning.lora.conv1d.LoRAConv1D", is_linear=True),
-    "transformers.models.falcon.modeling_falcon.FalconLinear": _Entry(LoRALinear, is_linear=True),  # it, too, is x W^T + b
+    "transformers.models.falcon.modeling_falcon.FalconLinear": _Entry(LoRALinear, is_linear=True),  # which is also x W^T + b
     "bitsandbytes.nn.modules.Linear4bit": _Entry("cola_lightning.lora.linear4bit.LoRALinear4bit", is_linear=True),
     ExpertsProjection: _Entry(LoRAExpertsProjection, is_linear=True),  # which a model has only if experts are wanted
     nn.Conv1d: _Entry(LoRAConv1d, is_linear=False),
@@ -85,13 +85,13 @@ def register_lora_layer(layer_type: type[nn.Module] | str, *, is_linear: bool = 
 
 def _find(module: nn.Module) -> _Entry | None:
     """The entry of a module's class; a subclass of a linear layer that inherits its ``forward`` has the entry of that layer."""
-    own: Any = type(module)
-    if own is NonDynamicallyQuantizableLinear:  # of nn.MultiheadAttention, which reads its weight and never calls it
+    layer_type: Any = type(module)
+    if layer_type is NonDynamicallyQuantizableLinear:  # of nn.MultiheadAttention, which reads its weight and never calls it
         return None
-    for base in own.__mro__:
+    for base in layer_type.__mro__:
         entry = _entries.get(base) or _entries.get(f"{base.__module__}.{base.__qualname__}")
         if entry is not None:
-            return entry if base is own or (entry.is_linear and own.forward is base.forward) else None
+            return entry if base is layer_type or (entry.is_linear and layer_type.forward is base.forward) else None
     return None
 
 
@@ -221,7 +221,7 @@ def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
     names: list[str] = []
     others: dict[str, str] = {}  # the first name of each class
     for name, module in model.named_modules():
-        if module is head or is_inside(name, saved):
+        if module is head or is_in_modules(name, saved):
             continue
         if name and is_linear(module):
             names.append(name)
@@ -237,7 +237,7 @@ def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
 def _selected(model: nn.Module, names: list[str], saved: list[str], config: LoRAConfig) -> list[str]:
     """The targets that no option excludes; each pattern must match one of them."""
     excluded = saved + _matches(model, config.exclude_modules or [], "model.exclude_modules")
-    left = [name for name in names if not is_inside(name, excluded)]
+    left = [name for name in names if not is_in_modules(name, excluded)]
     if (wanted := config.layers_to_transform) is not None:
         wanted = [wanted] if isinstance(wanted, int) else wanted
         # The first number after a list's name, as in PEFT (``check_target_module_exists``), which wants a name before it.
@@ -276,12 +276,12 @@ def _matches(model: nn.Module, patterns: str | Sequence[str], field: str = "mode
     return [name for name in named if name in found]
 
 
-def is_inside(name: str, modules: Iterable[str]) -> bool:
+def is_in_modules(name: str, modules: Iterable[str]) -> bool:
     """Whether this is the name of one of the modules, or of something inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def is_within(name: str, modules: Iterable[str]) -> bool:
+def is_in_matching_modules(name: str, modules: Iterable[str]) -> bool:
     """Whether a name lies in one of the modules, which are given by their names or dotted name endings."""
     return any(f".{module}." in f".{name}." for module in modules)
 
@@ -292,7 +292,7 @@ def _check_not_shared(model: nn.Module, targets: list[str], saved: list[str]) ->
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         groups[tensor.data_ptr() or id(tensor)].append(name)  # a view begins where the other does; 0 has no memory: meta, empty
     for shared in groups.values():
-        adapted, trained = ([name for name in shared if is_inside(name, modules)] for modules in (targets, saved))
+        adapted, trained = ([name for name in shared if is_in_modules(name, modules)] for modules in (targets, saved))
         if len(shared) > 1 and (adapted or 0 < len(trained) < len(shared)):
             field = "model.target_modules" if adapted else "model.modules_to_save"
             module = (adapted or trained)[0].rpartition(".")[0]
@@ -307,7 +307,7 @@ def _class_for(name: str, layer: nn.Module, config: LoRAConfig) -> type[LoRALaye
         known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
         reason: str | None = f"which is a {type(layer).__name__} and not a {known} (register_lora_layer adds other types)"
     elif "forward" in vars(layer):  # which would never reach the link
-        reason = "which has a forward of its own (accelerate's hooks set one: remove_hook_from_submodules removes it)"
+        reason = "whose forward was replaced (accelerate's hooks do that: remove_hook_from_submodules removes them)"
     else:
         reason = found.obstacle(layer)
     if found is None or reason is not None:

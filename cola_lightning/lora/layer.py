@@ -368,7 +368,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def names_of_factors(model: nn.Module) -> set[str]:
-    """The names of the adapted layers' A and B: a parameter of the base may have such an ending, too."""
+    """The names of the adapted layers' A and B: a parameter of the base may also end with these letters."""
     return {f"{name}.lora_{factor}" for name in lora_layers(model) for factor in "AB"}
 
 

@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit linear layer with a link, in a file of its own: bitsandbytes is an optional package."""
+"""bitsandbytes' 4-bit linear layer with a link, in its own file because bitsandbytes is an optional package."""
 
 from typing import Any
 

@@ -27,7 +27,7 @@ class Stack:
 
     Attributes:
         A: capacity x in, or for experts, experts x capacity x in. The capacity is a power of two.
-        B: capacity x out, likewise: a row for each rank here, too, so that a part of it is contiguous.
+        B: capacity x out, also with a row for each rank, so that a part of it is contiguous.
         rank: how many rows are in use; those beyond it are zero.
 
     Example:

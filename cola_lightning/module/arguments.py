@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 # Neither written to a checkpoint nor taken from one: arguments of the training, of which inference needs none, and those by
 # which another person's file could have code executed.
 NOT_RECORDED = {"optimizer", "init_chain", "init_links", "compile", "activation_checkpointing"}
-NOT_RECORDED |= {"trust_remote_code", "attn_implementation"}  # the latter may name a kernel of the hub
+NOT_RECORDED |= {"trust_remote_code", "attn_implementation"}  # attn_implementation may name a kernel of the hub
 
 # Names of arguments that no file may hold. (``pad_token``, ``max_new_tokens`` and such are no secrets.)
 SECRET = re.compile(
@@ -38,16 +38,24 @@ SECRET = re.compile(
 
 
 class WholeSignature:
-    """The signature of a class, for ``help`` and completion, with the options that this package's classes pass on."""
+    """The signature of a class, for ``help`` and completion, with the options that this package's classes pass on.
+
+    Args:
+        lightning_class: the class of Lightning's that the class is derived from.
+        options: the class to which ``**options`` are passed in the end.
+    """
+
+    def __init__(self, lightning_class: type, options: type) -> None:
+        self.lightning_class, self.options = lightning_class, options
 
     def __get__(self, instance: object, cls: type) -> inspect.Signature | None:
         """None where Python itself finds it: for a class of the user's with an ``__init__``, and for a call of a module."""
-        owner = next(one for one in cls.__mro__ if "__init__" in vars(one))
+        owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
         if instance is not None or not owner.__module__.startswith("cola_lightning."):
             return None
-        own = inspect.signature(owner.__init__).parameters  # type: ignore[misc]
-        given = [one if one.name in own else one.replace(kind=one.KEYWORD_ONLY) for one in _parameters(cls)]
-        return inspect.Signature(given[1:])
+        declared = inspect.signature(owner.__init__).parameters  # type: ignore[misc]
+        parameters = _parameters(cls, self.lightning_class, self.options)[1:]
+        return inspect.Signature([p if p.name in declared else p.replace(kind=p.KEYWORD_ONLY) for p in parameters])
 
 
 class RecordsArguments:
@@ -61,7 +69,7 @@ class RecordsArguments:
     """
 
     constructor_arguments: dict[str, Any]
-    __signature__ = WholeSignature()
+    __signature__ = WholeSignature(LightningModule, LoRAConfig)
 
     def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
         """Records the arguments, by name, as they are before ``__init__`` may change them."""
@@ -70,16 +78,16 @@ class RecordsArguments:
         with suppress(TypeError):  # __init__ will raise it
             bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
             parameters = list(bound.signature.parameters.values())[1:]  # without self
-            given = dict(list(bound.arguments.items())[1:])
+            arguments = dict(list(bound.arguments.items())[1:])
             for parameter in parameters:
                 if parameter.kind is parameter.VAR_KEYWORD:
-                    given |= given.pop(parameter.name, {})
-            for name in filter(is_recorded, given):
+                    arguments |= arguments.pop(parameter.name, {})
+            for name in filter(is_recorded, arguments):
                 try:
-                    recorded["init_args"][name] = plain(given[name], is_marked=True)
+                    recorded["init_args"][name] = to_plain(arguments[name], is_marked=True)
                 except TypeError:
                     recorded["not_plain"].append(name)
-            recorded["defaults"] = {name: value for name, value in _defaults(cls).items() if name not in given}
+            recorded["defaults"] = {name: value for name, value in _defaults(cls).items() if name not in arguments}
         self.__dict__["constructor_arguments"] = recorded
         return self
 
@@ -90,15 +98,15 @@ def _defaults(cls: type) -> dict[str, Any]:
     for parameter in _parameters(cls):
         if is_recorded(parameter.name) and parameter.default is not parameter.empty:
             with suppress(TypeError):
-                defaults[parameter.name] = plain(parameter.default)
+                defaults[parameter.name] = to_plain(parameter.default)
     return defaults
 
 
-def _parameters(cls: type) -> list[inspect.Parameter]:
-    """The arguments of a class; of this package's classes also those that they pass on: to the base, and to LoRAConfig."""
-    classes = [one for one in cls.__mro__[: cls.__mro__.index(LightningModule)] if "__init__" in vars(one)]
+def _parameters(cls: type, lightning_class: type = LightningModule, options: type = LoRAConfig) -> list[inspect.Parameter]:
+    """The arguments of a class; of this package's classes also those that they pass on: to the base, and to ``options``."""
+    classes = [base for base in cls.__mro__[: cls.__mro__.index(lightning_class)] if "__init__" in vars(base)]
     found: dict[str, inspect.Parameter] = {}
-    for owner in (*classes, LoRAConfig):
+    for owner in (*classes, options):
         is_passing_on = owner.__module__.startswith("cola_lightning.")
         for name, parameter in inspect.signature(owner.__init__).parameters.items():  # type: ignore[misc]
             if parameter.kind is not parameter.VAR_KEYWORD or not is_passing_on:
@@ -125,20 +133,20 @@ def is_recorded(name: str) -> bool:
     return name not in NOT_RECORDED and not SECRET.search(name)
 
 
-def plain(value: Any, *, is_marked: bool = False) -> Any:
+def to_plain(value: Any, *, is_marked: bool = False) -> Any:
     """The value in types that JSON has: numbers, texts, and lists and dicts of these. A path is a text.
 
     Args:
         value: the value.
-        is_marked: whether a configuration of argparse's or OmegaConf's, and a dtype, is marked, so that :func:`made` makes it
-            again. Otherwise a configuration is a dict or list.
+        is_marked: whether a configuration of argparse's or OmegaConf's, and a dtype, is marked, so that :func:`from_plain`
+            makes it again. Otherwise a configuration is a dict or list.
 
     Raises:
         TypeError: if it cannot be expressed in them.
     """
     if value is None or isinstance(value, bool):
         return value
-    part = functools.partial(plain, is_marked=is_marked)
+    part = functools.partial(to_plain, is_marked=is_marked)
     if isinstance(value, np.generic):
         return part(value.item())
     for kind in (int, float, str):  # jsonargparse's restricted numbers are of subclasses
@@ -163,14 +171,14 @@ def plain(value: Any, *, is_marked: bool = False) -> Any:
     return {MARK: mark, "value": contents} if is_marked else contents
 
 
-def made(value: Any) -> Any:
-    """An argument as it was before :func:`plain` marked parts of it."""
+def from_plain(value: Any) -> Any:
+    """An argument as it was before :func:`to_plain` marked parts of it."""
     if isinstance(value, list | tuple):
-        return type(value)(map(made, value))
+        return type(value)(map(from_plain, value))
     if not isinstance(value, dict):
         return value
-    parts = {key: made(part) for key, part in value.items()}
-    return MADE[value[MARK]](parts["value"]) if MARK in value else parts
+    parts = {key: from_plain(part) for key, part in value.items()}
+    return BY_MARK[value[MARK]](parts["value"]) if MARK in value else parts
 
 
 def _configuration(contents: Any) -> Any:
@@ -180,20 +188,20 @@ def _configuration(contents: Any) -> Any:
 
 
 MARK = "_type_"  # in a recorded argument, the key of an object that stands for what JSON does not have
-MADE: dict[str, Callable[[Any], Any]] = {
+BY_MARK: dict[str, Callable[[Any], Any]] = {
     "namespace": lambda contents: Namespace(**contents),
     "omegaconf": _configuration,
     "dtype": {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}.__getitem__,
 }
 
 
-def rebuilt(cls: Any, recorded: Mapping[str, Any], given: dict[str, Any]) -> Any:
+def rebuilt(cls: Any, recorded: Mapping[str, Any], replacements: dict[str, Any]) -> Any:
     """A module that is made as a checkpoint's was, without its values.
 
     Args:
         cls: the requested class; the module is of the checkpoint's class if that is a subclass.
         recorded: the ``constructor_arguments`` of the checkpoint's module, of which those that the class takes are used.
-        given: arguments in place of the checkpoint's.
+        replacements: arguments in place of the checkpoint's.
     """
     try:
         found = find_class(recorded["class_path"])
@@ -202,22 +210,23 @@ def rebuilt(cls: Any, recorded: Mapping[str, Any], given: dict[str, Any]) -> Any
         if cls.__name__ != recorded["class_path"].rpartition(".")[2]:
             log.warning("%s. It is loaded as a %s", error, cls.__name__)
     for name in recorded["not_plain"]:
-        if name not in given:
+        if name not in replacements:
             log.warning("checkpoint: %r is not stored, because it is not a plain value. Pass it, or its default is used", name)
-    stored = _of_class(cls, recorded["defaults"] | recorded["init_args"])
-    return cls(**{name: made(value) for name, value in stored.items() if is_recorded(name)} | given)
+    stored = _accepted(cls, recorded["defaults"] | recorded["init_args"])
+    return cls(**{name: from_plain(value) for name, value in stored.items() if is_recorded(name)} | replacements)
 
 
 def read_arguments(path: str | Path, cls: type) -> dict[str, Any]:
     """The arguments in a file of hyperparameters that a class takes, as Lightning reads them."""
     read = load_hparams_from_tags_csv if Path(path).suffix == ".csv" else load_hparams_from_yaml
-    return _of_class(cls, read(path))
+    return _accepted(cls, read(path))
 
 
-def _of_class(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some arguments that a class takes."""
+def _accepted(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some arguments that a class accepts."""
     parameters = _parameters(cls)
-    takes_any, names = any(one.kind is one.VAR_KEYWORD for one in parameters), {one.name for one in parameters}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    names = {parameter.name for parameter in parameters}
     return {name: value for name, value in arguments.items() if takes_any or name in names}
 
 
@@ -246,7 +255,7 @@ def plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
             if SECRET.search(name):
                 continue
             try:
-                found[name] = plain(value)
+                found[name] = to_plain(value)
             except TypeError:
                 kind = type(value).__name__
                 _warn_once(f"the hyperparameter {name!r} ({owner.CHECKPOINT_HYPER_PARAMS_KEY}) is of type {kind}")

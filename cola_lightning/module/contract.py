@@ -20,7 +20,7 @@ class TrainedModule(Protocol):
         lora_config: which layers get links, and what the links are like.
         constructor_arguments: how the module is made again.
         init_chain: the path of the chain that the run begins from.
-        given_seed: what the user gave, by ``model.seed`` or ``seed_everything``; None: nothing.
+        user_seed: what the user gave, by ``model.seed`` or ``seed_everything``; None: nothing.
         opened_checkpoint: a checkpoint that is about to be loaded.
         is_tying_knot: whether a knot has begun, and has not succeeded.
         fit_progress: where the fit stands.
@@ -32,7 +32,7 @@ class TrainedModule(Protocol):
     lora_config: LoRAConfig
     constructor_arguments: dict[str, Any]
     init_chain: str | None
-    given_seed: int | None
+    user_seed: int | None
     opened_checkpoint: OpenedCheckpoint | None
     is_tying_knot: bool
     is_wrapped_by_fsdp1: bool

@@ -62,7 +62,7 @@ class FitCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module = self.module
         if pl_module is not cast(LightningModule, module):  # a later module of the Trainer's, which is not of this package
-            trainer.callbacks = [one for one in trainer.callbacks if one is not self]  # type: ignore[attr-defined]
+            trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
             return
         check_sharding(trainer.strategy, module)
         replicate_trained(trainer.strategy)
@@ -198,7 +198,7 @@ class FitCallback(Callback):
         """Ends the scope of a batch's seed."""
         self._batch.close()
 
-    on_validation_batch_end = on_train_epoch_end = _restore_generators  # the latter if a hook has cut an epoch short
+    on_validation_batch_end = on_train_epoch_end = _restore_generators  # at an epoch's end if a hook has cut the epoch short
 
     def _seed(self, *place: object) -> None:
         """Seeds the global generators for a batch; they are restored after it."""
@@ -260,10 +260,10 @@ class FitCallback(Callback):
 def attach(module: TrainedModule, trainer: Trainer) -> None:
     """Attaches a module's callback to its Trainer: after the user's, and before those that write checkpoints."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if not any(isinstance(one, FitCallback) and one.module is module for one in callbacks):
-        others = [one for one in callbacks if not isinstance(one, FitCallback)]  # one of another module
-        last = [one for one in others if isinstance(one, Checkpoint)]
-        first = [one for one in others if one not in last]
+    if not any(isinstance(c, FitCallback) and c.module is module for c in callbacks):
+        others = [c for c in callbacks if not isinstance(c, FitCallback)]  # of another module
+        last = [c for c in others if isinstance(c, Checkpoint)]
+        first = [c for c in others if c not in last]
         trainer.callbacks = [*first, FitCallback(module), *last]  # type: ignore[attr-defined]
 
 

@@ -89,7 +89,7 @@ class COLAModule(LightningModule, RecordsArguments):
         lora_config: the :class:`~cola_lightning.LoRAConfig` of these arguments; ``build_model`` may replace it.
         named_base: for exports: where transformers and PEFT find the base, a ``Pretrained``; None: it has no name there.
         labels_of_base: a classifier's labels, which are a part of the base's identity; None: not known.
-        given_seed: what the user gave, by ``seed`` or ``seed_everything``; None: nothing.
+        user_seed: what the user gave, by ``seed`` or ``seed_everything``; None: nothing.
         fit_progress: where the present fit stands, or where the last one ended.
         link_metrics: the metrics of the current link.
         link_optimization: makes each link's optimizer.
@@ -147,7 +147,7 @@ class COLAModule(LightningModule, RecordsArguments):
         if init_links is not None and init_chain is None:
             raise UserError("model.init_links: needs model.init_chain")
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
-        self.given_seed = None if seed is None else int(seed)
+        self.user_seed = None if seed is None else int(seed)
         self.trained_factors, self.save_base = trained_factors, save_base
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else int(init_links)
@@ -187,7 +187,7 @@ class COLAModule(LightningModule, RecordsArguments):
         """Applies ``activation_checkpointing`` to ``self.model``; override it for a model that is not Hugging Face's.
 
         The names of its layers must not change (a wrapper module changes them), and copies of it must work (a closure over
-        this model would use it in its copies, too): set a flag that the blocks' own ``forward`` reads, for example.
+        this model would also use it in its copies). For example, set a flag that the blocks' own ``forward`` reads.
         """
         model: Any = self.model
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # before 5.24
@@ -261,7 +261,7 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def seed(self) -> int | None:
         """The seed of every random draw; if none was given, None until the model is made."""
-        return self.given_seed if self._adapted is None else self._adapted.seed
+        return self.user_seed if self._adapted is None else self._adapted.seed
 
     @property
     def is_base_in_checkpoint(self) -> bool:
@@ -459,11 +459,11 @@ class COLAModule(LightningModule, RecordsArguments):
 
     def _choose_seed(self, stored: int | None) -> int:
         """The seed that was given, that of a checkpoint which is about to be loaded, or a random one."""
-        if self.given_seed is not None:
-            return self.given_seed
+        if self.user_seed is not None:
+            return self.user_seed
         text = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was given
-        self.given_seed = None if text is None else int(text)
-        seed = self.given_seed if stored is None else stored
+        self.user_seed = None if text is None else int(text)
+        seed = self.user_seed if stored is None else stored
         if seed is None:
             seed = layout.gather_objects(secrets.randbits(31))[0]  # from no generator of torch's
             log.info("No seed given (model.seed); using %d", seed)

@@ -20,7 +20,7 @@ from typing_extensions import override
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.schedule import RunLength
 from cola_lightning.errors import UserError
-from cola_lightning.lora.inject import is_within
+from cola_lightning.lora.inject import is_in_matching_modules
 from cola_lightning.module.progress import FitProgress, trainer_of
 
 log = logging.getLogger(__name__)
@@ -144,9 +144,9 @@ class LinkOptimization:
         Raises:
             UserError: for a learning rate of fully trained modules where there are none.
         """
-        groups = self._parameter_groups(trained, modules_to_save)
+        parameters = self._parameter_groups(trained, modules_to_save)
         try:
-            optimizer = self.make_optimizer(groups)
+            optimizer = self.make_optimizer(parameters)
         except ValueError as error:  # an optimizer's own message for a mistyped value
             raise UserError(f"model.optimizer: {error}") from error
         # Torch's GradScaler has a fused optimizer unscale the gradients in its step, and Lightning then refuses to clip them
@@ -163,9 +163,9 @@ class LinkOptimization:
                     f"model.lr_ratio_B: needs an optimizer with a learning rate, and {type(optimizer).__name__} has none"
                 )
             optimizer.param_groups[1]["lr"] *= self.lr_ratio_B
-        given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-        self._groups = copy.deepcopy(given)
-        if self.lr_schedule == "constant" and any(group["lr"] is None for group in given):  # it sets its own rates
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        self._groups = copy.deepcopy(groups)
+        if self.lr_schedule == "constant" and any(group["lr"] is None for group in groups):  # it sets its own rates
             return optimizer
         for group in optimizer.param_groups:
             group["initial_lr"] = copy.deepcopy(group["lr"])
@@ -177,13 +177,13 @@ class LinkOptimization:
         """The trained parameters: in one group, or in more if B or fully trained modules have their own learning rates."""
         if self.modules_to_save_lr is None and self.lr_ratio_B == 1:
             return [p for _, p in trained]
-        others, of_B, saved = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
+        others, factors_B, saved = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
         for name, p in trained:
-            if self.modules_to_save_lr is not None and is_within(name, modules_to_save):
+            if self.modules_to_save_lr is not None and is_in_matching_modules(name, modules_to_save):
                 saved.append(p)
             else:
-                (of_B if self.lr_ratio_B != 1 and name.endswith(".lora_B") else others).append(p)
-        groups = [{"params": others}, *([{"params": of_B}] if self.lr_ratio_B != 1 else [])]
+                (factors_B if self.lr_ratio_B != 1 and name.endswith(".lora_B") else others).append(p)
+        groups = [{"params": others}, *([{"params": factors_B}] if self.lr_ratio_B != 1 else [])]
         if self.modules_to_save_lr is None:
             return groups
         if not saved:
@@ -220,9 +220,9 @@ class LinkOptimization:
         Args:
             lengths: optimizer steps of the remaining links of a fit, the current one first.
         """
-        of_link = self.warmup_steps if self.schedule_scope == "link" else 0
-        of_knot = self.knot_warmup_steps
-        for name, steps, links in (("warmup_steps", of_link, lengths[:-1]), ("knot_warmup_steps", of_knot, lengths[1:-1])):
+        link_warmup = self.warmup_steps if self.schedule_scope == "link" else 0
+        checks = (("warmup_steps", link_warmup, lengths[:-1]), ("knot_warmup_steps", self.knot_warmup_steps, lengths[1:-1]))
+        for name, steps, links in checks:
             shortest = min(links, default=math.inf)
             if shortest < steps:
                 raise UserError(f"model.{name}: must be at most {shortest}, the steps of the shortest link, got {steps:g}")
@@ -238,8 +238,8 @@ class LinkOptimization:
         missing = ["trainer.max_steps"] if run.end_step == math.inf else []
         if self.schedule_scope == "link" and self.progress.schedule.has_unknown_lengths(run):
             missing.append("model.schedule_scope run")
-        of_length = self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
-        if of_length and (missing or self.schedule_scope == "link"):
+        needs_length = self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
+        if needs_length and (missing or self.schedule_scope == "link"):
             raise UserError(
                 f"model.lr_schedule: {self.lr_schedule} with warmup_steps {self.warmup_steps:g} needs {' and '.join(missing)}, "
                 "because the length of the run or of its links is unknown. Or use constant, with model.warmup_steps in steps"
@@ -346,10 +346,10 @@ def copy_state(old: Optimizer, new: Optimizer, share: float, factors: Mapping[in
             state = old.state.get(parameter)
             if state:
                 used = factors.get(id(parameter))
-                new.state[parameter] = {**state} if used is None else _kept(state, parameter, share, used)
+                new.state[parameter] = {**state} if used is None else _share_of_state(state, parameter, share, used)
 
 
-def _kept(state: dict[str, Any], parameter: Tensor, share: float, used: tuple[Any, ...]) -> dict[str, Any]:
+def _share_of_state(state: dict[str, Any], parameter: Tensor, share: float, used: tuple[Any, ...]) -> dict[str, Any]:
     """A state whose moments are 0 except for the used entries with the largest first moments; all else is unchanged."""
     is_used = torch.zeros_like(parameter, dtype=torch.bool)
     is_used[used] = True

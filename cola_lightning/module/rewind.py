@@ -70,12 +70,12 @@ class Rewind:
     def begin_window(self, trainer: Trainer, module: nn.Module) -> None:
         """Stores what the first batch of the window may change."""
         named = _named_buffers(module) if self._persistent else {}
-        own = {name: value.detach() for name, value in named.items() if name in self._persistent}
-        self._buffers = {name: torch.empty_like(value) for name, value in own.items()}
-        if own:
-            torch._foreach_copy_([*self._buffers.values()], [*own.values()])  # one operation for all
-        counting = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
-        self._callbacks = {one.state_key: copy.deepcopy(one.state_dict()) for one in counting}
+        buffers = {name: value.detach() for name, value in named.items() if name in self._persistent}
+        self._buffers = {name: torch.empty_like(value) for name, value in buffers.items()}
+        if buffers:
+            torch._foreach_copy_([*self._buffers.values()], [*buffers.values()])  # one operation for all
+        counting = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+        self._callbacks = {c.state_key: copy.deepcopy(c.state_dict()) for c in counting}
 
     def write(self, checkpoint: dict[str, Any], trainer: Trainer, key: str, *, is_validating: bool) -> None:
         """Writes into a fit's checkpoint where the run resumes.
@@ -86,12 +86,12 @@ class Rewind:
             key: the entry of its callbacks in which this is stored.
             is_validating: whether a validation inside the fit has begun and not ended.
         """
-        given = checkpoint["loops"]["fit_loop"]
-        counters = copy.deepcopy({name: given[name] for name in (EPOCHS, BATCHES, VALIDATION)})
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        counters = copy.deepcopy({name: fit_loop[name] for name in (EPOCHS, BATCHES, VALIDATION)})
         batch_idx = _rewind(counters, trainer, is_validating=is_validating)
         checkpoint["callbacks"][key] = {"progress": counters}
         if (trainer.current_epoch, batch_idx) == self._place:
-            if any(given["state_dict"].get(LOADERS, ())):
+            if any(fit_loop["state_dict"].get(LOADERS, ())):
                 counters[LOADERS] = self._loaders
             checkpoint["state_dict"] |= {name: layout.gather(copied) for name, copied in self._buffers.items()}
             checkpoint["callbacks"] |= self._callbacks
@@ -105,10 +105,10 @@ def _named_buffers(module: nn.Module) -> dict[str, Tensor]:
 def resume_rewound(checkpoint: Mapping[str, Any], key: str) -> None:
     """Makes Lightning resume a fit from where :meth:`Rewind.write` says."""
     if (stored := checkpoint["callbacks"].get(key)) is not None:
-        given, counters = checkpoint["loops"]["fit_loop"], stored["progress"]
-        given.update({name: value for name, value in counters.items() if name != LOADERS})
+        fit_loop, counters = checkpoint["loops"]["fit_loop"], stored["progress"]
+        fit_loop.update({name: value for name, value in counters.items() if name != LOADERS})
         if LOADERS in counters:
-            given["state_dict"][LOADERS] = counters[LOADERS]
+            fit_loop["state_dict"][LOADERS] = counters[LOADERS]
 
 
 def _rewind(counters: Progress, trainer: Trainer, *, is_validating: bool) -> int | None:

@@ -18,11 +18,11 @@ from typing_extensions import override
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.base import check_same_base, weight_of
-from cola_lightning.chain.chain import METADATA, OUTSIDE, Link, check_links, describe_link, link_fields, pack
+from cola_lightning.chain.chain import METADATA, OUTSIDE, Link, check_links, describe_link, pack
 from cola_lightning.chain.checkpoint import STATE_PREFIX, OpenedCheckpoint, StoredState, read_archive
 from cola_lightning.errors import NonFiniteError, UserError, causes
 from cola_lightning.lora.layer import own_values
-from cola_lightning.module.arguments import plain, plain_hyperparameters
+from cola_lightning.module.arguments import plain_hyperparameters, to_plain
 from cola_lightning.module.contract import TrainedModule
 from cola_lightning.module.progress import trainer_of
 from cola_lightning.writing import atomic_file
@@ -53,8 +53,8 @@ def values_of(
         state = nn.Module.state_dict(module, destination=into, prefix=prefix, keep_vars=keep_vars)
     omitted = {*(f"model.{name}" for name in adapted.trained.frozen_names()), *aliases(module)}
     for name in list(state):
-        own = name.removeprefix(prefix)
-        if name.startswith(prefix) and not omitted.isdisjoint({own, weight_of(own)}):
+        name_in_module = name.removeprefix(prefix)
+        if name.startswith(prefix) and not omitted.isdisjoint({name_in_module, weight_of(name_in_module)}):
             del state[name]
     return state
 
@@ -143,9 +143,9 @@ def data_facts(trainer: Any, name: str) -> dict[str, Any]:
         trainer: the trainer.
         name: which of the two; data modules of this package have both.
     """
-    given = getattr(getattr(trainer, "datamodule", None), name, None)
+    value = getattr(getattr(trainer, "datamodule", None), name, None)
     with contextlib.suppress(TypeError):  # another attribute of that name
-        return dict(plain(given)) if isinstance(given, dict) else {}
+        return dict(to_plain(value)) if isinstance(value, dict) else {}
     return {}
 
 
@@ -165,8 +165,8 @@ def prepare_checkpoint(module: TrainedModule, checkpoint: dict[str, Any]) -> Non
         reason = "a knot failed halfway"
     if reason is not None:
         raise NonFiniteError(f"{reason}, in link {module.link}: this checkpoint is not written")
-    own = checkpoint.get("current_model_state", {}).items()  # weight averaging has put a copy's state in the place of it
-    checkpoint["state_dict"] |= {name: value for name, value in own if name.startswith(STATE_PREFIX)}
+    current = checkpoint.get("current_model_state", {}).items()  # weight averaging has put a copy's state in the place of it
+    checkpoint["state_dict"] |= {name: value for name, value in current if name.startswith(STATE_PREFIX)}
     checkpoint |= plain_hyperparameters(checkpoint)
 
 
@@ -223,22 +223,23 @@ def prepare_loading(module: TrainedModule, state_dict: dict[str, Any], prefix: s
     as_torch = cast(nn.Module, module)
     _, _, missing_keys, *_ = args
     has_current = True
-    packed = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix + STATE_PREFIX)}
+    packed = [name for name in state_dict if name.startswith(prefix + STATE_PREFIX)]
     if packed:
-        state = StoredState.of(packed, prefix=prefix)
-        has_current = restore(module, state)
+        has_current = restore(module, StoredState.of(state_dict, prefix=prefix))
+        for name in packed:
+            del state_dict[name]
     elif module.adapted.live is not None or module.adapted.trained.frozen_names():  # else the values are all
         missing_keys.append(f"{prefix}{STATE_PREFIX}{METADATA}")
     values, trained = nn.Module.state_dict(as_torch, prefix=prefix, keep_vars=True), values_of(as_torch, module.adapted, prefix)
-    others = aliases(as_torch)
+    model_names = aliases(as_torch)
     if not has_current:  # the values of what is trained are of a later link
         state_dict.update({name: value for name, value in trained.items() if not is_frozen(value)})
     for name in trained.keys() & state_dict.keys():
         state_dict[name] = layout.lay_out(state_dict[name], trained[name])
     for name, value in values.items():
-        own = name.removeprefix(prefix)
-        if name not in trained and weight_of(own) == own:  # frozen, or another name for a value of the model
-            state_dict.setdefault(name, state_dict.get(f"{prefix}{others.get(own, own)}", value))
+        name_in_module = name.removeprefix(prefix)
+        if name not in trained and weight_of(name_in_module) == name_in_module:  # frozen, or another name for a value
+            state_dict.setdefault(name, state_dict.get(prefix + model_names.get(name_in_module, name_in_module), value))
 
 
 def restore(module: TrainedModule, state: StoredState) -> bool:
@@ -280,10 +281,9 @@ def restore(module: TrainedModule, state: StoredState) -> bool:
         if adapted.layers:
             adapted.begin_link(*progress.schedule.rank_and_alpha(adapted.link, module.lora_config))
         return False
-    live = link_fields(facts["live"]) if facts["live"] else {"metrics": {}}
-    if facts["live"]:
-        adapted.resume_link(Link(**live, factors={}))
-    metrics.restore(live["metrics"], facts["callback_metrics"])
+    if state.live is not None:
+        adapted.resume_link(state.live)
+    metrics.restore({} if state.live is None else state.live.metrics, facts["callback_metrics"])
     return True
 
 
@@ -303,10 +303,10 @@ def _check_same_choices(module: TrainedModule, state: StoredState) -> None:
     scheduled = _scheduled(module, len(facts["scheduled"]))
     choices = {  # by the options: what the checkpoint's run had, and what this one has
         "trainer.precision, model.finished_links": (_dtype_of(module, state), module.adapted.cast_dtype),
-        "model.seed, or seed_everything": (facts["seed"], module.given_seed),
+        "model.seed, or seed_everything": (facts["seed"], module.user_seed),
         "model.init_chain": (facts["init_chain_source"], module.init_chain and module.init_chain_source),
         "chain (has knots)": (facts["has_knots"], facts["has_knots"] and has_knots),
-        "model.rank, model.alpha, chain.ranks, chain.alphas": (facts["scheduled"], scheduled if facts["live"] else None),
+        "model.rank, model.alpha, chain.ranks, chain.alphas": (facts["scheduled"], scheduled if state.live else None),
     }
     for options, (before, now) in choices.items():
         if now not in (None, before):

@@ -69,14 +69,14 @@ def configuration(trainer: Trainer, module: TrainedModule) -> dict[str, dict[str
     }
     if data is not None:
         found["data"] = {"class_path": class_path(type(data))} | data_facts(trainer, "identity") | _plain(vars(data))
-    given = {part: {name: value for name, value in of_part.items() if value is not None} for part, of_part in found.items()}
-    text = json.dumps(given, default=str)  # of a marked configuration or dtype, its contents
-    plain: dict[str, dict[str, Any]] = json.loads(text, object_hook=lambda one: one["value"] if MARK in one else one)
+    is_set = {part: {name: value for name, value in options.items() if value is not None} for part, options in found.items()}
+    text = json.dumps(is_set, default=str)  # of a marked configuration or dtype, its contents
+    plain: dict[str, dict[str, Any]] = json.loads(text, object_hook=lambda value: value["value"] if MARK in value else value)
     return plain
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those that are numbers, texts or pairs of numbers, without what is private, a secret or Lightning's."""
-    kinds, others = bool | int | float | str | tuple, vars(LightningDataModule())
-    own = {name: value for name, value in values.items() if name[0] != "_" and name not in others and is_recorded(name)}
-    return {name: value for name, value in own.items() if isinstance(value, kinds)}
+    kinds, of_lightning = bool | int | float | str | tuple, vars(LightningDataModule())
+    named = {name: value for name, value in values.items() if isinstance(value, kinds) and is_recorded(name)}
+    return {name: value for name, value in named.items() if name[0] != "_" and name not in of_lightning}
