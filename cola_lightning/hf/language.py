@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
+from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
-from cola_lightning.export.verify import Dtype
 from cola_lightning.hf.logits import HostValues
 from cola_lightning.hf.metrics import Accuracy
+from cola_lightning.hf.named_base import TransformersBase
 from cola_lightning.hf.pretrained import Pretrained
 from cola_lightning.lora.inject import is_within
 from cola_lightning.lora.quantization import Quantization, quantize
@@ -90,7 +91,6 @@ class LanguageModule(COLAModule, ABC):
         super().__init__(**chain)
         self.loss_average = loss_average
         self.pretrained = Pretrained(model_name, revision, dtype, attn_implementation, trust_remote_code, gguf_file)
-        self.named_base = self.pretrained
         self.quantization = quantization
         if quantization is not None:
             importlib.import_module("bitsandbytes")  # an error now, not once the base has been read
@@ -127,6 +127,22 @@ class LanguageModule(COLAModule, ABC):
     @override
     def base_name(self) -> str:
         return self.pretrained.name
+
+    @property
+    @override
+    def named_base(self) -> TransformersBase:
+        fields = {name: value for name, value in self.model_fields().items() if name == "num_labels"}
+        if fields and (pad := cast(Any, self.model).config.pad_token_id) is not None:  # where a classifier's text ends
+            fields["pad_token_id"] = pad
+        return TransformersBase(
+            **vars(self.pretrained),
+            auto_class=self.auto_class,
+            fields=fields,
+            labels=self.labels_of_base,
+            new_weights=self.new_weights,
+            quantization=self.quantization,
+            quantize=self.quantize_base,
+        )
 
     @functools.cached_property
     def tokenizer(self) -> Any:

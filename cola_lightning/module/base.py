@@ -23,6 +23,7 @@ from cola_lightning.chain.chain import OUTSIDE, Chain
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.schedule import FitPosition, TrainedFactors
 from cola_lightning.errors import UserError
+from cola_lightning.export.contract import NamedBase
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.arguments import RecordsArguments, class_path
 from cola_lightning.module.fsdp import repeated_blocks, shard_module
@@ -40,12 +41,10 @@ class BaseCOLAModule(LightningModule, RecordsArguments):
         run: the state of the module's run.
 
     Attributes:
-        named_base: for exports: where transformers and PEFT find the base, a ``Pretrained``; None: it has no name there.
         labels_of_base: a classifier's labels, which are a part of the base's identity; None: not known.
         trained_factors: these and the following are arguments of :class:`~cola_lightning.COLAModule`, which sets them.
     """
 
-    named_base: Any = None
     labels_of_base: list[str] | None = None
     trained_factors: TrainedFactors
     init_chain: str | None
@@ -108,6 +107,11 @@ class BaseCOLAModule(LightningModule, RecordsArguments):
     def base_name(self) -> str:
         """The base's name, in messages and next to its fingerprint."""
         return class_path(type(self))
+
+    @property
+    def named_base(self) -> NamedBase | None:
+        """For exports: the base that transformers and PEFT load by its name; None: they know no name of it."""
+        return None
 
     # ------------------------------------------------------------------ its parts
 

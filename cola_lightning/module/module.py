@@ -18,9 +18,10 @@ from typing_extensions import override
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.chain.schedule import ChainSchedule, LRSchedule, TrainedFactors
+from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
 from cola_lightning.export.module import export_trained
-from cola_lightning.export.verify import Dtype, ExportOptions, Format
+from cola_lightning.export.options import ExportOptions, Format
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.arguments import device_of, made_again, read_arguments
 from cola_lightning.module.base import BaseCOLAModule, values_of
