@@ -1,7 +1,6 @@
 """A chain as one ordinary PEFT LoRA, of rank sum(r), for the base that it names: written, loaded again and compared."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.contract import ExportableModule, NamedBase
 from cola_lightning.export.options import ExportOptions
-from cola_lightning.export.verify import digest_of, loading_again, reference_logits
+from cola_lightning.export.verify import digest, loading_again, reference_logits
 from cola_lightning.lora.inject import is_within
 from cola_lightning.lora.layer import is_quantized
 from cola_lightning.lora.quantization import dequantize
@@ -113,7 +112,7 @@ def _load_base(
     values, wide = base.state_dict(), next(base.parameters()).dtype
     replacements = {name: value for name, value in values.items() if is_within(name, not_in_files)}
     replacements |= adapted.base_weights or {}
-    digests = {name: digest_of(value) for name, value in values.items()}
+    digests = {name: digest(value) for name, value in values.items()}
     if folder is not None:
         named_base = named_base.write(folder, base, tokenizer)
     del values
@@ -131,8 +130,7 @@ def _load_base(
         )
     half = str(dtype).removeprefix("torch.") if dtype.itemsize < 4 else None
     code = named_base.loading_code(half or named_base.dtype, is_quantized=bool(quantized))
-    name = os.path.expanduser(named_base.model_name)
-    return AdapterBase(loaded, name, modules_to_save, named_base.revision, named_base.peft_task), code
+    return named_base.adapter_base(loaded, modules_to_save), code
 
 
 def _copy_values(
@@ -152,10 +150,10 @@ def _copy_values(
     state = loaded.state_dict()
     different = sorted(digests.keys() - state.keys())
     for name, value in state.items():
-        if digest_of(value) == digests.get(name):
+        if digest(value) == digests.get(name):
             continue
         rounded = value.to(dtype).to(value.dtype)
-        if is_different := digest_of(rounded) != digests.get(name):
+        if is_different := digest(rounded) != digests.get(name):
             different.append(name)
         value.copy_(replacements.get(name, value) if is_different else rounded)
     return different

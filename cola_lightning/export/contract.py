@@ -8,6 +8,7 @@ from torch import nn
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.chain import Chain
+from cola_lightning.chain.peft import AdapterBase
 from cola_lightning.constants import Dtype
 
 
@@ -19,20 +20,12 @@ class NamedBase(Protocol):
         """The hub id or the folder of its files."""
 
     @property
-    def revision(self) -> str | None:
-        """Branch, tag or commit on the hub."""
-
-    @property
     def dtype(self) -> Dtype:
         """The dtype in which the module loads its weights."""
 
     @property
     def is_found_by_name(self) -> bool:
         """Whether PEFT finds the base by its name alone."""
-
-    @property
-    def peft_task(self) -> str | None:
-        """PEFT's name for the model's task; None: PEFT has none."""
 
     @property
     def new_weights(self) -> Sequence[str]:
@@ -54,6 +47,9 @@ class NamedBase(Protocol):
         Returns:
             The base with the folder as its name.
         """
+
+    def adapter_base(self, model: nn.Module, modules_to_save: Sequence[str]) -> AdapterBase:
+        """The base as an adapter names it, around the loaded model."""
 
     def loading_code(self, dtype: str, *, is_quantized: bool) -> str:
         """The Python code that loads the base.

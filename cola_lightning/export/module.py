@@ -16,7 +16,7 @@ from cola_lightning.export.adapter import export_adapter
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.contract import ExportableModule
 from cola_lightning.export.options import ExportOptions
-from cola_lightning.export.verify import ReferenceLogits, digest_of, loading_again, reference_logits
+from cola_lightning.export.verify import ReferenceLogits, digest, loading_again, reference_logits
 from cola_lightning.hub import quiet
 from cola_lightning.lora.layer import is_quantized_model
 from cola_lightning.merge import deep_copy, free
@@ -140,17 +140,17 @@ def _load_again(written: Any, folder: Path, reference: ReferenceLogits | None) -
     """
     from transformers import PreTrainedModel
 
-    before, again = {name: digest_of(value) for name, value in written.state_dict().items()}, written
-    is_of_transformers = isinstance(written, PreTrainedModel)
+    digests, again = {name: digest(value) for name, value in written.state_dict().items()}, written
+    is_pretrained = isinstance(written, PreTrainedModel)
     with loading_again():
-        if is_of_transformers:
+        if is_pretrained:
             dtype = written.dtype
             free(written)
             again = type(written).from_pretrained(folder, dtype=dtype)
         else:
             again.load_state_dict(load_file(folder / STATE_DICT_NAME))
     after = again.state_dict()
-    if different := [name for name, digest in before.items() if digest_of(after[name]) != digest]:
+    if different := [name for name, expected in digests.items() if digest(after[name]) != expected]:
         raise ExportError(f"the exported {different[0]!r} has another value when it is loaded again, so the export was deleted")
     if reference is None:
         return "loaded again, the weights are the same to the bit; no logits were compared, because no input is known"

@@ -65,7 +65,7 @@ class ReferenceLogits:
         return line
 
 
-def digest_of(value: Tensor) -> bytes:
+def digest(value: Tensor) -> bytes:
     """A hash of all of a tensor's bits."""
     bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(bits.numpy().data).digest()

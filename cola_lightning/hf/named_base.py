@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cola_lightning.chain.peft import AdapterBase
 from cola_lightning.hf.pretrained import Pretrained
 from cola_lightning.lora.quantization import Quantization
 from cola_lightning.merge import cast_floats
@@ -38,11 +39,6 @@ class TransformersBase(Pretrained):
     quantization: Quantization | None
     quantize: Callable[[Any], None]
 
-    @property
-    def peft_task(self) -> str | None:
-        """PEFT's name for the model's task; None: PEFT has none."""
-        return TASKS.get(self.auto_class)
-
     def load_again(self, *, is_quantized: bool) -> tuple[nn.Module, list[str]]:
         """Loads the base as the user of an adapter does; returns it, and the names of its new weights."""
         import transformers
@@ -60,6 +56,11 @@ class TransformersBase(Pretrained):
                 base.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
         return replace(self, model_name=str(folder.absolute()), revision=None, gguf_file=None)
+
+    def adapter_base(self, model: nn.Module, modules_to_save: Sequence[str]) -> AdapterBase:
+        """The base as an adapter names it, around the loaded model."""
+        name = os.path.expanduser(self.model_name)
+        return AdapterBase(model, name, modules_to_save, self.revision, TASKS.get(self.auto_class))
 
     def loading_code(self, dtype: str, *, is_quantized: bool) -> str:
         """The Python code that loads the base."""
