@@ -21,7 +21,7 @@ WORTH_SHARING = 2
 
 # The cost of one more forward pass, in tokens. On a CPU it reads the weights once more: 14 to 20 per thread were measured (135
 # million parameters, 1 and 2 threads). Elsewhere, not measured, as many as keep a GPU busy.
-PASS_COST_A_THREAD = 16
+PASS_COST_PER_THREAD = 16
 PASS_COST_ELSEWHERE = 4096
 
 # The tolerance for logits computed in the same way, next to other tokens: hardly any rounding, in any dtype.
@@ -34,40 +34,40 @@ HALF_TOLERANCE = 1e-1
 TOKEN_FIELDS = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"}
 
 
-def logits_at(model: nn.Module, batch: Batch, keep: int | Tensor) -> Tensor:
+def logits_at(model: nn.Module, batch: Batch, logits_to_keep: int | Tensor) -> Tensor:
     """The logits of a causal language model, in float32, at the requested positions.
 
     Args:
         model: a Hugging Face model.
         batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on either side; or a mask for each pair of tokens
             (rows x 1 x length x length), true or 1 where attention is allowed, or additive, as for packed sequences.
-        keep: the number of positions at the end, or the positions.
+        logits_to_keep: the number of positions at the end, or the positions.
 
     Shape:
         result: rows x positions x vocabulary.
     """
-    return logits_and_router_loss(model, batch, keep)[0]
+    return logits_and_router_loss(model, batch, logits_to_keep)[0]
 
 
-def logits_and_router_loss(model: Any, batch: Batch, keep: int | Tensor) -> tuple[Tensor, Tensor | float]:
+def logits_and_router_loss(model: Any, batch: Batch, logits_to_keep: int | Tensor) -> tuple[Tensor, Tensor | float]:
     """The logits of :func:`logits_at`, and what Hugging Face adds to the tokens' loss: 0 unless :func:`has_router_loss`."""
-    output = forward(model, batch, keep)
-    return at_positions(model, output.logits, keep).float(), router_loss(model, output)
+    output = forward(model, batch, logits_to_keep)
+    return at_positions(model, output.logits, logits_to_keep).float(), router_loss(model, output)
 
 
-def forward(model: Any, batch: Batch, keep: int | Tensor) -> Any:
+def forward(model: Any, batch: Batch, logits_to_keep: int | Tensor) -> Any:
     """A model's output for a batch, with logits at the requested positions if its forward pass takes them."""
-    taken = forward_parameters(model)
-    inputs = {name: value for name, value in batch.items() if name in taken and name != "labels" and value is not None}
+    parameters = forward_parameters(model)
+    inputs = {name: value for name, value in batch.items() if name in parameters and name != "labels" and value is not None}
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         if inputs.keys() <= TOKEN_FIELDS | {"inputs_embeds"}:  # an image's tokens may have more than one position
             # A row begins at position 0, also after padding on the left.
             inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
     elif mask is not None:
-        inputs["attention_mask"] = _additive(mask, model)
-    inputs |= {"use_cache": False, "logits_to_keep": keep}
-    return model(**{name: value for name, value in inputs.items() if name in taken})
+        inputs["attention_mask"] = _additive_mask(mask, model)
+    inputs |= {"use_cache": False, "logits_to_keep": logits_to_keep}
+    return model(**{name: value for name, value in inputs.items() if name in parameters})
 
 
 def forward_parameters(model: Any) -> set[str]:
@@ -98,11 +98,11 @@ def check_fields(model: Any, batch: Batch, others: Collection[str] = ()) -> None
         )
 
 
-def at_positions(model: Any, values: Tensor, keep: int | Tensor) -> Tensor:
+def at_positions(model: Any, values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """The values at the requested positions, of a head's input or output: rows x positions x size."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return values  # of these alone: an older architecture's head has seen all positions
-    return values[:, -keep:] if isinstance(keep, int) else values[:, keep]
+        return values  # of these alone: only an older architecture's head computes all positions
+    return values[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else values[:, logits_to_keep]
 
 
 def router_loss(model: Any, output: Any) -> Tensor | float:
@@ -111,7 +111,7 @@ def router_loss(model: Any, output: Any) -> Tensor | float:
     return 0.0 if loss is None else loss * model.router_aux_loss_coef  # a model without experts has none
 
 
-def _additive(mask: Tensor, model: Any) -> Tensor:
+def _additive_mask(mask: Tensor, model: Any) -> Tensor:
     """A mask of pairs of tokens that any attention takes: eager attention adds booleans, sdpa refuses another dtype."""
     device = mask.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
@@ -162,7 +162,7 @@ def split_by_length(batch: Batch, arrays: Arrays | None = None) -> list[tuple[li
 
 def pass_cost(device: torch.device) -> float:
     """The cost of one more forward pass on a device, in tokens."""
-    return PASS_COST_A_THREAD * torch.get_num_threads() if device.type == "cpu" else PASS_COST_ELSEWHERE
+    return PASS_COST_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else PASS_COST_ELSEWHERE
 
 
 def cut_by_length(lengths: Sequence[int], part_cost: float) -> list[int]:
