@@ -38,7 +38,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
 from cola_lightning import LoRAConfig, inject_lora, lora_layers
-from cola_lightning.hf.logits import logits_of
+from cola_lightning.hf.logits import logits_at
 
 Layout = Literal["1 GPU", "DDP", "FSDP2"]
 PROCESSES: dict[Layout, int] = {"1 GPU": 1, "DDP": 8, "FSDP2": 8}
@@ -163,7 +163,7 @@ def saved_bytes(model: nn.Module, rows: int, length: int, *, is_autocast: bool) 
     mask[0, 0] = 0  # padding: with a mask, attention takes other kernels
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with AsOnAGPU(), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast), hooks:
-        logits = logits_of(model, {"input_ids": ids, "attention_mask": mask}, 1)
+        logits = logits_at(model, {"input_ids": ids, "attention_mask": mask}, 1)
         loss = F.cross_entropy(logits[:, 0], ids[:, -1])
     assert loss.requires_grad  # so far all that was saved is alive, and no storage has another's address
     return sum(size for storage, size in saved.items() if storage not in known)

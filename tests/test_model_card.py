@@ -24,7 +24,7 @@ from cola_lightning import (
     UserError,
 )
 from cola_lightning.cli import main
-from cola_lightning.export.module import Card
+from cola_lightning.export.card import Card
 from tests import tiny
 from tests.test_templates import CHAT
 from tests.toy import assert_bit_equal, batches, toy, trainer, weights

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cola_lightning import LastCheckpoint
 from cola_lightning.hf import chunked_loss
-from cola_lightning.hf.logits import logits_of
+from cola_lightning.hf.logits import logits_at
 from tests import tiny
 from tests.toy import Toy, batches, toy, trainer, weights
 
@@ -90,7 +90,7 @@ def set_B(module):
 
 def loss_of(module):
     ids = torch.arange(24).view(3, 8) + 5
-    logits = logits_of(module.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.arange(7))
+    logits = logits_at(module.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.arange(7))
     torch.manual_seed(0)
     return cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 

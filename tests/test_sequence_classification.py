@@ -146,7 +146,7 @@ def test_the_labels_are_the_datas_and_stand_in_model_checkpoint_predictions_and_
     assert [name for batch in batches for name in batch["prediction"]] == best
     # Predicted 1 0 0 0, true 1 1 0 0: F1 of label 1 = 2 * 1 * 0.5 / 1.5; with label 0's, 4/5, the mean is 11/15.
     output = StepOutput(torch.tensor(0.0), 4, torch.tensor([1, 0, 0, 0]), torch.tensor([1, 1, 0, 0]))
-    ((name, (make, values)),) = module.measured({}, output).items()
+    ((name, (make, values)),) = module.batch_metrics({}, output).items()
     metric = make()
     metric.update(*values)
     assert (name, metric.compute().item()) == ("f1", pytest.approx(11 / 15))

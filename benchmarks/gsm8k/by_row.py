@@ -24,12 +24,12 @@ class COLACausalLMByRow(COLACausalLM):
         self.rows: list[tuple[float, int]] = []
 
     @override
-    def measured(self, batch: Any, output: Any) -> Any:
+    def batch_metrics(self, batch: Any, output: Any) -> Any:
         if self.trainer.testing:
             if len(batch["labels"]) != 1:
                 raise ValueError(f"data.eval_batch_size must be 1, got a batch of {len(batch['labels'])} rows")
             self.rows.append((float(output.loss), output.size))
-        return super().measured(batch, output)
+        return super().batch_metrics(batch, output)
 
     @override
     def on_test_epoch_end(self) -> None:

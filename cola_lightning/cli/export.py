@@ -19,7 +19,7 @@ def export(words: Sequence[str]) -> None:
         ExportError: if the export does not pass its verification; it is then deleted.
     """
     from cola_lightning.export.module import export_module
-    from cola_lightning.export.verify import ExportOptions
+    from cola_lightning.export.options import ExportOptions
     from cola_lightning.module import COLAModule
 
     parser = command_parser("export", SUBCOMMANDS["export"])

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
     from cola_lightning.chain.checkpoint import OpenedCheckpoint
+    from cola_lightning.module import COLAModule
 
 WIDTH = 80
 SUBCOMMANDS = {
@@ -181,7 +182,7 @@ def parsed(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
     return options
 
 
-def loaded(opened: "OpenedCheckpoint", options: Any, method: str) -> Any:
+def loaded(opened: "OpenedCheckpoint", options: Any, method: str) -> "COLAModule":
     """The module of a checkpoint, as a command's ``--links`` and ``--trust_remote_code`` ask for it.
 
     Args:

@@ -1,86 +1,35 @@
-"""What is verified of an export: its options before anything is loaded, and its logits once it is written."""
+"""The check of an export: whether it can be loaded again, and gives the module's logits."""
 
 import hashlib
 import inspect
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cola_lightning.errors import ExportError, UserError, one_line
-from cola_lightning.writing import check_free
+from cola_lightning.errors import ExportError, one_line
 
 log = getLogger(__name__)
 
 TOLERANCE = 1e-4  # of the largest logit
 
-Format = Literal["merged", "peft", "chain"]
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """The options of an export, see :meth:`~cola_lightning.COLAModule.export`.
-
-    Attributes:
-        folder: the output folder.
-        format: the format.
-        dtype: for merged.
-        max_rank: for peft.
-        base_folder: for peft: the folder for its base.
-        license: for the model card, which a chain folder does not have.
-        verify: load the export, and compare.
-        overwrite: replace a folder that is not empty.
-    """
-
-    folder: Path
-    format: Format
-    dtype: Dtype | None = None
-    max_rank: int | None = None
-    base_folder: Path | None = None
-    license: str | None = None
-    verify: bool = True
-    overwrite: bool = False
-
-    def check(self, source: str | Path = "") -> None:
-        """Refuses incompatible options, and an output that would replace what must stay.
-
-        Args:
-            source: the checkpoint, or the base's name, which may be a folder; it must not be in the output folder.
-
-        Raises:
-            UserError: naming the option.
-        """
-        of_formats = {"dtype": ["merged"], "max_rank": ["peft"], "base_folder": ["peft"], "license": ["merged", "peft"]}
-        for option, formats in of_formats.items():
-            if getattr(self, option) is not None and self.format not in formats:
-                raise UserError(f"{option}: works with --format {' or '.join(formats)} only, got {self.format}")
-        if self.max_rank is not None and self.max_rank < 1:
-            raise UserError(f"max_rank: must be at least 1, got {self.max_rank}")
-        check_free(self.folder, overwrite=self.overwrite)
-        path = Path(os.path.expanduser(source))
-        if str(source) and path.exists() and path.resolve().is_relative_to(self.folder.resolve()):
-            raise UserError(f"output: {str(self.folder)!r} contains the base or the checkpoint. Choose another folder")
-
 
 @contextmanager
 def loading_again() -> Iterator[None]:
-    """Inside the block, an export that cannot be read becomes an ExportError: no disk is full, as where it is written.
+    """Inside the block, an export that cannot be read becomes an ExportError, because an OSError would read as a full disk.
 
     Raises:
         ExportError: with the library's message.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:  # transformers raises the former for a file that lacks something, too
+    except (OSError, SafetensorError) as error:  # transformers raises an OSError for an incomplete folder, too
         raise ExportError(f"the export could not be loaded again, so it was deleted ({one_line(str(error))})") from error
 
 
@@ -105,7 +54,7 @@ class ReferenceLogits:
         Raises:
             ExportError: if they differ by more than float32 rounding, or, in half precision or not ``is_same``, are not finite.
         """
-        logits = logits_of(model, self.inputs)
+        logits = first_output(model, self.inputs)
         # Infinite logits are those of masked classes.
         difference = float((logits - self.logits).abs().masked_fill(logits == self.logits, 0).max())
         largest = float(self.logits.masked_fill(self.logits.isinf(), 0).abs().max())
@@ -116,7 +65,7 @@ class ReferenceLogits:
         return line
 
 
-def digest_of(value: Tensor) -> bytes:
+def digest(value: Tensor) -> bytes:
     """A hash of all of a tensor's bits."""
     bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(bits.numpy().data).digest()
@@ -133,7 +82,7 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
     """
     if example is not None:
         inputs: Any = example if isinstance(example, Mapping | tuple) else (example,)
-        return ReferenceLogits(inputs, logits_of(model, inputs))
+        return ReferenceLogits(inputs, first_output(model, inputs))
     if "input_ids" not in inspect.signature(model.forward).parameters:
         return None
     try:
@@ -144,7 +93,7 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
         if end in range(config.vocab_size):
             ids = torch.cat([ids, torch.full((2, 1), end)], dim=1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return ReferenceLogits(inputs, logits_of(model, inputs))
+        return ReferenceLogits(inputs, first_output(model, inputs))
     except Exception as error:  # an encoder-decoder, a model of texts and images, a configuration that is not transformers'
         what = f"{type(model).__name__} does not take tokens alone ({one_line(repr(error))})"
         log.warning("no logits are compared: %s. Set example_input_array of the module to compare those of other inputs", what)
@@ -152,7 +101,7 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Tensor:
+def first_output(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Tensor:
     """A model's first output, its logits, in float32; the model is in evaluation mode from then on."""
     model.eval()
     output: Any = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)

@@ -16,31 +16,26 @@ from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_loss, n_bytes
-from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
+from cola_lightning.hf.contexts import evaluating, with_attribute
+from cola_lightning.hf.host_values import Array, Arrays, Batch, shape_arrays, to_device
+from cola_lightning.hf.language import BatchMetrics, LanguageModule, StepOutput
 from cola_lightning.hf.logits import (
-    BY_TOKEN,
-    Array,
-    Arrays,
-    Batch,
-    arrays_of,
+    TOKEN_FIELDS,
     check_decoder,
-    check_taken,
-    evaluating,
+    check_fields,
     has_router_loss,
     logits_and_router_loss,
     logits_by_length,
     shared_logits,
     split_by_length,
     takes_mask_of_pairs,
-    to_device,
-    with_attribute,
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
-from cola_lightning.hf.packed import Separation, is_packed, may_be_packed, separated, separation_of
+from cola_lightning.hf.packed import Separation, find_separation, is_packed, may_be_packed, separate
 from cola_lightning.seeding import derive_seed, seeded
 
 # What the module itself reads of a language-model batch, besides its tokens.
-READ_HERE = {"references", "metric", "prompt_ids", "prompt_mask", "decoding", "end_tokens"}
+MODULE_FIELDS = {"references", "metric", "prompt_ids", "prompt_mask", "decoding", "end_tokens"}
 ANSWER = Decoding(max_new_tokens=MAX_NEW_TOKENS, stop=("\n",))  # of an answer that is compared with references
 
 
@@ -119,7 +114,7 @@ class COLACausalLM(LanguageModule):
         else:  # over the right options' tokens
             right = answer.unsqueeze(1)
             lengths = (batch["option_ids"] != IGNORE_INDEX).sum(-1).gather(1, right)
-            ids, rights = (self.host_values.of(batch[name]).numpy() for name in ("option_ids", "answer"))
+            ids, rights = (self.host_values.get(batch[name]).numpy() for name in ("option_ids", "answer"))
             size = int((ids[range(len(ids)), rights] != IGNORE_INDEX).sum())
             loss = -(scores.gather(1, right) * lengths).sum() / size
         loss = loss + router_loss if has_router_loss(self.model) else loss
@@ -131,7 +126,7 @@ class COLACausalLM(LanguageModule):
         return StepOutput(loss, size, chosen, answer)
 
     @override
-    def measured(self, batch: Any, output: StepOutput) -> Measured:
+    def batch_metrics(self, batch: Any, output: StepOutput) -> BatchMetrics:
         named: Batch = batch if isinstance(batch, Mapping) else {}
         requested = named.get("metric")
         if "references" in named:
@@ -140,7 +135,7 @@ class COLACausalLM(LanguageModule):
             values = self.generate(batch), batch["references"]
             return {name: (ANSWER_METRICS[name], values) for name in ([requested] if requested else ANSWER_METRICS)}
         if requested is None or output.predictions is None:
-            return super().measured(batch, output)
+            return super().batch_metrics(batch, output)
         make = functools.partial(METRICS[requested], named["option_ids"].shape[1])
         return {requested: (make, (output.predictions, output.targets))}
 
@@ -203,7 +198,7 @@ class COLACausalLM(LanguageModule):
     def _scores_and_router_loss(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
         """The scores of the options, in the cheapest forward passes, and the router's loss of a mixture of experts."""
         self._check_mask(batch)
-        n_positions, arrays = batch["option_ids"].shape[-1], arrays_of(self.host_values.of_batch(batch))
+        n_positions, arrays = batch["option_ids"].shape[-1], shape_arrays(self.host_values.get_batch(batch))
         router_loss: Tensor | float = 0.0
         if not self._may_split:
             logits, router_loss = logits_and_router_loss(self.model, batch, n_positions)
@@ -217,7 +212,7 @@ class COLACausalLM(LanguageModule):
         mask = batch.get("attention_mask")
         if mask is None or mask.dim() == 2:
             return
-        is_clear = mask.dim() == 4 and not (mask.is_floating_point() and (self.host_values.of(mask) > 0).any())
+        is_clear = mask.dim() == 4 and not (mask.is_floating_point() and (self.host_values.get(mask) > 0).any())
         if not is_clear or not self._takes_mask_of_pairs:
             raise UserError(
                 f"batch: attention_mask must be rows x length for {type(self.model).__name__}, or, for packed sequences, "
@@ -233,9 +228,9 @@ class COLACausalLM(LanguageModule):
     @functools.cached_property
     def _separation(self) -> Separation:
         with self._uncompiled():
-            return separation_of(self.model)
+            return find_separation(self.model)
 
-    def _separated(self, batch: Batch, host: Batch) -> tuple[Batch, Batch]:
+    def _separate(self, batch: Batch, host: Batch) -> tuple[Batch, Batch]:
         """A batch, and its values on the host, in which the model keeps sequences apart that share a row, if any do.
 
         Raises:
@@ -244,7 +239,7 @@ class COLACausalLM(LanguageModule):
         if batch.get("attention_mask") is not None and not is_packed(host):  # padding, with its positions
             return batch, host
         if (separation := self._separation) != "none":
-            return separated(batch, separation), separated(host, "rows" if separation == "pairs" else separation)
+            return separate(batch, separation), separate(host, "rows" if separation == "pairs" else separation)
         if is_packed(host):
             raise UserError(
                 f"batch: position_ids start again inside a row, but {type(self.model).__name__} does not keep sequences apart "
@@ -265,16 +260,16 @@ class COLACausalLM(LanguageModule):
         return not (self.should_compile or self.is_sharded or has_router_loss(self.model))
 
     def _language_step(self, batch: Batch) -> StepOutput:
-        check_taken(self.model, batch, READ_HERE)
+        check_fields(self.model, batch, MODULE_FIELDS)
         self._check_mask(batch)
-        host: Batch = self.host_values.of_batch(batch)
+        host: Batch = self.host_values.get_batch(batch)
         if may_be_packed(batch):
-            batch, host = self._separated(batch, host)
-        arrays = arrays_of(host)
-        may_split = batch.keys() <= BY_TOKEN and self._may_split
+            batch, host = self._separate(batch, host)
+        arrays = shape_arrays(host)
+        may_split = batch.keys() <= TOKEN_FIELDS and self._may_split
         parts = split_by_length(batch, arrays) if may_split else [(list(range(len(batch["labels"]))), batch)]
-        of_parts = (self._language_loss(part, *_learned(arrays, rows, part["labels"].shape[1])) for rows, part in parts)
-        totals, router_losses, counts = zip(*of_parts, strict=True)
+        losses = (self._language_loss(part, *_next_tokens(arrays, rows, part["labels"].shape[1])) for rows, part in parts)
+        totals, router_losses, counts = zip(*losses, strict=True)
         total, size = totals[0] if len(totals) == 1 else torch.stack(totals).sum(), sum(counts)
         loss = total / max(size, 1)
         return StepOutput(loss + router_losses[0] if has_router_loss(self.model) else loss, size)
@@ -282,17 +277,17 @@ class COLACausalLM(LanguageModule):
     def _language_loss(self, batch: Batch, places: Any, labels: Any, positions: Any) -> tuple[Tensor, Tensor | float, int]:
         """The sum of the losses of a batch's tokens, the router's loss of a mixture of experts, and the number of tokens."""
 
-        def moved(values: Array) -> Tensor:
+        def move(values: Array) -> Tensor:
             return to_device(torch.from_numpy(values), batch["labels"].device)
 
-        learned, places, labels = np.flatnonzero(labels != IGNORE_INDEX), moved(places), moved(labels.ravel())
-        if positions is not None and batch.keys() <= BY_TOKEN:  # else an image's tokens may have more than one
-            batch = {"position_ids": moved(positions), **batch}
+        indices, places, labels = np.flatnonzero(labels != IGNORE_INDEX), move(places), move(labels.ravel())
+        if positions is not None and batch.keys() <= TOKEN_FIELDS:  # else an image's tokens may have more than one
+            batch = {"position_ids": move(positions), **batch}
         if self._is_chunked(len(labels)):
-            return *chunked_loss(self.model, batch, places, labels, moved(learned)), len(learned)
+            return *chunked_loss(self.model, batch, places, labels, move(indices)), len(indices)
         logits, router_loss = logits_and_router_loss(self.model, batch, places)
         total = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        return total, router_loss, len(learned)
+        return total, router_loss, len(indices)
 
     def _is_chunked(self, n_positions: int) -> bool:
         if self.chunked_loss is None and not self.is_wrapped_by_fsdp1:  # which has its weights in the forward pass alone
@@ -313,22 +308,22 @@ class COLACausalLM(LanguageModule):
         columns = {"prediction": chosen, "target": answers}
         if "options" in batch:
             texts = [[option.strip() for option in options] for options in batch["options"]]
-            columns = {name: [_text(*one) for one in zip(texts, places, strict=True)] for name, places in columns.items()}
+            columns = {name: list(map(_option_texts, texts, places)) for name, places in columns.items()}
             columns["option"] = chosen
         columns |= {name: batch[name] for name in ("prompt", "options") if name in batch}
         counts = (batch["option_ids"] != IGNORE_INDEX).any(-1).sum(-1).tolist()
         return columns | {"scores": [row[:n] for row, n in zip(scores.tolist(), counts, strict=True)]}
 
 
-def _text(options: list[str], places: int | list[int] | None) -> Any:
+def _option_texts(options: list[str], places: int | list[int] | None) -> Any:
     """The text of an option, or of several, by index."""
     if isinstance(places, list):
         return [options[place] for place in places]
     return None if places is None else options[places]
 
 
-def _learned(batch: Arrays, rows: list[int], length: int) -> tuple[Array, Array, Array | None]:
-    """What is learned from some rows of a language-model batch, on the host.
+def _next_tokens(batch: Arrays, rows: list[int], length: int) -> tuple[Array, Array, Array | None]:
+    """The next tokens that the model learns to predict in some rows of a language-model batch, on the host.
 
     Args:
         batch: ``labels`` and, if there is one of rows x length, ``attention_mask``, on the host.
@@ -340,9 +335,9 @@ def _learned(batch: Arrays, rows: list[int], length: int) -> tuple[Array, Array,
         places), ``IGNORE_INDEX`` without a loss; and the tokens' positions in their rows, which begin at 0 after padding, None
         without a mask of rows x length.
     """
-    given, positions = batch["labels"][rows, -length:], None
-    labels = np.full_like(given, IGNORE_INDEX)
-    labels[:, :-1] = given[:, 1:]  # each position predicts the next token
+    tokens, positions = batch["labels"][rows, -length:], None
+    labels = np.full_like(tokens, IGNORE_INDEX)
+    labels[:, :-1] = tokens[:, 1:]  # each position predicts the next token
     if "attention_mask" in batch:
         mask = batch["attention_mask"][rows, -length:] != 0
         labels[~mask] = IGNORE_INDEX  # a row's first token follows on padding, which predicts nothing

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from cola_lightning.hf.logits import Batch, forward, kept, router_loss, with_attribute
+from cola_lightning.hf.contexts import with_attribute
+from cola_lightning.hf.host_values import Batch
+from cola_lightning.hf.logits import at_positions, forward, router_loss
 
 CHUNKED_ABOVE = 2**28  # bytes of float32 logits
 CHUNK = 2**26  # bytes of float32 logits that exist together
@@ -19,47 +21,47 @@ def n_bytes(model: Any, n_positions: int) -> int:
     return 4 * n_positions * int(model.config.get_text_config().vocab_size)
 
 
-def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, learned: Tensor) -> tuple[Tensor, Tensor | float]:
+def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor | float]:
     """The sum of the tokens' losses, and the router's loss of a mixture of experts.
 
     The gradients of a chunk are computed with its loss, so that neither its logits are stored nor computed again.
 
     Args:
         model: a Hugging Face model.
-        batch: as in :func:`~cola_lightning.hf.logits.logits_of`.
+        batch: as in :func:`~cola_lightning.hf.logits.logits_at`.
         places: the positions with a loss in any row.
         labels: of all rows and positions in one dimension, -100 without a loss.
-        learned: the indices of those with a loss among all of them, row by row.
+        indices: those of the labels with a loss, row by row.
     """
     head, inputs = model.get_output_embeddings(), list[Tensor]()
 
-    def skipped(hidden: Tensor) -> Tensor:
+    def store_input(hidden: Tensor) -> Tensor:
         inputs.append(hidden)
         return hidden
 
-    with with_attribute(head, "forward", skipped):
+    with with_attribute(head, "forward", store_input):
         output = forward(model, batch, places)
-    hidden = kept(model, inputs[0], places)
+    hidden = at_positions(model, inputs[0], places)
     is_plain = output.logits is inputs[0]  # else it scales or caps its logits
 
-    def logits_of(chunk: Tensor) -> Tensor:
+    def compute_logits(chunk: Tensor) -> Tensor:
         logits: Tensor = head(chunk[None])
-        return (logits if is_plain else _as_in_model(model, head, chunk[None], logits))[0]
+        return (logits if is_plain else _transform_logits(model, head, chunk[None], logits))[0]
 
-    hidden, labels = hidden.flatten(0, 1)[learned], labels[learned]
+    hidden, labels = hidden.flatten(0, 1)[indices], labels[indices]
     size = max(1, CHUNK // n_bytes(model, 1))
     if torch.is_grad_enabled():
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        total: Tensor = _SumOfLosses.apply(logits_of, size, labels, hidden, *trained)  # type: ignore[no-untyped-call]
+        total: Tensor = _SumOfLosses.apply(compute_logits, size, labels, hidden, *trained)  # type: ignore[no-untyped-call]
     else:
         parts = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
-        losses = [F.cross_entropy(logits_of(chunk).float(), own, reduction="sum") for chunk, own in parts]
+        losses = [F.cross_entropy(compute_logits(chunk).float(), targets, reduction="sum") for chunk, targets in parts]
         total = torch.stack(losses).sum()
     return total, router_loss(model, output)
 
 
-def _as_in_model(model: Any, head: nn.Module, hidden: Tensor, logits: Tensor) -> Tensor:
-    """What a model's forward pass makes of its head's output: logits that are scaled or capped, each alone."""
+def _transform_logits(model: Any, head: nn.Module, hidden: Tensor, logits: Tensor) -> Tensor:
+    """The logits that the model's forward pass computes from its head's output: it scales or caps each of them."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     output, ids = BaseModelOutputWithPast(last_hidden_state=hidden), hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
@@ -68,8 +70,8 @@ def _as_in_model(model: Any, head: nn.Module, hidden: Tensor, logits: Tensor) ->
         with_attribute(model.base_model, "forward", lambda *_, **__: output),
         with_attribute(head, "forward", lambda _: logits),
     ):
-        made: Tensor = model.forward(input_ids=ids).logits
-    return made
+        transformed: Tensor = model.forward(input_ids=ids).logits
+    return transformed
 
 
 class _SumOfLosses(torch.autograd.Function):
@@ -77,19 +79,20 @@ class _SumOfLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_of: Callable[[Tensor], Tensor], size: int, labels: Tensor, hidden: Tensor, *parameters: Tensor
+        ctx: Any, compute_logits: Callable[[Tensor], Tensor], size: int, labels: Tensor, hidden: Tensor, *parameters: Tensor
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradients = [torch.zeros_like(t, dtype=torch.float32) for t in (hidden, *parameters)]
         for start in range(0, len(labels), size):
-            chunk, own = hidden[start : start + size].detach().requires_grad_(), labels[start : start + size, None]
+            chunk, targets = hidden[start : start + size].detach().requires_grad_(), labels[start : start + size, None]
             with torch.enable_grad():
-                logits = logits_of(chunk).float()
+                logits = compute_logits(chunk).float()
             logs = logits.detach().log_softmax(-1)
-            total -= logs.gather(1, own).sum()
-            of_logits = logs.exp_().scatter_add_(1, own, -torch.ones_like(own, dtype=logs.dtype))  # in place: softmax - one-hot
-            found = torch.autograd.grad(logits, [chunk, *parameters], of_logits, allow_unused=True)
-            for gradient, more in zip((gradients[0][start : start + size], *gradients[1:]), found, strict=True):
+            total -= logs.gather(1, targets).sum()
+            ones = torch.ones_like(targets, dtype=logs.dtype)
+            logits_gradient = logs.exp_().scatter_add_(1, targets, -ones)  # in place: softmax - one-hot
+            chunk_gradients = torch.autograd.grad(logits, [chunk, *parameters], logits_gradient, allow_unused=True)
+            for gradient, more in zip((gradients[0][start : start + size], *gradients[1:]), chunk_gradients, strict=True):
                 if more is not None:
                     gradient += more
         ctx.save_for_backward(*(g.to(t.dtype) for g, t in zip(gradients, (hidden, *parameters), strict=True)))

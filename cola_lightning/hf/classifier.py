@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
-from cola_lightning.hf.language import LanguageModule, Measured, StepOutput
-from cola_lightning.hf.logits import check_taken, taken_by
+from cola_lightning.hf.language import BatchMetrics, LanguageModule, StepOutput
+from cola_lightning.hf.logits import check_fields, forward_parameters
 from cola_lightning.hf.metrics import METRICS
 
 
@@ -63,7 +63,7 @@ class COLASequenceClassifier(LanguageModule):
                 f"got {num_labels} and {label_names}"
             )
         self.num_labels, self.metric = int(max(counts, default=2)), metric
-        self._is_number_given, self.are_names_given = num_labels is not None, label_names is not None
+        self._has_num_labels, self.are_names_given = num_labels is not None, label_names is not None
         self.labels_of_base = None if label_names is None else [str(name) for name in label_names]
         super().__init__(model_name, **pretrained)
 
@@ -93,12 +93,12 @@ class COLASequenceClassifier(LanguageModule):
             self._set_labels(self.label_names)
             return
         places = [str(place) for place in range(self.num_labels)]
-        if self._is_number_given and set(found) <= set(places):
+        if self._has_num_labels and set(found) <= set(places):
             found = places
-        if len(found) < 2 or ((self._is_number_given or self.is_made) and len(found) != self.num_labels):
+        if len(found) < 2 or ((self._has_num_labels or self.is_made) and len(found) != self.num_labels):
             raise UserError(f"model.num_labels: is {self.num_labels}, but the data has {len(found)}: {', '.join(found)}")
-        own = [name for _, name in sorted(self.pretrained.config().id2label.items())]  # a pretrained head may have them
-        self._set_labels(own if sorted(own) == sorted(found) else found)
+        names = [name for _, name in sorted(self.pretrained.config().id2label.items())]  # a pretrained head may have them
+        self._set_labels(names if sorted(names) == sorted(found) else found)
 
     def _set_labels(self, names: Sequence[str]) -> None:
         self.labels_of_base, self.num_labels = list(names), len(names)
@@ -120,12 +120,12 @@ class COLASequenceClassifier(LanguageModule):
     # ------------------------------------------------------------------ model and steps
 
     @override
-    def measured(self, batch: Any, output: StepOutput) -> Measured:
+    def batch_metrics(self, batch: Any, output: StepOutput) -> BatchMetrics:
         return {self.metric: (partial(METRICS[self.metric], self.num_labels), (output.predictions, output.targets))}
 
     @override
     def model_fields(self) -> dict[str, Any]:
-        return {"num_labels": self.num_labels} if self._is_number_given or self.labels_of_base is not None else {}
+        return {"num_labels": self.num_labels} if self._has_num_labels or self.labels_of_base is not None else {}
 
     @override
     def build_model(self) -> Any:
@@ -140,14 +140,14 @@ class COLASequenceClassifier(LanguageModule):
 
     @override
     def choose_modules_to_save(self, model: Any) -> list[str]:
-        """The head, and other modules that the pretrained files do not contain: frozen, they would stay as drawn."""
+        """The head, and other modules that the pretrained files do not contain: frozen, they would keep their random values."""
         opened = self.opened_checkpoint
         if opened is not None and opened.state.facts["modules_to_save"]:
             return list(opened.state.facts["modules_to_save"])
         children = model.named_children()
         head = [name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())]
         new = self.pretrained.new_modules(model, self.new_weights)
-        return sorted({*head, *(name for name in new if not any(f"{name}.".startswith(f"{one}.") for one in head))})
+        return sorted({*head, *(name for name in new if not any(f"{name}.".startswith(f"{module}.") for module in head))})
 
     @override
     def step(self, batch: Mapping[str, Any]) -> StepOutput:
@@ -159,9 +159,9 @@ class COLASequenceClassifier(LanguageModule):
         logits = self._logits(batch)
         predicted = logits.argmax(-1)
         targets = batch.get("labels", torch.full_like(predicted, IGNORE_INDEX))
-        return {"prediction": self._named(predicted), "target": self._named(targets), "scores": logits.log_softmax(-1)}
+        return {"prediction": self._as_labels(predicted), "target": self._as_labels(targets), "scores": logits.log_softmax(-1)}
 
-    def _named(self, places: Tensor) -> list[Any]:
+    def _as_labels(self, places: Tensor) -> list[Any]:
         """Labels by index, as numbers if all are whole numbers; the indices if labels are not known, None for a missing one."""
         names = self.label_names or [str(place) for place in range(self.num_labels)]
         values: list[Any] = [int(name) for name in names] if all(map(WHOLE_NUMBER.fullmatch, names)) else names
@@ -169,8 +169,8 @@ class COLASequenceClassifier(LanguageModule):
 
     def _logits(self, batch: Mapping[str, Any]) -> Tensor:
         """The logits, in float32: rows x labels."""
-        check_taken(self.model, batch)
-        taken = taken_by(self.model) - {"labels"}
-        inputs = {name: value for name, value in batch.items() if name in taken}
+        check_fields(self.model, batch)
+        parameters = forward_parameters(self.model) - {"labels"}
+        inputs = {name: value for name, value in batch.items() if name in parameters}
         logits: Tensor = self.model(**inputs).logits
         return logits.float()

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
+from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
-from cola_lightning.export.verify import Dtype
-from cola_lightning.hf.logits import HostValues
+from cola_lightning.hf.host_values import HostValues
 from cola_lightning.hf.metrics import Accuracy
+from cola_lightning.hf.named_base import TransformersBase
 from cola_lightning.hf.pretrained import Pretrained
 from cola_lightning.lora.inject import is_in_matching_modules
 from cola_lightning.lora.quantization import Quantization, quantize
@@ -40,8 +41,8 @@ class StepOutput:
     targets: Tensor | None = None
 
 
-# By its name: how a metric is made, and what its ``update`` takes.
-Measured = dict[str, tuple[Callable[[], Metric], tuple[Any, ...]]]
+# By a metric's name: a function that creates it, and the arguments of its ``update``.
+BatchMetrics = dict[str, tuple[Callable[[], Metric], tuple[Any, ...]]]
 
 
 class LanguageModule(COLAModule, ABC):
@@ -90,7 +91,6 @@ class LanguageModule(COLAModule, ABC):
         super().__init__(**chain)
         self.loss_average = loss_average
         self.pretrained = Pretrained(model_name, revision, dtype, attn_implementation, trust_remote_code, gguf_file)
-        self.named_base = self.pretrained
         self.quantization = quantization
         if quantization is not None:
             importlib.import_module("bitsandbytes")  # an error now, not once the base has been read
@@ -109,7 +109,7 @@ class LanguageModule(COLAModule, ABC):
     def step(self, batch: Any) -> StepOutput:
         """The loss of a batch, and the inputs of its metric: override it to define your own loss."""
 
-    def measured(self, batch: Any, output: StepOutput) -> Measured:
+    def batch_metrics(self, batch: Any, output: StepOutput) -> BatchMetrics:
         """The metrics of a batch, logged as ``val_...`` and ``test_...``: the accuracy of its predictions, if any."""
         return {} if output.predictions is None else {"accuracy": (Accuracy, (output.predictions, output.targets))}
 
@@ -127,6 +127,22 @@ class LanguageModule(COLAModule, ABC):
     @override
     def base_name(self) -> str:
         return self.pretrained.name
+
+    @property
+    @override
+    def named_base(self) -> TransformersBase:
+        fields = {name: value for name, value in self.model_fields().items() if name == "num_labels"}
+        if fields and (pad := cast(Any, self.model).config.pad_token_id) is not None:  # where a classifier's text ends
+            fields["pad_token_id"] = pad
+        return TransformersBase(
+            **vars(self.pretrained),
+            auto_class=self.auto_class,
+            fields=fields,
+            labels=self.labels_of_base,
+            new_weights=self.new_weights,
+            quantization=self.quantization,
+            quantize=self.quantize_base,
+        )
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -199,8 +215,8 @@ class LanguageModule(COLAModule, ABC):
         mask, ids, options = (named.get(name) for name in ("attention_mask", "input_ids", "option_ids"))
         n_tokens = 0 if ids is None else ids.numel()
         if mask is not None and mask.dim() == 2:
-            n_tokens = int(self.host_values.of(mask).numpy().sum())
-        return n_tokens + (0 if options is None else int((self.host_values.of(options).numpy() >= 0).sum()))
+            n_tokens = int(self.host_values.get(mask).numpy().sum())
+        return n_tokens + (0 if options is None else int((self.host_values.get(options).numpy() >= 0).sum()))
 
     @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -213,7 +229,7 @@ class LanguageModule(COLAModule, ABC):
     def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
         output = self.step(batch)
         self.log(f"{stage}_loss", output.loss, batch_size=output.size, prog_bar=True, sync_dist=True)
-        for name, (make, values) in self.measured(batch, output).items():
+        for name, (make, values) in self.batch_metrics(batch, output).items():
             key = f"{stage}_{name}_{dataloader_idx}"
             if key not in self.evaluation_metrics:
                 self.evaluation_metrics[key] = make().to(self.device)

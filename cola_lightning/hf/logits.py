@@ -3,89 +3,83 @@
 import inspect
 import itertools
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cola_lightning.errors import UserError, one_line
+from cola_lightning.hf.contexts import evaluating
+from cola_lightning.hf.host_values import Arrays, Batch, to_device
 
 log = logging.getLogger(__name__)
-
-Batch = Mapping[str, Any]
-Array = np.ndarray[Any, Any]
-Arrays = Mapping[str, Array]  # a batch's values on the host
 
 # Options share their prompt where that leaves less than half of the tokens to be computed: attention is over all of them.
 WORTH_SHARING = 2
 
 # The cost of one more forward pass, in tokens. On a CPU it reads the weights once more: 14 to 20 per thread were measured (135
 # million parameters, 1 and 2 threads). Elsewhere, not measured, as many as keep a GPU busy.
-PASS_COST_A_THREAD = 16
+PASS_COST_PER_THREAD = 16
 PASS_COST_ELSEWHERE = 4096
 
 # The tolerance for logits computed in the same way, next to other tokens: hardly any rounding, in any dtype.
-UNTOUCHED = 1e-3
+UNCHANGED_TOLERANCE = 1e-3
 
 # The tolerance for logits in half precision, computed in different ways.
-HALF = 1e-1
+HALF_TOLERANCE = 1e-1
 
 # The fields of a language-model batch with one value per token. All but the labels go to the model, as far as it takes them.
-BY_TOKEN = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"}
-
-DECIDING = {"attention_mask", "labels", "n_sequences", "n_shared"}  # the fields whose values decide on the shapes of a step
+TOKEN_FIELDS = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"}
 
 
-def logits_of(model: nn.Module, batch: Batch, keep: int | Tensor) -> Tensor:
+def logits_at(model: nn.Module, batch: Batch, logits_to_keep: int | Tensor) -> Tensor:
     """The logits of a causal language model, in float32, at the requested positions.
 
     Args:
         model: a Hugging Face model.
         batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on either side; or a mask for each pair of tokens
             (rows x 1 x length x length), true or 1 where attention is allowed, or additive, as for packed sequences.
-        keep: the number of positions at the end, or the positions.
+        logits_to_keep: the number of positions at the end, or the positions.
 
     Shape:
         result: rows x positions x vocabulary.
     """
-    return logits_and_router_loss(model, batch, keep)[0]
+    return logits_and_router_loss(model, batch, logits_to_keep)[0]
 
 
-def logits_and_router_loss(model: Any, batch: Batch, keep: int | Tensor) -> tuple[Tensor, Tensor | float]:
-    """The logits of :func:`logits_of`, and what Hugging Face adds to the tokens' loss: 0 unless :func:`has_router_loss`."""
-    output = forward(model, batch, keep)
-    return kept(model, output.logits, keep).float(), router_loss(model, output)
+def logits_and_router_loss(model: Any, batch: Batch, logits_to_keep: int | Tensor) -> tuple[Tensor, Tensor | float]:
+    """The logits of :func:`logits_at`, and what Hugging Face adds to the tokens' loss: 0 unless :func:`has_router_loss`."""
+    output = forward(model, batch, logits_to_keep)
+    return at_positions(model, output.logits, logits_to_keep).float(), router_loss(model, output)
 
 
-def forward(model: Any, batch: Batch, keep: int | Tensor) -> Any:
+def forward(model: Any, batch: Batch, logits_to_keep: int | Tensor) -> Any:
     """A model's output for a batch, with logits at the requested positions if its forward pass takes them."""
-    taken = taken_by(model)
-    inputs = {name: value for name, value in batch.items() if name in taken and name != "labels" and value is not None}
+    parameters = forward_parameters(model)
+    inputs = {name: value for name, value in batch.items() if name in parameters and name != "labels" and value is not None}
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
-        if inputs.keys() <= BY_TOKEN | {"inputs_embeds"}:  # else a model may have more than one position for an image's tokens
-            # A row begins at position 0, after padding on the left, too.
+        if inputs.keys() <= TOKEN_FIELDS | {"inputs_embeds"}:  # an image's tokens may have more than one position
+            # A row begins at position 0, also after padding on the left.
             inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
     elif mask is not None:
-        inputs["attention_mask"] = _additive(mask, model)
-    inputs |= {"use_cache": False, "logits_to_keep": keep}
-    return model(**{name: value for name, value in inputs.items() if name in taken})
+        inputs["attention_mask"] = _additive_mask(mask, model)
+    inputs |= {"use_cache": False, "logits_to_keep": logits_to_keep}
+    return model(**{name: value for name, value in inputs.items() if name in parameters})
 
 
-def taken_by(model: Any) -> set[str]:
+def forward_parameters(model: Any) -> set[str]:
     """The names that a model's forward pass takes, with those of transformers' common keywords if it passes keywords on."""
     from transformers.utils.generic import TransformersKwargs
 
     parameters = inspect.signature(model.forward).parameters
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return set(parameters) | (TransformersKwargs.__annotations__.keys() - BY_TOKEN if passes_on else set())
+    return set(parameters) | (TransformersKwargs.__annotations__.keys() - TOKEN_FIELDS if passes_on else set())
 
 
-def check_taken(model: Any, batch: Batch, others: Collection[str] = ()) -> None:
+def check_fields(model: Any, batch: Batch, others: Collection[str] = ()) -> None:
     """Refuses a batch with values that would vanish.
 
     Args:
@@ -96,19 +90,19 @@ def check_taken(model: Any, batch: Batch, others: Collection[str] = ()) -> None:
     Raises:
         UserError: for values that are neither by token nor taken by the model's forward pass; it names them.
     """
-    unknown = batch.keys() - BY_TOKEN - set(others)
-    if unknown and (unknown := unknown - taken_by(model)):
+    unknown = batch.keys() - TOKEN_FIELDS - set(others)
+    if unknown and (unknown := unknown - forward_parameters(model)):
         raise UserError(
             f"batch: {type(model).__name__} does not take {', '.join(sorted(unknown))}. Leave them out of the batches, in the "
             "collator for example."
         )
 
 
-def kept(model: Any, values: Tensor, keep: int | Tensor) -> Tensor:
+def at_positions(model: Any, values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """The values at the requested positions, of a head's input or output: rows x positions x size."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return values  # of these alone: an older architecture's head has seen all positions
-    return values[:, -keep:] if isinstance(keep, int) else values[:, keep]
+        return values  # of these alone: only an older architecture's head computes all positions
+    return values[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else values[:, logits_to_keep]
 
 
 def router_loss(model: Any, output: Any) -> Tensor | float:
@@ -117,7 +111,7 @@ def router_loss(model: Any, output: Any) -> Tensor | float:
     return 0.0 if loss is None else loss * model.router_aux_loss_coef  # a model without experts has none
 
 
-def _additive(mask: Tensor, model: Any) -> Tensor:
+def _additive_mask(mask: Tensor, model: Any) -> Tensor:
     """A mask of pairs of tokens that any attention takes: eager attention adds booleans, sdpa refuses another dtype."""
     device = mask.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
@@ -130,69 +124,6 @@ def _additive(mask: Tensor, model: Any) -> Tensor:
 def has_router_loss(model: Any) -> bool:
     """Whether the load-balancing loss of a mixture of experts is used: ``output_router_logits`` of its configuration."""
     return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
-
-
-# ---------------------------------------------------------------------- values on the host
-
-
-class HostValues:
-    """Finds the values that tensors had on the host, before they were moved to a device.
-
-    The shapes of a step depend on such values: how many tokens have a loss, where padding ends. To read them from a GPU, the
-    host would wait for all that it has launched there.
-
-    Example:
-        >>> values = HostValues()
-        >>> mine = {"labels": torch.tensor([3, -100])}
-        >>> moved = {name: value.clone() for name, value in mine.items()}  # as to a GPU
-        >>> values.remember(mine, moved)
-        >>> values.of(moved["labels"]) is mine["labels"]
-        True
-    """
-
-    def __init__(self) -> None:
-        self._found: dict[int, tuple[Tensor, int | None, Tensor]] = {}
-
-    def remember(self, batch: Any, moved: Any) -> None:
-        """Stores the values of a batch, in place of an earlier one's.
-
-        Args:
-            batch: tensors by name, on the host; another batch has no values to be found.
-            moved: the same on a device.
-        """
-        if not isinstance(batch, Mapping) or not isinstance(moved, Mapping):
-            batch = moved = {}
-        pairs = [(value, batch.get(name)) for name, value in moved.items()]
-        self._found = {
-            id(theirs): (theirs, _version(theirs), mine)
-            for theirs, mine in pairs
-            if isinstance(theirs, Tensor) and isinstance(mine, Tensor) and mine.device.type == "cpu"
-        }
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The values of a tensor on the host: those stored, unless the tensor was changed since; else they are copied."""
-        theirs, version, mine = self._found.get(id(tensor), (None, None, tensor))
-        return mine if theirs is tensor and version == _version(tensor) else tensor.cpu()
-
-    def of_batch(self, batch: Batch) -> dict[str, Tensor]:
-        """The values of a batch's tensors of at most two dimensions: not of a mask of pairs of tokens, nor of images."""
-        found = ((name, value) for name, value in batch.items() if isinstance(value, Tensor) and value.dim() <= 2)
-        return {name: self.of(value) for name, value in found}
-
-
-def arrays_of(host: Mapping[str, Tensor]) -> dict[str, Array]:
-    """Values on the host that decide on the shapes of a step, as arrays: what reads them is no work of a device."""
-    return {name: host[name].numpy() for name in DECIDING & host.keys()}
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was changed in place, which autograd counts; inference tensors have no count."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without a wait: from pageable memory a copy to a GPU would be one."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------- rows of similar length
@@ -212,8 +143,8 @@ def split_by_length(batch: Batch, arrays: Arrays | None = None) -> list[tuple[li
     """
     ids = batch["input_ids"]
     whole = [(list(range(len(ids))), batch)]
-    by_token = {name: batch[name] for name in BY_TOKEN & batch.keys() if batch[name] is not None}
-    if "attention_mask" not in by_token or any(some.shape != ids.shape for some in by_token.values()):
+    by_token = {name: batch[name] for name in TOKEN_FIELDS & batch.keys() if batch[name] is not None}
+    if "attention_mask" not in by_token or any(value.shape != ids.shape for value in by_token.values()):
         return whole
     mask = by_token["attention_mask"].numpy(force=True) if arrays is None else arrays["attention_mask"]
     lengths = (ids.shape[1] - (mask != 0).argmax(1)).tolist()
@@ -231,7 +162,7 @@ def split_by_length(batch: Batch, arrays: Arrays | None = None) -> list[tuple[li
 
 def pass_cost(device: torch.device) -> float:
     """The cost of one more forward pass on a device, in tokens."""
-    return PASS_COST_A_THREAD * torch.get_num_threads() if device.type == "cpu" else PASS_COST_ELSEWHERE
+    return PASS_COST_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else PASS_COST_ELSEWHERE
 
 
 def cut_by_length(lengths: Sequence[int], part_cost: float) -> list[int]:
@@ -262,14 +193,14 @@ def cut_by_length(lengths: Sequence[int], part_cost: float) -> list[int]:
 def logits_by_length(model: nn.Module, batch: Batch, n_positions: int, arrays: Arrays) -> Tensor:
     """The logits at the last positions of a batch's rows, in the parts of :func:`split_by_length`."""
     rows, parts = zip(*split_by_length(batch, arrays), strict=True)
-    logits = [logits_of(model, part, n_positions) for part in parts]
+    logits = [logits_at(model, part, n_positions) for part in parts]
     if len(logits) == 1:
         return logits[0]
     order = torch.tensor(list(itertools.chain(*rows))).argsort()
-    return _joined(logits, n_positions)[to_device(order, logits[0].device)]
+    return _concatenate(logits, n_positions)[to_device(order, logits[0].device)]
 
 
-def _joined(parts: list[Tensor], n_positions: int) -> Tensor:
+def _concatenate(parts: list[Tensor], n_positions: int) -> Tensor:
     return torch.cat([F.pad(part, (0, 0, n_positions - part.shape[1], 0)) for part in parts])  # a part's rows may be shorter
 
 
@@ -298,12 +229,12 @@ def shared_logits(model: nn.Module, batch: Batch, n_positions: int, arrays: Arra
         first += n_sequences
         longest = max(lengths)
         if n_sequences * longest < WORTH_SHARING * (n_shared + sum(lengths) - n_sequences * n_shared):
-            own = {"input_ids": ids[:, -longest:], "attention_mask": mask[:, -longest:]}
-            logits.append(logits_of(model, own, n_positions))
+            padded = {"input_ids": ids[:, -longest:], "attention_mask": mask[:, -longest:]}
+            logits.append(logits_at(model, padded, n_positions))
         else:
             sequences = [row[-length:] for row, length in zip(ids, lengths, strict=True)]
             logits.append(_logits_in_one_row(model, sequences, n_shared, n_positions))
-    return _joined(logits, n_positions)
+    return _concatenate(logits, n_positions)
 
 
 def _logits_in_one_row(model: nn.Module, sequences: Sequence[Tensor], n_shared: int, n_positions: int) -> Tensor:
@@ -321,7 +252,7 @@ def _logits_in_one_row(model: nn.Module, sequences: Sequence[Tensor], n_shared: 
     pairs = ((part == 0) | (part[:, None] == part)) & (places[:, None] >= places)
     batch = {"input_ids": ids[None], "attention_mask": pairs[None, None], "position_ids": positions[None]}
     last = lengths.cumsum(0)[1:, None] - n_positions + torch.arange(n_positions, device=device)
-    return logits_of(model, batch, last.clamp(min=0).flatten())[0].view(*last.shape, -1)
+    return logits_at(model, batch, last.clamp(min=0).flatten())[0].view(*last.shape, -1)
 
 
 @torch.no_grad()
@@ -339,15 +270,15 @@ def takes_mask_of_pairs(model: Any) -> bool:
     prefix, first, second = ((torch.arange(11, device=device) + n // 2) % n).split([2, 5, 4])
     sequence = torch.cat([prefix, second])
     with evaluating(model), torch.autocast(device.type, enabled=False):
-        alone = logits_of(model, {"input_ids": sequence[None], "attention_mask": torch.ones_like(sequence)[None]}, 4)
+        alone = logits_at(model, {"input_ids": sequence[None], "attention_mask": torch.ones_like(sequence)[None]}, 4)
         try:
             behind, behind_other = (
-                _logits_in_one_row(model, [torch.cat([prefix, some]), sequence], 2, 4)[1:] for some in (first, (first - 7) % n)
+                _logits_in_one_row(model, [torch.cat([prefix, part]), sequence], 2, 4)[1:] for part in (first, (first - 7) % n)
             )
         except Exception as error:  # whatever a model raises that takes rows x length alone
             log.info("%s does not take an attention mask of four dimensions: %s", type(model).__name__, one_line(str(error)))
             return False
-    return are_near(behind_other, behind, UNTOUCHED) and are_near(behind, alone, rounding(model))
+    return are_near(behind_other, behind, UNCHANGED_TOLERANCE) and are_near(behind, alone, rounding_tolerance(model))
 
 
 def _is_full_attention(model: Any) -> bool:
@@ -379,45 +310,20 @@ def check_decoder(model: Any) -> None:
         alone, changed = (
             model(input_ids=ids, attention_mask=mask).logits.float() for ids in (tokens, tokens - torch.tensor([0, 0, 2]))
         )
-        padded = logits_of(model, {"input_ids": F.pad(tokens, (4, 0)), "attention_mask": F.pad(mask, (4, 0))}, 1)
-    is_padded = are_near(padded, alone[:, -1:], rounding(model))
-    if not is_padded or not are_near(changed[:, :-1], alone[:, :-1], UNTOUCHED):
+        padded = logits_at(model, {"input_ids": F.pad(tokens, (4, 0)), "attention_mask": F.pad(mask, (4, 0))}, 1)
+    is_padded = are_near(padded, alone[:, -1:], rounding_tolerance(model))
+    if not is_padded or not are_near(changed[:, :-1], alone[:, :-1], UNCHANGED_TOLERANCE):
         raise UserError(
             f"model.model_name: {type(model).__name__} is not a decoder that can be padded on the left: its logits change with "
             f"{'a later token' if is_padded else 'that padding'}. Is it an encoder, or is_decoder false in its config.json?"
         )
 
 
-def rounding(model: Any) -> float:
+def rounding_tolerance(model: Any) -> float:
     """The tolerance for logits computed in different ways: rounding alone, of which half precision has more."""
-    return 1e-2 if model.dtype.itemsize >= 4 else HALF
+    return 1e-2 if model.dtype.itemsize >= 4 else HALF_TOLERANCE
 
 
 def are_near(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Whether logits are as expected, up to this share of the largest."""
     return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards each module's mode is restored."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, is_training in before.items():
-            module.training = is_training
-
-
-@contextmanager
-def with_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Inside the block, an attribute of the module, such as its ``forward``, has another value."""
-    is_own, before = name in vars(module), vars(module).get(name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        delattr(module, name)
-        if is_own:
-            setattr(module, name, before)

@@ -29,7 +29,7 @@ class MatthewsCorrCoef(MulticlassMatthewsCorrCoef):
         return torch.zeros((), device=self.confmat.device) if is_constant else super().compute()
 
 
-class OfAnswers(SQuAD):
+class AnswerMetric(SQuAD):
     """One of SQuAD's two metrics of answers, from 0 to 1.
 
     ``f1`` is the mean over rows of an answer's F1 in words, without case, punctuation and articles; ``exact_match`` the share
@@ -45,8 +45,8 @@ class OfAnswers(SQuAD):
     def update(self, texts: list[str], references: list[list[str]]) -> None:  # type: ignore[override]
         """Takes answers, and the references of each; the best match counts."""
         predictions = [{"prediction_text": text, "id": str(k)} for k, text in enumerate(texts)]
-        answers = ({"text": some, "answer_start": [0] * len(some)} for some in references)
-        targets: list[Any] = [{"answers": some, "id": str(k)} for k, some in enumerate(answers)]
+        answers = ({"text": accepted, "answer_start": [0] * len(accepted)} for accepted in references)
+        targets: list[Any] = [{"answers": answer, "id": str(k)} for k, answer in enumerate(answers)]
         super().update(predictions, targets)
 
     @override
@@ -60,4 +60,4 @@ METRICS: dict[str, Callable[[int], Metric]] = {
     "f1": lambda n_options: BinaryF1Score() if n_options == 2 else MulticlassF1Score(n_options, average="macro"),
     "matthews_corrcoef": MatthewsCorrCoef,
 }
-ANSWER_METRICS = {name: partial(OfAnswers, name) for name in ("f1", "exact_match")}
+ANSWER_METRICS = {name: partial(AnswerMetric, name) for name in ("f1", "exact_match")}

@@ -8,12 +8,21 @@ from torch.nn import functional as F
 
 from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.errors import one_line
-from cola_lightning.hf.logits import HALF, UNTOUCHED, Batch, are_near, evaluating, logits_of, rounding, takes_mask_of_pairs
+from cola_lightning.hf.contexts import evaluating
+from cola_lightning.hf.host_values import Batch
+from cola_lightning.hf.logits import (
+    HALF_TOLERANCE,
+    UNCHANGED_TOLERANCE,
+    are_near,
+    logits_at,
+    rounding_tolerance,
+    takes_mask_of_pairs,
+)
 
 log = logging.getLogger(__name__)
 
 # The tolerance for float32 logits computed in the same way in the same batch: a convolution with small weights shows little.
-EQUAL = 1e-5
+EXACT_TOLERANCE = 1e-5
 
 # By what a model keeps sequences apart: positions in rows, as transformers' own masks do; positions in a single row, as flash
 # attention does; a mask of pairs of tokens; or nothing.
@@ -32,7 +41,7 @@ def is_packed(batch: Batch) -> bool:
     return bool((starts if mask is None else starts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)).any())
 
 
-def separated(batch: Batch, separation: Separation) -> dict[str, Any]:
+def separate(batch: Batch, separation: Separation) -> dict[str, Any]:
     """A batch whose sequences the model keeps apart, without a loss on the first token of a sequence.
 
     Args:
@@ -48,17 +57,17 @@ def separated(batch: Batch, separation: Separation) -> dict[str, Any]:
     packed = {name: value for name, value in batch.items() if name != "attention_mask"}
     packed |= {"position_ids": positions, "labels": labels}
     if separation == "pairs":
-        own, n = starts.cumsum(-1), positions.shape[1]
-        is_before = torch.ones(n, n, dtype=torch.bool, device=own.device).tril()
-        packed["attention_mask"] = ((own[:, :, None] == own[:, None]) & is_before)[:, None]
+        sequence, n = starts.cumsum(-1), positions.shape[1]
+        is_before = torch.ones(n, n, dtype=torch.bool, device=sequence.device).tril()
+        packed["attention_mask"] = ((sequence[:, :, None] == sequence[:, None]) & is_before)[:, None]
     elif separation == "one row":
-        of_tokens = [name for name, value in packed.items() if getattr(value, "shape", ())[:2] == positions.shape]
-        packed |= {name: packed[name].flatten(0, 1)[None] for name in of_tokens}
+        token_fields = [name for name, value in packed.items() if getattr(value, "shape", ())[:2] == positions.shape]
+        packed |= {name: packed[name].flatten(0, 1)[None] for name in token_fields}
     return packed
 
 
 @torch.no_grad()
-def separation_of(model: Any) -> Separation:
+def find_separation(model: Any) -> Separation:
     """By what a model keeps apart sequences whose positions start again: tried out on nine tokens.
 
     The logits of the second of two sequences must not change with the first, and must equal those of it alone.
@@ -73,13 +82,14 @@ def separation_of(model: Any) -> Separation:
     packed = {"input_ids": rows, "labels": rows, "position_ids": positions}
     ways: list[Separation] = ["rows", "one row"]
     # Autocast stays as it is: flash attention takes half precision alone.
-    tolerance = HALF if torch.is_autocast_enabled(device.type) else rounding(model)
-    untouched = UNTOUCHED if tolerance == HALF else EQUAL
+    tolerance = HALF_TOLERANCE if torch.is_autocast_enabled(device.type) else rounding_tolerance(model)
+    untouched = UNCHANGED_TOLERANCE if tolerance == HALF_TOLERANCE else EXACT_TOLERANCE
     with evaluating(model):
-        alone = logits_of(model, {"input_ids": tokens[None, 5:], "attention_mask": torch.ones_like(tokens[None, 5:])}, 4)
+        alone = logits_at(model, {"input_ids": tokens[None, 5:], "attention_mask": torch.ones_like(tokens[None, 5:])}, 4)
         for way in ways:
             try:
-                both = logits_of(model, one := separated(packed, way), torch.arange(one["input_ids"].shape[1], device=device))
+                batch = separate(packed, way)
+                both = logits_at(model, batch, torch.arange(batch["input_ids"].shape[1], device=device))
             except Exception as error:  # whatever a model raises that takes rows of one sequence alone
                 log.info("%s does not take sequences that share a row: %s", type(model).__name__, one_line(str(error)))
                 continue

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError, one_line
-from cola_lightning.export.verify import Dtype
 
 PACKAGE_PREFIX = "package:"
 

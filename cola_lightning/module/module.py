@@ -25,9 +25,11 @@ from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_chain
 from cola_lightning.chain.schedule import FitPosition, TrainedFactors
+from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
+from cola_lightning.export.contract import NamedBase
 from cola_lightning.export.module import export_trained
-from cola_lightning.export.verify import Dtype, ExportOptions, Format
+from cola_lightning.export.options import ExportOptions, Format
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.arguments import RecordsArguments, class_path, device_of, read_arguments, rebuilt
 from cola_lightning.module.fit import attach
@@ -87,7 +89,6 @@ class COLAModule(LightningModule, RecordsArguments):
 
     Attributes:
         lora_config: the :class:`~cola_lightning.LoRAConfig` of these arguments; ``build_model`` may replace it.
-        named_base: for exports: where transformers and PEFT find the base, a ``Pretrained``; None: it has no name there.
         labels_of_base: a classifier's labels, which are a part of the base's identity; None: not known.
         user_seed: what the user gave, by ``seed`` or ``seed_everything``; None: nothing.
         fit_progress: where the present fit stands, or where the last one ended.
@@ -117,7 +118,6 @@ class COLAModule(LightningModule, RecordsArguments):
         2402.12354).
     """
 
-    named_base: Any = None
     labels_of_base: list[str] | None = None
 
     # **lora, against our rule for constructors: jsonargparse and --help follow it into LoRAConfig, where each of its arguments
@@ -217,6 +217,11 @@ class COLAModule(LightningModule, RecordsArguments):
     def base_name(self) -> str:
         """The base's name, in messages and next to its fingerprint."""
         return class_path(type(self))
+
+    @property
+    def named_base(self) -> NamedBase | None:
+        """For exports: the base that transformers and PEFT load by its name; None: they know no name of it."""
+        return None
 
     # ------------------------------------------------------------------ its parts
 

@@ -1,0 +1,57 @@
+"""The options of an export, checked before anything is loaded."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cola_lightning.constants import Dtype
+from cola_lightning.errors import UserError
+from cola_lightning.writing import check_free
+
+Format = Literal["merged", "peft", "chain"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The options of an export, see :meth:`~cola_lightning.COLAModule.export`.
+
+    Attributes:
+        folder: the output folder.
+        format: the format.
+        dtype: for merged.
+        max_rank: for peft.
+        base_folder: for peft: the folder for its base.
+        license: for the model card, which a chain folder does not have.
+        verify: load the export, and compare.
+        overwrite: replace a folder that is not empty.
+    """
+
+    folder: Path
+    format: Format
+    dtype: Dtype | None = None
+    max_rank: int | None = None
+    base_folder: Path | None = None
+    license: str | None = None
+    verify: bool = True
+    overwrite: bool = False
+
+    def check(self, source: str | Path = "") -> None:
+        """Refuses incompatible options, and an output that would replace what must stay.
+
+        Args:
+            source: the checkpoint, or the base's name, which may be a folder; it must not be in the output folder.
+
+        Raises:
+            UserError: naming the option.
+        """
+        formats_with = {"dtype": ["merged"], "max_rank": ["peft"], "base_folder": ["peft"], "license": ["merged", "peft"]}
+        for option, formats in formats_with.items():
+            if getattr(self, option) is not None and self.format not in formats:
+                raise UserError(f"{option}: works with --format {' or '.join(formats)} only, got {self.format}")
+        if self.max_rank is not None and self.max_rank < 1:
+            raise UserError(f"max_rank: must be at least 1, got {self.max_rank}")
+        check_free(self.folder, overwrite=self.overwrite)
+        path = Path(os.path.expanduser(source))
+        if str(source) and path.exists() and path.resolve().is_relative_to(self.folder.resolve()):
+            raise UserError(f"output: {str(self.folder)!r} contains the base or the checkpoint. Choose another folder")
