@@ -3,13 +3,12 @@
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 
-from cola_lightning.constants import WHOLE_NUMBER
 from cola_lightning.data.report import RowReport
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
@@ -70,48 +69,21 @@ class Row(dict[str, Any]):
         """A field that holds an object."""
         return Row(self._typed(field, dict, "an object"), self.place)
 
-    def has_target(self, path: str, labels: Collection[str] | None = None) -> bool:
-        """Whether the row has a label or an answer; true if it may not be missing: reading it then raises the error.
+    def at(self, path: str) -> tuple["Row", str]:
+        """The object with a field, and the field's name: one of the row, or one inside another (``answers.text``)."""
+        outer, dot, inner = path.partition(".")
+        return self.inner(outer).at(inner) if dot and path not in self else (self, path)
 
-        Args:
-            path: a field, or one inside another (``answers.text``). Null, an empty text or list, and -1 count as missing.
-            labels: the known labels; the text ``-1``, as a CSV file has it, then counts as missing unless it is one of them.
-                None: the target is an answer, and that text may be one.
-        """
+    def has_answer(self, path: str) -> bool:
+        """Whether the row has an answer in a field; true if it may not be missing: reading it then raises the error."""
         if not self.may_lack_target:
             return True
-        value: Any = self
-        for field in path.split("."):
-            value = value.get(field) if isinstance(value, dict) else None
-        value = value.strip() if isinstance(value, str) else value
-        return value not in (None, "", [], -1) and not (value == "-1" and labels is not None and value not in labels)
-
-    def label(self, field: str, n_labels: int) -> int | None:
-        """A field that holds a label from 0 to ``n_labels - 1``; true and 1.0 are 1. Null and -1 mean no label.
-
-        Returns:
-            The label; None if it is missing and the row may lack it.
-        """
-        if not self.has_target(field, labels=()):
-            return None
-        value = plain_label(self[field])
-        if isinstance(value, str) and WHOLE_NUMBER.fullmatch(value):  # all values of a CSV file are text
-            value = int(value)
-        if not isinstance(value, int) or not 0 <= value < n_labels:
-            raise self.refused(field, f"a label from 0 to {n_labels - 1}")
-        return value
-
-
-def plain_label(value: Any) -> Any:
-    """A label without surrounding white space, or as a whole number if it equals one.
-
-    Example:
-        >>> [plain_label(value) for value in (" good ", 3, 1.0, True, 0.5)]
-        ['good', 3, 1, 1, 0.5]
-    """
-    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
-        return int(value)
-    return value.strip() if isinstance(value, str) else value
+        try:
+            holder, field = self.at(path)
+            value = holder[field]
+        except UserError:
+            return False
+        return (value.strip() if isinstance(value, str) else value) not in (None, "", [], -1)
 
 
 def without_null(value: Any) -> Any:

@@ -130,7 +130,8 @@ class SourceDataModule(TokenizedDataModule):
             all rows of a single file; otherwise the test rows, else the validation split, else the train split.
         subset: name of a configuration of a data set on the hub.
         revision: branch, tag or commit of a data set on the hub.
-        text_unit: what a row of a ``.txt`` file is: the ``file``, a ``line``, or a ``paragraph``: text between empty lines.
+        text_unit: what a row of a ``.txt`` file is: the ``file``, a ``line``, or a ``paragraph``: text between empty lines. The
+            lines of a file that is one paragraph are its rows.
         train_split: the split with the training rows.
         val_split: the validation split; ``null``: the first of the names above that there is.
         test_split: the split that test and predict read; ``null``: ``test``, if there is one.
@@ -242,8 +243,8 @@ class SourceDataModule(TokenizedDataModule):
 
     # ------------------------------------------------------------------ splits
 
-    def _own(self, splits: Splits[Any], part: str) -> Any:
-        """The rows of the validation or the test split; None: there is none, or the rows are drawn from the train split."""
+    def _evaluation_split(self, splits: Splits[Any], part: str) -> Callable[[], Any] | None:
+        """What reads the validation or the test split; None: there is none, or its rows are drawn from the train split."""
         split, size, names = self.val_split, self.val_size, [*VALIDATION_SPLITS]
         if part == "test":  # on a validation split where there is no other
             split, size = self.test_split, self.test_size
@@ -251,9 +252,10 @@ class SourceDataModule(TokenizedDataModule):
         is_drawn = size is not None and split == self.train_split
         return None if is_drawn else choose_split(splits, split, names, f"{part}_split")
 
-    def _train(self, splits: Splits[Any]) -> Any:
+    def _train_rows(self, splits: Splits[Any]) -> Any:
         """The rows of the train split."""
-        return choose_split(splits, self.train_split, (), "train_split")
+        read = choose_split(splits, self.train_split, (), "train_split")
+        return read and read()
 
     def _log(self, text: str) -> None:
         if text not in self._logged:  # each stage comes here
@@ -318,19 +320,20 @@ class SourceDataModule(TokenizedDataModule):
         rows = None
         if not is_file(source.source):
             rows = self._parts(splits, ["test"], may_lack_targets=True).get("test")
-            rows = self._own(splits, "val") if rows is None else rows
-        return cast(Rows, self._train(splits) if rows is None else rows).lacking_targets()
+            if rows is None and (read := self._evaluation_split(splits, "val")) is not None:
+                rows = read()
+        return cast(Rows, self._train_rows(splits) if rows is None else rows).lacking_targets()
 
     def _parts(self, splits: Splits[Any], names: Sequence[str], *, may_lack_targets: bool = False) -> dict[str, Any]:
         parts, drawn = dict[str, Any](), {"train": self.train_size}
         for part, size in (("val", self.val_size), ("test", self.test_size)):
-            rows = self._own(splits, part)
-            if rows is not None and size != 0 and part in names:
-                parts |= draw_parts(rows, {part: size}, self.split_seed)
-            elif rows is None and (size or (part == "val" and size is None)):
+            read = self._evaluation_split(splits, part)
+            if read is not None and size != 0 and part in names:
+                parts |= draw_parts(read(), {part: size}, self.split_seed)
+            elif read is None and (size or (part == "val" and size is None)):
                 drawn[part] = size
         if not drawn.keys().isdisjoint(names):
-            train = self._train(splits)
+            train = self._train_rows(splits)
             parts |= self._drawn(train.lacking_targets() if may_lack_targets else train, drawn, parts)
         return parts
 
@@ -387,11 +390,12 @@ class SourceDataModule(TokenizedDataModule):
     @property
     def can_be_tested(self) -> bool:
         """Whether there are test rows, with labels or answers to be scored with."""
-        own = [rows for rows in (self._own(splits, "test") for splits in self._splits) if rows is not None]
-        if self.test_size == 0 or not (own or self.test_size):
+        readers = [read for splits in self._splits if (read := self._evaluation_split(splits, "test")) is not None]
+        if self.test_size == 0 or not (readers or self.test_size):
             return False
         try:
-            return all(len(self.encode(rows[:1], "test")[0]) for rows in own if isinstance(rows, Rows))  # a stream is not read
+            splits = [read() for read in readers]
+            return all(len(self.encode(rows[:1], "test")[0]) for rows in splits if isinstance(rows, Rows))  # no stream is read
         except UserError:  # it has no label, say
             return False
 

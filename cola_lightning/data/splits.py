@@ -4,6 +4,7 @@ import csv
 import functools
 import glob
 import hashlib
+import logging
 import os
 import re
 import warnings
@@ -18,6 +19,8 @@ import torch
 from cola_lightning import hub
 from cola_lightning.data.rows import Rows, progress_bar_if
 from cola_lightning.errors import UserError, causes, one_line
+
+log = logging.getLogger(__name__)
 
 S = TypeVar("S")
 Splits = Mapping[str, Callable[[], S]]  # each is read when it is called
@@ -90,15 +93,15 @@ def load_splits(
     return {split: functools.partial(Rows, rows, f"{source}, {split}") for split, rows in data.items()}
 
 
-def choose_split(splits: Splits[S], given: str | None, names: Sequence[str], option: str) -> S | None:
-    """The split that an option names or, where it is null, the first of some names that there is; None if there is none.
+def choose_split(splits: Splits[S], name: str | None, usual_names: Sequence[str], option: str) -> Callable[[], S] | None:
+    """What reads the split that an option names or, if it is null, the first one of the usual names; None if there is none.
 
     Raises:
         UserError: for a split that does not exist; it lists those that do.
     """
-    if given is not None and given not in splits:
-        raise UserError(f"data.{option}: there is no split {given!r}; the splits are {', '.join(splits)}")
-    return next((splits[name]() for name in ([given] if given else names) if name in splits), None)
+    if name is not None and name not in splits:
+        raise UserError(f"data.{option}: there is no split {name!r}; the splits are {', '.join(splits)}")
+    return next((splits[one] for one in ([name] if name else usual_names) if one in splits), None)
 
 
 def files_identity(source: str) -> dict[str, Any]:
@@ -168,6 +171,9 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
             rows = read([str(file) for file in files], **options)
             if ending == ".txt":
                 rows = rows.map(_texts, batched=True)
+                if text_unit == "paragraph" and len(rows) == 1 and "\n" in rows[0]["text"]:
+                    log.info("%s is one paragraph, so each line is a row; data.text_unit file makes it one", files[0].name)
+                    return _read(files, "line")
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
         *_, innermost = causes(error)
         reason = one_line(str(innermost)) or "it is empty"

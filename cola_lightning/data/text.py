@@ -251,7 +251,9 @@ class TextDataModule(SourceDataModule):
         if not self.streaming:
             return super().parts(stage)
         (splits,) = self._splits
-        train, own = self._train(splits), {part: self._own(splits, part) for part in ("val", "test")}
+        train = self._train_rows(splits)
+        readers = {part: self._evaluation_split(splits, part) for part in ("val", "test")}
+        own = {part: read and read() for part, read in readers.items()}
         sizes = {"val": self.val_size, "test": self.test_size or (None if own["test"] and self.test_size is None else 0)}
         parts = {part: (own[part] or train).held_out(size) for part, size in sizes.items() if size != 0}
         self._log("; ".join(f"{rows.place}: {len(rows)} rows for {part}" for part, rows in parts.items()))
