@@ -86,5 +86,5 @@ def test_a_column_whose_name_has_a_dot_is_found(tmp_path):
         assert data.test[1].example.prompt == "Who is 1? Al 1"
         assert data.test[1].example.answer == ("options" in target)
     data = TextClassificationDataModule(source, text_fields="q.text", label_field="label.id")
-    tiny.set_up(data, tiny.chat_tokenizer(None), "predict", num_labels=2)
+    tiny.set_up(data, tiny.chat_tokenizer(None), "predict")
     assert [*data.test["labels"]][:2] == [0, 1]

@@ -81,7 +81,7 @@ def test_a_row_means_the_same_alone_and_padded_in_a_batch(tmp_path, architecture
     module.configure_model()
     module.tokenizer.padding_side = "left"
     module.eval()
-    data = tiny.set_up(data_of(tmp_path / "rows.jsonl"), module.tokenizer, "test", num_labels=2)
+    data = tiny.set_up(data_of(tmp_path / "rows.jsonl"), module.tokenizer, "test")
     short, long = sorted(data.test, key=data.length)[:: len(data.test) - 1]
     logits = [module.predict_step(data.collate(rows), 0)["scores"] for rows in ([short], [long, short])]
     assert data.length(short) < data.length(long)

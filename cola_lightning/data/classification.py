@@ -1,7 +1,7 @@
 """Text, or pairs of texts, with labels: data for sequence classifiers."""
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -40,9 +40,16 @@ class TextClassificationDataModule(SourceDataModule):
             the right.
         **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
+    Attributes:
+        label_names: the labels in the order of the model's outputs. They are the trained module's. Without a Trainer they may be
+            set before ``setup``; otherwise they are those of the train split.
+
     Raises:
         UserError: for invalid files, rows and sizes.
     """
+
+    label_names: Sequence[str] = ()
+    _are_names_given = True
 
     def __init__(
         self,
@@ -76,30 +83,31 @@ class TextClassificationDataModule(SourceDataModule):
 
     # ------------------------------------------------------------------ labels
 
-    @property
-    def label_names(self) -> list[str]:
-        """The labels in the order of the model's outputs."""
-        names = getattr(self._module, "label_names", None)
-        return list(map(str, range(self._module.num_labels))) if names is None else list(names)
-
-    @property
-    def _module(self) -> Any:
-        return self.trainer and self.trainer.lightning_module
-
     @override
     def setup(self, stage: str) -> None:
-        is_known = getattr(self._module, "label_names", None) is not None
-        if hasattr(self._module, "settle_labels") and (stage == "fit" or not is_known):
-            trained = [self._train_rows(splits) for splits in self._splits if stage == "fit" or self.train_split in splits]
-            found = [find_classes(rows, self._find_columns(rows)[1]) for rows in trained]
-            if labels := {*itertools.chain.from_iterable(found)}:
-                self._module.settle_labels(found[0] if all(one == found[0] for one in found) else sorted_labels(labels))
+        module: Any = self.trainer and self.trainer.lightning_module
+        if module is None:
+            self.label_names = self.label_names or self._find_classes(stage)
+        else:
+            is_known = getattr(module, "label_names", None) is not None
+            if hasattr(module, "settle_labels") and (stage == "fit" or not is_known) and (classes := self._find_classes(stage)):
+                module.settle_labels(classes)
+            self.label_names = getattr(module, "label_names", None) or [str(index) for index in range(module.num_labels)]
+            self._are_names_given = getattr(module, "are_names_given", True)
         super().setup(stage)
+
+    def _find_classes(self, stage: str) -> list[str]:
+        """The classes of the rows to train on: in the order of all sources if it is the same, else sorted."""
+        splits = [splits for splits in self._splits if stage == "fit" or self.train_split in splits]
+        found = [find_classes(rows, self._find_columns(rows)[1]) for rows in map(self._train_rows, splits)]
+        is_same = all(classes == found[0] for classes in found)
+        return found[0] if found and is_same else sorted_labels({*itertools.chain.from_iterable(found)})
 
     @override
     def groups(self, rows: Rows) -> list[Hashable] | None:
         _, label = self._find_columns(rows)
-        return [name if isinstance(name, str) else None for name in each(lambda row: class_name(row, label), rows)]
+        found = each(lambda row: class_name(row, label, self.label_names), rows)
+        return [name if isinstance(name, str) else None for name in found]
 
     # ------------------------------------------------------------------ rows
 
@@ -107,15 +115,14 @@ class TextClassificationDataModule(SourceDataModule):
     def encode(self, rows: Rows, part: str) -> tuple[Any, RowReport]:
         texts, label = self._find_columns(rows)
         names = None if rows.may_lack_targets and label not in rows.columns else self.label_names
-        are_names_given = getattr(self._module, "are_names_given", True)
         indices = {name: index for index, name in enumerate(names or [])}
 
         def read(row: Row) -> tuple[int, list[str]]:
-            index = class_index(row, label, indices, are_names_given=are_names_given)
+            index = class_index(row, label, indices, are_names_given=self._are_names_given)
             return IGNORE_INDEX if index is None else index, [row.text(name) for name in texts]
 
         features = {name: ["int32"] for name in self.tokenizer("a")} | {"labels": "int64"}
-        options = texts, label, names, are_names_given, rows.may_lack_targets, self.too_long
+        options = texts, label, names, self._are_names_given, rows.may_lack_targets, self.too_long
         return self.map_rows(rows, features, *options, encode=lambda some, notes: together(self._tokens, each(read, some)))
 
     def _tokens(self, read: list[tuple[int, list[str]]]) -> list[list[dict[str, Any]] | UnusableRow]:

@@ -335,6 +335,7 @@ class OptionDataModule(OptionBatches):
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Encodes examples; one that cannot be used is an error."""
+        self.set_tokenizer()
         encoded = list[EncodedExample]()
         for example, outcome in zip(examples, self.encode_examples(examples), strict=True):
             if isinstance(outcome, UnusableRow):

@@ -55,9 +55,11 @@ class TokenizedDataModule(EpochDataModule):
             ``false``: shuffle the rows.
 
     Attributes:
+        tokenizer: the tokenizer of the module that is trained. To use the rows without a Trainer, set it before ``setup``.
         too_long: whether a row that is longer than ``max_length`` is shortened, or skipped and counted.
     """
 
+    tokenizer: Any = None
     too_long: TooLong = "shorten"
 
     def __init__(
@@ -73,18 +75,11 @@ class TokenizedDataModule(EpochDataModule):
         self.length_grouped = length_grouped
         check_sizes(max_length=max_length)
         self._max_length = max_length
-        self._tokenizer_of_worker: Any = None
 
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | ({"_tokenizer_of_worker": self.tokenizer} if self.trainer else {})
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the module that is trained."""
-        if self.trainer is None and self._tokenizer_of_worker is not None:
-            return self._tokenizer_of_worker
-        return cast(Any, self.trainer).lightning_module.tokenizer
+    def set_tokenizer(self) -> None:
+        """Sets ``tokenizer`` to that of the trainer's module, if there is a trainer."""
+        if self.trainer is not None:
+            self.tokenizer = cast(Any, self.trainer.lightning_module).tokenizer
 
     @override
     def length(self, row: Any) -> int:
@@ -155,6 +150,7 @@ class SourceDataModule(TokenizedDataModule):
         too_long: ``shorten`` a row longer than ``max_length``, or ``skip`` and count it; plain text is split in any case.
     """
 
+    main_process_only = TokenizedDataModule.main_process_only | {"_splits", "_predicted"}
     _predicted: Any = None  # the rows that predict takes, if each is encoded
 
     def __init__(
@@ -191,11 +187,6 @@ class SourceDataModule(TokenizedDataModule):
             raise UserError(f"data.max_skipped must be a share of the rows, from 0 to 1, got {max_skipped}")
         self.max_skipped, self.too_long = max_skipped, too_long
         self._logged: set[str] = set()
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        """In a worker process nothing is read: batches arrive as rows."""
-        return {name: value for name, value in super().__getstate__().items() if name not in ("_splits", "_predicted")}
 
     # ------------------------------------------------------------------ sources
 
@@ -273,6 +264,7 @@ class SourceDataModule(TokenizedDataModule):
 
     @override
     def setup(self, stage: str) -> None:
+        self.set_tokenizer()
         if stage == "fit":
             self.identity  # noqa: B018  # computed here: a file may change during the run
         parts, total = self.parts(stage), RowReport()

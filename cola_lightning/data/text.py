@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from typing_extensions import override
 
@@ -146,16 +146,20 @@ class TextDataModule(SourceDataModule):
     # ------------------------------------------------------------------ rows
 
     @override
-    def setup(self, stage: str) -> None:
+    def set_tokenizer(self) -> None:
+        super().set_tokenizer()
         if isinstance(self.chat_template, str):
             try:
                 self.tokenizer.chat_template = find_chat_template(self.chat_template, self.tokenizer)
             except (HubError, UserError):
-                if not getattr(cast(Any, self.trainer).lightning_module, "has_trained_template", False):
+                if not getattr(self.trainer and self.trainer.lightning_module, "has_trained_template", False):
                     raise
                 self._log(f"data.chat_template: {self.chat_template!r} cannot be read, so that of the checkpoint is used")
             if unknown := unknown_tokens(self.tokenizer):
                 self._log(f"data.chat_template: not in the vocabulary, and so spelled in pieces: {', '.join(unknown)}")
+
+    @override
+    def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.packing and stage == "fit":
             self.train = self._packed(self.train)
