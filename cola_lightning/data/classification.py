@@ -41,8 +41,8 @@ class TextClassificationDataModule(SourceDataModule):
         **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Attributes:
-        label_names: the labels in the order of the model's outputs. They are the trained module's. Without a Trainer they may be
-            set before ``setup``; otherwise they are those of the train split.
+        label_names: the labels in the order of the model's outputs. They are the trained module's. Without a Trainer, they
+            may be set before ``setup``; otherwise they are those of the train split.
 
     Raises:
         UserError: for invalid files, rows and sizes.

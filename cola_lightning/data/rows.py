@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cola_lightning.data.drawing import as_count, draw
 from cola_lightning.data.report import RowReport
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
@@ -19,6 +20,7 @@ Encode = Callable[["list[Row]", set[str]], "Sequence[list[dict[str, Any]] | Unus
 
 ENCODED_TOGETHER = 1_000  # rows
 WORTH_A_BAR = 20_000  # rows, whose preparation takes seconds
+VALIDATION_SHARE, MOST_VALIDATION_ROWS = 0.1, 1_000  # of the training rows, if there is no validation split
 
 
 class Row(dict[str, Any]):
@@ -111,11 +113,13 @@ class Rows:
         lists: the names of the fields that hold lists.
         class_names: for each field that holds a class index, the class names, if the data has them.
         may_lack_targets: whether their labels or answers may be missing, as in rows to be predicted.
-        columns_given: the columns that the user has named for their source alone; None: those of the data module.
+        source_columns: the columns that the user has named for their source alone; None: those of the data module.
+        drawing: how parts are drawn from these rows, for the log.
     """
 
     may_lack_targets = False
-    columns_given: Mapping[str, str] | None = None
+    source_columns: Mapping[str, str] | None = None
+    drawing = "by data.split_seed"
 
     def __init__(self, data: Any, place: str, numbers: Any = None) -> None:
         import datasets
@@ -154,6 +158,31 @@ class Rows:
         other = copy.copy(self)
         other.numbers = np.asarray(numbers, dtype=np.int64)
         return other
+
+    @property
+    def default_val_size(self) -> int:
+        """How many of these rows are drawn for validation if there is no validation split."""
+        return min(as_count(VALIDATION_SHARE, len(self)), MOST_VALIDATION_ROWS)
+
+    def drawn(self, sizes: Mapping[str, float | None], seed: int, groups: Sequence[object] | None = None) -> dict[str, "Rows"]:
+        """Disjoint parts of the rows, see :func:`~cola_lightning.data.drawing.draw`; in their order if one part takes all.
+
+        Args:
+            sizes: the size of each part, ``train``, ``val`` or ``test``; None: the rest.
+            seed: the permutation's seed.
+            groups: each row's group.
+
+        Raises:
+            UserError: if there are fewer rows than the parts need.
+        """
+        if [*sizes.values()] == [None]:
+            return dict.fromkeys(sizes, self)
+        counts = {part: None if size is None else as_count(size, len(self)) for part, size in sizes.items()}
+        rest = max(len(self) - sum(count or 0 for count in counts.values()), 1)
+        needed = [rest if count is None else count for count in counts.values()]
+        what = f"{' + '.join(f'data.{part}_size' for part in counts)}, of {self.place}"
+        drawn = draw(len(self), needed, seed, what, groups)
+        return {part: self.of(self.numbers[places]) for part, places in zip(counts, drawn, strict=True)}
 
     def lacking_targets(self) -> "Rows":
         """The same rows in their order in the split; their labels or answers may be missing."""

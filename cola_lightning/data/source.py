@@ -15,31 +15,19 @@ from typing_extensions import override
 
 from cola_lightning import __version__
 from cola_lightning.data.base import EpochDataModule, check_sizes
+from cola_lightning.data.drawing import as_count, check_shares, draw
 from cola_lightning.data.encoding import TOO_LONG, TooLong, identity_of_tokenizer
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Encode, Rows
-from cola_lightning.data.splits import (
-    Splits,
-    TextUnit,
-    as_count,
-    check_shares,
-    choose_split,
-    draw,
-    draw_parts,
-    files_identity,
-    is_file,
-    is_on_hub,
-    load_splits,
-)
+from cola_lightning.data.splits import Splits, TextUnit, choose_split, files_identity, is_file, is_on_hub, load_splits
 from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-DRAWN_SHARE, MOST_DRAWN = 0.1, 1_000  # of the training rows, for validation where it has no split
 ENCODING = 2  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 PURPOSES = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
-PARTS = {"fit": ["train", "val"], "validate": ["val"]}  # that a stage needs; other stages: test
+STAGE_PARTS = {"fit": ["train", "val"], "validate": ["val"]}  # the parts that a stage needs; other stages: test
 
 
 class TokenizedDataModule(EpochDataModule):
@@ -217,11 +205,12 @@ class SourceDataModule(TokenizedDataModule):
     @functools.cached_property
     def _splits(self) -> list[Splits[Any]]:
         """The splits of each source."""
-        return [
-            {name: functools.partial(self._used, one, read) for name, read in splits.items()}
-            for one in self.sources
-            for splits in [load_splits(one.source, one.subset, one.revision, self.text_unit)]
-        ]
+        return [self.splits_of(source) for source in self.sources]
+
+    def splits_of(self, source: Source) -> Splits[Any]:
+        """The splits of a source, each with the share of its rows that is used."""
+        splits = load_splits(source.source, source.subset, source.revision, self.text_unit)
+        return {name: functools.partial(self._used, source, read) for name, read in splits.items()}
 
     def _used(self, source: Source, read: Callable[[], Rows]) -> Rows:
         """The rows of a split that are used, in their order."""
@@ -229,7 +218,7 @@ class SourceDataModule(TokenizedDataModule):
         n_rows = as_count(float(source.share), len(rows))
         if n_rows < len(rows):
             rows = rows.of(np.sort(draw(len(rows), [n_rows], self.split_seed, rows.place)[0]))
-        rows.columns_given = source.columns
+        rows.source_columns = source.columns
         return rows
 
     # ------------------------------------------------------------------ splits
@@ -268,7 +257,7 @@ class SourceDataModule(TokenizedDataModule):
         if stage == "fit":
             self.identity  # noqa: B018  # computed here: a file may change during the run
         parts, total = self.parts(stage), RowReport()
-        for part in reversed(PARTS.get(stage, ["test"])):
+        for part in reversed(STAGE_PARTS.get(stage, ["test"])):
             if not parts.get(part) and stage == "fit":
                 setattr(self, part, [])
                 continue
@@ -284,7 +273,7 @@ class SourceDataModule(TokenizedDataModule):
                     self._log(note)
                 if report.n_rows:  # of a stream, none is read yet
                     self._log(f"{PURPOSES[purpose]}: {report}")
-            if isinstance(encoded, Sized) and not len(encoded):
+            if not encoded:
                 reasons = f": {total.reasons()}" if total.skipped else ""
                 raise UserError(f"data.source: no row of {self.source!r} can be used for {PURPOSES[purpose]}{reasons}")
             setattr(self, part, encoded)
@@ -302,26 +291,28 @@ class SourceDataModule(TokenizedDataModule):
             if stage == "predict":
                 parts = {"test": self._rows_to_predict(source, splits)}
             else:
-                parts = self._parts(splits, PARTS.get(stage, ["test"]))
+                parts = self._parts(splits, STAGE_PARTS.get(stage, ["test"]))
             for part, rows in parts.items():
                 found.setdefault(part, []).append(rows)
         return found
 
     def _rows_to_predict(self, source: Source, splits: Splits[Any]) -> Rows:
         """The rows that predict uses."""
-        rows = None
+        rows, read = None, None
         if not is_file(source.source):
             rows = self._parts(splits, ["test"], may_lack_targets=True).get("test")
-            if rows is None and (read := self._evaluation_split(splits, "val")) is not None:
-                rows = read()
-        return cast(Rows, self._train_rows(splits) if rows is None else rows).lacking_targets()
+            read = self._evaluation_split(splits, "val")
+        if rows is None:
+            split = read() if read else self._train_rows(splits)
+            rows = split.drawn({"test": None}, self.split_seed)["test"]
+        return cast(Rows, rows).lacking_targets()
 
     def _parts(self, splits: Splits[Any], names: Sequence[str], *, may_lack_targets: bool = False) -> dict[str, Any]:
         parts, drawn = dict[str, Any](), {"train": self.train_size}
         for part, size in (("val", self.val_size), ("test", self.test_size)):
             read = self._evaluation_split(splits, part)
             if read is not None and size != 0 and part in names:
-                parts |= draw_parts(read(), {part: size}, self.split_seed)
+                parts |= read().drawn({part: size}, self.split_seed)
             elif read is None and (size or (part == "val" and size is None)):
                 drawn[part] = size
         if not drawn.keys().isdisjoint(names):
@@ -331,14 +322,16 @@ class SourceDataModule(TokenizedDataModule):
 
     def _drawn(self, rows: Rows, sizes: Mapping[str, Any], own: Mapping[str, Rows]) -> dict[str, Rows]:
         """Draws parts from the train split: the training rows, and those without a split of their own."""
-        usual = {"train": None, "val": min(as_count(DRAWN_SHARE, len(rows)), MOST_DRAWN)}
-        sizes = {part: usual[part] if size is None else size for part, size in sizes.items()}
+        sizes = {part: rows.default_val_size if (part, size) == ("val", None) else size for part, size in sizes.items()}
         is_drawn = len(sizes) > 1 or self.train_size is not None
         groups = self.groups(rows) if is_drawn else None
-        drawn = draw_parts(rows, sizes, self.split_seed, groups)
-        counts = ", ".join(f"{len(some)}{' rows' * (part == 'train')} for {PURPOSES[part]}" for part, some in drawn.items())
-        of_splits = [f"{some.place}: {len(some)} of {len(some.data)} for {PURPOSES[part]}" for part, some in own.items()]
-        self._log("; ".join([f"{rows.place}: {counts}" + ", by data.split_seed" * is_drawn, *of_splits]))
+        drawn = rows.drawn(sizes, self.split_seed, groups)
+        counts = [
+            f"{len(some) if isinstance(some, Sized) else 'streamed'}{' rows' * (part == 'train')} for {PURPOSES[part]}"
+            for part, some in drawn.items()
+        ]
+        others = [f"{some.place}: {len(some)} of {len(some.data)} for {PURPOSES[part]}" for part, some in own.items()]
+        self._log("; ".join([f"{rows.place}: {', '.join(counts)}" + f", {rows.drawing}" * is_drawn, *others]))
         return drawn
 
     def fields_of(self, places: Sequence[int]) -> list[dict[str, Any]]:

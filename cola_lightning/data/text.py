@@ -25,7 +25,7 @@ from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.splits import Splits, is_on_hub
-from cola_lightning.data.streaming import Stream, stream_loader, stream_splits
+from cola_lightning.data.streaming import EncodedStream, stream_splits
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import HubError, UnusableRow, UserError
 
@@ -113,7 +113,7 @@ class TextDataModule(SourceDataModule):
 
     def _find(self, rows: Rows, *, has_response: bool = True) -> tuple[Kind, Columns]:
         """The kind of the rows and their columns; logs once which were taken, and how rows are formatted."""
-        given = rows.columns_given or self.columns
+        given = rows.source_columns or self.columns
         reading = find_columns(rows.columns, rows.lists, given, has_response=has_response)
         kind, columns = reading.kind, reading.columns
         self._kind = self._kind if kind == "text" else kind  # of several sources, one may be of texts
@@ -168,14 +168,6 @@ class TextDataModule(SourceDataModule):
     def encode(self, rows: Any, part: str) -> tuple[Any, RowReport]:
         if part == "predict":
             return self._encode_prompts(rows)
-        if isinstance(rows, Stream):
-            if rows.n_held_out and (self.num_workers or self._processes[0] > 1):  # each of which would skip other rows
-                raise UserError(
-                    "data.streaming: rows are held out, so use one process (trainer.devices 1) and data.num_workers 0"
-                )
-            first = rows[:1]
-            encode = functools.partial(self._encode, *self._find(first))
-            return functools.partial(rows.encoded, encode, first.columns), RowReport()  # they are read and counted in training
         found = self._find(rows)
         options = *found, self.applies_chat_template, self.chat_template_kwargs, self.loss, self.too_long
         features = {"input_ids": ["int32"], "spans": ["int32"]}
@@ -244,33 +236,18 @@ class TextDataModule(SourceDataModule):
 
     # ------------------------------------------------------------------ rows that are streamed
 
-    @functools.cached_property
-    def _splits(self) -> list[Splits[Any]]:
-        if not self.streaming:
-            return super()._splits
-        return [stream_splits(one.source, one.subset, one.revision) for one in self.sources]
-
     @override
-    def parts(self, stage: str) -> dict[str, list[Any]]:
-        if not self.streaming:
-            return super().parts(stage)
-        (splits,) = self._splits
-        train = self._train_rows(splits)
-        readers = {part: self._evaluation_split(splits, part) for part in ("val", "test")}
-        own = {part: read and read() for part, read in readers.items()}
-        sizes = {"val": self.val_size, "test": self.test_size or (None if own["test"] and self.test_size is None else 0)}
-        parts = {part: (own[part] or train).held_out(size) for part, size in sizes.items() if size != 0}
-        self._log("; ".join(f"{rows.place}: {len(rows)} rows for {part}" for part, rows in parts.items()))
-        if stage == "predict":
-            return {"test": [parts.get("test", parts.get("val", train.held_out(None))).lacking_targets()]}
-        return {part: [rows] for part, rows in {"train": train, **parts}.items()}
+    def splits_of(self, source: Source) -> Splits[Any]:
+        if self.streaming:
+            return stream_splits(source.source, source.subset, source.revision)
+        return super().splits_of(source)
 
     @override
     def train_dataloader(self) -> Any:
-        if not self.streaming:
+        if not isinstance(self.train, EncodedStream):
             return super().train_dataloader()
-        data = self.train(self.order_seed, *self._processes, self.max_skipped)  # the module has its seed by now
-        return stream_loader(data, self.collate, self.batch_size, self.num_workers)
+        options = self.order_seed, *self._processes, self.batch_size, self.num_workers, self.max_skipped
+        return self.train.loader(self.collate, *options)
 
     @override
     def _order(self) -> dict[str, Any]:
