@@ -19,7 +19,6 @@ from cola_lightning.errors import UnusableRow
 LanguageRow = dict[str, Any]
 TooLong = Literal["shorten", "skip"]
 TOO_LONG = "longer than data.max_length"
-PROMPT_SHARE = 4  # a long response leaves its prompt at least a quarter of the longest sequence
 
 
 class Pair(NamedTuple):
@@ -55,6 +54,11 @@ class PromptRow:
 
 
 # ---------------------------------------------------------------------- tokens
+
+
+def room_for_prompt(max_length: int, n_response: int) -> int:
+    """How many tokens a prompt may have: what its response leaves of ``max_length``, but at least a quarter of it."""
+    return max(max_length - n_response, max_length // 4)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = False) -> list[list[int]]:
@@ -202,10 +206,10 @@ def encode_responses(
         if len(ids) > max_length:
             if too_long == "skip":
                 raise UnusableRow(TOO_LONG)
-            room = max(max_length - (len(ids) - n_prompt), max_length // PROMPT_SHARE)
+            room = room_for_prompt(max_length, len(ids) - n_prompt)
             prompt = truncate_left(ids[:n_prompt], room, tokenizer, pair.prompt[: pair.n_head])
-            kept = [*prompt, *ids[n_prompt:]][:max_length]
-            return [_row(kept, len(prompt), len(ids) - len(kept))]
+            shortened = [*prompt, *ids[n_prompt:]][:max_length]
+            return [_row(shortened, len(prompt), len(ids) - len(shortened))]
         return [_row(ids, n_prompt, 0)]
 
     return each(row, zip(pairs, tokenize_continued(tokenizer, prompts, texts), strict=True))

@@ -13,7 +13,7 @@ from typing_extensions import override
 from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.data.chat import fit_prompt
-from cola_lightning.data.encoding import PROMPT_SHARE, TOO_LONG, TooLong, n_common, pad_left, tokenize, truncate_left
+from cola_lightning.data.encoding import TOO_LONG, TooLong, n_common, pad_left, room_for_prompt, tokenize, truncate_left
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.data.source import TokenizedDataModule
@@ -164,7 +164,7 @@ def encode_examples(
         if n_option >= room:  # one token of the prompt must stay
             if not example.is_generated:
                 raise UnusableRow(f"an option is {TOO_LONG}")
-            n_option = max(1, room - max(2, room // PROMPT_SHARE))
+            n_option = max(1, room - max(2, room_for_prompt(room, n_option)))
             options = [ids[:n_option] for ids in options]
         if n_lost and template:  # the template's tokens around the prompt stay
             text = fit_prompt(template, Conversation(user_turn(example.prompt)), room - n_option)
