@@ -102,8 +102,8 @@ def encode_conversations(
             conversation = shorter
             (turns,) = _encoded_turns(template, [conversation], notes)
 
-    found = _encoded_turns(template, conversations, notes)
-    return each(lambda pair: encode(*pair), zip(conversations, found, strict=True))
+    all_turns = _encoded_turns(template, conversations, notes)
+    return each(lambda pair: encode(*pair), zip(conversations, all_turns, strict=True))
 
 
 def fit_prompt(template: ChatTemplate, conversation: Conversation, max_length: int) -> str:
@@ -193,11 +193,11 @@ def _encoded_turns(
     def rendered(conversation: Conversation) -> list[RenderedTurn]:
         return [_render(template, conversation.until(place + 1), notes) for place in conversation.trained]
 
-    conversations_rendered = each(rendered, conversations)
+    texts = each(rendered, conversations)
     # The turns of all conversations are tokenized together, which is faster.
-    turns = [turn for found in conversations_rendered if not isinstance(found, UnusableRow) for turn in found]
-    encoded = iter(_in_matching_mode(template, turns, _tokens(template, turns), notes))
-    return each(lambda found: _stopped(template, [next(encoded) for _ in found]), conversations_rendered)
+    flat = [turn for turns in texts if not isinstance(turns, UnusableRow) for turn in turns]
+    encoded = iter(_in_matching_mode(template, flat, _tokens(template, flat), notes))
+    return each(lambda turns: _stopped(template, [next(encoded) for _ in turns]), texts)
 
 
 def _render(template: ChatTemplate, conversation: Conversation, notes: set[str], **mode: bool) -> RenderedTurn:
@@ -230,7 +230,7 @@ def _in_matching_mode(
     source = str(template.tokenizer.chat_template)
     for mode in (False, True) if MODE in source and MODE not in template.kwargs else ():
         strays = [k for k, turn in enumerate(turns) if not turn.follows_prompt]
-        render = functools.partial(_render, template, notes=notes, **{MODE: mode})
+        render = functools.partial(_render, template, notes=notes, **{MODE: mode})  # type: ignore[arg-type]
         texts = each(render, [rendered[k].conversation for k in strays])
         for k, turn in zip(strays, together(functools.partial(_tokens, template), texts), strict=True):
             if isinstance(turn, EncodedTurn) and turn.follows_prompt:

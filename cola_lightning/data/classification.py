@@ -123,10 +123,14 @@ class TextClassificationDataModule(SourceDataModule):
 
         features = {name: ["int32"] for name in self.tokenizer("a")} | {"labels": "int64"}
         options = texts, label, names, self._are_names_given, rows.may_lack_targets, self.too_long
-        return self.map_rows(rows, features, *options, encode=lambda some, notes: together(self._tokens, each(read, some)))
+        return self.map_rows(rows, features, *options, encode=lambda batch, _: together(self._tokens, each(read, batch)))
 
     def _tokens(self, read: list[tuple[int, list[str]]]) -> list[list[dict[str, Any]] | UnusableRow]:
-        """Tokenizes rows, whose labels and texts are given."""
+        """Tokenizes rows.
+
+        Args:
+            read: the label and the texts of each row.
+        """
         if not read:
             return []
         tokenizer, inputs = self.tokenizer, [list(column) for column in zip(*(texts for _, texts in read), strict=True)]
@@ -136,16 +140,16 @@ class TextClassificationDataModule(SourceDataModule):
         finally:
             tokenizer.truncation_side = side
 
-        def row(k: int) -> list[dict[str, Any]]:
+        def encoded_row(k: int) -> list[dict[str, Any]]:
             lost = encoded.encodings[k].overflowing if encoded.encodings else []
-            made = {name: values[k] for name, values in encoded.items()} | {"labels": read[k][0]}
-            if not made["input_ids"]:
+            row = {name: values[k] for name, values in encoded.items()} | {"labels": read[k][0]}
+            if not row["input_ids"]:
                 raise UnusableRow("no text")
             if lost and self.too_long == "skip":
                 raise UnusableRow(TOO_LONG)
-            return [made | {"lost": sum(len(one.ids) - sum(one.special_tokens_mask) for one in lost)}]
+            return [row | {"lost": sum(len(piece.ids) - sum(piece.special_tokens_mask) for piece in lost)}]
 
-        return each(row, range(len(read)))
+        return each(encoded_row, range(len(read)))
 
     @override
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

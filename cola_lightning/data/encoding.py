@@ -111,14 +111,12 @@ def tokenize_continued(
     tokens, encodings = _tokenize(tokenizer, texts, is_whole=is_whole)
     end, followed = tokenize(tokenizer, ["\n", "\na"], is_whole=True)
     keeps_line_end = bool(end) and followed[: len(end)] == end
-    found = [
-        _visible_edge(*one, keeps_line_end=keeps_line_end)
-        for one in zip(prompts, texts, encodings or [None] * len(texts), strict=True)
-    ]
-    unseen = [prompt for prompt, n in zip(prompts, found, strict=True) if n is None]
+    triples = zip(prompts, texts, encodings or [None] * len(texts), strict=True)
+    edges = [_visible_edge(*triple, keeps_line_end=keeps_line_end) for triple in triples]
+    unseen = [prompt for prompt, n in zip(prompts, edges, strict=True) if n is None]
     others = iter(tokenize(tokenizer, unseen, is_whole=is_whole))
     continued = []
-    for ids, n in zip(tokens, found, strict=True):
+    for ids, n in zip(tokens, edges, strict=True):
         before = next(others) if n is None else ids[:n]
         n_prompt = n_common(before, ids)
         continued.append(Continued(ids, n_prompt, n_prompt == len(before)))
@@ -164,8 +162,8 @@ def identity_of_tokenizer(tokenizer: Any) -> str | None:
         return None
     identity = transformers.__version__, tokenizers.__version__, kind.__module__, kind.__qualname__
     # The backend's serialisation omits split_special_tokens.
-    own = tokenizer.split_special_tokens, tokenizer.special_tokens_map, tokenizer.chat_template
-    return hashlib.sha256(repr((identity, own, tokenizer.backend_tokenizer.to_str())).encode()).hexdigest()
+    settings = tokenizer.split_special_tokens, tokenizer.special_tokens_map, tokenizer.chat_template
+    return hashlib.sha256(repr((identity, settings, tokenizer.backend_tokenizer.to_str())).encode()).hexdigest()
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[LanguageRow] | UnusableRow]:
@@ -175,8 +173,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[
         ids = _ended(ids, end)
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
         # A first token is not predicted.
-        found: list[LanguageRow] = [{"input_ids": one, "spans": [1, len(one)]} for one in pieces if len(one) > 1]
-        rows.append(found or UnusableRow("no text"))
+        encoded: list[LanguageRow] = [{"input_ids": piece, "spans": [1, len(piece)]} for piece in pieces if len(piece) > 1]
+        rows.append(encoded or UnusableRow("no text"))
     return rows
 
 
@@ -198,8 +196,8 @@ def encode_responses(
     prompts, texts = [pair.prompt.rstrip(" ") for pair in pairs], [pair.prompt + pair.response for pair in pairs]
     end = end_of_text(tokenizer)
 
-    def row(one: tuple[Pair, Continued]) -> list[LanguageRow]:
-        pair, text = one
+    def row(pair_and_text: tuple[Pair, Continued]) -> list[LanguageRow]:
+        pair, text = pair_and_text
         if text.n_prompt == len(text.ids):
             raise UnusableRow("no response")
         ids, n_prompt = _ended(text.ids, end), text.n_prompt

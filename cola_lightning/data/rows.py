@@ -15,7 +15,7 @@ from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 S = TypeVar("S")
 T = TypeVar("T")
-# Makes, of each row, rows of tokens or the reason why it cannot be used. It adds notes to its second argument, for the log.
+# Encodes each row as one or more rows of tokens, or returns why it cannot be used. It adds lines for the log to the set.
 Encode = Callable[["list[Row]", set[str]], "Sequence[list[dict[str, Any]] | UnusableRow]"]
 
 ENCODED_TOGETHER = 1_000  # rows
@@ -134,11 +134,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, some: Any) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         """Some of the rows, as Rows; or one, as a Row."""
-        if isinstance(some, slice):
-            return self.of(self.numbers[some])
-        return self._row(self.data[int(self.numbers[some])], int(self.numbers[some]))
+        if isinstance(index, slice):
+            return self.at_numbers(self.numbers[index])
+        return self._row(self.data[int(self.numbers[index])], int(self.numbers[index]))
 
     def __iter__(self) -> Iterator[Row]:
         for number, fields in zip(self.numbers, self._selected(), strict=True):
@@ -153,8 +153,8 @@ class Rows:
         is_all = np.array_equal(self.numbers, np.arange(len(self.data)))
         return self.data if is_all else self.data.select(self.numbers)
 
-    def of(self, numbers: Any) -> "Rows":
-        """Other rows of the same split."""
+    def at_numbers(self, numbers: Any) -> "Rows":
+        """Other rows of the same split, by their positions in it."""
         other = copy.copy(self)
         other.numbers = np.asarray(numbers, dtype=np.int64)
         return other
@@ -182,11 +182,11 @@ class Rows:
         needed = [rest if count is None else count for count in counts.values()]
         what = f"{' + '.join(f'data.{part}_size' for part in counts)}, of {self.place}"
         drawn = draw(len(self), needed, seed, what, groups)
-        return {part: self.of(self.numbers[places]) for part, places in zip(counts, drawn, strict=True)}
+        return {part: self.at_numbers(self.numbers[places]) for part, places in zip(counts, drawn, strict=True)}
 
     def lacking_targets(self) -> "Rows":
         """The same rows in their order in the split; their labels or answers may be missing."""
-        other = self.of(np.sort(self.numbers))
+        other = self.at_numbers(np.sort(self.numbers))
         other.may_lack_targets = True
         return other
 
@@ -195,20 +195,20 @@ class Rows:
         return list(self._selected().unique(field))
 
     def encoded(self, encode: Callable[[list[Row]], Iterable[T | UnusableRow]]) -> tuple[list[T], RowReport]:
-        """What is made of the rows that can be used, in a list; and a report on all of them.
+        """A list of the rows that can be used, encoded, and a report on all rows.
 
         Args:
-            encode: makes something of each row, or the reason why it cannot be used; called with a thousand rows at a time.
+            encode: encodes each row, or returns the reason why it cannot be used; called with a thousand rows at a time.
         """
-        made, report = list[T](), RowReport(len(self))
+        encoded, report = list[T](), RowReport(len(self))
         for start in range(0, len(self), ENCODED_TOGETHER):
             rows = list(self[start : start + ENCODED_TOGETHER])
             for row, outcome in zip(rows, encode(rows), strict=True):
                 if isinstance(outcome, UnusableRow):
                     report.skip(str(outcome), row.place)
                 else:
-                    made.append(outcome)
-        return made, report
+                    encoded.append(outcome)
+        return encoded, report
 
     def mapped(
         self, encode: Encode, features: Mapping[str, Any], identity: str | None, num_proc: int | None = None
@@ -232,15 +232,16 @@ class Rows:
 
         def batch(columns: dict[str, list[Any]], places: list[int]) -> dict[str, list[Any]]:
             fields = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            rows = [self._row(one, int(self.numbers[place])) for one, place in zip(fields, places, strict=True)]
-            notes, made = set[str](), list[dict[str, Any]]()
+            rows = [self._row(values, int(self.numbers[place])) for values, place in zip(fields, places, strict=True)]
+            notes, encoded = set[str](), list[dict[str, Any]]()
             for row, outcome in zip(rows, encode(rows, notes), strict=True):
                 # A row that is skipped leaves one without tokens, which holds the reason.
-                made += [{"skipped": [str(outcome), row.place]}] if isinstance(outcome, UnusableRow) else outcome
-            for one in made:
-                one["length"] = len(one.get("input_ids", ()))
-            made[0]["notes"] = sorted(notes)  # each row has made at least one
-            return {name: [one.get(name, [] if isinstance(kind, list) else 0) for one in made] for name, kind in stored.items()}
+                encoded += [{"skipped": [str(outcome), row.place]}] if isinstance(outcome, UnusableRow) else outcome
+            for line in encoded:
+                line["length"] = len(line.get("input_ids", ()))
+            encoded[0]["notes"] = sorted(notes)  # each row becomes at least one line
+            empty: dict[str, Any] = {name: [] if isinstance(kind, list) else 0 for name, kind in stored.items()}
+            return {name: [line.get(name, value) for line in encoded] for name, value in empty.items()}
 
         paths = [file["filename"] for file in self.data.cache_files]
         files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
@@ -284,25 +285,25 @@ def _without_skipped(data: Any, n_rows: int) -> tuple[Any, RowReport]:
 
 
 def each(make: Callable[[S], T], items: Iterable[S | UnusableRow]) -> list[T | UnusableRow]:
-    """Makes something of each item. Where that cannot be done, the reason stands in its place.
+    """The result of a function for each item, or the reason why an item cannot be used.
 
     Args:
-        make: makes something of an item, or raises an UnusableRow.
+        make: the function; it may raise an UnusableRow.
         items: the items; a reason among them stays in its place.
     """
-    made = list[T | UnusableRow]()
+    outcomes = list[T | UnusableRow]()
     for item in items:
         try:
-            made.append(item if isinstance(item, UnusableRow) else make(item))
+            outcomes.append(item if isinstance(item, UnusableRow) else make(item))
         except UnusableRow as reason:
-            made.append(reason)
-    return made
+            outcomes.append(reason)
+    return outcomes
 
 
 def together(make: Callable[[list[S]], Iterable[T]], items: Sequence[S | UnusableRow]) -> list[T | UnusableRow]:
-    """Makes something of all usable items at once, such as their tokens; the reasons among them stay in their places."""
-    made = iter(make([item for item in items if not isinstance(item, UnusableRow)]))
-    return [item if isinstance(item, UnusableRow) else next(made) for item in items]
+    """The results of a function that takes all usable items at once; the reasons among the items stay in their places."""
+    results = iter(make([item for item in items if not isinstance(item, UnusableRow)]))
+    return [item if isinstance(item, UnusableRow) else next(results) for item in items]
 
 
 @contextmanager

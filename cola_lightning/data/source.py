@@ -24,7 +24,7 @@ from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-ENCODING = 2  # counted up where the same rows are encoded otherwise: what is cached is then of no use
+ENCODING = 3  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 PURPOSES = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
 STAGE_PARTS = {"fit": ["train", "val"], "validate": ["val"]}  # the parts that a stage needs; other stages: test
@@ -184,23 +184,23 @@ class SourceDataModule(TokenizedDataModule):
         elif self.subset or self.revision or not self.source:
             raise UserError("data.source: a list needs at least one entry. Set subset and revision in each entry")
         else:
-            listed = [Source(one) if isinstance(one, str) else one for one in self.source]
-        for one in listed:
-            named = [f"data.{name}" for name in ("subset", "revision") if getattr(one, name) is not None]
-            if named and not is_on_hub(one.source):
-                raise UserError(f"{named[0]} works with data sets of the hub only, but {one.source!r} is a local path")
-            if not 0 < one.share <= 1:
-                raise UserError(f"data.source: share must be above 0 and at most 1, got {one.share}")
+            listed = [Source(entry) if isinstance(entry, str) else entry for entry in self.source]
+        for entry in listed:
+            hub_options = [f"data.{name}" for name in ("subset", "revision") if getattr(entry, name) is not None]
+            if hub_options and not is_on_hub(entry.source):
+                raise UserError(f"{hub_options[0]} works with data sets of the hub only, but {entry.source!r} is a local path")
+            if not 0 < entry.share <= 1:
+                raise UserError(f"data.source: share must be above 0 and at most 1, got {entry.share}")
         return listed
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """Each source, and its revision on the hub, or the size and hash of its files, which are computed once."""
-        found = []
-        for one in self.sources:
-            named = {name: value for name, value in asdict(one).items() if value and (name, value) != ("share", 1)}
-            found.append(named | files_identity(one.source))
-        return found[0] if len(found) == 1 else {"sources": found}
+        identities = []
+        for source in self.sources:
+            options = {name: value for name, value in asdict(source).items() if value and (name, value) != ("share", 1)}
+            identities.append(options | files_identity(source.source))
+        return identities[0] if len(identities) == 1 else {"sources": identities}
 
     @functools.cached_property
     def _splits(self) -> list[Splits[Any]]:
@@ -217,7 +217,7 @@ class SourceDataModule(TokenizedDataModule):
         rows = read()
         n_rows = as_count(float(source.share), len(rows))
         if n_rows < len(rows):
-            rows = rows.of(np.sort(draw(len(rows), [n_rows], self.split_seed, rows.place)[0]))
+            rows = rows.at_numbers(np.sort(draw(len(rows), [n_rows], self.split_seed, rows.place)[0]))
         rows.source_columns = source.columns
         return rows
 
@@ -265,9 +265,9 @@ class SourceDataModule(TokenizedDataModule):
                 advice = "Set it in the fit, or use `cola validate`" if part == "test" else "Set it above 0 in the fit"
                 raise UserError(f"data.{part}_size: {self.source!r} has no {PURPOSES[part]} rows. {advice}.")
             purpose = "predict" if stage == "predict" else part
-            found = [self.encode(rows, purpose) for rows in parts[part]]
-            encoded = joined([rows for rows, _ in found])
-            for _, report in found:  # of each source
+            by_source = [self.encode(rows, purpose) for rows in parts[part]]
+            encoded = joined([rows for rows, _ in by_source])
+            for _, report in by_source:
                 total += report
                 for note in sorted(report.notes):
                     self._log(note)
@@ -286,15 +286,15 @@ class SourceDataModule(TokenizedDataModule):
 
     def parts(self, stage: str) -> dict[str, list[Any]]:
         """The rows of each source that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
-        found: dict[str, list[Any]] = {}
+        parts: dict[str, list[Any]] = {}
         for source, splits in zip(self.sources, self._splits, strict=True):
             if stage == "predict":
-                parts = {"test": self._rows_to_predict(source, splits)}
+                drawn = {"test": self._rows_to_predict(source, splits)}
             else:
-                parts = self._parts(splits, STAGE_PARTS.get(stage, ["test"]))
-            for part, rows in parts.items():
-                found.setdefault(part, []).append(rows)
-        return found
+                drawn = self._parts(splits, STAGE_PARTS.get(stage, ["test"]))
+            for part, rows in drawn.items():
+                parts.setdefault(part, []).append(rows)
+        return parts
 
     def _rows_to_predict(self, source: Source, splits: Splits[Any]) -> Rows:
         """The rows that predict uses."""
@@ -320,8 +320,14 @@ class SourceDataModule(TokenizedDataModule):
             parts |= self._drawn(train.lacking_targets() if may_lack_targets else train, drawn, parts)
         return parts
 
-    def _drawn(self, rows: Rows, sizes: Mapping[str, Any], own: Mapping[str, Rows]) -> dict[str, Rows]:
-        """Draws parts from the train split: the training rows, and those without a split of their own."""
+    def _drawn(self, rows: Rows, sizes: Mapping[str, Any], others: Mapping[str, Rows]) -> dict[str, Rows]:
+        """Draws parts from the train split: the training rows, and those that have no split; logs all of them.
+
+        Args:
+            rows: the train split.
+            sizes: the parts' sizes.
+            others: parts that have a split.
+        """
         sizes = {part: rows.default_val_size if (part, size) == ("val", None) else size for part, size in sizes.items()}
         is_drawn = len(sizes) > 1 or self.train_size is not None
         groups = self.groups(rows) if is_drawn else None
@@ -330,8 +336,9 @@ class SourceDataModule(TokenizedDataModule):
             f"{len(some) if isinstance(some, Sized) else 'streamed'}{' rows' * (part == 'train')} for {PURPOSES[part]}"
             for part, some in drawn.items()
         ]
-        others = [f"{some.place}: {len(some)} of {len(some.data)} for {PURPOSES[part]}" for part, some in own.items()]
-        self._log("; ".join([f"{rows.place}: {', '.join(counts)}" + f", {rows.drawing}" * is_drawn, *others]))
+        lines = [f"{rows.place}: {', '.join(counts)}" + f", {rows.drawing}" * is_drawn]
+        lines += [f"{some.place}: {len(some)} of {len(some.data)} for {PURPOSES[part]}" for part, some in others.items()]
+        self._log("; ".join(lines))
         return drawn
 
     def fields_of(self, places: Sequence[int]) -> list[dict[str, Any]]:

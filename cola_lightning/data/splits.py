@@ -26,7 +26,7 @@ TextUnit = Literal["file", "line", "paragraph"]
 READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 READERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
 COMPRESSIONS = (".gz", ".zst")
-OF_DISK = ("dataset_dict.json", "state.json")  # in a folder of DatasetDict.save_to_disk, or of Dataset.save_to_disk
+SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # in a folder of DatasetDict.save_to_disk, or of Dataset.save_to_disk
 SHARD = re.compile(r"-\d+-of-\d+$")  # the end of the name of a file that has a part of a split
 WORTH_A_BAR_BYTES = 10**8  # of files, whose preparation takes seconds
 
@@ -57,7 +57,7 @@ def is_on_hub(source: str) -> bool:
 
 def _is_saved(folder: Path) -> bool:
     """Whether ``datasets`` has saved a folder to disk."""
-    return any((folder / name).is_file() for name in OF_DISK)
+    return any((folder / name).is_file() for name in SAVED_TO_DISK)
 
 
 def load_splits(
@@ -82,7 +82,7 @@ def load_splits(
     if files := _matches(source):
         return {"train": _reader(files, source, text_unit)}
     if path.is_dir() and not _is_saved(path):
-        return {split: _reader(files, f"{source}, {split}", text_unit) for split, files in _files_of(path).items()}
+        return {split: _reader(files, f"{source}, {split}", text_unit) for split, files in _files_by_split(path).items()}
     data: Any = datasets.load_from_disk(path) if path.is_dir() else hub_data(source, subset, revision)
     if not isinstance(data, dict):
         data = {"train": data}
@@ -97,7 +97,7 @@ def choose_split(splits: Splits[S], name: str | None, usual_names: Sequence[str]
     """
     if name is not None and name not in splits:
         raise UserError(f"data.{option}: there is no split {name!r}; the splits are {', '.join(splits)}")
-    return next((splits[one] for one in ([name] if name else usual_names) if one in splits), None)
+    return next((splits[split] for split in ([name] if name else usual_names) if split in splits), None)
 
 
 def files_identity(source: str) -> dict[str, Any]:
@@ -106,13 +106,13 @@ def files_identity(source: str) -> dict[str, Any]:
     if is_on_hub(source):
         return {}
     files = _matches(source) or (sorted(path.rglob("data-*.arrow")) if _is_saved(path) else [])
-    files = files or [file for some in _files_of(path).values() for file in some]
-    found = {}
+    files = files or [file for files_of_split in _files_by_split(path).values() for file in files_of_split]
+    names, identities = [file.name for file in files], {}
     for file in files:
         with file.open("rb") as opened:
-            name = file.name if [one.name for one in files].count(file.name) == 1 else str(file)
-            found[name] = [file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()]
-    return {"files": found}
+            name = file.name if names.count(file.name) == 1 else str(file)
+            identities[name] = [file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()]
+    return {"files": identities}
 
 
 # ---------------------------------------------------------------------- files
@@ -126,7 +126,7 @@ def _ending(name: str) -> str | None:
     return next((ending for ending in READERS if name.endswith(ending)), None)
 
 
-def _files_of(folder: Path) -> dict[str, list[Path]]:
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     """The files of each split in a folder: ``train.csv``, or ``train-00000-of-00002.parquet`` and so on."""
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
@@ -154,8 +154,8 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
     ending = _ending(files[0].name)
     others = [file for file in files if _ending(file.name) != ending]
     if ending is None or others:
-        found = " and ".join(repr(str(file)) for file in [files[0], *others[:1]])
-        raise UserError(f"data.source: all files must have the same ending, one of {', '.join(READERS)}, got {found}")
+        examples = " and ".join(repr(str(file)) for file in [files[0], *others[:1]])
+        raise UserError(f"data.source: all files must have the same ending, one of {', '.join(READERS)}, got {examples}")
     n_bytes = sum(file.stat().st_size for file in files)
     try:
         with warnings.catch_warnings(), progress_bar_if(n_bytes > WORTH_A_BAR_BYTES):

@@ -99,10 +99,9 @@ class EncodedStream:
 
     def loader(
         self,
-        collate: Callable[[list[Any]], Any],
+        collate: Callable[..., Any],
         seed: int | str,
-        n_processes: int,
-        rank: int,
+        processes: tuple[int, int],
         batch_size: int,
         num_workers: int,
         max_skipped: float,
@@ -112,8 +111,7 @@ class EncodedStream:
         Args:
             collate: makes a batch of encoded rows.
             seed: of the order.
-            n_processes: the number of processes, each of which has its own rows.
-            rank: this process's rank.
+            processes: the number of processes, each of which reads other rows, and this process's rank.
             batch_size: encoded rows in a batch.
             num_workers: worker processes that read and encode.
             max_skipped: the largest share of the rows read so far that may be skipped.
@@ -123,6 +121,7 @@ class EncodedStream:
         """
         from datasets.distributed import split_dataset_by_node
 
+        n_processes, rank = processes
         if self.stream.n_held_out and (num_workers or n_processes > 1):  # each of which would skip other rows
             raise UserError("data.streaming: rows are held out, so use one process (trainer.devices 1) and data.num_workers 0")
         data = self.stream.data.skip(self.stream.n_held_out).shuffle(seed=derive_seed(seed), buffer_size=BUFFER)

@@ -98,8 +98,8 @@ class TextDataModule(SourceDataModule):
         super().__init__(source, subset, max_length=max_length, **rows)
         self.streaming = streaming
         has_shares = any(isinstance(size, float) and 0 < size <= 1 for size in (self.val_size, self.test_size))
-        is_one = isinstance(source, str) and is_on_hub(source) and self.train_size is None
-        if streaming and (packing or has_shares or not is_one):
+        can_stream = isinstance(source, str) and is_on_hub(source) and self.train_size is None
+        if streaming and (packing or has_shares or not can_stream):
             raise UserError("data.streaming reads one data set of the hub, without packing, train_size, or shares as sizes")
         self.packing, self.length_grouped = packing, self.length_grouped and not packing
         self.columns, self.chat_template = columns, chat_template
@@ -111,10 +111,10 @@ class TextDataModule(SourceDataModule):
 
     # ------------------------------------------------------------------ what a row is
 
-    def _find(self, rows: Rows, *, has_response: bool = True) -> tuple[Kind, Columns]:
+    def _find_columns(self, rows: Rows, *, has_response: bool = True) -> tuple[Kind, Columns]:
         """The kind of the rows and their columns; logs once which were taken, and how rows are formatted."""
-        given = rows.source_columns or self.columns
-        reading = find_columns(rows.columns, rows.lists, given, has_response=has_response)
+        chosen = rows.source_columns or self.columns
+        reading = find_columns(rows.columns, rows.lists, chosen, has_response=has_response)
         kind, columns = reading.kind, reading.columns
         self._kind = self._kind if kind == "text" else kind  # of several sources, one may be of texts
         self._log_columns(str(reading), rows.columns, [*columns.values(), *reading.others])
@@ -136,8 +136,8 @@ class TextDataModule(SourceDataModule):
         is_text = self._kind == "text"
         is_chat = not is_text and self.applies_chat_template
         variables = {"chat_template_kwargs": self.chat_template_kwargs} if is_chat and self.chat_template_kwargs else {}
-        own = {"template": self.tokenizer.chat_template} if isinstance(self.chat_template, str) else {}
-        return {"kind": "text" if is_text else "response", "chat_template": is_chat, **variables, **own}
+        template = {"template": self.tokenizer.chat_template} if isinstance(self.chat_template, str) else {}
+        return {"kind": "text" if is_text else "response", "chat_template": is_chat, **variables, **template}
 
     @property
     def _template(self) -> ChatTemplate:
@@ -168,10 +168,10 @@ class TextDataModule(SourceDataModule):
     def encode(self, rows: Any, part: str) -> tuple[Any, RowReport]:
         if part == "predict":
             return self._encode_prompts(rows)
-        found = self._find(rows)
-        options = *found, self.applies_chat_template, self.chat_template_kwargs, self.loss, self.too_long
+        kind, columns = self._find_columns(rows)
+        options = kind, columns, self.applies_chat_template, self.chat_template_kwargs, self.loss, self.too_long
         features = {"input_ids": ["int32"], "spans": ["int32"]}
-        return self.map_rows(rows, features, *options, encode=functools.partial(self._encode, *found))
+        return self.map_rows(rows, features, *options, encode=functools.partial(self._encode, kind, columns))
 
     def _packed(self, encoded: Any) -> Packs:
         lengths = self.lengths(encoded)
@@ -184,22 +184,20 @@ class TextDataModule(SourceDataModule):
         self, kind: Kind, columns: Columns, rows: Sequence[Row], notes: set[str]
     ) -> Sequence[list[LanguageRow] | UnusableRow]:
         """Encodes rows for training or evaluation."""
-        own, n, too_long = self.tokenizer, self.max_length, self.too_long
-        made: Any
+        tokenizer, max_length, too_long = self.tokenizer, self.max_length, self.too_long
         if kind == "text":
-            made = together(lambda some: encode_texts(own, some, n), each(lambda row: row.text(columns["text"]), rows))
-        elif kind == "prompt" and not self.applies_chat_template:
+            texts = each(lambda row: row.text(columns["text"]), rows)
+            return together(lambda usable: encode_texts(tokenizer, usable, max_length), texts)
+        if kind == "prompt" and not self.applies_chat_template:
             pairs = each(lambda row: pair(row, columns), rows)
-            made = together(lambda some: encode_responses(own, some, n, too_long), pairs)
-        else:
-            options: Any = {"too_long": too_long, "shortens_response": kind == "prompt"}
-            found = each(lambda row: conversation(row, columns, self.loss), rows)
-            made = together(lambda some: encode_conversations(self._template, some, n, notes, **options), found)
-        return made  # type: ignore[no-any-return]
+            return together(lambda usable: encode_responses(tokenizer, usable, max_length, too_long), pairs)
+        options: Any = {"too_long": too_long, "shortens_response": kind == "prompt"}
+        template, conversations = self._template, each(lambda row: conversation(row, columns, self.loss), rows)
+        return together(lambda usable: encode_conversations(template, usable, max_length, notes, **options), conversations)
 
     def _encode_prompts(self, rows: Rows) -> tuple[list[PromptRow], RowReport]:
         """Encodes what is to be answered."""
-        kind, columns = self._find(rows, has_response=False)
+        kind, columns = self._find_columns(rows, has_response=False)
         is_chat, template = kind != "text" and self.applies_chat_template, self._template
         # It leaves room for the response.
         room = min(self._max_length, int(self.tokenizer.model_max_length) - self._fitting_decoding().max_new_tokens)
@@ -211,9 +209,9 @@ class TextDataModule(SourceDataModule):
                 raise UnusableRow("the prompt has no tokens")
             return PromptRow(ids, prompt, target)
 
-        made, report = rows.encoded(lambda some: each(prompt_row, some))
-        report.n_tokens = sum(map(len, made))
-        return made, report
+        prompts, report = rows.encoded(lambda some_rows: each(prompt_row, some_rows))
+        report.n_tokens = sum(map(len, prompts))
+        return prompts, report
 
     def _fitting_decoding(self) -> Decoding:
         """How predict generates: at most as many tokens as half of the model's longest sequence."""
@@ -246,8 +244,8 @@ class TextDataModule(SourceDataModule):
     def train_dataloader(self) -> Any:
         if not isinstance(self.train, EncodedStream):
             return super().train_dataloader()
-        options = self.order_seed, *self._processes, self.batch_size, self.num_workers, self.max_skipped
-        return self.train.loader(self.collate, *options)
+        seed, processes = self.order_seed, self._processes
+        return self.train.loader(self.collate, seed, processes, self.batch_size, self.num_workers, self.max_skipped)
 
     @override
     def _order(self) -> dict[str, Any]:
