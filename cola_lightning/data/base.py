@@ -181,7 +181,7 @@ class EpochDataModule(LightningDataModule, ABC):
         val: validation rows; empty: the fit runs without validation.
         test: rows of test and predict.
         length_grouped: whether a training batch has rows of similar length.
-        main_process_only: attributes that worker processes do not get.
+        main_process_only: attributes that worker processes do not get, in addition to the trainer.
 
     Args:
         batch_size: rows per training batch.
@@ -206,7 +206,7 @@ class EpochDataModule(LightningDataModule, ABC):
     val: Any
     test: Any
     length_grouped = False
-    main_process_only: ClassVar[frozenset[str]] = frozenset({"trainer"})
+    main_process_only: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, split_seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()

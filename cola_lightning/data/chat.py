@@ -49,7 +49,7 @@ class EncodedTurn:
     follows_prompt: bool
     departs: bool
 
-    def is_inside(self, other: "EncodedTurn") -> bool:
+    def is_in_context_of(self, other: "EncodedTurn") -> bool:
         """Whether a later turn's context contains this one, token by token, so that one row can train both."""
         return self.end <= other.start and self.ids[: self.end] == other.ids[: self.end]
 
@@ -288,7 +288,7 @@ def _stopped(template: ChatTemplate, turns: list[EncodedTurn]) -> list[EncodedTu
     stopped = []
     for turn, following in itertools.zip_longest(turns, turns[1:]):
         n, stop = len(turn.ids), template.stop_tokens
-        if following is not None and turn.is_inside(following):
+        if following is not None and turn.is_in_context_of(following):
             if template.special_ids.issuperset(following.ids[n : n + 1]):
                 stop = following.ids[n : n + 1]  # a tool's turn, notes, and not the user's
             elif template.is_plain:
@@ -301,7 +301,7 @@ def _grouped(turns: Sequence[EncodedTurn]) -> list[list[EncodedTurn]]:
     """A conversation's turns in groups that one row each trains: a later turn's context contains the earlier turns."""
     groups: list[list[EncodedTurn]] = []
     for turn in turns:
-        group = next((group for group in groups if group[-1].is_inside(turn)), None)
+        group = next((group for group in groups if group[-1].is_in_context_of(turn)), None)
         if group is None:
             groups.append(group := [])
         group.append(turn)

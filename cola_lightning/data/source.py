@@ -138,7 +138,7 @@ class SourceDataModule(TokenizedDataModule):
         too_long: ``shorten`` a row longer than ``max_length``, or ``skip`` and count it; plain text is split in any case.
     """
 
-    main_process_only = TokenizedDataModule.main_process_only | {"_splits", "_predicted"}
+    main_process_only = frozenset({"_splits", "_predicted"})
     _predicted: Any = None  # the rows that predict takes, if each is encoded
 
     def __init__(

@@ -98,13 +98,7 @@ class EncodedStream:
         self.stream, self.encode, self.names = stream, encode, names
 
     def loader(
-        self,
-        collate: Callable[..., Any],
-        seed: int | str,
-        processes: tuple[int, int],
-        batch_size: int,
-        num_workers: int,
-        max_skipped: float,
+        self, collate: Callable[..., Any], seed: int | str, processes: tuple[int, int], max_skipped: float, **options: int
     ) -> Any:
         """A loader of the rows that are not held out, shuffled by a buffer; torchdata's, which has a state, if it is installed.
 
@@ -112,9 +106,8 @@ class EncodedStream:
             collate: makes a batch of encoded rows.
             seed: of the order.
             processes: the number of processes, each of which reads other rows, and this process's rank.
-            batch_size: encoded rows in a batch.
-            num_workers: worker processes that read and encode.
             max_skipped: the largest share of the rows read so far that may be skipped.
+            **options: the ``batch_size`` and ``num_workers`` of the loader.
 
         Raises:
             UserError: if rows are held out and several processes read; while rows are read, if too many of them are skipped.
@@ -122,7 +115,7 @@ class EncodedStream:
         from datasets.distributed import split_dataset_by_node
 
         n_processes, rank = processes
-        if self.stream.n_held_out and (num_workers or n_processes > 1):  # each of which would skip other rows
+        if self.stream.n_held_out and (options["num_workers"] or n_processes > 1):  # each of which would skip other rows
             raise UserError("data.streaming: rows are held out, so use one process (trainer.devices 1) and data.num_workers 0")
         data = self.stream.data.skip(self.stream.n_held_out).shuffle(seed=derive_seed(seed), buffer_size=BUFFER)
         data = split_dataset_by_node(data, rank=rank, world_size=n_processes)
@@ -131,7 +124,7 @@ class EncodedStream:
         kind: Any = DataLoader
         with contextlib.suppress(ImportError):
             from torchdata.stateful_dataloader import StatefulDataLoader as kind  # type: ignore[no-redef]
-        loader = kind(data, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+        loader = kind(data, collate_fn=collate, **options)
         loader.sampler.set_epoch = data.set_epoch  # Lightning calls a sampler's
         return loader
 

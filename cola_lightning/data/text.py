@@ -244,8 +244,8 @@ class TextDataModule(SourceDataModule):
     def train_dataloader(self) -> Any:
         if not isinstance(self.train, EncodedStream):
             return super().train_dataloader()
-        seed, processes = self.order_seed, self._processes
-        return self.train.loader(self.collate, seed, processes, self.batch_size, self.num_workers, self.max_skipped)
+        options = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        return self.train.loader(self.collate, self.order_seed, self._processes, self.max_skipped, **options)
 
     @override
     def _order(self) -> dict[str, Any]:
