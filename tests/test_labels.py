@@ -55,6 +55,12 @@ def test_minus_one_is_no_label_unless_it_is_one_of_the_models(path):
     assert {*data.train["labels"]} == {0, 1, 2}
 
 
+def test_minus_one_and_one_are_two_classes(path):
+    names, data = fitted(path, [-1, 1] * 20)
+    assert names == ["-1", "1"]
+    assert len(data.train) + len(data.val) == 40
+
+
 def test_a_column_of_lists_is_named(tmp_path):
     with pytest.raises(UserError, match=r"data\.label_field: the column 'label' holds lists, but a row needs one label"):
         fitted(tmp_path / "rows.jsonl", [[k % 2] for k in range(20)])

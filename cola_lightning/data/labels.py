@@ -55,20 +55,24 @@ def read_label(row: Row, path: str, names: Collection[str] = (), expected: str =
     return value
 
 
-# ---------------------------------------------------------------------- the index alone
+def whole_number(label: int | str) -> int | None:
+    """The number that a label is, also as text; None for a name."""
+    return int(label) if isinstance(label, int) or WHOLE_NUMBER.fullmatch(label) else None
+
+
+def are_numbers(names: Iterable[str]) -> bool:
+    """Whether all names are whole numbers."""
+    return all(map(WHOLE_NUMBER.fullmatch, names))
 
 
 def label_index(row: Row, path: str, n_labels: int) -> int | None:
     """A label from 0 to ``n_labels - 1``, also as text, as a CSV file has it; None if it is missing and the row may lack it."""
-    label = read_label(row, path, expected=f"a label from 0 to {n_labels - 1}")
-    return None if label is None else _checked_index(row, path, label, n_labels)
-
-
-def _checked_index(row: Row, path: str, label: int | str, n_labels: int) -> int:
-    if (isinstance(label, int) or WHOLE_NUMBER.fullmatch(label)) and 0 <= int(label) < n_labels:
-        return int(label)
+    expected = f"a label from 0 to {n_labels - 1}"
+    label = read_label(row, path, expected=expected)
+    if label is None or whole_number(label) in range(n_labels):
+        return None if label is None else int(label)
     holder, field = row.at(path)
-    raise holder.refused(field, f"a label from 0 to {n_labels - 1}")
+    raise holder.refused(field, expected)
 
 
 # ---------------------------------------------------------------------- one of several options
@@ -94,7 +98,7 @@ def option_index(row: Row, path: str, options: Sequence[str]) -> int | None:
     if label in (*texts, -1):  # -1 is no index, and here it is an option's text
         return texts.index(str(label))
     holder, field = row.at(path)
-    if isinstance(label, str) and (all(map(WHOLE_NUMBER.fullmatch, texts)) or not WHOLE_NUMBER.fullmatch(label)):
+    if isinstance(label, str) and (whole_number(label) is None or are_numbers(texts)):
         raise holder.refused(field, f"one of the options {', '.join(texts)}")
     # A CSV file has a number as text: it must not mean another option.
     written = str(holder[field] if isinstance(holder[field], bool) else label).lower()
@@ -102,7 +106,7 @@ def option_index(row: Row, path: str, options: Sequence[str]) -> int | None:
     if isinstance(label, int) and field not in holder.class_names and written in lower and lower.index(written) != label:
         place = lower.index(written)
         raise UnusableRow(f"the label {label!r} is the text of option {place} and the index of another; write it as text")
-    return _checked_index(row, path, label, len(options))
+    return label_index(row, path, len(options))
 
 
 # ---------------------------------------------------------------------- the classes of a classifier
@@ -131,11 +135,10 @@ def class_index(row: Row, field: str, indices: Mapping[str, int], *, are_names_g
     """
     if (name := class_name(row, field, indices)) is None or name in indices:
         return None if name is None else indices[name]
-    label = plain_label(row[field])
-    is_number = isinstance(label, int) or WHOLE_NUMBER.fullmatch(label)
-    is_index = is_number and int(label) in range(len(indices)) and not all(map(WHOLE_NUMBER.fullmatch, indices))
+    number = whole_number(plain_label(row[field]))
+    is_index = number in range(len(indices)) and not are_numbers(indices)
     if is_index and are_names_given:
-        return int(label)
+        return number
     listed = shortened_text(", ".join(indices), 200)
     hint = " (an index needs model.label_names)" if is_index else ""
     raise UnusableRow(f"{name!r} in the field {field!r} is none of the labels {listed}{hint}")
@@ -150,11 +153,15 @@ def find_classes(rows: Rows, field: str) -> list[str]:
     """
     if names := rows.class_names.get(field):
         return list(names)
-    found = each(lambda value: class_name(Row({field: value}, rows.place), field), rows.values(field))
-    return sorted_labels({name for name in found if isinstance(name, str)})
+    values = rows.values(field)
+    found = each(lambda value: class_name(Row({field: value}, rows.place), field), values)
+    names = {name for name in found if isinstance(name, str)}
+    if names == {"1"}:  # of the labels -1 and 1, both are classes
+        names |= {"-1"}.intersection(str(plain_label(value)) for value in values)
+    return sorted_labels(names)
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:
     """Labels in sorted order, numbers by value."""
     labels = sorted(labels)
-    return sorted(labels, key=int) if all(map(WHOLE_NUMBER.fullmatch, labels)) else labels
+    return sorted(labels, key=int) if are_numbers(labels) else labels
