@@ -4,9 +4,14 @@ import json
 
 import pytest
 
-from cola_lightning import PromptDataModule, TemplateDataModule, TextClassificationDataModule, UserError
+from cola_lightning import (
+    COLASequenceClassifier,
+    PromptDataModule,
+    TemplateDataModule,
+    TextClassificationDataModule,
+    UserError,
+)
 from tests import tiny
-from tests.test_sequence_classification import classifier
 from tests.toy import trainer
 
 
@@ -28,7 +33,8 @@ def path(request, tmp_path):
 
 def fitted(path, labels, *, module=(), **arguments):
     """The labels that a classifier gets from these rows, and its data module after the setup of a fit."""
-    module = classifier(path.parent, **dict(module))
+    name, options = tiny.folder(path.parent / "roberta", "roberta", "AutoModel"), {"rank": 2, "seed": 0} | dict(module)
+    module = COLASequenceClassifier(name, target_modules=tiny.targets("roberta"), **options)
     data = TextClassificationDataModule(write(path, labels), **arguments)
     run = trainer(path.parent, max_steps=1)
     run.fit(module, datamodule=data)
