@@ -1,5 +1,6 @@
 """The contract of data modules: each row once, in an order that follows from seeds and the epoch; and unusable rows."""
 
+import pickle
 import re
 
 import pytest
@@ -100,6 +101,15 @@ def test_each_row_is_in_one_batch_with_its_tokens_and_labels(make):
             found = [tuple(some[mask].tolist()) for some, mask in zip(labels, masks, strict=True)]
             assert all((some[~mask] == -100).all() for some, mask in zip(labels, masks, strict=True))
             assert sorted(found) == sorted(tuple(labels_of(row)) for row in rows)
+
+
+def test_a_worker_process_collates_the_same_batches_without_the_trainer(make):
+    data = make("fit")
+    data.trainer = tiny.process(module=toy())
+    rows = [data.val[k] for k in range(4)]
+    in_worker = pickle.loads(pickle.dumps(data))  # as for a process that is not forked
+    assert in_worker.trainer is None
+    assert str(in_worker.collate(rows)) == str(data.collate(rows))
 
 
 def test_the_order_of_training_follows_from_the_seeds_and_the_epoch_and_goes_on_inside_one(make):
