@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ def predictions(checkpoint: Path, merged: Path, adapter: Path) -> tuple[dict[str
     """The options' scores of each model for all rows (rows x options), and the answers."""
     module: Any = COLACausalLM.load_from_checkpoint(checkpoint).eval()
     data = PromptDataModule(task="SST2", **ROWS)
-    data.trainer = SimpleNamespace(lightning_module=module, world_size=1, global_rank=0)  # type: ignore[assignment]
+    data.tokenizer = module.tokenizer
     data.setup("fit")
     batches = list(data.val_dataloader())
     own = module.model

@@ -19,7 +19,6 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,8 +39,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {  # what a timed batch has, rows 
 def loader_of(module: COLACausalLM, options: dict[str, Any]) -> tuple[int, Any]:
     """The tokens of GSM8K's training rows, and the loader of an epoch."""
     data = TextDataModule(str(Path(os.environ["COLA_DATA_DIR"]) / "real" / "gsm8k_train.jsonl"), **options)
-    limits = {"limit_val_batches": 1.0, "training": False, "world_size": 1, "global_rank": 0}
-    data.trainer = SimpleNamespace(lightning_module=module, **limits)  # type: ignore[assignment]
+    data.tokenizer = module.tokenizer
     data.setup("fit")
     rows = data.train.rows if data.packing else data.train
     return int(sum(data.lengths(rows))), data.train_dataloader()

@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from lines import Lines, show
@@ -89,8 +88,7 @@ def prepare_by_cola(folder: Path, tokenizer: Any) -> int:
     from cola_lightning import TextDataModule
 
     data = TextDataModule(str(folder), chat_template=False, batch_size=BATCH_SIZE)
-    module = SimpleNamespace(tokenizer=tokenizer, seed=0)
-    data.trainer = SimpleNamespace(lightning_module=module, training=False, world_size=1, global_rank=0)  # type: ignore[assignment]
+    data.tokenizer = tokenizer
     data.prepare_data()
     data.setup("fit")
     assert len(next(iter(data.train_dataloader()))["input_ids"]) == BATCH_SIZE

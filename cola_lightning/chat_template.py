@@ -162,7 +162,7 @@ class ChatTemplate:
             turns = [*[begin] * n_begin, *user_turn(QUESTION), assistant_turn(ANSWER), *user_turn(QUESTION)]
             turns = [_with_content(turn, is_parts=is_parts) for turn in turns]
             try:
-                last, inside = (self._apply(some) for some in (turns[:-1], turns))
+                last, inside = self._apply(turns[:-1]), self._apply(turns)
             except UnusableRow:
                 continue
             if ANSWER in last:
@@ -238,5 +238,5 @@ def end_of_text(tokenizer: Any) -> int | None:
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens at which a text ends: the tokenizer's end of text, and those of the model's generation config."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return sorted({end_of_text(tokenizer), *(own if isinstance(own, Sequence) else [own])} - {None})
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return sorted({end_of_text(tokenizer), *(ends if isinstance(ends, Sequence) else [ends])} - {None})

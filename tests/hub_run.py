@@ -56,7 +56,7 @@ def read(arguments):
         return 2
     for stage, loader in (("train", data.train_dataloader()), ("validation", data.val_dataloader())):
         for batch in itertools.islice(loader, 2):
-            Texts()._write(stage, data.trainer.lightning_module, batch)
+            Texts()._write(stage, data, batch)
     return 0
 
 

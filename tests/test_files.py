@@ -50,7 +50,7 @@ def template(source, **arguments):
 
 def classifier(source, *names, **arguments):
     data = attach(TextClassificationDataModule(source, text_fields="text", **arguments))
-    data.trainer.lightning_module.label_names = list(names)
+    data.label_names = list(names)
     return data
 
 

@@ -1,7 +1,7 @@
 """The contract of data modules: each row once, in an order that follows from seeds and the epoch; and unusable rows."""
 
+import pickle
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +12,14 @@ from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.encoding import encode_texts, labels_of
 from cola_lightning.data.examples import Example, encode_examples
 from tests import tiny
+from tests.toy import toy
 
 
-def attach(data, architecture="llama", num_labels=2):
-    """A trainer as the data module sees it."""
-    tokenizer = tiny.tokenizer(architecture, pad=True)
-    tokenizer.model_max_length = 64
-    return tiny.set_up(data, tokenizer, num_labels=num_labels)
+def attach(data, architecture="llama"):
+    """The data module with a tokenizer."""
+    data.tokenizer = tiny.tokenizer(architecture, pad=True)
+    data.tokenizer.model_max_length = 64
+    return data
 
 
 def prompts_of(part):
@@ -64,11 +65,11 @@ def source(tmp_path_factory):
 def make(request, source):
     """Makes a data module that has been set up."""
 
-    def make(*stages, seed=3, **options):
+    def make(*stages, **options):
         sizes = SIZES if request.param in PAPERS else {"train_size": 23}
         data = MODULES[request.param](source, **{"batch_size": 4, "max_length": 130} | sizes | options)
         tokenizer = tiny.chat_tokenizer(tiny.CHAT)
-        return tiny.set_up(data, tokenizer, *stages, seed=seed, num_labels=2)
+        return tiny.set_up(data, tokenizer, *stages)
 
     make.name = request.param
     return make
@@ -102,21 +103,29 @@ def test_each_row_is_in_one_batch_with_its_tokens_and_labels(make):
             assert sorted(found) == sorted(tuple(labels_of(row)) for row in rows)
 
 
+def test_a_worker_process_collates_the_same_batches_without_the_trainer(make):
+    data = make("fit")
+    data.trainer = tiny.process(module=toy())
+    rows = [data.val[k] for k in range(4)]
+    in_worker = pickle.loads(pickle.dumps(data))  # as for a process that is not forked
+    assert in_worker.trainer is None
+    assert str(in_worker.collate(rows)) == str(data.collate(rows))
+
+
 def test_the_order_of_training_follows_from_the_seeds_and_the_epoch_and_goes_on_inside_one(make):
-    def order(epoch=0, done=0, world_size=1, rank=0, **options):
+    def order(epoch=0, done=0, n_processes=1, rank=0, seed=3, **options):
         data = make("fit", **options)
-        data.trainer.world_size, data.trainer.global_rank = world_size, rank
-        loader = data.train_dataloader()
-        loader.sampler.set_epoch(epoch)
-        data.trainer.training, data.trainer.num_training_batches = True, len(loader)
-        data.trainer.fit_loop = SimpleNamespace(batch_idx=done - 1)
-        return list(loader.sampler)
+        data.trainer = tiny.process(rank, n_processes, toy(seed=seed))
+        sampler = data.train_dataloader().sampler
+        sampler.set_epoch(epoch)
+        sampler.rows_done = lambda: done * data.batch_size
+        return list(sampler)
 
     whole = order()
     assert order() == whole
     assert whole not in (order(epoch=1), order(seed=4), order(split_seed=1))
     assert order(done=2) == whole[8:]
-    halves = [order(world_size=2, rank=rank, batch_size=2) for rank in (0, 1)]
+    halves = [order(n_processes=2, rank=rank, batch_size=2) for rank in (0, 1)]
     assert [row for pair in zip(*halves, strict=True) for row in pair] == [*whole, whole[0]]
 
 
@@ -125,10 +134,10 @@ def test_evaluation_goes_from_the_longest_row_to_the_shortest_and_under_a_limit_
     for name, part in (("val", data.val), ("test", data.test)):
         rows, loader = list(part), getattr(data, f"{name}_dataloader")
         lengths = [data.length(row) for row in rows]
-        setattr(data.trainer, f"limit_{name}_batches", 1.0)
+        data.trainer = tiny.process(**{f"limit_{name}_batches": 1.0})
         assert [lengths[place] for place in loader().sampler] == sorted(lengths, reverse=True) != lengths
         for limit in (1, 0.3):
-            setattr(data.trainer, f"limit_{name}_batches", limit)
+            data.trainer = tiny.process(**{f"limit_{name}_batches": limit})
             assert list(loader().sampler) == list(range(23))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import omegaconf
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
@@ -358,6 +358,27 @@ def test_a_configuration_comes_back_as_one(tmp_path, library):
     assert type(loaded.hparams.config.size) is type(config.size)
     assert (loaded.hparams.config.size.rank, loaded.dtype_given) == (2, torch.bfloat16)
     assert_bit_equal(weights(loaded), weights(module))
+
+
+@pytest.mark.parametrize("is_all", [False, True])
+def test_a_data_module_comes_back_with_its_configuration(tmp_path, is_all):
+    class Configured(LightningDataModule):
+        def __init__(self, config, size=1):
+            super().__init__()
+            self.save_hyperparameters(*([config] if is_all else []))
+            self.width = config.shape.width + config["shape"]["width"] + len(config.items()) + config.layers[0].n
+
+        def train_dataloader(self):
+            return batches()
+
+    config = omegaconf.OmegaConf.create({"n": 2, "shape": {"width": "${n}"}, "layers": [{"n": 3}], "token": "hf_1"})
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(toy(), datamodule=Configured(config))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    assert b"hf_1" not in (tmp_path / "run.ckpt").read_bytes()
+    torch.load(tmp_path / "run.ckpt", weights_only=True)
+    for options in ({}, {"weights_only": False}):
+        assert Configured.load_from_checkpoint(tmp_path / "run.ckpt", **options).width == 2 + 2 + 3 + 3
 
 
 def test_a_secret_is_not_stored(tmp_path):

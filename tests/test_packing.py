@@ -202,8 +202,8 @@ def test_processes_have_equally_many_packs_and_each_row_is_trained(tmp_path):
     own, seen = tiny.tokenizer(pad=True), []
     for rank in range(3):
         data = tiny.set_up(data_of(tmp_path, packing=True, batch_size=2), own)
-        data.trainer.world_size, data.trainer.global_rank = 3, rank
         data.setup("fit")
+        data.trainer = tiny.process(rank, 3)
         batches = data.train_dataloader()
         seen.append([pack for b in batches for pack in zip(b["input_ids"], b["position_ids"], strict=True)])
     assert {len(packs) for packs in seen} == {math.ceil(len(data.train) / 3)}

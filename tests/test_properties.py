@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,6 +57,12 @@ def test_a_template_is_its_literals_and_the_fields_as_they_are(parts, end, data)
     text = "".join(literal.translate(escape) + f"{{{name}}}" for literal, name in parts) + end.translate(escape)
     expected = "".join(literal + row[name] for literal, name in parts) + end
     assert Template(text, "data.prompt").fill(Row(row, "line 1")) == expected
+
+
+@pytest.mark.parametrize("text", ["{a:d}", "{a!b}", "{a:{b}}"])
+def test_a_format_that_does_not_fit_a_field_is_one_error(text):
+    with pytest.raises(UserError, match=r"data\.prompt: cannot fill "):
+        Template(text, "data.prompt").fill(Row({"a": "x", "b": "y"}, "line 1"))
 
 
 @given(st.text(alphabet="ab{}.[]!: 0"))

@@ -76,6 +76,17 @@ def test_a_text_file_has_a_row_for_each_unit_that_is_not_blank(tmp_path, unit, t
     assert texts_of(data.train, data) == texts
 
 
+def test_the_lines_of_a_text_file_without_an_empty_line_are_its_rows(tmp_path, caplog):
+    caplog.set_level("INFO", "cola_lightning")
+    source = write(tmp_path / "notes.txt", "One.\nTwo.\nThree.\n")
+    data = attach(TextDataModule(source, val_size=1))
+    data.setup("fit")
+    assert sorted(texts_of([*data.train, *data.val], data)) == ["One.", "Three.", "Two."]
+    assert "notes.txt is one paragraph, so each line is a row; data.text_unit file makes it one" in caplog.text
+    assert read(source, text_unit="file") == {"train": [{"text": "One.\nTwo.\nThree."}]}
+    assert read(write(tmp_path / "line.txt", "One.\n")) == {"train": [{"text": "One."}]}
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl.zst", "rows.csv.zst", "rows.txt.zst", "rows.txt.gz"])
 def test_a_compressed_file_is_read(tmp_path, name):
     texts = [row["text"] for row in ROWS]
@@ -92,6 +103,19 @@ def test_a_folder_that_datasets_has_saved_is_read(tmp_path):
     data = attach(TextDataModule(str(tmp_path / "splits")))
     data.setup("fit")
     assert [len(data.train), len(data.val), len(data.identity["files"])] == [6, 1, 2]
+
+
+def test_a_fit_reads_no_test_split(tmp_path):
+    folder = tmp_path / "rows"
+    for split in ("train", "validation"):
+        write(folder / f"{split}.csv", "text,label\n" + "".join(f"It was {k}.,{k % 2}\n" for k in range(20)))
+    write(folder / "test.csv", "text,label\n")  # which cannot be read
+    for data in (TextDataModule(str(folder)), TemplateDataModule(str(folder), prompt="{text}", options=["no", "yes"])):
+        attach(data).setup("fit")
+        assert [len(data.train), len(data.val)] == [20, 20]
+        assert not data.can_be_tested
+        with pytest.raises(UserError, match=r"test\.csv' cannot be read"):
+            data.setup("test")
 
 
 # ---------------------------------------------------------------------- several
@@ -141,13 +165,8 @@ def test_templates_and_classifiers_take_several_sources(tmp_path):
     fields = [row["text"] for row in templated.fields_of([19, 20, 0])]  # of predicted rows, as the file of predictions has them
     assert fields == ["Is it 19?", "Was it 0?", "Is it 0?"]
     classified = attach(TextClassificationDataModule([first, second]))
-    settled = []
-    classified.trainer.lightning_module.settle_labels = lambda found: (
-        settled.append(found),
-        setattr(classified.trainer.lightning_module, "label_names", found),
-    )
     classified.setup("fit")
-    assert settled == [sorted(labels)]
+    assert classified.label_names == sorted(labels)
     assert {*classified.train["labels"]} == {0, 1, 2}
 
 

@@ -67,7 +67,7 @@ def test_columns_are_named_where_their_names_say_nothing():
     assert find_columns(["prompt", "id"], [], None, has_response=False).columns == {"prompt": "prompt"}
     for wrong, message in [
         ({"prompt": "no"}, "the data has no column 'no'; its columns are document, summary"),
-        ({"x": "summary"}, "'x' is not a part"),
+        ({"x": "summary"}, "'x' is not one of messages"),
         (prompt, "name messages, prompt and response"),
     ]:
         with pytest.raises(UserError, match=rf"data\.columns: .*{message}"):

@@ -4,11 +4,11 @@ import functools
 import importlib.util
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from lightning.pytorch import Trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -297,16 +297,24 @@ def chat_tokenizer(chat, *special, architecture="llama"):
     return made
 
 
-def set_up(data, own, *stages, **module):
-    """A data module after its setup for these stages, as a trainer does it; the module has the tokenizer ``own``."""
-    module = SimpleNamespace(**{"tokenizer": own, "seed": 3} | module)
-    limits = {"limit_val_batches": 1.0, "limit_test_batches": 1.0}
-    data.trainer = SimpleNamespace(
-        lightning_module=module, training=False, predicting=False, world_size=1, global_rank=0, **limits
-    )
+def set_up(data, tokenizer, *stages):
+    """A data module with this tokenizer after its setup for these stages, without a Trainer."""
+    data.tokenizer = tokenizer
     for stage in stages:
         data.setup(stage)
     return data
+
+
+def process(rank=0, n_processes=1, module=None, **limits):
+    """The Trainer of one of several processes, as a data module sees it."""
+
+    class Process(Trainer):
+        world_size, global_rank = n_processes, rank
+
+    run = Process(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, **limits)
+    if module is not None:
+        run.strategy.connect(module)
+    return run
 
 
 def reviews(**arguments):

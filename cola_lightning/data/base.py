@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Sized
 from itertools import cycle, islice
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -181,6 +181,7 @@ class EpochDataModule(LightningDataModule, ABC):
         val: validation rows; empty: the fit runs without validation.
         test: rows of test and predict.
         length_grouped: whether a training batch has rows of similar length.
+        main_process_only: attributes that worker processes do not get, in addition to the trainer.
 
     Args:
         batch_size: rows per training batch.
@@ -205,6 +206,7 @@ class EpochDataModule(LightningDataModule, ABC):
     val: Any
     test: Any
     length_grouped = False
+    main_process_only: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, split_seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
@@ -214,8 +216,8 @@ class EpochDataModule(LightningDataModule, ABC):
         self._order_of_checkpoint: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What collates batches in a worker process that is not forked: all but what belongs to the fit."""
-        return vars(self) | {"trainer": None}
+        """What a worker process that is not forked needs to collate batches."""
+        return {name: value for name, value in vars(self).items() if name not in self.main_process_only} | {"trainer": None}
 
     @abstractmethod
     @override

@@ -1,22 +1,38 @@
 """Conversations to train on, as tokens: each assistant turn once, after the prompt that a server would generate it from."""
 
 import bisect
+import functools
 import itertools
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from cola_lightning.chat_template import ChatTemplate, Conversation, Message, text_of
-from cola_lightning.data.encoding import PROMPT_SHARE, TOO_LONG, LanguageRow, TooLong, n_common, tokenize_continued
+from cola_lightning.data.encoding import TOO_LONG, LanguageRow, TooLong, n_common, room_for_prompt, tokenize_continued
 from cola_lightning.data.rows import each, together
 from cola_lightning.errors import UnusableRow
 
 MODE = "enable_thinking"  # the template variable by which a generation prompt opens a thought or does not
 
 
+class RenderedTurn(NamedTuple):
+    """An assistant turn as text.
+
+    Attributes:
+        conversation: the conversation up to and with the turn.
+        prompt: the turns before it, with the generation prompt.
+        text: the same with the turn.
+    """
+
+    conversation: Conversation
+    prompt: str
+    text: str
+
+
 @dataclass(frozen=True)
-class Turn:
+class EncodedTurn:
     """An assistant turn, in tokens.
 
     Attributes:
@@ -33,7 +49,7 @@ class Turn:
     follows_prompt: bool
     departs: bool
 
-    def is_in_modules(self, other: "Turn") -> bool:
+    def is_in_context_of(self, other: "EncodedTurn") -> bool:
         """Whether a later turn's context contains this one, token by token, so that one row can train both."""
         return self.end <= other.start and self.ids[: self.end] == other.ids[: self.end]
 
@@ -67,26 +83,27 @@ def encode_conversations(
         The rows of each conversation, or the reason why it cannot be used.
     """
 
-    def encode(conversation: Conversation, rows: list[list[Turn]] | UnusableRow) -> list[LanguageRow]:
-        n_tokens = 0  # of the longest row, before it is shortened
+    def encode(conversation: Conversation, turns: list[EncodedTurn] | UnusableRow) -> list[LanguageRow]:
+        n_tokens = 0  # of the longest turn's context, before the conversation is shortened
         while True:
-            if isinstance(rows, UnusableRow):
+            if isinstance(turns, UnusableRow):
                 if (shorter := _without_greeting(conversation)) is None:
-                    raise rows
+                    raise turns
             else:
-                longest = max((row[-1] for row in rows), key=lambda turn: len(turn.ids))
+                longest = max(turns, key=lambda turn: len(turn.ids))
                 n_tokens = n_tokens or len(longest.ids)
                 if n_tokens > max_length and too_long == "skip":
                     raise UnusableRow(TOO_LONG)
                 shorter = _shortened(template, conversation, longest, max_length, shortens_response=shortens_response)
                 if shorter is None:
+                    first, *others = _grouped(turns)
                     n_lost = n_tokens - min(len(longest.ids), max_length)
-                    return [_row(row, max_length, n_lost * (row is rows[0])) for row in rows]
+                    return [_row(first, max_length, n_lost), *(_row(group, max_length, 0) for group in others)]
             conversation = shorter
-            (rows,) = _rows(template, [conversation], notes)
+            (turns,) = _encoded_turns(template, [conversation], notes)
 
-    found = _rows(template, conversations, notes)
-    return each(lambda one: encode(*one), zip(conversations, found, strict=True))
+    all_turns = _encoded_turns(template, conversations, notes)
+    return each(lambda pair: encode(*pair), zip(conversations, all_turns, strict=True))
 
 
 def fit_prompt(template: ChatTemplate, conversation: Conversation, max_length: int) -> str:
@@ -103,7 +120,7 @@ def fit_prompt(template: ChatTemplate, conversation: Conversation, max_length: i
 
 
 def _shortened(
-    template: ChatTemplate, conversation: Conversation, longest: Turn, max_length: int, *, shortens_response: bool
+    template: ChatTemplate, conversation: Conversation, longest: EncodedTurn, max_length: int, *, shortens_response: bool
 ) -> Conversation | None:
     """A shorter conversation, if this one is too long; None if it fits, or if only its response needs to lose its end.
 
@@ -120,12 +137,11 @@ def _shortened(
         return shorter
     if not shortens_response:
         return _without_beginning(template, conversation, n_over)
-    least = max_length // PROMPT_SHARE
-    n_over = longest.start - max(max_length - (len(longest.ids) - longest.start), least)
+    n_over = longest.start - room_for_prompt(max_length, len(longest.ids) - longest.start)
     try:
         return _without_beginning(template, conversation, n_over) if n_over > 0 else None
     except UnusableRow:
-        if longest.start > max_length - least:
+        if longest.start > max_length - room_for_prompt(max_length, max_length):
             raise
         return None  # what is around a short question leaves room for a response
 
@@ -169,56 +185,55 @@ def _without_beginning(template: ChatTemplate, conversation: Conversation, n_tok
 # ---------------------------------------------------------------------- turns in tokens
 
 
-def _rows(
+def _encoded_turns(
     template: ChatTemplate, conversations: Sequence[Conversation], notes: set[str]
-) -> list[list[list[Turn]] | UnusableRow]:
-    """The turns of each conversation, in groups that one row each trains; or the reason why it cannot be used."""
-    contexts = [[one.until(place + 1) for place in one.trained] for one in conversations]
-    texts = each(lambda some: [_render(template, one, notes) for one in some], contexts)
+) -> list[list[EncodedTurn] | UnusableRow]:
+    """The trained turns of each conversation, or the reason why it cannot be used."""
 
-    def turns_of(usable: list[list[tuple[str, str]]]) -> list[list[Turn]]:
-        flat = [one for some, found in zip(contexts, texts, strict=True) if not isinstance(found, UnusableRow) for one in some]
-        turns = iter(_in_a_mode(template, flat, _tokens(template, list(itertools.chain(*usable))), notes))
-        return [list(itertools.islice(turns, len(some))) for some in usable]
+    def rendered(conversation: Conversation) -> list[RenderedTurn]:
+        return [_render(template, conversation.until(place + 1), notes) for place in conversation.trained]
 
-    found = together(turns_of, texts)
-    return each(lambda turns: _in_rows(_stopped(template, turns)), found)
+    texts = each(rendered, conversations)
+    # The turns of all conversations are tokenized together, which is faster.
+    flat = [turn for turns in texts if not isinstance(turns, UnusableRow) for turn in turns]
+    encoded = iter(_in_matching_mode(template, flat, _tokens(template, flat), notes))
+    return each(lambda turns: _stopped(template, [next(encoded) for _ in turns]), texts)
 
 
-def _render(template: ChatTemplate, conversation: Conversation, notes: set[str], **mode: bool) -> tuple[str, str]:
-    """The prompt for the last turn of a conversation, and the conversation with it."""
+def _render(template: ChatTemplate, conversation: Conversation, notes: set[str], **mode: bool) -> RenderedTurn:
+    """The last turn of a conversation as text."""
     before = conversation.until(len(conversation.messages) - 1)
     prompt = template.render(before, is_open=True, **mode)
-    whole = template.render(conversation, is_open=False, **mode)
-    if not whole.startswith(prompt):
-        whole = _continued(prompt, template.render(before, is_open=False, **mode), whole)
-    _check_words(template, conversation.messages[-1], whole[n_common(prompt, whole) :], notes)
-    return prompt, whole
+    text = template.render(conversation, is_open=False, **mode)
+    if not text.startswith(prompt):
+        text = _continued(prompt, template.render(before, is_open=False, **mode), text)
+    _check_words(template, conversation.messages[-1], text[n_common(prompt, text) :], notes)
+    return RenderedTurn(conversation, prompt, text)
 
 
-def _tokens(template: ChatTemplate, texts: Sequence[tuple[str, str]]) -> list[Turn]:
-    """Tokenizes turns, whose prompts and whole texts are given."""
-    prompts, wholes = [prompt for prompt, _ in texts], [whole for _, whole in texts]
-    turns = []
-    for (prompt, whole), tokens in zip(
-        texts, tokenize_continued(template.tokenizer, prompts, wholes, is_whole=True), strict=True
-    ):
+def _tokens(template: ChatTemplate, turns: Sequence[RenderedTurn]) -> list[EncodedTurn]:
+    """Tokenizes turns."""
+    prompts, texts = [turn.prompt for turn in turns], [turn.text for turn in turns]
+    encoded, n_after = [], template.n_after_stop
+    for turn, tokens in zip(turns, tokenize_continued(template.tokenizer, prompts, texts, is_whole=True), strict=True):
         ids, start = tokens.ids, tokens.n_prompt
         special = [k for k in range(start, len(ids)) if ids[k] in template.special_ids]
-        n_after = template.n_after_stop
         end = len(ids) if n_after is None or n_after >= len(special) else special[-1 - n_after] + 1
-        turns.append(Turn(ids, start, end, tokens.is_edge, not whole.startswith(prompt)))
-    return turns
+        encoded.append(EncodedTurn(ids, start, end, tokens.is_edge, not turn.text.startswith(turn.prompt)))
+    return encoded
 
 
-def _in_a_mode(template: ChatTemplate, contexts: Sequence[Conversation], turns: list[Turn], notes: set[str]) -> list[Turn]:
-    """The last turn of each conversation, rendered in the mode whose generation prompt it follows, if there is one."""
+def _in_matching_mode(
+    template: ChatTemplate, rendered: Sequence[RenderedTurn], turns: list[EncodedTurn], notes: set[str]
+) -> list[EncodedTurn]:
+    """The turns, each in the mode of the template whose generation prompt it follows, if there is one."""
     source = str(template.tokenizer.chat_template)
     for mode in (False, True) if MODE in source and MODE not in template.kwargs else ():
         strays = [k for k, turn in enumerate(turns) if not turn.follows_prompt]
-        texts = each(lambda k, mode=mode: _render(template, contexts[k], notes, **{MODE: mode}), strays)  # type: ignore[misc]
-        for k, turn in zip(strays, together(lambda some: _tokens(template, some), texts), strict=True):
-            if isinstance(turn, Turn) and turn.follows_prompt:
+        render = functools.partial(_render, template, notes=notes, **{MODE: mode})  # type: ignore[arg-type]
+        texts = each(render, [rendered[k].conversation for k in strays])
+        for k, turn in zip(strays, together(functools.partial(_tokens, template), texts), strict=True):
+            if isinstance(turn, EncodedTurn) and turn.follows_prompt:
                 turns[k] = turn
                 notes.add(
                     f"assistant turns that do not follow the chat template's generation prompt are rendered with {MODE} "
@@ -263,7 +278,7 @@ def _check_words(template: ChatTemplate, turn: Message, rendered: str, notes: se
         notes.add("the chat template does not render the thoughts of assistant turns")
 
 
-def _stopped(template: ChatTemplate, turns: list[Turn]) -> list[Turn]:
+def _stopped(template: ChatTemplate, turns: list[EncodedTurn]) -> list[EncodedTurn]:
     """A conversation's turns, each with its stop token: that with which the next turn begins, if the template has no other.
 
     If that is none either, the last turn ends with the end of text.
@@ -273,7 +288,7 @@ def _stopped(template: ChatTemplate, turns: list[Turn]) -> list[Turn]:
     stopped = []
     for turn, following in itertools.zip_longest(turns, turns[1:]):
         n, stop = len(turn.ids), template.stop_tokens
-        if following is not None and turn.is_in_modules(following):
+        if following is not None and turn.is_in_context_of(following):
             if template.special_ids.issuperset(following.ids[n : n + 1]):
                 stop = following.ids[n : n + 1]  # a tool's turn, notes, and not the user's
             elif template.is_plain:
@@ -282,21 +297,21 @@ def _stopped(template: ChatTemplate, turns: list[Turn]) -> list[Turn]:
     return stopped
 
 
-def _in_rows(turns: Sequence[Turn]) -> list[list[Turn]]:
-    """A conversation's turns in groups: a turn whose context contains an earlier turn is in the same group."""
-    rows: list[list[Turn]] = []
+def _grouped(turns: Sequence[EncodedTurn]) -> list[list[EncodedTurn]]:
+    """A conversation's turns in groups that one row each trains: a later turn's context contains the earlier turns."""
+    groups: list[list[EncodedTurn]] = []
     for turn in turns:
-        row = next((row for row in rows if row[-1].is_in_modules(turn)), None)
-        if row is None:
-            rows.append(row := [])
-        row.append(turn)
-    return rows
+        group = next((group for group in groups if group[-1].is_in_context_of(turn)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(turn)
+    return groups
 
 
-def _row(turns: Sequence[Turn], max_length: int, n_lost: int) -> LanguageRow:
+def _row(turns: Sequence[EncodedTurn], max_length: int, n_lost: int) -> LanguageRow:
     """The row of turns whose contexts are all in the last one; a response that is too long loses its end."""
     ids = turns[-1].ids[:max_length]
-    spans = [(max(turn.start, 1), min(turn.end, len(ids))) for turn in turns]  # a first token is given
+    spans = [(max(turn.start, 1), min(turn.end, len(ids))) for turn in turns]  # a first token is not predicted
     spans = [(start, end) for start, end in spans if start < end]
     if not spans:
         raise UnusableRow("no words of the assistant")

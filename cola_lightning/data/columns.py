@@ -8,9 +8,9 @@ from typing import Literal, get_args
 from cola_lightning.errors import UserError
 
 Kind = Literal["messages", "prompt", "text"]
-Columns = dict[str, str]  # by part of a row
+Columns = dict[str, str]  # the name of the column in each slot
 
-PARTS = ("messages", "tools", "prompt", "input", "response", "system", "text")
+SLOTS = ("messages", "tools", "prompt", "input", "response", "system", "text")
 CONVERSATIONS = ("messages", "conversations", "conversation")
 # Columns with what is asked, the first one that a data set has, and columns that may answer them.
 ANSWERS = {
@@ -35,8 +35,8 @@ class Reading:
 
     Attributes:
         kind: a conversation, a prompt with its response, or a text.
-        columns: the column of each part.
-        others: columns that could have been taken instead, with the part that they would be.
+        columns: the column in each slot.
+        others: columns that could have been used instead, with the slot of each.
     """
 
     kind: Kind
@@ -44,17 +44,17 @@ class Reading:
     others: Columns
 
     def __str__(self) -> str:
-        """Which columns are taken, for the log."""
-        inputs = [name for part, name in self.columns.items() if part not in ("response", "completion", "system", "tools")]
-        answer = [self.columns[part] for part in ("response", "completion") if part in self.columns]
+        """Which columns are used, for the log."""
+        inputs = [name for slot, name in self.columns.items() if slot not in ("response", "completion", "system", "tools")]
+        answer = [self.columns[slot] for slot in ("response", "completion") if slot in self.columns]
         text = " -> ".join([", ".join(inputs), *answer])
-        text += "".join(f", {part}: {self.columns[part]}" for part in ("system", "tools") if part in self.columns)
-        return text + "".join(f" (or {given(self.columns | {part: name})})" for name, part in self.others.items())
+        text += "".join(f", {slot}: {self.columns[slot]}" for slot in ("system", "tools") if slot in self.columns)
+        return text + "".join(f" (or {as_option(self.columns | {slot: name})})" for name, slot in self.others.items())
 
 
-def given(columns: Columns) -> str:
+def as_option(columns: Columns) -> str:
     """The option that names these columns."""
-    return f"--data.columns '{{{', '.join(f'{part}: {name}' for part, name in columns.items())}}}'"
+    return f"--data.columns '{{{', '.join(f'{slot}: {name}' for slot, name in columns.items())}}}'"
 
 
 def find_columns(
@@ -65,7 +65,7 @@ def find_columns(
     Args:
         names: the data set's columns.
         lists: those that hold lists.
-        chosen: ``data.columns``: the column of each part; None: found by their names.
+        chosen: ``data.columns``: the column in each slot; None: found by their names.
         has_response: whether a prompt needs a column with its response.
 
     Raises:
@@ -81,7 +81,7 @@ def find_columns(
         with contextlib.suppress(UserError):
             return find_columns(names, lists, None)
     optional = {"tools": ("tools",), "system": SYSTEMS}
-    extra = {part: name for part, some in optional.items() if (name := next((n for n in some if n in names), None))}
+    extra = {slot: name for slot, usual in optional.items() if (name := next((n for n in usual if n in names), None))}
     conversations = [{"messages": name} for name in CONVERSATIONS if name in lists]
     if {"prompt", "completion"} <= {*lists}:
         conversations.append({"prompt": "prompt", "completion": "completion"})
@@ -90,39 +90,39 @@ def find_columns(
     if conversations:
         return Reading("messages", conversations[0] | extra, {})
     texts = [name for name in names if name not in lists]
-    found = {prompt: [one for one in responses if one in texts] for prompt, responses in ANSWERS.items() if prompt in texts}
-    fits = [prompt for prompt, responses in found.items() if responses]
+    answers = {prompt: [name for name in usual if name in texts] for prompt, usual in ANSWERS.items() if prompt in texts}
+    answered = [prompt for prompt, responses in answers.items() if responses]
     # Each with the prompt whose answer it is called most often, the first of several: later entries replace earlier ones.
-    pairs = [(ANSWERS[prompt].index(one), prompt, one) for prompt in reversed(fits) for one in found[prompt]]
-    responses = {one: prompt for _, prompt, one in sorted(pairs, key=lambda pair: -pair[0])}
+    pairs = [(ANSWERS[prompt].index(name), prompt, name) for prompt in reversed(answered) for name in answers[prompt]]
+    responses = {name: prompt for _, prompt, name in sorted(pairs, key=lambda pair: -pair[0])}
     if len(responses) > 1:
-        raise _ambiguous({"prompt": prompt, "response": one} for one, prompt in responses.items())
-    if fits or (found and not has_response):
-        (prompt,) = responses.values() or [*found][:1]
+        raise _ambiguous({"prompt": prompt, "response": name} for name, prompt in responses.items())
+    if answered or (answers and not has_response):
+        (prompt,) = responses.values() or [*answers][:1]
         used = {"prompt": prompt}
         inputs = [name for name in INPUTS if name in texts and prompt == "instruction"]
         if inputs:
             used["input"] = inputs[0]
         if responses:
             (used["response"],) = responses
-        others = {name: "prompt" for name in fits if name not in used.values()} | dict.fromkeys(inputs[1:], "input")
+        others = {name: "prompt" for name in answered if name not in used.values()} | dict.fromkeys(inputs[1:], "input")
         return Reading("prompt", used | extra, others)
     if "text" in texts and "role" not in names:  # each row of a tree of messages is a turn
         return Reading("text", {"text": "text"}, {})
     raise UserError(
         f"data.columns: found no conversation, no prompt with a response and no text among the columns "
-        f"{', '.join(names)}. Name them, for example " + given({"prompt": names[0], "response": names[-1]})
+        f"{', '.join(names)}. Name them, for example " + as_option({"prompt": names[0], "response": names[-1]})
     )
 
 
 def _ambiguous(readings: Iterable[Columns]) -> UserError:
-    options = " or ".join(given(one) for one in readings)
+    options = " or ".join(map(as_option, readings))
     return UserError(f"data.columns: two columns fit, and each would train something else: choose {options}")
 
 
 def _chosen_columns(names: Sequence[str], chosen: Mapping[str, str], *, has_response: bool) -> Reading:
-    if unknown := [part for part in chosen if part not in PARTS]:
-        raise UserError(f"data.columns: {unknown[0]!r} is not a part of a row. The parts are {', '.join(PARTS)}")
+    if unknown := [slot for slot in chosen if slot not in SLOTS]:
+        raise UserError(f"data.columns: {unknown[0]!r} is not one of {', '.join(SLOTS)}")
     if missing := [name for name in chosen.values() if name not in names]:
         raise UserError(f"data.columns: the data has no column {missing[0]!r}; its columns are {', '.join(names)}")
     kinds = [kind for kind in get_args(Kind) if kind in chosen]

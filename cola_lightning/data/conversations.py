@@ -13,9 +13,14 @@ from cola_lightning.errors import UnusableRow
 ROLES = {"human": "user", "observation": "tool"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 CALLS = ("function_call", "tool_call")  # roles of turns in which the assistant calls functions, as JSON
 LOSSES = ("weight", "train", "training")  # fields of a turn: 0 or false means no loss
-PART_TEXTS = ("text", "value", "content")  # fields of a part of a turn that may hold its text
+CONTENT_TEXTS = ("text", "value", "content")  # fields that may hold the text, in an item of a content that is a list
 
-Turn = tuple[Message, bool]  # and whether it has a loss
+
+class Turn(NamedTuple):
+    """A message, and whether it may have a loss, which only the assistant's have."""
+
+    message: Message
+    may_train: bool
 
 
 # ---------------------------------------------------------------------- conversations
@@ -26,17 +31,17 @@ def conversation(row: Row, columns: Columns, loss: str = "all") -> Conversation:
 
     Args:
         row: the row.
-        columns: the column of each part.
+        columns: the column in each slot.
         loss: on ``all`` turns of the assistant, or on the ``last`` one alone.
 
     Raises:
         UnusableRow: if no turn of the assistant has a loss, or a turn cannot be read.
     """
     turns = _turns(row, columns)
-    trained = [place for place, (message, has_loss) in enumerate(turns) if message["role"] == "assistant" and has_loss]
+    trained = [place for place, turn in enumerate(turns) if turn.message["role"] == "assistant" and turn.may_train]
     if not trained:
         raise UnusableRow("no assistant turn to train")
-    messages = [message for message, _ in turns[: trained[-1] + 1]]
+    messages = [turn.message for turn in turns[: trained[-1] + 1]]
     return Conversation(messages, _tools(row, columns), tuple(trained[-1:] if loss == "last" else trained))
 
 
@@ -65,10 +70,10 @@ def question(row: Row, kind: Kind, columns: Columns) -> Question:
         target = None if row.get(field) is None else _text(row, field).strip()
         return Question(prompt, Conversation(_prompt_turns(row, columns), _tools(row, columns)), target, prompt[:n_head])
     turns = _turns(row, columns)
-    last = len(turns) - bool(turns and turns[-1][0]["role"] == "assistant")
+    last = len(turns) - bool(turns and turns[-1].message["role"] == "assistant")
     if "completion" in columns:
-        last = next((k for k, (_, has_loss) in enumerate(turns) if has_loss), len(turns))
-    messages = [message for message, _ in turns]
+        last = next((place for place, turn in enumerate(turns) if turn.may_train), len(turns))
+    messages = [turn.message for turn in turns]
     if not last:
         raise UnusableRow("no turn to answer")
     target = text_of(messages[last]["content"]).strip() if last < len(messages) else None
@@ -78,43 +83,41 @@ def question(row: Row, kind: Kind, columns: Columns) -> Question:
 def _turns(row: Row, columns: Columns) -> list[Turn]:
     """A row's turns, cleaned: none is empty, and no two neighbours are the user's, the system's or the assistant's."""
     if "messages" not in columns and "completion" not in columns:
-        return [(message, True) for message in [*_prompt_turns(row, columns), _answer(row, columns)]]
-    turns: list[Turn] = []
+        return [Turn(message, may_train=True) for message in [*_prompt_turns(row, columns), _answer(row, columns)]]
     if "messages" in columns:
-        turns += _given_turns(row, columns["messages"])
+        turns = [*_stored_turns(row, columns["messages"])]
     else:
-        turns += [(message, False) for message, _ in _given_turns(row, columns["prompt"])]
-        turns += _given_turns(row, columns["completion"])
+        turns = [turn._replace(may_train=False) for turn in _stored_turns(row, columns["prompt"])]
+        turns += _stored_turns(row, columns["completion"])
     system = _optional(row, columns, "system")
-    if system and (not turns or text_of(turns[0][0]["content"]) != system):
-        turns.insert(0, ({"role": "system", "content": system}, False))
-    joined: list[Turn] = []
-    for message, has_loss in turns:
+    if system and (not turns or text_of(turns[0].message["content"]) != system):
+        turns.insert(0, Turn({"role": "system", "content": system}, may_train=False))
+    cleaned: list[Turn] = []
+    for turn in filter(_has_words, turns):
         # What the assistant says before the user's first turn is context.
-        has_loss = has_loss and any(one["role"] == "user" for one, _ in joined)
-        if not _has_words(message):
-            continue
-        if joined and _can_join(joined[-1], (message, has_loss)):
-            before, _ = joined.pop()
-            both = "\n\n".join(text_of(one["content"]) for one in (before, message))
-            message = before | message | {"content": both}
-        joined.append((message, has_loss))
-    return joined
+        turn = turn._replace(may_train=turn.may_train and any(before.message["role"] == "user" for before in cleaned))
+        if cleaned and _can_join(cleaned[-1], turn):
+            before = cleaned.pop()
+            both = "\n\n".join(text_of(some.message["content"]) for some in (before, turn))
+            turn = turn._replace(message=before.message | turn.message | {"content": both})
+        cleaned.append(turn)
+    return cleaned
 
 
-def _has_words(message: Message) -> bool:
+def _has_words(turn: Turn) -> bool:
+    message = turn.message
     is_silent = message["role"] == "tool" or message.get("tool_calls") or message.get("reasoning_content")
     return bool(is_silent or text_of(message["content"]).strip())
 
 
-def _can_join(before: Turn, after: Turn) -> bool:
-    (first, first_loss), (second, second_loss) = before, after
-    is_plain = not any(message.get(name) for message in (first, second) for name in ("tool_calls", "reasoning_content"))
-    same = first["role"] == second["role"] != "tool"
-    return same and is_plain and (first_loss == second_loss or first["role"] != "assistant")
+def _can_join(first: Turn, second: Turn) -> bool:
+    messages, role = (first.message, second.message), first.message["role"]
+    is_plain = not any(message.get(name) for message in messages for name in ("tool_calls", "reasoning_content"))
+    is_same_role = role == second.message["role"] != "tool"
+    return is_same_role and is_plain and (first.may_train == second.may_train or role != "assistant")
 
 
-def _given_turns(row: Row, field: str) -> Iterator[Turn]:
+def _stored_turns(row: Row, field: str) -> Iterator[Turn]:
     """The turns in a field: ``role`` and ``content``, ``from`` and ``value``, or pairs of ``input`` and ``output``.
 
     A turn's other fields stay, except for null: Arrow gives each turn the fields of all.
@@ -124,7 +127,7 @@ def _given_turns(row: Row, field: str) -> Iterator[Turn]:
         raise row.refused(field, "a list of turns")
     for turn in map(without_null, turns):
         if {"input", "output"} <= turn.keys():
-            yield from ((message, True) for message in [*user_turn(turn["input"]), assistant_turn(turn["output"])])
+            yield from (Turn(message, True) for message in [*user_turn(turn["input"]), assistant_turn(turn["output"])])
             continue
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str):
@@ -133,20 +136,20 @@ def _given_turns(row: Row, field: str) -> Iterator[Turn]:
         message = {**others, "role": ROLES.get(role, role), "content": _content(content)}
         if role in CALLS:
             message |= {"role": "assistant", "content": None, "tool_calls": _calls(text_of(message["content"]))}
-        yield message, all(turn.get(name, True) for name in LOSSES)
+        yield Turn(message, all(turn.get(name, True) for name in LOSSES))
 
 
 def _content(content: Any) -> Any:
     """A turn's content: text, a list of text parts, or None."""
     if content is None or isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else [content]
+    items = content if isinstance(content, list) else [content]
     texts = [
-        part if isinstance(part, str) else next((part[name] for name in PART_TEXTS if isinstance(part.get(name), str)), None)
-        for part in parts
-        if isinstance(part, dict | str)
+        item if isinstance(item, str) else next((item[name] for name in CONTENT_TEXTS if isinstance(item.get(name), str)), None)
+        for item in items
+        if isinstance(item, dict | str)
     ]
-    if len(texts) < len(parts) or None in texts:
+    if len(texts) < len(items) or None in texts:
         raise UnusableRow("a turn that is not text")
     return [{"type": "text", "text": text} for text in texts]
 
@@ -229,8 +232,8 @@ def _text(row: Row, field: str) -> str:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else row.text(field)
 
 
-def _optional(row: Row, columns: Columns, part: str) -> str:
+def _optional(row: Row, columns: Columns, slot: str) -> str:
     """A text that a row may lack; empty if it is blank."""
-    field = columns.get(part, "")
+    field = columns.get(slot, "")
     text = "" if row.get(field) is None else row.text(field)
     return text if text.strip() else ""

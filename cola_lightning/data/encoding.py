@@ -19,7 +19,6 @@ from cola_lightning.errors import UnusableRow
 LanguageRow = dict[str, Any]
 TooLong = Literal["shorten", "skip"]
 TOO_LONG = "longer than data.max_length"
-PROMPT_SHARE = 4  # a long response leaves its prompt at least a quarter of the longest sequence
 
 
 class Pair(NamedTuple):
@@ -55,6 +54,11 @@ class PromptRow:
 
 
 # ---------------------------------------------------------------------- tokens
+
+
+def room_for_prompt(max_length: int, n_response: int) -> int:
+    """How many tokens a prompt may have: what its response leaves of ``max_length``, but at least a quarter of it."""
+    return max(max_length - n_response, max_length // 4)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], *, is_whole: bool = False) -> list[list[int]]:
@@ -107,14 +111,12 @@ def tokenize_continued(
     tokens, encodings = _tokenize(tokenizer, texts, is_whole=is_whole)
     end, followed = tokenize(tokenizer, ["\n", "\na"], is_whole=True)
     keeps_line_end = bool(end) and followed[: len(end)] == end
-    found = [
-        _visible_edge(*one, keeps_line_end=keeps_line_end)
-        for one in zip(prompts, texts, encodings or [None] * len(texts), strict=True)
-    ]
-    unseen = [prompt for prompt, n in zip(prompts, found, strict=True) if n is None]
+    triples = zip(prompts, texts, encodings or [None] * len(texts), strict=True)
+    edges = [_visible_edge(*triple, keeps_line_end=keeps_line_end) for triple in triples]
+    unseen = [prompt for prompt, n in zip(prompts, edges, strict=True) if n is None]
     others = iter(tokenize(tokenizer, unseen, is_whole=is_whole))
     continued = []
-    for ids, n in zip(tokens, found, strict=True):
+    for ids, n in zip(tokens, edges, strict=True):
         before = next(others) if n is None else ids[:n]
         n_prompt = n_common(before, ids)
         continued.append(Continued(ids, n_prompt, n_prompt == len(before)))
@@ -160,8 +162,8 @@ def identity_of_tokenizer(tokenizer: Any) -> str | None:
         return None
     identity = transformers.__version__, tokenizers.__version__, kind.__module__, kind.__qualname__
     # The backend's serialisation omits split_special_tokens.
-    own = tokenizer.split_special_tokens, tokenizer.special_tokens_map, tokenizer.chat_template
-    return hashlib.sha256(repr((identity, own, tokenizer.backend_tokenizer.to_str())).encode()).hexdigest()
+    settings = tokenizer.split_special_tokens, tokenizer.special_tokens_map, tokenizer.chat_template
+    return hashlib.sha256(repr((identity, settings, tokenizer.backend_tokenizer.to_str())).encode()).hexdigest()
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[LanguageRow] | UnusableRow]:
@@ -171,8 +173,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[
         ids = _ended(ids, end)
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
         # A first token is not predicted.
-        found: list[LanguageRow] = [{"input_ids": one, "spans": [1, len(one)]} for one in pieces if len(one) > 1]
-        rows.append(found or UnusableRow("no text"))
+        encoded: list[LanguageRow] = [{"input_ids": piece, "spans": [1, len(piece)]} for piece in pieces if len(piece) > 1]
+        rows.append(encoded or UnusableRow("no text"))
     return rows
 
 
@@ -194,18 +196,18 @@ def encode_responses(
     prompts, texts = [pair.prompt.rstrip(" ") for pair in pairs], [pair.prompt + pair.response for pair in pairs]
     end = end_of_text(tokenizer)
 
-    def row(one: tuple[Pair, Continued]) -> list[LanguageRow]:
-        pair, text = one
+    def row(pair_and_text: tuple[Pair, Continued]) -> list[LanguageRow]:
+        pair, text = pair_and_text
         if text.n_prompt == len(text.ids):
             raise UnusableRow("no response")
         ids, n_prompt = _ended(text.ids, end), text.n_prompt
         if len(ids) > max_length:
             if too_long == "skip":
                 raise UnusableRow(TOO_LONG)
-            room = max(max_length - (len(ids) - n_prompt), max_length // PROMPT_SHARE)
+            room = room_for_prompt(max_length, len(ids) - n_prompt)
             prompt = truncate_left(ids[:n_prompt], room, tokenizer, pair.prompt[: pair.n_head])
-            kept = [*prompt, *ids[n_prompt:]][:max_length]
-            return [_row(kept, len(prompt), len(ids) - len(kept))]
+            shortened = [*prompt, *ids[n_prompt:]][:max_length]
+            return [_row(shortened, len(prompt), len(ids) - len(shortened))]
         return [_row(ids, n_prompt, 0)]
 
     return each(row, zip(pairs, tokenize_continued(tokenizer, prompts, texts), strict=True))

@@ -13,7 +13,7 @@ from typing_extensions import override
 from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.data.chat import fit_prompt
-from cola_lightning.data.encoding import PROMPT_SHARE, TOO_LONG, TooLong, n_common, pad_left, tokenize, truncate_left
+from cola_lightning.data.encoding import TOO_LONG, TooLong, n_common, pad_left, room_for_prompt, tokenize, truncate_left
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.data.source import TokenizedDataModule
@@ -141,18 +141,18 @@ def encode_examples(
         used = example.right() if is_learned else example
         prompt = template.prompt(Conversation(user_turn(used.prompt))) if template else used.prompt
         begin = str.lstrip if is_chat and example.is_generated else str  # an answer is then the assistant's whole turn
-        found = [prompt, *(prompt + begin(option) for option in used.options)]
-        return found if is_chat else [text.lstrip().rstrip(" ") for text in found]
+        written = [prompt, *(prompt + begin(option) for option in used.options)]
+        return written if is_chat else [text.lstrip().rstrip(" ") for text in written]
 
-    def tokens(some: list[list[str]]) -> Iterator[list[list[int]]]:
-        ids = iter(tokenize(tokenizer, [text for one in some for text in one], is_whole=is_chat))
-        return (list(itertools.islice(ids, len(one))) for one in some)
+    def tokens(several: list[list[str]]) -> Iterator[list[list[int]]]:
+        ids = iter(tokenize(tokenizer, [*itertools.chain.from_iterable(several)], is_whole=is_chat))
+        return (list(itertools.islice(ids, len(written))) for written in several)
 
-    def encode(one: tuple[Example, Any]) -> EncodedExample:
-        example, found = one
-        if isinstance(found, UnusableRow):
-            raise found
-        prompt, *wholes = found
+    def encode(example_and_tokens: tuple[Example, Any]) -> EncodedExample:
+        example, tokenized = example_and_tokens
+        if isinstance(tokenized, UnusableRow):
+            raise tokenized
+        prompt, *wholes = tokenized
         befores, options = [ids[: len(prompt)] for ids in wholes], [ids[len(prompt) :] for ids in wholes]
         if not prompt or not all(options):
             raise UnusableRow("the prompt, or an option, adds no tokens")
@@ -164,7 +164,7 @@ def encode_examples(
         if n_option >= room:  # one token of the prompt must stay
             if not example.is_generated:
                 raise UnusableRow(f"an option is {TOO_LONG}")
-            n_option = max(1, room - max(2, room // PROMPT_SHARE))
+            n_option = max(1, room - max(2, room_for_prompt(room, n_option)))
             options = [ids[:n_option] for ids in options]
         if n_lost and template:  # the template's tokens around the prompt stay
             text = fit_prompt(template, Conversation(user_turn(example.prompt)), room - n_option)
@@ -211,9 +211,9 @@ def collate_options(
     n_options = max(len(row.option_ids) for row in rows)
     option_ids, option_rows, first = list[list[int]](), torch.zeros(len(rows), n_options, dtype=torch.long), 0
     for i, row in enumerate(rows):
-        n_own = len(row.option_ids)
-        option_ids += [*row.option_ids, *[[]] * (n_options - n_own)]
-        option_rows[i, :n_own] = torch.tensor(row.prefix_of) + first
+        n = len(row.option_ids)
+        option_ids += [*row.option_ids, *[[]] * (n_options - n)]
+        option_rows[i, :n] = torch.tensor(row.prefix_of) + first
         first += len(row.prefixes)
     if any(row.example.accepted for row in rows):
         right = [row.example.accepted or [row.example.answer] for row in rows]
@@ -276,7 +276,8 @@ class OptionBatches(TokenizedDataModule):
         if None in self._options_seen:
             return {"kind": "answer", "chat_template": self.apply_chat_template, "prompt": prompt}
         if options is None and len(self._options_seen) == 1:
-            options = [option.replace("{", "{{").replace("}", "}}") for one in self._options_seen for option in one or ()]
+            (seen,) = self._options_seen
+            options = [option.replace("{", "{{").replace("}", "}}") for option in seen or ()]
         return {"kind": "options", "chat_template": self.apply_chat_template, "prompt": prompt, "options": options}
 
     def templates(self) -> tuple[str | None, list[str] | str | None]:
@@ -309,9 +310,9 @@ class OptionBatches(TokenizedDataModule):
             part: ``train``, ``val``, ``test`` or ``predict``.
         """
         encode = functools.partial(self.encode_examples, is_learned=part == "train")
-        encoded, report = rows.encoded(lambda some: together(encode, each(example, some)))
-        report.n_shortened, report.n_lost = sum(one.n_lost > 0 for one in encoded), sum(one.n_lost for one in encoded)
-        report.n_tokens = sum(len(prefix) + 1 for one in encoded for prefix in one.prefixes)
+        encoded, report = rows.encoded(lambda some_rows: together(encode, each(example, some_rows)))
+        report.n_shortened, report.n_lost = sum(row.n_lost > 0 for row in encoded), sum(row.n_lost for row in encoded)
+        report.n_tokens = sum(len(prefix) + 1 for row in encoded for prefix in row.prefixes)
         return encoded, report
 
     @override
@@ -335,6 +336,7 @@ class OptionDataModule(OptionBatches):
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Encodes examples; one that cannot be used is an error."""
+        self.set_tokenizer()
         encoded = list[EncodedExample]()
         for example, outcome in zip(examples, self.encode_examples(examples), strict=True):
             if isinstance(outcome, UnusableRow):

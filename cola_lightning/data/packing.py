@@ -47,7 +47,7 @@ class Packs:
         """The rows of several packs, read together."""
         places = [self.places[self.ends[pack - 1] if pack else 0 : self.ends[pack]].tolist() for pack in packs]
         rows = iter(self.rows.__getitems__(list(chain.from_iterable(places))))
-        return [[next(rows) for _ in own] for own in places]
+        return [[next(rows) for _ in places_of_pack] for places_of_pack in places]
 
 
 def best_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:

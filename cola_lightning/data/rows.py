@@ -3,23 +3,24 @@
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 
-from cola_lightning.constants import WHOLE_NUMBER
+from cola_lightning.data.drawing import as_count, draw
 from cola_lightning.data.report import RowReport
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 S = TypeVar("S")
 T = TypeVar("T")
-# Makes, of each row, rows of tokens or the reason why it cannot be used. It adds notes to its second argument, for the log.
+# Encodes each row as one or more rows of tokens, or returns why it cannot be used. It adds lines for the log to the set.
 Encode = Callable[["list[Row]", set[str]], "Sequence[list[dict[str, Any]] | UnusableRow]"]
 
 ENCODED_TOGETHER = 1_000  # rows
 WORTH_A_BAR = 20_000  # rows, whose preparation takes seconds
+VALIDATION_SHARE, MOST_VALIDATION_ROWS = 0.1, 1_000  # of the training rows, if there is no validation split
 
 
 class Row(dict[str, Any]):
@@ -70,48 +71,21 @@ class Row(dict[str, Any]):
         """A field that holds an object."""
         return Row(self._typed(field, dict, "an object"), self.place)
 
-    def has_target(self, path: str, labels: Collection[str] | None = None) -> bool:
-        """Whether the row has a label or an answer; true if it may not be missing: reading it then raises the error.
+    def at(self, path: str) -> tuple["Row", str]:
+        """The object with a field, and the field's name: one of the row, or one inside another (``answers.text``)."""
+        outer, dot, inner = path.partition(".")
+        return self.inner(outer).at(inner) if dot and path not in self else (self, path)
 
-        Args:
-            path: a field, or one inside another (``answers.text``). Null, an empty text or list, and -1 count as missing.
-            labels: the known labels; the text ``-1``, as a CSV file has it, then counts as missing unless it is one of them.
-                None: the target is an answer, and that text may be one.
-        """
+    def has_answer(self, path: str) -> bool:
+        """Whether the row has an answer in a field; true if it may not be missing: reading it then raises the error."""
         if not self.may_lack_target:
             return True
-        value: Any = self
-        for field in path.split("."):
-            value = value.get(field) if isinstance(value, dict) else None
-        value = value.strip() if isinstance(value, str) else value
-        return value not in (None, "", [], -1) and not (value == "-1" and labels is not None and value not in labels)
-
-    def label(self, field: str, n_labels: int) -> int | None:
-        """A field that holds a label from 0 to ``n_labels - 1``; true and 1.0 are 1. Null and -1 mean no label.
-
-        Returns:
-            The label; None if it is missing and the row may lack it.
-        """
-        if not self.has_target(field, labels=()):
-            return None
-        value = plain_label(self[field])
-        if isinstance(value, str) and WHOLE_NUMBER.fullmatch(value):  # all values of a CSV file are text
-            value = int(value)
-        if not isinstance(value, int) or not 0 <= value < n_labels:
-            raise self.refused(field, f"a label from 0 to {n_labels - 1}")
-        return value
-
-
-def plain_label(value: Any) -> Any:
-    """A label without surrounding white space, or as a whole number if it equals one.
-
-    Example:
-        >>> [plain_label(value) for value in (" good ", 3, 1.0, True, 0.5)]
-        ['good', 3, 1, 1, 0.5]
-    """
-    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
-        return int(value)
-    return value.strip() if isinstance(value, str) else value
+        try:
+            holder, field = self.at(path)
+            value = holder[field]
+        except UserError:
+            return False
+        return (value.strip() if isinstance(value, str) else value) not in (None, "", [], -1)
 
 
 def without_null(value: Any) -> Any:
@@ -139,11 +113,13 @@ class Rows:
         lists: the names of the fields that hold lists.
         class_names: for each field that holds a class index, the class names, if the data has them.
         may_lack_targets: whether their labels or answers may be missing, as in rows to be predicted.
-        columns_given: the columns that the user has named for their source alone; None: those of the data module.
+        source_columns: the columns that the user has named for their source alone; None: those of the data module.
+        drawing: how parts are drawn from these rows, for the log.
     """
 
     may_lack_targets = False
-    columns_given: Mapping[str, str] | None = None
+    source_columns: Mapping[str, str] | None = None
+    drawing = "by data.split_seed"
 
     def __init__(self, data: Any, place: str, numbers: Any = None) -> None:
         import datasets
@@ -158,11 +134,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, some: Any) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         """Some of the rows, as Rows; or one, as a Row."""
-        if isinstance(some, slice):
-            return self.of(self.numbers[some])
-        return self._row(self.data[int(self.numbers[some])], int(self.numbers[some]))
+        if isinstance(index, slice):
+            return self.at_numbers(self.numbers[index])
+        return self._row(self.data[int(self.numbers[index])], int(self.numbers[index]))
 
     def __iter__(self) -> Iterator[Row]:
         for number, fields in zip(self.numbers, self._selected(), strict=True):
@@ -177,15 +153,40 @@ class Rows:
         is_all = np.array_equal(self.numbers, np.arange(len(self.data)))
         return self.data if is_all else self.data.select(self.numbers)
 
-    def of(self, numbers: Any) -> "Rows":
-        """Other rows of the same split."""
+    def at_numbers(self, numbers: Any) -> "Rows":
+        """Other rows of the same split, by their positions in it."""
         other = copy.copy(self)
         other.numbers = np.asarray(numbers, dtype=np.int64)
         return other
 
+    @property
+    def default_val_size(self) -> int:
+        """How many of these rows are drawn for validation if there is no validation split."""
+        return min(as_count(VALIDATION_SHARE, len(self)), MOST_VALIDATION_ROWS)
+
+    def drawn(self, sizes: Mapping[str, float | None], seed: int, groups: Sequence[object] | None = None) -> dict[str, "Rows"]:
+        """Disjoint parts of the rows, see :func:`~cola_lightning.data.drawing.draw`; in their order if one part takes all.
+
+        Args:
+            sizes: the size of each part, ``train``, ``val`` or ``test``; None: the rest.
+            seed: the permutation's seed.
+            groups: each row's group.
+
+        Raises:
+            UserError: if there are fewer rows than the parts need.
+        """
+        if [*sizes.values()] == [None]:
+            return dict.fromkeys(sizes, self)
+        counts = {part: None if size is None else as_count(size, len(self)) for part, size in sizes.items()}
+        rest = max(len(self) - sum(count or 0 for count in counts.values()), 1)
+        needed = [rest if count is None else count for count in counts.values()]
+        what = f"{' + '.join(f'data.{part}_size' for part in counts)}, of {self.place}"
+        drawn = draw(len(self), needed, seed, what, groups)
+        return {part: self.at_numbers(self.numbers[places]) for part, places in zip(counts, drawn, strict=True)}
+
     def lacking_targets(self) -> "Rows":
         """The same rows in their order in the split; their labels or answers may be missing."""
-        other = self.of(np.sort(self.numbers))
+        other = self.at_numbers(np.sort(self.numbers))
         other.may_lack_targets = True
         return other
 
@@ -194,20 +195,20 @@ class Rows:
         return list(self._selected().unique(field))
 
     def encoded(self, encode: Callable[[list[Row]], Iterable[T | UnusableRow]]) -> tuple[list[T], RowReport]:
-        """What is made of the rows that can be used, in a list; and a report on all of them.
+        """A list of the rows that can be used, encoded, and a report on all rows.
 
         Args:
-            encode: makes something of each row, or the reason why it cannot be used; called with a thousand rows at a time.
+            encode: encodes each row, or returns the reason why it cannot be used; called with a thousand rows at a time.
         """
-        made, report = list[T](), RowReport(len(self))
+        encoded, report = list[T](), RowReport(len(self))
         for start in range(0, len(self), ENCODED_TOGETHER):
             rows = list(self[start : start + ENCODED_TOGETHER])
             for row, outcome in zip(rows, encode(rows), strict=True):
                 if isinstance(outcome, UnusableRow):
                     report.skip(str(outcome), row.place)
                 else:
-                    made.append(outcome)
-        return made, report
+                    encoded.append(outcome)
+        return encoded, report
 
     def mapped(
         self, encode: Encode, features: Mapping[str, Any], identity: str | None, num_proc: int | None = None
@@ -231,15 +232,16 @@ class Rows:
 
         def batch(columns: dict[str, list[Any]], places: list[int]) -> dict[str, list[Any]]:
             fields = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            rows = [self._row(one, int(self.numbers[place])) for one, place in zip(fields, places, strict=True)]
-            notes, made = set[str](), list[dict[str, Any]]()
+            rows = [self._row(values, int(self.numbers[place])) for values, place in zip(fields, places, strict=True)]
+            notes, encoded = set[str](), list[dict[str, Any]]()
             for row, outcome in zip(rows, encode(rows, notes), strict=True):
                 # A row that is skipped leaves one without tokens, which holds the reason.
-                made += [{"skipped": [str(outcome), row.place]}] if isinstance(outcome, UnusableRow) else outcome
-            for one in made:
-                one["length"] = len(one.get("input_ids", ()))
-            made[0]["notes"] = sorted(notes)  # each row has made at least one
-            return {name: [one.get(name, [] if isinstance(kind, list) else 0) for one in made] for name, kind in stored.items()}
+                encoded += [{"skipped": [str(outcome), row.place]}] if isinstance(outcome, UnusableRow) else outcome
+            for line in encoded:
+                line["length"] = len(line.get("input_ids", ()))
+            encoded[0]["notes"] = sorted(notes)  # each row becomes at least one line
+            empty: dict[str, Any] = {name: [] if isinstance(kind, list) else 0 for name, kind in stored.items()}
+            return {name: [line.get(name, value) for line in encoded] for name, value in empty.items()}
 
         paths = [file["filename"] for file in self.data.cache_files]
         files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
@@ -283,25 +285,25 @@ def _without_skipped(data: Any, n_rows: int) -> tuple[Any, RowReport]:
 
 
 def each(make: Callable[[S], T], items: Iterable[S | UnusableRow]) -> list[T | UnusableRow]:
-    """Makes something of each item. Where that cannot be done, the reason stands in its place.
+    """The result of a function for each item, or the reason why an item cannot be used.
 
     Args:
-        make: makes something of an item, or raises an UnusableRow.
+        make: the function; it may raise an UnusableRow.
         items: the items; a reason among them stays in its place.
     """
-    made = list[T | UnusableRow]()
+    outcomes = list[T | UnusableRow]()
     for item in items:
         try:
-            made.append(item if isinstance(item, UnusableRow) else make(item))
+            outcomes.append(item if isinstance(item, UnusableRow) else make(item))
         except UnusableRow as reason:
-            made.append(reason)
-    return made
+            outcomes.append(reason)
+    return outcomes
 
 
 def together(make: Callable[[list[S]], Iterable[T]], items: Sequence[S | UnusableRow]) -> list[T | UnusableRow]:
-    """Makes something of all usable items at once, such as their tokens; the reasons among them stay in their places."""
-    made = iter(make([item for item in items if not isinstance(item, UnusableRow)]))
-    return [item if isinstance(item, UnusableRow) else next(made) for item in items]
+    """The results of a function that takes all usable items at once; the reasons among the items stay in their places."""
+    results = iter(make([item for item in items if not isinstance(item, UnusableRow)]))
+    return [item if isinstance(item, UnusableRow) else next(results) for item in items]
 
 
 @contextmanager

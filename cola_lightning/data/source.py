@@ -15,31 +15,19 @@ from typing_extensions import override
 
 from cola_lightning import __version__
 from cola_lightning.data.base import EpochDataModule, check_sizes
+from cola_lightning.data.drawing import as_count, check_shares, draw
 from cola_lightning.data.encoding import TOO_LONG, TooLong, identity_of_tokenizer
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Encode, Rows
-from cola_lightning.data.splits import (
-    Splits,
-    TextUnit,
-    as_count,
-    check_shares,
-    choose_split,
-    draw,
-    draw_parts,
-    files_identity,
-    is_file,
-    is_on_hub,
-    load_splits,
-)
+from cola_lightning.data.splits import Splits, TextUnit, choose_split, files_identity, is_file, is_on_hub, load_splits
 from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-DRAWN_SHARE, MOST_DRAWN = 0.1, 1_000  # of the training rows, for validation where it has no split
-ENCODING = 2  # counted up where the same rows are encoded otherwise: what is cached is then of no use
+ENCODING = 3  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 PURPOSES = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
-PARTS = {"fit": ["train", "val"], "validate": ["val"]}  # that a stage needs; other stages: test
+STAGE_PARTS = {"fit": ["train", "val"], "validate": ["val"]}  # the parts that a stage needs; other stages: test
 
 
 class TokenizedDataModule(EpochDataModule):
@@ -55,9 +43,11 @@ class TokenizedDataModule(EpochDataModule):
             ``false``: shuffle the rows.
 
     Attributes:
+        tokenizer: the tokenizer of the module that is trained. To use the rows without a Trainer, set it before ``setup``.
         too_long: whether a row that is longer than ``max_length`` is shortened, or skipped and counted.
     """
 
+    tokenizer: Any = None
     too_long: TooLong = "shorten"
 
     def __init__(
@@ -73,18 +63,11 @@ class TokenizedDataModule(EpochDataModule):
         self.length_grouped = length_grouped
         check_sizes(max_length=max_length)
         self._max_length = max_length
-        self._tokenizer_of_worker: Any = None
 
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | ({"_tokenizer_of_worker": self.tokenizer} if self.trainer else {})
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the module that is trained."""
-        if self.trainer is None and self._tokenizer_of_worker is not None:
-            return self._tokenizer_of_worker
-        return cast(Any, self.trainer).lightning_module.tokenizer
+    def set_tokenizer(self) -> None:
+        """Sets ``tokenizer`` to that of the trainer's module, if there is a trainer."""
+        if self.trainer is not None:
+            self.tokenizer = cast(Any, self.trainer.lightning_module).tokenizer
 
     @override
     def length(self, row: Any) -> int:
@@ -130,7 +113,8 @@ class SourceDataModule(TokenizedDataModule):
             all rows of a single file; otherwise the test rows, else the validation split, else the train split.
         subset: name of a configuration of a data set on the hub.
         revision: branch, tag or commit of a data set on the hub.
-        text_unit: what a row of a ``.txt`` file is: the ``file``, a ``line``, or a ``paragraph``: text between empty lines.
+        text_unit: what a row of a ``.txt`` file is: the ``file``, a ``line``, or a ``paragraph``: text between empty lines. The
+            lines of a file that is one paragraph are its rows.
         train_split: the split with the training rows.
         val_split: the validation split; ``null``: the first of the names above that there is.
         test_split: the split that test and predict read; ``null``: ``test``, if there is one.
@@ -154,6 +138,7 @@ class SourceDataModule(TokenizedDataModule):
         too_long: ``shorten`` a row longer than ``max_length``, or ``skip`` and count it; plain text is split in any case.
     """
 
+    main_process_only = frozenset({"_splits", "_predicted"})
     _predicted: Any = None  # the rows that predict takes, if each is encoded
 
     def __init__(
@@ -191,11 +176,6 @@ class SourceDataModule(TokenizedDataModule):
         self.max_skipped, self.too_long = max_skipped, too_long
         self._logged: set[str] = set()
 
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        """In a worker process nothing is read: batches arrive as rows."""
-        return {name: value for name, value in super().__getstate__().items() if name not in ("_splits", "_predicted")}
-
     # ------------------------------------------------------------------ sources
 
     def _listed(self) -> list[Source]:
@@ -204,46 +184,47 @@ class SourceDataModule(TokenizedDataModule):
         elif self.subset or self.revision or not self.source:
             raise UserError("data.source: a list needs at least one entry. Set subset and revision in each entry")
         else:
-            listed = [Source(one) if isinstance(one, str) else one for one in self.source]
-        for one in listed:
-            named = [f"data.{name}" for name in ("subset", "revision") if getattr(one, name) is not None]
-            if named and not is_on_hub(one.source):
-                raise UserError(f"{named[0]} works with data sets of the hub only, but {one.source!r} is a local path")
-            if not 0 < one.share <= 1:
-                raise UserError(f"data.source: share must be above 0 and at most 1, got {one.share}")
+            listed = [Source(entry) if isinstance(entry, str) else entry for entry in self.source]
+        for entry in listed:
+            hub_options = [f"data.{name}" for name in ("subset", "revision") if getattr(entry, name) is not None]
+            if hub_options and not is_on_hub(entry.source):
+                raise UserError(f"{hub_options[0]} works with data sets of the hub only, but {entry.source!r} is a local path")
+            if not 0 < entry.share <= 1:
+                raise UserError(f"data.source: share must be above 0 and at most 1, got {entry.share}")
         return listed
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """Each source, and its revision on the hub, or the size and hash of its files, which are computed once."""
-        found = []
-        for one in self.sources:
-            named = {name: value for name, value in asdict(one).items() if value and (name, value) != ("share", 1)}
-            found.append(named | files_identity(one.source))
-        return found[0] if len(found) == 1 else {"sources": found}
+        identities = []
+        for source in self.sources:
+            options = {name: value for name, value in asdict(source).items() if value and (name, value) != ("share", 1)}
+            identities.append(options | files_identity(source.source))
+        return identities[0] if len(identities) == 1 else {"sources": identities}
 
     @functools.cached_property
     def _splits(self) -> list[Splits[Any]]:
         """The splits of each source."""
-        return [
-            {name: functools.partial(self._used, one, read) for name, read in splits.items()}
-            for one in self.sources
-            for splits in [load_splits(one.source, one.subset, one.revision, self.text_unit)]
-        ]
+        return [self.splits_of(source) for source in self.sources]
+
+    def splits_of(self, source: Source) -> Splits[Any]:
+        """The splits of a source, each with the share of its rows that is used."""
+        splits = load_splits(source.source, source.subset, source.revision, self.text_unit)
+        return {name: functools.partial(self._used, source, read) for name, read in splits.items()}
 
     def _used(self, source: Source, read: Callable[[], Rows]) -> Rows:
         """The rows of a split that are used, in their order."""
         rows = read()
         n_rows = as_count(float(source.share), len(rows))
         if n_rows < len(rows):
-            rows = rows.of(np.sort(draw(len(rows), [n_rows], self.split_seed, rows.place)[0]))
-        rows.columns_given = source.columns
+            rows = rows.at_numbers(np.sort(draw(len(rows), [n_rows], self.split_seed, rows.place)[0]))
+        rows.source_columns = source.columns
         return rows
 
     # ------------------------------------------------------------------ splits
 
-    def _own(self, splits: Splits[Any], part: str) -> Any:
-        """The rows of the validation or the test split; None: there is none, or the rows are drawn from the train split."""
+    def _evaluation_split(self, splits: Splits[Any], part: str) -> Callable[[], Any] | None:
+        """What reads the validation or the test split; None: there is none, or its rows are drawn from the train split."""
         split, size, names = self.val_split, self.val_size, [*VALIDATION_SPLITS]
         if part == "test":  # on a validation split where there is no other
             split, size = self.test_split, self.test_size
@@ -251,9 +232,10 @@ class SourceDataModule(TokenizedDataModule):
         is_drawn = size is not None and split == self.train_split
         return None if is_drawn else choose_split(splits, split, names, f"{part}_split")
 
-    def _train(self, splits: Splits[Any]) -> Any:
+    def _train_rows(self, splits: Splits[Any]) -> Any:
         """The rows of the train split."""
-        return choose_split(splits, self.train_split, (), "train_split")
+        read = choose_split(splits, self.train_split, (), "train_split")
+        return read and read()
 
     def _log(self, text: str) -> None:
         if text not in self._logged:  # each stage comes here
@@ -271,10 +253,11 @@ class SourceDataModule(TokenizedDataModule):
 
     @override
     def setup(self, stage: str) -> None:
+        self.set_tokenizer()
         if stage == "fit":
             self.identity  # noqa: B018  # computed here: a file may change during the run
         parts, total = self.parts(stage), RowReport()
-        for part in reversed(PARTS.get(stage, ["test"])):
+        for part in reversed(STAGE_PARTS.get(stage, ["test"])):
             if not parts.get(part) and stage == "fit":
                 setattr(self, part, [])
                 continue
@@ -282,15 +265,15 @@ class SourceDataModule(TokenizedDataModule):
                 advice = "Set it in the fit, or use `cola validate`" if part == "test" else "Set it above 0 in the fit"
                 raise UserError(f"data.{part}_size: {self.source!r} has no {PURPOSES[part]} rows. {advice}.")
             purpose = "predict" if stage == "predict" else part
-            found = [self.encode(rows, purpose) for rows in parts[part]]
-            encoded = joined([rows for rows, _ in found])
-            for _, report in found:  # of each source
+            by_source = [self.encode(rows, purpose) for rows in parts[part]]
+            encoded = joined([rows for rows, _ in by_source])
+            for _, report in by_source:
                 total += report
                 for note in sorted(report.notes):
                     self._log(note)
                 if report.n_rows:  # of a stream, none is read yet
                     self._log(f"{PURPOSES[purpose]}: {report}")
-            if isinstance(encoded, Sized) and not len(encoded):
+            if not encoded:
                 reasons = f": {total.reasons()}" if total.skipped else ""
                 raise UserError(f"data.source: no row of {self.source!r} can be used for {PURPOSES[purpose]}{reasons}")
             setattr(self, part, encoded)
@@ -303,47 +286,59 @@ class SourceDataModule(TokenizedDataModule):
 
     def parts(self, stage: str) -> dict[str, list[Any]]:
         """The rows of each source that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
-        found: dict[str, list[Any]] = {}
+        parts: dict[str, list[Any]] = {}
         for source, splits in zip(self.sources, self._splits, strict=True):
             if stage == "predict":
-                parts = {"test": self._rows_to_predict(source, splits)}
+                drawn = {"test": self._rows_to_predict(source, splits)}
             else:
-                parts = self._parts(splits, PARTS.get(stage, ["test"]))
-            for part, rows in parts.items():
-                found.setdefault(part, []).append(rows)
-        return found
+                drawn = self._parts(splits, STAGE_PARTS.get(stage, ["test"]))
+            for part, rows in drawn.items():
+                parts.setdefault(part, []).append(rows)
+        return parts
 
     def _rows_to_predict(self, source: Source, splits: Splits[Any]) -> Rows:
         """The rows that predict uses."""
-        rows = None
+        rows, read = None, None
         if not is_file(source.source):
             rows = self._parts(splits, ["test"], may_lack_targets=True).get("test")
-            rows = self._own(splits, "val") if rows is None else rows
-        return cast(Rows, self._train(splits) if rows is None else rows).lacking_targets()
+            read = self._evaluation_split(splits, "val")
+        if rows is None:
+            split = read() if read else self._train_rows(splits)
+            rows = split.drawn({"test": None}, self.split_seed)["test"]
+        return cast(Rows, rows).lacking_targets()
 
     def _parts(self, splits: Splits[Any], names: Sequence[str], *, may_lack_targets: bool = False) -> dict[str, Any]:
         parts, drawn = dict[str, Any](), {"train": self.train_size}
         for part, size in (("val", self.val_size), ("test", self.test_size)):
-            rows = self._own(splits, part)
-            if rows is not None and size != 0 and part in names:
-                parts |= draw_parts(rows, {part: size}, self.split_seed)
-            elif rows is None and (size or (part == "val" and size is None)):
+            read = self._evaluation_split(splits, part)
+            if read is not None and size != 0 and part in names:
+                parts |= read().drawn({part: size}, self.split_seed)
+            elif read is None and (size or (part == "val" and size is None)):
                 drawn[part] = size
         if not drawn.keys().isdisjoint(names):
-            train = self._train(splits)
+            train = self._train_rows(splits)
             parts |= self._drawn(train.lacking_targets() if may_lack_targets else train, drawn, parts)
         return parts
 
-    def _drawn(self, rows: Rows, sizes: Mapping[str, Any], own: Mapping[str, Rows]) -> dict[str, Rows]:
-        """Draws parts from the train split: the training rows, and those without a split of their own."""
-        usual = {"train": None, "val": min(as_count(DRAWN_SHARE, len(rows)), MOST_DRAWN)}
-        sizes = {part: usual[part] if size is None else size for part, size in sizes.items()}
+    def _drawn(self, rows: Rows, sizes: Mapping[str, Any], others: Mapping[str, Rows]) -> dict[str, Rows]:
+        """Draws parts from the train split: the training rows, and those that have no split; logs all of them.
+
+        Args:
+            rows: the train split.
+            sizes: the parts' sizes.
+            others: parts that have a split.
+        """
+        sizes = {part: rows.default_val_size if (part, size) == ("val", None) else size for part, size in sizes.items()}
         is_drawn = len(sizes) > 1 or self.train_size is not None
         groups = self.groups(rows) if is_drawn else None
-        drawn = draw_parts(rows, sizes, self.split_seed, groups)
-        counts = ", ".join(f"{len(some)}{' rows' * (part == 'train')} for {PURPOSES[part]}" for part, some in drawn.items())
-        of_splits = [f"{some.place}: {len(some)} of {len(some.data)} for {PURPOSES[part]}" for part, some in own.items()]
-        self._log("; ".join([f"{rows.place}: {counts}" + ", by data.split_seed" * is_drawn, *of_splits]))
+        drawn = rows.drawn(sizes, self.split_seed, groups)
+        counts = [
+            f"{len(some) if isinstance(some, Sized) else 'streamed'}{' rows' * (part == 'train')} for {PURPOSES[part]}"
+            for part, some in drawn.items()
+        ]
+        lines = [f"{rows.place}: {', '.join(counts)}" + f", {rows.drawing}" * is_drawn]
+        lines += [f"{some.place}: {len(some)} of {len(some.data)} for {PURPOSES[part]}" for part, some in others.items()]
+        self._log("; ".join(lines))
         return drawn
 
     def fields_of(self, places: Sequence[int]) -> list[dict[str, Any]]:
@@ -387,11 +382,12 @@ class SourceDataModule(TokenizedDataModule):
     @property
     def can_be_tested(self) -> bool:
         """Whether there are test rows, with labels or answers to be scored with."""
-        own = [rows for rows in (self._own(splits, "test") for splits in self._splits) if rows is not None]
-        if self.test_size == 0 or not (own or self.test_size):
+        readers = [read for splits in self._splits if (read := self._evaluation_split(splits, "test")) is not None]
+        if self.test_size == 0 or not (readers or self.test_size):
             return False
         try:
-            return all(len(self.encode(rows[:1], "test")[0]) for rows in own if isinstance(rows, Rows))  # a stream is not read
+            splits = [read() for read in readers]
+            return all(len(self.encode(rows[:1], "test")[0]) for rows in splits if isinstance(rows, Rows))  # no stream is read
         except UserError:  # it has no label, say
             return False
 

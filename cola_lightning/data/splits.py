@@ -1,23 +1,22 @@
-"""The splits of a data set, from files, a folder with a file per split, or the hub; and parts drawn from a split by a seed."""
+"""The splits of a data set, from files, a folder with a file per split, or the hub."""
 
 import csv
 import functools
 import glob
 import hashlib
+import logging
 import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-import torch
-
 from cola_lightning import hub
 from cola_lightning.data.rows import Rows, progress_bar_if
 from cola_lightning.errors import UserError, causes, one_line
+
+log = logging.getLogger(__name__)
 
 S = TypeVar("S")
 Splits = Mapping[str, Callable[[], S]]  # each is read when it is called
@@ -27,7 +26,7 @@ TextUnit = Literal["file", "line", "paragraph"]
 READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 READERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
 COMPRESSIONS = (".gz", ".zst")
-OF_DISK = ("dataset_dict.json", "state.json")  # in a folder of DatasetDict.save_to_disk, or of Dataset.save_to_disk
+SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # in a folder of DatasetDict.save_to_disk, or of Dataset.save_to_disk
 SHARD = re.compile(r"-\d+-of-\d+$")  # the end of the name of a file that has a part of a split
 WORTH_A_BAR_BYTES = 10**8  # of files, whose preparation takes seconds
 
@@ -58,7 +57,7 @@ def is_on_hub(source: str) -> bool:
 
 def _is_saved(folder: Path) -> bool:
     """Whether ``datasets`` has saved a folder to disk."""
-    return any((folder / name).is_file() for name in OF_DISK)
+    return any((folder / name).is_file() for name in SAVED_TO_DISK)
 
 
 def load_splits(
@@ -83,22 +82,22 @@ def load_splits(
     if files := _matches(source):
         return {"train": _reader(files, source, text_unit)}
     if path.is_dir() and not _is_saved(path):
-        return {split: _reader(files, f"{source}, {split}", text_unit) for split, files in _files_of(path).items()}
+        return {split: _reader(files, f"{source}, {split}", text_unit) for split, files in _files_by_split(path).items()}
     data: Any = datasets.load_from_disk(path) if path.is_dir() else hub_data(source, subset, revision)
     if not isinstance(data, dict):
         data = {"train": data}
     return {split: functools.partial(Rows, rows, f"{source}, {split}") for split, rows in data.items()}
 
 
-def choose_split(splits: Splits[S], given: str | None, names: Sequence[str], option: str) -> S | None:
-    """The split that an option names or, where it is null, the first of some names that there is; None if there is none.
+def choose_split(splits: Splits[S], name: str | None, usual_names: Sequence[str], option: str) -> Callable[[], S] | None:
+    """What reads the split that an option names or, if it is null, the first one of the usual names; None if there is none.
 
     Raises:
         UserError: for a split that does not exist; it lists those that do.
     """
-    if given is not None and given not in splits:
-        raise UserError(f"data.{option}: there is no split {given!r}; the splits are {', '.join(splits)}")
-    return next((splits[name]() for name in ([given] if given else names) if name in splits), None)
+    if name is not None and name not in splits:
+        raise UserError(f"data.{option}: there is no split {name!r}; the splits are {', '.join(splits)}")
+    return next((splits[split] for split in ([name] if name else usual_names) if split in splits), None)
 
 
 def files_identity(source: str) -> dict[str, Any]:
@@ -107,13 +106,13 @@ def files_identity(source: str) -> dict[str, Any]:
     if is_on_hub(source):
         return {}
     files = _matches(source) or (sorted(path.rglob("data-*.arrow")) if _is_saved(path) else [])
-    files = files or [file for some in _files_of(path).values() for file in some]
-    found = {}
+    files = files or [file for files_of_split in _files_by_split(path).values() for file in files_of_split]
+    names, identities = [file.name for file in files], {}
     for file in files:
         with file.open("rb") as opened:
-            name = file.name if [one.name for one in files].count(file.name) == 1 else str(file)
-            found[name] = [file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()]
-    return {"files": found}
+            name = file.name if names.count(file.name) == 1 else str(file)
+            identities[name] = [file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()]
+    return {"files": identities}
 
 
 # ---------------------------------------------------------------------- files
@@ -127,7 +126,7 @@ def _ending(name: str) -> str | None:
     return next((ending for ending in READERS if name.endswith(ending)), None)
 
 
-def _files_of(folder: Path) -> dict[str, list[Path]]:
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     """The files of each split in a folder: ``train.csv``, or ``train-00000-of-00002.parquet`` and so on."""
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
@@ -155,8 +154,8 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
     ending = _ending(files[0].name)
     others = [file for file in files if _ending(file.name) != ending]
     if ending is None or others:
-        found = " and ".join(repr(str(file)) for file in [files[0], *others[:1]])
-        raise UserError(f"data.source: all files must have the same ending, one of {', '.join(READERS)}, got {found}")
+        examples = " and ".join(repr(str(file)) for file in [files[0], *others[:1]])
+        raise UserError(f"data.source: all files must have the same ending, one of {', '.join(READERS)}, got {examples}")
     n_bytes = sum(file.stat().st_size for file in files)
     try:
         with warnings.catch_warnings(), progress_bar_if(n_bytes > WORTH_A_BAR_BYTES):
@@ -168,6 +167,9 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
             rows = read([str(file) for file in files], **options)
             if ending == ".txt":
                 rows = rows.map(_texts, batched=True)
+                if text_unit == "paragraph" and len(rows) == 1 and "\n" in rows[0]["text"]:
+                    log.info("%s is one paragraph, so each line is a row; data.text_unit file makes it one", files[0].name)
+                    return _read(files, "line")
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
         *_, innermost = causes(error)
         reason = one_line(str(innermost)) or "it is empty"
@@ -213,76 +215,3 @@ def hub_data(source: str, subset: str | None, revision: str | None, *, streaming
             return datasets.load_dataset(source, subset, revision=revision, streaming=streaming)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"data.source, data.subset: {source!r} cannot be loaded: {one_line(str(error))}") from error
-
-
-# ---------------------------------------------------------------------- parts of a split
-
-
-def check_shares(**sizes: float | None) -> None:
-    """Refuses what is neither a number nor a share of rows; sizes are given by field name, None if not set."""
-    for field, size in sizes.items():
-        if size is not None and not (0 < size < 1 or (size >= 1 and float(size).is_integer())):
-            raise UserError(f"data.{field} must be a whole number of rows or a share up to 1.0, got {size}")
-
-
-def as_count(size: float, n_rows: int) -> int:
-    """The number of rows for a size: a whole number of rows, or a float up to 1.0 for a share, of at least one row.
-
-    Example:
-        >>> as_count(0.25, 10), as_count(0.01, 10), as_count(7, 10), as_count(1, 10), as_count(1.0, 10)
-        (2, 1, 7, 1, 10)
-    """
-    is_share = isinstance(size, float) and size <= 1
-    return max(1, round(size * n_rows)) if is_share else int(size)
-
-
-def draw(n_rows: int, sizes: Sequence[int], seed: int, what: str, groups: Sequence[object] | None = None) -> list[Any]:
-    """The indices of disjoint parts of rows, drawn together by one seeded permutation.
-
-    Args:
-        n_rows: the number of rows to draw from.
-        sizes: the parts' sizes.
-        seed: the permutation's seed.
-        what: names the rows in the message.
-        groups: each row's group, for a stratified split: each part has about the same share of each group, and earlier parts
-            have priority for a group of few rows. None: purely random.
-
-    Raises:
-        UserError: if there are fewer rows than the parts need.
-    """
-    if sum(sizes) > n_rows:
-        raise UserError(f"{what}: {sum(sizes)} rows are needed, but there are only {n_rows}")
-    order: Any = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed)).numpy()
-    if groups is not None:
-        counts, seen = Counter(groups), Counter[object]()
-        places = np.empty(n_rows)  # position, from 0 to 1, in the row's group: all groups are spread evenly over the order
-        for i in order.tolist():
-            places[i] = (seen[groups[i]] + 0.5) / counts[groups[i]]
-            seen[groups[i]] += 1
-        order = order[np.argsort(places[order], kind="stable")]
-    starts = np.cumsum([0, *sizes[:-1]])
-    return [order[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-
-
-def draw_parts(
-    rows: Rows, sizes: Mapping[str, float | None], seed: int, groups: Sequence[object] | None = None
-) -> dict[str, Rows]:
-    """Disjoint parts of the rows, see :func:`draw`; in their order if one part takes all.
-
-    Args:
-        rows: the rows to draw from.
-        sizes: the size of each part, ``train``, ``val`` or ``test``: see :func:`as_count`; None: the rest.
-        seed: the permutation's seed.
-        groups: each row's group.
-
-    Raises:
-        UserError: if there are fewer rows than the parts need.
-    """
-    counts = {part: None if size is None else as_count(size, len(rows)) for part, size in sizes.items()}
-    if [*counts.values()] == [None]:
-        return dict.fromkeys(counts, rows)
-    rest = max(len(rows) - sum(count or 0 for count in counts.values()), 1)
-    wanted = [rest if count is None else count for count in counts.values()]
-    what = f"{' + '.join(f'data.{part}_size' for part in counts)}, of {rows.place}"
-    drawn = draw(len(rows), wanted, seed, what, groups)
-    return {part: rows.of(rows.numbers[places]) for part, places in zip(counts, drawn, strict=True)}

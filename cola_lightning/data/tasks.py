@@ -13,6 +13,7 @@ from typing import Any
 from typing_extensions import override
 
 from cola_lightning.data.examples import EncodedExample, Example, Loss, OptionBatches, generated
+from cola_lightning.data.labels import label_index
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import SourceDataModule
@@ -43,7 +44,7 @@ class Task:
 
 def labelled(row: Row, prompt: str, *options: str) -> Example:
     """A prompt with fixed options, in the order of the labels."""
-    return Example(prompt, options, row.label("label", len(options)), row.place)
+    return Example(prompt, options, label_index(row, "label", len(options)), row.place)
 
 
 def _sst2(row: Row) -> Example:
@@ -64,7 +65,7 @@ def _boolq(row: Row) -> Example:
     question = row.text("question")
     question = question if question.endswith("?") else f"{question}?"
     prompt = f"{row.text('passage')} {question[:1].upper()}{question[1:]}\n"
-    is_true = row.label("answer" if "answer" in row else "label", 2)  # the hub's form, and SuperGLUE's
+    is_true = label_index(row, "answer" if "answer" in row else "label", 2)  # the hub's form, and SuperGLUE's
     return Example(prompt, ("Yes", "No"), None if is_true is None else 1 - is_true, row.place)
 
 
@@ -99,7 +100,7 @@ def _uncapitalised(sentence: str) -> str:
 
 def _record(row: Row) -> Example:
     entities, query = row.texts("entities"), row.text("query")
-    answers = row.texts("answers") if row.has_target("answers") else ()
+    answers = row.texts("answers") if row.has_answer("answers") else ()
     if not set(answers) <= set(entities):
         raise UnusableRow("an answer is none of the entities")
     options = tuple(f" {query.replace('@placeholder', entity)}" for entity in entities)
@@ -111,12 +112,12 @@ def _record(row: Row) -> Example:
 def _squad(row: Row) -> Example:
     question = row.text("question").strip()
     prompt = f"Title: {row.text('title')}\nContext: {row.text('context')}\nQuestion: {question}\nAnswer:"
-    return generated(row, prompt, row.inner("answers").texts("text") if row.has_target("answers.text") else ())
+    return generated(row, prompt, row.inner("answers").texts("text") if row.has_answer("answers.text") else ())
 
 
 def _drop(row: Row) -> Example:
     prompt = f"Passage: {row.text('passage')}\nQuestion: {row.text('question').strip()}\nAnswer:"
-    answers = row.inner("answers_spans").texts("spans") if row.has_target("answers_spans.spans") else ()
+    answers = row.inner("answers_spans").texts("spans") if row.has_answer("answers_spans.spans") else ()
     return generated(row, prompt, answers)
 
 

@@ -5,10 +5,10 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
-from cola_lightning.constants import WHOLE_NUMBER
 from cola_lightning.data.examples import EncodedExample, Example, Loss, OptionBatches, generated
+from cola_lightning.data.labels import option_index
 from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import Row, Rows, plain_label
+from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.errors import UnusableRow, UserError
 
@@ -36,25 +36,26 @@ class Template(Formatter):
             list(self.parse(text))
         except ValueError as error:
             raise UserError(f"{option}: cannot read {text!r}: {error}. Fields are in braces; write a brace as {{{{") from error
-        self.text = text
+        self.text, self.option = text, option
 
     def fill(self, row: Row) -> str:
-        """The text for a row."""
-        return self.vformat(self.text, (), row)
+        """The text for a row.
+
+        Raises:
+            UnusableRow: if a field is missing, or its format does not fit it: ``{size:d}`` for a text.
+        """
+        try:
+            return self.vformat(self.text, (), row)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UnusableRow(f"{self.option}: cannot fill {self.text!r}: {error}") from error
 
     @override
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
-        row, field = _inside(kwargs, field_name)
-        value = row[field]
-        return (value if isinstance(value, int | float) else row.text(field)), field
-
-
-def _inside(row: Row, path: str) -> tuple[Row, str]:
-    """The row, or the object inside it, that holds the last field of a dotted path, and that field's name."""
-    *outer, field = path.split(".")
-    for name in outer:
-        row = row.inner(name)
-    return row, field
+        holder, field = kwargs.at(field_name)
+        value = holder[field]
+        return (value if isinstance(value, int | float) else holder.text(field)), field
 
 
 class TemplateDataModule(OptionBatches, SourceDataModule):
@@ -144,32 +145,14 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         prompt = self.prompt.fill(row)
         if self.answer is not None:
             answers: tuple[str, ...] = ()
-            if row.has_target(self.answer):
-                inner, field = _inside(row, self.answer)
-                answers = (inner.text(field),) if isinstance(inner[field], str) else inner.texts(field)
+            if row.has_answer(self.answer):
+                holder, field = row.at(self.answer)
+                answers = (holder.text(field),) if isinstance(holder[field], str) else holder.texts(field)
             return generated(row, prompt, answers, " " if self.delimiter is None else self.delimiter)
         if isinstance(self.options, str):
-            inner, field = _inside(row, self.options)
-            options = inner.texts(field)
+            holder, field = row.at(self.options)
+            options = holder.texts(field)
         else:
             options = tuple(option.fill(row) for option in self.options or ())
         joined = tuple(self._joined(prompt, option) for option in options)
-        return Example(prompt, joined, self._place(row, options), row.place)
-
-    def _place(self, row: Row, options: tuple[str, ...]) -> int | None:
-        """The right option's index; None if the label is missing and the row may lack it."""
-        stripped = [option.strip() for option in options]
-        if not row.has_target(self.label, stripped):
-            return None
-        inner, field = _inside(row, self.label)
-        label: Any = inner[field] if isinstance(inner[field], bool) else plain_label(inner[field])
-        if label in stripped:
-            return stripped.index(label)
-        are_numbers = all(map(WHOLE_NUMBER.fullmatch, stripped))
-        if isinstance(label, str) and (are_numbers or not WHOLE_NUMBER.fullmatch(label)):
-            raise inner.refused(field, f"one of the options {', '.join(stripped)}")
-        texts = [option.lower() for option in stripped]  # a CSV file has a number as text: it must not mean another option
-        is_text = isinstance(label, int) and field not in inner.class_names and str(label).lower() in texts
-        if is_text and (place := texts.index(str(label).lower())) != label:
-            raise UnusableRow(f"the label {label!r} is the text of option {place} and the index of another; write it as text")
-        return inner.label(field, len(options))
+        return Example(prompt, joined, option_index(row, self.label, options), row.place)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from typing_extensions import override
 
@@ -25,7 +25,7 @@ from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.splits import Splits, is_on_hub
-from cola_lightning.data.streaming import Stream, stream_loader, stream_splits
+from cola_lightning.data.streaming import EncodedStream, stream_splits
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import HubError, UnusableRow, UserError
 
@@ -98,8 +98,8 @@ class TextDataModule(SourceDataModule):
         super().__init__(source, subset, max_length=max_length, **rows)
         self.streaming = streaming
         has_shares = any(isinstance(size, float) and 0 < size <= 1 for size in (self.val_size, self.test_size))
-        is_one = isinstance(source, str) and is_on_hub(source) and self.train_size is None
-        if streaming and (packing or has_shares or not is_one):
+        can_stream = isinstance(source, str) and is_on_hub(source) and self.train_size is None
+        if streaming and (packing or has_shares or not can_stream):
             raise UserError("data.streaming reads one data set of the hub, without packing, train_size, or shares as sizes")
         self.packing, self.length_grouped = packing, self.length_grouped and not packing
         self.columns, self.chat_template = columns, chat_template
@@ -111,10 +111,10 @@ class TextDataModule(SourceDataModule):
 
     # ------------------------------------------------------------------ what a row is
 
-    def _find(self, rows: Rows, *, has_response: bool = True) -> tuple[Kind, Columns]:
+    def _find_columns(self, rows: Rows, *, has_response: bool = True) -> tuple[Kind, Columns]:
         """The kind of the rows and their columns; logs once which were taken, and how rows are formatted."""
-        given = rows.columns_given or self.columns
-        reading = find_columns(rows.columns, rows.lists, given, has_response=has_response)
+        chosen = rows.source_columns or self.columns
+        reading = find_columns(rows.columns, rows.lists, chosen, has_response=has_response)
         kind, columns = reading.kind, reading.columns
         self._kind = self._kind if kind == "text" else kind  # of several sources, one may be of texts
         self._log_columns(str(reading), rows.columns, [*columns.values(), *reading.others])
@@ -136,8 +136,8 @@ class TextDataModule(SourceDataModule):
         is_text = self._kind == "text"
         is_chat = not is_text and self.applies_chat_template
         variables = {"chat_template_kwargs": self.chat_template_kwargs} if is_chat and self.chat_template_kwargs else {}
-        own = {"template": self.tokenizer.chat_template} if isinstance(self.chat_template, str) else {}
-        return {"kind": "text" if is_text else "response", "chat_template": is_chat, **variables, **own}
+        template = {"template": self.tokenizer.chat_template} if isinstance(self.chat_template, str) else {}
+        return {"kind": "text" if is_text else "response", "chat_template": is_chat, **variables, **template}
 
     @property
     def _template(self) -> ChatTemplate:
@@ -146,16 +146,20 @@ class TextDataModule(SourceDataModule):
     # ------------------------------------------------------------------ rows
 
     @override
-    def setup(self, stage: str) -> None:
+    def set_tokenizer(self) -> None:
+        super().set_tokenizer()
         if isinstance(self.chat_template, str):
             try:
                 self.tokenizer.chat_template = find_chat_template(self.chat_template, self.tokenizer)
             except (HubError, UserError):
-                if not getattr(cast(Any, self.trainer).lightning_module, "has_trained_template", False):
+                if not getattr(self.trainer and self.trainer.lightning_module, "has_trained_template", False):
                     raise
                 self._log(f"data.chat_template: {self.chat_template!r} cannot be read, so that of the checkpoint is used")
             if unknown := unknown_tokens(self.tokenizer):
                 self._log(f"data.chat_template: not in the vocabulary, and so spelled in pieces: {', '.join(unknown)}")
+
+    @override
+    def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.packing and stage == "fit":
             self.train = self._packed(self.train)
@@ -164,18 +168,10 @@ class TextDataModule(SourceDataModule):
     def encode(self, rows: Any, part: str) -> tuple[Any, RowReport]:
         if part == "predict":
             return self._encode_prompts(rows)
-        if isinstance(rows, Stream):
-            if rows.n_held_out and (self.num_workers or self._processes[0] > 1):  # each of which would skip other rows
-                raise UserError(
-                    "data.streaming: rows are held out, so use one process (trainer.devices 1) and data.num_workers 0"
-                )
-            first = rows[:1]
-            encode = functools.partial(self._encode, *self._find(first))
-            return functools.partial(rows.encoded, encode, first.columns), RowReport()  # they are read and counted in training
-        found = self._find(rows)
-        options = *found, self.applies_chat_template, self.chat_template_kwargs, self.loss, self.too_long
+        kind, columns = self._find_columns(rows)
+        options = kind, columns, self.applies_chat_template, self.chat_template_kwargs, self.loss, self.too_long
         features = {"input_ids": ["int32"], "spans": ["int32"]}
-        return self.map_rows(rows, features, *options, encode=functools.partial(self._encode, *found))
+        return self.map_rows(rows, features, *options, encode=functools.partial(self._encode, kind, columns))
 
     def _packed(self, encoded: Any) -> Packs:
         lengths = self.lengths(encoded)
@@ -188,22 +184,20 @@ class TextDataModule(SourceDataModule):
         self, kind: Kind, columns: Columns, rows: Sequence[Row], notes: set[str]
     ) -> Sequence[list[LanguageRow] | UnusableRow]:
         """Encodes rows for training or evaluation."""
-        own, n, too_long = self.tokenizer, self.max_length, self.too_long
-        made: Any
+        tokenizer, max_length, too_long = self.tokenizer, self.max_length, self.too_long
         if kind == "text":
-            made = together(lambda some: encode_texts(own, some, n), each(lambda row: row.text(columns["text"]), rows))
-        elif kind == "prompt" and not self.applies_chat_template:
+            texts = each(lambda row: row.text(columns["text"]), rows)
+            return together(lambda usable: encode_texts(tokenizer, usable, max_length), texts)
+        if kind == "prompt" and not self.applies_chat_template:
             pairs = each(lambda row: pair(row, columns), rows)
-            made = together(lambda some: encode_responses(own, some, n, too_long), pairs)
-        else:
-            options: Any = {"too_long": too_long, "shortens_response": kind == "prompt"}
-            found = each(lambda row: conversation(row, columns, self.loss), rows)
-            made = together(lambda some: encode_conversations(self._template, some, n, notes, **options), found)
-        return made  # type: ignore[no-any-return]
+            return together(lambda usable: encode_responses(tokenizer, usable, max_length, too_long), pairs)
+        options: Any = {"too_long": too_long, "shortens_response": kind == "prompt"}
+        template, conversations = self._template, each(lambda row: conversation(row, columns, self.loss), rows)
+        return together(lambda usable: encode_conversations(template, usable, max_length, notes, **options), conversations)
 
     def _encode_prompts(self, rows: Rows) -> tuple[list[PromptRow], RowReport]:
         """Encodes what is to be answered."""
-        kind, columns = self._find(rows, has_response=False)
+        kind, columns = self._find_columns(rows, has_response=False)
         is_chat, template = kind != "text" and self.applies_chat_template, self._template
         # It leaves room for the response.
         room = min(self._max_length, int(self.tokenizer.model_max_length) - self._fitting_decoding().max_new_tokens)
@@ -215,9 +209,9 @@ class TextDataModule(SourceDataModule):
                 raise UnusableRow("the prompt has no tokens")
             return PromptRow(ids, prompt, target)
 
-        made, report = rows.encoded(lambda some: each(prompt_row, some))
-        report.n_tokens = sum(map(len, made))
-        return made, report
+        prompts, report = rows.encoded(lambda some_rows: each(prompt_row, some_rows))
+        report.n_tokens = sum(map(len, prompts))
+        return prompts, report
 
     def _fitting_decoding(self) -> Decoding:
         """How predict generates: at most as many tokens as half of the model's longest sequence."""
@@ -240,31 +234,18 @@ class TextDataModule(SourceDataModule):
 
     # ------------------------------------------------------------------ rows that are streamed
 
-    @functools.cached_property
-    def _splits(self) -> list[Splits[Any]]:
-        if not self.streaming:
-            return super()._splits
-        return [stream_splits(one.source, one.subset, one.revision) for one in self.sources]
-
     @override
-    def parts(self, stage: str) -> dict[str, list[Any]]:
-        if not self.streaming:
-            return super().parts(stage)
-        (splits,) = self._splits
-        train, own = self._train(splits), {part: self._own(splits, part) for part in ("val", "test")}
-        sizes = {"val": self.val_size, "test": self.test_size or (None if own["test"] and self.test_size is None else 0)}
-        parts = {part: (own[part] or train).held_out(size) for part, size in sizes.items() if size != 0}
-        self._log("; ".join(f"{rows.place}: {len(rows)} rows for {part}" for part, rows in parts.items()))
-        if stage == "predict":
-            return {"test": [parts.get("test", parts.get("val", train.held_out(None))).lacking_targets()]}
-        return {part: [rows] for part, rows in {"train": train, **parts}.items()}
+    def splits_of(self, source: Source) -> Splits[Any]:
+        if self.streaming:
+            return stream_splits(source.source, source.subset, source.revision)
+        return super().splits_of(source)
 
     @override
     def train_dataloader(self) -> Any:
-        if not self.streaming:
+        if not isinstance(self.train, EncodedStream):
             return super().train_dataloader()
-        data = self.train(self.order_seed, *self._processes, self.max_skipped)  # the module has its seed by now
-        return stream_loader(data, self.collate, self.batch_size, self.num_workers)
+        options = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        return self.train.loader(self.collate, self.order_seed, self._processes, self.max_skipped, **options)
 
     @override
     def _order(self) -> dict[str, Any]:

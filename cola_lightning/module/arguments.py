@@ -6,6 +6,7 @@ import logging
 import pydoc
 import re
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import Enum
@@ -245,21 +246,37 @@ def find_class(path: str) -> type:
 def plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The hyperparameters of a checkpoint that are plain: ``torch.load(weights_only=True)`` may not read others.
 
-    Classes of hyperparameters are removed from the checkpoint.
+    Classes of hyperparameters are removed from the checkpoint, which Lightning would call to make a data module again. A
+    configuration of OmegaConf's that such a class was for is therefore stored as an argument of the data module.
     """
     entries: dict[str, Any] = {}
     for owner in (LightningModule, LightningDataModule):
-        checkpoint.pop(owner.CHECKPOINT_HYPER_PARAMS_TYPE, None)
-        for name, value in checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_KEY, {}).items():
+        stored = checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        kind = checkpoint.pop(owner.CHECKPOINT_HYPER_PARAMS_TYPE, None)
+        if kind is not None and owner is LightningDataModule and owner.CHECKPOINT_HYPER_PARAMS_NAME in checkpoint:
+            stored = {checkpoint.pop(owner.CHECKPOINT_HYPER_PARAMS_NAME): stored}
+        for name, value in stored.items():
             found = entries.setdefault(owner.CHECKPOINT_HYPER_PARAMS_KEY, {})
             if SECRET.search(name):
                 continue
             try:
-                found[name] = to_plain(value)
+                is_configuration = type(value).__module__.startswith("omegaconf.")
+                found[name] = _with_attributes(to_plain(value)) if is_configuration else to_plain(value)
             except TypeError:
                 kind = type(value).__name__
                 _warn_once(f"the hyperparameter {name!r} ({owner.CHECKPOINT_HYPER_PARAMS_KEY}) is of type {kind}")
     return entries
+
+
+def _with_attributes(contents: Any) -> Any:
+    """A plain configuration whose fields are also attributes: ``torch.load(weights_only=True)`` restores those of an ``OrderedDict``."""
+    if isinstance(contents, list):
+        return [_with_attributes(item) for item in contents]
+    if not isinstance(contents, dict):
+        return contents
+    found = OrderedDict((name, _with_attributes(item)) for name, item in contents.items() if not SECRET.search(name))
+    vars(found).update({name: item for name, item in found.items() if not hasattr(found, name)})
+    return found
 
 
 @functools.cache

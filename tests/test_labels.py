@@ -1,0 +1,102 @@
+"""Labels of rows, whatever a data set has in their column: the same label is the same class in a CSV and in a JSON file."""
+
+import json
+
+import pytest
+
+from cola_lightning import (
+    COLASequenceClassifier,
+    PromptDataModule,
+    TemplateDataModule,
+    TextClassificationDataModule,
+    UserError,
+)
+from tests import tiny
+from tests.toy import trainer
+
+
+def write(path, labels):
+    """A file of a sentence per label, in the format of its name."""
+    rows = [{"sentence": f"It was {k}.", "label": label} for k, label in enumerate(labels)]
+    if path.suffix == ".csv":
+        lines = [f"{row['sentence']},{'' if row['label'] is None else row['label']}" for row in rows]
+        path.write_text("\n".join(["sentence,label", *lines]))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(params=["csv", "jsonl"])
+def path(request, tmp_path):
+    return tmp_path / f"rows.{request.param}"
+
+
+def fitted(path, labels, *, module=(), **arguments):
+    """The labels that a classifier gets from these rows, and its data module after the setup of a fit."""
+    name, options = tiny.folder(path.parent / "roberta", "roberta", "AutoModel"), {"rank": 2, "seed": 0} | dict(module)
+    module = COLASequenceClassifier(name, target_modules=tiny.targets("roberta"), **options)
+    data = TextClassificationDataModule(write(path, labels), **arguments)
+    run = trainer(path.parent, max_steps=1)
+    run.fit(module, datamodule=data)
+    return module.label_names, data
+
+
+@pytest.mark.parametrize("odd", [0.5, None, -1])
+def test_a_row_with_an_odd_label_is_skipped_and_counted(path, caplog, odd):
+    caplog.set_level("INFO", "cola_lightning")
+    if path.suffix == ".csv" and odd == 0.5:
+        odd = ""  # in a CSV file, 0.5 is a name
+    names, data = fitted(path, [k % 2 for k in range(40)] + [odd])
+    assert names == ["0", "1"]
+    assert len(data.train) + len(data.val) == 40
+    assert "1 skipped (the field 'label' is" in caplog.text
+
+
+def test_minus_one_is_no_label_unless_it_is_one_of_the_models(path):
+    labels = [-1, 0, 1] * 20
+    with pytest.raises(UserError, match=r"'label' is '-1', not a label \(for a class -1, list it in model\.label_names\)"):
+        fitted(path, labels)
+    names, data = fitted(path, labels, module={"label_names": ["-1", "0", "1"]})
+    assert names == ["-1", "0", "1"]
+    assert {*data.train["labels"]} == {0, 1, 2}
+
+
+def test_minus_one_and_one_are_two_classes(path):
+    names, data = fitted(path, [-1, 1] * 20)
+    assert names == ["-1", "1"]
+    assert len(data.train) + len(data.val) == 40
+
+
+def test_a_column_of_lists_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"data\.label_field: the column 'label' holds lists, but a row needs one label"):
+        fitted(tmp_path / "rows.jsonl", [[k % 2] for k in range(20)])
+
+
+@pytest.mark.parametrize(("label", "place"), [("-1", 0), (-1, 0), (1, 2), ("1", 2)])
+def test_minus_one_may_be_an_option_of_a_template(path, label, place):
+    options = ["-1", "0", "1"] if label in ("-1", -1) else ["no", "perhaps", "yes"]
+    place = place if label in ("-1", -1) else 1
+    data = TemplateDataModule(write(path, [label] * 20), prompt="{sentence}", options=options)
+    tiny.set_up(data, tiny.chat_tokenizer(None), "fit", "predict")
+    assert {row.example.answer for row in [*data.train, *data.test]} == {place}
+
+
+def test_minus_one_is_no_label_of_a_task(path):
+    data = PromptDataModule("SST2", write(path, [-1] * 20))
+    tiny.set_up(data, tiny.chat_tokenizer(None), "predict")
+    assert [row.example.answer for row in data.test] == [None] * 20
+    with pytest.raises(UserError, match=r"the field 'label' is '-1', not a label from 0 to 1"):
+        tiny.set_up(data, tiny.chat_tokenizer(None), "fit")
+
+
+def test_a_column_whose_name_has_a_dot_is_found(tmp_path):
+    rows = [{"q.text": f"Who is {k}?", "label.id": k % 2, "a": {"c.d": f"Al {k}"}} for k in range(20)]
+    source = tiny.write_rows(tmp_path, rows)
+    for target in ({"options": ["no", "yes"], "label": "label.id"}, {"answer": "a.c.d"}):
+        data = TemplateDataModule(source, prompt="{q.text} {a.c.d}", **target)
+        tiny.set_up(data, tiny.chat_tokenizer(None), "predict")
+        assert data.test[1].example.prompt == "Who is 1? Al 1"
+        assert data.test[1].example.answer == ("options" in target)
+    data = TextClassificationDataModule(source, text_fields="q.text", label_field="label.id")
+    tiny.set_up(data, tiny.chat_tokenizer(None), "predict")
+    assert [*data.test["labels"]][:2] == [0, 1]
