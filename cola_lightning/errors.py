@@ -50,8 +50,13 @@ class NonFiniteError(RuntimeError):
     """The training loss or a weight became NaN or infinite; nothing of it was written."""
 
 
-def nearest(word: str, names: Iterable[str]) -> str:
+def nearest(word: str, names: Iterable[str], group: str = "") -> str:
     """The names most similar to a word that is none of them, as the end of a message; the first three if none is near.
+
+    Args:
+        word: what the user typed.
+        names: the names that exist.
+        group: what comes before each name in the message, such as ``data.``.
 
     Example:
         >>> nearest("SST", ["SST2", "BoolQ"])
@@ -59,7 +64,7 @@ def nearest(word: str, names: Iterable[str]) -> str:
     """
     by_lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6) or list(by_lower)[:3]
-    return f"; the nearest that exist: {', '.join(by_lower[name] for name in near)}" if near else ""
+    return f"; the nearest that exist: {', '.join(group + by_lower[name] for name in near)}" if near else ""
 
 
 def shortened_text(text: str, length: int = 40) -> str:

@@ -58,6 +58,7 @@ CLASS_OPTION = re.compile(
     r"\A--(?P<group>model|data)\.(?!(?:help|class_path|init_args|dict_kwargs)\b)(?P<name>\w+)(?:=(?P<value>.*))?\Z", re.DOTALL
 )
 UNKNOWN_OPTION = re.compile(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)")  # in jsonargparse's messages
+PARSER_KEY = re.compile(r'Parser key "([\w.]+)"')
 OF_CLASS = re.compile(r"Parser key \"(model|data)\":.*?class_path '([\w.]+)'", re.DOTALL)
 
 
@@ -145,8 +146,13 @@ class COLACLI(LightningCLI):
             return "; options of a class are inside its init_args"
         classes = CLASSES | dict(OF_CLASS.findall(message))
         self.options.set_defaults({group: {"class_path": name} for group, name in classes.items()})
-        names = [name.replace(".init_args", "") for name in self.options.get_defaults(skip_validation=True).keys()]  # noqa: SIM118
-        return nearest(unknown[1], [*(name.rpartition(".")[2] for name in names), *names])
+        keys = self.options.get_defaults(skip_validation=True).keys()
+        names = [key.replace(".init_args", "") for key in keys if not key.endswith("class_path")]
+        # Of an option of model or data, the message has the group in another place.
+        group, dot, name = ".".join([*PARSER_KEY.findall(message), unknown[1]]).rpartition(".")
+        if in_group := [other.removeprefix(group + dot) for other in names if dot and other.startswith(group + dot)]:
+            return nearest(name, in_group, group + dot)
+        return nearest(name, [*(other.rpartition(".")[2] for other in names), *names])
 
     @override
     def _parse_ckpt_path(self) -> None:
