@@ -61,14 +61,19 @@ MISTAKES = [
     (LANGUAGE + "--data.source renamed", ".*: there is no field 'label'"),
     (LANGUAGE + "--data.task SST", "data.task: .*the nearest that exist: SST2"),
     (LANGUAGE + "--data.batch_size 0", "data.batch_size must be"),
-    (f"inspect --checkpoint {DIGITS}", "checkpoint: "),
-    ("inspect --checkpoint chain --plot x.jpg", "plot: "),
-    ("generate --checkpoint nowhere --prompt It", "checkpoint: .*'nowhere'"),
-    (f"export --checkpoint {LAST} --format merged --max_rank 2 --output out", "max_rank: "),
-    (f"export --checkpoint {LAST} --format chain --output runs --overwrite", "output: "),
-    (f"export --checkpoint {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
+    (LANGUAGE + "--data.path rows", ".*'path' is not accepted; the nearest that exist: data.task, data.source"),
+    (f"inspect {DIGITS}", "checkpoint: "),
+    ("inspect chain --plot x.jpg", "plot: "),
+    ("generate nowhere --prompt It", "checkpoint: .*'nowhere'"),
+    (f"export {LAST} --format merged --max_rank 2 --output out", "max_rank: "),
+    (f"export {LAST} --format chain --output runs --overwrite", "output: "),
+    (f"export {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
     (COMPARE + "--methods [lore]", "methods: .*the nearest that exist: lora"),
     (COMPARE + '--learning_rates {"cola":[0.1]}', "learning_rates: each of lora needs a list"),
+    (COMPARE + "--seeds 0", "seeds: must be at least 1, got 0"),
+    (COMPARE + "--tuning_seeds 0", "tuning_seeds: must be at least 1, got 0"),
+    (COMPARE + "--learning_rates []", "learning_rates: "),
+    (COMPARE + '--learning_rates {"lora":[]}', "learning_rates: "),
     (COMPARE + "-- --model.seed 3", "model.seed: "),
 ]
 
@@ -82,7 +87,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         assert main(["fit", "--config", DIGITS, *FAST]) == 0
-        assert main(["export", "--checkpoint", LAST, "--format", "chain", "--output", "chain"]) == 0
+        assert main(["export", LAST, "--format", "chain", "--output", "chain"]) == 0
     return place
 
 
