@@ -57,7 +57,7 @@ def main() -> None:
         loaded = peak_gb(LOAD, folder)
         print(f"loading the model: {loaded:.2f} GB")
         for format_ in ("merged", "peft"):
-            words = ["export", "--checkpoint", str(checkpoint), "--format", format_, "--output", str(folder / format_)]
+            words = ["export", str(checkpoint), "--format", format_, "--output", str(folder / format_)]
             words += ["--base_folder", str(folder / "base")] if format_ == "peft" else []  # a GGUF file is no name for peft
             more = peak_gb(RUN, folder, *words) - loaded
             print(f"cola export --format {format_}: {more:+.2f} GB ({'within' if more <= LIMIT_GB else 'above'} {LIMIT_GB})")

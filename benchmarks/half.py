@@ -73,7 +73,7 @@ def main() -> None:
         cola(folder, "fit", "--config", str(CONFIG), *FIT)
         checkpoint = folder / "runs" / "version_0" / "checkpoints" / "last.ckpt"
         for words in (("merged", "--dtype", "float32"), ("peft",)):
-            cola(folder, "export", "--checkpoint", str(checkpoint), "--output", words[0], "--format", *words)
+            cola(folder, "export", str(checkpoint), "--output", words[0], "--format", *words)
         found, answers = predictions(checkpoint, folder / "merged", folder / "peft")
     lines, table = Lines(options.output, is_new=True), []
     reference = found["module, float32"]

@@ -171,7 +171,7 @@ def loaded_from_file(path):
 
 
 def exported(path):
-    return export(["--checkpoint", str(path), "--format", "chain", "--output", str(path.parent / "out"), "--overwrite"])
+    return export([str(path), "--format", "chain", "--output", str(path.parent / "out"), "--overwrite"])
 
 
 READERS = {

@@ -67,7 +67,7 @@ def saved(module, path):
 
 
 def command(path, format_, output, *more):
-    words = ["--checkpoint", path, "--format", format_, "--output", output, *more]
+    words = [path, "--format", format_, "--output", output, *more]
     return main(["export", *map(str, words)])
 
 

@@ -237,7 +237,7 @@ def test_a_run_that_goes_on_in_the_middle_of_a_link_is_the_run_itself(base, trai
 
 
 def export(checkpoint, format_, output, *words):
-    assert main(["export", "--checkpoint", str(checkpoint), "--format", format_, "--output", str(output), *words]) == 0
+    assert main(["export", str(checkpoint), "--format", format_, "--output", str(output), *words]) == 0
 
 
 def test_a_merged_model_is_plain_and_gives_the_logits(trained):

@@ -156,25 +156,20 @@ def command_parser(command: str, description: str) -> "ArgumentParser":
 
 
 def add_checkpoint(parser: "ArgumentParser", kinds: str) -> None:
-    """Adds the checkpoint of a command, its first argument or ``--checkpoint``, and how many of its links are used.
+    """Adds the checkpoint of a command, its first argument, and how many of its links are used.
 
     Args:
         parser: the command's.
         kinds: what it may be, for ``--help``.
     """
     parser.usage = f"{parser.prog} PATH [OPTIONS]"
-    parser.add_argument("path", nargs="?", type=Path | None, metavar="PATH", help=kinds)
-    parser.add_argument("--checkpoint", type=Path | None, metavar="PATH", help="the same, as an option")
+    parser.add_argument("checkpoint", type=Path, metavar="PATH", help=kinds)
     parser.add_argument("--links", type=int | None, metavar="N", help=LINKS)
 
 
 def parsed(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
     """The options in a command's arguments; ``~`` at the start of a path stands for the user's home folder."""
     options = parser.parse_args(list(words))
-    if "path" in options:
-        if (options.path is None) == (options.checkpoint is None):
-            raise UserError(f"checkpoint: pass one path: {parser.prog} PATH")
-        options.checkpoint = options.checkpoint or options.path
     for name, value in vars(options).items():
         if isinstance(value, Path):
             options[name] = Path(os.path.expanduser(value))
