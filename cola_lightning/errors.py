@@ -1,4 +1,4 @@
-"""The error type for mistakes of the user's, those for other failures, and one-line versions of other libraries' messages."""
+"""The exceptions for user errors, other failures and signals, and one-line versions of other libraries' messages."""
 
 import difflib
 import itertools
@@ -48,6 +48,10 @@ class DiskError(OutsideError):
 
 class NonFiniteError(RuntimeError):
     """The training loss or a weight became NaN or infinite; nothing of it was written."""
+
+
+class Interruption(SystemExit):
+    """A signal asked the run to stop: exit status 130 or 143. After a KeyboardInterrupt Lightning ignores a second Ctrl-C."""
 
 
 def nearest(word: str, names: Iterable[str], group: str = "") -> str:

@@ -17,9 +17,8 @@ import yaml
 from lightning.pytorch import Callback
 from scipy import stats
 
-from cola_lightning.callbacks.command import Interruption
 from cola_lightning.cli import main
-from cola_lightning.errors import UserError
+from cola_lightning.errors import Interruption, UserError
 from cola_lightning.study import study
 from cola_lightning.study.comparison import Comparison
 from cola_lightning.study.config import as_words, check_same, resolved

@@ -25,12 +25,13 @@ from typing_extensions import override
 import cola_lightning.data  # noqa: F401  # gives the command line the data modules' short names
 from cola_lightning import __version__, layout
 from cola_lightning.callbacks.chain_of_lora import ChainOfLoRA, check_strategy
-from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, Interruption, RunWatch
+from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, RunWatch
 from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
-from cola_lightning.callbacks.prediction_writer import PredictionWriter, run_folder
+from cola_lightning.callbacks.prediction_writer import PredictionWriter
+from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, in_run
 from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, help_formatter, known_elsewhere, usage
-from cola_lightning.errors import UserError, nearest
+from cola_lightning.errors import Interruption, UserError, nearest
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.run import run_of

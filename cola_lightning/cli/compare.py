@@ -1,4 +1,4 @@
-"""``cola compare``: the command."""
+"""``cola compare``: compares methods on one config."""
 
 from collections.abc import Sequence
 
