@@ -1,6 +1,6 @@
 """The run that notebooks/anatomy_of_a_chain.ipynb takes apart: a chain and a LoRA of the same rank on the GPT on bytes.
 
-    python benchmarks/anatomy.py
+    python -m benchmarks.anatomy
 
 trains with ``configs/domain_shift.yaml``, in 800 steps: eight links of rank 4, one link of rank 4, and one of rank 32. Into
 ``notebooks/data/anatomy`` go a CSV for each run (for the chain a line a step, for the others one every ten steps), and
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from byte_gpt import COLAByteGPT, PythonSourceDataModule, next_byte_loss
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
+from benchmarks.byte_gpt import COLAByteGPT, PythonSourceDataModule, next_byte_loss
 from cola_lightning import Chain, ChainOfLoRA
 from cola_lightning.chain.chain import Link
 from cola_lightning.chain.report import effective_rank, report

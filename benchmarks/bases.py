@@ -1,6 +1,6 @@
 """Which base, which mode: what a chain loses, holds and costs on bases of several dtypes, with links merged or stacked.
 
-    python benchmarks/bases.py
+    python -m benchmarks.bases
 
 measures on one CPU thread, writes each result to ``bases.jsonl``, one a line, and prints a table (about ten minutes):
 
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lines import Lines, show
-from speed import FULL, SMALL, TARGETS, build, cola_step, make_batch, ratio, shape, take_turns
 from torch import Tensor, nn
 from transformers import OPTConfig
 
+from benchmarks.lines import Lines, show
+from benchmarks.speed import FULL, SMALL, TARGETS, build, cola_step, make_batch, ratio, shape, take_turns
 from cola_lightning import COLACausalLM, LoRAConfig
 from cola_lightning.lora.inject import lora_class
 from cola_lightning.lora.quantization import quantize

@@ -1,6 +1,6 @@
 """What is proved of chains, and what is proved against them, on problems whose optimum is known.
 
-    python benchmarks/convergence.py
+    python -m benchmarks.convergence
 
 takes a minute on a CPU core, writes ``convergence/results.jsonl`` and a figure for each of three experiments:
 

@@ -1,6 +1,6 @@
 """Digits 5 to 9 with a network that knows 0 to 4, over 20 splits of the rows, each with a seed of its own: rank 1, 2 and 4.
 
-    python benchmarks/digits_splits.py
+    python -m benchmarks.digits_splits
 
 runs ``cola compare`` on ``configs/digits.yaml`` (about an hour on a CPU core); each study is a folder of
 ``benchmarks/digits_splits``. A second call does what is missing; ``--table`` only prints the table; with an empty folder
@@ -12,8 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from studies import compare, grouped, main
-
+from benchmarks.studies import compare, grouped, main
 from cola_lightning.study.results import at_best_rates, read
 from cola_lightning.study.table import short_cells, summarize
 

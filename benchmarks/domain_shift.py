@@ -1,16 +1,16 @@
 """Language under domain shift: where a chain of LoRA pays on a small GPT that reads English and learns Python.
 
-    python benchmarks/domain_shift.py
+    python -m benchmarks.domain_shift
 
 runs ``cola compare`` on ``configs/domain_shift.yaml`` (the commands below, which it prints), on one CPU thread; each of its
 studies is a folder of ``benchmarks/domain_shift``, with a line a run in ``results.jsonl``. A second call does what is missing.
 A run of 800 steps takes two to three minutes, one of 3,200 eight to twelve; the base's pre-training, once, 13.
 
-    python benchmarks/domain_shift.py --table
+    python -m benchmarks.domain_shift --table
 
 draws ``domain_shift.png`` from the lines that are there, and prints the tables of docs/results.md.
 
-    python benchmarks/domain_shift.py --output FOLDER
+    python -m benchmarks.domain_shift --output FOLDER
 
 runs all of it anew, in an empty folder; the figure is ``FOLDER.png``.
 """
@@ -21,8 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
-from studies import compare, grouped, main
-
+from benchmarks.studies import compare, grouped, main
 from cola_lightning.study.figures import plot_curves
 from cola_lightning.study.results import Result, at_best_rates, read
 from cola_lightning.study.table import short_cells, summarize

@@ -1,6 +1,6 @@
 """What a step, a knot and a checkpoint cost on one GPU: this package, peft's LoRA under transformers' Trainer, and the floor.
 
-    python benchmarks/gpu.py
+    python -m benchmarks.gpu
 
 measures models of the shapes of Llama-3.2-1B and Llama-3-8B with random weights (no download), in bf16 and in nf4, on batches
 of 4,096 tokens in rows of 512, 2,048 or 4,096, with a loss on the second half of each row; rank 8 on the queries and values,
@@ -39,14 +39,14 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that this process never 
 # Not transformers' Trainer, nor peft: they import bitsandbytes, which initializes CUDA. The children import them.
 import torch
 from lightning.pytorch import Callback, Trainer
-from lines import Lines, show
-from memory import mib
-from scale import ALPHA, MODELS, RANK, TARGETS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
+from benchmarks.lines import Lines, show
+from benchmarks.memory import mib
+from benchmarks.scale import ALPHA, MODELS, RANK, TARGETS
 from cola_lightning import ChainOfLoRA, COLACausalLM
 
 Config, Batch = dict[str, Any], dict[str, Tensor]

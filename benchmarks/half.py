@@ -1,6 +1,6 @@
 """A chain on a half-precision base, end to end: does what leaves with its owner predict what the module predicts?
 
-    python benchmarks/half.py
+    python -m benchmarks.half
 
 trains SmolLM2-135M-Instruct in bf16 on SST-2 (256 examples, three links of one epoch each) with stacked links, by ``cola fit``,
 exports it merged and for PEFT, and compares the predictions on the 400 rows for validation: of the module, of the merged model
@@ -17,11 +17,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lines import Lines, show
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from benchmarks.lines import Lines, show
 from cola_lightning import COLACausalLM, PromptDataModule
 from cola_lightning.hub import quiet
 

@@ -1,6 +1,6 @@
 """What an optimizer step asks of a device: operations, and results that the host waits for. It counts, and does not time.
 
-``python benchmarks/launches.py`` trains a Llama of two blocks on the CPU (random weights, rank 8 on all linear layers,
+``python -m benchmarks.launches`` trains a Llama of two blocks on the CPU (random weights, rank 8 on all linear layers,
 batches of 4 rows of 24 to 32 tokens, AdamW, no clipping) and counts, by a ``TorchDispatchMode``, what each side does for an
 optimizer step. It takes seconds. Results go to ``launches.jsonl``, one a line, and into a table.
 
@@ -29,13 +29,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lines import Lines, show
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.lines import Lines, show
 from cola_lightning import COLACausalLM
 
 CONFIG = LlamaConfig(

@@ -1,6 +1,6 @@
 """What training holds and sends where a model is larger than the machine at hand: computed from its configuration alone.
 
-    python benchmarks/scale.py
+    python -m benchmarks.scale
 
 plans LoRA, chains and full fine-tuning on one GPU and on eight in a minute, without weights and without a GPU, writes each
 result to ``scale.jsonl``, one a line, and prints the tables of docs/scaling.md. Links of rank 8 on
@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lines import Lines, show
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # as torch's documentation imports it
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -37,6 +36,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
+from benchmarks.lines import Lines, show
 from cola_lightning import LoRAConfig, inject_lora, lora_layers
 from cola_lightning.hf.logits import logits_of
 

@@ -1,6 +1,6 @@
 """What a training step costs: this package, peft's LoRA, and the least that any LoRA has to do.
 
-``python benchmarks/speed.py`` trains a model of OPT-125m's shape (random weights) on one CPU thread, on rows with a loss at one
+``python -m benchmarks.speed`` trains a model of OPT-125m's shape (random weights) on one CPU thread, on rows with a loss at one
 position, as a prompt's answer has. Results go to ``speed.jsonl``, one a line, and into a table; it takes about ten minutes.
 
 * ``peft``: peft's LoRA with the loss that the model itself computes, and so with the logits of all positions;
@@ -27,8 +27,6 @@ from timeit import timeit
 
 import torch
 from lightning.pytorch import Trainer
-from lines import Lines, show
-from memory import mib
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,6 +34,8 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
+from benchmarks.lines import Lines, show
+from benchmarks.memory import mib
 from cola_lightning import ChainOfLoRA, COLACausalLM, LoRAConfig, inject_lora
 
 TARGETS = ["q_proj", "v_proj"]

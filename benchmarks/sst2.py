@@ -1,6 +1,6 @@
 """SmolLM2 on SST-2: LoRA and chains of two and three links, side by side.
 
-    python benchmarks/sst2.py
+    python -m benchmarks.sst2
 
 runs ``cola fit`` and ``cola test`` on ``configs/sst2_smollm2.yaml`` for each method and seed (about two minutes a run on two
 cores). It reads $COLA_DATA_DIR/sst2, or the hub. Runs are written to ``sst2.jsonl`` as they end; a second call does what is
@@ -15,8 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lines import Lines, show
-
+from benchmarks.lines import Lines, show
 from cola_lightning.cli import main as cola
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,6 @@
 """What the loss over a large vocabulary costs: in chunks of positions, and as transformers computes it.
 
-``python benchmarks/vocabulary.py`` takes training steps of a Llama of one block (random weights, rank 8 on its queries and
+``python -m benchmarks.vocabulary`` takes training steps of a Llama of one block (random weights, rank 8 on its queries and
 values) on one CPU thread, with a loss at each position. Results go to ``vocabulary.jsonl``, one a line, and into a table; a
 call measures what no line has. It takes about an hour.
 
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lines import Lines, show
-from memory import mib
-from speed import Work, take_turns, training_step
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.lines import Lines, show
+from benchmarks.memory import mib
+from benchmarks.speed import Work, take_turns, training_step
 from cola_lightning import COLACausalLM
 
 VOCABULARIES, POSITIONS, ROWS = (32_000, 152_000, 256_000), (128, 1024), 8

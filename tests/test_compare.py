@@ -292,7 +292,6 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from cola_lightning.study import study
-sys.path.append("benchmarks")
 from tests.test_compare import compare, made_up
 
 output = Path(sys.argv[1])

@@ -1,6 +1,5 @@
 """One chain on many processes: the same as on one."""
 
-import importlib
 import os
 import signal
 import socket
@@ -10,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks import scale
 from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import StoredState, read_chain
 from tests import distributed_run as run
@@ -171,7 +171,7 @@ def test_processes_tie_the_same_knots_by_a_metric_of_which_each_has_its_own_valu
 @pytest.mark.parametrize(("strategy", "layout"), [("ddp", "DDP"), ("fsdp2", "FSDP2")])
 def test_a_knot_sends_nothing_and_a_step_what_the_benchmark_of_scale_computes(trained, strategy, layout):
     """The trained gradients, and, under FSDP2, of the base its blocks twice, and what is around them once."""
-    steps, scale = torch.load(trained / f"counted-{strategy}.sent"), importlib.import_module("scale")
+    steps = torch.load(trained / f"counted-{strategy}.sent")
     assert len(steps) == 6
     assert steps[4] == steps[3]  # with the knot between them
     module = run.make("gpt2")

@@ -5,7 +5,6 @@ Seconds are the processor's for this process, which others beside it do not leng
 
 import functools
 import importlib
-import sys
 import time
 import timeit
 from concurrent.futures import ProcessPoolExecutor
@@ -20,19 +19,18 @@ SLACK = 1.25
 
 @pytest.fixture(scope="module")
 def speed():
-    """The benchmark, under its own name: so a process that it starts finds it, too, and imports little else."""
-    module = importlib.import_module("speed")
+    """The benchmark; it is imported here because its imports take seconds."""
+    module = importlib.import_module("benchmarks.speed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "timeit", functools.partial(timeit.timeit, timer=time.process_time))
         patch.setattr(module, "multiprocessing", SimpleNamespace(get_context=lambda _: SERVER))
         yield module
-    del sys.modules["speed"]
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")  # which is so
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_step_has_few_operations_above_the_models_and_waits_once(accumulation):
-    launches = importlib.import_module("launches")
+    launches = importlib.import_module("benchmarks.launches")
     cola, model = (launches.a_step(side, accumulation) for side in ("cola", "model"))
     assert model["operations"] < cola["operations"] <= launches.budget(model, accumulation)
     assert cola["waits"] == model["waits"] + 1, cola["where"]
@@ -40,8 +38,7 @@ def test_a_step_has_few_operations_above_the_models_and_waits_once(accumulation)
 
 @pytest.fixture(scope="module")
 def bases(speed):
-    yield importlib.import_module("bases")
-    del sys.modules["bases"]
+    return importlib.import_module("benchmarks.bases")
 
 
 def test_a_step_costs_less_than_pefts_and_little_more_than_the_least_and_a_knot_less_than_a_step(speed):
@@ -69,7 +66,7 @@ def test_a_step_on_experts_needs_less_memory_than_pefts_and_no_more_time(speed):
 
 
 def test_a_large_vocabulary_needs_a_part_of_the_memory_of_all_its_logits(speed):
-    vocabulary = importlib.import_module("vocabulary")
+    vocabulary = importlib.import_module("benchmarks.vocabulary")
     with ProcessPoolExecutor(1, mp_context=SERVER) as pool:  # one new process for both
         cola, whole = (
             pool.submit(vocabulary.peak_above_model, name, 32_000, 300, 64).result() for name in ("cola", "transformers")

@@ -1,17 +1,17 @@
 """Does a chain pay on a real language model? SmolLM2-135M-Instruct on GSM8K, and on Zig, a language that it hardly knows.
 
-    python benchmarks/gsm8k/study.py
+    python -m benchmarks.gsm8k.study
 
 runs ``cola compare`` on ``config.yaml``, stage after stage, on one CPU thread, from the repository's root. Each study is a
 folder here, with a line for each run in ``results.jsonl`` and its losses by row in ``rows.jsonl``. A second call does what is
 missing: a run that has its line is not repeated. All of it takes about 14,000 steps, of 7 to 12 seconds on a core with AVX2.
 GSM8K's rows are linked from ``$COLA_DATA_DIR/real``. Zig's are its standard library (MIT): ``pip install ziglang==0.13.0``.
 
-    python benchmarks/gsm8k/study.py --only rank-8-steps-150
+    python -m benchmarks.gsm8k.study --only rank-8-steps-150
 
 runs that study alone.
 
-    python benchmarks/gsm8k/study.py --tables
+    python -m benchmarks.gsm8k.study --tables
 
 trains nothing: it collects the losses by row of finished runs, and from the lines that are there it prints the table of
 docs/results.md and draws ``differences.png``.
@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,16 +32,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
+from benchmarks.studies import compare, grouped, run
+from cola_lightning.study.config import as_words
+from cola_lightning.study.figures import COLORS
+from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read
+from cola_lightning.study.table import shown_difference, shown_test, summarize
+
 HERE = Path(os.path.relpath(Path(__file__).parent))
-sys.path.append(str(HERE.parent))
-
-from studies import compare, grouped, run  # noqa: E402
-
-from cola_lightning.study.config import as_words  # noqa: E402
-from cola_lightning.study.figures import COLORS  # noqa: E402
-from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read  # noqa: E402
-from cola_lightning.study.table import shown_difference, shown_test, summarize  # noqa: E402
-
 CONFIG = HERE / "config.yaml"
 TASKS = {"gsm8k": "GSM8K", "zig": "Zig"}
 OF_TASK = {"gsm8k": {}, "zig": {"data.source": str(HERE / "zig"), "data.columns": "{text: text}"}}
