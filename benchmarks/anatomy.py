@@ -2,7 +2,7 @@
 
     python -m benchmarks.anatomy
 
-trains with ``configs/domain_shift.yaml``, in 800 steps: eight links of rank 4, one link of rank 4, and one of rank 32. Into
+trains with ``benchmarks/domain_shift.yaml``, in 800 steps: eight links of rank 4, one link of rank 4, and one of rank 32. Into
 ``notebooks/data/anatomy`` go a CSV for each run (for the chain a line a step, for the others one every ten steps), and
 ``updates.json``: singular values, angles and ranks of the links' updates. The chains themselves are in ``build/anatomy``. About
 three minutes a run on a CPU core, after 13 of pre-training, once.

@@ -2,7 +2,7 @@
 
     python -m benchmarks.digits_splits
 
-runs ``cola compare`` on ``configs/digits.yaml`` (about an hour on a CPU core); each study is a folder of
+runs ``cola compare`` on ``benchmarks/digits.yaml`` (about an hour on a CPU core); each study is a folder of
 ``benchmarks/digits_splits``. A second call does what is missing; ``--table`` only prints the table; with an empty folder
 (``--output FOLDER``) everything is run anew. The chain is the config's, ten links; in plateau-rank-1 a link ends where the
 validation loss has not fallen for two epochs. Rates are chosen by the validation accuracy of three seeds.
@@ -18,7 +18,7 @@ from cola_lightning.study.table import short_cells, summarize
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 FOLDER = HERE / "digits_splits"
-CONFIG = HERE.parent / "configs" / "digits.yaml"
+CONFIG = HERE / "digits.yaml"
 NAMES = {"lora": "LoRA", "cola": "10 links", "lora-sum-rank": "LoRA of the summed rank", "full": "full fine-tuning"}
 NAMES |= {"rac": "RAC-LoRA, 10 links", "relora": "ReLoRA, 10 links"}
 NAMES |= {"asymmetric": "LoRA, B alone trained", "plateau": "links until a plateau"}

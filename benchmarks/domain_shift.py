@@ -2,7 +2,7 @@
 
     python -m benchmarks.domain_shift
 
-runs ``cola compare`` on ``configs/domain_shift.yaml`` (the commands below, which it prints), on one CPU thread; each of its
+runs ``cola compare`` on ``benchmarks/domain_shift.yaml`` (the commands below, which it prints), on one CPU thread; each of its
 studies is a folder of ``benchmarks/domain_shift``, with a line a run in ``results.jsonl``. A second call does what is missing.
 A run of 800 steps takes two to three minutes, one of 3,200 eight to twelve; the base's pre-training, once, 13.
 
@@ -28,7 +28,7 @@ from cola_lightning.study.table import short_cells, summarize
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 FOLDER = HERE / "domain_shift"
-CONFIG = HERE.parent / "configs" / "domain_shift.yaml"
+CONFIG = HERE / "domain_shift.yaml"
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.lines import Lines, show
+from benchmarks.sst2 import EACH_EPOCH, OPTIONS
 from cola_lightning import COLACausalLM, PromptDataModule
 from cola_lightning.hub import quiet
 
-CONFIG = Path(__file__).parent.parent / "configs" / "sst2_smollm2.yaml"
-FIT = ["--model.dtype", "bfloat16", "--model.finished_links", "stack", "--trainer.max_epochs", "3"]
+FIT = [*OPTIONS, *EACH_EPOCH, "--model.dtype", "bfloat16", "--model.finished_links", "stack", "--trainer.max_epochs", "3"]
 ROWS = {"train_size": 256, "val_size": 400, "test_size": 400, "batch_size": 8, "eval_batch_size": 40}  # the config's
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name, quiet():
         folder = Path(name)
-        cola(folder, "fit", "--config", str(CONFIG), *FIT)
+        cola(folder, "fit", *FIT)
         checkpoint = folder / "runs" / "version_0" / "checkpoints" / "last.ckpt"
         for words in (("merged", "--dtype", "float32"), ("peft",)):
             cola(folder, "export", str(checkpoint), "--output", words[0], "--format", *words)

@@ -126,7 +126,7 @@ def test_configs_and_commands_parse(monkeypatch, capsys):
     for words in map(list, dict.fromkeys(map(tuple, found))):
         if words[0] in ("inspect", "export", "generate"):
             continue
-        words = [word.replace("runs/version_0/config.yaml", "configs/digits.yaml") for word in words if word not in written]
+        words = [word.replace("runs/version_0/config.yaml", "benchmarks/digits.yaml") for word in words if word not in written]
         assert main(words if words[0] == "compare" else [*words, "--print_config"]) == 0, words
         assert not capsys.readouterr().err
 

@@ -28,8 +28,6 @@ def configs(words: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     options = parsed(parser, words)
     found = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
-    for name in ("digits", "domain_shift"):  # of modules in a clone's benchmarks
-        found.pop(name, None)
     if not options.names:
         for name, path in found.items():
             text = f"{name}: {_first_sentence(path)}"
