@@ -1,7 +1,6 @@
 """``cola compare``: methods on one config, at equal numbers of optimizer steps."""
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from cola_lightning.study.results import Result, at_best_rates, best_rates, writ
 from cola_lightning.study.run import run
 from cola_lightning.study.table import summarize
 from tests import forked
+from tests.comparing import compare, config, known_config, made_up
 from tests.toy import DIGITS, read_csv, wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -39,15 +39,6 @@ def result(method="lora", seed=0, rate=1e-2, validation=1.0, test=None, **facts)
 
 
 # ---------------------------------------------------------------------- methods
-
-
-def config(chain=None, rank=4, **trainer):
-    whens = dict.fromkeys(("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "ranks", "alphas"))
-    return {
-        "model": {"init_args": {"rank": rank, "alpha": 8.0}},
-        "chain": whens | (chain or {}),
-        "trainer": {"max_epochs": None, "max_steps": -1} | trainer,
-    }
 
 
 @pytest.mark.parametrize(
@@ -137,16 +128,6 @@ def test_differences_to_lora_are_paired_by_seed_and_no_interval_is_made_up():
 # ---------------------------------------------------------------------- a study whose runs are made up
 
 
-def made_up(claim, requested):
-    """In the place of a run's process: it takes no time, and its metric follows from its options."""
-    given = dict(zip(requested["words"][::2], requested["words"][1::2], strict=True))
-    value = requested["result"]["learning_rate"] + requested["result"]["seed"] / 1000
-    value += len(json.loads(given.get("--chain.at_epochs", "null")) or ()) / 10
-    facts = {"steps": 10, "seconds": 1.0, "peak_memory": 9.0, "trainable_parameters": 5, "curve": [[5, 2 * value], [10, value]]}
-    write([Result(**requested["result"], **facts, validation=value, test=value)], claim.parent / "result.json")
-    return True
-
-
 class Runs:
     """Made-up runs: ``asked`` are their names, ``changes`` fields of some results, ``failing`` the names of those that fail."""
 
@@ -181,16 +162,6 @@ def runs(_without_figures, monkeypatch):
     monkeypatch.setattr(study, "execute", made)
     monkeypatch.setattr(study, "resolved", lambda words: known_config(*words))
     return made
-
-
-@functools.cache
-def known_config(*words):
-    return resolved(words)
-
-
-def compare(folder, *words, methods="[lora, cola-2]", seeds=2, fit=()):
-    given = ["--config", DIGITS, "--output", str(folder), "--methods", methods, "--seeds", str(seeds), *words]
-    return main(["compare", *given, *(["--", *fit] if fit else ())])
 
 
 def lines(folder):
@@ -292,7 +263,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from cola_lightning.study import study
-from tests.test_compare import compare, made_up
+from tests.comparing import compare, made_up
 
 output = Path(sys.argv[1])
 

@@ -9,40 +9,13 @@ from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule, RunLength
 from cola_lightning.cli import main
 from cola_lightning.study.config import resolved
 from tests import tiny
+from tests.tiny import at_tiny_size
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "configs"
 BENCHMARKS = [ROOT / "benchmarks" / f"{name}.yaml" for name in ("digits", "domain_shift")]
 NAMES = ["classification", "paper", "qlora_8b", "quickstart", "roberta_glue", "sft_chat", "sft_instructions", "smollm2"]
 PATHS = [*(FOLDER / f"{name}.yaml" for name in NAMES), *BENCHMARKS]
-TURNS = {"messages": [{"role": "user", "content": "Is it old?"}, {"role": "assistant", "content": "Yes."}]}
-FOR_NEWCOMERS = {"classification": {"text": "It was."}, "qlora_8b": TURNS, "sft_chat": TURNS}
-FOR_NEWCOMERS |= {"sft_instructions": {"instruction": "Is it old?", "output": "Yes."}}  # a row that each is for
-ARCHITECTURES = {"classification": "roberta", "paper": "opt", "roberta_glue": "roberta"}
-
-
-def at_tiny_size(name, folder):
-    """What puts a tiny model and a few rows in the place of the config's own."""
-    if name == "digits":
-        return []
-    if name == "domain_shift":
-        return tiny.BYTE_GPT
-    architecture = ARCHITECTURES.get(name, "llama")
-    auto_class = "AutoModel" if architecture == "roberta" else "AutoModelForCausalLM"
-    model = tiny.folder(folder / "model", architecture, auto_class)
-    changes = ["--model.model_name", model, "--trainer.accelerator", "cpu"]
-    changes += [] if architecture == "roberta" else ["--model.gguf_file", "null"]
-    if name == "quickstart":
-        return [*changes, "--data.source", str(FOLDER / name)]
-    if name in FOR_NEWCOMERS:
-        if name != "classification":
-            tiny.chat_tokenizer(tiny.CHAT).save_pretrained(model)
-        rows = [FOR_NEWCOMERS[name] | ({"label": k % 2} if name == "classification" else {}) for k in range(16)]
-        return [*changes, "--data.source", tiny.write_rows(folder / "rows", rows)]
-    rows = [{"sentence": "It was.", "sentence1": "It was.", "sentence2": "It.", "label": k % 2} for k in range(16)]
-    tiny.write_rows(folder / "rows", rows)
-    sizes = ["--data.subset", "null"] if name == "roberta_glue" else ["--data.train_size", "8", "--data.val_size", "8"]
-    return [*changes, "--data.source", str(folder / "rows"), *sizes]
 
 
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")

@@ -1,8 +1,6 @@
 """One chain on many processes: the same as on one."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -14,21 +12,8 @@ from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import StoredState, read_chain
 from tests import distributed_run as run
 from tests import forked, tiny
+from tests.forked import as_torchrun, environments
 from tests.toy import assert_bit_equal
-
-
-def environments(n, **more):
-    """Those of n processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": port, **more}
-    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
-
-
-def as_torchrun(n):
-    """What lets Lightning see torchrun."""
-    return environments(n, TORCHELASTIC_RUN_ID="tests", GROUP_RANK="0", LOCAL_WORLD_SIZE=str(n))
 
 
 def forked_torchrun(folder, *jobs, n=2):

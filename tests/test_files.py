@@ -14,7 +14,7 @@ from cola_lightning import Chain, TemplateDataModule, TextClassificationDataModu
 from cola_lightning.cli import main
 from cola_lightning.data.splits import load_splits
 from tests import tiny
-from tests.test_language_data import attach
+from tests.tiny import attach
 
 # What spreadsheets and data sets hold, and what readers like to take for something else.
 TEXTS = ["NA", "null", "007", "2020-01-01", 'She said "no", twice', "two\nlines", "café", "", "1e5", "True"]

@@ -15,11 +15,10 @@ from cola_lightning.cli import main
 from cola_lightning.cli.generate import make_streamer
 from cola_lightning.decoding import Decoding
 from tests import tiny
+from tests.tiny import CHAT_IN_A_LINE as CHAT
 from tests.toy import trainer
 
 DOCS = Path(__file__).parent.parent / "docs" / "checkpoints.md"
-CHAT = "{% for turn in messages %}[{{ turn['role'] }}]{{ turn['content'] }}</s>{% endfor %}"
-CHAT += "{% if add_generation_prompt %}[assistant]{% endif %}"
 PROMPTS = ["Is the town old? ", "A film with great actors", "Yes, the river is long\n"]
 KINDS = {"chat": (CHAT, None), "template unused": (CHAT, False), "no template": (None, None)}
 

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from benchmarks import gpu
 from cola_lightning import COLACausalLM, COLAModule
 from tests import tiny
-from tests.test_quantization import Rows
+from tests.tiny import RandomRows as Rows
 from tests.toy import assert_bit_equal, trainer, weights
 
 MODES = {"float32, merge": ("float32", None, "merge"), "bf16, merge": ("bfloat16", None, "merge")}

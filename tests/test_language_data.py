@@ -12,13 +12,7 @@ from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.encoding import encode_texts, labels_of
 from cola_lightning.data.examples import Example, encode_examples
 from tests import tiny
-
-
-def attach(data, architecture="llama", num_labels=2):
-    """A trainer as the data module sees it."""
-    tokenizer = tiny.tokenizer(architecture, pad=True)
-    tokenizer.model_max_length = 64
-    return tiny.set_up(data, tokenizer, num_labels=num_labels)
+from tests.tiny import attach
 
 
 def prompts_of(part):

@@ -26,7 +26,7 @@ from cola_lightning import (
 from cola_lightning.cli import main
 from cola_lightning.export.module import Card
 from tests import tiny
-from tests.test_templates import CHAT
+from tests.tiny import CHAT
 from tests.toy import assert_bit_equal, batches, toy, trainer, weights
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.

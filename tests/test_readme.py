@@ -17,7 +17,7 @@ from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
 from tests import tiny
-from tests.test_configs import at_tiny_size
+from tests.tiny import at_tiny_size
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"

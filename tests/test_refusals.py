@@ -18,8 +18,8 @@ from cola_lightning.data import TemplateDataModule, TextDataModule
 from cola_lightning.study.config import resolved
 from cola_lightning.study.methods import method
 from tests import tiny
-from tests.test_cli_language import make_language_folder
-from tests.test_compare import config
+from tests.comparing import config
+from tests.tiny import make_language_folder
 from tests.toy import DIGITS, FAST, LAST, Toy, batches, toy, trainer
 
 # ---------------------------------------------------------------------- on the command line

@@ -11,9 +11,8 @@ from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.lora.config import DRAWS
 from cola_lightning.study.config import as_words, resolved
 from cola_lightning.study.methods import method
-from tests.test_chain_of_lora import Watch
-from tests.test_compare import known_config
-from tests.toy import DIGITS, batches, toy, trainer
+from tests.comparing import known_config
+from tests.toy import DIGITS, Watch, batches, toy, trainer
 
 
 def base():
