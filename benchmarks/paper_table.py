@@ -39,7 +39,7 @@ OF_FIT |= {"trainer.gradient_clip_val": "1", "trainer.check_val_every_n_epoch": 
 def calls(folder: Path) -> Iterator[list[str]]:
     """The studies, each as what follows ``cola``."""
     for task in TASKS:
-        options = {"config": str(CONFIG), "output": str(folder / task.lower()), "metric": "val_accuracy"}
+        options: dict[str, object] = {"config": str(CONFIG), "output": str(folder / task.lower()), "metric": "val_accuracy"}
         options |= {"methods": ["lora", "cola"], "learning_rates": [1e-3, 5e-4], "seeds": SEEDS, "tuning_seeds": TUNING_SEEDS}
         yield compare(options, {"data.task": task} | OF_FIT)
 

@@ -41,7 +41,7 @@ from cola_lightning.study.table import shown_difference, shown_test, summarize
 HERE = Path(os.path.relpath(Path(__file__).parent))
 CONFIG = HERE / "config.yaml"
 TASKS = {"gsm8k": "GSM8K", "zig": "Zig"}
-OF_TASK = {"gsm8k": {}, "zig": {"data.source": str(HERE / "zig"), "data.columns": "{text: text}"}}
+OF_TASK: dict[str, dict[str, str]] = {"gsm8k": {}, "zig": {"data.source": str(HERE / "zig"), "data.columns": "{text: text}"}}
 NAMES = {"lora": "LoRA", "cola-4": "4 links", "cola": "one early knot", "lora-sum-rank-4": "LoRA of rank {of_four}"}
 RATES = [3e-3, 1e-2, 1e-3]
 SHORT, STEPS, LONG = 150, 300, 1200
@@ -80,9 +80,13 @@ class Stage:
     def words(self) -> list[str]:
         """What follows ``cola``."""
         rates = ", ".join(f"{name}: [{', '.join(f'{rate:g}' for rate in of_method)}]" for name, of_method in self.rates.items())
-        options = {"config": str(CONFIG), "output": str(self.folder), "methods": f"[{', '.join(self.rates)}]"}
+        options: dict[str, object] = {
+            "config": str(CONFIG),
+            "output": str(self.folder),
+            "methods": f"[{', '.join(self.rates)}]",
+        }
         options |= {"seeds": self.seeds, "tuning_seeds": 1, "keep_checkpoints": True, "learning_rates": f"{{{rates}}}"}
-        of_fit = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
+        of_fit: dict[str, object] = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
         of_fit |= {"chain.at_steps": f"[{round(self.steps / 4)}]"}
         of_fit |= OF_TASK[self.task]
         if self.variant == "no-clipping":
@@ -198,7 +202,7 @@ def answer(stage: Stage) -> None:
     known = by_run(stage.folder / "answers.jsonl")
     for path in sorted(stage.folder.glob("runs/*/checkpoints/last.ckpt")):
         folder = path.parent.parent
-        (result,) = read(folder / "result.json") or [None]
+        result = next(iter(read(folder / "result.json")), None)
         if result is not None and result.run not in known:
             of_run = {"config": str(folder / "config.yaml"), "ckpt_path": str(path)}
             run(["predict", *as_words(of_run | {"data.test_size": ANSWERED, "data.eval_batch_size": 20})])

@@ -19,7 +19,9 @@ def inspect(words: Sequence[str]) -> None:
     """
     parser = command_parser("inspect", SUBCOMMANDS["inspect"])
     add_checkpoint(parser, "a run's folder, a checkpoint, a chain folder, or a PEFT adapter")
-    parser.add_argument("--plot", type=Path | None, metavar="FILE.png", help="plot norms and singular values")
+    parser.add_argument(
+        "--plot", type=Path | None, metavar="FILE.png", help="plot norms and singular values (needs matplotlib)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with every layer, instead of the table")
     options = parsed(parser, words)
 
