@@ -4,7 +4,7 @@ import functools
 import json
 
 from cola_lightning.cli import main
-from cola_lightning.study.config import resolved
+from cola_lightning.study.config import resolve_config
 from cola_lightning.study.results import Result, write
 from tests.toy import DIGITS
 
@@ -30,7 +30,7 @@ def made_up(claim, requested):
 
 @functools.cache
 def known_config(*words):
-    return resolved(words)
+    return resolve_config(words)
 
 
 def compare(folder, *words, methods="[lora, cola-2]", seeds=2, fit=()):

@@ -20,7 +20,7 @@ from cola_lightning.cli import main
 from cola_lightning.errors import Interruption, UserError
 from cola_lightning.study import study
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.config import as_words, check_same, resolved
+from cola_lightning.study.config import as_words, check_same, resolve_config
 from cola_lightning.study.figures import mean_curve
 from cola_lightning.study.methods import method
 from cola_lightning.study.results import Result, at_best_rates, best_rates, write
@@ -64,10 +64,10 @@ def test_a_method_is_options_of_a_fit(name, given, links, rank):
 
 def test_a_chain_in_steps_is_compared_over_epochs_and_no_method_changes_a_runs_length():
     words = ["--config", str(ROOT / "configs" / "smollm2.yaml")]
-    given = resolved(words)
+    given = resolve_config(words)
     for name in ("cola", "relora", "full", "lora-sum-rank-4"):
         found = method(name, given)
-        mine = resolved([*words, *as_words(found.options)])
+        mine = resolve_config([*words, *as_words(found.options)])
         assert mine["trainer"] == given["trainer"]
         if name in ("cola", "relora"):
             assert (found.rank, found.links) == (8, 1)  # as many as are known before the run
@@ -157,10 +157,10 @@ def _without_figures(monkeypatch):
 
 @pytest.fixture
 def runs(_without_figures, monkeypatch):
-    """Each config is resolved once."""
+    """Each config is resolve_config once."""
     made = Runs()
     monkeypatch.setattr(study, "execute", made)
-    monkeypatch.setattr(study, "resolved", lambda words: known_config(*words))
+    monkeypatch.setattr(study, "resolve_config", lambda words: known_config(*words))
     return made
 
 
@@ -228,7 +228,7 @@ def test_options_of_a_fit_and_seeds_of_splits_are_every_runs(tmp_path, runs):
     words = ["--also_seeded", "[data.split_seed]"]
     assert compare(tmp_path, *words, methods="[lora]", fit=["--trainer.max_epochs", "7"]) == 0
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["max_epochs"] == 7
-    for seed, given in enumerate(map(resolved, runs.words)):
+    for seed, given in enumerate(map(resolve_config, runs.words)):
         assert (given["trainer"]["max_epochs"], given["seed_everything"]) == (7, seed)
         assert given["data"]["init_args"]["split_seed"] == seed
 

@@ -7,7 +7,7 @@ import pytest
 
 from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule, RunLength
 from cola_lightning.cli import main
-from cola_lightning.study.config import resolved
+from cola_lightning.study.config import resolve_config
 from tests import tiny
 from tests.tiny import at_tiny_size
 
@@ -37,13 +37,13 @@ def test_a_config_fits_a_screen_and_says_what_it_needs(path):
 
 
 def test_the_overlay_for_several_gpus_replaces_a_configs_strategy():
-    config = resolved(["--config", str(FOLDER / "paper.yaml"), "--config", str(FOLDER / "overlays" / "multi_gpu.yaml")])
+    config = resolve_config(["--config", str(FOLDER / "paper.yaml"), "--config", str(FOLDER / "overlays" / "multi_gpu.yaml")])
     assert (config["trainer"]["strategy"], config["trainer"]["devices"]) == ("ddp", "auto")
 
 
 @pytest.mark.parametrize("path", [BENCHMARKS[0], FOLDER / "smollm2.yaml", FOLDER / "roberta_glue.yaml"])
 def test_the_overlay_of_one_knot_replaces_a_configs_own_knots(path):
-    config = resolved(["--config", str(path), "--config", str(FOLDER / "overlays" / "one_knot.yaml")])
+    config = resolve_config(["--config", str(path), "--config", str(FOLDER / "overlays" / "one_knot.yaml")])
     run = RunLength(lambda epoch: 20, max_epochs=4, max_steps=math.inf)
     whens = {when: config["chain"][when] for when in (*KNOT_OPTIONS, "until")}
     assert ChainSchedule(**whens).in_run(run).at_steps == [20]

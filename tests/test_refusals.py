@@ -13,9 +13,9 @@ from torch import nn
 
 from cola_lightning import AdaptedModel, ChainOfLoRA, ChainSchedule, LoRAConfig, UserError, inject_lora
 from cola_lightning.cli import main
-from cola_lightning.cli.help import ELSEWHERE, known_elsewhere
+from cola_lightning.cli.help import ELSEWHERE, equivalent_option
 from cola_lightning.data import TemplateDataModule, TextDataModule
-from cola_lightning.study.config import resolved
+from cola_lightning.study.config import resolve_config
 from cola_lightning.study.methods import method
 from tests import tiny
 from tests.comparing import config
@@ -97,7 +97,7 @@ def test_an_option_of_another_tool_gets_the_one_that_is_meant(capfd):
     for names, here in ELSEWHERE.items():
         assert f"| {', '.join(f'`{name}`' for name in names)} | `{here}` |\n" in page.read_text()
     for option in ("--model.r", "--lr", "--data.max_seq_length", "--bf16"):
-        here = known_elsewhere(option.removeprefix("--"))
+        here = equivalent_option(option.removeprefix("--"))
         assert main(["fit", "--model.model_name", "x", "--data.source", "y", option, "3"]) == 2
         assert capfd.readouterr().err.splitlines()[-1].endswith(f"; here it is {here}")
     assert main(["fit", "--model.model_name", "x", "--data.source", "y", "--trainer.logger", "tensorboard"]) == 2
@@ -106,7 +106,7 @@ def test_an_option_of_another_tool_gets_the_one_that_is_meant(capfd):
 
 def test_what_is_typed_here_exists():
     words = [word for here in ELSEWHERE.values() for word in here.split()]
-    assert resolved(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
+    assert resolve_config(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
 
 
 def contents():

@@ -35,7 +35,7 @@ from scipy import stats
 from benchmarks.studies import compare, grouped, run
 from cola_lightning.study.config import as_words
 from cola_lightning.study.figures import COLORS
-from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read
+from cola_lightning.study.results import Result, RunKey, at_best_rates, best_rates, read
 from cola_lightning.study.table import shown_difference, shown_test, summarize
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
@@ -193,8 +193,8 @@ def collect_losses(stage: Stage) -> None:
     known = by_run(stage.folder / "rows.jsonl")
     for path in sorted(stage.folder.glob("runs/*/result.json")):
         (result,) = read(path)
-        if result.run not in known and result.test is not None:  # it did not diverge
-            _append(stage.folder / "rows.jsonl", {"run": result.run, "rows": _losses(path.parent)})
+        if result.key not in known and result.test is not None:  # it did not diverge
+            _append(stage.folder / "rows.jsonl", {"run": result.key, "rows": _losses(path.parent)})
 
 
 def answer(stage: Stage) -> None:
@@ -203,11 +203,11 @@ def answer(stage: Stage) -> None:
     for path in sorted(stage.folder.glob("runs/*/checkpoints/last.ckpt")):
         folder = path.parent.parent
         result = next(iter(read(folder / "result.json")), None)
-        if result is not None and result.run not in known:
+        if result is not None and result.key not in known:
             of_run = {"config": str(folder / "config.yaml"), "ckpt_path": str(path)}
             run(["predict", *as_words(of_run | {"data.test_size": ANSWERED, "data.eval_batch_size": 20})])
             right = [is_right(**one) for one in _lines(folder / "predictions.jsonl")]
-            _append(stage.folder / "answers.jsonl", {"run": result.run, "right": sum(right), "rows": len(right)})
+            _append(stage.folder / "answers.jsonl", {"run": result.key, "right": sum(right), "rows": len(right)})
 
 
 def is_right(prediction: str, target: str, **other: object) -> bool:
@@ -216,9 +216,9 @@ def is_right(prediction: str, target: str, **other: object) -> bool:
     return bool(generated) and generated[0].replace(",", "") == given[0].replace(",", "")
 
 
-def by_run(path: Path) -> dict[Run, dict[str, Any]]:
+def by_run(path: Path) -> dict[RunKey, dict[str, Any]]:
     """The lines of a file, by their run; empty if there is no file."""
-    return {Run(*line["run"]): line for line in _lines(path)}
+    return {RunKey(*line["run"]): line for line in _lines(path)}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -290,7 +290,7 @@ def rows_of(stage: Stage) -> list[list[str]]:
     table = []
     for results, lora, difference in compared(stage):
         summary = summarize(({} if results == lora else {"lora": lora}) | {"method": results})[-1]
-        right = [f"; {line['right']}/{line['rows']} right" for result in results if (line := answers.get(result.run))]
+        right = [f"; {line['right']}/{line['rows']} right" for result in results if (line := answers.get(result.key))]
         table.append([
             title(stage),
             name_in(stage, results[0].method),
@@ -328,14 +328,14 @@ def compared(stage: Stage) -> Iterator[tuple[list[Result], list[Result], tuple[f
     lora, losses = best.get("lora", []), by_run(stage.folder / "rows.jsonl")
     for results in (best[method] for method in NAMES if method in best):
         pairs = [
-            (losses[one.run]["rows"], losses[other.run]["rows"]) for one in results for other in lora if is_pair(one, other)
+            (losses[one.key]["rows"], losses[other.key]["rows"]) for one in results for other in lora if is_pair(one, other)
         ]
         yield results, lora, difference_over_rows(*zip(*pairs, strict=True)) if pairs else None
 
 
 def is_pair(one: Result, lora: Result) -> bool:
     """Whether a result can be compared with LoRA's row by row."""
-    return one.run != lora.run and one.seed == lora.seed and None not in (one.test, lora.test)
+    return one.key != lora.key and one.seed == lora.seed and None not in (one.test, lora.test)
 
 
 def draw(path: Path) -> None:

@@ -110,11 +110,11 @@ def usage(subcommand: str) -> str:
     return "\n".join([f"cola {subcommand} [OPTIONS]", "", "example:", f"  {EXAMPLES[subcommand]}", "", "main options:", *lines])
 
 
-def known_elsewhere(option: str) -> str | None:
+def equivalent_option(option: str) -> str | None:
     """What is typed here for an option of peft, transformers, TRL or axolotl; None if it is none of theirs.
 
     Example:
-        >>> known_elsewhere("model.lora_alpha")
+        >>> equivalent_option("model.lora_alpha")
         '--model.alpha 16'
     """
     name = option.rpartition(".")[2]
@@ -167,7 +167,7 @@ def add_checkpoint(parser: "ArgumentParser", kinds: str) -> None:
     parser.add_argument("--links", type=int | None, metavar="N", help=LINKS)
 
 
-def parsed(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
+def parse_options(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
     """The options in a command's arguments; ``~`` at the start of a path stands for the user's home folder."""
     options = parser.parse_args(list(words))
     for name, value in vars(options).items():
@@ -176,7 +176,7 @@ def parsed(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
     return options
 
 
-def loaded(opened: "OpenedCheckpoint", options: Any, method: str) -> Any:
+def load_module(opened: "OpenedCheckpoint", options: Any, method: str) -> Any:
     """The module of a checkpoint, as a command's ``--links`` and ``--trust_remote_code`` ask for it.
 
     Args:
@@ -197,6 +197,6 @@ def loaded(opened: "OpenedCheckpoint", options: Any, method: str) -> Any:
             f"in Python, and call {method}() of the module"
         )
     find_class(arguments["class_path"])
-    given: dict[str, Any] = {"trust_remote_code": True} if options.trust_remote_code else {}  # not every class has it
+    more: dict[str, Any] = {"trust_remote_code": True} if options.trust_remote_code else {}  # not every class has it
     with quiet():
-        return COLAModule.load_from_checkpoint(opened, links=options.links, **given)
+        return COLAModule.load_from_checkpoint(opened, links=options.links, **more)

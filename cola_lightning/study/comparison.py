@@ -61,4 +61,4 @@ class Comparison:
         if self.mode is None and quantity not in BETTER:
             raise UserError(f"mode: is a lower or a higher {self.metric} better? Add --mode min or --mode max")
         self.better = self.mode or BETTER[quantity]
-        self.tuned_by = range(min(self.tuning_seeds or self.seeds, self.seeds))  # the seeds by which rates are compared
+        self.rate_seeds = range(min(self.tuning_seeds or self.seeds, self.seeds))  # the seeds by which rates are compared
