@@ -1,8 +1,8 @@
 """The run that notebooks/anatomy_of_a_chain.ipynb takes apart: a chain and a LoRA of the same rank on the GPT on bytes.
 
-    python benchmarks/anatomy.py
+    python -m benchmarks.anatomy
 
-trains with ``configs/domain_shift.yaml``, in 800 steps: eight links of rank 4, one link of rank 4, and one of rank 32. Into
+trains with ``benchmarks/domain_shift.yaml``, in 800 steps: eight links of rank 4, one link of rank 4, and one of rank 32. Into
 ``notebooks/data/anatomy`` go a CSV for each run (for the chain a line a step, for the others one every ten steps), and
 ``updates.json``: singular values, angles and ranks of the links' updates. The chains themselves are in ``build/anatomy``. About
 three minutes a run on a CPU core, after 13 of pre-training, once.
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from byte_gpt import COLAByteGPT, PythonSourceDataModule, next_byte_loss
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
-from cola_lightning import Chain, ChainOfLoRA
+from benchmarks.byte_gpt import COLAByteGPT, PythonSourceDataModule, next_byte_loss
+from cola_lightning import Chain, ChainOfLoRA, COLAModule
 from cola_lightning.chain.chain import Link
 from cola_lightning.chain.report import effective_rank, report
 
@@ -44,31 +44,32 @@ class Watched(ChainOfLoRA):
 
     def __init__(self, windows: Tensor, every: int | None) -> None:
         super().__init__(every_n_train_steps=every)
-        self.windows, self.rows = windows, []
+        self.windows = windows
+        self.rows: list[dict[str, float]] = []
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step, link = trainer.global_step, len(self.module.chain)
         self.row: dict[str, float] = {"step": step, "lr": trainer.optimizers[0].param_groups[0]["lr"]}
         if step % 10 == 0:
-            self.row["held_back_loss"] = self._loss(pl_module)
+            self.row["held_back_loss"] = self._loss(self.module)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if len(self.module.chain) > link:
             self.row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-            self.row["held_back_loss_after_knot"] = self._loss(pl_module)
+            self.row["held_back_loss_after_knot"] = self._loss(self.module)
         self.row["link"] = len(self.module.chain)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        for factor, parameters in _factors(pl_module).items():
+        for factor, parameters in _factors(self.module).items():
             self.row[f"gradient_{factor}"] = _norm(p.grad for p in parameters)
             self.row[f"adam_mean_{factor}"] = _norm(_state(optimizer, p, "exp_avg") for p in parameters)
             self.row[f"adam_root_{factor}"] = _norm(_state(optimizer, p, "exp_avg_sq").sqrt() for p in parameters)
-        self.before = _updates(pl_module)
+        self.before = _updates(self.module)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
-        now = _updates(pl_module)
+        now = _updates(self.module)
         self.row["step_norm"] = _norm(mine - theirs for mine, theirs in zip(now, self.before, strict=True))
         self.row["train_loss"] = outputs["loss"].item()
         self.rows.append(self.row)
@@ -76,28 +77,29 @@ class Watched(ChainOfLoRA):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        self.rows.append({"step": trainer.global_step, "held_back_loss": self._loss(pl_module)})
+        self.rows.append({"step": trainer.global_step, "held_back_loss": self._loss(self.module)})
 
-    def _loss(self, module: LightningModule) -> float:
+    def _loss(self, module: COLAModule) -> float:
         with torch.no_grad():
             return next_byte_loss(module.model, self.windows).item()
 
 
-def _factors(module: LightningModule) -> dict[str, list[torch.nn.Parameter]]:
+def _factors(module: COLAModule) -> dict[str, list[torch.nn.Parameter]]:
     layers = module.adapted.layers.values()
     return {"A": [layer.lora_A for layer in layers], "B": [layer.lora_B for layer in layers]}
 
 
 def _state(optimizer: Optimizer, parameter: torch.nn.Parameter, name: str) -> Tensor:
     """Of Adam, before its step; zeros where it has none yet."""
-    return optimizer.state[parameter].get(name, torch.zeros(1))
+    value: Tensor = optimizer.state[parameter].get(name, torch.zeros(1))
+    return value
 
 
 def _norm(tensors: Any) -> float:
     return math.hypot(*(tensor.norm().item() for tensor in tensors))
 
 
-def _updates(module: LightningModule) -> list[Tensor]:
+def _updates(module: COLAModule) -> list[Tensor]:
     """What the current link adds to each layer's weight."""
     with torch.no_grad():
         return [layer.scaling * (layer.lora_B @ layer.lora_A) for layer in module.adapted.layers.values()]
@@ -190,9 +192,9 @@ def measure(chains: Mapping[str, Chain]) -> dict[str, Any]:
         sums.append({"effective_rank": _mean(ranks), "numerical_rank": _mean(numerical), "norm": norm})
     runs = {}
     for name, of_run in chains.items():
-        spectra = {layer: torch.linalg.svdvals(of_run.delta(layer).double()) for layer in of_run.layers}
-        ranks = [effective_rank(spectrum) for spectrum in spectra.values()]
-        runs[name] = {"effective_rank": _mean(ranks), "singular_values": spectra[SHOWN][: LINKS * RANK].tolist()}
+        by_layer = {layer: torch.linalg.svdvals(of_run.delta(layer).double()) for layer in of_run.layers}
+        ranks = [effective_rank(spectrum) for spectrum in by_layer.values()]
+        runs[name] = {"effective_rank": _mean(ranks), "singular_values": by_layer[SHOWN][: LINKS * RANK].tolist()}
     overlap = {"of_links": found.tolist(), "at_random": at_random.tolist()}
     return {"rank": RANK, "layers": len(chain.layers), "links": links, "sums": sums, "overlap": overlap, "runs": runs}
 

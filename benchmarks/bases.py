@@ -1,6 +1,6 @@
 """Which base, which mode: what a chain loses, holds and costs on bases of several dtypes, with links merged or stacked.
 
-    python benchmarks/bases.py
+    python -m benchmarks.bases
 
 measures on one CPU thread, writes each result to ``bases.jsonl``, one a line, and prints a table (about ten minutes):
 
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lines import Lines, show
-from speed import FULL, SMALL, TARGETS, build, cola_step, make_batch, ratio, shape, take_turns
 from torch import Tensor, nn
 from transformers import OPTConfig
 
+from benchmarks.lines import Lines, show
+from benchmarks.random_model import RandomCausalLM, build
+from benchmarks.speed import FULL, SMALL, TARGETS, cola_step, make_batch, ratio, shape, take_turns
 from cola_lightning import COLACausalLM, LoRAConfig
 from cola_lightning.lora.inject import lora_class
 from cola_lightning.lora.quantization import quantize
@@ -45,28 +46,25 @@ ERROR_LIMITS = {"merge": 1e-4, "stack": 1e-2}
 STEP_LIMIT = 1.10  # of a bf16 step with 64 finished ranks on queries and values, over one with one link
 
 
-class RandomCausalLM(COLACausalLM):
-    """The package's module around a model with random weights; the model's name stands for nothing."""
+def cola_module(config: OPTConfig, base: str, finished_links: str, targets: Sequence[str] | str = TARGETS) -> RandomCausalLM:
+    """The package's module around a model of this size, in a mode."""
+    dtype = "bfloat16" if base == "nf4" else base
+    module = RandomCausalLM(
+        lambda: build(config).to(getattr(torch, dtype)),
+        target_modules=targets,
+        dtype=dtype,
+        quantization="nf4" if base == "nf4" else None,
+        finished_links=finished_links,
+    )
+    module.configure_model()
+    return module
 
-    def __init__(self, config: OPTConfig, base: str, finished_links: str, targets: Any = TARGETS) -> None:
-        how: dict[str, Any] = {"dtype": "bfloat16", "quantization": "nf4"} if base == "nf4" else {"dtype": base}
-        chain = {"target_modules": targets, "rank": RANK, "alpha": 16, "seed": 0, "finished_links": finished_links}
-        super().__init__("random", **how, **chain)
-        self.config = config
-        self.configure_model()
 
-    def build_model(self) -> nn.Module:
-        """Makes the model, without any file."""
-        model = build(self.config).to(getattr(torch, self.pretrained.dtype))
-        if self.quantization is not None:
-            self.quantize_base(model)
-        return model
-
-    @torch.no_grad()
-    def learn(self) -> None:
-        """Gives the current link something to hold."""
-        for layer in self.adapted.layers.values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(self.link)) * 1e-3)
+@torch.no_grad()
+def learn(module: RandomCausalLM) -> None:
+    """Gives the current link something to hold."""
+    for layer in module.adapted.layers.values():
+        layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(module.link)) * 1e-3)
 
 
 def random_links(width: int, weight: Tensor, size: float, n: int = 10) -> list[tuple[Tensor, Tensor]]:
@@ -84,18 +82,19 @@ def error_of_update(mode: Mode, width: int = 1024, size: float = 1e-3) -> float:
     """How far what a layer adds after ten links is from their sum, relative to it."""
     base, finished_links = mode
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(width, width, bias=False))
-    nn.init.normal_(model[0].weight, std=0.02)
+    linear = nn.Linear(width, width, bias=False)
+    model = nn.Sequential(linear)
+    nn.init.normal_(linear.weight, std=0.02)
     model.to(torch.bfloat16 if base in ("bfloat16", "nf4") else torch.float32)
-    links = random_links(width, model[0].weight, size)
+    links = random_links(width, linear.weight, size)
     if base == "nf4":
         quantize(model, torch.bfloat16)
     expected = torch.stack([B.double() @ A.double() for A, B in links]).sum(0)
     if mode == PLAIN:
-        before = model[0].weight.detach().clone()
+        before = linear.weight.detach().clone()
         for A, B in links:
-            model[0].weight.add_((B @ A).to(before.dtype))
-        update = model[0].weight.double() - before.double()
+            linear.weight.add_((B @ A).to(before.dtype))
+        update = linear.weight.double() - before.double()
     else:
         config = LoRAConfig(rank=RANK, alpha=RANK, finished_links=finished_links)  # type: ignore
         layer = lora_class(model[0]).adapt_(model[0], config)  # type: ignore
@@ -113,9 +112,9 @@ def error_of_update(mode: Mode, width: int = 1024, size: float = 1e-3) -> float:
 @torch.no_grad()
 def change_at_knots(mode: Mode, config: OPTConfig) -> float:
     """The largest relative change of the loss at a knot."""
-    module, batch, changes = RandomCausalLM(config, *mode), make_batch(config, 32), []
+    module, batch, changes = cola_module(config, *mode), make_batch(config, 32), []
     for _ in range(LINKS):
-        module.learn()
+        learn(module)
         before = float(module.step(batch).loss)
         module.tie_knot()
         changes.append(abs(float(module.step(batch).loss) - before) / before)
@@ -135,15 +134,15 @@ def measure_steps(
     """Sizes and seconds of the modes, with one link and with eight finished ones beside it, on rows of so many tokens."""
     batch, works, sizes = make_batch(config, length), {}, {}
     for mode in modes:
-        module = RandomCausalLM(config, *mode, targets)
+        module = cola_module(config, *mode, targets)
         works[f"{' '.join(mode)}, one link"] = cola_step(config, batch, module)
         before = megabytes(module)
         if mode[1] == "merge":  # nothing grows
             sizes[" ".join(mode)] = {"weights_mb": before, "knot_mb": 0.0}
             continue
-        chained = RandomCausalLM(config, *mode, targets)
+        chained = cola_module(config, *mode, targets)
         for _ in range(LINKS):
-            chained.learn()
+            learn(chained)
             chained.tie_knot()
         works[f"{' '.join(mode)}, 64 ranks"] = cola_step(config, batch, chained)
         sizes[" ".join(mode)] = {"weights_mb": before, "knot_mb": (megabytes(chained) - before) / LINKS}

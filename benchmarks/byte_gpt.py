@@ -133,7 +133,7 @@ def english_passages() -> Tensor:
     passages: dict[str, None] = {}  # an ordered set
     for task, field in ENGLISH.items():
         data = PromptDataModule(task)
-        splits = load_splits(data.source, data.subset, data.revision)
+        splits = load_splits(str(data.source), data.subset, data.revision)
         for split in ("train", "validation"):
             passages |= dict.fromkeys(row.text(field) for row in splits[split]())
     return as_bytes("\n\n".join(passages).encode()[:ENGLISH_BYTES])

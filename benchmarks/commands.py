@@ -1,6 +1,6 @@
 """Two whole commands side by side: ``cola fit`` with its defaults, and peft's LoRA under transformers' Trainer.
 
-    python benchmarks/commands.py
+    python -m benchmarks.commands
 
 Both read the same file of instructions (rows of SST-2, then of RTE, as prompts with their answers, from $COLA_DATA_DIR), train
 SmolLM2-135M for one epoch in batches of 8 rows of similar length with a loss on the answer, and write what was trained: LoRA of
@@ -20,14 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lines import Lines, show
 from transformers import AutoModelForCausalLM
 
+from benchmarks.lines import Lines, show
 from cola_lightning.data.splits import load_splits
 from cola_lightning.data.tasks import TASKS
 from cola_lightning.hf.pretrained import Pretrained
 
-HERE = Path(__file__).parent
 UNITS = ("seconds", "mib")
 LORA = ["--model.target_modules", "[q_proj, v_proj]", "--model.rank", "8", "--model.alpha", "16"]
 OPTIMIZER = ["--model.optimizer", "AdamW", "--model.optimizer.lr", "1e-3", "--model.optimizer.weight_decay", "0"]
@@ -63,19 +62,12 @@ def write_base(folder: Path) -> None:
 
 def commands(base: Path, rows: Path, folder: Path) -> dict[str, list[str]]:
     """The two, by name."""
-    python = [sys.executable]
-    fit = ["-m", "cola_lightning", "fit", "--model", "COLACausalLM", "--model.model_name", str(base), *LORA, *OPTIMIZER]
-    fit += [
-        "--data",
-        "TextDataModule",
-        "--data.source",
-        str(rows.parent),
-        *DATA,
-        *TRAINER,
-        "--trainer.default_root_dir",
-        str(folder),
-    ]
-    return {"cola": python + fit, "peft": [*python, str(HERE / "peft_trainer.py"), str(base), str(rows), str(folder / "peft")]}
+    fit = ["fit", "--model", "COLACausalLM", "--model.model_name", str(base), *LORA, *OPTIMIZER]
+    fit += ["--data", "TextDataModule", "--data.source", str(rows.parent), *DATA]
+    fit += [*TRAINER, "--trainer.default_root_dir", str(folder)]
+    cola = [sys.executable, "-m", "cola_lightning", *fit]
+    peft = [sys.executable, "-m", "benchmarks.peft_trainer", *map(str, (base, rows, folder / "peft"))]
+    return {"cola": cola, "peft": peft}
 
 
 def measure(command: list[str]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What is proved of chains, and what is proved against them, on problems whose optimum is known.
 
-    python benchmarks/convergence.py
+    python -m benchmarks.convergence
 
 takes a minute on a CPU core, writes ``convergence/results.jsonl`` and a figure for each of three experiments:
 
@@ -63,7 +63,9 @@ def target(size: int = SIZE, decay: float = 0.9) -> Tensor:
     """A matrix of full rank whose singular values fall by a factor of ``decay``."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q for _ in range(2))
-    return left @ torch.diag(decay ** torch.arange(size, dtype=torch.float64)) @ right
+    values = torch.pow(decay, torch.arange(size, dtype=torch.float64))
+    matrix: Tensor = left @ torch.diag(values) @ right
+    return matrix
 
 
 def tail(wanted: Tensor, rank: int, links: int) -> list[float]:
@@ -159,7 +161,7 @@ def descend(
         if optimizer is None:
             with torch.no_grad():
                 for factor in adapted.frozen_factors():
-                    factor /= factor.norm()
+                    factor.div_(factor.norm())
             optimizer = SGD(adapted.trained_parameters(), lr=step)
         loss = quadratic(matrix(adapted))
         losses.append(float(loss.detach()))

@@ -1,8 +1,8 @@
 """Digits 5 to 9 with a network that knows 0 to 4, over 20 splits of the rows, each with a seed of its own: rank 1, 2 and 4.
 
-    python benchmarks/digits_splits.py
+    python -m benchmarks.digits_splits
 
-runs ``cola compare`` on ``configs/digits.yaml`` (about an hour on a CPU core); each study is a folder of
+runs ``cola compare`` on ``benchmarks/digits.yaml`` (about an hour on a CPU core); each study is a folder of
 ``benchmarks/digits_splits``. A second call does what is missing; ``--table`` only prints the table; with an empty folder
 (``--output FOLDER``) everything is run anew. The chain is the config's, ten links; in plateau-rank-1 a link ends where the
 validation loss has not fallen for two epochs. Rates are chosen by the validation accuracy of three seeds.
@@ -12,14 +12,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from studies import compare, grouped, main
-
+from benchmarks.studies import compare, grouped, main
 from cola_lightning.study.results import at_best_rates, read
 from cola_lightning.study.table import short_cells, summarize
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 FOLDER = HERE / "digits_splits"
-CONFIG = HERE.parent / "configs" / "digits.yaml"
+CONFIG = HERE / "digits.yaml"
 NAMES = {"lora": "LoRA", "cola": "10 links", "lora-sum-rank": "LoRA of the summed rank", "full": "full fine-tuning"}
 NAMES |= {"rac": "RAC-LoRA, 10 links", "relora": "ReLoRA, 10 links"}
 NAMES |= {"asymmetric": "LoRA, B alone trained", "plateau": "links until a plateau"}
@@ -41,9 +40,14 @@ def calls(folder: Path) -> Iterator[list[str]]:
         ("rank-4", 4, RATES, {}),
         ("plateau-rank-1", 1, {"cola": CHAIN}, PLATEAU),
     ]:
-        options = {"config": str(CONFIG), "output": str(folder / name), "metric": "val_accuracy", "methods": [*rates]}
+        options: dict[str, object] = {
+            "config": str(CONFIG),
+            "output": str(folder / name),
+            "metric": "val_accuracy",
+            "methods": [*rates],
+        }
         options |= {"learning_rates": rates, "seeds": 20, "tuning_seeds": TUNING_SEEDS, "also_seeded": ["data.split_seed"]}
-        yield compare(options, {"model.rank": rank, "model.alpha": rank} | more)
+        yield compare(options, {"model.rank": rank, "model.alpha": rank, **more})
 
 
 def rows(folder: Path = FOLDER) -> list[list[str]]:

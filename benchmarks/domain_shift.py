@@ -1,16 +1,16 @@
 """Language under domain shift: where a chain of LoRA pays on a small GPT that reads English and learns Python.
 
-    python benchmarks/domain_shift.py
+    python -m benchmarks.domain_shift
 
-runs ``cola compare`` on ``configs/domain_shift.yaml`` (the commands below, which it prints), on one CPU thread; each of its
+runs ``cola compare`` on ``benchmarks/domain_shift.yaml`` (the commands below, which it prints), on one CPU thread; each of its
 studies is a folder of ``benchmarks/domain_shift``, with a line a run in ``results.jsonl``. A second call does what is missing.
 A run of 800 steps takes two to three minutes, one of 3,200 eight to twelve; the base's pre-training, once, 13.
 
-    python benchmarks/domain_shift.py --table
+    python -m benchmarks.domain_shift --table
 
 draws ``domain_shift.png`` from the lines that are there, and prints the tables of docs/results.md.
 
-    python benchmarks/domain_shift.py --output FOLDER
+    python -m benchmarks.domain_shift --output FOLDER
 
 runs all of it anew, in an empty folder; the figure is ``FOLDER.png``.
 """
@@ -21,15 +21,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
-from studies import compare, grouped, main
-
+from benchmarks.studies import compare, grouped, main
 from cola_lightning.study.figures import plot_curves
 from cola_lightning.study.results import Result, at_best_rates, read
 from cola_lightning.study.table import short_cells, summarize
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 FOLDER = HERE / "domain_shift"
-CONFIG = HERE.parent / "configs" / "domain_shift.yaml"
+CONFIG = HERE / "domain_shift.yaml"
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,14 @@ class Stage:
 
     def words(self, folder: Path) -> list[str]:
         """What follows ``cola``."""
-        options = {"config": str(CONFIG), "output": str(folder / self.name), "methods": [*self.rates], "seeds": self.seeds}
+        options: dict[str, object] = {
+            "config": str(CONFIG),
+            "output": str(folder / self.name),
+            "methods": [*self.rates],
+            "seeds": self.seeds,
+        }
         options |= {"tuning_seeds": min(self.tuning_seeds, self.seeds), "learning_rates": self.rates}
-        of_fit = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
+        of_fit: dict[str, object] = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
         of_fit |= {"trainer.val_check_interval": self.steps // 16}
         if self.variant == "decay-in-each-link":
             of_fit |= {"model.schedule_scope": "link", "model.knot_warmup_steps": 0}
@@ -180,6 +184,7 @@ def draw(folder: Path) -> None:
 
     Full fine-tuning has no rank: it is in each panel of its length.
     """
+    from matplotlib.artist import Artist
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -188,7 +193,7 @@ def draw(folder: Path) -> None:
     ranks, lengths = (sorted(set(values)) for values in zip(*shown, strict=True))
     figure = Figure(figsize=(6.0 * len(ranks), 3.5 * len(lengths) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    in_legend = {}
+    in_legend: dict[str, Artist] = {}
     for (rank, steps), results in shown.items():
         axes = figure.add_subplot(len(lengths), len(ranks), lengths.index(steps) * len(ranks) + ranks.index(rank) + 1)
         plot_curves(axes, results | full.get(steps, {}), skip=0.12, names=NAMES)
@@ -196,7 +201,7 @@ def draw(folder: Path) -> None:
         axes.set_xlabel("optimizer steps (dots: knots)")
         axes.set_ylabel("validation loss (nats per byte)")
         axes.spines[["top", "right"]].set_visible(False)
-        in_legend |= {line.get_label(): line for line in axes.get_legend_handles_labels()[0]}
+        in_legend |= {str(line.get_label()): line for line in axes.get_legend_handles_labels()[0]}
     labels = [label for label in [*NAMES.values(), "full fine-tuning, at its end"] if label in in_legend]
     lines = [in_legend[label] for label in labels]
     figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(labels))

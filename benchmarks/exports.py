@@ -1,6 +1,6 @@
 """The memory that ``cola export`` needs, above that of loading the model.
 
-``python benchmarks/exports.py`` takes six steps of the quickstart, with a link for every two, and exports the checkpoint as a
+``python -m benchmarks.exports`` takes six steps of the quickstart, with a link for every two, and exports the checkpoint as a
 merged model and as an adapter, each in a new process, whose peak of resident memory it prints next to that of a process that
 only loads the model. It takes about six minutes on one core.
 """
@@ -20,8 +20,7 @@ COMMAND = """
 import sys
 from pathlib import Path
 
-sys.path.insert(0, {benchmarks!r})
-from memory import mib
+from benchmarks.memory import mib
 
 import torch
 
@@ -43,7 +42,7 @@ assert main(sys.argv[1:-1]) == 0
 
 def peak_gb(program: str, folder: Path, *words: str) -> float:
     """The largest resident memory of a new process that runs a program, in GB."""
-    code = COMMAND.format(benchmarks=str(ROOT / "benchmarks"), program=program)
+    code = COMMAND.format(program=program)
     subprocess.run([sys.executable, "-c", code, *words, str(folder / "peak")], cwd=ROOT, check=True, stdout=sys.stderr)
     return float((folder / "peak").read_text()) * 2**20 / 1e9
 
@@ -57,7 +56,7 @@ def main() -> None:
         loaded = peak_gb(LOAD, folder)
         print(f"loading the model: {loaded:.2f} GB")
         for format_ in ("merged", "peft"):
-            words = ["export", "--checkpoint", str(checkpoint), "--format", format_, "--output", str(folder / format_)]
+            words = ["export", str(checkpoint), "--format", format_, "--output", str(folder / format_)]
             words += ["--base_folder", str(folder / "base")] if format_ == "peft" else []  # a GGUF file is no name for peft
             more = peak_gb(RUN, folder, *words) - loaded
             print(f"cola export --format {format_}: {more:+.2f} GB ({'within' if more <= LIMIT_GB else 'above'} {LIMIT_GB})")

@@ -1,6 +1,6 @@
 """What a step, a knot and a checkpoint cost on one GPU: this package, peft's LoRA under transformers' Trainer, and the floor.
 
-    python benchmarks/gpu.py
+    python -m benchmarks.gpu
 
 measures models of the shapes of Llama-3.2-1B and Llama-3-8B with random weights (no download), in bf16 and in nf4, on batches
 of 4,096 tokens in rows of 512, 2,048 or 4,096, with a loss on the second half of each row; rank 8 on the queries and values,
@@ -32,28 +32,31 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that this process never initializes CUDA: its children are forked
 
 # Not transformers' Trainer, nor peft: they import bitsandbytes, which initializes CUDA. The children import them.
 import torch
 from lightning.pytorch import Callback, Trainer
-from lines import Lines, show
-from memory import mib
-from scale import ALPHA, MODELS, RANK, TARGETS
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 
-from cola_lightning import ChainOfLoRA, COLACausalLM
+from benchmarks import random_model
+from benchmarks.lines import Lines, show
+from benchmarks.memory import mib
+from benchmarks.random_model import SILENT, RandomCausalLM
+from benchmarks.scale import ALPHA, MODELS, RANK, TARGETS
+from cola_lightning import ChainOfLoRA
 
-Config, Batch = dict[str, Any], dict[str, Tensor]
+Config = dict[str, Any]
+Batch = dict[str, Tensor]
 SIDES, BASES = ("cola", "peft", "floor"), ("bf16", "nf4")
 TOKENS, LENGTHS = 4096, (2048, 512, 4096)  # a batch's; a row's, in the order in which they are measured
 WARM_UP, STEPS = 3, 7
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPES: dict[str, PretrainedConfig] = {name: MODELS[name] for name in ("Llama-3.2-1B", "Llama-3-8B")}
 SHAPES["small"] = LlamaConfig(vocab_size=500, num_key_value_heads=1, **SIZES)
 COLUMNS = ["GPU", "model", "base", "tokens a row", "options", "seconds: cola / peft / floor", "cola / peft", "cola / floor"]
@@ -83,9 +86,8 @@ def build(name: str, base: str, device: str) -> Any:
     """A model with random weights, made on the device: one block is drawn, and quantized; the others are copies of it."""
     config = copy.deepcopy(SHAPES[name])
     n_blocks, config.num_hidden_layers = config.num_hidden_layers, 1
-    torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model: Any = random_model.build(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     (block,) = model.model.layers
     if base == "nf4":
         from cola_lightning.lora.quantization import quantize
@@ -107,27 +109,30 @@ def make_batch(name: str, length: int) -> Batch:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-class RandomCausalLM(COLACausalLM):
+class MeasuredCausalLM(RandomCausalLM):
     """The package's module around such a model; it measures its knots."""
 
-    def __init__(self, shape: str, base: str, device_name: str, **options: bool) -> None:
-        chain = {"target_modules": TARGETS, "rank": RANK, "alpha": ALPHA, "seed": 0, "finished_links": "stack"}
-        super().__init__("random", dtype="bfloat16", **chain, **options)  # type: ignore[arg-type]
-        self.shape, self.base, self.device_name = shape, base, device_name
+    def __init__(self, made: Config, device_name: str) -> None:
+        super().__init__(
+            lambda: build(made["model"], made["base"], device_name),
+            dtype="bfloat16",
+            target_modules=TARGETS,
+            rank=RANK,
+            alpha=ALPHA,
+            finished_links="stack",
+            activation_checkpointing=made["checkpointing"],
+            compile=made["compile"],
+        )
+        self.device_name = device_name
         self.knot_seconds: list[float] = []
-
-    def build_model(self) -> nn.Module:
-        """Makes the model, without any file."""
-        made: nn.Module = build(self.shape, self.base, self.device_name)
-        return made
 
     def tie_knot(self, **how: Any) -> Any:
         """Ties a knot, as ChainOfLoRA has it do."""
-        seconds, link = timed(lambda: super(RandomCausalLM, self).tie_knot(**how), self.device_name)
+        seconds, link = timed(lambda: super(MeasuredCausalLM, self).tie_knot(**how), self.device_name)
         self.knot_seconds.append(seconds)
         return link
 
-    def cpu(self) -> "RandomCausalLM":
+    def cpu(self) -> Self:
         """Stays on the device: after a fit, Lightning would copy gigabytes that nothing reads."""
         return self
 
@@ -174,15 +179,15 @@ def seconds_of(times: Sequence[float]) -> dict[str, Any]:
 
 def cola(made: Config, device: str, folder: Path) -> Config:
     """This package's steps, a knot, and a checkpoint in the middle of the second link."""
-    options = {"activation_checkpointing": made["checkpointing"], "compile": made["compile"]}
-    module = RandomCausalLM(made["model"], made["base"], device, **options)
+    module = MeasuredCausalLM(made, device)
     path = folder / "run.ckpt"
     ends, chain = Ends(device, path), ChainOfLoRA(at_steps=[WARM_UP + STEPS])
-    batches = DataLoader([make_batch(made["model"], made["length"])] * (WARM_UP + STEPS + 1), batch_size=None)
-    off = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    rows: Any = [make_batch(made["model"], made["length"])] * (WARM_UP + STEPS + 1)
     accelerator = "gpu" if device == "cuda" else "cpu"
-    trainer = Trainer(accelerator=accelerator, devices=1, max_epochs=1, callbacks=[chain, ends], default_root_dir=folder, **off)
-    trainer.fit(module, batches)
+    trainer = Trainer(
+        accelerator=accelerator, devices=1, max_epochs=1, callbacks=[chain, ends], default_root_dir=folder, **SILENT
+    )
+    trainer.fit(module, DataLoader(rows, batch_size=None))
     found = {"knot_seconds": module.knot_seconds[0], "checkpoint_seconds": ends.checkpoint_seconds}
     return seconds_of(ends.times) | {"loss": ends.loss} | found | {"checkpoint_bytes": path.stat().st_size}
 
@@ -195,7 +200,7 @@ def peft(made: Config, device: str, folder: Path) -> Config:
 
     ends, saved, n_steps = Ends(device), [0.0], WARM_UP + STEPS
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ends.on_train_batch_end(None, None, None, None, -1)
 
@@ -248,7 +253,7 @@ def floor(made: Config, device: str, folder: Path) -> Config:
         inputs = model.get_input_embeddings()(ids).requires_grad_()
         logits = model(inputs_embeds=inputs, attention_mask=mask, use_cache=False, logits_to_keep=places).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), targets)
-        loss.backward()
+        torch.autograd.backward(loss)
         first = float(loss.detach()) if step == 0 else first
         synchronize(device)
         times.append(time.perf_counter())
@@ -275,7 +280,7 @@ def measure(made: Config, device: str) -> Config:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found = globals()[made["side"]](made, device, Path(folder))
+            found: Config = globals()[made["side"]](made, device, Path(folder))
         except torch.OutOfMemoryError:
             return {"error": "out of memory"}
         except Exception as error:

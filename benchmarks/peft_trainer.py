@@ -1,9 +1,9 @@
 """LoRA as peft and transformers' Trainer do it by their own means: a file of instructions in, an adapter out.
 
-    python benchmarks/peft_trainer.py base rows.jsonl folder
+    python -m benchmarks.peft_trainer base rows.jsonl folder
 
 trains one epoch on ``prompt`` and ``response`` with the loss on the response, batches grouped by length. It is the other side
-of ``benchmarks/commands.py``, with the same sequences, targets, optimizer and schedule.
+of ``benchmarks.commands``, with the same sequences, targets, optimizer and schedule.
 """
 
 import argparse

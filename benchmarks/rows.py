@@ -1,6 +1,6 @@
 """What many rows cost before the first step: ``TextDataModule`` and ``datasets.map``, each started twice.
 
-    python benchmarks/rows.py
+    python -m benchmarks.rows
 
 writes 200,000 rows of prompt and response, of 217 of SmolLM2's tokens on average, and prepares them until the first batch is
 there, in a new process each time, whose tokenizer has one thread: at the first start nothing is cached, at the second one all
@@ -28,8 +28,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lines import Lines, show
-from memory import mib
+from benchmarks.lines import Lines, show
+from benchmarks.memory import mib
 
 PROMPT, RESPONSE = 60, 157  # tokens, on average
 BATCH_SIZE = 8
@@ -125,7 +125,8 @@ def run(command: Sequence[str], cache: Path) -> str:
     """Runs this file's command in a new process, with its caches in a folder; returns its last line."""
     environment = os.environ | {"HF_HOME": str(cache), "HF_DATASETS_CACHE": str(cache / "datasets"), "HF_HUB_OFFLINE": "1"}
     environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, __file__, *command], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    words = [sys.executable, "-m", "benchmarks.rows", *command]
+    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return (done.stdout.splitlines() or [""])[-1]
 
 

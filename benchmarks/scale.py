@@ -1,6 +1,6 @@
 """What training holds and sends where a model is larger than the machine at hand: computed from its configuration alone.
 
-    python benchmarks/scale.py
+    python -m benchmarks.scale
 
 plans LoRA, chains and full fine-tuning on one GPU and on eight in a minute, without weights and without a GPU, writes each
 result to ``scale.jsonl``, one a line, and prints the tables of docs/scaling.md. Links of rank 8 on
@@ -29,14 +29,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lines import Lines, show
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # as torch's documentation imports it
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
+from transformers import LlamaConfig, OPTConfig, PretrainedConfig
 
+from benchmarks import random_model
+from benchmarks.lines import Lines, show
 from cola_lightning import LoRAConfig, inject_lora, lora_layers
 from cola_lightning.hf.logits import logits_at
 
@@ -45,9 +46,15 @@ PROCESSES: dict[Layout, int] = {"1 GPU": 1, "DDP": 8, "FSDP2": 8}
 TARGETS, RANK, ALPHA, ROWS, LENGTH = ["q_proj", "v_proj"], 8, 16, 8, 512
 
 # From the config.json of facebook/opt-1.3b, and in meta-llama of Llama-3.2-1B, Llama-3.2-3B, Llama-2-7b-hf and Meta-Llama-3-8B.
-OPT = {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
-LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8}
+OPT: dict[str, Any] = {
+    "hidden_size": 2048,
+    "word_embed_proj_dim": 2048,
+    "ffn_dim": 8192,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+}
+LLAMA: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_3: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8}
 SMALL = LLAMA_3 | {"intermediate_size": 8192, "tie_word_embeddings": True}
 MODELS: dict[str, PretrainedConfig] = {
     "OPT-1.3B": OPTConfig(vocab_size=50272, max_position_embeddings=2048, dropout=0.1, **OPT),
@@ -81,12 +88,13 @@ METHODS += [Method("COLA float32", "merge", 1, torch.float32), Method("full fine
 def build(config: PretrainedConfig, method: Method, device: str = "meta") -> nn.Module:
     """The model as it is trained, with its finished links; on the meta device it takes no memory."""
     with torch.device(device):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=method.dtype, attn_implementation="sdpa").train()
+        model: nn.Module = random_model.build(config, dtype=method.dtype, attn_implementation="sdpa").train()
     if method.finished_links is not None:
         inject_lora(model, LoRAConfig(TARGETS, rank=RANK, alpha=ALPHA, finished_links=method.finished_links))
     for layer in lora_layers(model).values():
-        for _ in range(method.n_finished if layer.stack is not None else 0):
-            layer.stack.push(*layer.factors, layer.scaling)
+        for _ in range(method.n_finished):
+            if layer.stack is not None:
+                layer.stack.push(*layer.factors, layer.scaling)
     return model
 
 
@@ -152,11 +160,11 @@ def saved_bytes(model: nn.Module, rows: int, length: int, *, is_autocast: bool) 
     """Bytes that autograd keeps from a forward pass to its backward pass, beside what the model holds: each storage once."""
     stacks = [layer.stack for layer in lora_layers(model).values() if layer.stack is not None]
     held = [*model.parameters(), *model.buffers(), *(factor for stack in stacks for factor in (stack.A, stack.B))]
-    known = {StorageWeakRef(tensor.untyped_storage()) for tensor in held}
+    known = {StorageWeakRef(tensor.untyped_storage()) for tensor in held}  # type: ignore[no-untyped-call]
     saved: dict[StorageWeakRef, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        saved[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        saved[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()  # type: ignore[no-untyped-call]
         return tensor
 
     ids, mask = (torch.ones(rows, length, dtype=torch.long) for _ in range(2))
@@ -175,10 +183,10 @@ def activations(config: PretrainedConfig, method: Method, rows: int = ROWS, leng
     def count(n_blocks: int) -> list[int]:
         shallow = copy.deepcopy(config)
         shallow.num_hidden_layers = n_blocks
-        model = build(shallow, method)
+        model: Any = build(shallow, method)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
-            model.tie_weights()  # type: ignore[operator] # which to_empty has untied
+            model.tie_weights()  # which to_empty has untied
             found = [saved_bytes(model, n, length, is_autocast=method.is_autocast) for n in (rows, 2 * rows)]
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.disable_input_require_grads()

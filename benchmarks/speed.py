@@ -1,6 +1,6 @@
 """What a training step costs: this package, peft's LoRA, and the least that any LoRA has to do.
 
-``python benchmarks/speed.py`` trains a model of OPT-125m's shape (random weights) on one CPU thread, on rows with a loss at one
+``python -m benchmarks.speed`` trains a model of OPT-125m's shape (random weights) on one CPU thread, on rows with a loss at one
 position, as a prompt's answer has. Results go to ``speed.jsonl``, one a line, and into a table; it takes about ten minutes.
 
 * ``peft``: peft's LoRA with the loss that the model itself computes, and so with the logits of all positions;
@@ -24,19 +24,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from timeit import timeit
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lines import Lines, show
-from memory import mib
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import OPTConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from cola_lightning import ChainOfLoRA, COLACausalLM, LoRAConfig, inject_lora
+from benchmarks.lines import Lines, show
+from benchmarks.memory import mib
+from benchmarks.random_model import SILENT, RandomCausalLM, build
+from cola_lightning import ChainOfLoRA, LoRAConfig, inject_lora
 
 TARGETS = ["q_proj", "v_proj"]
 TIME_LIMITS, MEMORY_LIMITS = {64: 0.72, 256: 0.58}, {64: 0.80, 256: 0.62}  # ours over peft's, by tokens a row
@@ -44,14 +46,21 @@ FLOOR_LIMIT, KNOT_LIMIT, LINKS_LIMIT = 1.05, 1.0, 1.05
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 EXPERTS_TIME_LIMIT, EXPERTS_MEMORY_LIMITS = 1.0, {64: 0.6}
 
-Batch, Values, Work = Mapping[str, Tensor], Mapping[str, list[float]], Callable[[], object]
+Batch = Mapping[str, Tensor]
+Values = Mapping[str, list[float]]
+Work = Callable[[], object]
 Result = tuple[str, str, str, int, float | None, Values]  # unit: mine / other, tokens a row, limit of the ratio, all values
 torch.set_num_threads(1)  # here, and so in the processes that measure memory, too
 
 
 def shape(layers: int, width: int, vocabulary: int) -> OPTConfig:
     """A model's size; without dropout."""
-    sizes = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width, "num_attention_heads": width // 64}
+    sizes: dict[str, Any] = {
+        "hidden_size": width,
+        "word_embed_proj_dim": width,
+        "ffn_dim": 4 * width,
+        "num_attention_heads": width // 64,
+    }
     return OPTConfig(vocab_size=vocabulary, num_hidden_layers=layers, dropout=0.0, **sizes)
 
 
@@ -60,15 +69,14 @@ FULL, SMALL, CHAINED = shape(12, 768, 50272), shape(2, 128, 8000), shape(4, 256,
 
 def mixture(layers: int, width: int) -> Qwen3MoeConfig:
     """A size of a mixture of 64 experts, half as wide as the model."""
-    sizes = {"hidden_size": width, "moe_intermediate_size": width // 2, "num_attention_heads": width // 64, "head_dim": 64}
+    sizes: dict[str, Any] = {
+        "hidden_size": width,
+        "moe_intermediate_size": width // 2,
+        "num_attention_heads": width // 64,
+        "head_dim": 64,
+    }
     sizes |= {"num_key_value_heads": width // 64, "num_experts": 64, "num_experts_per_tok": 8}
     return Qwen3MoeConfig(vocab_size=2000, num_hidden_layers=layers, **sizes)
-
-
-def build(config: PreTrainedConfig) -> PreTrainedModel:
-    """The same model at each call."""
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config)
 
 
 def make_batch(config: PreTrainedConfig, length: int, size: int = 8) -> Batch:
@@ -77,17 +85,11 @@ def make_batch(config: PreTrainedConfig, length: int, size: int = 8) -> Batch:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": F.pad(ids[:, -1:], (length - 1, 0), value=-100)}
 
 
-class RandomCausalLM(COLACausalLM):
-    """The package's module around such a model; the model's name stands for nothing."""
-
-    def __init__(self, config: OPTConfig) -> None:
-        super().__init__("random", target_modules=TARGETS, rank=8, alpha=16, seed=0)
-        self.config = config
-        self.configure_model()
-
-    def build_model(self) -> nn.Module:
-        """Makes the model, without any file."""
-        return build(self.config)
+def cola_module(config: PreTrainedConfig) -> RandomCausalLM:
+    """The package's module around the model of a config."""
+    module = RandomCausalLM(lambda: build(config))
+    module.configure_model()
+    return module
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Work:
@@ -95,7 +97,7 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Work:
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
     def step() -> None:
-        loss().backward()
+        torch.autograd.backward(loss())
         optimizer.step()
         optimizer.zero_grad()
 
@@ -111,7 +113,7 @@ def peft_step(config: OPTConfig, batch: Batch) -> Work:
 
 def cola_step(config: OPTConfig, batch: Batch, module: RandomCausalLM | None = None) -> Work:
     """A step of this package."""
-    module = module or RandomCausalLM(config)
+    module = module or cola_module(config)
     return training_step(module, lambda: module.step(batch).loss)
 
 
@@ -123,7 +125,7 @@ def floor_step(config: OPTConfig, batch: Batch) -> Work:
     def step() -> None:
         inputs = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
         logits = model(inputs_embeds=inputs, attention_mask=mask, use_cache=False, logits_to_keep=place).logits
-        F.cross_entropy(logits[:, 0], batch["labels"][:, -1]).backward()
+        torch.autograd.backward(F.cross_entropy(logits[:, 0], batch["labels"][:, -1]))
 
     return step
 
@@ -159,18 +161,17 @@ def ratio(values: Values, mine: str, other: str) -> float:
 
 def step_seconds(config: OPTConfig, length: int, repeats: int) -> Values:
     """Seconds of the three steps, and of a knot of the module that takes ours."""
-    batch, module = make_batch(config, length), RandomCausalLM(config)
+    batch, module = make_batch(config, length), cola_module(config)
     steps = {"peft": peft_step(config, batch), "cola": cola_step(config, batch, module), "floor": floor_step(config, batch)}
     return take_turns(steps | {"knot": module.tie_knot}, repeats)
 
 
 def chain_seconds(config: OPTConfig, length: int, repeats: int, steps: int = 100) -> Values:
     """Seconds to make and fit a module, over five links and over as many steps of one."""
-    data = DataLoader([make_batch(config, length)] * steps, batch_size=None)
-    off = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    data: DataLoader[Batch] = DataLoader([make_batch(config, length)] * steps, batch_size=None)  # type: ignore[arg-type]
 
     def fit(*callbacks: ChainOfLoRA) -> None:
-        Trainer(accelerator="cpu", max_epochs=1, callbacks=list(callbacks), **off).fit(RandomCausalLM(config), data)
+        Trainer(accelerator="cpu", max_epochs=1, callbacks=list(callbacks), **SILENT).fit(cola_module(config), data)
 
     return take_turns({"5 links": lambda: fit(ChainOfLoRA(every_n_train_steps=steps // 5)), "1 link": fit}, repeats, warm_up=1)
 

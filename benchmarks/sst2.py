@@ -1,10 +1,10 @@
 """SmolLM2 on SST-2: LoRA and chains of two and three links, side by side.
 
-    python benchmarks/sst2.py
+    python -m benchmarks.sst2
 
-runs ``cola fit`` and ``cola test`` on ``configs/sst2_smollm2.yaml`` for each method and seed (about two minutes a run on two
-cores). It reads $COLA_DATA_DIR/sst2, or the hub. Runs are written to ``sst2.jsonl`` as they end; a second call does what is
-missing.
+runs ``cola fit`` and ``cola test`` on ``configs/smollm2.yaml``, with 256 examples and two epochs, for each method and seed
+(about two minutes a run on two cores). It reads $COLA_DATA_DIR/sst2, or the hub. Runs are written to ``sst2.jsonl`` as they
+end; a second call does what is missing.
 """
 
 import argparse
@@ -15,26 +15,34 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lines import Lines, show
-
+from benchmarks.lines import Lines, show
 from cola_lightning.cli import main as cola
+from cola_lightning.study.config import as_words
 
 ROOT = Path(__file__).parent.parent
 
-CONFIG = str(ROOT / "configs" / "sst2_smollm2.yaml")
-
-# 64 optimizer steps in all, two epochs; knots as even as steps allow.
-METHODS = {
-    "LoRA": ["--chain.every_n_epochs", "null"],
-    "2 links": ["--chain.every_n_epochs", "1"],
-    "3 links": ["--chain.every_n_epochs", "null", "--chain.at_steps", "[22, 43]"],
-}
+# 64 optimizer steps in all; no clipping. The chain's options are the methods'.
+OPTIONS = ["--config", str(ROOT / "configs" / "smollm2.yaml"), "--chain.every_n_train_steps", "null"]
+OPTIONS += as_words(
+    {
+        "model.optimizer.lr": 5e-4,
+        "data.train_size": 256,
+        "data.val_size": 400,
+        "data.test_size": 400,
+        "data.eval_batch_size": 40,
+        "data.max_length": 2048,
+        "trainer.max_epochs": 2,
+        "trainer.gradient_clip_val": None,
+    }
+)
+EACH_EPOCH = ["--chain.every_n_epochs", "1"]
+METHODS = {"LoRA": [], "2 links": EACH_EPOCH, "3 links": ["--chain.at_steps", "[22, 43]"]}  # knots as even as steps allow
 
 
 def run(method: str, seed: int) -> dict[str, object]:
     """One ``cola fit`` and one ``cola test``: accuracies at the end, and the seconds of the fit."""
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--config", CONFIG, "--trainer.default_root_dir", folder, "--trainer.enable_progress_bar", "false"]
+        options = [*OPTIONS, "--trainer.default_root_dir", folder, "--trainer.enable_progress_bar", "false"]
         options += ["--trainer.num_sanity_val_steps", "0", "--trainer.check_val_every_n_epoch", "2"]
         options += ["--seed_everything", str(seed), *METHODS[method]]
         start = time.perf_counter()

@@ -3,14 +3,11 @@
 import argparse
 import os
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cola_lightning.cli import main as cola
 from cola_lightning.study.config import as_words
-
-sys.path.append(str(Path(__file__).parent.parent))  # where the configs' class paths begin
 
 
 def compare(options: Mapping[str, object], of_fit: Mapping[str, object]) -> list[str]:

@@ -1,6 +1,6 @@
 """What the loss over a large vocabulary costs: in chunks of positions, and as transformers computes it.
 
-``python benchmarks/vocabulary.py`` takes training steps of a Llama of one block (random weights, rank 8 on its queries and
+``python -m benchmarks.vocabulary`` takes training steps of a Llama of one block (random weights, rank 8 on its queries and
 values) on one CPU thread, with a loss at each position. Results go to ``vocabulary.jsonl``, one a line, and into a table; a
 call measures what no line has. It takes about an hour.
 
@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lines import Lines, show
-from memory import mib
-from speed import Work, take_turns, training_step
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
-from cola_lightning import COLACausalLM
+from benchmarks.lines import Lines, show
+from benchmarks.memory import mib
+from benchmarks.random_model import RandomCausalLM, build
+from benchmarks.speed import Work, take_turns, training_step
 
 VOCABULARIES, POSITIONS, ROWS = (32_000, 152_000, 256_000), (128, 1024), 8
 MEMORY_LIMIT, TIME_LIMIT = 1 / 3, 1.15  # ours over transformers', for 152,000 and 8 x 1,024
@@ -36,30 +35,26 @@ Result = dict[str, Any]
 torch.set_num_threads(1)  # here, and so in the processes that it starts
 
 
-class OneBlock(COLACausalLM):
-    """A Llama of one block, with random weights."""
-
-    def __init__(self, vocabulary: int, width: int) -> None:
-        super().__init__("random", target_modules=["q_proj", "v_proj"], rank=8, alpha=16, seed=0)
-        self.config = LlamaConfig(
-            vocab_size=vocabulary,
-            num_hidden_layers=1,
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_attention_heads=width // 64,
-        )
-        self.configure_model()
-
-    def build_model(self) -> nn.Module:
-        """Makes the model, without any file."""
-        return LlamaForCausalLM(self.config)
+def one_block(vocabulary: int, width: int) -> RandomCausalLM:
+    """The package's module around a Llama of one block."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        num_hidden_layers=1,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_attention_heads=width // 64,
+    )
+    module = RandomCausalLM(lambda: build(config))
+    module.configure_model()
+    return module
 
 
-def steps_of(module: OneBlock, positions: int) -> dict[str, Work]:
+def steps_of(module: RandomCausalLM, positions: int) -> dict[str, Work]:
     """A training step with each of the losses, on the same rows."""
-    ids = torch.randint(0, module.config.vocab_size, (ROWS, positions + 1), generator=torch.Generator().manual_seed(1))
+    model: Any = module.model
+    ids = torch.randint(0, model.config.vocab_size, (ROWS, positions + 1), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    losses = {"transformers": lambda: module.model(**batch).loss, "cola": lambda: module.step(batch).loss}
+    losses = {"transformers": lambda: model(**batch).loss, "cola": lambda: module.step(batch).loss}
     return {name: training_step(module, loss) for name, loss in losses.items()}
 
 
@@ -71,7 +66,7 @@ def peak_mib(name: str, vocabulary: int, positions: int, width: int) -> float:
 
 def peak_above_model(name: str, vocabulary: int, positions: int, width: int) -> float:
     """The same of this process."""
-    step = steps_of(OneBlock(vocabulary, width), positions)[name]
+    step = steps_of(one_block(vocabulary, width), positions)[name]
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = mib("VmRSS")
     for _ in range(2):
@@ -83,7 +78,7 @@ def measure(vocabulary: int, positions: int, width: int, rounds: int, *, with_tr
     """Peaks in MiB, and seconds of a step in rounds of both losses, by their names."""
     names = ["transformers", "cola"] if with_transformers else ["cola"]
     peaks = {name: peak_mib(name, vocabulary, positions, width) for name in names}
-    steps = steps_of(OneBlock(vocabulary, width), positions)
+    steps = steps_of(one_block(vocabulary, width), positions)
     return {"peak_mib": peaks, "seconds": take_turns({name: steps[name] for name in names}, rounds, warm_up=1)}
 
 

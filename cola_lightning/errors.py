@@ -1,4 +1,4 @@
-"""The error type for mistakes of the user's, those for other failures, and one-line versions of other libraries' messages."""
+"""The exceptions for user errors, other failures and signals, and one-line versions of other libraries' messages."""
 
 import difflib
 import itertools
@@ -50,8 +50,17 @@ class NonFiniteError(RuntimeError):
     """The training loss or a weight became NaN or infinite; nothing of it was written."""
 
 
-def nearest(word: str, names: Iterable[str]) -> str:
+class Interruption(SystemExit):
+    """A signal asked the run to stop: exit status 130 or 143. After a KeyboardInterrupt Lightning ignores a second Ctrl-C."""
+
+
+def nearest(word: str, names: Iterable[str], group: str = "") -> str:
     """The names that are most similar to an unknown word, as the end of a message; if no name is similar, the first three.
+
+    Args:
+        word: what the user typed.
+        names: the names that exist.
+        group: what comes before each name in the message, such as ``data.``.
 
     Example:
         >>> nearest("SST", ["SST2", "BoolQ"])
@@ -59,7 +68,7 @@ def nearest(word: str, names: Iterable[str]) -> str:
     """
     by_lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6) or list(by_lower)[:3]
-    return f"; the nearest that exist: {', '.join(by_lower[name] for name in near)}" if near else ""
+    return f"; the nearest that exist: {', '.join(group + by_lower[name] for name in near)}" if near else ""
 
 
 def shortened_text(text: str, length: int = 40) -> str:

@@ -19,7 +19,10 @@ os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("same", derandomize=True, deadline=None, database=None)  # the same inputs on each machine
+settings.load_profile("same")
 gc.disable()  # until all is imported
 sys.argv[:] = ["cola"]  # LightningCLI warns of arguments that are given twice
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)

@@ -10,6 +10,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -116,3 +117,17 @@ def _run(first, *rest):
     else:
         sys.path[0], sys.argv = os.path.dirname(os.path.abspath(first)), [first, *rest]
         runpy.run_path(first, run_name="__main__")
+
+
+def environments(n, **more):
+    """The environments of n processes that train together."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": port, **more}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
+
+
+def as_torchrun(n):
+    """The environments in which Lightning sees torchrun."""
+    return environments(n, TORCHELASTIC_RUN_ID="tests", GROUP_RANK="0", LOCAL_WORLD_SIZE=str(n))

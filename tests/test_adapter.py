@@ -16,8 +16,7 @@ from cola_lightning import COLACausalLM, COLASequenceClassifier, LoRAConfig, Use
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import read_adapter
 from tests import tiny
-from tests.test_layer_types import network
-from tests.toy import batches, difference, toy, trainer
+from tests.toy import batches, difference, network, toy, trainer
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

@@ -8,7 +8,7 @@ from cola_lightning import PredictionWriter, TextDataModule, UserError
 from cola_lightning.data.encoding import Pair, collate_language, encode_responses, encode_texts, labels_of
 from cola_lightning.data.examples import Example, collate_options, encode_examples
 from tests import tiny
-from tests.tiny import causal_lm, plain_scores, with_live_link
+from tests.tiny import assert_same_gradients, causal_lm, plain_scores, with_live_link
 from tests.toy import trainer
 
 ARCHITECTURES = ["opt", "llama", "gpt2", "qwen3", "gpt_neox"]
@@ -33,13 +33,6 @@ def option_batch(module, examples, loss="options"):
 
 def text_batch(module, texts):
     return collate_language([row for (row,) in encode_texts(module.tokenizer, texts, 64)], module.tokenizer.pad_token_id)
-
-
-def assert_same_gradients(module, mine, theirs, relative=1e-4):
-    trained = [p for p in module.parameters() if p.requires_grad]
-    for value, expected in zip(torch.autograd.grad(mine, trained), torch.autograd.grad(theirs, trained), strict=True):
-        assert torch.linalg.vector_norm(expected) > 0
-        assert torch.linalg.vector_norm(value - expected) <= relative * torch.linalg.vector_norm(expected)
 
 
 # ---------------------------------------------------------------------- options

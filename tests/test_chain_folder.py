@@ -12,7 +12,7 @@ from cola_lightning.chain import BaseIdentity
 from cola_lightning.chain.chain import VERSION
 from cola_lightning.chain.checkpoint import read_chain
 from tests.make_fixture import FIXTURES, Fixed, Trained, inputs
-from tests.test_damage import assert_same
+from tests.toy import assert_same_chain
 
 
 def make_link(index, rank, names=("a.b", "c"), **facts):
@@ -28,7 +28,7 @@ def test_a_folder_gives_the_chain_back_to_the_bit(tmp_path, names):
     for length in (2, 0):
         chain = Chain(links[:length], base)
         chain.save(tmp_path / "a" / f"chain-{length}")
-        assert_same(Chain.load(tmp_path / "a" / f"chain-{length}"), chain)
+        assert_same_chain(Chain.load(tmp_path / "a" / f"chain-{length}"), chain)
 
 
 def test_the_two_files_can_be_read_without_this_package(tmp_path):

@@ -23,17 +23,7 @@ from cola_lightning.callbacks.chain_of_lora import check_strategy
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.lora.layer import initialize_link
-from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, read_csv, toy, trainer, weights
-
-
-class Watch(Callback):
-    """Runs a function at the start of each batch, after the knot if there is one."""
-
-    def __init__(self, look):
-        self.look, self.seen = look, []
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.seen.append(self.look(trainer, module))
+from tests.toy import Toy, ValidatedToy, Watch, assert_bit_equal, batches, read_csv, toy, trainer, weights
 
 
 def hand_written_loop(steps, every, ranks, accumulate=1, clip=None, lr=1e-2, seed=0, max_rank=6, alpha=4):

@@ -352,13 +352,13 @@ def test_variables_of_the_template_are_those_of_training_prediction_generation_a
     assert main(["predict", "--config", run, "--ckpt_path", checkpoint]) == 0
     (path,) = Path("runs").rglob("predictions.jsonl")
     assert [row["target"] for row in tiny.read_rows(path)] == ["Yes"]
-    assert main(["export", "--checkpoint", checkpoint, "--format", "merged", "--output", "merged"]) == 0
+    assert main(["export", checkpoint, "--format", "merged", "--output", "merged"]) == 0
     (code,) = re.findall(r"```python\n(.*?)```", Path("merged/README.md").read_text(), re.DOTALL)
     assert "add_generation_prompt=True, enable_thinking=False)" in code
     exec(code.replace("path/to/this/folder", "merged"), {})
     capfd.readouterr()
-    assert main(["generate", "--checkpoint", checkpoint, "--prompt", "Red?", "--max_new_tokens", "4"]) == 0
+    assert main(["generate", checkpoint, "--prompt", "Red?", "--max_new_tokens", "4"]) == 0
     monkeypatch.setattr("sys.stdin", io.StringIO("Red?\n"))
-    assert main(["generate", "--checkpoint", checkpoint, "--chat", "--max_new_tokens", "4"]) == 0
+    assert main(["generate", checkpoint, "--chat", "--max_new_tokens", "4"]) == 0
     first, *others = capfd.readouterr().out.splitlines()
     assert set(others) == {first}

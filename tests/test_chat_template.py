@@ -109,7 +109,7 @@ def test_a_base_model_learns_to_answer_and_its_export_renders_the_same(tmp_path,
     assert main(shlex.split(try_.replace("TEXT", "Who?"))) == 0
     assert capfd.readouterr().out == "Al.\n"
     assert main(["predict", "--config", "runs/version_0/config.yaml", "--ckpt_path", checkpoint]) == 0
-    assert main(["export", "--checkpoint", checkpoint, "--format", "merged", "--output", "merged"]) == 0
+    assert main(["export", checkpoint, "--format", "merged", "--output", "merged"]) == 0
     exported = transformers.AutoTokenizer.from_pretrained("merged")
     module = COLAModule.load_from_checkpoint(checkpoint)
     assert exported.apply_chat_template(TALK, tokenize=False) == CHATML_TALK

@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from cola_lightning import ChainOfLoRA, UserError, lora_layers
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.errors import DiskError, NonFiniteError
-from tests.test_resume import Data, Normed, Outside
+from tests.resuming import Data, Normed, Outside
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 CHAIN = {"every_n_train_steps": 8, "ranks": [4, 2, 6, 3]}

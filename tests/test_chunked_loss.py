@@ -6,8 +6,7 @@ import torch
 from cola_lightning import COLACausalLM
 from cola_lightning.hf import chunked_loss
 from tests import tiny
-from tests.test_step_loss import batches_of, rows_of
-from tests.tiny import with_live_link
+from tests.tiny import batches_of, rows_of, with_live_link
 from tests.toy import assert_near
 
 HOW = {

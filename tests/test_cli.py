@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
 from cola_lightning.errors import causes
-from cola_lightning.study.config import resolved
+from cola_lightning.study.config import resolve_config
 from tests import forked, tiny
 from tests.toy import DIGITS, FAST, LAST, read_csv, wait_for
 
@@ -251,7 +251,7 @@ def test_a_fast_dev_run_writes_nothing():
 def test_a_text_is_read_as_it_is_written_and_not_as_yaml(texts):
     words = [f"--model.model_name={texts[0]}", "--data=TemplateDataModule", "--data.source=x", f"--data.label={texts[2]}"]
     words += [f"--data.prompt={texts[1]}"] if texts[1].startswith("-") else ["--data.prompt", texts[1]]
-    config = resolved(words)
+    config = resolve_config(words)
     read = (
         config["model"]["init_args"]["model_name"],
         config["data"]["init_args"]["prompt"],
@@ -263,7 +263,7 @@ def test_a_text_is_read_as_it_is_written_and_not_as_yaml(texts):
 def test_what_is_no_text_is_read_as_yaml():
     words = ["--model.model_name=5", "--model.rank=2", "--model.target_modules=[a, 'b']", "--model.revision=null"]
     words += ["--model.init_chain", "a: b", "--model.optimizer.lr", "1e-2", "--data.source=[x, y]", "--data.train_size=0.5"]
-    config = resolved(words)
+    config = resolve_config(words)
     assert config["model"]["class_path"] == "cola_lightning.COLACausalLM"
     assert config["data"]["class_path"] == "cola_lightning.TextDataModule"
     expected = {"model_name": "5", "rank": 2, "target_modules": ["a", "b"], "revision": None, "init_chain": "a: b"}
@@ -275,7 +275,7 @@ def test_what_is_no_text_is_read_as_yaml():
 def test_a_class_has_its_own_defaults_and_not_those_of_the_class_where_none_is_named():
     Path("task.yaml").write_text("data: {class_path: PromptDataModule, init_args: {task: RTE}}\n")
     for words in (["--config", "task.yaml"], ["-c", "task.yaml"], ["--data=PromptDataModule", "--data.task", "RTE"]):
-        data = resolved(words)["data"]["init_args"]
+        data = resolve_config(words)["data"]["init_args"]
         assert (data["max_length"], data["length_grouped"], data["test_split"]) == (2048, False, "validation")
 
 

@@ -9,44 +9,12 @@ import pytest
 
 from cola_lightning.cli import main
 from tests import forked, tiny
-from tests.test_distributed import as_torchrun
+from tests.forked import as_torchrun
+from tests.tiny import LANGUAGE_CONFIG as CONFIG
+from tests.tiny import make_language_folder
 from tests.toy import read_csv
 
-CONFIG = """
-seed_everything: 0
-model:
-  class_path: COLACausalLM
-  init_args:
-    model_name: model
-    target_modules: [q_proj, v_proj]
-    rank: 2
-    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}
-data:
-  class_path: PromptDataModule
-  init_args: {task: SST2, source: rows, batch_size: 4, train_size: 24, val_size: 16, test_size: 10}
-chain: {every_n_epochs: 1}
-trainer:
-  max_epochs: 2
-  accelerator: cpu
-  num_sanity_val_steps: -1
-  enable_progress_bar: false
-  enable_model_summary: false
-"""
 OF_OWN_DATA = CONFIG.partition("data:")[0] + "trainer: {max_epochs: 1, accelerator: cpu, enable_progress_bar: false}\n"
-
-
-def make_language_folder(path):
-    """A folder with a configuration, its model and its rows; of those in ``renamed`` a column has another name."""
-    tiny.folder(path / "model", "opt")
-    words = [("great", 1), ("terrible", 0)]
-    rows = [(f"film {k} with {words[k % 2][0]} actors ", words[k % 2][1]) for k in range(40)]
-    for folder, label in (("rows", "label"), ("renamed", "gold")):
-        (path / folder).mkdir()
-        lines = [json.dumps({"sentence": sentence, label: value}) + "\n" for sentence, value in rows]
-        (path / folder / "train.jsonl").write_text("".join(lines))
-        (path / folder / "validation.jsonl").write_text("".join(lines[::-1]))
-    (path / "config.yaml").write_text(CONFIG)
-    return path
 
 
 @pytest.fixture(autouse=True)

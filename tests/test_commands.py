@@ -17,8 +17,8 @@ from tests.toy import DIGITS, FAST, LAST
 TEST = ["test", "--config", DIGITS, "--ckpt_path", LAST]
 FIT = ["fit", "--config", DIGITS, "--ckpt_path", LAST]
 FROM_CHAIN = ["fit", "--config", DIGITS, *FAST, "--model.init_chain", "chain"]
-INSPECT = ["inspect", "--checkpoint", "chain"]
-EXPORT = ["export", "--checkpoint", LAST, "--format", "chain", "--output"]
+INSPECT = ["inspect", "chain"]
+EXPORT = ["export", LAST, "--format", "chain", "--output"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def _folder(_fitted, tmp_path, monkeypatch):
 def test_inspect_tells_the_same_of_a_checkpoint_and_of_its_chain(capsys):
     messages = []
     for path in (LAST, "chain"):
-        assert main(["inspect", "--checkpoint", path, "--json", "--plot", "chain.png"]) == 0
+        assert main(["inspect", path, "--json", "--plot", "chain.png"]) == 0
         messages.append(json.loads(capsys.readouterr().out))
     assert messages[0] == messages[1]
     assert [(link["rank"], link["steps"], link["total_rank"]) for link in messages[0]] == [(1, 9, 1), (1, 9, 2), (1, 9, 3)]
@@ -50,19 +50,15 @@ def test_inspect_tells_the_same_of_a_checkpoint_and_of_its_chain(capsys):
     assert len([line for line in lines if line.lstrip()[:1] in "0123456789" and line.strip()]) == 2
 
 
-def test_a_run_is_named_by_its_folder_as_an_argument_or_an_option(capsys):
+def test_a_run_is_named_by_its_folder(capsys):
     messages = []
-    for words in (["inspect", "runs/version_0"], ["inspect", "--checkpoint", LAST], ["inspect", "chain"]):
+    for words in (["inspect", "runs/version_0"], ["inspect", LAST], ["inspect", "chain"]):
         assert main(words) == 0
         messages.append(capsys.readouterr().out)
     assert messages[0] == messages[1] == messages[2]
     assert main(["export", "runs/version_0", "--format", "chain", "--output", "again"]) == 0
     assert Path("again/chain.json").read_bytes() == Path("chain/chain.json").read_bytes()
     assert main(["test", "--config", DIGITS, "--ckpt_path", "runs/version_0"]) == 0
-    capsys.readouterr()
-    for words in ([], ["chain", "--checkpoint", "chain"]):
-        assert main(["inspect", *words]) == 2
-        assert capsys.readouterr().err == "error: checkpoint: pass one path: cola inspect PATH\n"
 
 
 def accuracy(capfd, *arguments):

@@ -1,7 +1,6 @@
 """``cola compare``: methods on one config, at equal numbers of optimizer steps."""
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -17,18 +16,18 @@ import yaml
 from lightning.pytorch import Callback
 from scipy import stats
 
-from cola_lightning.callbacks.command import Interruption
 from cola_lightning.cli import main
-from cola_lightning.errors import UserError
+from cola_lightning.errors import Interruption, UserError
 from cola_lightning.study import study
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.config import as_words, check_same, resolved
+from cola_lightning.study.config import as_words, check_same, resolve_config
 from cola_lightning.study.figures import mean_curve
 from cola_lightning.study.methods import method
 from cola_lightning.study.results import Result, at_best_rates, best_rates, write
 from cola_lightning.study.run import run
 from cola_lightning.study.table import summarize
 from tests import forked
+from tests.comparing import compare, config, known_config, made_up
 from tests.toy import DIGITS, read_csv, wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -40,15 +39,6 @@ def result(method="lora", seed=0, rate=1e-2, validation=1.0, test=None, **facts)
 
 
 # ---------------------------------------------------------------------- methods
-
-
-def config(chain=None, rank=4, **trainer):
-    whens = dict.fromkeys(("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "ranks", "alphas"))
-    return {
-        "model": {"init_args": {"rank": rank, "alpha": 8.0}},
-        "chain": whens | (chain or {}),
-        "trainer": {"max_epochs": None, "max_steps": -1} | trainer,
-    }
 
 
 @pytest.mark.parametrize(
@@ -74,10 +64,10 @@ def test_a_method_is_options_of_a_fit(name, given, links, rank):
 
 def test_a_chain_in_steps_is_compared_over_epochs_and_no_method_changes_a_runs_length():
     words = ["--config", str(ROOT / "configs" / "smollm2.yaml")]
-    given = resolved(words)
+    given = resolve_config(words)
     for name in ("cola", "relora", "full", "lora-sum-rank-4"):
         found = method(name, given)
-        mine = resolved([*words, *as_words(found.options)])
+        mine = resolve_config([*words, *as_words(found.options)])
         assert mine["trainer"] == given["trainer"]
         if name in ("cola", "relora"):
             assert (found.rank, found.links) == (8, 1)  # as many as are known before the run
@@ -138,16 +128,6 @@ def test_differences_to_lora_are_paired_by_seed_and_no_interval_is_made_up():
 # ---------------------------------------------------------------------- a study whose runs are made up
 
 
-def made_up(claim, requested):
-    """In the place of a run's process: it takes no time, and its metric follows from its options."""
-    given = dict(zip(requested["words"][::2], requested["words"][1::2], strict=True))
-    value = requested["result"]["learning_rate"] + requested["result"]["seed"] / 1000
-    value += len(json.loads(given.get("--chain.at_epochs", "null")) or ()) / 10
-    facts = {"steps": 10, "seconds": 1.0, "peak_memory": 9.0, "trainable_parameters": 5, "curve": [[5, 2 * value], [10, value]]}
-    write([Result(**requested["result"], **facts, validation=value, test=value)], claim.parent / "result.json")
-    return True
-
-
 class Runs:
     """Made-up runs: ``asked`` are their names, ``changes`` fields of some results, ``failing`` the names of those that fail."""
 
@@ -177,21 +157,11 @@ def _without_figures(monkeypatch):
 
 @pytest.fixture
 def runs(_without_figures, monkeypatch):
-    """Each config is resolved once."""
+    """Each config is resolve_config once."""
     made = Runs()
     monkeypatch.setattr(study, "execute", made)
-    monkeypatch.setattr(study, "resolved", lambda words: known_config(*words))
+    monkeypatch.setattr(study, "resolve_config", lambda words: known_config(*words))
     return made
-
-
-@functools.cache
-def known_config(*words):
-    return resolved(words)
-
-
-def compare(folder, *words, methods="[lora, cola-2]", seeds=2, fit=()):
-    given = ["--config", DIGITS, "--output", str(folder), "--methods", methods, "--seeds", str(seeds), *words]
-    return main(["compare", *given, *(["--", *fit] if fit else ())])
 
 
 def lines(folder):
@@ -258,7 +228,7 @@ def test_options_of_a_fit_and_seeds_of_splits_are_every_runs(tmp_path, runs):
     words = ["--also_seeded", "[data.split_seed]"]
     assert compare(tmp_path, *words, methods="[lora]", fit=["--trainer.max_epochs", "7"]) == 0
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["max_epochs"] == 7
-    for seed, given in enumerate(map(resolved, runs.words)):
+    for seed, given in enumerate(map(resolve_config, runs.words)):
         assert (given["trainer"]["max_epochs"], given["seed_everything"]) == (7, seed)
         assert given["data"]["init_args"]["split_seed"] == seed
 
@@ -293,8 +263,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from cola_lightning.study import study
-sys.path.append("benchmarks")
-from tests.test_compare import compare, made_up
+from tests.comparing import compare, made_up
 
 output = Path(sys.argv[1])
 

@@ -7,7 +7,7 @@ import torch
 from torch.optim import AdamW
 
 from cola_lightning import ChainOfLoRA
-from tests.test_resume import Data, Normed
+from tests.resuming import Data, Normed
 from tests.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from cola_lightning import UserError
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli.export import export
-from tests.toy import ValidatedToy, batches, toy, trainer
+from tests.toy import ValidatedToy, assert_same_chain, batches, toy, trainer
 
 CHAIN = {"every_n_train_steps": 2}
 
@@ -23,18 +23,6 @@ CHAIN = {"every_n_train_steps": 2}
 class Predicting(ValidatedToy):
     def predict_step(self, batch, batch_idx):
         return self.model(batch[0])
-
-
-def assert_same(mine, theirs):
-    """Everything of a chain that is of use: its updates, to the bit, and what is recorded of them."""
-    assert mine.base == theirs.base
-    assert len(mine) == len(theirs)
-    for one, other in zip(mine.links, theirs.links, strict=True):
-        facts = ("index", "rank", "alpha", "start_step", "end_step", "metrics")
-        assert [getattr(one, name) for name in facts] == [getattr(other, name) for name in facts]
-        assert one.is_same_update(other)
-        assert one.extras.keys() == other.extras.keys()
-        assert all(torch.equal(value, other.extras[name]) for name, value in one.extras.items())
 
 
 def assert_usable(chain, theirs):
@@ -128,9 +116,9 @@ def wrong_fields(whole):
 @pytest.mark.parametrize(
     ("write", "name", "kind", "check", "fewest_refused"),
     [
-        (write_checkpoint, "", 150, assert_same, 110),
-        (write_chain, "chain.json", 150, assert_same, 110),
-        (write_chain, "chain.safetensors", 150, assert_same, 110),
+        (write_checkpoint, "", 150, assert_same_chain, 110),
+        (write_chain, "chain.json", 150, assert_same_chain, 110),
+        (write_chain, "chain.safetensors", 150, assert_same_chain, 110),
         (write_chain, "chain.json", wrong_fields, assert_usable, 100),
         # Nothing of PEFT's tells another number from the right one; what is read is one that can be used.
         (write_adapter, "adapter_config.json", 80, assert_usable, 0),
@@ -171,7 +159,7 @@ def loaded_from_file(path):
 
 
 def exported(path):
-    return export(["--checkpoint", str(path), "--format", "chain", "--output", str(path.parent / "out"), "--overwrite"])
+    return export([str(path), "--format", "chain", "--output", str(path.parent / "out"), "--overwrite"])
 
 
 READERS = {

@@ -1,34 +1,19 @@
 """One chain on many processes: the same as on one."""
 
-import importlib
-import os
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from benchmarks import scale
 from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import StoredState, read_chain
 from tests import distributed_run as run
 from tests import forked, tiny
+from tests.forked import as_torchrun, environments
 from tests.toy import assert_bit_equal
-
-
-def environments(n, **more):
-    """Those of n processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": port, **more}
-    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
-
-
-def as_torchrun(n):
-    """What lets Lightning see torchrun."""
-    return environments(n, TORCHELASTIC_RUN_ID="tests", GROUP_RANK="0", LOCAL_WORLD_SIZE=str(n))
 
 
 def forked_torchrun(folder, *jobs, n=2):
@@ -116,7 +101,7 @@ def test_processes_are_equal_to_the_bit_and_the_single_process_to_rounding(same,
     assert distance(first, torch.load(tmp_path / "single.rank0.pt")) < tolerance
     state = StoredState.of(torch.load(same / f"{name}.ckpt", weights_only=True)["state_dict"])
     ranks = [link.rank for link in state.chain.links]
-    assert ranks == [] if name.startswith("whole") else [4, 2, 6]
+    assert ranks == ([] if name.startswith("whole") else [4, 2, 6])
 
 
 def test_strategies_work_on_one_process(tmp_path):
@@ -171,7 +156,7 @@ def test_processes_tie_the_same_knots_by_a_metric_of_which_each_has_its_own_valu
 @pytest.mark.parametrize(("strategy", "layout"), [("ddp", "DDP"), ("fsdp2", "FSDP2")])
 def test_a_knot_sends_nothing_and_a_step_what_the_benchmark_of_scale_computes(trained, strategy, layout):
     """The trained gradients, and, under FSDP2, of the base its blocks twice, and what is around them once."""
-    steps, scale = torch.load(trained / f"counted-{strategy}.sent"), importlib.import_module("scale")
+    steps = torch.load(trained / f"counted-{strategy}.sent")
     assert len(steps) == 6
     assert steps[4] == steps[3]  # with the knot between them
     module = run.make("gpt2")

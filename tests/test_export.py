@@ -25,8 +25,7 @@ from cola_lightning.errors import DiskError, ExportError
 from cola_lightning.export.verify import ReferenceLogits
 from cola_lightning.writing import atomic_file, atomic_folder
 from tests import tiny
-from tests.test_damage import assert_same
-from tests.toy import Toy, assert_bit_equal, batches, toy, trainer
+from tests.toy import Toy, assert_bit_equal, assert_same_chain, batches, toy, trainer
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -67,7 +66,7 @@ def saved(module, path):
 
 
 def command(path, format_, output, *more):
-    words = ["--checkpoint", path, "--format", format_, "--output", output, *more]
+    words = [path, "--format", format_, "--output", output, *more]
     return main(["export", *map(str, words)])
 
 
@@ -160,7 +159,7 @@ def test_peft_gives_the_modules_logits_on_the_base_that_the_adapter_names(export
 
 
 def test_the_chain_comes_back_from_either_of_its_folders(exported):
-    assert_same(read_chain(exported.folder / "chain"), exported.chain)
+    assert_same_chain(read_chain(exported.folder / "chain"), exported.chain)
     again = read_chain(exported.folder / "peft")
     assert (again.base, sorted(again.layers)) == (exported.chain.base, sorted(exported.chain.layers))
     for mine, theirs in zip(again.links, exported.chain.links, strict=True):
@@ -180,7 +179,7 @@ def test_the_first_links_by_the_command(tmp_path, capsys, case):
     path, whole, auto_class = saved(module, tmp_path), module.full_chain(), getattr(transformers, module.auto_class)
     for links in (0, 2):
         assert command(path, "chain", tmp_path / f"chain-{links}", "--links", links) == 0
-        assert_same(Chain.load(tmp_path / f"chain-{links}"), whole.truncate(links))
+        assert_same_chain(Chain.load(tmp_path / f"chain-{links}"), whole.truncate(links))
         assert command(path, "merged", tmp_path / f"merged-{links}", "--links", links) == 0
         model = auto_class.from_pretrained(tmp_path / f"merged-{links}")
         assert difference(tiny.logits(model), tiny.logits(module.merged_model(links))) <= 1e-5

@@ -14,7 +14,7 @@ from cola_lightning import Chain, TemplateDataModule, TextClassificationDataModu
 from cola_lightning.cli import main
 from cola_lightning.data.splits import load_splits
 from tests import tiny
-from tests.test_language_data import attach
+from tests.tiny import attach
 
 # What spreadsheets and data sets hold, and what readers like to take for something else.
 TEXTS = ["NA", "null", "007", "2020-01-01", 'She said "no", twice', "two\nlines", "café", "", "1e5", "True"]
@@ -285,7 +285,7 @@ def test_a_csv_of_names_becomes_a_tested_and_exported_model_by_the_commands_that
     assert [(row["index"], row["target"]) for row in rows] == [(k, None) for k in range(5)]
 
     for format_ in ("merged", "peft", "chain"):
-        assert main(["export", "--checkpoint", test[-1], "--format", format_, "--output", format_]) == 0
+        assert main(["export", test[-1], "--format", format_, "--output", format_]) == 0
     classify = transformers.pipeline("text-classification", model="merged")
     assert [row["label"] for row in classify(texts[:5])] == [row["prediction"] for row in rows]
     assert classify.model.config.label2id == {name: place for place, name in enumerate(sorted(VERDICTS))}

@@ -15,11 +15,10 @@ from cola_lightning.cli import main
 from cola_lightning.cli.generate import make_streamer
 from cola_lightning.decoding import Decoding
 from tests import tiny
+from tests.tiny import CHAT_IN_A_LINE as CHAT
 from tests.toy import trainer
 
 DOCS = Path(__file__).parent.parent / "docs" / "checkpoints.md"
-CHAT = "{% for turn in messages %}[{{ turn['role'] }}]{{ turn['content'] }}</s>{% endfor %}"
-CHAT += "{% if add_generation_prompt %}[assistant]{% endif %}"
 PROMPTS = ["Is the town old? ", "A film with great actors", "Yes, the river is long\n"]
 KINDS = {"chat": (CHAT, None), "template unused": (CHAT, False), "no template": (None, None)}
 
@@ -54,9 +53,9 @@ def printed(capfd, *words):
 def test_it_prints_what_predict_writes(trained, capfd, monkeypatch, kind):
     path, predictions = trained(kind)
     for prompt, prediction in zip(PROMPTS, predictions, strict=True):
-        assert printed(capfd, "--checkpoint", path, "--prompt", prompt).strip() == prediction
+        assert printed(capfd, path, "--prompt", prompt).strip() == prediction
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPTS[1] + "\n"))
-    assert printed(capfd, "--checkpoint", path).strip() == predictions[1]
+    assert printed(capfd, path).strip() == predictions[1]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks each model for it
@@ -64,18 +63,18 @@ def test_the_docs_lines_for_exports_print_what_it_prints(trained, tmp_path, monk
     path, _ = trained("no template")
     monkeypatch.chdir(tmp_path)
     for kind, folder in (("merged", "merged"), ("peft", "adapter")):
-        assert main(["export", "--checkpoint", str(path), "--format", kind, "--output", folder]) == 0
+        assert main(["export", str(path), "--format", kind, "--output", folder]) == 0
     (code,) = re.findall(r"```py\n(.*?)```", DOCS.read_text(), re.DOTALL)
     capfd.readouterr()
     exec(code, names := {})
     merged, adapter = capfd.readouterr().out.splitlines()
-    messages = printed(capfd, "--checkpoint", path, "--prompt", names["prompt"], "--max_new_tokens", "50")
+    messages = printed(capfd, path, "--prompt", names["prompt"], "--max_new_tokens", "50")
     assert merged.strip() == adapter.strip() == messages.strip()
 
 
 def test_links_sampling_and_stops(trained, capfd):
     path, predictions = trained("chat")
-    requested = ["--checkpoint", path, "--prompt", PROMPTS[1]]
+    requested = [path, "--prompt", PROMPTS[1]]
     assert printed(capfd, *requested, "--links", 3) == printed(capfd, *requested) != printed(capfd, *requested, "--links", 0)
     sampled = [printed(capfd, *requested, "--do_sample", "--temperature", 2, "--seed", seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
@@ -88,9 +87,9 @@ def test_a_conversation_goes_on_up_to_an_empty_line(trained, capfd, monkeypatch,
     path, _ = trained(kind)
     module = COLACausalLM.load_from_checkpoint(path)
     monkeypatch.setattr("sys.stdin", io.StringIO("Is it?\nThe cat\n\nnever read\n"))
-    first, second = printed(capfd, "--checkpoint", path, "--chat").splitlines()
+    first, second = printed(capfd, path, "--chat").splitlines()
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    alone = printed(capfd, "--checkpoint", path, "--chat", "--prompt", "Is it?").strip()
+    alone = printed(capfd, path, "--chat", "--prompt", "Is it?").strip()
     assert first.strip() == alone
     ids = module.tokenizer(f"[user]Is it?</s>[assistant]{alone}</s>[user]The cat</s>[assistant]", add_special_tokens=False)
     batch = {"prompt_ids": torch.tensor([ids["input_ids"]]), "prompt_mask": torch.ones(1, len(ids["input_ids"])).long()}
@@ -126,7 +125,7 @@ def test_what_does_not_generate_is_one_line_and_status_2(trained, tmp_path, capf
         ([path, "--prompt", "It is " * 200], "prompt: must have fewer than 128 tokens"),
         ([path, "--chat"], "chat: the model's tokenizer has no chat template"),
     ]:
-        assert main(["generate", "--checkpoint", *map(str, words)]) == 2
+        assert main(["generate", *map(str, words)]) == 2
         out, err = capfd.readouterr()
         assert err.strip().splitlines()[-1].startswith("error: ")
         assert message in err.strip().splitlines()[-1]

@@ -14,7 +14,7 @@ from cola_lightning.data.encoding import PromptRow, collate_prompts
 from cola_lightning.data.examples import collate_options, encode_examples
 from cola_lightning.decoding import Decoding
 from tests import tiny
-from tests.test_generate import CHAT
+from tests.tiny import CHAT_IN_A_LINE as CHAT
 from tests.toy import trainer
 
 PROMPTS = ["It", "A film with great actors", "Is the town old?", "The cat sat on the mat.", "Yes, the river is long", "No"]

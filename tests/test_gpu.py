@@ -3,7 +3,6 @@
 One link against peft is in test_adapter.py, and DDP, FSDP1 and FSDP2 are in test_distributed.py.
 """
 
-import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +10,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import AdamW
 
+from benchmarks import gpu
 from cola_lightning import COLACausalLM, COLAModule
 from tests import tiny
-from tests.test_quantization import Rows
+from tests.tiny import RandomRows as Rows
 from tests.toy import assert_bit_equal, trainer, weights
 
 MODES = {"float32, merge": ("float32", None, "merge"), "bf16, merge": ("bfloat16", None, "merge")}
@@ -95,7 +95,6 @@ def test_an_export_is_the_model_and_takes_no_second_copy_on_the_device(chained, 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_benchmark_measures_every_side_and_option_on_the_same_batches(device, monkeypatch):
-    gpu = importlib.import_module("gpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(device == "cuda"))  # transformers' Trainer would take all
     found = {}
     for made in gpu.plan(True):

@@ -55,7 +55,7 @@ def test_a_study_keeps_losses_by_row_and_right_answers_and_repeats_no_run_that_h
     losses = {tuple(line["run"]): line["rows"] for line in tiny.read_rows(stage.folder / "rows.jsonl")}
     assert len(stage.results) == len(losses) == 2
     for line in stage.results:
-        rows = losses[line.run]
+        rows = losses[line.key]
         total = sum(size for _, size in rows)
         assert len(rows) == 3
         assert sum(loss * size for loss, size in rows) / total == pytest.approx(line.test, rel=1e-5)

@@ -12,14 +12,8 @@ from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.encoding import encode_texts, labels_of
 from cola_lightning.data.examples import Example, encode_examples
 from tests import tiny
+from tests.tiny import attach
 from tests.toy import toy
-
-
-def attach(data, architecture="llama"):
-    """The data module with a tokenizer."""
-    data.tokenizer = tiny.tokenizer(architecture, pad=True)
-    data.tokenizer.model_max_length = 64
-    return data
 
 
 def prompts_of(part):

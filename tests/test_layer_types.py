@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from cola_lightning import LoRAConfig, LoRALinear, UserError, inject_lora, lora_layers, register_lora_layer
 from cola_lightning.lora import inject
-from tests.test_layers import Grid, LoRAGrid
+from tests.toy import Grid, LoRAGrid, network
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +51,6 @@ def test_a_class_of_ones_own_takes_the_place_of_the_one_that_there_was():
 
 
 # ---------------------------------------------------------------------- convolutions
-
-
-def network():
-    return nn.Sequential(
-        nn.Conv2d(2, 6, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(6, 4, (3, 2)), nn.Flatten(1), nn.Linear(24, 5)
-    )
 
 
 TARGETS = ["0", "2", "4"]

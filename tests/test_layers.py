@@ -21,7 +21,7 @@ from cola_lightning import (
 )
 from cola_lightning.lora import inject
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection
-from tests.toy import adapt_layer, assert_bit_equal, assert_near, quantized_linear, weights, with_trained_link
+from tests.toy import Grid, LoRAGrid, adapt_layer, assert_bit_equal, assert_near, quantized_linear, weights, with_trained_link
 
 
 class Scaled(nn.Linear):
@@ -34,25 +34,6 @@ class Scaled(nn.Linear):
 class LoRAScaled(LoRALayer, Scaled):
     def project_up(self, hidden, lora_B):
         return 2 * super().project_up(hidden, lora_B)
-
-
-class Grid(nn.Module):
-    """A user's layer that is no kin of torch's: a weight of in x out, without a bias."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(6, 5))
-
-    def forward(self, x):
-        return x @ self.weight
-
-
-class LoRAGrid(LoRALayer, Grid):
-    weight_is_transposed, bias = True, None
-
-    @classmethod
-    def matrix_sizes(cls, layer):
-        return tuple(layer.weight.shape)
 
 
 class Experts(ExpertsProjection):

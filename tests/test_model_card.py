@@ -26,7 +26,7 @@ from cola_lightning import (
 from cola_lightning.cli import main
 from cola_lightning.export.card import Card
 from tests import tiny
-from tests.test_templates import CHAT
+from tests.tiny import CHAT
 from tests.toy import assert_bit_equal, batches, toy, trainer, weights
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
@@ -129,10 +129,10 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     run.save_checkpoint(tmp_path / "last.ckpt")
     run.predict(module, datamodule=data, return_predictions=False)
     predictions = tiny.read_rows(tmp_path / "predictions.jsonl")
-    checkpoint, seen = ["--checkpoint", str(tmp_path / "last.ckpt")], set()
+    checkpoint, seen = str(tmp_path / "last.ckpt"), set()
     for format_ in ("merged", "peft"):
         folder = str(tmp_path / format_)
-        assert main(["export", *checkpoint, "--format", format_, "--output", folder]) == 0
+        assert main(["export", checkpoint, "--format", format_, "--output", folder]) == 0
         code = block(Path(folder, "README.md").read_text(), "python").replace("path/to/this/folder", folder)
         code = code.replace("max_new_tokens=256", "max_new_tokens=16")
         executed(code)  # as it stands
@@ -150,7 +150,7 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     assert len(seen) > 1
     capfd.readouterr()
     n_new = "50" if kind == "answer" else "16"
-    assert main(["generate", *checkpoint, "--max_new_tokens", n_new, "--prompt", predictions[0]["prompt"]]) == 0
+    assert main(["generate", checkpoint, "--max_new_tokens", n_new, "--prompt", predictions[0]["prompt"]]) == 0
     out, err = capfd.readouterr()
     assert ("trained to choose among options" in err) == ("options" in predictions[0])
     assert "options" in predictions[0] or out.strip() == predictions[0]["prediction"]
@@ -236,7 +236,7 @@ def test_an_export_is_uploaded_where_that_is_asked_for(module, tmp_path, monkeyp
     run = trainer(tmp_path)
     run.strategy.connect(module)
     run.save_checkpoint(tmp_path / "end.ckpt")
-    words = ["--checkpoint", str(tmp_path / "end.ckpt"), "--output", str(tmp_path / "out"), "--format", "merged"]
+    words = [str(tmp_path / "end.ckpt"), "--output", str(tmp_path / "out"), "--format", "merged"]
     words += ["--license", "mit", "--push_to_hub", "me/tuned"]
     assert main(["export", *words]) == main(["export", *words, "--public", "--overwrite"]) == 0
     assert is_private == [True, False]

@@ -15,8 +15,7 @@ from cola_lightning import TextDataModule, UserError
 from cola_lightning.data.encoding import collate_language, encode_texts
 from cola_lightning.data.packing import best_fit, collate_packs
 from tests import tiny
-from tests.test_causal_lm import assert_same_gradients
-from tests.tiny import with_live_link
+from tests.tiny import assert_same_gradients, with_live_link
 from tests.toy import assert_bit_equal, trainer, weights
 
 APART = ["opt", "llama", "gpt2", "qwen3", "gpt_neox", "phi3", "gpt_neo", "mistral", "gemma2", "gemma3", "starcoder2", "falcon"]

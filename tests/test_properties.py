@@ -3,16 +3,13 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cola_lightning import UserError
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.data.rows import Row
 from cola_lightning.data.templates import Template
-
-settings.register_profile("same", derandomize=True, deadline=None, database=None)  # the same inputs on each machine
-settings.load_profile("same")
 
 # ---------------------------------------------------------------------- schedules
 

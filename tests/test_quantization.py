@@ -12,11 +12,12 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
-from cola_lightning import COLACausalLM, COLAModule, COLASequenceClassifier, EpochDataModule, LoRAConfig, UserError, inject_lora
+from cola_lightning import COLACausalLM, COLAModule, COLASequenceClassifier, LoRAConfig, UserError, inject_lora
 from cola_lightning.chain.base import describe_base
 from cola_lightning.cli import main
 from cola_lightning.lora import quantization
 from tests import tiny
+from tests.tiny import RandomRows as Rows
 from tests.toy import (
     ValidatedToy,
     adapt_layer,
@@ -84,20 +85,6 @@ def test_a_base_is_the_same_however_many_threads_make_it():
 
 
 # ---------------------------------------------------------------------- a language model
-
-
-class Rows(EpochDataModule):
-    """Six batches of random tokens, and one of validation."""
-
-    def __init__(self, n_labels=None):
-        super().__init__(batch_size=2)
-        self.n_labels = n_labels
-
-    def setup(self, stage):
-        ids = torch.randint(2, 400, (14, 8), generator=torch.Generator().manual_seed(3))
-        labels = ids if self.n_labels is None else ids[:, 0] % self.n_labels
-        rows = [{"input_ids": ids[k], "attention_mask": torch.ones_like(ids[k]), "labels": labels[k]} for k in range(14)]
-        self.train, self.val = rows[:12], rows[12:]
 
 
 def make(base, cls=COLACausalLM, **arguments):
@@ -237,7 +224,7 @@ def test_a_run_that_goes_on_in_the_middle_of_a_link_is_the_run_itself(base, trai
 
 
 def export(checkpoint, format_, output, *words):
-    assert main(["export", "--checkpoint", str(checkpoint), "--format", format_, "--output", str(output), *words]) == 0
+    assert main(["export", str(checkpoint), "--format", format_, "--output", str(output), *words]) == 0
 
 
 def test_a_merged_model_is_plain_and_gives_the_logits(trained):

@@ -14,7 +14,7 @@ from cola_lightning import AdaptedModel, Chain, LoRAConfig, UserError, inject_lo
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.report import plot, report
 from tests import tiny
-from tests.test_resume import Normed, fit, last
+from tests.resuming import Normed, fit, last
 from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

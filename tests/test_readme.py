@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import digits_splits, domain_shift, paper_table, studies
+from benchmarks import digits_splits, domain_shift, paper_table, scale, studies
+from benchmarks.gsm8k import study
 from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
 from tests import tiny
-from tests.test_configs import at_tiny_size
+from tests.tiny import at_tiny_size
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -125,7 +126,7 @@ def test_configs_and_commands_parse(monkeypatch, capsys):
     for words in map(list, dict.fromkeys(map(tuple, found))):
         if words[0] in ("inspect", "export", "generate"):
             continue
-        words = [word.replace("runs/version_0/config.yaml", "configs/digits.yaml") for word in words if word not in written]
+        words = [word.replace("runs/version_0/config.yaml", "benchmarks/digits.yaml") for word in words if word not in written]
         assert main(words if words[0] == "compare" else [*words, "--print_config"]) == 0, words
         assert not capsys.readouterr().err
 
@@ -173,7 +174,7 @@ def lines_of(name):
 
 
 def rows_of(name):
-    return lambda: importlib.import_module(name).rows(lines_of(name))
+    return lambda: importlib.import_module(f"benchmarks.{name}").rows(lines_of(name))
 
 
 def rows_of_speed(name, *columns):
@@ -188,10 +189,10 @@ def rows_of_splits():
 
 
 STEPS = ["seconds: cola / peft", "seconds: cola / floor", "peak_mib: cola / peft", "seconds: knot / cola"]
-# Those of domain_shift are printed by `python benchmarks/domain_shift.py --table`.
+# Those of domain_shift are printed by `python -m benchmarks.domain_shift --table`.
 PRODUCED = {
     ("docs/scaling.md", "| base | links |"): rows_of("bases"),
-    ("docs/scaling.md", "| model | full"): lambda: importlib.import_module("scale").rows_of_options(lines_of("scale")),
+    ("docs/scaling.md", "| model | full"): lambda: scale.rows_of_options(lines_of("scale")),
     ("docs/speed.md", "| | time / peft's |"): lambda: rows_of_speed("speed", *STEPS),
     ("docs/speed.md", "| accumulated batches |"): rows_of("launches"),
     ("docs/speed.md", "| task | seconds |"): rows_of("commands"),
@@ -200,7 +201,7 @@ PRODUCED = {
     ("docs/results.md", "| | method | rate |"): rows_of_splits,
     ("docs/results.md", "| one knot |"): domain_shift.rows_of_one_knot,
     ("docs/results.md", "| domain shift |"): domain_shift.rows,
-    ("docs/results.md", "| GSM8K, Zig |"): lambda: importlib.import_module("benchmarks.gsm8k.study").table()[1:],
+    ("docs/results.md", "| GSM8K, Zig |"): lambda: study.table()[1:],
 }
 
 
@@ -223,14 +224,14 @@ def test_a_sentence_has_its_benchmarks_numbers(monkeypatch):
     (wide,) = (row for row in rows_of("vocabulary")() if row[:2] == ["152,000", "8 x 1,024"])
     of_base, of_scope = domain_shift.rows_of_one_base()[-1], domain_shift.rows_of_scopes()[1]
     for page, sentence in [
-        ("guarantees", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} by `python benchmarks/kills.py`"),
+        ("guarantees", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} by `python -m benchmarks.kills`"),
         ("scaling", "{module, bfloat16} (the module), {merged, bfloat16} (merged, with".format_map(half)),
         ("scaling", "{adapter, bfloat16} (adapter, with peft) of the {module, float32} predictions".format_map(half)),
         ("speed", f"{time[0]} of peft's time and {memory[0]} of its memory"),
         ("speed", f"trains {packing['grouped']} tokens a second in batches of 8 rows of similar length"),
         ("speed", f"and {packing['packed, 1,024']} in packs of 1,024 tokens"),
         ("speed", f"needs {wide[4]} MiB above the model, and {wide[2]} with the loss that transformers computes"),
-        ("speed", f"in {wide[5]} and {wide[3]} seconds (`python benchmarks/vocabulary.py`)"),
+        ("speed", f"in {wide[5]} and {wide[3]} seconds (`python -m benchmarks.vocabulary`)"),
         ("speed", f"at 64 tokens a row, and {time[1]} and {memory[1]} at 256"),
         ("results", f"{of_scope[3]} instead of {of_scope[4]} with {of_scope[1]} of rank 1 in 800 steps"),
         ("results", f"{of_base[1]} of rank 8 differ from LoRA by {of_base[-1]} in 3,200 steps"),

@@ -14,13 +14,13 @@ from transformers import Adafactor
 
 from cola_lightning import AdaptedModel, ChainOfLoRA, ChainSchedule, LoRAConfig, UserError, inject_lora
 from cola_lightning.cli import main
-from cola_lightning.cli.help import ELSEWHERE, known_elsewhere
+from cola_lightning.cli.help import ELSEWHERE, equivalent_option
 from cola_lightning.data import TemplateDataModule, TextDataModule
-from cola_lightning.study.config import resolved
+from cola_lightning.study.config import resolve_config
 from cola_lightning.study.methods import method
 from tests import tiny
-from tests.test_cli_language import make_language_folder
-from tests.test_compare import config
+from tests.comparing import config
+from tests.tiny import make_language_folder
 from tests.toy import DIGITS, FAST, LAST, Toy, batches, toy, trainer
 
 # ---------------------------------------------------------------------- on the command line
@@ -62,14 +62,19 @@ MISTAKES = [
     (LANGUAGE + "--data.source renamed", ".*: there is no field 'label'"),
     (LANGUAGE + "--data.task SST", "data.task: .*the nearest that exist: SST2"),
     (LANGUAGE + "--data.batch_size 0", "data.batch_size must be"),
-    (f"inspect --checkpoint {DIGITS}", "checkpoint: "),
-    ("inspect --checkpoint chain --plot x.jpg", "plot: "),
-    ("generate --checkpoint nowhere --prompt It", "checkpoint: .*'nowhere'"),
-    (f"export --checkpoint {LAST} --format merged --max_rank 2 --output out", "max_rank: "),
-    (f"export --checkpoint {LAST} --format chain --output runs --overwrite", "output: "),
-    (f"export --checkpoint {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
+    (LANGUAGE + "--data.path rows", ".*'path' is not accepted; the nearest that exist: data.task, data.source"),
+    (f"inspect {DIGITS}", "checkpoint: "),
+    ("inspect chain --plot x.jpg", "plot: "),
+    ("generate nowhere --prompt It", "checkpoint: .*'nowhere'"),
+    (f"export {LAST} --format merged --max_rank 2 --output out", "max_rank: "),
+    (f"export {LAST} --format chain --output runs --overwrite", "output: "),
+    (f"export {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
     (COMPARE + "--methods [lore]", "methods: .*the nearest that exist: lora"),
     (COMPARE + '--learning_rates {"cola":[0.1]}', "learning_rates: each of lora needs a list"),
+    (COMPARE + "--seeds 0", "seeds: must be at least 1, got 0"),
+    (COMPARE + "--tuning_seeds 0", "tuning_seeds: must be at least 1, got 0"),
+    (COMPARE + "--learning_rates []", "learning_rates: "),
+    (COMPARE + '--learning_rates {"lora":[]}', "learning_rates: "),
     (COMPARE + "-- --model.seed 3", "model.seed: "),
 ]
 
@@ -83,7 +88,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         assert main(["fit", "--config", DIGITS, *FAST]) == 0
-        assert main(["export", "--checkpoint", LAST, "--format", "chain", "--output", "chain"]) == 0
+        assert main(["export", LAST, "--format", "chain", "--output", "chain"]) == 0
     return place
 
 
@@ -93,7 +98,7 @@ def test_an_option_of_another_tool_gets_the_one_that_is_meant(capfd):
     for names, here in ELSEWHERE.items():
         assert f"| {', '.join(f'`{name}`' for name in names)} | `{here}` |\n" in page.read_text()
     for option in ("--model.r", "--lr", "--data.max_seq_length", "--bf16"):
-        here = known_elsewhere(option.removeprefix("--"))
+        here = equivalent_option(option.removeprefix("--"))
         assert main(["fit", "--model.model_name", "x", "--data.source", "y", option, "3"]) == 2
         assert capfd.readouterr().err.splitlines()[-1].endswith(f"; here it is {here}")
     assert main(["fit", "--model.model_name", "x", "--data.source", "y", "--trainer.logger", "tensorboard"]) == 2
@@ -102,7 +107,7 @@ def test_an_option_of_another_tool_gets_the_one_that_is_meant(capfd):
 
 def test_what_is_typed_here_exists():
     words = [word for here in ELSEWHERE.values() for word in here.split()]
-    assert resolved(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
+    assert resolve_config(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
 
 
 def contents():

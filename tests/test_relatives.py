@@ -9,11 +9,10 @@ from torch.optim import SGD, AdamW
 from cola_lightning import AdaptedModel, LoRAConfig, LoRALinear
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.lora.config import DRAWS
-from cola_lightning.study.config import as_words, resolved
+from cola_lightning.study.config import as_words, resolve_config
 from cola_lightning.study.methods import method
-from tests.test_chain_of_lora import Watch
-from tests.test_compare import known_config
-from tests.toy import DIGITS, batches, toy, trainer
+from tests.comparing import known_config
+from tests.toy import DIGITS, Watch, batches, toy, trainer
 
 
 def base():
@@ -135,5 +134,5 @@ def test_a_method_of_a_study_follows_its_own_rules_and_cola_those_of_the_config(
     words = ["--config", DIGITS, *as_words({f"model.{rule}": value for rule, value in OWN.items()})]
     found = method(name, known_config(*words))
     assert (found.links, found.rank) == (links, 1)
-    config = resolved([*words, *as_words(found.options)])
+    config = resolve_config([*words, *as_words(found.options)])
     assert (LORA | rules).items() <= config["model"]["init_args"].items()

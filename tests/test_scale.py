@@ -1,14 +1,13 @@
 """What the plan for large models says of a small one is what is there, and its results are what it says now."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from benchmarks import scale
 from cola_lightning import COLACausalLM
 from tests import tiny
 from tests.toy import trainer
@@ -17,21 +16,15 @@ METHODS = ["LoRA", "COLA merge", "COLA stack", "COLA float32", "full fine-tuning
 OVERHEAD = 64_000  # of a checkpoint beside its tensors: their names and places, the loops' state, the recipe
 
 
-@pytest.fixture(scope="module")
-def scale():
-    yield importlib.import_module("scale")
-    del sys.modules["scale"]
-
-
 @pytest.fixture
-def method(scale, request):
+def method(request):
     (found,) = [method for method in scale.METHODS if method.name == request.param]
     return found
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")  # which is so
 @pytest.mark.parametrize("method", METHODS, indirect=True)
-def test_weights_links_stack_and_checkpoint_are_those_of_a_module(tmp_path, scale, method):
+def test_weights_links_stack_and_checkpoint_are_those_of_a_module(tmp_path, method):
     is_full = method.finished_links is None
     chain = {"target_modules": None if is_full else scale.TARGETS, "rank": scale.RANK, "alpha": scale.ALPHA, "seed": 0}
     chain |= {} if is_full else {"finished_links": method.finished_links}
@@ -55,7 +48,7 @@ def test_weights_links_stack_and_checkpoint_are_those_of_a_module(tmp_path, scal
 @pytest.mark.parametrize(
     "method", ["LoRA", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])], indirect=True
 )
-def test_the_results_are_what_is_computed_now(scale, method):
+def test_the_results_are_what_is_computed_now(method):
     lines = (Path(__file__).parent.parent / "benchmarks" / "scale.jsonl").read_text().splitlines()
     results = [json.loads(line) for line in lines]
     trained = {result["model"]: result["trained"] for result in results if result["method"] == "full fine-tuning"}

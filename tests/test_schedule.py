@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from cola_lightning import ChainOfLoRA, UserError
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.module.optimization import lr_factor, warmup_length
-from tests.test_chain_of_lora import Watch
-from tests.toy import Toy, ValidatedToy, batches, toy, trainer
+from tests.toy import Toy, ValidatedToy, Watch, batches, toy, trainer
 
 
 class Scripted(Toy):

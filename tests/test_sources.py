@@ -14,7 +14,7 @@ from cola_lightning.cli import main
 from cola_lightning.data.source import Source
 from cola_lightning.data.splits import load_splits
 from tests import tiny
-from tests.test_language_data import attach
+from tests.tiny import attach
 from tests.toy import assert_bit_equal, trainer, weights
 
 ROWS = [{"text": f"It was {k}."} for k in range(6)]

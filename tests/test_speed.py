@@ -1,11 +1,10 @@
 """What a step, a knot and a chain cost, by the benchmark's own functions at a small size and with a quarter's slack.
 
-Seconds are the processor's for this process, which others beside it do not lengthen.
+Seconds are the processor's for this process: other processes lengthen them less than those of the clock.
 """
 
 import functools
 import importlib
-import sys
 import time
 import timeit
 from concurrent.futures import ProcessPoolExecutor
@@ -20,19 +19,18 @@ SLACK = 1.25
 
 @pytest.fixture(scope="module")
 def speed():
-    """The benchmark, under its own name: so a process that it starts finds it, too, and imports little else."""
-    module = importlib.import_module("speed")
+    """The benchmark; it is imported here because its imports take seconds."""
+    module = importlib.import_module("benchmarks.speed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "timeit", functools.partial(timeit.timeit, timer=time.process_time))
         patch.setattr(module, "multiprocessing", SimpleNamespace(get_context=lambda _: SERVER))
         yield module
-    del sys.modules["speed"]
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")  # which is so
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_step_has_few_operations_above_the_models_and_waits_once(accumulation):
-    launches = importlib.import_module("launches")
+    launches = importlib.import_module("benchmarks.launches")
     cola, model = (launches.a_step(side, accumulation) for side in ("cola", "model"))
     assert model["operations"] < cola["operations"] <= launches.budget(model, accumulation)
     assert cola["waits"] == model["waits"] + 1, cola["where"]
@@ -40,10 +38,10 @@ def test_a_step_has_few_operations_above_the_models_and_waits_once(accumulation)
 
 @pytest.fixture(scope="module")
 def bases(speed):
-    yield importlib.import_module("bases")
-    del sys.modules["bases"]
+    return importlib.import_module("benchmarks.bases")
 
 
+@pytest.mark.timing
 def test_a_step_costs_less_than_pefts_and_little_more_than_the_least_and_a_knot_less_than_a_step(speed):
     config = speed.shape(layers=12, width=192, vocabulary=12_500)  # the head's share of the work is OPT-125m's
     seconds = speed.step_seconds(config, length=64, repeats=7)
@@ -52,6 +50,7 @@ def test_a_step_costs_less_than_pefts_and_little_more_than_the_least_and_a_knot_
     assert speed.ratio(seconds, "knot", "cola") < speed.KNOT_LIMIT
 
 
+@pytest.mark.timing
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")  # which is so
 def test_five_links_take_as_long_as_one(speed):
     seconds = speed.chain_seconds(speed.shape(layers=2, width=128, vocabulary=1000), length=16, repeats=3, steps=25)
@@ -63,13 +62,14 @@ def test_a_step_needs_less_memory_than_pefts(speed):
     assert 10 < cola <= SLACK * speed.MEMORY_LIMITS[256] * peft
 
 
+@pytest.mark.timing
 def test_a_step_on_experts_needs_less_memory_than_pefts_and_no_more_time(speed):
     for _, mine, other, _, limit, values in speed.measure_experts(speed.mixture(1, 512), [64], 1):
         assert speed.ratio(values, mine, other) <= SLACK * limit
 
 
 def test_a_large_vocabulary_needs_a_part_of_the_memory_of_all_its_logits(speed):
-    vocabulary = importlib.import_module("vocabulary")
+    vocabulary = importlib.import_module("benchmarks.vocabulary")
     with ProcessPoolExecutor(1, mp_context=SERVER) as pool:  # one new process for both
         cola, whole = (
             pool.submit(vocabulary.peak_above_model, name, 32_000, 300, 64).result() for name in ("cola", "transformers")
@@ -77,6 +77,7 @@ def test_a_large_vocabulary_needs_a_part_of_the_memory_of_all_its_logits(speed):
     assert 64 < cola <= SLACK * vocabulary.MEMORY_LIMIT * whole
 
 
+@pytest.mark.timing
 def test_64_finished_ranks_cost_little_and_a_knot_as_much_memory_as_computed(bases, speed):
     width, layers, targets, mode = 384, 1, 2, ("bfloat16", "stack")
     results = bases.measure_steps(speed.shape(layers, width, 500), speed.TARGETS, 3, [mode], length=8)

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from cola_lightning import LastCheckpoint, UserError
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.lora.stack import Stack
-from tests.test_resume import last
+from tests.resuming import last
 from tests.toy import ValidatedToy, assert_bit_equal, assert_near, batches, toy, trainer, weights
 
 MODES = ["merge", "stack"]

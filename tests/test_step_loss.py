@@ -6,43 +6,12 @@ import transformers
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, SequentialSampler
 
-from cola_lightning import COLACausalLM, EpochDataModule
+from cola_lightning import COLACausalLM
 from cola_lightning.data.encoding import collate_language
 from cola_lightning.data.examples import Example, collate_options, encode_examples
 from tests import tiny
+from tests.tiny import LENGTHS, Shuffled, batches_of, rows_of
 from tests.toy import assert_bit_equal, assert_near, trainer, weights
-
-LENGTHS = [21, 3, 9, 14, 2, 30, 5, 5]
-
-
-def rows_of(lengths):
-    """Rows of random tokens, with a loss on all but the first."""
-    generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(2, 400, (n,), generator=generator).tolist(), "spans": [1, n]} for n in lengths]
-
-
-def batches_of(rows, *sizes):
-    """The rows in batches of these sizes, again and again."""
-    batches, start = [], 0
-    while start < len(rows):
-        size = sizes[len(batches) % len(sizes)]
-        batches.append(collate_language(rows[start : start + size], 0))
-        start += size
-    return batches
-
-
-class Shuffled(EpochDataModule):
-    """Batches in an order of the seed, in which a run resumes."""
-
-    def __init__(self, batches):
-        super().__init__(batch_size=1)
-        self.train = self.val = batches
-
-    def setup(self, stage):
-        pass
-
-    def collate(self, rows):
-        return rows[0]
 
 
 class Noted(COLACausalLM):

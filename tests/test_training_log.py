@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from cola_lightning import COLACausalLM
 from tests import tiny
-from tests.test_step_loss import LENGTHS, Shuffled, batches_of, rows_of
+from tests.tiny import LENGTHS, Shuffled, batches_of, rows_of
 from tests.toy import batches, read_csv, toy, trainer
 
 OPTIONS = {

@@ -83,8 +83,8 @@ def test_a_checkpoint_cannot_say_that_a_models_code_is_to_be_trusted(tmp_path, m
     config = json.loads((base / "config.json").read_text()) | {"model_type": "own", "architectures": ["Own"]}
     (base / "config.json").write_text(json.dumps(config | {"auto_map": classes}))
     rewritten(path, trust_remote_code=True)
-    generate = ["generate", "--checkpoint", str(path), "--prompt", "The cat", "--max_new_tokens", "2"]
-    export = ["export", "--checkpoint", str(path), "--format", "merged", "--output", str(tmp_path / "out")]
+    generate = ["generate", str(path), "--prompt", "The cat", "--max_new_tokens", "2"]
+    export = ["export", str(path), "--format", "merged", "--output", str(tmp_path / "out")]
     for words in (generate, export):
         assert main(words) == 2
         assert "trust_remote_code=True" in capsys.readouterr().err.splitlines()[-1]
@@ -134,7 +134,7 @@ def test_a_chain_folder_and_an_adapter_hold_no_code(tmp_path, mark):
     path = fitted(tmp_path, COLACausalLM(tiny.folder(tmp_path / "base"), target_modules=["q_proj"]))
     for format_, name in (("chain", "chain.safetensors"), ("peft", "adapter_model.safetensors")):
         folder = tmp_path / format_
-        assert main(["export", "--checkpoint", str(path), "--format", format_, "--output", str(folder)]) == 0
+        assert main(["export", str(path), "--format", format_, "--output", str(folder)]) == 0
         assert len(read_chain(folder)) == 1
         (folder / name).unlink()
         for pickled in (name, "adapter_model.bin"):
@@ -167,8 +167,8 @@ def test_only_a_cola_module_is_made(tmp_path, name):
     assert type(Toy.load_from_checkpoint(path, rank=2, alpha=4)) is Toy
     with pytest.raises(UserError):
         COLAModule.load_from_checkpoint(path)
-    assert main(["export", "--checkpoint", str(path), "--format", "merged", "--output", str(tmp_path / "out")]) == 2
-    assert main(["generate", "--checkpoint", str(path), "--prompt", "x"]) == 2
+    assert main(["export", str(path), "--format", "merged", "--output", str(tmp_path / "out")]) == 2
+    assert main(["generate", str(path), "--prompt", "x"]) == 2
     assert called == []
 
 

@@ -20,7 +20,6 @@ def test_what_it_holds_copies_a_config_and_fits_it_outside_the_clone(tmp_path):
         files = {name for name in wheel.namelist() if ".dist-info/" not in name}
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "cola_lightning").rglob("*.py*") if path.suffix != ".pyc"}
     configs = {f"cola_lightning/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.*")}
-    configs -= {f"cola_lightning/configs/{name}.yaml" for name in ("digits", "domain_shift")}  # of modules in benchmarks/
     assert files == package | configs | {"cola_lightning/py.typed", "cola_lightning/export/card.md"}
     (scripts,) = (path.read_text() for path in (tmp_path / "site").rglob("entry_points.txt"))
     assert "cola = cola_lightning.__main__:entry_point" in scripts

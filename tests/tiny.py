@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from cola_lightning import COLACausalLM, TemplateDataModule, lora_layers
+from cola_lightning import COLACausalLM, EpochDataModule, TemplateDataModule, lora_layers
+from cola_lightning.data.encoding import collate_language
 
 REVIEWS = Path(__file__).parents[1] / "configs" / "quickstart"
 
@@ -321,3 +322,136 @@ def reviews(**arguments):
     """The quickstart's rows, as its config has them."""
     options = {"prompt": "{text} It was", "options": [" terrible", " great"], "max_length": 128, "length_grouped": False}
     return TemplateDataModule(str(REVIEWS), **options | arguments)
+
+
+def attach(data, architecture="llama"):
+    """The data module with a tokenizer."""
+    data.tokenizer = tokenizer(architecture, pad=True)
+    data.tokenizer.model_max_length = 64
+    return data
+
+
+def assert_same_gradients(module, mine, theirs, relative=1e-4):
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for value, expected in zip(torch.autograd.grad(mine, trained), torch.autograd.grad(theirs, trained), strict=True):
+        assert torch.linalg.vector_norm(expected) > 0
+        assert torch.linalg.vector_norm(value - expected) <= relative * torch.linalg.vector_norm(expected)
+
+
+class RandomRows(EpochDataModule):
+    """Six batches of random tokens, and one of validation."""
+
+    def __init__(self, n_labels=None):
+        super().__init__(batch_size=2)
+        self.n_labels = n_labels
+
+    def setup(self, stage):
+        ids = torch.randint(2, 400, (14, 8), generator=torch.Generator().manual_seed(3))
+        labels = ids if self.n_labels is None else ids[:, 0] % self.n_labels
+        rows = [{"input_ids": ids[k], "attention_mask": torch.ones_like(ids[k]), "labels": labels[k]} for k in range(14)]
+        self.train, self.val = rows[:12], rows[12:]
+
+
+LENGTHS = [21, 3, 9, 14, 2, 30, 5, 5]
+
+
+def rows_of(lengths):
+    """Rows of random tokens, with a loss on all but the first."""
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(2, 400, (n,), generator=generator).tolist(), "spans": [1, n]} for n in lengths]
+
+
+def batches_of(rows, *sizes):
+    """The rows in batches of these sizes, again and again."""
+    batches, start = [], 0
+    while start < len(rows):
+        size = sizes[len(batches) % len(sizes)]
+        batches.append(collate_language(rows[start : start + size], 0))
+        start += size
+    return batches
+
+
+class Shuffled(EpochDataModule):
+    """Batches in an order of the seed, in which a run resumes."""
+
+    def __init__(self, batches):
+        super().__init__(batch_size=1)
+        self.train = self.val = batches
+
+    def setup(self, stage):
+        pass
+
+    def collate(self, rows):
+        return rows[0]
+
+
+TURNS = {"messages": [{"role": "user", "content": "Is it old?"}, {"role": "assistant", "content": "Yes."}]}
+
+FOR_NEWCOMERS = {"classification": {"text": "It was."}, "qlora_8b": TURNS, "sft_chat": TURNS}
+
+FOR_NEWCOMERS |= {"sft_instructions": {"instruction": "Is it old?", "output": "Yes."}}  # a row that each is for
+
+ARCHITECTURES = {"classification": "roberta", "paper": "opt", "roberta_glue": "roberta"}
+
+
+def at_tiny_size(name, place):
+    """What puts a tiny model and a few rows in the place of the config's own."""
+    if name == "digits":
+        return []
+    if name == "domain_shift":
+        return BYTE_GPT
+    architecture = ARCHITECTURES.get(name, "llama")
+    auto_class = "AutoModel" if architecture == "roberta" else "AutoModelForCausalLM"
+    model = folder(place / "model", architecture, auto_class)
+    changes = ["--model.model_name", model, "--trainer.accelerator", "cpu"]
+    changes += [] if architecture == "roberta" else ["--model.gguf_file", "null"]
+    if name == "quickstart":
+        return [*changes, "--data.source", str(REVIEWS.parent / name)]
+    if name in FOR_NEWCOMERS:
+        if name != "classification":
+            chat_tokenizer(CHAT).save_pretrained(model)
+        rows = [FOR_NEWCOMERS[name] | ({"label": k % 2} if name == "classification" else {}) for k in range(16)]
+        return [*changes, "--data.source", write_rows(place / "rows", rows)]
+    rows = [{"sentence": "It was.", "sentence1": "It was.", "sentence2": "It.", "label": k % 2} for k in range(16)]
+    write_rows(place / "rows", rows)
+    sizes = ["--data.subset", "null"] if name == "roberta_glue" else ["--data.train_size", "8", "--data.val_size", "8"]
+    return [*changes, "--data.source", str(place / "rows"), *sizes]
+
+
+CHAT_IN_A_LINE = "{% for turn in messages %}[{{ turn['role'] }}]{{ turn['content'] }}</s>{% endfor %}"
+CHAT_IN_A_LINE += "{% if add_generation_prompt %}[assistant]{% endif %}"
+
+LANGUAGE_CONFIG = """
+seed_everything: 0
+model:
+  class_path: COLACausalLM
+  init_args:
+    model_name: model
+    target_modules: [q_proj, v_proj]
+    rank: 2
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}
+data:
+  class_path: PromptDataModule
+  init_args: {task: SST2, source: rows, batch_size: 4, train_size: 24, val_size: 16, test_size: 10}
+chain: {every_n_epochs: 1}
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  num_sanity_val_steps: -1
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
+
+
+def make_language_folder(path):
+    """A folder with a configuration, its model and its rows; of those in ``renamed`` a column has another name."""
+    folder(path / "model", "opt")
+    words = [("great", 1), ("terrible", 0)]
+    rows = [(f"film {k} with {words[k % 2][0]} actors ", words[k % 2][1]) for k in range(40)]
+    for name, label in (("rows", "label"), ("renamed", "gold")):
+        (path / name).mkdir()
+        lines = [json.dumps({"sentence": sentence, label: value}) + "\n" for sentence, value in rows]
+        (path / name / "train.jsonl").write_text("".join(lines))
+        (path / name / "validation.jsonl").write_text("".join(lines[::-1]))
+    (path / "config.yaml").write_text(LANGUAGE_CONFIG)
+    return path

@@ -6,17 +6,17 @@ import time
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from cola_lightning import ChainOfLoRA, COLAModule, LoRAConfig
+from cola_lightning import ChainOfLoRA, COLAModule, LoRAConfig, LoRALayer
 from cola_lightning.lora import quantization
 from cola_lightning.lora.inject import lora_class
 
 # Of commands: a run of three links on the digits, and where its checkpoint is.
-DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
+DIGITS = str(Path(__file__).parent.parent / "benchmarks" / "digits.yaml")
 FAST = ["--trainer.max_epochs", "3", "--chain.every_n_epochs", "1", "--trainer.enable_progress_bar", "false"]
 LAST = "runs/version_0/checkpoints/last.ckpt"
 
@@ -126,3 +126,50 @@ def wait_for(is_so, seconds=120):
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+class Watch(Callback):
+    """Runs a function at the start of each batch, after the knot if there is one."""
+
+    def __init__(self, look):
+        self.look, self.seen = look, []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.seen.append(self.look(trainer, module))
+
+
+class Grid(nn.Module):
+    """A user's layer that is no kin of torch's: a weight of in x out, without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class LoRAGrid(LoRALayer, Grid):
+    weight_is_transposed, bias = True, None
+
+    @classmethod
+    def matrix_sizes(cls, layer):
+        return tuple(layer.weight.shape)
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(6, 4, (3, 2)), nn.Flatten(1), nn.Linear(24, 5)
+    )
+
+
+def assert_same_chain(mine, theirs):
+    """Everything of a chain that is of use: its updates, to the bit, and what is recorded of them."""
+    assert mine.base == theirs.base
+    assert len(mine) == len(theirs)
+    for one, other in zip(mine.links, theirs.links, strict=True):
+        facts = ("index", "rank", "alpha", "start_step", "end_step", "metrics")
+        assert [getattr(one, name) for name in facts] == [getattr(other, name) for name in facts]
+        assert one.is_same_update(other)
+        assert one.extras.keys() == other.extras.keys()
+        assert all(torch.equal(value, other.extras[name]) for name, value in one.extras.items())

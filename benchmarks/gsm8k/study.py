@@ -1,17 +1,17 @@
 """Does a chain pay on a real language model? SmolLM2-135M-Instruct on GSM8K, and on Zig, a language that it hardly knows.
 
-    python benchmarks/gsm8k/study.py
+    python -m benchmarks.gsm8k.study
 
 runs ``cola compare`` on ``config.yaml``, stage after stage, on one CPU thread, from the repository's root. Each study is a
 folder here, with a line for each run in ``results.jsonl`` and its losses by row in ``rows.jsonl``. A second call does what is
 missing: a run that has its line is not repeated. All of it takes about 14,000 steps, of 7 to 12 seconds on a core with AVX2.
 GSM8K's rows are linked from ``$COLA_DATA_DIR/real``. Zig's are its standard library (MIT): ``pip install ziglang==0.13.0``.
 
-    python benchmarks/gsm8k/study.py --only rank-8-steps-150
+    python -m benchmarks.gsm8k.study --only rank-8-steps-150
 
 runs that study alone.
 
-    python benchmarks/gsm8k/study.py --tables
+    python -m benchmarks.gsm8k.study --tables
 
 trains nothing: it collects the losses by row of finished runs, and from the lines that are there it prints the table of
 docs/results.md and draws ``differences.png``.
@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,19 +32,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
+from benchmarks.studies import compare, grouped, run
+from cola_lightning.study.config import as_words
+from cola_lightning.study.figures import COLORS
+from cola_lightning.study.results import Result, RunKey, at_best_rates, best_rates, read
+from cola_lightning.study.table import shown_difference, shown_test, summarize
+
 HERE = Path(os.path.relpath(Path(__file__).parent))
-sys.path.append(str(HERE.parent))
-
-from studies import compare, grouped, run  # noqa: E402
-
-from cola_lightning.study.config import as_words  # noqa: E402
-from cola_lightning.study.figures import COLORS  # noqa: E402
-from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read  # noqa: E402
-from cola_lightning.study.table import shown_difference, shown_test, summarize  # noqa: E402
-
 CONFIG = HERE / "config.yaml"
 TASKS = {"gsm8k": "GSM8K", "zig": "Zig"}
-OF_TASK = {"gsm8k": {}, "zig": {"data.source": str(HERE / "zig"), "data.columns": "{text: text}"}}
+OF_TASK: dict[str, dict[str, str]] = {"gsm8k": {}, "zig": {"data.source": str(HERE / "zig"), "data.columns": "{text: text}"}}
 NAMES = {"lora": "LoRA", "cola-4": "4 links", "cola": "one early knot", "lora-sum-rank-4": "LoRA of rank {of_four}"}
 RATES = [3e-3, 1e-2, 1e-3]
 SHORT, STEPS, LONG = 150, 300, 1200
@@ -84,9 +80,13 @@ class Stage:
     def words(self) -> list[str]:
         """What follows ``cola``."""
         rates = ", ".join(f"{name}: [{', '.join(f'{rate:g}' for rate in of_method)}]" for name, of_method in self.rates.items())
-        options = {"config": str(CONFIG), "output": str(self.folder), "methods": f"[{', '.join(self.rates)}]"}
+        options: dict[str, object] = {
+            "config": str(CONFIG),
+            "output": str(self.folder),
+            "methods": f"[{', '.join(self.rates)}]",
+        }
         options |= {"seeds": self.seeds, "tuning_seeds": 1, "keep_checkpoints": True, "learning_rates": f"{{{rates}}}"}
-        of_fit = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
+        of_fit: dict[str, object] = {"model.rank": self.rank, "model.alpha": 2 * self.rank, "trainer.max_steps": self.steps}
         of_fit |= {"chain.at_steps": f"[{round(self.steps / 4)}]"}
         of_fit |= OF_TASK[self.task]
         if self.variant == "no-clipping":
@@ -193,8 +193,8 @@ def collect_losses(stage: Stage) -> None:
     known = by_run(stage.folder / "rows.jsonl")
     for path in sorted(stage.folder.glob("runs/*/result.json")):
         (result,) = read(path)
-        if result.run not in known and result.test is not None:  # it did not diverge
-            _append(stage.folder / "rows.jsonl", {"run": result.run, "rows": _losses(path.parent)})
+        if result.key not in known and result.test is not None:  # it did not diverge
+            _append(stage.folder / "rows.jsonl", {"run": result.key, "rows": _losses(path.parent)})
 
 
 def answer(stage: Stage) -> None:
@@ -202,12 +202,12 @@ def answer(stage: Stage) -> None:
     known = by_run(stage.folder / "answers.jsonl")
     for path in sorted(stage.folder.glob("runs/*/checkpoints/last.ckpt")):
         folder = path.parent.parent
-        (result,) = read(folder / "result.json") or [None]
-        if result is not None and result.run not in known:
+        result = next(iter(read(folder / "result.json")), None)
+        if result is not None and result.key not in known:
             of_run = {"config": str(folder / "config.yaml"), "ckpt_path": str(path)}
             run(["predict", *as_words(of_run | {"data.test_size": ANSWERED, "data.eval_batch_size": 20})])
             right = [is_right(**one) for one in _lines(folder / "predictions.jsonl")]
-            _append(stage.folder / "answers.jsonl", {"run": result.run, "right": sum(right), "rows": len(right)})
+            _append(stage.folder / "answers.jsonl", {"run": result.key, "right": sum(right), "rows": len(right)})
 
 
 def is_right(prediction: str, target: str, **other: object) -> bool:
@@ -216,9 +216,9 @@ def is_right(prediction: str, target: str, **other: object) -> bool:
     return bool(generated) and generated[0].replace(",", "") == given[0].replace(",", "")
 
 
-def by_run(path: Path) -> dict[Run, dict[str, Any]]:
+def by_run(path: Path) -> dict[RunKey, dict[str, Any]]:
     """The lines of a file, by their run; empty if there is no file."""
-    return {Run(*line["run"]): line for line in _lines(path)}
+    return {RunKey(*line["run"]): line for line in _lines(path)}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -290,7 +290,7 @@ def rows_of(stage: Stage) -> list[list[str]]:
     table = []
     for results, lora, difference in compared(stage):
         summary = summarize(({} if results == lora else {"lora": lora}) | {"method": results})[-1]
-        right = [f"; {line['right']}/{line['rows']} right" for result in results if (line := answers.get(result.run))]
+        right = [f"; {line['right']}/{line['rows']} right" for result in results if (line := answers.get(result.key))]
         table.append([
             title(stage),
             name_in(stage, results[0].method),
@@ -328,14 +328,14 @@ def compared(stage: Stage) -> Iterator[tuple[list[Result], list[Result], tuple[f
     lora, losses = best.get("lora", []), by_run(stage.folder / "rows.jsonl")
     for results in (best[method] for method in NAMES if method in best):
         pairs = [
-            (losses[one.run]["rows"], losses[other.run]["rows"]) for one in results for other in lora if is_pair(one, other)
+            (losses[one.key]["rows"], losses[other.key]["rows"]) for one in results for other in lora if is_pair(one, other)
         ]
         yield results, lora, difference_over_rows(*zip(*pairs, strict=True)) if pairs else None
 
 
 def is_pair(one: Result, lora: Result) -> bool:
     """Whether a result can be compared with LoRA's row by row."""
-    return one.run != lora.run and one.seed == lora.seed and None not in (one.test, lora.test)
+    return one.key != lora.key and one.seed == lora.seed and None not in (one.test, lora.test)
 
 
 def draw(path: Path) -> None:

@@ -15,17 +15,14 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
-from cola_lightning.callbacks.prediction_writer import run_folder
+from cola_lightning.callbacks.run_folder import run_folder
+from cola_lightning.errors import Interruption
 
 log = logging.getLogger(__name__)
 
 WIDE = 100  # columns
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interruption(SystemExit):
-    """A signal asked the run to stop: exit status 130 or 143. After a KeyboardInterrupt Lightning ignores a second Ctrl-C."""
 
 
 class RunWatch(Callback):

@@ -7,8 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from cola_lightning.callbacks.command import Interruption
-from cola_lightning.errors import UserError
+from cola_lightning.errors import Interruption, UserError
 
 
 class LastCheckpoint(ModelCheckpoint):

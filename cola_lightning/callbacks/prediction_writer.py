@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from typing_extensions import override
 
 from cola_lightning import layout
+from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.errors import UserError
 from cola_lightning.writing import atomic_file
 
@@ -21,19 +21,6 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = "predictions.jsonl"
 PARTIAL_NAME = "predictions.partial.jsonl"
-
-
-def run_folder(trainer: Trainer) -> str:
-    """The folder that holds the run's ``checkpoints``, derived from the first logger as in ModelCheckpoint.
-
-    With most loggers, such as WandbLogger, ``trainer.log_dir`` is the same for all runs. Must be called on all processes (the
-    result is the first one's), once the loggers are initialised: from ``setup`` on.
-    """
-    folder = trainer.default_root_dir
-    if (logger := trainer.logger) is not None:
-        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        folder = os.path.join(folder if logger.save_dir is None else logger.save_dir, str(logger.name), version)
-    return trainer.strategy.broadcast(folder)
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from cola_lightning.cli.help import SUBCOMMANDS, WIDTH, command_parser, parsed
+from cola_lightning.cli.help import SUBCOMMANDS, WIDTH, command_parser, parse_options
 from cola_lightning.errors import UserError, nearest
 
 PACKAGE = Path(__file__).parent.parent
@@ -26,10 +26,8 @@ def configs(words: Sequence[str]) -> None:
     parser.add_argument("names", nargs="*", default=[], metavar="NAME", help="configs to copy, or all (default: list them)")
     parser.add_argument("--output", type=Path, default=Path("configs"), metavar="DIR", help="folder to copy to")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-    options = parsed(parser, words)
+    options = parse_options(parser, words)
     found = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
-    for name in ("digits", "domain_shift"):  # of modules in a clone's benchmarks
-        found.pop(name, None)
     if not options.names:
         for name, path in found.items():
             text = f"{name}: {_first_sentence(path)}"

@@ -62,9 +62,8 @@ def _run(words: list[str]) -> int:
         problem = f"there is no subcommand {first!r}{nearest(first, SUBCOMMANDS)}" if words else "add a subcommand"
         raise UserError(f"cola: {problem} ({', '.join(SUBCOMMANDS)}; cola --help describes them)")
     is_lightnings = first.startswith("-") or first in ("fit", "validate", "test", "predict")
-    file = "cli.training" if is_lightnings else "study.command" if first == "compare" else f"cli.{first}"
     gc.disable()  # else collections go through a million imported objects, which takes a second
-    module = importlib.import_module(f"cola_lightning.{file}")
+    module = importlib.import_module(f"cola_lightning.cli.{'training' if is_lightnings else first}")
     gc.enable()
     return module.train(words) if is_lightnings else getattr(module, first)(words[1:]) or 0
 

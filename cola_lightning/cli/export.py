@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, command_parser, loaded, parsed
+from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, command_parser, load_module, parse_options
 from cola_lightning.hub import upload
 
 
@@ -35,10 +35,10 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--public", action="store_true", help="with push_to_hub: a new repository is public")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is not empty")
     parser.add_argument("--no_verify", action="store_true", help="do not load the export again to compare its logits")
-    options = parsed(parser, words)
-    given = {name: options[name] for name in ("dtype", "max_rank", "license", "overwrite")}
-    given["base_folder"] = options.base_folder and Path(options.base_folder).expanduser()
-    export_options = ExportOptions(options.output, options.format, verify=not options.no_verify, **given)
+    options = parse_options(parser, words)
+    arguments = {name: options[name] for name in ("dtype", "max_rank", "license", "overwrite")}
+    arguments["base_folder"] = options.base_folder and Path(options.base_folder).expanduser()
+    export_options = ExportOptions(options.output, options.format, verify=not options.no_verify, **arguments)
     export_options.check(options.checkpoint)
     opened = OpenedCheckpoint.open(options.checkpoint)
     state = opened.state
@@ -46,7 +46,7 @@ def export(words: Sequence[str]) -> None:
     if export_options.format == "chain":
         lines = export_module(None, chain, export_options)
     else:
-        module = loaded(opened, options, "export")
+        module = load_module(opened, options, "export")
         lines = export_module(module, chain, export_options, module.adapted, state.facts["prompt_format"], state.facts["data"])
     print("\n".join(lines))
     print(f"written: {export_options.folder}")

@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, command_parser, loaded, parsed
+from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, command_parser, load_module, parse_options
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 
@@ -24,7 +24,7 @@ def generate(words: Sequence[str]) -> None:
     Raises:
         UserError: for invalid arguments, and for a checkpoint of a module that does not generate.
     """
-    options = parsed(_parser(), words)
+    options = parse_options(_parser(), words)
     decoding = Decoding(options.max_new_tokens, options.do_sample, options.temperature, options.top_p, tuple(options.stop))
     decoding.check()
     prompt = options.prompt if options.chat or options.prompt is not None else _standard_input()
@@ -32,7 +32,7 @@ def generate(words: Sequence[str]) -> None:
         raise UserError("prompt: is empty. Pass one with --prompt or on standard input")
     logging.getLogger("cola_lightning").setLevel(logging.ERROR)  # standard output is for the generated text
     opened = OpenedCheckpoint.open(options.checkpoint)
-    module, prompt_format = loaded(opened, options, "generate"), opened.state.facts["prompt_format"]
+    module, prompt_format = load_module(opened, options, "generate"), opened.state.facts["prompt_format"]
     import torch
 
     from cola_lightning.hf import COLACausalLM

@@ -111,11 +111,11 @@ def usage(subcommand: str) -> str:
     return "\n".join([f"cola {subcommand} [OPTIONS]", "", "example:", f"  {EXAMPLES[subcommand]}", "", "main options:", *lines])
 
 
-def known_elsewhere(option: str) -> str | None:
+def equivalent_option(option: str) -> str | None:
     """What is typed here for an option of peft, transformers, TRL or axolotl; None if it is none of theirs.
 
     Example:
-        >>> known_elsewhere("model.lora_alpha")
+        >>> equivalent_option("model.lora_alpha")
         '--model.alpha 16'
     """
     name = option.rpartition(".")[2]
@@ -157,32 +157,27 @@ def command_parser(command: str, description: str) -> "ArgumentParser":
 
 
 def add_checkpoint(parser: "ArgumentParser", kinds: str) -> None:
-    """Adds the checkpoint of a command, its first argument or ``--checkpoint``, and how many of its links are used.
+    """Adds the checkpoint of a command, its first argument, and how many of its links are used.
 
     Args:
         parser: the command's.
         kinds: what it may be, for ``--help``.
     """
     parser.usage = f"{parser.prog} PATH [OPTIONS]"
-    parser.add_argument("path", nargs="?", type=Path | None, metavar="PATH", help=kinds)
-    parser.add_argument("--checkpoint", type=Path | None, metavar="PATH", help="the same, as an option")
+    parser.add_argument("checkpoint", type=Path, metavar="PATH", help=kinds)
     parser.add_argument("--links", type=int | None, metavar="N", help=LINKS)
 
 
-def parsed(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
+def parse_options(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
     """The options in a command's arguments; ``~`` at the start of a path stands for the user's home folder."""
     options = parser.parse_args(list(words))
-    if "path" in options:
-        if (options.path is None) == (options.checkpoint is None):
-            raise UserError(f"checkpoint: pass one path: {parser.prog} PATH")
-        options.checkpoint = options.checkpoint or options.path
     for name, value in vars(options).items():
         if isinstance(value, Path):
             options[name] = Path(os.path.expanduser(value))
     return options
 
 
-def loaded(opened: "OpenedCheckpoint", options: Any, method: str) -> "COLAModule":
+def load_module(opened: "OpenedCheckpoint", options: Any, method: str) -> "COLAModule":
     """The module of a checkpoint, as a command's ``--links`` and ``--trust_remote_code`` ask for it.
 
     Args:
@@ -203,6 +198,6 @@ def loaded(opened: "OpenedCheckpoint", options: Any, method: str) -> "COLAModule
             f"in Python, and call {method}() of the module"
         )
     find_class(arguments["class_path"])
-    given: dict[str, Any] = {"trust_remote_code": True} if options.trust_remote_code else {}  # not every class has it
+    more: dict[str, Any] = {"trust_remote_code": True} if options.trust_remote_code else {}  # not every class has it
     with quiet():
-        return COLAModule.load_from_checkpoint(opened, links=options.links, **given)
+        return COLAModule.load_from_checkpoint(opened, links=options.links, **more)

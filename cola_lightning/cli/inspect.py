@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cola_lightning.chain.checkpoint import read_chain
-from cola_lightning.cli.help import SUBCOMMANDS, add_checkpoint, command_parser, parsed
+from cola_lightning.cli.help import SUBCOMMANDS, add_checkpoint, command_parser, parse_options
 
 
 def inspect(words: Sequence[str]) -> None:
@@ -19,9 +19,11 @@ def inspect(words: Sequence[str]) -> None:
     """
     parser = command_parser("inspect", SUBCOMMANDS["inspect"])
     add_checkpoint(parser, "a run's folder, a checkpoint, a chain folder, or a PEFT adapter")
-    parser.add_argument("--plot", type=Path | None, metavar="FILE.png", help="plot norms and singular values")
+    parser.add_argument(
+        "--plot", type=Path | None, metavar="FILE.png", help="plot norms and singular values (needs matplotlib)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with every layer, instead of the table")
-    options = parsed(parser, words)
+    options = parse_options(parser, words)
 
     import rich
 

@@ -25,12 +25,13 @@ from typing_extensions import override
 import cola_lightning.data  # noqa: F401  # gives the command line the data modules' short names
 from cola_lightning import __version__, layout
 from cola_lightning.callbacks.chain_of_lora import ChainOfLoRA, check_strategy
-from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, Interruption, RunWatch
+from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, RunWatch
 from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
-from cola_lightning.callbacks.prediction_writer import PredictionWriter, run_folder
+from cola_lightning.callbacks.prediction_writer import PredictionWriter
+from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, in_run
-from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, help_formatter, known_elsewhere, usage
-from cola_lightning.errors import UserError, nearest
+from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, equivalent_option, help_formatter, usage
+from cola_lightning.errors import Interruption, UserError, nearest
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.state import data_facts
@@ -57,7 +58,8 @@ CLASS_OPTION = re.compile(
     r"\A--(?P<group>model|data)\.(?!(?:help|class_path|init_args|dict_kwargs)\b)(?P<name>\w+)(?:=(?P<value>.*))?\Z", re.DOTALL
 )
 UNKNOWN_OPTION = re.compile(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)")  # in jsonargparse's messages
-OF_CLASS = re.compile(r"Parser key \"(model|data)\":.*?class_path '([\w.]+)'", re.DOTALL)
+PARSER_KEY = re.compile(r'Parser key "([\w.]+)"')
+CLASS_IN_MESSAGE = re.compile(r"Parser key \"(model|data)\":.*?class_path '([\w.]+)'", re.DOTALL)
 
 
 class COLACLI(LightningCLI):
@@ -68,7 +70,7 @@ class COLACLI(LightningCLI):
         self.opened: OpenedCheckpoint | None = None
         # Without allow_abbrev=False, argparse would accept --chain.every_n_epoch as --chain.every_n_epochs.
         strict: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False, "formatter_class": help_formatter()}
-        own = {name: strict | {"description": SUBCOMMANDS[name], "usage": usage(name)} for name in self.subcommands()}
+        by_command = {name: strict | {"description": SUBCOMMANDS[name], "usage": usage(name)} for name in self.subcommands()}
         super().__init__(
             COLAModule,
             LightningDataModule,
@@ -79,7 +81,7 @@ class COLACLI(LightningCLI):
             seed_everything_default=0,  # as Lightning's own, which it warns of
             save_config_callback=ConfigSaver,
             trainer_defaults={"callbacks": [PredictionWriter(), watch]},
-            parser_kwargs=strict | own | {"prog": "cola", "description": DESCRIPTION, "version": __version__},
+            parser_kwargs=strict | by_command | {"prog": "cola", "description": DESCRIPTION, "version": __version__},
         )
 
     # ------------------------------------------------------------------ the options
@@ -138,14 +140,19 @@ class COLACLI(LightningCLI):
             return f"; {LOGGERS[logger[1]]} is one" if logger[1] in LOGGERS else ""
         if not (unknown := UNKNOWN_OPTION.search(message)):
             return ""
-        if here := known_elsewhere(unknown[1]):
+        if here := equivalent_option(unknown[1]):
             return f"; here it is {here}"
         if unknown[1] == "class_path":
             return "; options of a class are inside its init_args"
-        classes = CLASSES | dict(OF_CLASS.findall(message))
+        classes = CLASSES | dict(CLASS_IN_MESSAGE.findall(message))
         self.options.set_defaults({group: {"class_path": name} for group, name in classes.items()})
-        names = [name.replace(".init_args", "") for name in self.options.get_defaults(skip_validation=True).keys()]  # noqa: SIM118
-        return nearest(unknown[1], [*(name.rpartition(".")[2] for name in names), *names])
+        keys = self.options.get_defaults(skip_validation=True).keys()
+        names = [key.replace(".init_args", "") for key in keys if not key.endswith("class_path")]
+        # Of an option of model or data, the message has the group in another place.
+        group, dot, name = ".".join([*PARSER_KEY.findall(message), unknown[1]]).rpartition(".")
+        if in_group := [other.removeprefix(group + dot) for other in names if dot and other.startswith(group + dot)]:
+            return nearest(name, in_group, group + dot)
+        return nearest(name, [*(other.rpartition(".")[2] for other in names), *names])
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -154,8 +161,9 @@ class COLACLI(LightningCLI):
     def _save_dirs(self) -> list[Any]:
         """The arguments of those of a configuration's loggers that have a folder."""
         loggers = self._get(self.config, "trainer").logger
-        given = [getattr(one, "init_args", None) for one in (loggers if isinstance(loggers, list) else [loggers])]
-        return [args for args in given if args is not None and args.get("save_dir") is not None]
+        loggers = loggers if isinstance(loggers, list) else [loggers]
+        arguments = [getattr(logger, "init_args", None) for logger in loggers]
+        return [args for args in arguments if args is not None and args.get("save_dir") is not None]
 
     def _open_checkpoint(self) -> None:
         """Checks the checkpoint before anything is created; ``last`` is that of the newest run here with the same options."""
@@ -219,7 +227,7 @@ class COLACLI(LightningCLI):
                 kwargs["logger"] = CSVLogger(run, name=self.subcommand) if is_evaluated else CSVLogger(root, name="runs")
             callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
             callbacks = kwargs["callbacks"] = list(filter(None, callbacks))
-            if config.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
+            if config.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
                 callbacks.append(ChainProgressBar())
             if config.enable_checkpointing is not False:
                 callbacks.append(self._get(self.config_init, "last"))
@@ -235,7 +243,7 @@ class COLACLI(LightningCLI):
     @rank_zero_only
     def _continue_metrics(self, trainer: Trainer, run: Path) -> None:
         """Has a CSVLogger append to the ``metrics.csv`` in the folder of the checkpoint's run, which Lightning would remove."""
-        for logger in [one for one in trainer.loggers if isinstance(one, CSVLogger)]:
+        for logger in [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]:
             path = Path(logger.log_dir, "metrics.csv")
             if path.exists() and path.parent.samefile(run):
                 earlier = path.rename(path.with_name("metrics.earlier.csv"))
@@ -274,15 +282,15 @@ class COLACLI(LightningCLI):
         """Logs the checkpoint's path, and a command for it."""
         folder = Path(run_folder(self.trainer))  # on all processes: run_folder broadcasts
         kind = LastCheckpoint if subcommand == "fit" else ModelCheckpoint  # a fit resumes from the newest state
-        paths = [one.best_model_path for one in self.trainer.checkpoint_callbacks if isinstance(one, kind)]
-        path = next(filter(None, paths), None)
+        callbacks = [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, kind)]
+        path = next(filter(None, (callback.best_model_path for callback in callbacks)), None)
         config = folder / "config.yaml"
         if path is None or not config.exists() or not self.trainer.is_global_zero:  # a fit with nothing left to do saves none
             return
         log.info("checkpoint: %s", shortest(path))
         place = shortest(folder if Path(path) == in_run(folder) else path)
-        of_config = ["--config", shortest(config), "--ckpt_path", place]
-        words = [place, "--prompt", "TEXT"] if subcommand == "generate" else of_config
+        config_words = ["--config", shortest(config), "--ckpt_path", place]
+        words = [place, "--prompt", "TEXT"] if subcommand == "generate" else config_words
         log.info("%s: %s", what, shlex.join(["cola", subcommand, *words]))
 
 

@@ -269,7 +269,7 @@ def plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_attributes(contents: Any) -> Any:
-    """A plain configuration whose fields are also attributes: ``torch.load(weights_only=True)`` restores those of an ``OrderedDict``."""
+    """A plain configuration whose fields are also attributes, which ``torch.load(weights_only=True)`` restores in this type."""
     if isinstance(contents, list):
         return [_with_attributes(item) for item in contents]
     if not isinstance(contents, dict):

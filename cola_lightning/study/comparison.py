@@ -48,11 +48,17 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self.config, self.output = os.path.expanduser(self.config), os.path.expanduser(self.output)
-        if isinstance(self.learning_rates, dict) and self.learning_rates.keys() != set(self.methods):
-            given = ", ".join(self.learning_rates) or "none"
-            raise UserError(f"learning_rates: each of {', '.join(self.methods)} needs a list, but there are lists for {given}")
+        for name, number in {"seeds": self.seeds, "tuning_seeds": self.tuning_seeds}.items():
+            if number is not None and number < 1:
+                raise UserError(f"{name}: must be at least 1, got {number}")
+        rates = self.learning_rates
+        if isinstance(rates, dict) and rates.keys() != set(self.methods):
+            found = ", ".join(rates) or "none"
+            raise UserError(f"learning_rates: each of {', '.join(self.methods)} needs a list, but there are lists for {found}")
+        if [] in (rates.values() if isinstance(rates, dict) else [rates]):
+            raise UserError("learning_rates: a list is empty. Pass at least one rate, or omit the option to use the config's")
         quantity = self.metric.partition("/")[0]  # Lightning distinguishes several loaders by val_loss/dataloader_idx_0
         if self.mode is None and quantity not in BETTER:
             raise UserError(f"mode: is a lower or a higher {self.metric} better? Add --mode min or --mode max")
         self.better = self.mode or BETTER[quantity]
-        self.tuned_by = range(min(self.tuning_seeds or self.seeds, self.seeds))  # the seeds by which rates are compared
+        self.rate_seeds = range(min(self.tuning_seeds or self.seeds, self.seeds))  # the seeds by which rates are compared

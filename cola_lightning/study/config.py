@@ -13,7 +13,7 @@ from cola_lightning.cli.training import COLACLI, differences
 from cola_lightning.errors import UserError
 
 
-def resolved(words: Sequence[str]) -> dict[str, Any]:
+def resolve_config(words: Sequence[str]) -> dict[str, Any]:
     """The complete configuration of ``cola fit`` with these arguments, including defaults; nothing is instantiated.
 
     Raises:
@@ -37,16 +37,16 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
     return [word for name, value in values for word in (f"--{name}", value)]
 
 
-def check_same(mine: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+def check_same(config: Mapping[str, Any], earlier: Mapping[str, Any], where: str) -> None:
     """Refuses a config that differs from that of the finished runs, because the runs would not be comparable.
 
     Args:
-        mine: this command's.
-        known: theirs.
-        where: where it was found, for the message.
+        config: this command's.
+        earlier: the config of the finished runs.
+        where: its file, for the message.
 
     Raises:
         UserError: if they differ.
     """
-    for name, given, before in differences(mine, known):
-        raise UserError(f"config: {name} is {given!r} here, but {before!r} in {where}. Use another --output for another study")
+    for name, here, there in differences(config, earlier):
+        raise UserError(f"config: {name} is {here!r} here, but {there!r} in {where}. Use another --output for another study")

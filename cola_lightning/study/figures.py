@@ -45,14 +45,14 @@ def plot_curves(axes: Any, results: Results, skip: float = 0.0, names: Mapping[s
             ranks and numbers of links, with colors in the order of the results.
     """
     colors = dict(zip(results if names is None else names, itertools.cycle(COLORS), strict=False))
-    for name, of_method in results.items():
-        curve = mean_curve(of_method)
+    for name, method_results in results.items():
+        curve = mean_curve(method_results)
         steps = [step for step in curve if step >= skip * max(curve)]
         values = [curve[step] for step in steps]
         if name == "full" and values:
             axes.axhline(values[-1], color="0.4", linestyle="--", linewidth=1.2, label="full fine-tuning, at its end")
         elif values:
-            first = of_method[0]
+            first = method_results[0]
             label = f"{name}, rank {first.rank}" + (f", {first.links} links" if first.links > 1 else "")
             style = {"color": colors[name], "linewidth": 1.6, "marker": "D" if len(steps) == 1 else ""}  # which has no line
             axes.plot(steps, values, label=label if names is None else names[name], **style)
@@ -77,9 +77,9 @@ def draw_points(results: Results, metric: str, path: Path) -> None:
         path: a PNG file.
     """
     figure, axes = _figure(1.0 + 0.45 * len(results))
-    for place, of_method in enumerate(results.values()):
+    for place, method_results in enumerate(results.values()):
         color = COLORS[place % len(COLORS)]
-        if values := [result.test for result in of_method if result.test is not None]:
+        if values := [result.test for result in method_results if result.test is not None]:
             axes.plot([statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color=color, linewidth=2)
             axes.plot(values, [place] * len(values), "o", color=color, alpha=0.6, markersize=5)
     axes.set_yticks(range(len(results)), list(results))

@@ -12,8 +12,8 @@ from cola_lightning.lora.config import LoRAConfig
 
 Config = Mapping[str, Any]
 
-OF_SCHEDULE = (*KNOT_OPTIONS, "ranks", "alphas")
-NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in OF_SCHEDULE}
+SCHEDULE_OPTIONS = (*KNOT_OPTIONS, "ranks", "alphas")
+NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in SCHEDULE_OPTIONS}
 NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min", "chain.until": UNTIL}
 RULES: dict[str, Any] = {"trained_factors": "both", "kept_optimizer_state": 0}  # COLA's, from which the relatives differ
 
@@ -48,50 +48,50 @@ def method(name: str, config: Config) -> Method:
     if kind not in METHODS or (kind in WITHOUT_CHAIN and n_links is not None):
         raise UserError(f"methods: there is no method {name!r}{nearest(name, METHODS)} (all: {', '.join(METHODS)})")
     if n_links is None:
-        return METHODS[kind](config, lambda: _own_chain(name, config))
+        return METHODS[kind](config, lambda: _config_chain(name, config))
     if kind == "lora-sum-rank":  # one link, so the run need not be divisible
         return METHODS[kind](config, lambda: ([_rank(config)] * int(n_links), {}))
     return METHODS[kind](config, lambda: _equal_links(config, int(n_links)))
 
 
-ChainOf = Callable[[], tuple[list[int], dict[str, Any]]]
+FindChain = Callable[[], tuple[list[int], dict[str, Any]]]
 
 
-def _lora(config: Config, chain: ChainOf) -> Method:
+def _lora(config: Config, chain: FindChain) -> Method:
     """One link over the whole run."""
     return Method(1, _rank(config), NO_CHAIN | _without_rules(config))
 
 
-def _cola(config: Config, chain: ChainOf) -> Method:
+def _cola(config: Config, chain: FindChain) -> Method:
     """A chain: the config's, or one of links of equal length."""
     ranks, options = chain()
     return Method(len(ranks), max(ranks), options)
 
 
-def _lora_sum_rank(config: Config, chain: ChainOf) -> Method:
+def _lora_sum_rank(config: Config, chain: FindChain) -> Method:
     """One link whose rank is the sum of the chain's, with the same scaling."""
     ranks, _ = chain()
-    given = config["model"].get("init_args", {})
-    if given.get("rank_pattern") or given.get("alpha_pattern") or given.get("scaling") == "rslora":
+    options = config["model"].get("init_args", {})
+    if options.get("rank_pattern") or options.get("alpha_pattern") or options.get("scaling") == "rslora":
         raise UserError("methods: lora-sum-rank takes no model.rank_pattern, model.alpha_pattern or model.scaling rslora")
-    scaling = option_of_model(config, "alpha") / _rank(config)
+    scaling = model_option(config, "alpha") / _rank(config)
     sizes = {"model.rank": sum(ranks), "model.alpha": scaling * sum(ranks)}
     return Method(1, sum(ranks), NO_CHAIN | _without_rules(config) | sizes)
 
 
-def _full(config: Config, chain: ChainOf) -> Method:
+def _full(config: Config, chain: FindChain) -> Method:
     """Every parameter is trained, without links."""
     alone: dict[str, Any] = {"model.target_modules": None, "model.modules_to_save": [], "model.modules_to_save_lr": None}
     return Method(0, None, NO_CHAIN | alone)
 
 
-def _rac(config: Config, chain: ChainOf) -> Method:
+def _rac(config: Config, chain: FindChain) -> Method:
     """A chain in which each link trains one factor, and the other stays as drawn: RAC-LoRA."""
     found = _cola(config, chain)
     return replace(found, options={**found.options, **_without_rules(config), "model.trained_factors": "random"})
 
 
-def _relora(config: Config, chain: ChainOf) -> Method:
+def _relora(config: Config, chain: FindChain) -> Method:
     """A chain whose optimizer retains 1 % of its state over a knot, with one cosine and a warm-up after each knot: ReLoRA.
 
     The warm-up is the config's, else a tenth of the link, which need not be as long as the paper's 50 to 100 steps.
@@ -102,12 +102,12 @@ def _relora(config: Config, chain: ChainOf) -> Method:
     return replace(found, options={**found.options, **_without_rules(config), **jagged, "model.knot_warmup_steps": rise})
 
 
-def _asymmetric(config: Config, chain: ChainOf) -> Method:
+def _asymmetric(config: Config, chain: FindChain) -> Method:
     """One link that trains only B; A stays as drawn."""
     return Method(1, _rank(config), NO_CHAIN | _without_rules(config) | {"model.trained_factors": "B"})
 
 
-METHODS: dict[str, Callable[[Config, ChainOf], Method]] = {
+METHODS: dict[str, Callable[[Config, FindChain], Method]] = {
     "lora": _lora,
     "lora-sum-rank": _lora_sum_rank,
     "cola": _cola,
@@ -125,7 +125,7 @@ def _without_rules(config: Config) -> dict[str, Any]:
     return {f"model.{name}": value for name, value in RULES.items() if options.get(name, value) != value}
 
 
-def option_of_model(config: Config, name: str) -> Any:
+def model_option(config: Config, name: str) -> Any:
     """The value of an option of the config's module.
 
     Raises:
@@ -138,13 +138,13 @@ def option_of_model(config: Config, name: str) -> Any:
 
 
 def _rank(config: Config) -> int:
-    return int(option_of_model(config, "rank"))
+    return int(model_option(config, "rank"))
 
 
-def _own_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
+def _config_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
     """The ranks of the config's own chain; it needs no options."""
     chain = config["chain"]
-    options = {option: chain.get(option) for option in OF_SCHEDULE}
+    options = {option: chain.get(option) for option in SCHEDULE_OPTIONS}
     schedule = ChainSchedule(**options, until=chain.get("until", UNTIL))
     if not schedule.has_knots:
         raise UserError(f"methods: {name!r} needs a config with knots. To set the number of links here, write {name}-4")

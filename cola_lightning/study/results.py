@@ -20,7 +20,7 @@ UNEQUAL = {
 }
 
 
-class Run(NamedTuple):
+class RunKey(NamedTuple):
     """The parameters of a run, which identify it in its study.
 
     Attributes:
@@ -76,9 +76,9 @@ class Result:
             object.__setattr__(self, "test", None)
 
     @property
-    def run(self) -> Run:
-        """The run with this result."""
-        return Run(self.method, self.learning_rate, self.seed)
+    def key(self) -> RunKey:
+        """The parameters of the run with this result."""
+        return RunKey(self.method, self.learning_rate, self.seed)
 
     def value(self, mode: Mode) -> float:
         """The validation metric, by which runs are compared; of a run that diverged, the worst value."""
@@ -131,7 +131,7 @@ def at_best_rates(results: Sequence[Result], mode: Mode, tuning_seeds: Sequence[
 
 def warning_about(results: Mapping[str, Sequence[Result]]) -> str:
     """What else than the methods may explain a difference between them, one sentence each; empty if nothing is known."""
-    runs = [result for of_method in results.values() for result in of_method if result.validation is not None]
+    runs = [result for method_results in results.values() for result in method_results if result.validation is not None]
     sentences = []
     for name, text in UNEQUAL.items():
         seeds = [seed for seed, value in {(result.seed, getattr(result, name)) for result in runs} if value is not None]

@@ -179,7 +179,7 @@ def run(folder: str) -> int:
         UserError: if the run has no such metric.
     """
     options = json.loads((Path(folder) / OPTIONS).read_text(encoding="utf-8"))
-    metric, of_test, facts = options["metric"], f"test_{options['metric'].removeprefix('val_')}", options["result"]
+    metric, test_metric, facts = options["metric"], f"test_{options['metric'].removeprefix('val_')}", options["result"]
     warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # the log is in it
     recorder, cli, words = Recorder(metric), None, options["words"]
     if (last := Path(folder) / "checkpoints" / "last.ckpt").exists():
@@ -190,24 +190,22 @@ def run(folder: str) -> int:
         except NonFiniteError as error:
             log.warning("diverged: %s", error)
         facts |= recorder.facts | {"peak_memory": _peak_memory()}
-        found: dict[str, float | None] = dict.fromkeys((metric, of_test))
+        found: dict[str, float | None] = dict.fromkeys((metric, test_metric))
         if cli is not None:
             module, trainer, arguments = cli.model, cli.trainer, {"datamodule": cli.datamodule, "verbose": False}
             if module.lora_config.target_modules is not None:
                 links = module.full_chain().links
                 knots = [link.end_step for link in links[:-1]]
                 facts |= {"rank": max(link.rank for link in links), "links": len(links), "knots": knots}
-            keeping = [
-                one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.monitor is not None
-            ]
-            kept = [one.best_model_path for one in keeping]
-            arguments["ckpt_path"] = next(filter(None, kept), None)  # the best; None: what is in memory
-            of_loaders = [*trainer.validate(module, **arguments), *trainer.test(module, **arguments)]
-            found = {name: value for metrics in of_loaders for name, value in metrics.items()}
-    for name in (metric, of_test):
+            savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+            best_paths = [saver.best_model_path for saver in savers if saver.monitor is not None]
+            arguments["ckpt_path"] = next(filter(None, best_paths), None)  # the best; None: what is in memory
+            loader_metrics = [*trainer.validate(module, **arguments), *trainer.test(module, **arguments)]
+            found = {name: value for metrics in loader_metrics for name, value in metrics.items()}
+    for name in (metric, test_metric):
         if name not in found:
             raise UserError(f"metric: {name} is not logged. Logged are {', '.join(sorted(found))}")
-    result = Result(**facts, validation=found[metric], test=found[of_test])
+    result = Result(**facts, validation=found[metric], test=found[test_metric])
     rank_zero_only(write)([result], Path(folder) / RESULT)
     return 0
 

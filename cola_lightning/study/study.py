@@ -14,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from cola_lightning.data.splits import files_identity
 from cola_lightning.errors import UserError
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.config import as_words, check_same, resolved
+from cola_lightning.study.config import as_words, check_same, resolve_config
 from cola_lightning.study.figures import draw_curves, draw_points
-from cola_lightning.study.methods import method, option_of_model
-from cola_lightning.study.results import Result, Run, at_best_rates, best_rates, read, warning_about, write
+from cola_lightning.study.methods import method, model_option
+from cola_lightning.study.results import Result, RunKey, at_best_rates, best_rates, read, warning_about, write
 from cola_lightning.study.run import LOG, RESULT, claim_run, execute
-from cola_lightning.study.table import Row, as_csv, as_markdown, on_screen, summarize
+from cola_lightning.study.table import MethodSummary, as_csv, as_markdown, on_screen, summarize
 from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
@@ -42,25 +42,24 @@ class Study:
     def __init__(self, comparison: Comparison, fit_words: Sequence[str]) -> None:
         self.comparison, self.output = comparison, Path(comparison.output)
         self.words = ["--config", comparison.config, *fit_words]
-        self.config = resolved(self.words)
-        optimizer, seed = option_of_model(self.config, "optimizer"), self.config["model"]["init_args"].get("seed")
+        self.config = resolve_config(self.words)
+        optimizer, seed = model_option(self.config, "optimizer"), self.config["model"]["init_args"].get("seed")
         for name, value in {"model.seed": seed, "ckpt_path": self.config["ckpt_path"]}.items():
             if value is not None:
                 raise UserError(f"{name}: must be null, because a study starts each run from its own seed, got {value!r}")
         rates = comparison.learning_rates or [float(optimizer["init_args"]["lr"])]
         self.rates = rates if isinstance(rates, dict) else dict.fromkeys(comparison.methods, rates)
         self.methods = {name: method(name, self.config) for name in comparison.methods}
-        for options in [dict.fromkeys(comparison.also_seeded, 0), *(one.options for one in self.methods.values())]:
-            resolved([*self.words, *as_words(options)])  # what parsing refuses is refused here, before any time is lost
+        for options in [dict.fromkeys(comparison.also_seeded, 0), *(chosen.options for chosen in self.methods.values())]:
+            resolve_config([*self.words, *as_words(options)])  # what parsing refuses is refused here, before any time is lost
         source = self.config["data"].get("init_args", {}).get("source")
-        sources = [
-            one["source"] if isinstance(one, dict) else one for one in (source if isinstance(source, list) else [source])
-        ]
-        files = [files_identity(one) for one in sources if isinstance(one, str)]
+        sources = source if isinstance(source, list) else [source]
+        names = [source["source"] if isinstance(source, dict) else source for source in sources]
+        files = [files_identity(name) for name in names if isinstance(name, str)]
         self.shared = {name: value for name, value in self.config.items() if name != "seed_everything"}
         self.shared |= {"also_seeded": comparison.also_seeded, "metric": comparison.metric, "mode": comparison.better}
         self.shared |= files[0] if len(files) == 1 else {"files": files} if files else {}
-        self.failed: set[Run] = set()
+        self.failed: set[RunKey] = set()
 
     def _settle_config(self) -> None:
         """Writes what all runs share, or checks that it is what the study's other runs share."""
@@ -85,12 +84,12 @@ class Study:
             log.warning(warning)
         return 0 if self.failed <= self._results().keys() else 1  # another process may have had more success
 
-    def _results(self) -> dict[Run, Result]:
+    def _results(self) -> dict[RunKey, Result]:
         """The study's results; it may contain runs that this command does not want."""
         paths = [self.output / RESULTS, *sorted(self.output.glob(f"runs/*/{RESULT}"))]
-        return {result.run: result for path in paths for result in read(path)}
+        return {result.key: result for path in paths for result in read(path)}
 
-    def _missing(self) -> list[Run]:
+    def _missing(self) -> list[RunKey]:
         """The wanted runs that are neither finished nor failed."""
         self._settle_config()  # each time: while there is no result, another command may have written its own
         results = self._results()
@@ -99,21 +98,21 @@ class Study:
         self.bar.update(self.task, total=len(wanted), completed=len(wanted) - len(missing))
         return missing
 
-    def _wanted(self, results: Mapping[Run, Result]) -> list[Run]:
+    def _wanted(self, results: Mapping[RunKey, Result]) -> list[RunKey]:
         """The runs that this command asks for, by seed, so that a study that is stopped has results of each method.
 
         Once a method's runs for tuning are finished, those of the other seeds follow, at its best rate.
         """
-        runs, tuned_by = [], self.comparison.tuned_by
+        runs, rate_seeds = [], self.comparison.rate_seeds
         for name, rates in self.rates.items():
-            tuning = [Run(name, rate, seed) for seed in tuned_by for rate in rates]
+            tuning = [RunKey(name, rate, seed) for seed in rate_seeds for rate in rates]
             runs += tuning
             if all(run in results for run in tuning):
-                best = best_rates([results[run] for run in tuning], self.comparison.better, tuned_by)[name]
-                runs += [Run(name, best, seed) for seed in range(len(tuned_by), self.comparison.seeds)]
+                best = best_rates([results[run] for run in tuning], self.comparison.better, rate_seeds)[name]
+                runs += [RunKey(name, best, seed) for seed in range(len(rate_seeds), self.comparison.seeds)]
         return sorted(runs, key=lambda run: run.seed)
 
-    def _execute(self, run: Run) -> bool:
+    def _execute(self, run: RunKey) -> bool:
         """Executes a run, unless it is another process's; returns whether it was this one's."""
         name = f"{run.method}-lr{run.learning_rate}-seed{run.seed}"
         folder = self.output / "runs" / name
@@ -121,7 +120,7 @@ class Study:
             return False
         self.bar.update(self.task, description=name)
         try:
-            is_finished = execute(claim, self._options_of(run, folder))
+            is_finished = execute(claim, self._run_options(run, folder))
         finally:
             claim.unlink(missing_ok=True)
             if not self._results():  # the next command may have another config
@@ -136,7 +135,7 @@ class Study:
             log.error("failed: %s", folder / LOG)
         return True
 
-    def _options_of(self, run: Run, folder: Path) -> dict[str, Any]:
+    def _run_options(self, run: RunKey, folder: Path) -> dict[str, Any]:
         """What the run's process has to know."""
         chosen = self.methods[run.method]
         changes = {**chosen.options, "model.optimizer.lr": run.learning_rate, "trainer.default_root_dir": str(folder)}
@@ -149,12 +148,12 @@ class Study:
         words = [*self.words, *as_words(changes)]
         return {"words": words, "metric": self.comparison.metric, "result": known, "config": self.shared}
 
-    def _write(self) -> tuple[list[Row], str]:
+    def _write(self) -> tuple[list[MethodSummary], str]:
         """Writes the results, the tables and the figures; returns the table's rows, and a warning about them or nothing."""
         results, metric = self._results(), self.comparison.metric
         write(results.values(), self.output / RESULTS)
         mine = [results[run] for run in self._wanted(results) if run in results]
-        chosen = at_best_rates(mine, self.comparison.better, self.comparison.tuned_by)
+        chosen = at_best_rates(mine, self.comparison.better, self.comparison.rate_seeds)
         table, warning = summarize(chosen), warning_about(chosen)
         (self.output / "table.md").write_text(as_markdown(table, metric, warning), encoding="utf-8")
         (self.output / "table.csv").write_text(as_csv(table), encoding="utf-8")

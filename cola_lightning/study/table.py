@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodSummary:
     """A method at its best learning rate.
 
     Attributes:
@@ -55,14 +55,14 @@ class Row:
     trainable_parameters: int
 
 
-def summarize(results: Mapping[str, Sequence[Result]]) -> list[Row]:
+def summarize(results: Mapping[str, Sequence[Result]]) -> list[MethodSummary]:
     """A row for each method.
 
     Args:
         results: each method's results, at one learning rate.
     """
     baseline = _tests(results.get(BASELINE, ()))
-    return [_row(name, of_method, {} if name == BASELINE else baseline) for name, of_method in results.items()]
+    return [_summary(name, method_results, {} if name == BASELINE else baseline) for name, method_results in results.items()]
 
 
 def _tests(results: Sequence[Result]) -> dict[int, float]:
@@ -70,11 +70,11 @@ def _tests(results: Sequence[Result]) -> dict[int, float]:
     return {result.seed: result.test for result in results if result.test is not None}
 
 
-def _row(name: str, results: Sequence[Result], baseline: Mapping[int, float]) -> Row:
+def _summary(name: str, results: Sequence[Result], baseline: Mapping[int, float]) -> MethodSummary:
     first, tests = results[0], _tests(results)
     differences = [test - baseline[seed] for seed, test in tests.items() if seed in baseline]
     low, high = _interval(differences)
-    return Row(
+    return MethodSummary(
         method=name,
         rank=first.rank,
         links=statistics.median_low(result.links for result in results if not tests or result.seed in tests),
@@ -106,7 +106,7 @@ def _interval(differences: Sequence[float]) -> tuple[float | None, float | None]
     return mean - margin, mean + margin
 
 
-def shown_test(row: Row, digits: int = 4) -> str:
+def shown_test(row: MethodSummary, digits: int = 4) -> str:
     """The test metric as text: ``1.8230 ± 0.0027``, or ``diverged``."""
     if row.test is None:
         return "diverged"
@@ -114,7 +114,7 @@ def shown_test(row: Row, digits: int = 4) -> str:
     return f"{row.test:.{digits}f}{deviation}" + (f" ({row.diverged} diverged)" if row.diverged else "")
 
 
-def shown_difference(row: Row, digits: int = 4) -> str:
+def shown_difference(row: MethodSummary, digits: int = 4) -> str:
     """The difference to LoRA as text: ``-0.0599 [-0.0661, -0.0536]``; empty if there is none."""
     if row.difference is None:
         return ""
@@ -122,12 +122,12 @@ def shown_difference(row: Row, digits: int = 4) -> str:
     return f"{row.difference:+.{digits}f}{interval}"
 
 
-def short_cells(row: Row, name: str) -> list[str]:
+def short_cells(row: MethodSummary, name: str) -> list[str]:
     """A row's cells in a document: a name, learning rate, number of seeds, test metric, difference to LoRA."""
     return [name, f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]
 
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
+COLUMNS: dict[str, Callable[[MethodSummary], str]] = {
     "method": lambda row: row.method,
     "rank": lambda row: "" if row.rank is None else str(row.rank),
     "links": lambda row: str(row.links or ""),
@@ -143,7 +143,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 ON_SCREEN = ("method", "rank", "learning rate", "seeds", "test", "difference to LoRA")  # in 80 columns
 
 
-def as_markdown(rows: Sequence[Row], metric: str, warning: str = "") -> str:
+def as_markdown(rows: Sequence[MethodSummary], metric: str, warning: str = "") -> str:
     """The table as Markdown, with a note and, if there is one, a warning."""
     lines = [[*COLUMNS], ["---"] * len(COLUMNS), *([text(row) for text in COLUMNS.values()] for row in rows)]
     note = (
@@ -154,14 +154,14 @@ def as_markdown(rows: Sequence[Row], metric: str, warning: str = "") -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + f"\n{note}\n" + (f"\n{warning}\n" if warning else "")
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[MethodSummary]) -> str:
     """The table as CSV."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([[field.name for field in fields(Row)], *map(astuple, rows)])
+    csv.writer(text, lineterminator="\n").writerows([[field.name for field in fields(MethodSummary)], *map(astuple, rows)])
     return text.getvalue()
 
 
-def on_screen(rows: Sequence[Row], metric: str) -> Table:
+def on_screen(rows: Sequence[MethodSummary], metric: str) -> Table:
     """The table for a terminal of 80 columns, with the most important columns."""
     table = Table(title=f"test_{metric.removeprefix('val_')}, mean ± standard deviation; intervals of 95 %, paired by seed")
     for name in ON_SCREEN:

@@ -1,8 +1,8 @@
-"""``cola compare``: the command."""
+"""``cola compare``: compares methods on one config."""
 
 from collections.abc import Sequence
 
-from cola_lightning.cli.help import command_parser, parsed
+from cola_lightning.cli.help import command_parser, parse_options
 from cola_lightning.study.comparison import Comparison
 
 DESCRIPTION = """\
@@ -30,7 +30,7 @@ def compare(words: Sequence[str]) -> int:
     cut = list(words).index("--") if "--" in words else len(words)
     parser = command_parser("compare", DESCRIPTION)
     parser.add_class_arguments(Comparison)
-    comparison = Comparison(**parsed(parser, words[:cut]).as_dict())
+    comparison = Comparison(**parse_options(parser, words[:cut]).as_dict())
     from cola_lightning.callbacks.command import RunWatch
     from cola_lightning.study.study import Study
 

@@ -1,0 +1,1 @@
+"""A chain on a real language model: GSM8K and Zig."""
