@@ -183,19 +183,17 @@ class AdaptedModel:
         return int(rank), float(alpha)
 
     def resume_link(self, link: Link) -> None:
-        """Makes a link the current one, with its factors as they are; those of layers that it does not have begin anew.
+        """Makes a link the current one, whose factors the layers have or get after this: sets each layer's rank and alpha.
 
         Raises:
             UserError: if a layer would have another rank or scaling in it, or the rank is above the layers'.
         """
-        self.begin_link(link.rank, link.alpha)
+        self.live = self.checked_link(link.rank, link.alpha)
         layers = self.layers
-        if own_values(layers, link.rank, link.alpha) != link.own_values:
+        for layer in layers.values():
+            layer.rank, layer.alpha = layer.rank_and_alpha(*self.live)
+        if own_values(layers, *self.live) != link.own_values:
             raise UserError("model.rank_pattern, model.alpha_pattern, model.scaling: must be those of the chain")
-        with torch.no_grad():
-            for name, pair in link.factors.items():
-                for factor, stored in zip(layers[name].factors, pair, strict=True):
-                    layout.copy_(factor, stored)
 
     def live_link(self, **metadata: Any) -> Link:
         """The current link as it is now: what a knot would record.
@@ -264,7 +262,11 @@ class AdaptedModel:
             return
         live = chain.links[-1]
         self.go_to(chain.truncate(live.index))
+        self.begin_link(live.rank, live.alpha)  # a smaller rank leaves the other rows at zero
         self.resume_link(live)
+        for name, layer in self.layers.items():
+            for factor, stored in zip(layer.factors, live.factors[name], strict=True):
+                layout.copy_(factor, stored)
         self.trained.write(live.extras)
 
     # ------------------------------------------------------------------ from one chain to another

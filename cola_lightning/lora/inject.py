@@ -307,7 +307,7 @@ def _class_for(name: str, layer: nn.Module, config: LoRAConfig) -> type[LoRALaye
         known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
         reason: str | None = f"which is a {type(layer).__name__} and not a {known} (register_lora_layer adds other types)"
     elif "forward" in vars(layer):  # which would never reach the link
-        reason = "whose forward was replaced (accelerate's hooks do that: remove_hook_from_submodules removes them)"
+        reason = "which has a replaced forward (accelerate's hooks do that: remove_hook_from_submodules removes them)"
     else:
         reason = found.obstacle(layer)
     if found is None or reason is not None:
