@@ -59,7 +59,9 @@ def checkpoint_of(version):
 def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(capfd):
     assert fit() == 0
     output = capfd.readouterr().out
-    assert "model: 330 of 9,300 parameters are trained (3.55%), link 0 of rank 1 and alpha 1 on 3 layers" in output
+    assert "  model: link 0 of rank 1 and alpha 1 on 3 of 3 linear layers\n" in output
+    assert "  parameters: 330 of 9,300 are trained (3.55%)\n" in output
+    assert "  resume: exact, from every checkpoint\n  checkpoints: runs/version_0/checkpoints\n" in output
     assert "link 0 finished: steps 0 to 9, rank 1, update norm" in output
     command = next(line for line in output.splitlines() if line.startswith("use it: cola "))
     assert run(*command.partition(" (")[0].split()[3:]) == 0
@@ -95,7 +97,7 @@ def test_the_newest_run_is_resumed_and_its_configuration_holds_no_checkpoint_of_
 def test_one_process_of_a_launcher_logs(monkeypatch, capfd):
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert fit("--trainer.max_epochs", "1") == 0
-    assert "parameters are trained" not in capfd.readouterr().out
+    assert "are trained" not in capfd.readouterr().out
 
 
 def test_a_failure_in_an_environment_below_a_folder_named_lightning_has_its_traceback(tmp_path):

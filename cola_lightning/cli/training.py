@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -231,9 +231,12 @@ class COLACLI(LightningCLI):
                 callbacks.append(ChainProgressBar())
             if config.enable_checkpointing is not False:
                 callbacks.append(self._get(self.config_init, "last"))
-        if config.enable_model_summary is None:  # the module's own log line says more
+        is_described = config.enable_model_summary is None and not config.barebones
+        if is_described:
             kwargs["enable_model_summary"] = False
         trainer = super().instantiate_trainer(**kwargs)
+        if is_described:  # by the module's own block, without Lightning's table
+            trainer.callbacks = [ModelSummary(max_depth=0), *trainer.callbacks]  # type: ignore[attr-defined]
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
         self.watch.log_dir = trainer.log_dir if trainer.loggers else None
         if self.opened is not None:

@@ -19,7 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.config import LoRAConfig, is_matched
-from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, is_experts, open_experts
+from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, open_experts
 from cola_lightning.lora.layer import LoRALayer, cast_, is_quantized, lora_layers
 from cola_lightning.lora.layer_types import LoRAConv1d, LoRAConv2d, LoRALinear
 from cola_lightning.lora.quantization import dequantize_, keep_layout
@@ -27,10 +27,6 @@ from cola_lightning.lora.quantization import dequantize_, keep_layout
 ALL_LINEAR = "all-linear"
 
 log = logging.getLogger(__name__)
-
-# Modules that do not multiply by their weights as a Linear layer does.
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 # ---------------------------------------------------------------------- layer types
 
@@ -215,23 +211,11 @@ def begin_merging(layer: LoRALayer, wide: torch.dtype) -> None:
 
 
 def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
-    """The targets of all-linear; warns of matrices that stay frozen although they are used as a Linear's are (experts)."""
+    """The targets of all-linear: linear layers, except the head of a Hugging Face language model and what is in ``saved``."""
     getter = getattr(model, "get_output_embeddings", None)
-    head = None if getter is None else getter()  # of a Hugging Face language model
-    names: list[str] = []
-    others: dict[str, str] = {}  # the first name of each class
-    for name, module in model.named_modules():
-        if module is head or is_in_modules(name, saved):
-            continue
-        if name and is_linear(module):
-            names.append(name)
-        elif not isinstance(module, NO_MATRICES) and any(p.dim() > 1 and len(p) > 1 for p in module.parameters(recurse=False)):
-            others.setdefault(type(module).__name__, name)
-    if others:
-        passed_over = ", ".join(f"{kind} ({name})" for kind, name in others.items())
-        hint = " (model.experts true adapts experts)" if any(map(is_experts, model.modules())) else ""
-        log.warning("model.target_modules: all-linear leaves matrices of other layers frozen: %s%s", passed_over, hint)
-    return names
+    head = None if getter is None else getter()
+    linear = [name for name, module in model.named_modules() if name and module is not head and is_linear(module)]
+    return [name for name in linear if not is_in_modules(name, saved)]
 
 
 def _selected(model: nn.Module, names: list[str], saved: list[str], config: LoRAConfig) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,9 +21,10 @@ from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.base import check_unchanged
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.errors import UserError
-from cola_lightning.lora.layer import is_quantized, is_quantized_model, lora_layers
+from cola_lightning.lora.layer import is_quantized_model, lora_layers
 from cola_lightning.module.contract import TrainedModule
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
+from cola_lightning.module.overview import describe_fit
 from cola_lightning.module.progress import accumulation_schedulers, run_length
 from cola_lightning.module.rewind import Rewind, resume_rewound
 from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint, values_of
@@ -100,7 +101,9 @@ class FitCallback(Callback):
         progress.schedule = progress.schedule.in_run(progress.length)
         self._start_optimization(trainer, is_resumed=is_resumed)
         self._check_links(progress.length)
-        log.info("%s", summary(module.adapted, [*pl_module.parameters()], module.trained_parameters()))
+        if trainer.is_global_zero and any(isinstance(c, ModelSummary) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            lines = describe_fit(trainer, module, [*pl_module.parameters()])
+            log.info("before the first step\n%s", "\n".join(f"  {line}" for line in lines))
         self._log = TrainingLog(trainer, module)
         self._rewind.begin_fit(trainer, pl_module, values_of(pl_module, module.adapted).keys())
 
@@ -348,27 +351,6 @@ def warn_of_no_gradient(names: list[str], model: nn.Module) -> None:
             len(lora_layers(model)),
             ", ".join([*names[:3], *["..."] * (len(names) > 3)]),
         )
-
-
-def summary(adapted: AdaptedModel, parameters: list[Tensor], trained: list[nn.Parameter]) -> str:
-    """How many of a module's parameters are trained, and where.
-
-    Args:
-        adapted: the adapted model.
-        parameters: all parameters of the module.
-        trained: the trained ones.
-    """
-    text, saved = "model:", adapted.config.modules_to_save
-    if not layout.has_fsdp1(adapted.model):  # which hides sharded parameters in flat ones
-        n_trained = sum(p.numel() for p in trained)
-        packed = [part.get_parameter("weight") for part in adapted.model.modules() if is_quantized(part)]
-        n_all = sum(p.numel() for p in [*parameters, *packed])  # a packed weight has two values in a byte
-        text += f" {n_trained:,} of {n_all:,} parameters are trained ({n_trained / max(1, n_all):.2%})"
-    if adapted.live is None:
-        return text
-    rank, alpha = adapted.live
-    text += f", link {adapted.link} of rank {rank} and alpha {alpha:g} on {len(adapted.layers)} layers"
-    return text + (f", and all of {', '.join(saved)}" if saved else "")
 
 
 def check_frozen(adapted: AdaptedModel, schedule: ChainSchedule) -> None:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -262,6 +263,19 @@ class COLAModule(LightningModule, RecordsArguments):
     def link_start(self) -> FitPosition:
         """Epoch and optimizer step at which the current link began."""
         return self.fit_progress.link_start
+
+    @property
+    def link_steps(self) -> float:
+        """Optimizer steps of the current link, for a learning-rate schedule of your own in ``configure_optimizers``.
+
+        ``math.inf`` if nothing ends the link, or its end is not known beforehand, and outside of a fit. In a fit it sets up the
+        training data, as Lightning's ``trainer.estimated_stepping_batches`` does, which counts the steps of the whole run.
+        """
+        trainer, progress = trainer_of(self), self.fit_progress
+        if trainer is not None and trainer.state.fn == "fit" and trainer.train_dataloader is None:
+            _ = trainer.estimated_stepping_batches
+        length = progress.known_length()
+        return math.inf if length is None else progress.schedule.in_run(length).link_steps(self.link_start, length)
 
     @property
     def seed(self) -> int | None:

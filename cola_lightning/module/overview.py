@@ -1,0 +1,130 @@
+"""What a fit will do, in one block before its first step: what is trained, on which data, when knots fall, how it resumes."""
+
+import math
+import os
+from collections import Counter
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.utils.data import SequentialSampler
+
+from cola_lightning import layout
+from cola_lightning.adapted_model import AdaptedModel
+from cola_lightning.lora.experts import is_experts
+from cola_lightning.lora.inject import is_linear
+from cola_lightning.lora.layer import is_quantized, lora_layers
+from cola_lightning.module.contract import TrainedModule
+from cola_lightning.module.optimization import LinkLR
+from cola_lightning.module.progress import FitProgress
+
+MOST_KINDS, MOST_KNOTS = 5, 8  # that are named
+HORIZONS = ("total_steps", "T_max", "total_iters")  # the attributes in which torch's schedulers have their length
+
+
+def describe_fit(trainer: Any, module: TrainedModule, parameters: list[nn.Parameter]) -> list[str]:
+    """The lines of the block, at most fifteen.
+
+    Args:
+        trainer: the Trainer of the fit, whose data is set up.
+        module: its module.
+        parameters: all parameters of the module.
+    """
+    data = trainer.datamodule
+    lines = [*describe_model(module.adapted), describe_parameters(module, parameters)]
+    lines += data.describe() if hasattr(data, "describe") else [f"data: {trainer.num_training_batches} batches in an epoch"]
+    if module.adapted.live is not None:
+        lines += [describe_knots(module.fit_progress), *describe_schedulers(trainer, module.fit_progress)]
+    return [*lines, describe_resume(trainer), describe_folder(trainer)]
+
+
+def describe_model(adapted: AdaptedModel) -> list[str]:
+    """Which layers get links, and what stays frozen, by kind."""
+    layers, saved = lora_layers(adapted.model), adapted.config.modules_to_save
+    if adapted.live is None:
+        return ["model: all parameters are trained, without links"]
+    rank, alpha = adapted.live
+    n_linear = sum(is_linear(module) for module in adapted.model.modules()) + len(layers)
+    line = f"model: link {adapted.link} of rank {rank} and alpha {alpha:g} on {len(layers)} of {n_linear} linear layers"
+    lines = [line + (f"; all of {', '.join(saved)} is trained" if saved else "")]
+    if kinds := frozen_kinds(adapted.model):
+        named = [f"{n} {kind}" for kind, n in kinds.most_common(MOST_KINDS)]
+        more = [f"{len(kinds) - MOST_KINDS} more kinds"] if len(kinds) > MOST_KINDS else []
+        hint = " (model.experts true adapts experts)" if any(map(is_experts, adapted.model.modules())) else ""
+        lines.append(f"frozen, without links: {', '.join(named + more)}{hint}")
+    return lines
+
+
+def frozen_kinds(model: nn.Module) -> Counter[str]:
+    """How many modules of each kind have parameters of their own that are all frozen, and no link."""
+    adapted = {id(layer) for layer in lora_layers(model).values()}
+    kinds = Counter[str]()
+    for module in model.modules():
+        parameters = list(module.parameters(recurse=False))
+        if parameters and id(module) not in adapted and not any(parameter.requires_grad for parameter in parameters):
+            kinds[type(module).__name__] += 1
+    return kinds
+
+
+def describe_parameters(module: TrainedModule, parameters: list[nn.Parameter]) -> str:
+    """How many parameters are trained."""
+    if layout.has_fsdp1(module.adapted.model):  # which hides sharded parameters in flat ones
+        return "parameters: sharded by FSDP"
+    n_trained = sum(parameter.numel() for parameter in module.trained_parameters())
+    packed = [part.get_parameter("weight") for part in module.adapted.model.modules() if is_quantized(part)]
+    n_all = sum(parameter.numel() for parameter in [*parameters, *packed])  # a packed weight has two values in a byte
+    return f"parameters: {n_trained:,} of {n_all:,} are trained ({n_trained / max(1, n_all):.2%})"
+
+
+def describe_knots(progress: FitProgress) -> str:
+    """When the knots of the fit fall."""
+    schedule, length = progress.schedule, progress.length
+    if not schedule.has_knots:
+        return "knots: none, so this is plain LoRA"
+    if length is None or schedule.has_unknown_lengths(length) or length.end_step == math.inf:
+        return "knots: decided while training"
+    lengths = schedule.links(progress.link_start, length)
+    steps = [progress.link_start.global_step + sum(lengths[:k]) for k in range(1, len(lengths))]
+    if not steps:
+        return "knots: none in this run, which ends before the first"
+    more = f" and {len(steps) - MOST_KNOTS} more" if len(steps) > MOST_KNOTS else ""
+    return f"knots: before steps {', '.join(map(str, steps[:MOST_KNOTS]))}{more}, of {length.end_step:,} steps"
+
+
+def describe_schedulers(trainer: Trainer, progress: FitProgress) -> list[str]:
+    """A line for each learning-rate scheduler of the user's that would not end with the link it is made for."""
+    length = progress.length
+    if length is None or not progress.schedule.has_knots:
+        return []
+    steps, lines = progress.schedule.link_steps(progress.link_start, length), list[str]()
+    for config in trainer.lr_scheduler_configs:
+        name = type(config.scheduler).__name__
+        horizon = next((getattr(config.scheduler, field) for field in HORIZONS if hasattr(config.scheduler, field)), 0)
+        n_steps = horizon * config.frequency
+        if config.interval == "step" and n_steps > steps and not isinstance(config.scheduler, LinkLR):
+            what = f"{name} takes {n_steps:,} steps, but each link has {steps:,}, and a scheduler of its own"
+            lines.append(f"WARNING: {what}. Use self.link_steps in configure_optimizers")
+    return lines
+
+
+def describe_resume(trainer: Trainer) -> str:
+    """Whether a run that goes on from a checkpoint has the bits of a run that was never stopped."""
+    for loader in CombinedLoader(trainer.train_dataloader).flattened:
+        sampler = getattr(loader, "sampler", None)
+        if hasattr(sampler, "rows_done"):  # an EpochSampler, which skips the rows that were trained on
+            continue
+        if isinstance(loader, Stateful):
+            return f"resume: exact after the first step of an epoch ({type(loader).__name__})"
+        if isinstance(sampler, SequentialSampler):
+            return "resume: exact only from the end of an epoch. EpochDataModule makes it exact everywhere"
+        return f"resume: not exact, because a {type(loader).__name__} does not store its order. EpochDataModule makes it exact"
+    return "resume: exact, from every checkpoint"
+
+
+def describe_folder(trainer: Any) -> str:
+    """The folder of the first callback that writes checkpoints."""
+    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    found = next((str(folder) for folder in folders if folder is not None), None)
+    return "no checkpoint is written" if found is None else f"checkpoints: {found.removeprefix(f'{os.getcwd()}{os.sep}')}"
