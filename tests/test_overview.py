@@ -30,7 +30,7 @@ class OneCycle(Toy):
 
     def configure_optimizers(self):
         optimizer = AdamW(self.trained_parameters(), lr=1e-2)
-        scheduler = OneCycleLR(optimizer, 1e-2, total_steps=int(type(self).horizon(self)))
+        scheduler = OneCycleLR(optimizer, 1e-2, total_steps=type(self).horizon(self))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -274,8 +274,10 @@ class COLAModule(LightningModule, RecordsArguments):
         trainer, progress = trainer_of(self), self.fit_progress
         if trainer is not None and trainer.state.fn == "fit" and trainer.train_dataloader is None:
             _ = trainer.estimated_stepping_batches
-        length = progress.known_length()
-        return math.inf if length is None else progress.schedule.in_run(length).link_steps(self.link_start, length)
+        if (length := progress.known_length()) is None:
+            return math.inf
+        steps = progress.schedule.in_run(length).link_steps(self.link_start, length)
+        return steps if steps == math.inf else int(steps)
 
     @property
     def seed(self) -> int | None:
