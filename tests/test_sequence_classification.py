@@ -217,7 +217,7 @@ def test_rows_without_a_label_are_predicted_and_nothing_else_and_an_unknown_one_
     reason = "'odd' in the field 'label' is none of the labels great, so so, terrible"
     for stage, split in {"fit": "validation", "validate": "validation", "test": "test", "predict": "test"}.items():
         data = TextClassificationDataModule(odd, max_skipped=0)
-        with pytest.raises(UserError, match=f"{reason}.*{split}, row 61"):
+        with pytest.raises(UserError, match=f"{reason}.*{split}, row 60"):
             getattr(trainer(tmp_path, max_steps=1), stage)(classifier(tmp_path), datamodule=data)
 
 

@@ -181,8 +181,8 @@ def test_rows_without_a_response_are_predicted_and_not_learned(tmp_path):
     assert own.decode(predicted[4].prompt_ids) == "<s>It was"
     for row, message in [
         (rows[0], r"data\.columns: found no .* among the columns prompt"),
-        (rows[1], "the field 'response' is null, not text: .*row 1"),
-        (MESSAGES_WITHOUT_ANSWER, "no assistant turn to train: .*row 1"),
+        (rows[1], "the field 'response' is null, not text: .*row 0"),
+        (MESSAGES_WITHOUT_ANSWER, "no assistant turn to train: .*row 0"),
     ]:
         with pytest.raises(UserError, match=message):
             encoded([row] * 4, tmp_path, own, "fit")

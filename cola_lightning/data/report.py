@@ -22,9 +22,9 @@ class RowReport:
 
     Example:
         >>> report = RowReport(n_rows=52_002, n_shortened=37, n_lost=1_203, n_tokens=11_200_000, n_trained=4_100_000)
-        >>> report.skip("no response", "alpaca, row 12084")
+        >>> report.skip("no response", "alpaca, row 12083 (counted from 0)")
         >>> print(report)  # doctest: +NORMALIZE_WHITESPACE
-        52,002 rows: 1 skipped (no response: alpaca, row 12084), 37 shortened by 1,203 tokens;
+        52,002 rows: 1 skipped (no response: alpaca, row 12083 (counted from 0)), 37 shortened by 1,203 tokens;
         11.2 M tokens, 4.1 M of them trained
     """
 

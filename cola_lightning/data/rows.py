@@ -30,12 +30,12 @@ class Row(dict[str, Any]):
     :class:`~cola_lightning.errors.UnusableRow`.
 
     Attributes:
-        place: its file, or data set and split, and its number in it, from 1.
+        place: its file, or data set and split, and its index in it, counted from 0 like the ``index`` of predictions.
         class_names: for each field that holds a class index, the class names, if the data has them.
         may_lack_target: whether its label or answer may be missing, as in rows to be predicted.
 
     Example:
-        >>> Row({"text": "Fine."}, "train.jsonl, row 1").text("text")
+        >>> Row({"text": "Fine."}, "train.jsonl, row 0 (counted from 0)").text("text")
         'Fine.'
     """
 
@@ -145,7 +145,7 @@ class Rows:
             yield self._row(fields, int(number))
 
     def _row(self, fields: Mapping[str, Any], number: int) -> Row:
-        row = Row(fields, f"{self.place}, row {number + 1}", self.class_names)
+        row = Row(fields, f"{self.place}, row {number} (counted from 0)", self.class_names)
         row.may_lack_target = self.may_lack_targets
         return row
 

@@ -24,7 +24,7 @@ from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
-ENCODING = 3  # counted up where the same rows are encoded otherwise: what is cached is then of no use
+ENCODING = 4  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 PURPOSES = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
 STAGE_PARTS = {"fit": ["train", "val"], "validate": ["val"]}  # the parts that a stage needs; other stages: test
