@@ -100,3 +100,19 @@ def test_a_column_whose_name_has_a_dot_is_found(tmp_path):
     data = TextClassificationDataModule(source, text_fields="q.text", label_field="label.id")
     tiny.set_up(data, tiny.chat_tokenizer(None), "predict")
     assert [*data.test["labels"]][:2] == [0, 1]
+
+
+def test_predicting_needs_no_label(path):
+    """A fit skips a row whose label is outside the options or the classes; predict gives it no target."""
+    labels, own = ["no", "yes"] * 20 + ["perhaps"], tiny.chat_tokenizer(None)
+    source = write(path, labels)
+    template = TemplateDataModule(source, prompt="{sentence}", options=["no", "yes"])
+    classes = TextClassificationDataModule(source)
+    classes.label_names = ["no", "yes"]
+    for data in (template, classes):
+        tiny.set_up(data, own, "fit", "predict")
+        assert len(data.train) + len(data.val) == 40
+    assert [row.example.answer for row in template.test] == [0, 1] * 20 + [None]
+    assert [*classes.test["labels"]] == [0, 1] * 20 + [-100]
+    task = tiny.set_up(PromptDataModule("SST2", write(path, [*[0, 1] * 20, 7])), own, "fit", "predict")
+    assert [row.example.answer for row in task.test] == [0, 1] * 20 + [None]

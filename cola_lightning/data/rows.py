@@ -203,9 +203,10 @@ class Rows:
         encoded, report = list[T](), RowReport(len(self))
         for start in range(0, len(self), ENCODED_TOGETHER):
             rows = list(self[start : start + ENCODED_TOGETHER])
-            for row, outcome in zip(rows, encode(rows), strict=True):
+            for index, (row, outcome) in enumerate(zip(rows, encode(rows), strict=True), start):
                 if isinstance(outcome, UnusableRow):
                     report.skip(str(outcome), row.place)
+                    report.unusable[index] = str(outcome)
                 else:
                     encoded.append(outcome)
         return encoded, report
@@ -280,6 +281,7 @@ def _without_skipped(data: Any, n_rows: int) -> tuple[Any, RowReport]:
     for reason, place in zip(reasons, places, strict=True):
         report.skip(reason, place)
     if reasons:
+        report.unusable = dict(zip(np.flatnonzero(lengths == 0).tolist(), reasons, strict=True))
         data = data.select(np.flatnonzero(lengths))
     return data.remove_columns(["lost", "skipped", "notes"]), report
 

@@ -134,12 +134,18 @@ class SourceDataModule(TokenizedDataModule):
         length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
             ``false``: shuffle the rows, as in the paper's runs.
         max_skipped: the largest share of the rows that may be skipped because they cannot be used, such as rows without a
-            response; one may be skipped in any case, unless this is 0. ``predict`` skips none.
+            response; one may be skipped in any case, unless this is 0. It does not limit ``predict``.
         too_long: ``shorten`` a row longer than ``max_length``, or ``skip`` and count it; plain text is split in any case.
+
+    Attributes:
+        unpredicted: for each row that predict cannot use, by its index, the reason.
     """
 
-    main_process_only = frozenset({"_splits", "_predicted"})
-    _predicted: Any = None  # the rows that predict takes, if each is encoded
+    unpredicted: dict[int, str]
+
+    main_process_only = frozenset({"_splits", "_rows_of_predict", "_indices", "unpredicted"})
+    _rows_of_predict: Any = None
+    _indices: Sequence[int] = ()  # of the rows that are predicted, among those that predict reads
 
     def __init__(
         self,
@@ -277,12 +283,16 @@ class SourceDataModule(TokenizedDataModule):
                 reasons = f": {total.reasons()}" if total.skipped else ""
                 raise UserError(f"data.source: no row of {self.source!r} can be used for {PURPOSES[purpose]}{reasons}")
             setattr(self, part, encoded)
-        # Of all parts together: one of few rows may have more by chance.
-        skips_none = stage == "predict" and self.predicts_all
-        may_be_long = self.too_long == "shorten" or skips_none
-        total.check(0 if skips_none else self.max_skipped, None if may_be_long else TOO_LONG)
-        is_whole = stage == "predict" and len(self.test) == sum(map(len, parts["test"]))  # else an index is not its row's
-        self._predicted = ConcatDataset(parts["test"]) if is_whole else None
+        if stage != "predict":  # of all parts together: one of few rows may have more by chance
+            total.check(self.max_skipped, None if self.too_long == "shorten" else TOO_LONG)
+            return
+        if total.skipped and not self.writes_predictions:  # those that are returned have no index
+            raise UserError(
+                f"{total.n_skipped:,} of {total.n_rows:,} rows have no prediction ({total.reasons()}). Use PredictionWriter "
+                "and trainer.predict(..., return_predictions=False): it writes them with a null and the reason"
+            )
+        self._rows_of_predict, self.unpredicted = ConcatDataset(parts["test"]), total.unusable
+        self._indices = [index for index in range(total.n_rows) if index not in total.unusable]
 
     def parts(self, stage: str) -> dict[str, list[Any]]:
         """The rows of each source that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
@@ -341,13 +351,13 @@ class SourceDataModule(TokenizedDataModule):
         self._log("; ".join(lines))
         return drawn
 
-    def fields_of(self, places: Sequence[int]) -> list[dict[str, Any]]:
-        """The data's own fields of predicted rows, for the file of predictions.
+    def indices_of(self, places: Sequence[int]) -> list[int]:
+        """The indices, among all rows that predict reads, of rows that it can use, by their places among those."""
+        return [self._indices[place] for place in places]
 
-        Args:
-            places: the rows' indices among those that predict takes.
-        """
-        return [dict(self._predicted[place]) if self._predicted else {} for place in places]
+    def fields_of(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The data's own fields of the rows that predict reads, for the file of predictions."""
+        return [dict(self._rows_of_predict[index]) for index in indices]
 
     # ------------------------------------------------------------------ rows in Arrow
 
@@ -375,11 +385,6 @@ class SourceDataModule(TokenizedDataModule):
     # ------------------------------------------------------------------ defined by a subclass
 
     @property
-    def predicts_all(self) -> bool:
-        """Whether predict may skip no row, so that a prediction's index is its row's."""
-        return True
-
-    @property
     def can_be_tested(self) -> bool:
         """Whether there are test rows, with labels or answers to be scored with."""
         readers = [read for splits in self._splits if (read := self._evaluation_split(splits, "test")) is not None]
@@ -401,8 +406,7 @@ class SourceDataModule(TokenizedDataModule):
 
         Args:
             rows: the rows.
-            part: what they are for: ``train``, ``val``, ``test``, or ``predict``, where none may be omitted: a prediction's
-                index is its row's.
+            part: what they are for: ``train``, ``val``, ``test``, or ``predict``.
         """
 
 

@@ -101,10 +101,10 @@ def _uncapitalised(sentence: str) -> str:
 def _record(row: Row) -> Example:
     entities, query = row.texts("entities"), row.text("query")
     answers = row.texts("answers") if row.has_answer("answers") else ()
-    if not set(answers) <= set(entities):
+    if not set(answers) <= set(entities) and not row.may_lack_target:
         raise UnusableRow("an answer is none of the entities")
     options = tuple(f" {query.replace('@placeholder', entity)}" for entity in entities)
-    accepted = tuple(entities.index(answer) for answer in answers)
+    accepted = tuple(entities.index(answer) for answer in answers if answer in entities)
     prompt = row.text("passage").replace("@highlight\n", "- ") + "\n-"
     return Example(prompt, options, accepted[0] if accepted else None, row.place, accepted=accepted)
 
@@ -161,8 +161,7 @@ class PromptDataModule(OptionBatches, SourceDataModule):
     """One of the paper's tasks, with the prompts and splits of its protocol.
 
     Training and validation are drawn together from the train split, test from the validation split; all of them from the rows
-    of a single file. Rows that cannot be used (ReCoRD has rows with equal options) are skipped and counted, except in
-    predictions on a file, whose indices are those of the rows.
+    of a single file. Rows that cannot be used (ReCoRD has rows with equal options) are skipped and counted.
 
     Args:
         task: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD or DROP, or one added to
@@ -231,11 +230,6 @@ class PromptDataModule(OptionBatches, SourceDataModule):
             **rows,
         )
         self.loss, self.apply_chat_template, self.generate_rows = self.task.loss, apply_chat_template, generate_rows
-
-    @property
-    @override
-    def predicts_all(self) -> bool:
-        return is_file(self.sources[0].source)  # of ReCoRD's own test rows, some have equal options
 
     @override
     def encode(self, rows: Rows, part: str) -> tuple[list[EncodedExample], RowReport]:
