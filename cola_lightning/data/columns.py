@@ -1,7 +1,7 @@
 """What a row of text is, found by the names of its columns: a conversation, a prompt with its response, or a text."""
 
 import contextlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -27,6 +27,9 @@ ANSWERS = {
 }
 INPUTS = ("input", "context")  # of an instruction
 SYSTEMS = ("system", "system_prompt")
+# Columns of preference pairs: with the rejected answer, and with the preferred one.
+PREFERRED = {"rejected": "chosen", "non_preferred_output": "preferred_output", "dispreferred": "preferred", "worse": "better"}
+PREFERRED |= {"rejected_response": "chosen_response", "response_rejected": "response_chosen", "bad": "good"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,12 @@ def as_option(columns: Columns) -> str:
 
 
 def find_columns(
-    names: Sequence[str], lists: Collection[str], chosen: Mapping[str, str] | None, *, has_response: bool = True
+    names: Sequence[str],
+    lists: Collection[str],
+    chosen: Mapping[str, str] | None,
+    *,
+    has_response: bool = True,
+    find_labels: Callable[[], Sequence[str]] = list,
 ) -> Reading:
     """Finds how a data set's rows are read, by the names of its columns.
 
@@ -67,6 +75,7 @@ def find_columns(
         lists: those that hold lists.
         chosen: ``data.columns``: the column in each slot; None: found by their names.
         has_response: whether a prompt needs a column with its response.
+        find_labels: returns the columns that may hold labels, for the message if nothing fits; it may read the data.
 
     Raises:
         UserError: if nothing fits, or two columns could hold the response, which would train different things.
@@ -97,22 +106,47 @@ def find_columns(
     responses = {name: prompt for _, prompt, name in sorted(pairs, key=lambda pair: -pair[0])}
     if len(responses) > 1:
         raise _ambiguous({"prompt": prompt, "response": name} for name, prompt in responses.items())
+    prompts = [*responses.values(), *answers][:1]
+    inputs = [name for name in INPUTS if name in texts and "instruction" in prompts]
+    used = dict(zip(("prompt", "input"), [*prompts, *inputs], strict=False))
     if answered or (answers and not has_response):
-        (prompt,) = responses.values() or [*answers][:1]
-        used = {"prompt": prompt}
-        inputs = [name for name in INPUTS if name in texts and prompt == "instruction"]
-        if inputs:
-            used["input"] = inputs[0]
         if responses:
             (used["response"],) = responses
         others = {name: "prompt" for name in answered if name not in used.values()} | dict.fromkeys(inputs[1:], "input")
         return Reading("prompt", used | extra, others)
     if "text" in texts and "role" not in names:  # each row of a tree of messages is a turn
         return Reading("text", {"text": "text"}, {})
-    raise UserError(
-        f"data.columns: found no conversation, no prompt with a response and no text among the columns "
-        f"{', '.join(names)}. Name them, for example " + as_option({"prompt": names[0], "response": names[-1]})
+    raise _nothing_fits(names, lists, used | extra, find_labels())
+
+
+def _nothing_fits(names: Sequence[str], lists: Collection[str], found: Columns, labels: Sequence[str]) -> UserError:
+    """The error for rows of an unknown kind: no option that it shows trains on a rejected answer."""
+    by_lower = {name.lower(): name for name in names}
+    usable = [name for lower, name in by_lower.items() if lower not in PREFERRED and "reject" not in lower]
+    texts = [name for name in usable if name not in (*lists, *labels)]
+    for rejected, preferred in PREFERRED.items():
+        if {rejected, preferred} <= by_lower.keys():
+            answer = by_lower[preferred]
+            prompts = [name for name in texts if preferred not in name.lower() and name not in found.values()]
+            prompt = found if "prompt" in found else {"prompt": prompts[0]} | found if prompts else {}
+            columns = {"messages": answer} if answer in lists else prompt | {"response" if prompt else "text": answer}
+            return UserError(
+                f"data.columns: {answer} and {by_lower[rejected]} are preference pairs, which this package does not train as "
+                f"such. To train on the preferred answers alone, use {as_option(columns)}"
+            )
+    slots = ("prompt", "response") if len(usable) > 1 else ("text",)
+    message = (
+        f"data.columns: found no conversation, no prompt with a response and no text among the columns {', '.join(names)}. "
+        f"Name them, for example {as_option(dict(zip(slots, [*usable[:1], *usable[-1:]], strict=False)))}"
     )
+    if labels and texts:
+        message += (
+            f". If {labels[0]} holds labels, choose between a classifier with a new head (--model COLASequenceClassifier "
+            f"--data TextClassificationDataModule --data.text_fields {texts[0]} --data.label_field {labels[0]}) and a language "
+            f"model that picks an option after a prompt of yours (--data TemplateDataModule --data.label {labels[0]}, with "
+            "--data.prompt and --data.options)"
+        )
+    return UserError(message)
 
 
 def _ambiguous(readings: Iterable[Columns]) -> UserError:

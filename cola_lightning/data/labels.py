@@ -8,6 +8,8 @@ from cola_lightning.constants import WHOLE_NUMBER
 from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
+MOST_LABELS, LONGEST_LABEL = 100, 40  # of a column that may hold labels: different values, characters
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -70,6 +72,16 @@ def read_label(row: Row, path: str, names: Collection[str] = (), expected: str =
 def whole_number(label: int | str) -> int | None:
     """The number that a label is, also as text; None for a name."""
     return int(label) if isinstance(label, int) or WHOLE_NUMBER.fullmatch(label) else None
+
+
+@optional_in_predict
+def read_answers(row: Row, path: str) -> tuple[str, ...]:
+    """The answers in a field: a text, or a list of texts. An empty text is no answer of a row to be predicted."""
+    holder, field = row.at(path)
+    answers = (holder.text(field),) if isinstance(holder[field], str) else holder.texts(field)
+    if row.may_lack_target and not any(map(str.strip, answers)):
+        raise holder.refused(field, "an answer")
+    return answers
 
 
 def are_numbers(names: Iterable[str]) -> bool:
@@ -170,6 +182,14 @@ def find_classes(rows: Rows, field: str) -> list[str]:
     if names == {"1"}:  # of the labels -1 and 1, both are classes
         names |= {"-1"}.intersection(str(plain_label(value)) for value in values)
     return sorted_labels(names)
+
+
+def label_columns(rows: Rows) -> list[str]:
+    """The columns that may hold labels: few different values, each of them short."""
+    names = [name for name, feature in rows.data.features.items() if getattr(feature, "dtype", "") in ("string", "int64")]
+    values = {name: [str(value) for value in rows.values(name) if value is not None] for name in names}
+    most = min(len(rows) / 4, MOST_LABELS)
+    return [name for name, some in values.items() if 2 <= len(some) <= most and max(map(len, some)) <= LONGEST_LABEL]
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:

@@ -76,17 +76,6 @@ class Row(dict[str, Any]):
         outer, dot, inner = path.partition(".")
         return self.inner(outer).at(inner) if dot and path not in self else (self, path)
 
-    def has_answer(self, path: str) -> bool:
-        """Whether the row has an answer in a field; true if it may not be missing: reading it then raises the error."""
-        if not self.may_lack_target:
-            return True
-        try:
-            holder, field = self.at(path)
-            value = holder[field]
-        except UserError:
-            return False
-        return (value.strip() if isinstance(value, str) else value) not in (None, "", [], -1)
-
 
 def without_null(value: Any) -> Any:
     """A nested value without the fields that are null.

@@ -13,7 +13,7 @@ from typing import Any
 from typing_extensions import override
 
 from cola_lightning.data.examples import EncodedExample, Example, Loss, OptionBatches, generated
-from cola_lightning.data.labels import label_index
+from cola_lightning.data.labels import label_index, read_answers
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import SourceDataModule
@@ -100,7 +100,7 @@ def _uncapitalised(sentence: str) -> str:
 
 def _record(row: Row) -> Example:
     entities, query = row.texts("entities"), row.text("query")
-    answers = row.texts("answers") if row.has_answer("answers") else ()
+    answers = read_answers(row, "answers") or ()
     if not set(answers) <= set(entities) and not row.may_lack_target:
         raise UnusableRow("an answer is none of the entities")
     options = tuple(f" {query.replace('@placeholder', entity)}" for entity in entities)
@@ -112,13 +112,12 @@ def _record(row: Row) -> Example:
 def _squad(row: Row) -> Example:
     question = row.text("question").strip()
     prompt = f"Title: {row.text('title')}\nContext: {row.text('context')}\nQuestion: {question}\nAnswer:"
-    return generated(row, prompt, row.inner("answers").texts("text") if row.has_answer("answers.text") else ())
+    return generated(row, prompt, read_answers(row, "answers.text") or ())
 
 
 def _drop(row: Row) -> Example:
     prompt = f"Passage: {row.text('passage')}\nQuestion: {row.text('question').strip()}\nAnswer:"
-    answers = row.inner("answers_spans").texts("spans") if row.has_answer("answers_spans.spans") else ()
-    return generated(row, prompt, answers)
+    return generated(row, prompt, read_answers(row, "answers_spans.spans") or ())
 
 
 _superglue = partial(Task, source="aps/super_glue")
