@@ -1,7 +1,7 @@
 """What a row of text is, found by the names of its columns: a conversation, a prompt with its response, or a text."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -61,12 +61,7 @@ def as_option(columns: Columns) -> str:
 
 
 def find_columns(
-    names: Sequence[str],
-    lists: Collection[str],
-    chosen: Mapping[str, str] | None,
-    *,
-    has_response: bool = True,
-    find_labels: Callable[[], Sequence[str]] = list,
+    names: Sequence[str], lists: Collection[str], chosen: Mapping[str, str] | None, *, has_response: bool = True
 ) -> Reading:
     """Finds how a data set's rows are read, by the names of its columns.
 
@@ -75,7 +70,6 @@ def find_columns(
         lists: those that hold lists.
         chosen: ``data.columns``: the column in each slot; None: found by their names.
         has_response: whether a prompt needs a column with its response.
-        find_labels: returns the columns that may hold labels, for the message if nothing fits; it may read the data.
 
     Raises:
         UserError: if nothing fits, or two columns could hold the response, which would train different things.
@@ -116,37 +110,31 @@ def find_columns(
         return Reading("prompt", used | extra, others)
     if "text" in texts and "role" not in names:  # each row of a tree of messages is a turn
         return Reading("text", {"text": "text"}, {})
-    raise _nothing_fits(names, lists, used | extra, find_labels())
+    raise _nothing_fits(names, lists, used | extra)
 
 
-def _nothing_fits(names: Sequence[str], lists: Collection[str], found: Columns, labels: Sequence[str]) -> UserError:
+def _nothing_fits(names: Sequence[str], lists: Collection[str], found: Columns) -> UserError:
     """The error for rows of an unknown kind: no option that it shows trains on a rejected answer."""
     by_lower = {name.lower(): name for name in names}
     usable = [name for lower, name in by_lower.items() if lower not in PREFERRED and "reject" not in lower]
-    texts = [name for name in usable if name not in (*lists, *labels)]
     for rejected, preferred in PREFERRED.items():
         if {rejected, preferred} <= by_lower.keys():
             answer = by_lower[preferred]
-            prompts = [name for name in texts if preferred not in name.lower() and name not in found.values()]
-            prompt = found if "prompt" in found else {"prompt": prompts[0]} | found if prompts else {}
+            others = [name for name in usable if preferred not in name.lower() and name not in (*lists, *found.values())]
+            prompt = found if "prompt" in found else {"prompt": others[0]} | found if others else {}
             columns = {"messages": answer} if answer in lists else prompt | {"response" if prompt else "text": answer}
             return UserError(
                 f"data.columns: {answer} and {by_lower[rejected]} are preference pairs, which this package does not train as "
                 f"such. To train on the preferred answers alone, use {as_option(columns)}"
             )
     slots = ("prompt", "response") if len(usable) > 1 else ("text",)
-    message = (
+    example = as_option(dict(zip(slots, [*usable[:1], *usable[-1:]], strict=False)))
+    return UserError(
         f"data.columns: found no conversation, no prompt with a response and no text among the columns {', '.join(names)}. "
-        f"Name them, for example {as_option(dict(zip(slots, [*usable[:1], *usable[-1:]], strict=False)))}"
+        f"Name them, for example {example}. For texts with labels, choose: a classifier with a new head (--model "
+        "COLASequenceClassifier --data TextClassificationDataModule, with --data.text_fields and --data.label_field), or a "
+        "language model that picks an option (--data TemplateDataModule, with --data.prompt, --data.options and --data.label)"
     )
-    if labels and texts:
-        message += (
-            f". If {labels[0]} holds labels, choose between a classifier with a new head (--model COLASequenceClassifier "
-            f"--data TextClassificationDataModule --data.text_fields {texts[0]} --data.label_field {labels[0]}) and a language "
-            f"model that picks an option after a prompt of yours (--data TemplateDataModule --data.label {labels[0]}, with "
-            "--data.prompt and --data.options)"
-        )
-    return UserError(message)
 
 
 def _ambiguous(readings: Iterable[Columns]) -> UserError:

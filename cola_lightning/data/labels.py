@@ -8,7 +8,7 @@ from cola_lightning.constants import WHOLE_NUMBER
 from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
-MOST_LABELS, LONGEST_LABEL = 100, 40  # of a column that may hold labels: different values, characters
+CLASSES_SHOWN = 10
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -184,12 +184,11 @@ def find_classes(rows: Rows, field: str) -> list[str]:
     return sorted_labels(names)
 
 
-def label_columns(rows: Rows) -> list[str]:
-    """The columns that may hold labels: few different values, each of them short."""
-    names = [name for name, feature in rows.data.features.items() if getattr(feature, "dtype", "") in ("string", "int64")]
-    values = {name: [str(value) for value in rows.values(name) if value is not None] for name in names}
-    most = min(len(rows) / 4, MOST_LABELS)
-    return [name for name, some in values.items() if 2 <= len(some) <= most and max(map(len, some)) <= LONGEST_LABEL]
+def count_classes(counts: Mapping[str, int]) -> str:
+    """A line with the number of rows of each class."""
+    shown = [f"{shortened_text(name)} {n_rows:,}" for name, n_rows in counts.items()][:CLASSES_SHOWN]
+    more = [f"and {len(counts) - len(shown):,} more"] * (len(counts) > len(shown))
+    return f"classes: {', '.join(shown + more)}"
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:

@@ -20,7 +20,6 @@ from cola_lightning.data.encoding import (
     encode_responses,
     encode_texts,
 )
-from cola_lightning.data.labels import label_columns
 from cola_lightning.data.packing import Packs, collate_packs
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, together
@@ -115,8 +114,7 @@ class TextDataModule(SourceDataModule):
     def _find_columns(self, rows: Rows, *, has_response: bool = True) -> tuple[Kind, Columns]:
         """The kind of the rows and their columns; logs once which were taken, and how rows are formatted."""
         chosen = rows.source_columns or self.columns
-        find_labels = functools.partial(label_columns, rows) if isinstance(rows, Rows) else list  # a stream is not read for it
-        reading = find_columns(rows.columns, rows.lists, chosen, has_response=has_response, find_labels=find_labels)
+        reading = find_columns(rows.columns, rows.lists, chosen, has_response=has_response)
         kind, columns = reading.kind, reading.columns
         self._kind = self._kind if kind == "text" else kind  # of several sources, one may be of texts
         self._log_columns(str(reading), rows.columns, [*columns.values(), *reading.others])
