@@ -87,20 +87,20 @@ REAL_PAIRS = {
 
 
 @pytest.mark.parametrize("name", REAL_PAIRS)
-def test_of_preference_pairs_the_option_that_is_told_trains_the_preferred_answer(tmp_path, name):
+def test_of_preference_pairs_the_suggested_option_trains_the_preferred_answer(tmp_path, name):
     row, option = REAL_PAIRS[name]
     source = tiny.write_rows(tmp_path / "rows", [row] * 8, ["train"])
     with pytest.raises(UserError, match=r"preference pairs, which this package does not train as such") as caught:
         encoded([row] * 8, tmp_path / "other", tiny.chat_tokenizer(tiny.CHAT), "fit")
-    (told,) = re.findall(r"--data\.columns '(.*?)'", str(caught.value))
-    assert told == option
+    (suggestion,) = re.findall(r"--data\.columns '(.*?)'", str(caught.value))
+    assert suggestion == option
     words = ["fit", "--model.model_name", tiny.folder(tmp_path / "model", "llama"), "--trainer.max_steps", "1"]
     words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.chat_template", "false"]
     words += ["--trainer.default_root_dir", str(tmp_path)]
-    is_chat = "messages" in told
-    assert is_chat or main([*words, "--data.source", source, "--data.columns", told]) == 0
-    own, columns = tiny.chat_tokenizer(tiny.CHAT if is_chat else None), yaml.safe_load(told)
-    rows, _ = encoded([row], tmp_path / "told", own, columns=columns)
+    is_chat = "messages" in suggestion
+    assert is_chat or main([*words, "--data.source", source, "--data.columns", suggestion]) == 0
+    own, columns = tiny.chat_tokenizer(tiny.CHAT if is_chat else None), yaml.safe_load(suggestion)
+    rows, _ = encoded([row], tmp_path / "preferred", own, columns=columns)
     trained = own.decode([label for label in labels_of(rows[0]) if label != -100])
     assert PREFERRED in trained
     assert REJECTED not in own.decode(rows[0]["input_ids"])
@@ -111,7 +111,7 @@ def test_no_suggestion_names_a_rejected_answer(rejected):
     for names in (["ask", "say", rejected], ["ask", rejected], [rejected, "say"]):
         with pytest.raises(UserError, match=r"^data\.columns: ") as caught:
             find_columns(names, [], None)
-        assert [told for told in re.findall(r"'\{.*?\}'", str(caught.value)) if rejected in told] == []
+        assert [suggestion for suggestion in re.findall(r"'\{.*?\}'", str(caught.value)) if rejected in suggestion] == []
 
 
 def test_for_texts_with_labels_the_data_modules_of_classification_are_named():

@@ -1,6 +1,7 @@
 """Text, or pairs of texts, with labels: data for sequence classifiers."""
 
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from logging import WARNING
 from typing import Any
@@ -94,10 +95,10 @@ class TextClassificationDataModule(SourceDataModule):
     def setup(self, stage: str) -> None:
         module: Any = self.trainer and self.trainer.lightning_module
         if module is None:
-            self.label_names = self.label_names or self._find_classes(stage)
+            self.label_names = self.label_names or self.labels or self._find_classes(stage)
         else:
-            is_known = getattr(module, "label_names", None) is not None
-            if hasattr(module, "settle_labels") and (stage == "fit" or not is_known) and (classes := self._find_classes(stage)):
+            settles = stage == "fit" or getattr(module, "label_names", None) is None
+            if settles and hasattr(module, "settle_labels") and (classes := self.labels or self._find_classes(stage)):
                 module.settle_labels(classes)
             names = getattr(module, "label_names", None) or self.labels
             self.label_names = names or [str(index) for index in range(module.num_labels)]
@@ -109,13 +110,14 @@ class TextClassificationDataModule(SourceDataModule):
             self._warn_of_odd_classes()
 
     def _warn_of_odd_classes(self) -> None:
-        forms = ["".join(name.split()).casefold() for name in self.label_names]
-        alike = [name for name, form in zip(self.label_names, forms, strict=True) if forms.count(form) > 1]
-        few = [name for name, n_rows in self._class_counts().items() if n_rows < 2]
-        found = [f"{shortened_text(', '.join(few), 200)} have one row or none"] * bool(few)
-        found += [f"{', '.join(alike)} differ only in case or white space"] * bool(alike)
-        if found:
-            self._log(f"labels: {'; '.join(found)}. data.labels fixes the classes: other rows are skipped", WARNING)
+        forms = {name: "".join(name.split()).casefold() for name in self.label_names}
+        n_names = Counter(forms.values())
+        similar = [name for name, form in forms.items() if n_names[form] > 1]
+        rare = [name for name, n_rows in self._class_counts().items() if n_rows < 2]
+        problems = [f"{shortened_text(', '.join(rare), 200)} have one row or none"] * bool(rare)
+        problems += [f"{', '.join(similar)} differ only in case or white space"] * bool(similar)
+        if problems:
+            self._log(f"labels: {'; '.join(problems)}. data.labels fixes the classes: other rows are skipped", WARNING)
 
     def _class_counts(self) -> dict[str, int]:
         """The number of rows of each class in training and validation."""
@@ -129,8 +131,6 @@ class TextClassificationDataModule(SourceDataModule):
 
     def _find_classes(self, stage: str) -> list[str]:
         """The classes of the rows to train on: in the order of all sources if it is the same, else sorted."""
-        if self.labels:
-            return self.labels
         splits = [splits for splits in self._splits if stage == "fit" or self.train_split in splits]
         found = [find_classes(rows, self._find_columns(rows)[1]) for rows in map(self._train_rows, splits)]
         is_same = all(classes == found[0] for classes in found)

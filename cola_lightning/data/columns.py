@@ -113,19 +113,20 @@ def find_columns(
     raise _nothing_fits(names, lists, used | extra)
 
 
-def _nothing_fits(names: Sequence[str], lists: Collection[str], found: Columns) -> UserError:
+def _nothing_fits(names: Sequence[str], lists: Collection[str], prompt: Columns) -> UserError:
     """The error for rows of an unknown kind: no option that it shows trains on a rejected answer."""
     by_lower = {name.lower(): name for name in names}
     usable = [name for lower, name in by_lower.items() if lower not in PREFERRED and "reject" not in lower]
     for rejected, preferred in PREFERRED.items():
         if {rejected, preferred} <= by_lower.keys():
             answer = by_lower[preferred]
-            others = [name for name in usable if preferred not in name.lower() and name not in (*lists, *found.values())]
-            prompt = found if "prompt" in found else {"prompt": others[0]} | found if others else {}
-            columns = {"messages": answer} if answer in lists else prompt | {"response" if prompt else "text": answer}
+            others = [name for name in usable if preferred not in name.lower() and name not in (*lists, *prompt.values())]
+            question = prompt if "prompt" in prompt else {"prompt": others[0]} | prompt if others else {}
+            columns = {"messages": answer} if answer in lists else question | {"response" if question else "text": answer}
+            condition = ", if its turns include the prompt" if answer in lists else ""
             return UserError(
                 f"data.columns: {answer} and {by_lower[rejected]} are preference pairs, which this package does not train as "
-                f"such. To train on the preferred answers alone, use {as_option(columns)}"
+                f"such. To train on the preferred answers alone, use {as_option(columns)}{condition}"
             )
     slots = ("prompt", "response") if len(usable) > 1 else ("text",)
     example = as_option(dict(zip(slots, [*usable[:1], *usable[-1:]], strict=False)))
