@@ -171,7 +171,8 @@ def test_rows_are_skipped_by_their_reasons_and_the_second_start_says_the_same(tm
     n_tokens = sum(len(row["input_ids"]) for row in data.test)
     n_trained = sum(label != -100 for row in data.test for label in labels_of(row))
     (line,) = printed[0]
-    assert line.startswith(f"test: 60 rows: 3 skipped (2 no response: {folder}, test, row 4; 1 the field 'instruction' is null")
+    reasons = f"2 no response: {folder}, test, row 3 (counted from 0); 1 the field 'instruction' is null"
+    assert line.startswith(f"test: 60 rows: 3 skipped ({reasons}")
     assert "1 shortened by " in line
     assert line.endswith(f"; {n_tokens:,} tokens, {n_trained:,} of them trained")
     tiny.set_up(TextDataModule(folder, max_length=64, max_skipped=0.05), tiny.chat_tokenizer(chat), "test")

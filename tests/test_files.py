@@ -71,7 +71,7 @@ def test_a_file_of_any_format_gives_the_rows_that_were_written(tmp_path, name):
     rows = list(load_splits(source)["train"]())
     is_csv = name.lower()[:3] in ("csv", "tsv")
     assert rows == [{**row, "text": row["text"] or None} if is_csv else row for row in ROWS]
-    assert [row.place for row in rows] == [f"{source}, row {k}" for k in range(1, 11)]
+    assert [row.place for row in rows] == [f"{source}, row {k} (counted from 0)" for k in range(10)]
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])

@@ -7,7 +7,17 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import AddedToken
 
-from cola_lightning import COLACausalLM, Example, PredictionWriter, PromptDataModule, TextDataModule
+from cola_lightning import (
+    COLACausalLM,
+    COLASequenceClassifier,
+    Example,
+    PredictionWriter,
+    PromptDataModule,
+    TemplateDataModule,
+    TextClassificationDataModule,
+    TextDataModule,
+    UserError,
+)
 from cola_lightning.chat_template import ChatTemplate
 from cola_lightning.cli.generate import make_streamer
 from cola_lightning.data.encoding import PromptRow, collate_prompts
@@ -238,3 +248,29 @@ def test_predict_writes_responses_that_follow_from_the_seed(tmp_path, chat):
     assert sampled == predicted(do_sample=True)[1]
     assert [row["prediction"] for row in sampled] != [row["prediction"] for row in greedy]
     assert sampled != predicted(1, do_sample=True)[1]
+
+
+@pytest.mark.parametrize("kind", ["text", "template", "classes"])
+def test_a_row_without_a_usable_prompt_has_no_prediction_and_says_why(tmp_path, kind):
+    rows = [{"prompt": f"Is town {k} old?" * (k + 1), "response": "Yes", "label": k % 2} for k in range(6)]
+    rows[0]["prompt"] = rows[4]["prompt"] = None
+    for name, some in (("a", rows), ("b", rows[3:])):
+        tiny.write_rows(tmp_path / name, some, ["train"])
+    sources = [str(tmp_path / name / "train.jsonl") for name in ("a", "b")]
+    cls, options = (COLASequenceClassifier, {"num_labels": 2}) if kind == "classes" else (COLACausalLM, {})
+    module = cls(tiny.folder(tmp_path / "model", "llama"), target_modules=["q_proj"], rank=2, seed=0, **options)
+    data = {
+        "text": lambda: TextDataModule(sources, eval_batch_size=2, max_new_tokens=3),
+        "template": lambda: TemplateDataModule(sources, prompt="{prompt}", options=["no", "yes"], eval_batch_size=2),
+        "classes": lambda: TextClassificationDataModule(sources, text_fields="prompt", label_field="label"),
+    }[kind]()
+    trainer(tmp_path, PredictionWriter()).predict(module, datamodule=data, return_predictions=False)
+    written, expected = tiny.read_rows(tmp_path / "predictions.jsonl"), [*rows, *rows[3:]]
+    assert [row["index"] for row in written] == list(range(9))
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in expected]
+    assert [row["label"] for row in written] == [row["label"] for row in expected]
+    without = {row["index"]: row["reason"] for row in written if row["prediction"] is None}
+    assert without == dict.fromkeys((0, 4, 7), "the field 'prompt' is null, not text")
+    # Predictions that are returned have no index: one that is missing would shift the others.
+    with pytest.raises(UserError, match=r"3 of 9 rows have no prediction \(.*row 0 \(counted from 0\)\)\. .*PredictionWriter"):
+        trainer(tmp_path).predict(module, datamodule=data)

@@ -238,7 +238,7 @@ REFUSALS = {
         ({"source": ["a/b"], "streaming": True}, r"data\.streaming"),
     ],
     template_row: [
-        ({"prompt": "{txt}", **FIXED}, "rows.jsonl, row 2: 'txt' among 'label', 'text'"),
+        ({"prompt": "{txt}", **FIXED}, r"rows.jsonl, row 1 \(counted from 0\): 'txt' among 'label', 'text'"),
         ({"options": [LONG, "b"], "max_length": 9}, r"data.source: longer than data\.max_length: rows.jsonl, row"),
     ],
     text_row: [

@@ -195,9 +195,10 @@ def test_a_number_is_an_index_only_among_names_that_are_given(tmp_path, fitted, 
     tiny.write_rows(tmp_path / "rows", NAMED, ["train"])
     rows = TextClassificationDataModule(tiny.write_rows(tmp_path / "rows", [{"sentence": "Hm.", "label": value}], ["test"]))
     for module in (classifier(tmp_path), COLASequenceClassifier.load_from_checkpoint(path)):
-        for stage in ("test", "predict"):
-            with pytest.raises(UserError, match=r"'2' in the field 'label' .* \(an index needs model\.label_names\)"):
-                getattr(trainer(tmp_path), stage)(module, datamodule=rows)
+        with pytest.raises(UserError, match=r"'2' in the field 'label' .* \(an index needs model\.label_names\)"):
+            trainer(tmp_path).test(module, datamodule=rows)
+        (batch,) = trainer(tmp_path).predict(module, datamodule=rows)
+        assert batch["target"] == [None]
     given = classifier(tmp_path, label_names=NAMES)
     (batch,) = trainer(tmp_path).predict(given, datamodule=rows, ckpt_path=path)
     assert batch["target"] == ["terrible"]
@@ -215,9 +216,9 @@ def test_rows_without_a_label_are_predicted_and_nothing_else_and_an_unknown_one_
     tiny.write_rows(tmp_path / "rows", NAMED, ["train"])
     odd = tiny.write_rows(tmp_path / "rows", [*NAMED, {"sentence": "Hm.", "label": "odd"}], ["validation", "test"])
     reason = "'odd' in the field 'label' is none of the labels great, so so, terrible"
-    for stage, split in {"fit": "validation", "validate": "validation", "test": "test", "predict": "test"}.items():
+    for stage, split in {"fit": "validation", "validate": "validation", "test": "test"}.items():
         data = TextClassificationDataModule(odd, max_skipped=0)
-        with pytest.raises(UserError, match=f"{reason}.*{split}, row 61"):
+        with pytest.raises(UserError, match=f"{reason}.*{split}, row 60"):
             getattr(trainer(tmp_path, max_steps=1), stage)(classifier(tmp_path), datamodule=data)
 
 

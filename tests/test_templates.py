@@ -43,7 +43,7 @@ def test_a_row_becomes_a_prompt_with_options_or_an_answer(tmp_path, arguments, p
     (row,), data = examples([ROW], tmp_path, **arguments)
     made = row.example
     assert (made.prompt, made.options, made.answer, made.references) == (prompt, options, answer, references)
-    assert made.place.endswith("test, row 1")
+    assert made.place.endswith("test, row 0 (counted from 0)")
     assert data.loss == data.collate([row])["loss"] == ("answer" if references else "options")
 
 
@@ -67,7 +67,7 @@ def test_a_number_is_an_index_unless_it_is_the_text_of_another_option(tmp_path, 
     requested = {"prompt": "Is it?", "options": options}
     if place is None:
         with pytest.raises(
-            UserError, match=r"the label .* write it as text: .*row 1|the field 'label' is .*, not one of.*row 1"
+            UserError, match=r"the label .* write it as text: .*row 0|the field 'label' is .*, not one of.*row 0"
         ):
             examples([{"label": label}], tmp_path, **requested)
     else:

@@ -1,8 +1,12 @@
 """Texts, instructions and conversations: what a row is follows from its columns, and it is asked as it was learned."""
 
+import re
+
 import pytest
+import yaml
 
 from cola_lightning import TextDataModule, UserError
+from cola_lightning.cli import main
 from cola_lightning.data.columns import find_columns
 from cola_lightning.data.encoding import Pair, encode_responses, labels_of
 from tests import tiny
@@ -51,12 +55,68 @@ def test_two_readings_that_train_different_things_are_refused_with_the_option_fo
         (["messages"], []),  # as JSON
         (["system", "chat"], []),  # glaive-function-calling-v2: a conversation as one text
         (["message_id", "parent_id", "text", "role"], []),  # oasst1: each row is a turn
-        (["prompt", "chosen", "rejected"], ["chosen", "rejected"]),
     ],
 )
 def test_where_nothing_fits_the_columns_are_listed(names, lists):
     with pytest.raises(UserError, match=rf"data\.columns: .* among the columns {', '.join(names)}\. .*--data\.columns '{{"):
         find_columns(names, lists, None)
+
+
+PREFERRED, REJECTED = "Yes, it is old.", "No, go away."
+REAL_PAIRS = {
+    "TRL": ({"prompt": "Old?", "chosen": PREFERRED, "rejected": REJECTED}, "{prompt: prompt, response: chosen}"),
+    "Intel": (
+        {"system": "Be kind.", "question": "Old?", "chosen": PREFERRED, "rejected": REJECTED, "score_rejected": "1"},
+        "{prompt: question, system: system, response: chosen}",
+    ),
+    "LLaMA-Factory": (
+        {"instruction": "Is it old?", "input": "A town.", "rejected": REJECTED, "chosen": PREFERRED},
+        "{prompt: instruction, input: input, response: chosen}",
+    ),
+    "hh-rlhf": ({"chosen": f"Human: Old? Assistant: {PREFERRED}", "rejected": REJECTED}, "{text: chosen}"),
+    "argilla": (
+        {
+            "prompt": "Old?",
+            "chosen": [*MESSAGES[1:2], {"role": "assistant", "content": PREFERRED}],
+            "rejected": [*MESSAGES[1:2], {"role": "assistant", "content": REJECTED}],
+        },
+        "{messages: chosen}",
+    ),
+    "other names": ({"ask": "Old?", "good": PREFERRED, "bad": REJECTED}, "{prompt: ask, response: good}"),
+}
+
+
+@pytest.mark.parametrize("name", REAL_PAIRS)
+def test_of_preference_pairs_the_suggested_option_trains_the_preferred_answer(tmp_path, name):
+    row, option = REAL_PAIRS[name]
+    source = tiny.write_rows(tmp_path / "rows", [row] * 8, ["train"])
+    with pytest.raises(UserError, match=r"preference pairs, which this package does not train as such") as caught:
+        encoded([row] * 8, tmp_path / "other", tiny.chat_tokenizer(tiny.CHAT), "fit")
+    (suggestion,) = re.findall(r"--data\.columns '(.*?)'", str(caught.value))
+    assert suggestion == option
+    words = ["fit", "--model.model_name", tiny.folder(tmp_path / "model", "llama"), "--trainer.max_steps", "1"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.chat_template", "false"]
+    words += ["--trainer.default_root_dir", str(tmp_path)]
+    is_chat = "messages" in suggestion
+    assert is_chat or main([*words, "--data.source", source, "--data.columns", suggestion]) == 0
+    own, columns = tiny.chat_tokenizer(tiny.CHAT if is_chat else None), yaml.safe_load(suggestion)
+    rows, _ = encoded([row], tmp_path / "preferred", own, columns=columns)
+    trained = own.decode([label for label in labels_of(rows[0]) if label != -100])
+    assert PREFERRED in trained
+    assert REJECTED not in own.decode(rows[0]["input_ids"])
+
+
+@pytest.mark.parametrize("rejected", ["non_preferred_output", "rejected_response", "Rejected", "response_rejected", "worse"])
+def test_no_suggestion_names_a_rejected_answer(rejected):
+    for names in (["ask", "say", rejected], ["ask", rejected], [rejected, "say"]):
+        with pytest.raises(UserError, match=r"^data\.columns: ") as caught:
+            find_columns(names, [], None)
+        assert [suggestion for suggestion in re.findall(r"'\{.*?\}'", str(caught.value)) if rejected in suggestion] == []
+
+
+def test_for_texts_with_labels_the_data_modules_of_classification_are_named():
+    with pytest.raises(UserError, match=r"^data\.columns: .* TextClassificationDataModule, .* TemplateDataModule, "):
+        find_columns(["headline", "section"], [], None)
 
 
 def test_columns_are_named_where_their_names_say_nothing():
@@ -181,8 +241,8 @@ def test_rows_without_a_response_are_predicted_and_not_learned(tmp_path):
     assert own.decode(predicted[4].prompt_ids) == "<s>It was"
     for row, message in [
         (rows[0], r"data\.columns: found no .* among the columns prompt"),
-        (rows[1], "the field 'response' is null, not text: .*row 1"),
-        (MESSAGES_WITHOUT_ANSWER, "no assistant turn to train: .*row 1"),
+        (rows[1], "the field 'response' is null, not text: .*row 0"),
+        (MESSAGES_WITHOUT_ANSWER, "no assistant turn to train: .*row 0"),
     ]:
         with pytest.raises(UserError, match=message):
             encoded([row] * 4, tmp_path, own, "fit")

@@ -30,7 +30,8 @@ class PredictionWriter(BasePredictionWriter):
     others; tensors and arrays are written as numbers and lists, NaN and infinities as null. ``index``, the row's index in its
     data, is added; rows without one, of an ``IterableDataset`` for example, are counted, in a single process. The rows of
     several loaders follow one another. A data module with a method ``fields_of(indices)`` adds the row's own fields, except
-    those whose names the prediction has.
+    those whose names the prediction has. If it leaves out rows, its ``unpredicted`` is the ``reason`` for each by index, which
+    is written with a null prediction, and its ``indices_of(places)`` are the indices of the rows that it predicts.
 
     A predict that fails or is stopped leaves the rows so far in ``predictions.partial.jsonl``; of several processes, those of
     the first. A ``fast_dev_run`` writes nothing.
@@ -68,21 +69,29 @@ class PredictionWriter(BasePredictionWriter):
                 )
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         first = self._n_rows[dataloader_idx]
-        indices = range(first, first + len(rows)) if batch_indices is None else batch_indices
-        fields_of = getattr(getattr(trainer, "datamodule", None), "fields_of", None)
-        others = _plain(fields_of([*map(int, indices)])) if fields_of else [{}] * len(rows)
-        for index, row, fields in zip(indices, rows, others, strict=True):
-            line = {"index": int(index), **row}
-            line |= {name: value for name, value in fields.items() if name not in line}
-            self._lines[dataloader_idx, int(index)] = json.dumps(line, ensure_ascii=False) + "\n"
+        indices = [*range(first, first + len(rows))] if batch_indices is None else [*map(int, batch_indices)]
+        data: Any = getattr(trainer, "datamodule", None)
+        self._add(data, data.indices_of(indices) if hasattr(data, "indices_of") else indices, rows, dataloader_idx)
         self._n_rows[dataloader_idx] += len(rows)
+
+    def _add(self, data: Any, indices: Sequence[int], rows: Sequence[dict[str, Any]], dataloader_idx: int = 0) -> None:
+        """Adds the lines of rows at these indices, with the data's own fields."""
+        others = _plain(data.fields_of(indices)) if hasattr(data, "fields_of") else [{}] * len(rows)
+        for index, row, fields in zip(indices, rows, others, strict=True):
+            line = {"index": index, **row}
+            line |= {name: value for name, value in fields.items() if name not in line}
+            self._lines[dataloader_idx, index] = json.dumps(line, ensure_ascii=False) + "\n"
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # By index: a distributed sampler distributes the rows, and repeats some so that all processes have equally many.
         parts = layout.gather_objects(self._lines)
         self._lines = {key: line for part in parts for key, line in part.items()}
-        self._write(trainer, FILE_NAME, "%d predictions: %s")
+        data = getattr(trainer, "datamodule", None)
+        reasons: dict[int, str] = getattr(data, "unpredicted", {})
+        self._add(data, [*reasons], [{"prediction": None, "reason": reason} for reason in reasons.values()])
+        note = f" ({len(reasons)} of them null: the field reason says why)" if reasons else ""
+        self._write(trainer, FILE_NAME, f"%d predictions{note}: %s")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

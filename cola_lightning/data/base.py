@@ -244,6 +244,11 @@ class EpochDataModule(LightningDataModule, ABC):
         """
         return {}
 
+    def describe(self) -> list[str]:
+        """At most four lines about the rows after ``setup("fit")``, for people; it costs next to nothing."""
+        parts = [len(part) if isinstance(part, Sized) else "streamed" for part in (self.train, getattr(self, "val", []))]
+        return [f"{parts[0]} rows for training, {parts[1]} for validation"]
+
     def length(self, row: Any) -> int:
         """A row's length; a full evaluation goes from the longest row to the shortest, to reduce padding."""
         return 0
@@ -271,6 +276,11 @@ class EpochDataModule(LightningDataModule, ABC):
         return self._loader(self.train, self.batch_size, sampler)
 
     @property
+    def writes_predictions(self) -> bool:
+        """Whether predictions are written with the indices of their rows, and not returned in the order of the rows."""
+        return self.trainer is not None and self.trainer.predicting and not self.trainer.predict_loop.return_predictions
+
+    @property
     def _processes(self) -> tuple[int, int]:
         """The number of processes that share the rows, and this process's rank."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
@@ -288,9 +298,9 @@ class EpochDataModule(LightningDataModule, ABC):
 
     @override
     def predict_dataloader(self) -> EpochLoader:
-        trainer, order = self.trainer, list(range(len(self.test)))
-        if trainer is not None and trainer.predicting and not trainer.predict_loop.return_predictions:
-            order = self._evaluation_order(self.test, "limit_predict_batches")  # predictions are written, with their indices
+        order = list(range(len(self.test)))
+        if self.writes_predictions:
+            order = self._evaluation_order(self.test, "limit_predict_batches")
         n_processes, rank = self._processes
         sampler: Any = DistributedEvaluationSampler(order, n_processes, rank) if n_processes > 1 else order
         return self._loader(self.test, self.eval_batch_size, sampler)

@@ -1,19 +1,22 @@
 """Text, or pairs of texts, with labels: data for sequence classifiers."""
 
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Sequence
+from logging import WARNING
 from typing import Any
 
+import numpy as np
 import torch
 from typing_extensions import override
 
 from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.data.encoding import TOO_LONG
-from cola_lightning.data.labels import class_index, class_name, find_classes, sorted_labels
+from cola_lightning.data.labels import class_index, class_name, count_classes, find_classes, sorted_labels
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.data.source import Source, SourceDataModule
-from cola_lightning.errors import UnusableRow, UserError
+from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 # Columns with a text, or a pair of texts, and with its label, by the first that a data set has.
 TEXTS = [["premise", "hypothesis"], ["sentence1", "sentence2"], ["question1", "question2"], ["question", "sentence"]]
@@ -24,9 +27,9 @@ LABELS = ["label", "labels"]
 class TextClassificationDataModule(SourceDataModule):
     """Labelled texts, or labelled pairs of texts, tokenized for a sequence classifier.
 
-    Labels are names or whole numbers; with ``model.label_names``, a whole number is a name's index. Without
-    ``model.label_names``, they are those of the train split, or of a single file: its class names in their order, else sorted.
-    ``predict`` also accepts rows without a label.
+    Labels are names or whole numbers; with ``data.labels`` or ``model.label_names``, a whole number is a name's index. Without
+    them, they are those of the train split, or of a single file: its class names in their order, else sorted. ``predict`` also
+    accepts rows without a label.
 
     Args:
         source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``. The
@@ -35,6 +38,8 @@ class TextClassificationDataModule(SourceDataModule):
         text_fields: the column with the text, or a list of two with a pair of texts; ``null``: found by their names:
             ``premise`` and ``hypothesis``, ``sentence1`` and ``sentence2``, ``text``, ``sentence``, and so on.
         label_field: the column with the label; ``null``: ``label`` or ``labels``.
+        labels: the classes in the order of the model's outputs, as ``model.label_names``; rows with other labels are skipped
+            and counted. ``null``: the model's or the data's.
         batch_size: rows per training batch.
         max_length: maximum length of a sequence, in tokens; the model's own limit also applies. A longer text is truncated on
             the right.
@@ -58,13 +63,16 @@ class TextClassificationDataModule(SourceDataModule):
         *,
         text_fields: list[str] | str | None = None,
         label_field: str | None = None,
+        labels: list[str] | None = None,
         batch_size: int = 32,
         max_length: int = 512,
         **rows: Any,
     ) -> None:
         super().__init__(source, subset, batch_size=batch_size, max_length=max_length, **rows)
         self.text_fields = [text_fields] if isinstance(text_fields, str) else text_fields
-        self.label_field = label_field
+        if labels is not None and len({*labels}) < max(2, len(labels)):
+            raise UserError(f"data.labels: there must be at least 2 different labels, got {labels}")
+        self.label_field, self.labels = label_field, labels
 
     def _find_columns(self, rows: Rows) -> tuple[list[str], str]:
         """The columns with the text, or the pair of texts, and with the label, if there must be one; logs them once."""
@@ -87,14 +95,39 @@ class TextClassificationDataModule(SourceDataModule):
     def setup(self, stage: str) -> None:
         module: Any = self.trainer and self.trainer.lightning_module
         if module is None:
-            self.label_names = self.label_names or self._find_classes(stage)
+            self.label_names = self.label_names or self.labels or self._find_classes(stage)
         else:
-            is_known = getattr(module, "label_names", None) is not None
-            if hasattr(module, "settle_labels") and (stage == "fit" or not is_known) and (classes := self._find_classes(stage)):
+            settles = stage == "fit" or getattr(module, "label_names", None) is None
+            if settles and hasattr(module, "settle_labels") and (classes := self.labels or self._find_classes(stage)):
                 module.settle_labels(classes)
-            self.label_names = getattr(module, "label_names", None) or [str(index) for index in range(module.num_labels)]
-            self._are_names_given = getattr(module, "are_names_given", True)
+            names = getattr(module, "label_names", None) or self.labels
+            self.label_names = names or [str(index) for index in range(module.num_labels)]
+            self._are_names_given = self.labels is not None or getattr(module, "are_names_given", True)
+        if self.labels not in (None, [*self.label_names]):
+            raise UserError(f"data.labels: must be the model's labels, {[*self.label_names]}, got {self.labels}")
         super().setup(stage)
+        if stage == "fit":
+            self._warn_of_odd_classes()
+
+    def _warn_of_odd_classes(self) -> None:
+        forms = {name: "".join(name.split()).casefold() for name in self.label_names}
+        n_names = Counter(forms.values())
+        similar = [name for name, form in forms.items() if n_names[form] > 1]
+        rare = [name for name, n_rows in self._class_counts().items() if n_rows < 2]
+        problems = [f"{shortened_text(', '.join(rare), 200)} have one row or none"] * bool(rare)
+        problems += [f"{', '.join(similar)} differ only in case or white space"] * bool(similar)
+        if problems:
+            self._log(f"labels: {'; '.join(problems)}. data.labels fixes the classes: other rows are skipped", WARNING)
+
+    def _class_counts(self) -> dict[str, int]:
+        """The number of rows of each class in training and validation."""
+        columns = [part.with_format("numpy")["labels"][:] for part in (self.train, self.val) if len(part)]
+        counts = np.bincount(np.concatenate(columns), minlength=len(self.label_names))
+        return dict(zip(self.label_names, counts.tolist(), strict=True))
+
+    @override
+    def describe(self) -> list[str]:
+        return [*super().describe(), count_classes(self._class_counts())]
 
     def _find_classes(self, stage: str) -> list[str]:
         """The classes of the rows to train on: in the order of all sources if it is the same, else sorted."""

@@ -27,6 +27,9 @@ ANSWERS = {
 }
 INPUTS = ("input", "context")  # of an instruction
 SYSTEMS = ("system", "system_prompt")
+# Columns of preference pairs: with the rejected answer, and with the preferred one.
+PREFERRED = {"rejected": "chosen", "non_preferred_output": "preferred_output", "dispreferred": "preferred", "worse": "better"}
+PREFERRED |= {"rejected_response": "chosen_response", "response_rejected": "response_chosen", "bad": "good"}
 
 
 @dataclass(frozen=True)
@@ -97,21 +100,41 @@ def find_columns(
     responses = {name: prompt for _, prompt, name in sorted(pairs, key=lambda pair: -pair[0])}
     if len(responses) > 1:
         raise _ambiguous({"prompt": prompt, "response": name} for name, prompt in responses.items())
+    prompts = [*responses.values(), *answers][:1]
+    inputs = [name for name in INPUTS if name in texts and "instruction" in prompts]
+    used = dict(zip(("prompt", "input"), [*prompts, *inputs], strict=False))
     if answered or (answers and not has_response):
-        (prompt,) = responses.values() or [*answers][:1]
-        used = {"prompt": prompt}
-        inputs = [name for name in INPUTS if name in texts and prompt == "instruction"]
-        if inputs:
-            used["input"] = inputs[0]
         if responses:
             (used["response"],) = responses
         others = {name: "prompt" for name in answered if name not in used.values()} | dict.fromkeys(inputs[1:], "input")
         return Reading("prompt", used | extra, others)
     if "text" in texts and "role" not in names:  # each row of a tree of messages is a turn
         return Reading("text", {"text": "text"}, {})
-    raise UserError(
-        f"data.columns: found no conversation, no prompt with a response and no text among the columns "
-        f"{', '.join(names)}. Name them, for example " + as_option({"prompt": names[0], "response": names[-1]})
+    raise _nothing_fits(names, lists, used | extra)
+
+
+def _nothing_fits(names: Sequence[str], lists: Collection[str], prompt: Columns) -> UserError:
+    """The error for rows of an unknown kind: no option that it shows trains on a rejected answer."""
+    by_lower = {name.lower(): name for name in names}
+    usable = [name for lower, name in by_lower.items() if lower not in PREFERRED and "reject" not in lower]
+    for rejected, preferred in PREFERRED.items():
+        if {rejected, preferred} <= by_lower.keys():
+            answer = by_lower[preferred]
+            others = [name for name in usable if preferred not in name.lower() and name not in (*lists, *prompt.values())]
+            question = prompt if "prompt" in prompt else {"prompt": others[0]} | prompt if others else {}
+            columns = {"messages": answer} if answer in lists else question | {"response" if question else "text": answer}
+            condition = ", if its turns include the prompt" if answer in lists else ""
+            return UserError(
+                f"data.columns: {answer} and {by_lower[rejected]} are preference pairs, which this package does not train as "
+                f"such. To train on the preferred answers alone, use {as_option(columns)}{condition}"
+            )
+    slots = ("prompt", "response") if len(usable) > 1 else ("text",)
+    example = as_option(dict(zip(slots, [*usable[:1], *usable[-1:]], strict=False)))
+    return UserError(
+        f"data.columns: found no conversation, no prompt with a response and no text among the columns {', '.join(names)}. "
+        f"Name them, for example {example}. For texts with labels, choose: a classifier with a new head (--model "
+        "COLASequenceClassifier --data TextClassificationDataModule, with --data.text_fields and --data.label_field), or a "
+        "language model that picks an option (--data TemplateDataModule, with --data.prompt, --data.options and --data.label)"
     )
 
 

@@ -3,9 +3,10 @@
 import functools
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from typing_extensions import override
@@ -14,6 +15,7 @@ from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.data.chat import fit_prompt
 from cola_lightning.data.encoding import TOO_LONG, TooLong, n_common, pad_left, room_for_prompt, tokenize, truncate_left
+from cola_lightning.data.labels import count_classes
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.data.source import TokenizedDataModule
@@ -286,6 +288,15 @@ class OptionBatches(TokenizedDataModule):
         None for what is not made from a template.
         """
         return None, None
+
+    @override
+    def describe(self) -> list[str]:
+        if len(self._options_seen) != 1 or None in self._options_seen:
+            return super().describe()
+        rows = [row.example for row in (*self.train, *self.val)]
+        counts = Counter(row.options[cast(int, row.answer)].strip() for row in rows)
+        options = [option.strip() for some in self._options_seen for option in some or ()]
+        return [*super().describe(), count_classes({option: counts[option] for option in options})]
 
     def encode_examples(self, examples: Sequence[Example], *, is_learned: bool = False) -> list[EncodedExample | UnusableRow]:
         """Encodes examples.

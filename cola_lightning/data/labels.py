@@ -1,11 +1,32 @@
 """Labels of rows: from what a data set has in a column to the name or the index of a class, or the index of an option."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from cola_lightning.constants import WHOLE_NUMBER
 from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
+
+CLASSES_SHOWN = 10
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def optional_in_predict(read: Callable[Concatenate[Row, P], T]) -> Callable[Concatenate[Row, P], T | None]:
+    """The function, but it returns None if a row to be predicted has no label that can be used: predicting needs none."""
+
+    @functools.wraps(read)
+    def read_if_usable(row: Row, /, *args: P.args, **kwargs: P.kwargs) -> T | None:
+        try:
+            return read(row, *args, **kwargs)
+        except UserError:
+            if row.may_lack_target:
+                return None
+            raise
+
+    return read_if_usable
 
 
 def plain_label(value: Any) -> Any:
@@ -20,7 +41,7 @@ def plain_label(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
 
 
-def read_label(row: Row, path: str, names: Collection[str] = (), expected: str = "a label") -> int | str | None:
+def read_label(row: Row, path: str, names: Collection[str] = (), expected: str = "a label") -> int | str:
     """A row's label. Null, an empty text and -1 mean that the row has no label.
 
     Args:
@@ -30,25 +51,18 @@ def read_label(row: Row, path: str, names: Collection[str] = (), expected: str =
         expected: what the field should hold, for messages.
 
     Returns:
-        Text or a whole number; None if the row has no label and may lack it.
+        Text or a whole number.
 
     Raises:
-        UnusableRow: if the row has no label and needs one, or the field holds something else.
+        UnusableRow: if the row has no label, or the field holds something else.
 
     Example:
         >>> [read_label(Row({"label": value}, "here"), "label", ["-1", "1"]) for value in (" good ", 1.0, True, "-1")]
         ['good', 1, 1, '-1']
     """
-    try:
-        holder, field = row.at(path)
-        value = plain_label(holder[field])
-    except UserError:
-        if row.may_lack_target:
-            return None
-        raise
+    holder, field = row.at(path)
+    value = plain_label(holder[field])
     if value in (None, "") or (value in (-1, "-1") and "-1" not in names):
-        if row.may_lack_target:
-            return None
         raise holder.refused(field, expected)
     if not isinstance(value, int | str):
         raise holder.refused(field, f"{expected} as text or as a whole number")
@@ -60,17 +74,28 @@ def whole_number(label: int | str) -> int | None:
     return int(label) if isinstance(label, int) or WHOLE_NUMBER.fullmatch(label) else None
 
 
+@optional_in_predict
+def read_answers(row: Row, path: str) -> tuple[str, ...]:
+    """The answers in a field: a text, or a list of texts. An empty text is no answer of a row to be predicted."""
+    holder, field = row.at(path)
+    answers = (holder.text(field),) if isinstance(holder[field], str) else holder.texts(field)
+    if row.may_lack_target and not any(map(str.strip, answers)):
+        raise holder.refused(field, "an answer")
+    return answers
+
+
 def are_numbers(names: Iterable[str]) -> bool:
     """Whether all names are whole numbers."""
     return all(map(WHOLE_NUMBER.fullmatch, names))
 
 
-def label_index(row: Row, path: str, n_labels: int) -> int | None:
-    """A label from 0 to ``n_labels - 1``, also as text, as a CSV file has it; None if it is missing and the row may lack it."""
+@optional_in_predict
+def label_index(row: Row, path: str, n_labels: int) -> int:
+    """A label from 0 to ``n_labels - 1``, also as text, as a CSV file has it."""
     expected = f"a label from 0 to {n_labels - 1}"
     label = read_label(row, path, expected=expected)
-    if label is None or whole_number(label) in range(n_labels):
-        return None if label is None else int(label)
+    if whole_number(label) in range(n_labels):
+        return int(label)
     holder, field = row.at(path)
     raise holder.refused(field, expected)
 
@@ -78,14 +103,12 @@ def label_index(row: Row, path: str, n_labels: int) -> int | None:
 # ---------------------------------------------------------------------- one of several options
 
 
+@optional_in_predict
 def option_index(row: Row, path: str, options: Sequence[str]) -> int | None:
     """The index of the right option: the label is the option's text or its index.
 
-    Returns:
-        The index; None if the label is missing and the row may lack it.
-
     Raises:
-        UnusableRow: if the label is no option, or the text of one option and the index of another.
+        UnusableRow: if the label is missing or no option, or the text of one option and the index of another.
 
     Example:
         >>> [option_index(Row({"label": label}, "here"), "label", [" no", " yes"]) for label in ("yes", 1, "1", True)]
@@ -93,8 +116,6 @@ def option_index(row: Row, path: str, options: Sequence[str]) -> int | None:
     """
     texts = [option.strip() for option in options]
     label = read_label(row, path, texts)
-    if label is None:
-        return None
     if label in (*texts, -1):  # -1 is no index, and here it is an option's text
         return texts.index(str(label))
     holder, field = row.at(path)
@@ -112,17 +133,19 @@ def option_index(row: Row, path: str, options: Sequence[str]) -> int | None:
 # ---------------------------------------------------------------------- the classes of a classifier
 
 
-def class_name(row: Row, field: str, names: Collection[str] = ()) -> str | None:
+@optional_in_predict
+def class_name(row: Row, field: str, names: Collection[str] = ()) -> str:
     """A row's class as text: a name, a whole number, or the name that the data has for it; see :func:`read_label`."""
     hint = " (for a class -1, list it in model.label_names)" if row.get(field) in (-1, "-1") else ""
     label = read_label(row, field, names, f"a label{hint}")
     class_names = row.class_names.get(field, [])
     is_index = isinstance(label, int) and label in range(len(class_names))
-    return None if label is None else class_names[int(label)] if is_index else str(label)
+    return class_names[int(label)] if is_index else str(label)
 
 
+@optional_in_predict
 def class_index(row: Row, field: str, indices: Mapping[str, int], *, are_names_given: bool = True) -> int | None:
-    """The index of a row's class; None if the label is missing and the row may lack it.
+    """The index of a row's class.
 
     Args:
         row: the row.
@@ -159,6 +182,13 @@ def find_classes(rows: Rows, field: str) -> list[str]:
     if names == {"1"}:  # of the labels -1 and 1, both are classes
         names |= {"-1"}.intersection(str(plain_label(value)) for value in values)
     return sorted_labels(names)
+
+
+def count_classes(counts: Mapping[str, int]) -> str:
+    """A line with the number of rows of each class."""
+    shown = [f"{shortened_text(name)} {n_rows:,}" for name, n_rows in counts.items()][:CLASSES_SHOWN]
+    more = [f"and {len(counts) - len(shown):,} more"] * (len(counts) > len(shown))
+    return f"classes: {', '.join(shown + more)}"
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:

@@ -18,13 +18,14 @@ class RowReport:
         n_tokens: the tokens that are used.
         n_trained: how many of these tokens have a loss; 0 if they have none, as in classification.
         skipped: for each reason why rows were skipped, their number and the place of the first one.
+        unusable: the reason for each skipped row, by the row's index; empty for a stream.
         notes: what else the log should say about these rows, each line once.
 
     Example:
         >>> report = RowReport(n_rows=52_002, n_shortened=37, n_lost=1_203, n_tokens=11_200_000, n_trained=4_100_000)
-        >>> report.skip("no response", "alpaca, row 12084")
+        >>> report.skip("no response", "alpaca, row 12083 (counted from 0)")
         >>> print(report)  # doctest: +NORMALIZE_WHITESPACE
-        52,002 rows: 1 skipped (no response: alpaca, row 12084), 37 shortened by 1,203 tokens;
+        52,002 rows: 1 skipped (no response: alpaca, row 12083 (counted from 0)), 37 shortened by 1,203 tokens;
         11.2 M tokens, 4.1 M of them trained
     """
 
@@ -34,6 +35,7 @@ class RowReport:
     n_tokens: int = 0
     n_trained: int = 0
     skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
+    unusable: dict[int, str] = field(default_factory=dict)
     notes: set[str] = field(default_factory=set)
 
     def skip(self, reason: str, place: str, n_rows: int = 1) -> None:
@@ -48,7 +50,8 @@ class RowReport:
         self.skipped[reason] = n_before + n_rows, first
 
     def __iadd__(self, other: "RowReport") -> "RowReport":
-        """Adds the counts of other rows."""
+        """Adds the counts of other rows, which follow these."""
+        self.unusable |= {self.n_rows + index: reason for index, reason in other.unusable.items()}
         for name in ("n_rows", "n_shortened", "n_lost", "n_tokens", "n_trained"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, (n_rows, place) in other.skipped.items():

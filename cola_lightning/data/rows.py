@@ -30,12 +30,12 @@ class Row(dict[str, Any]):
     :class:`~cola_lightning.errors.UnusableRow`.
 
     Attributes:
-        place: its file, or data set and split, and its number in it, from 1.
+        place: its file, or data set and split, and its index in it, counted from 0 like the ``index`` of predictions.
         class_names: for each field that holds a class index, the class names, if the data has them.
         may_lack_target: whether its label or answer may be missing, as in rows to be predicted.
 
     Example:
-        >>> Row({"text": "Fine."}, "train.jsonl, row 1").text("text")
+        >>> Row({"text": "Fine."}, "train.jsonl, row 0 (counted from 0)").text("text")
         'Fine.'
     """
 
@@ -75,17 +75,6 @@ class Row(dict[str, Any]):
         """The object with a field, and the field's name: one of the row, or one inside another (``answers.text``)."""
         outer, dot, inner = path.partition(".")
         return self.inner(outer).at(inner) if dot and path not in self else (self, path)
-
-    def has_answer(self, path: str) -> bool:
-        """Whether the row has an answer in a field; true if it may not be missing: reading it then raises the error."""
-        if not self.may_lack_target:
-            return True
-        try:
-            holder, field = self.at(path)
-            value = holder[field]
-        except UserError:
-            return False
-        return (value.strip() if isinstance(value, str) else value) not in (None, "", [], -1)
 
 
 def without_null(value: Any) -> Any:
@@ -145,7 +134,7 @@ class Rows:
             yield self._row(fields, int(number))
 
     def _row(self, fields: Mapping[str, Any], number: int) -> Row:
-        row = Row(fields, f"{self.place}, row {number + 1}", self.class_names)
+        row = Row(fields, f"{self.place}, row {number} (counted from 0)", self.class_names)
         row.may_lack_target = self.may_lack_targets
         return row
 
@@ -203,9 +192,10 @@ class Rows:
         encoded, report = list[T](), RowReport(len(self))
         for start in range(0, len(self), ENCODED_TOGETHER):
             rows = list(self[start : start + ENCODED_TOGETHER])
-            for row, outcome in zip(rows, encode(rows), strict=True):
+            for index, (row, outcome) in enumerate(zip(rows, encode(rows), strict=True), start):
                 if isinstance(outcome, UnusableRow):
                     report.skip(str(outcome), row.place)
+                    report.unusable[index] = str(outcome)
                 else:
                     encoded.append(outcome)
         return encoded, report
@@ -280,6 +270,7 @@ def _without_skipped(data: Any, n_rows: int) -> tuple[Any, RowReport]:
     for reason, place in zip(reasons, places, strict=True):
         report.skip(reason, place)
     if reasons:
+        report.unusable = dict(zip(np.flatnonzero(lengths == 0).tolist(), reasons, strict=True))
         data = data.select(np.flatnonzero(lengths))
     return data.remove_columns(["lost", "skipped", "notes"]), report
 

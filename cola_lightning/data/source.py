@@ -20,11 +20,11 @@ from cola_lightning.data.encoding import TOO_LONG, TooLong, identity_of_tokenize
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Encode, Rows
 from cola_lightning.data.splits import Splits, TextUnit, choose_split, files_identity, is_file, is_on_hub, load_splits
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, shortened_text
 
 log = logging.getLogger(__name__)
 
-ENCODING = 3  # counted up where the same rows are encoded otherwise: what is cached is then of no use
+ENCODING = 4  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 PURPOSES = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
 STAGE_PARTS = {"fit": ["train", "val"], "validate": ["val"]}  # the parts that a stage needs; other stages: test
@@ -134,12 +134,14 @@ class SourceDataModule(TokenizedDataModule):
         length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
             ``false``: shuffle the rows, as in the paper's runs.
         max_skipped: the largest share of the rows that may be skipped because they cannot be used, such as rows without a
-            response; one may be skipped in any case, unless this is 0. ``predict`` skips none.
+            response; one may be skipped in any case, unless this is 0. It does not limit ``predict``.
         too_long: ``shorten`` a row longer than ``max_length``, or ``skip`` and count it; plain text is split in any case.
     """
 
-    main_process_only = frozenset({"_splits", "_predicted"})
-    _predicted: Any = None  # the rows that predict takes, if each is encoded
+    main_process_only = frozenset({"_splits", "_rows_of_predict", "_indices", "unpredicted"})
+    _rows_of_predict: Any = None
+    _indices: Sequence[int] = ()  # of the rows that are predicted, among those that predict reads
+    unpredicted: dict[int, str]  # for each of the others, by its index, the reason
 
     def __init__(
         self,
@@ -175,6 +177,7 @@ class SourceDataModule(TokenizedDataModule):
             raise UserError(f"data.max_skipped must be a share of the rows, from 0 to 1, got {max_skipped}")
         self.max_skipped, self.too_long = max_skipped, too_long
         self._logged: set[str] = set()
+        self._sizes = list[str]()  # of the parts, by source
 
     # ------------------------------------------------------------------ sources
 
@@ -237,9 +240,9 @@ class SourceDataModule(TokenizedDataModule):
         read = choose_split(splits, self.train_split, (), "train_split")
         return read and read()
 
-    def _log(self, text: str) -> None:
+    def _log(self, text: str, level: int = logging.INFO) -> None:
         if text not in self._logged:  # each stage comes here
-            log.info("%s", text)
+            log.log(level, "%s", text)
             self._logged.add(text)
 
     def _log_columns(self, taken: str, names: Sequence[str], used: Collection[str]) -> None:
@@ -256,6 +259,7 @@ class SourceDataModule(TokenizedDataModule):
         self.set_tokenizer()
         if stage == "fit":
             self.identity  # noqa: B018  # computed here: a file may change during the run
+        self._sizes.clear()
         parts, total = self.parts(stage), RowReport()
         for part in reversed(STAGE_PARTS.get(stage, ["test"])):
             if not parts.get(part) and stage == "fit":
@@ -277,12 +281,18 @@ class SourceDataModule(TokenizedDataModule):
                 reasons = f": {total.reasons()}" if total.skipped else ""
                 raise UserError(f"data.source: no row of {self.source!r} can be used for {PURPOSES[purpose]}{reasons}")
             setattr(self, part, encoded)
-        # Of all parts together: one of few rows may have more by chance.
-        skips_none = stage == "predict" and self.predicts_all
-        may_be_long = self.too_long == "shorten" or skips_none
-        total.check(0 if skips_none else self.max_skipped, None if may_be_long else TOO_LONG)
-        is_whole = stage == "predict" and len(self.test) == sum(map(len, parts["test"]))  # else an index is not its row's
-        self._predicted = ConcatDataset(parts["test"]) if is_whole else None
+        self._report = total
+        if stage != "predict":  # of all parts together: one of few rows may have more by chance
+            total.check(self.max_skipped, None if self.too_long == "shorten" else TOO_LONG)
+            return
+        if total.skipped and not self.writes_predictions:  # those that are returned have no index
+            raise UserError(
+                f"{total.n_skipped:,} of {total.n_rows:,} rows have no prediction ({total.reasons()}). Use PredictionWriter "
+                "and trainer.predict(..., return_predictions=False): it writes them with a null and the reason"
+            )
+        self._rows_of_predict, self.unpredicted = ConcatDataset(parts["test"]), total.unusable
+        self._indices = [index for index in range(len(self._rows_of_predict)) if index not in total.unusable]
+        assert len(self._indices) == len(self.test), "encode must give each row a prompt, or report it as unusable"
 
     def parts(self, stage: str) -> dict[str, list[Any]]:
         """The rows of each source that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
@@ -338,16 +348,23 @@ class SourceDataModule(TokenizedDataModule):
         ]
         lines = [f"{rows.place}: {', '.join(counts)}" + f", {rows.drawing}" * is_drawn]
         lines += [f"{some.place}: {len(some)} of {len(some.data)} for {PURPOSES[part]}" for part, some in others.items()]
-        self._log("; ".join(lines))
+        self._sizes.append("; ".join(lines))
+        self._log(self._sizes[-1])
         return drawn
 
-    def fields_of(self, places: Sequence[int]) -> list[dict[str, Any]]:
-        """The data's own fields of predicted rows, for the file of predictions.
+    @override
+    def describe(self) -> list[str]:
+        report, sizes = self._report, shortened_text("; ".join(self._sizes), 200)
+        skipped = f"{report.n_skipped:,} of {report.n_rows:,} rows skipped: {shortened_text(report.reasons(), 200)}"
+        return [sizes, skipped] if report.skipped else [sizes]
 
-        Args:
-            places: the rows' indices among those that predict takes.
-        """
-        return [dict(self._predicted[place]) if self._predicted else {} for place in places]
+    def indices_of(self, places: Sequence[int]) -> list[int]:
+        """The indices, among all rows that predict reads, of rows that it can use, by their places among those."""
+        return [self._indices[place] for place in places]
+
+    def fields_of(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The data's own fields of the rows that predict reads, for the file of predictions."""
+        return [dict(self._rows_of_predict[index]) for index in indices]
 
     # ------------------------------------------------------------------ rows in Arrow
 
@@ -375,11 +392,6 @@ class SourceDataModule(TokenizedDataModule):
     # ------------------------------------------------------------------ defined by a subclass
 
     @property
-    def predicts_all(self) -> bool:
-        """Whether predict may skip no row, so that a prediction's index is its row's."""
-        return True
-
-    @property
     def can_be_tested(self) -> bool:
         """Whether there are test rows, with labels or answers to be scored with."""
         readers = [read for splits in self._splits if (read := self._evaluation_split(splits, "test")) is not None]
@@ -401,8 +413,7 @@ class SourceDataModule(TokenizedDataModule):
 
         Args:
             rows: the rows.
-            part: what they are for: ``train``, ``val``, ``test``, or ``predict``, where none may be omitted: a prediction's
-                index is its row's.
+            part: what they are for: ``train``, ``val``, ``test``, or ``predict``.
         """
 
 

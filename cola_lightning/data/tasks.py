@@ -13,7 +13,7 @@ from typing import Any
 from typing_extensions import override
 
 from cola_lightning.data.examples import EncodedExample, Example, Loss, OptionBatches, generated
-from cola_lightning.data.labels import label_index
+from cola_lightning.data.labels import label_index, read_answers
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import SourceDataModule
@@ -100,11 +100,11 @@ def _uncapitalised(sentence: str) -> str:
 
 def _record(row: Row) -> Example:
     entities, query = row.texts("entities"), row.text("query")
-    answers = row.texts("answers") if row.has_answer("answers") else ()
-    if not set(answers) <= set(entities):
+    answers = read_answers(row, "answers") or ()
+    if not set(answers) <= set(entities) and not row.may_lack_target:
         raise UnusableRow("an answer is none of the entities")
     options = tuple(f" {query.replace('@placeholder', entity)}" for entity in entities)
-    accepted = tuple(entities.index(answer) for answer in answers)
+    accepted = tuple(entities.index(answer) for answer in answers if answer in entities)
     prompt = row.text("passage").replace("@highlight\n", "- ") + "\n-"
     return Example(prompt, options, accepted[0] if accepted else None, row.place, accepted=accepted)
 
@@ -112,13 +112,12 @@ def _record(row: Row) -> Example:
 def _squad(row: Row) -> Example:
     question = row.text("question").strip()
     prompt = f"Title: {row.text('title')}\nContext: {row.text('context')}\nQuestion: {question}\nAnswer:"
-    return generated(row, prompt, row.inner("answers").texts("text") if row.has_answer("answers.text") else ())
+    return generated(row, prompt, read_answers(row, "answers.text") or ())
 
 
 def _drop(row: Row) -> Example:
     prompt = f"Passage: {row.text('passage')}\nQuestion: {row.text('question').strip()}\nAnswer:"
-    answers = row.inner("answers_spans").texts("spans") if row.has_answer("answers_spans.spans") else ()
-    return generated(row, prompt, answers)
+    return generated(row, prompt, read_answers(row, "answers_spans.spans") or ())
 
 
 _superglue = partial(Task, source="aps/super_glue")
@@ -161,8 +160,7 @@ class PromptDataModule(OptionBatches, SourceDataModule):
     """One of the paper's tasks, with the prompts and splits of its protocol.
 
     Training and validation are drawn together from the train split, test from the validation split; all of them from the rows
-    of a single file. Rows that cannot be used (ReCoRD has rows with equal options) are skipped and counted, except in
-    predictions on a file, whose indices are those of the rows.
+    of a single file. Rows that cannot be used (ReCoRD has rows with equal options) are skipped and counted.
 
     Args:
         task: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD or DROP, or one added to
@@ -231,11 +229,6 @@ class PromptDataModule(OptionBatches, SourceDataModule):
             **rows,
         )
         self.loss, self.apply_chat_template, self.generate_rows = self.task.loss, apply_chat_template, generate_rows
-
-    @property
-    @override
-    def predicts_all(self) -> bool:
-        return is_file(self.sources[0].source)  # of ReCoRD's own test rows, some have equal options
 
     @override
     def encode(self, rows: Rows, part: str) -> tuple[list[EncodedExample], RowReport]:

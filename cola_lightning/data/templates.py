@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from typing_extensions import override
 
 from cola_lightning.data.examples import EncodedExample, Example, Loss, OptionBatches, generated
-from cola_lightning.data.labels import option_index
+from cola_lightning.data.labels import option_index, read_answers
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import Source, SourceDataModule
@@ -144,10 +144,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
     def _example(self, row: Row) -> Example:
         prompt = self.prompt.fill(row)
         if self.answer is not None:
-            answers: tuple[str, ...] = ()
-            if row.has_answer(self.answer):
-                holder, field = row.at(self.answer)
-                answers = (holder.text(field),) if isinstance(holder[field], str) else holder.texts(field)
+            answers = read_answers(row, self.answer) or ()
             return generated(row, prompt, answers, " " if self.delimiter is None else self.delimiter)
         if isinstance(self.options, str):
             holder, field = row.at(self.options)
