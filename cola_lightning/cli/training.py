@@ -30,7 +30,7 @@ from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
 from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, in_run
-from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, equivalent_option, help_formatter, usage
+from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, equivalent_option, help_formatter, names_elsewhere, usage
 from cola_lightning.errors import Interruption, UserError, nearest
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
@@ -150,9 +150,9 @@ class COLACLI(LightningCLI):
         names = [key.replace(".init_args", "") for key in keys if not key.endswith("class_path")]
         # Of an option of model or data, the message has the group in another place.
         group, dot, name = ".".join([*PARSER_KEY.findall(message), unknown[1]]).rpartition(".")
-        if in_group := [other.removeprefix(group + dot) for other in names if dot and other.startswith(group + dot)]:
-            return nearest(name, in_group, group + dot)
-        return nearest(name, [*(other.rpartition(".")[2] for other in names), *names])
+        in_group = {key.removeprefix(group + dot): key for key in names if dot and key.startswith(group + dot)}
+        similar = names_elsewhere(group + dot if in_group else "") | (in_group or {key.rpartition(".")[2]: key for key in names})
+        return nearest(name, similar, similar.__getitem__)
 
     @override
     def _parse_ckpt_path(self) -> None:
