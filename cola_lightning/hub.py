@@ -32,7 +32,8 @@ def needed_for(what: str) -> Iterator[None]:
         if not any(isinstance(cause, LocalEntryNotFoundError | ConnectionError) for cause in causes(error)):
             raise
         raise HubError(
-            f"{what} is not in the local cache, and the Hugging Face hub cannot be reached. Use the path of a local copy"
+            f"{what} is neither a folder here nor in the local cache, and the Hugging Face hub cannot be reached. Check the "
+            "name, or use the path of a local copy"
         ) from error
 
 

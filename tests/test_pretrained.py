@@ -1,6 +1,8 @@
 """Where models come from, and what is said of names and files that are not there."""
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -87,3 +89,16 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         path.unlink()
     with pytest.raises(UserError, match=r"^model\.model_name: .*tokenizer"):
         COLACausalLM(str(silent)).configure_model()
+
+
+def test_a_name_that_needs_a_hub_without_a_network_is_one_line(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}  # read when huggingface_hub is imported
+    program = "import sys; from cola_lightning.cli import main; sys.exit(main())"
+    words = [sys.executable, "-c", program, "fit", "--model.model_name", "owner/mispelt", "--data.source", "rows.jsonl"]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Old?", "response": "No"}\n' * 20)
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    expected = (
+        "error: model.model_name: 'owner/mispelt' is neither a folder here nor in the local cache, and the Hugging Face hub "
+        "cannot be reached. Check the name, or use the path of a local copy"
+    )
+    assert (done.stderr.splitlines()[-1], done.returncode) == (expected, 1)
