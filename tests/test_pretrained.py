@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, UserError
@@ -81,6 +82,16 @@ def test_what_is_not_a_model_is_named_in_one_line(folder, tmp_path):
             COLACausalLM(str(name)).configure_model()
     with pytest.raises(UserError, match=rf"^model\.model_name: .*{folder}.*nonsense.*$"):
         COLACausalLM(folder, attn_implementation="nonsense").configure_model()
+
+
+def test_a_weight_that_the_files_lack_and_no_fit_trains_is_told(folder, tmp_path, caplog):
+    path = shutil.copytree(folder, tmp_path / "own") / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    COLACausalLM(str(path.parent), target_modules=["q_proj"]).configure_model()
+    (line,) = [line for line in caplog.messages if "random" in line]
+    assert line.endswith("because model.modules_to_save does not name it: model.layers.1.mlp.up_proj")
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):

@@ -30,7 +30,16 @@ from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
 from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, in_run
-from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, equivalent_option, help_formatter, names_elsewhere, usage
+from cola_lightning.cli.help import (
+    DESCRIPTION,
+    LINKS,
+    LOGGERS,
+    SUBCOMMANDS,
+    equivalent_option,
+    help_formatter,
+    names_elsewhere,
+    usage,
+)
 from cola_lightning.errors import Interruption, UserError, nearest
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
@@ -151,7 +160,8 @@ class COLACLI(LightningCLI):
         # Of an option of model or data, the message has the group in another place.
         group, dot, name = ".".join([*PARSER_KEY.findall(message), unknown[1]]).rpartition(".")
         in_group = {key.removeprefix(group + dot): key for key in names if dot and key.startswith(group + dot)}
-        similar = names_elsewhere(group + dot if in_group else "") | (in_group or {key.rpartition(".")[2]: key for key in names})
+        similar = names_elsewhere(group + dot if in_group else "")
+        similar |= in_group or {key.rpartition(".")[2]: key for key in names}
         return nearest(name, similar, similar.__getitem__)
 
     @override

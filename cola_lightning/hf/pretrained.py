@@ -130,7 +130,8 @@ class Pretrained:
         if is_empty:
             options["trust_remote_code"] = self.trust_remote_code
             return auto_class.from_config(self.config(**fields), **options).train(), []
-        model, info = self.load(auto_class, output_loading_info=True, **options, **fields)
+        with hub.without_load_report():
+            model, info = self.load(auto_class, output_loading_info=True, **options, **fields)
         model.train()
         if self.gguf_file is not None:  # de-quantised: save_pretrained would take it for a quantised model, and refuse
             model.hf_quantizer, model.is_quantized = None, False
