@@ -5,14 +5,14 @@ import itertools
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 LIBRARIES = [Path(path).resolve() for path in (Path(__file__).parent, sysconfig.get_path("stdlib"))]
 # Lines of jsonargparse's messages that say nothing about the mistake.
 TRIED = re.compile(
     r"\s*(- )?(Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|Given value type:"
-    r"|Given value: (NestedArg|Namespace)\()"
+    r"|Given value: (NestedArg\(|Namespace\(|\{))"
 )
 
 
@@ -54,21 +54,22 @@ class Interruption(SystemExit):
     """A signal asked the run to stop: exit status 130 or 143. After a KeyboardInterrupt Lightning ignores a second Ctrl-C."""
 
 
-def nearest(word: str, names: Iterable[str], group: str = "") -> str:
+def nearest(word: str, names: Iterable[str], full_name: Callable[[str], str] = str) -> str:
     """The names that are most similar to an unknown word, as the end of a message; if no name is similar, the first three.
 
     Args:
         word: what the user typed.
         names: the names that exist.
-        group: what comes before each name in the message, such as ``data.``.
+        full_name: how the message shows a name, such as ``model.rank`` for ``rank``.
 
     Example:
         >>> nearest("SST", ["SST2", "BoolQ"])
         '; the nearest that exist: SST2'
     """
     by_lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6) or list(by_lower)[:3]
-    return f"; the nearest that exist: {', '.join(group + by_lower[name] for name in near)}" if near else ""
+    near = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)
+    shown = dict.fromkeys(full_name(by_lower[name]) for name in near or list(by_lower)[:3])
+    return f"; {'the nearest' if near else 'some'} that exist: {', '.join(shown)}" if shown else ""
 
 
 def shortened_text(text: str, length: int = 40) -> str:

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import LogRecord, getLogger
 from pathlib import Path
 
 from cola_lightning.errors import HubError, causes
@@ -32,7 +33,8 @@ def needed_for(what: str) -> Iterator[None]:
         if not any(isinstance(cause, LocalEntryNotFoundError | ConnectionError) for cause in causes(error)):
             raise
         raise HubError(
-            f"{what} is not in the local cache, and the Hugging Face hub cannot be reached. Use the path of a local copy"
+            f"{what} is neither a folder here nor in the local cache, and the Hugging Face hub cannot be reached. Check the "
+            "name, or use the path of a local copy"
         ) from error
 
 
@@ -57,6 +59,21 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Inside the block, transformers prints no table of the weights that it initialises: a checkpoint may replace them."""
+    logger = getLogger("transformers.modeling_utils")
+
+    def is_other(record: LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def upload(folder: Path, repo_id: str, *, is_public: bool = False) -> str:

@@ -88,6 +88,7 @@ class Kill:
 
 KILLS = [
     Kill("first batch", "SIGKILL", "backward", digits=(0, 0), llama=(0, 0)),
+    Kill("after the first step", "SIGKILL", "validation", digits=(0, 2), llama=(0, 2)),
     Kill("before a knot", "SIGINT", "batch end", digits=(1, 2), llama=(0, 5)),
     Kill("at a knot", "SIGINT", "batch start", digits=(1, 3), llama=(1, 0)),
     Kill("after a knot", "SIGTERM", "batch end", digits=(1, 3), llama=(1, 0)),

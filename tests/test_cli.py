@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -90,8 +91,23 @@ def test_the_newest_run_is_resumed_and_its_configuration_holds_no_checkpoint_of_
     assert len(StoredState.of(state_of(resumed[-1])["state_dict"]).chain) == 3
     saved = yaml.safe_load(Path(resumed[1]).read_text())
     assert saved["ckpt_path"] is saved["links"] is None
-    assert fit(*further) == 0  # there is nothing left to do
+    assert fit(*further) == 2
+    expected = f"error: ckpt_path: {resumed[-1]} is a finished run (step 36, epoch 4), so nothing is left to train. Raise "
+    assert capfd.readouterr().err.splitlines()[-1].startswith(expected)
     assert not Path("runs/version_3").exists()
+
+
+def test_last_says_which_run_it_takes_and_that_a_newer_one_has_no_checkpoint(capfd):
+    assert [fit(), run("test", "--config", DIGITS, *FAST), fit(), fit("--model.rank", "2")] == [0] * 4
+    for version in (2, 3):  # as runs that were killed before their first checkpoint; version 1 is the test of the base
+        shutil.rmtree(f"runs/version_{version}/checkpoints")
+    capfd.readouterr()
+    assert fit("--ckpt_path", "last", "--trainer.max_epochs", "4") == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("ckpt_path: ")]
+    assert lines == [
+        f"ckpt_path: the newer run {Path('runs/version_2').absolute()} has no checkpoint",
+        f"ckpt_path: {Path(LAST).absolute()}",
+    ]
 
 
 def test_one_process_of_a_launcher_logs(monkeypatch, capfd):

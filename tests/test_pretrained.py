@@ -1,12 +1,15 @@
 """Where models come from, and what is said of names and files that are not there."""
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, UserError
@@ -81,9 +84,32 @@ def test_what_is_not_a_model_is_named_in_one_line(folder, tmp_path):
         COLACausalLM(folder, attn_implementation="nonsense").configure_model()
 
 
+def test_a_weight_that_the_files_lack_and_no_fit_trains_is_told(folder, tmp_path, caplog):
+    path = shutil.copytree(folder, tmp_path / "own") / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    COLACausalLM(str(path.parent), target_modules=["q_proj"]).configure_model()
+    (line,) = [line for line in caplog.messages if "random" in line]
+    assert line.endswith("because model.modules_to_save does not name it: model.layers.1.mlp.up_proj")
+
+
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     silent = Path(tiny.folder(tmp_path / "silent", "opt"))
     for path in silent.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(UserError, match=r"^model\.model_name: .*tokenizer"):
         COLACausalLM(str(silent)).configure_model()
+
+
+def test_a_name_that_needs_a_hub_without_a_network_is_one_line(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}  # read when huggingface_hub is imported
+    program = "import sys; from cola_lightning.cli import main; sys.exit(main())"
+    words = [sys.executable, "-c", program, "fit", "--model.model_name", "owner/mispelt", "--data.source", "rows.jsonl"]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Old?", "response": "No"}\n' * 20)
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    expected = (
+        "error: model.model_name: 'owner/mispelt' is neither a folder here nor in the local cache, and the Hugging Face hub "
+        "cannot be reached. Check the name, or use the path of a local copy"
+    )
+    assert (done.stderr.splitlines()[-1], done.returncode) == (expected, 1)

@@ -28,6 +28,7 @@ from tests.toy import DIGITS, FAST, LAST, Toy, batches, toy, trainer
 FILES = {
     "a_file": "",
     "typo.yaml": "trainer:\n  max_epoch: 3\n",
+    "rnak.yaml": "model: {init_args: {rnak: 3}}",
     "beside.yaml": "model: {init_args: {optimizer: {class_path: torch.optim.Adam, lr: 0.1}}}",
     "no.yaml": "data: {class_path: TemplateDataModule, init_args: {source: x, prompt: '{a}', options: [no, yes]}}",
 }
@@ -41,6 +42,9 @@ MISTAKES = [
     ("fit --config no.yaml", "data.options: must be str, got 'False'"),
     (FIT + "--chain.every_n_epoch 5", "unrecognized arguments: --chain.every_n_epoch 5; .*every_n_epochs"),
     (FIT + "--model.rnak 3", ".*'rnak' is not accepted; .*rank"),
+    (FIT + "--config rnak.yaml", ".*'rnak' is not accepted; the nearest that exist: model.rank"),
+    (FIT + "--model.lora_alfa 3", ".*'lora_alfa' is not accepted; the nearest that exist: model.alpha"),
+    (FIT + "--lora_alfa 3", ".*; the nearest that exist: model.alpha"),
     (FIT + "--model mine.My", ".*'mine.My': No module named 'mine'"),
     (FIT + "--model.optimizer.lr -1", "model.optimizer: Invalid learning rate"),
     (FIT + "--chain.patience 3", "chain: .*every_n_epochs and patience"),
@@ -62,7 +66,7 @@ MISTAKES = [
     (LANGUAGE + "--data.source renamed", ".*: there is no field 'label'"),
     (LANGUAGE + "--data.task SST", "data.task: .*the nearest that exist: SST2"),
     (LANGUAGE + "--data.batch_size 0", "data.batch_size must be"),
-    (LANGUAGE + "--data.path rows", ".*'path' is not accepted; the nearest that exist: data.task, data.source"),
+    (LANGUAGE + "--data.path rows", ".*'path' is not accepted; here it is --data.source NAME"),
     (f"inspect {DIGITS}", "checkpoint: "),
     ("inspect chain --plot x.jpg", "plot: "),
     ("generate nowhere --prompt It", "checkpoint: .*'nowhere'"),

@@ -219,7 +219,7 @@ class Saves(Callback):
 def test_last_is_written_once_at_the_end_of_an_epoch_that_ends_with_a_validation(tmp_path):
     saves = Saves()
     fit(tmp_path, callbacks=[saves])
-    assert saves.batches == [4, 8, 12, 16, 20, 24]
+    assert saves.batches == [3, 4, 8, 12, 16, 20, 24]  # and after the first optimizer step
 
 
 class WrittenSteps(Callback):
@@ -249,12 +249,15 @@ def test_last_is_the_newest_beside_a_checkpoint_that_keeps_the_best(tmp_path):
 @pytest.mark.parametrize(
     ("callback", "expected"),
     [
-        (LastCheckpoint(every_n_train_steps=2), [0, 0, 2, 2, 4, 4, 6, 6]),
+        (LastCheckpoint(), [0, *[1] * 7]),
+        (LastCheckpoint(every_n_train_steps=2), [0, 1, 2, 2, 4, 4, 6, 6]),
         (LastCheckpoint(train_time_interval=timedelta(0)), list(range(8))),
     ],
-    ids=["steps", "time"],
+    ids=["by default", "steps", "time"],
 )
-def test_last_is_also_written_every_n_steps_and_after_a_time(tmp_path, monkeypatch, callback, expected):
+def test_last_is_written_after_the_first_step_and_also_every_n_steps_and_after_a_time(
+    tmp_path, monkeypatch, callback, expected
+):
     monkeypatch.chdir(tmp_path)
     watch = WrittenSteps(last(Path()))
     run = trainer(".", watch, callback, chain={}, enable_checkpointing=True, max_epochs=1, limit_val_batches=0)

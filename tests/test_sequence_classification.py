@@ -1,6 +1,7 @@
 """A new head beside the links, with a learning rate of its own; labels, whose names and order are the data's."""
 
 import json
+import logging
 
 import datasets
 import pytest
@@ -73,6 +74,29 @@ def test_it_learns_and_its_checkpoint_gives_the_same_head_and_predictions(tmp_pa
     assert_bit_equal(weights(loaded.model), weights(module.model))
     (after,) = trainer(tmp_path).test(loaded, datamodule=data, verbose=False)
     assert after["test_loss"] == before["test_loss"]
+
+
+def test_a_head_is_called_new_by_a_fit_that_begins_with_it_and_not_where_it_is_about_to_be_loaded(tmp_path, caplog):
+    caplog.set_level("INFO")
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    data = data_of(tmp_path / "rows.jsonl")
+    try:
+        run = trainer(tmp_path, chain={}, max_epochs=1)
+        run.fit(classifier(tmp_path, "llama"), datamodule=data)
+        assert [line for line in caplog.messages if "random" in line] == [
+            f"model: not in the files of '{tmp_path / 'llama AutoModel'}', so its first values are random: score"
+        ]
+        assert "LOAD REPORT" not in caplog.text  # transformers' table of missing weights
+        run.save_checkpoint(tmp_path / "end.ckpt")
+        caplog.clear()
+        trainer(tmp_path).test(classifier(tmp_path, "llama"), datamodule=data, ckpt_path=tmp_path / "end.ckpt", verbose=False)
+        trainer(tmp_path, max_epochs=2).fit(classifier(tmp_path, "llama"), datamodule=data, ckpt_path=tmp_path / "end.ckpt")
+        loaded = COLASequenceClassifier.load_from_checkpoint(tmp_path / "end.ckpt")
+        loaded.export(tmp_path / "merged")
+        classifier(tmp_path, "llama", init_chain=str(tmp_path / "end.ckpt")).configure_model()
+        assert not [line for line in caplog.messages if "random" in line or "LOAD REPORT" in line]
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "roberta"])

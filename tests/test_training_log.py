@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from cola_lightning import COLACausalLM
-from tests import tiny
+from tests import forked, tiny
 from tests.tiny import LENGTHS, Shuffled, batches_of, rows_of
 from tests.toy import batches, read_csv, toy, trainer
 
@@ -120,3 +120,26 @@ def test_loggers_hold_the_values_and_the_options(tmp_path, monkeypatch, read):
     assert all(math.isfinite(value) for name in VALUES for value in values[name])
     assert OPTIONS.keys() <= options.keys()
     assert "hf_secret" not in str(options)
+
+
+PROGRAM = """
+import logging
+
+from tests.toy import batches, toy, trainer
+
+{configure}
+trainer(".", chain={{"every_n_epochs": 1}}, max_epochs=2).fit(toy(), batches())
+logging.getLogger("cola_lightning").info("after the fit")
+"""
+
+
+@pytest.mark.parametrize(
+    ("configure", "is_shown"),
+    [("", True), ("logging.basicConfig()", False), ("logging.getLogger('cola_lightning').setLevel('ERROR')", False)],
+    ids=["nothing", "the root logger", "a level"],
+)
+def test_a_fit_in_a_plain_script_shows_its_links_where_nobody_has_configured_logging(tmp_path, configure, is_shown):
+    done = forked.run("-c", PROGRAM.format(configure=configure), cwd=tmp_path, check=True)
+    lines = [line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("link ") or "after" in line]
+    assert lines == ["link 0 finished", "link 1 live at the end"] * is_shown
+    assert "link 0 finished" not in done.stderr

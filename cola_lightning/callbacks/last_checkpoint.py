@@ -13,8 +13,9 @@ from cola_lightning.errors import Interruption, UserError
 class LastCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt``, the newest state of a fit, from which an interrupted fit resumes.
 
-    It is written after each epoch and each validation inside one, after a signal to ``cola fit`` and, on one process, after a
-    failure; the state of a failed optimizer step is not written. The command line includes it as the group ``last``.
+    It is written after the first optimizer step, after each epoch and each validation inside one, after a signal to ``cola
+    fit`` and, on one process, after a failure; the state of a failed optimizer step is not written. The command line includes
+    it as the group ``last``.
     (ModelCheckpoint's ``save_last`` writes only together with a checkpoint that its ``monitor`` selects, its
     ``save_on_exception`` also halfway through a step.)
 
@@ -27,6 +28,7 @@ class LastCheckpoint(ModelCheckpoint):
         when: dict[str, Any] = {"every_n_train_steps": every_n_train_steps, "train_time_interval": train_time_interval}
         super().__init__(filename=self.CHECKPOINT_NAME_LAST, enable_version_counter=False, **when)
         self._first_step: int | None = None  # of the training that has begun
+        self._is_written = False  # in that training
         self._stepping_batch: int | None = None
 
     @override
@@ -39,10 +41,17 @@ class LastCheckpoint(ModelCheckpoint):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._first_step = trainer.global_step
+        self._first_step, self._is_written = trainer.global_step, False
 
     def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:  # noqa: D102
         self._stepping_batch = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        super().on_train_batch_end(trainer, *args)
+        # Early, so that a run that is killed soon resumes, and is not taken for the run before it.
+        if not self._is_written and self._first_step is not None and trainer.global_step > self._first_step:
+            self._write(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,6 +76,7 @@ class LastCheckpoint(ModelCheckpoint):
         path = self.format_checkpoint_name({})  # spelled as ModelCheckpoint does: it removes what it takes for an older file
         trainer.save_checkpoint(path, weights_only=False)
         self.last_model_path = self.best_model_path = path
+        self._is_written = True
 
     on_train_epoch_end = _write
 

@@ -6,20 +6,17 @@ where it comes from the user's own code; 130 after Ctrl-C; 143 after SIGTERM.
 Only what a subcommand needs is imported: ``inspect`` needs neither lightning nor transformers.
 """
 
-import contextlib
 import gc
 import importlib
-import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from typing_extensions import override
 
 from cola_lightning import __version__
 from cola_lightning.cli.help import SUBCOMMANDS, overview
+from cola_lightning.console import log_on_console
 from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_line, passes_through_own_code
 
 
@@ -33,7 +30,9 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit status; see the module's docstring.
     """
     words = sys.argv[1:] if args is None else list(args)
-    with _logging():
+    # Of a launcher: torchrun and Lightning's own, Slurm, LSF. The first that is set counts, as in Lightning.
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
+    with log_on_console(is_shown=next(filter(None, ranks), "0") == "0"):
         try:
             return _run(words)
         except KeyboardInterrupt:  # of a command that handles no signals
@@ -95,29 +94,3 @@ def _is_refused_by_lightning(error: BaseException) -> bool:
         return False
     kinds = TypeError | ValueError | RuntimeError | ImportError
     return isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException"
-
-
-class ConsoleHandler(logging.Handler):
-    """Prints log lines through rich's console, which keeps its progress bar intact; one line each."""
-
-    @override
-    def emit(self, record: logging.LogRecord) -> None:
-        import rich
-
-        rich.get_console().print(self.format(record), soft_wrap=True, markup=False, highlight=False)
-
-
-@contextlib.contextmanager
-def _logging() -> Iterator[None]:
-    package, handler = logging.getLogger("cola_lightning"), ConsoleHandler()
-    level = package.level
-    # Of a launcher: torchrun and Lightning's own, Slurm, LSF. The first that is set counts, as in Lightning.
-    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
-    if next(filter(None, ranks), "0") == "0":
-        package.addHandler(handler)
-    package.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        package.removeHandler(handler)
-        package.setLevel(level)

@@ -59,7 +59,7 @@ ELSEWHERE = {
     ("lora_target_modules",): "--model.target_modules all-linear",
     ("load_in_4bit", "quantization_config"): "--model.quantization nf4",
     ("model_name_or_path", "base_model"): "--model.model_name NAME",
-    ("dataset", "dataset_name", "datasets"): "--data.source NAME",
+    ("dataset", "dataset_name", "datasets", "path"): "--data.source NAME",
     ("max_seq_length", "max_seq_len", "sequence_len"): "--data.max_length 1024",
     ("per_device_train_batch_size", "micro_batch_size"): "--data.batch_size 8",
     ("per_device_eval_batch_size",): "--data.eval_batch_size 8",
@@ -120,6 +120,17 @@ def equivalent_option(option: str) -> str | None:
     """
     name = option.rpartition(".")[2]
     return next((here for names, here in ELSEWHERE.items() if name in names), None)
+
+
+def names_elsewhere(group: str) -> dict[str, str]:
+    """Names that other tools have for the options of a group, such as ``model.``, each with the option's name here.
+
+    Example:
+        >>> names_elsewhere("model.optimizer.")["weight_decay"]
+        'model.optimizer.weight_decay'
+    """
+    options = {other: here.split()[0].removeprefix("--") for others, here in ELSEWHERE.items() for other in others}
+    return {other: option for other, option in options.items() if option.startswith(group)}
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,16 @@ from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
 from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, in_run
-from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, SUBCOMMANDS, equivalent_option, help_formatter, usage
+from cola_lightning.cli.help import (
+    DESCRIPTION,
+    LINKS,
+    LOGGERS,
+    SUBCOMMANDS,
+    equivalent_option,
+    help_formatter,
+    names_elsewhere,
+    usage,
+)
 from cola_lightning.errors import Interruption, UserError, nearest
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
@@ -50,7 +59,7 @@ GROUPS = {  # titles and descriptions in `--help`
         "TextClassificationDataModule, PromptDataModule, or a class of your own.",
     ),
     "chain": ("Knots: when a link ends and the next one begins", "Without these options, one link is trained: plain LoRA."),
-    "last": ("When last.ckpt, the newest state of a fit, is written", "After each epoch and validation, and at the end. Also:"),
+    "last": ("When last.ckpt, the newest state, is written", "After the first step, epochs and validations. Also:"),
     "trainer": ("Lightning's Trainer", None),
 }
 EPOCHS = 3  # of a fit without a limit: Lightning's default is 1000
@@ -150,9 +159,10 @@ class COLACLI(LightningCLI):
         names = [key.replace(".init_args", "") for key in keys if not key.endswith("class_path")]
         # Of an option of model or data, the message has the group in another place.
         group, dot, name = ".".join([*PARSER_KEY.findall(message), unknown[1]]).rpartition(".")
-        if in_group := [other.removeprefix(group + dot) for other in names if dot and other.startswith(group + dot)]:
-            return nearest(name, in_group, group + dot)
-        return nearest(name, [*(other.rpartition(".")[2] for other in names), *names])
+        in_group = {key.removeprefix(group + dot): key for key in names if dot and key.startswith(group + dot)}
+        similar = names_elsewhere(group + dot if in_group else "")
+        similar |= in_group or {key.rpartition(".")[2]: key for key in names}
+        return nearest(name, similar, similar.__getitem__)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -171,30 +181,38 @@ class COLACLI(LightningCLI):
         if config.ckpt_path == "last":
             root = Path(config.trainer.default_root_dir or os.getcwd()).expanduser()
             folders = [root / "runs", *(Path(args.save_dir) for args in self._save_dirs())]
-            places = list(root.glob("checkpoints/last.ckpt"))
+            runs = {root}
             for folder, run in itertools.product(folders, ("*", "*/*")):  # the first: of a logger without a name
-                places += folder.glob(f"{run}/checkpoints/last.ckpt")
-            config.ckpt_path = str(self._newest_of_same_run(places))
+                runs |= set(folder.glob(run))
+            config.ckpt_path = str(self._newest_of_same_run(runs))
             log.info("ckpt_path: %s", config.ckpt_path)
         if config.ckpt_path is not None and "://" not in config.ckpt_path:
             self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
             config.ckpt_path = self.opened.path  # of a run's folder, the file in it
 
-    def _newest_of_same_run(self, places: Sequence[Path]) -> Path:
-        """The newest of some checkpoints whose run had this command's model, data and chain.
+    def _newest_of_same_run(self, runs: Iterable[Path]) -> Path:
+        """The newest ``last.ckpt`` of the runs that had this command's model, data and chain; warns of newer ones without.
+
+        Args:
+            runs: the runs' folders, and any others.
 
         Raises:
             UserError: if there is none; it lists the newest, each with an option that differs.
         """
         mine = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
-        others = []
-        for place in sorted(places, key=lambda place: place.stat().st_mtime, reverse=True):
-            config = place.parent.parent / "config.yaml"
+        places, others = [(in_run(run), run / "config.yaml") for run in runs], []
+        files = [(config if place.is_dir() else place, config) for place, config in places]
+        files = [(file, config) for file, config in files if file.is_file()]
+        for file, config in sorted(files, key=lambda pair: pair[0].stat().st_mtime, reverse=True):
             theirs = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
             groups = {name: theirs.get(name) for name in ("model", "data", "chain")}
-            if (different := next((name for name, *_ in differences(mine, groups)), None)) is None:
-                return place
-            others.append(f"{place} ({different})")
+            different = next((name for name, *_ in differences(mine, groups)), None)
+            if file != config and different is None:
+                return file
+            if file != config:
+                others.append(f"{file} ({different})")
+            elif different is None and not {"verbose", "return_predictions"} & theirs.keys():  # those of an evaluation
+                log.warning("ckpt_path: the newer run %s has no checkpoint", config.parent)
         raise UserError(
             "ckpt_path: no earlier run here has the same options of model, data and chain as this one. The newest, with an "
             f"option that differs: {', '.join(others[:5]) or 'none'}"
@@ -271,6 +289,20 @@ class COLACLI(LightningCLI):
             if subcommand == "fit":
                 self._log_command("resume", "fit")
             raise
+
+    def check_trained(self) -> None:
+        """Refuses a fit that trained nothing, because the run that it resumes is finished.
+
+        Raises:
+            UserError: for such a fit.
+        """
+        path = self.config[self.subcommand].ckpt_path
+        if self.subcommand == "fit" and path is not None and not self.watch.has_begun:
+            where = f"step {self.trainer.global_step}, epoch {self.trainer.current_epoch}"
+            raise UserError(
+                f"ckpt_path: {shortest(path)} is a finished run ({where}), so nothing is left to train. Raise "
+                "trainer.max_steps or trainer.max_epochs to train it further, or leave out --ckpt_path to start a new run"
+            )
 
     def after_fit(self) -> None:
         """Logs the checkpoint's path, and the next command for it."""
@@ -357,6 +389,7 @@ def train(words: list[str]) -> int:
     with watch.listening():
         try:
             cli = COLACLI(words, watch)
+            cli.check_trained()
             with contextlib.suppress(RuntimeError):  # if another process has failed
                 cli.trainer.strategy.barrier()
         finally:

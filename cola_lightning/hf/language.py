@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from cola_lightning.lora.inject import is_in_matching_modules
 from cola_lightning.lora.quantization import Quantization, quantize
 from cola_lightning.module.module import COLAModule
 from cola_lightning.module.progress import trainer_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class LanguageModule(COLAModule, ABC):
                     "model.target_modules: must not be null with model.quantization: 4-bit weights cannot be trained"
                 )
         self.new_weights: list[str] = []  # newly initialised weights of the base, once it is made
+        self.random_modules: list[str] = []  # trained modules that begin with random values, until a fit has said so
         self.evaluation_metrics = nn.ModuleDict()  # by stage, name and dataloader, made when needed
         self.has_trained_template = False  # whether the tokenizer's chat template is a checkpoint's, of data.chat_template
         self.host_values = HostValues()  # of the batch that was moved to the device last
@@ -168,11 +172,35 @@ class LanguageModule(COLAModule, ABC):
             self.new_weights = new_weights
         if not self.lora_config.modules_to_save:
             self.lora_config = replace(self.lora_config, modules_to_save=self.choose_modules_to_save(model))
+        if new_weights and not self.is_made:
+            self._note_random_modules(self.pretrained.new_modules(model, new_weights))
         if self.tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:  # added to the tokenizer alone
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.quantization is not None:
             self.quantize_base(model)
         return cast(nn.Module, model)
+
+    def _note_random_modules(self, names: list[str]) -> None:
+        """Notes which trained modules have random values for the start of a fit, and warns of those that are not trained."""
+        saved, trains_all = self.lora_config.modules_to_save, self.lora_config.target_modules is None
+        trained = [name for name in names if trains_all or is_in_matching_modules(name, saved)]
+        if frozen := [name for name in names if name not in trained]:
+            what = "model: not in the files of %r, so it stays random, because model.modules_to_save does not name it: %s"
+            log.warning(what, self.pretrained.name, ", ".join(frozen))
+        if self.opened_checkpoint is None and self.init_chain is None:
+            self.random_modules = trained
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        self.random_modules = []
+        return super().load_state_dict(state_dict, strict, assign)
+
+    @override
+    def on_train_start(self) -> None:
+        if self.random_modules:
+            what = "model: not in the files of %r, so its first values are random: %s"
+            log.info(what, self.pretrained.name, ", ".join(self.random_modules))
+        self.random_modules = []
 
     def quantize_base(self, model: Any) -> None:
         """Quantises the pretrained body: no head, be it new or the language model's, and no fully trained module.

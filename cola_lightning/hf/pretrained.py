@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from cola_lightning import hub
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError, one_line
 
@@ -85,12 +86,14 @@ class Pretrained:
 
         Raises:
             UserError: if there is no such package, or no such files, or the class cannot load them.
+            HubError: if the files are on the hub, which cannot be reached.
         """
         options = {"trust_remote_code": self.trust_remote_code, "gguf_file": self.gguf_file, "revision": self.revision}
         is_package = self.model_name.startswith(PACKAGE_PREFIX)
         place = str(package_folder(self.model_name)) if is_package else os.path.expanduser(self.model_name)
         try:
-            return auto_class.from_pretrained(place, **options, **arguments)
+            with hub.needed_for(f"model.model_name: {self.model_name!r}"):
+                return auto_class.from_pretrained(place, **options, **arguments)
         except (OSError, ValueError) as error:
             what = f"{auto_class.__name__} cannot load a model from {self.model_name!r}"
             raise UserError(f"model.model_name: {what}: {one_line(str(error))}") from error
@@ -127,7 +130,8 @@ class Pretrained:
         if is_empty:
             options["trust_remote_code"] = self.trust_remote_code
             return auto_class.from_config(self.config(**fields), **options).train(), []
-        model, info = self.load(auto_class, output_loading_info=True, **options, **fields)
+        with hub.without_load_report():
+            model, info = self.load(auto_class, output_loading_info=True, **options, **fields)
         model.train()
         if self.gguf_file is not None:  # de-quantised: save_pretrained would take it for a quantised model, and refuse
             model.hf_quantizer, model.is_quantized = None, False

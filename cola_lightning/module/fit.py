@@ -20,6 +20,7 @@ from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.base import check_unchanged
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
+from cola_lightning.console import is_logging_configured, log_on_console
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
 from cola_lightning.module.contract import TrainedModule
@@ -51,6 +52,7 @@ class FitCallback(Callback):
         self.module = module
         self._rewind = Rewind()
         self._batch = ExitStack()  # the scope of a batch's seed
+        self._console = ExitStack()  # the scope in which a fit's log lines are shown
         self._log: TrainingLog | None = None  # of the fit, from its start on
         self._is_validating = False  # whether a validation inside the fit has begun and not ended
         self._modes: list[tuple[nn.Module, bool]] = []  # which parts were in training mode when the fit began
@@ -58,6 +60,11 @@ class FitCallback(Callback):
         self._without_gradient: list[str] | None = None  # known after a backward pass
 
     # ------------------------------------------------------------------ the beginning and the end of a run
+
+    def show_log(self, trainer: Trainer) -> None:
+        """Shows the log lines of a fit until its end, if nobody has configured logging."""
+        if trainer.state.fn == "fit" and trainer.is_global_zero and not is_logging_configured():
+            self._console.enter_context(log_on_console())
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -147,6 +154,7 @@ class FitCallback(Callback):
         fitter = progress.trainer
         if fitter is not None and fitter.state.status == TrainerStatus.RUNNING and fitter.lightning_module is pl_module:
             pl_module.trainer = fitter  # inside of whose fit another Trainer has evaluated the module
+        self._console.close()
 
     teardown = _leave
 
@@ -263,11 +271,14 @@ class FitCallback(Callback):
 def attach(module: TrainedModule, trainer: Trainer) -> None:
     """Attaches a module's callback to its Trainer: after the user's, and before those that write checkpoints."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if not any(isinstance(c, FitCallback) and c.module is module for c in callbacks):
+    fit_callback = next((c for c in callbacks if isinstance(c, FitCallback) and c.module is module), None)
+    if fit_callback is None:
+        fit_callback = FitCallback(module)
         others = [c for c in callbacks if not isinstance(c, FitCallback)]  # of another module
         last = [c for c in others if isinstance(c, Checkpoint)]
         first = [c for c in others if c not in last]
-        trainer.callbacks = [*first, FitCallback(module), *last]  # type: ignore[attr-defined]
+        trainer.callbacks = [*first, fit_callback, *last]  # type: ignore[attr-defined]
+    fit_callback.show_log(trainer)
 
 
 def schedule_of(trainer: Trainer) -> ChainSchedule:
