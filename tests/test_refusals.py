@@ -212,6 +212,7 @@ REFUSALS = {
         ({"finished_links": "merged"}, r"model\.finished_links"),
         ({"kept_optimizer_state": 2}, r"model\.kept_optimizer_state"),
         ({"lr_ratio_B": 0}, r"model\.lr_ratio_B"),
+        ({"decay_steps": 0}, r"model\.decay_steps"),
         ({"init_links": 2}, r"model\.init_links"),
         ({"init_chain": "nowhere"}, r"model\.init_chain: 'nowhere' does not exist"),
         ({"cls": type("NoBase", (Toy,), {"build_model": Toy.__base__.build_model})}, "model: NoBase"),

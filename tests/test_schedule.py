@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cola_lightning import ChainOfLoRA, UserError
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
-from cola_lightning.module.optimization import lr_factor, warmup_length
+from cola_lightning.module.optimization import lr_factor, phase_length
 from tests.toy import Toy, ValidatedToy, Watch, batches, toy, trainer
 
 
@@ -172,8 +172,32 @@ def test_the_learning_rates_are_transformers(name, warmup):
             scheduler.step()
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_stable_schedule_is_transformers(warmup):
+    import transformers
+
+    optimizers = [SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(2)]
+    theirs = transformers.get_wsd_schedule(
+        optimizers[0], warmup, num_decay_steps=4, num_training_steps=10, warmup_type="linear", decay_type="linear"
+    )
+    ours = LambdaLR(optimizers[1], lambda step: lr_factor("stable", step, 10, warmup, 0.4))
+    for _ in range(12):
+        assert ours.get_last_lr() == pytest.approx(theirs.get_last_lr(), abs=1e-12)
+        for optimizer, scheduler in zip(optimizers, (theirs, ours), strict=True):
+            optimizer.step()
+            scheduler.step()
+
+
+def test_knots_of_a_run_with_a_stable_schedule_fall_before_its_decay(tmp_path):
+    stable = {"lr_schedule": "stable", "schedule_scope": "run", "decay_steps": 0.4}
+    for arguments, last in ((stable, 18), (stable | {"decay_steps": 6}, 24), ({}, 22)):
+        module = toy(**arguments)
+        trainer(tmp_path, chain={"knots": 2}, max_epochs=3).fit(module, batches())
+        assert [link.end_step for link in module.chain.links][-1] == last
+
+
 def test_a_warm_up_below_one_is_a_share_and_never_longer_than_the_link():
-    assert [warmup_length(w, 25) for w in (0, 0.1, 0.5, 1, 3, 40)] == [0, 3, 13, 1, 3, 25]
+    assert [phase_length(w, 25) for w in (0, 0.1, 0.5, 1, 3, 40)] == [0, 3, 13, 1, 3, 25]
 
 
 def rates(tmp_path, chain, *callbacks, loaders=None, fit=(), cls=Scripted, **arguments):

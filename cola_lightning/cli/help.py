@@ -39,7 +39,7 @@ MAIN_OPTIONS = {
     "--model.finished_links auto": "merge in float32, stack in bf16 or 4 bits",
     "--model.dtype float32": "of the base; or bfloat16, float16",
     "--model.optimizer.lr 0.001": "learning rate",
-    "--model.lr_schedule linear": "or cosine, constant; in each link",
+    "--model.lr_schedule linear": "or cosine, stable, constant; in each link",
     "--model.warmup_steps 0.0": "in each link: steps, or a share of them",
     "--chain.every_n_epochs N": "a new link every N epochs",
     "--chain.every_n_train_steps N": "a new link every N optimizer steps",

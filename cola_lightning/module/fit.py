@@ -105,7 +105,7 @@ class FitCallback(Callback):
         self._is_first_step, self._is_loss_shown, self._without_gradient = True, False, None
         now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
         progress.length = run_length(trainer, beginning_of_epoch(trainer, now) if is_resumed else now)
-        progress.schedule = progress.schedule.in_run(progress.length)
+        progress.schedule = progress.schedule.in_run(progress.length, module.link_optimization.stable_share(progress.length))
         self._start_optimization(trainer, is_resumed=is_resumed)
         self._check_links(progress.length)
         if trainer.is_global_zero and any(isinstance(c, ModelSummary) for c in trainer.callbacks):  # type: ignore[attr-defined]

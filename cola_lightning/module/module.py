@@ -36,7 +36,7 @@ from cola_lightning.module.arguments import RecordsArguments, class_path, device
 from cola_lightning.module.fit import attach
 from cola_lightning.module.fsdp import repeated_blocks, shard_module
 from cola_lightning.module.link_metrics import LinkMetrics
-from cola_lightning.module.optimization import LinkOptimization, LRSchedule, OptimizerCallable
+from cola_lightning.module.optimization import DECAY_STEPS, LinkOptimization, LRSchedule, OptimizerCallable
 from cola_lightning.module.progress import FitProgress, trainer_of
 from cola_lightning.module.state import (
     StateDictError,
@@ -68,8 +68,10 @@ class COLAModule(LightningModule, RecordsArguments):
         seed: of each link's A, each batch's dropout and what ``build_model`` draws. ``null``: the seed of
             ``seed_everything``, or a random one, which is stored.
         optimizer: called with the trainable parameters, once per link. Default: AdamW, fused, with a learning rate of 1e-3.
-        lr_schedule: ``constant``, ``linear`` or ``cosine`` decay to 0, by transformers' formulas.
+        lr_schedule: ``constant``; ``linear`` or ``cosine`` decay to 0; or ``stable``: constant, and linear to 0 over the last
+            ``decay_steps``. All by transformers' formulas.
         warmup_steps: optimizer steps over which the rate rises from 0; below 1, a share of the schedule's length.
+        decay_steps: with ``stable``: the optimizer steps of the decay; below 1, a share of the schedule's length.
         schedule_scope: whether the schedule runs over each ``link`` or once over the whole ``run``.
         knot_warmup_steps: optimizer steps over which the rate rises from 0 again after each knot, back onto a schedule over the
             ``run`` (ReLoRA's jagged rate); below 1, a share of the link's length.
@@ -132,6 +134,7 @@ class COLAModule(LightningModule, RecordsArguments):
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-3, fused=True),
         lr_schedule: LRSchedule = "linear",
         warmup_steps: float = 0,
+        decay_steps: float = DECAY_STEPS,
         schedule_scope: Literal["link", "run"] = "link",
         knot_warmup_steps: float = 0,
         trained_factors: TrainedFactors = "both",
@@ -161,6 +164,7 @@ class COLAModule(LightningModule, RecordsArguments):
             lr_ratio_B=lr_ratio_B,
             lr_schedule=lr_schedule,
             warmup_steps=warmup_steps,
+            decay_steps=decay_steps,
             schedule_scope=schedule_scope,
             knot_warmup_steps=knot_warmup_steps,
             kept_optimizer_state=kept_optimizer_state,
@@ -276,7 +280,8 @@ class COLAModule(LightningModule, RecordsArguments):
             _ = trainer.estimated_stepping_batches
         if (length := progress.known_length()) is None:
             return math.inf
-        steps = progress.schedule.in_run(length).link_steps(self.link_start, length)
+        schedule = progress.schedule.in_run(length, self.link_optimization.stable_share(length))
+        steps = schedule.link_steps(self.link_start, length)
         return steps if steps == math.inf else int(steps)
 
     @property

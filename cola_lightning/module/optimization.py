@@ -25,39 +25,46 @@ from cola_lightning.module.progress import FitProgress, trainer_of
 
 log = logging.getLogger(__name__)
 
-OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
-LRSchedule = Literal["constant", "linear", "cosine"]
+DECAY_STEPS = 0.4  # of a stable schedule: the share of its steps
 
-# From the share of the schedule after its warm-up to the factor on the learning rate.
+OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
+LRSchedule = Literal["constant", "linear", "cosine", "stable"]
+
+# From the share of the decay to the factor on the learning rate.
 DECAY: dict[LRSchedule, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: max(0.0, 1.0 - progress),
     "cosine": lambda progress: max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress))),
+    "stable": lambda progress: max(0.0, min(1.0, 1.0 - progress)),
 }
 
 
-def lr_factor(schedule: LRSchedule, step: int, horizon: float, warmup_steps: float) -> float:
+def lr_factor(schedule: LRSchedule, step: int, horizon: float, warmup_steps: float, decay_steps: float = DECAY_STEPS) -> float:
     """The factor on the learning rate at a step of a schedule of ``horizon`` steps.
 
-    ``warmup_steps`` below 1 is a share of the horizon. The rate rises from 0 over the warm-up, then stays (``constant``), or
-    decays to 0 linearly (``linear``) or along half a cosine (``cosine``).
+    ``warmup_steps`` and ``decay_steps`` below 1 are shares of the horizon. The rate rises from 0 over the warm-up, then stays
+    (``constant``), or decays to 0 linearly (``linear``) or along half a cosine (``cosine``); or it stays until the last
+    ``decay_steps``, in which it decays to 0 linearly (``stable``).
 
     Example:
         >>> [lr_factor("linear", step, horizon=4, warmup_steps=0) for step in range(5)]
         [1.0, 0.75, 0.5, 0.25, 0.0]
+        >>> [lr_factor("stable", step, horizon=4, warmup_steps=0, decay_steps=2) for step in range(5)]
+        [1.0, 1.0, 1.0, 0.5, 0.0]
 
-    Source: the formulas of ``transformers.get_{constant,linear,cosine}_schedule_with_warmup``.
+    Source: the formulas of ``transformers.get_{constant,linear,cosine,wsd}_schedule`` (``wsd`` with a linear decay).
     """
-    warmup = warmup_length(warmup_steps, horizon)
+    warmup = phase_length(warmup_steps, horizon)
     if step < warmup:
         return step / max(1, warmup)
-    return DECAY[schedule]((step - warmup) / max(1, horizon - warmup))
+    start = max(warmup, horizon - phase_length(decay_steps, horizon)) if schedule == "stable" else warmup
+    return DECAY[schedule]((step - start) / max(1, horizon - start))
 
 
-def warmup_length(warmup_steps: float, horizon: float) -> int:
-    """The warm-up in steps: as given, or rounded up from a share of the horizon; never longer than the horizon."""
-    steps = warmup_steps if warmup_steps >= 1 or warmup_steps == 0 else math.ceil(warmup_steps * horizon)
-    return int(min(steps, horizon))
+def phase_length(steps: float, horizon: float) -> int:
+    """A phase of a schedule in steps: as given, or rounded up from a share of the horizon; never longer than the horizon."""
+    whole = steps if steps >= 1 or steps == 0 else math.ceil(steps * horizon)
+    return int(min(whole, horizon))
 
 
 class LinkLR(LRScheduler):
@@ -99,6 +106,7 @@ class LinkOptimization:
         lr_ratio_B: the learning rate of the links' B divided by that of A.
         lr_schedule: see :class:`~cola_lightning.COLAModule`, as for the next two.
         warmup_steps: a number of steps, or a share below 1.
+        decay_steps: of a stable schedule: a number of steps, or a share below 1.
         schedule_scope: ``link`` or ``run``.
         knot_warmup_steps: of a schedule over the run: a number of steps, or a share of the link below 1.
         kept_optimizer_state: the share of an optimizer's state that a knot retains.
@@ -110,6 +118,7 @@ class LinkOptimization:
     lr_ratio_B: float
     lr_schedule: LRSchedule
     warmup_steps: float
+    decay_steps: float
     schedule_scope: Literal["link", "run"]
     knot_warmup_steps: float
     kept_optimizer_state: float
@@ -123,6 +132,7 @@ class LinkOptimization:
         for name, is_valid, valid in (
             ("kept_optimizer_state", 0 <= self.kept_optimizer_state <= 1, "between 0 and 1"),
             ("lr_ratio_B", 0 < self.lr_ratio_B < math.inf, "a number above 0"),
+            ("decay_steps", 0 < self.decay_steps < math.inf, "a number above 0"),
         ):
             if not is_valid:
                 raise UserError(f"model.{name}: must be {valid}, got {getattr(self, name)}")
@@ -204,15 +214,22 @@ class LinkOptimization:
             return 0.0 if self.warmup_steps else 1.0
         end, rise = horizon or (math.inf, 0)
         is_run, start = self.schedule_scope == "run", self.progress.link_start
-        value = lr_factor(self.lr_schedule, start.global_step + step if is_run else step, end, self.warmup_steps)
+        place = start.global_step + step if is_run else step
+        value = lr_factor(self.lr_schedule, place, end, self.warmup_steps, self.decay_steps)
         return value * step / rise if step < rise else value
 
     def _horizon_in(self, length: RunLength) -> tuple[float, float]:
         """The end of the schedule, and the steps of the warm-up after a knot; the run's first link has the run's warm-up."""
         start = self.progress.link_start
         link_steps = self.progress.schedule.link_steps(start, length)
-        rise = warmup_length(self.knot_warmup_steps, link_steps) if start.global_step else 0
+        rise = phase_length(self.knot_warmup_steps, link_steps) if start.global_step else 0
         return length.end_step if self.schedule_scope == "run" else link_steps, rise
+
+    def stable_share(self, run: RunLength) -> float | None:
+        """The share of a run before its rate decays, if the schedule is a stable one over a run of known length; else None."""
+        if (self.lr_schedule, self.schedule_scope) != ("stable", "run") or run.end_step == math.inf:
+            return None
+        return 1 - phase_length(self.decay_steps, run.end_step) / run.end_step
 
     def check_lengths(self, lengths: Sequence[int]) -> None:
         """Refuses a link that is shorter than its warm-up; the last one may be.
