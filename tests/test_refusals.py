@@ -14,7 +14,7 @@ from transformers import Adafactor
 
 from cola_lightning import AdaptedModel, ChainOfLoRA, ChainSchedule, LoRAConfig, UserError, inject_lora
 from cola_lightning.cli import main
-from cola_lightning.cli.help import ELSEWHERE, equivalent_option
+from cola_lightning.cli.help import ELSEWHERE, OPTION_BY_OTHER_NAME
 from cola_lightning.data import TemplateDataModule, TextDataModule
 from cola_lightning.study.config import resolve_config
 from cola_lightning.study.methods import method
@@ -102,7 +102,7 @@ def test_an_option_of_another_tool_gets_the_one_that_is_meant(capfd):
     for names, here in ELSEWHERE.items():
         assert f"| {', '.join(f'`{name}`' for name in names)} | `{here}` |\n" in page.read_text()
     for option in ("--model.r", "--lr", "--data.max_seq_length", "--bf16"):
-        here = equivalent_option(option.removeprefix("--"))
+        here = OPTION_BY_OTHER_NAME[option.strip("-").rpartition(".")[2]]
         assert main(["fit", "--model.model_name", "x", "--data.source", "y", option, "3"]) == 2
         assert capfd.readouterr().err.splitlines()[-1].endswith(f"; here it is {here}")
     assert main(["fit", "--model.model_name", "x", "--data.source", "y", "--trainer.logger", "tensorboard"]) == 2

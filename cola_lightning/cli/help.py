@@ -77,6 +77,7 @@ ELSEWHERE = {
     ("output_dir",): "--trainer.default_root_dir FOLDER",
     ("resume_from_checkpoint",): "--ckpt_path last",
 }
+OPTION_BY_OTHER_NAME = {name: here for names, here in ELSEWHERE.items() for name in names}
 LOGGERS = {"tensorboard": "TensorBoardLogger", "wandb": "WandbLogger", "mlflow": "MLFlowLogger", "csv": "CSVLogger"}
 EXAMPLES = {
     "fit": "cola fit --model.model_name NAME --data.source FILE --chain.every_n_epochs 1",
@@ -109,28 +110,6 @@ def usage(subcommand: str) -> str:
     width = max(map(len, MAIN_OPTIONS)) + 2
     lines = [f"  {option:{width}}{text}" for option, text in MAIN_OPTIONS.items()]
     return "\n".join([f"cola {subcommand} [OPTIONS]", "", "example:", f"  {EXAMPLES[subcommand]}", "", "main options:", *lines])
-
-
-def equivalent_option(option: str) -> str | None:
-    """What is typed here for an option of peft, transformers, TRL or axolotl; None if it is none of theirs.
-
-    Example:
-        >>> equivalent_option("model.lora_alpha")
-        '--model.alpha 16'
-    """
-    name = option.rpartition(".")[2]
-    return next((here for names, here in ELSEWHERE.items() if name in names), None)
-
-
-def names_elsewhere(group: str) -> dict[str, str]:
-    """Names that other tools have for the options of a group, such as ``model.``, each with the option's name here.
-
-    Example:
-        >>> names_elsewhere("model.optimizer.")["weight_decay"]
-        'model.optimizer.weight_decay'
-    """
-    options = {other: here.split()[0].removeprefix("--") for others, here in ELSEWHERE.items() for other in others}
-    return {other: option for other, option in options.items() if option.startswith(group)}
 
 
 @functools.cache

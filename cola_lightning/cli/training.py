@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,7 @@ from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
 from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, in_run
-from cola_lightning.cli.help import (
-    DESCRIPTION,
-    LINKS,
-    LOGGERS,
-    SUBCOMMANDS,
-    equivalent_option,
-    help_formatter,
-    names_elsewhere,
-    usage,
-)
+from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, OPTION_BY_OTHER_NAME, SUBCOMMANDS, help_formatter, usage
 from cola_lightning.errors import Interruption, UserError, nearest
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
@@ -149,7 +140,7 @@ class COLACLI(LightningCLI):
             return f"; {LOGGERS[logger[1]]} is one" if logger[1] in LOGGERS else ""
         if not (unknown := UNKNOWN_OPTION.search(message)):
             return ""
-        if here := equivalent_option(unknown[1]):
+        if here := OPTION_BY_OTHER_NAME.get(unknown[1].rpartition(".")[2]):
             return f"; here it is {here}"
         if unknown[1] == "class_path":
             return "; options of a class are inside its init_args"
@@ -160,9 +151,10 @@ class COLACLI(LightningCLI):
         # Of an option of model or data, the message has the group in another place.
         group, dot, name = ".".join([*PARSER_KEY.findall(message), unknown[1]]).rpartition(".")
         in_group = {key.removeprefix(group + dot): key for key in names if dot and key.startswith(group + dot)}
-        similar = names_elsewhere(group + dot if in_group else "")
-        similar |= in_group or {key.rpartition(".")[2]: key for key in names}
-        return nearest(name, similar, similar.__getitem__)
+        known = {other: here.split()[0].removeprefix("--") for other, here in OPTION_BY_OTHER_NAME.items()}
+        known = {other: key for other, key in known.items() if not in_group or key.startswith(group + dot)}
+        known |= in_group or {key.rpartition(".")[2]: key for key in names}
+        return nearest(name, known, known.__getitem__)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -181,38 +173,39 @@ class COLACLI(LightningCLI):
         if config.ckpt_path == "last":
             root = Path(config.trainer.default_root_dir or os.getcwd()).expanduser()
             folders = [root / "runs", *(Path(args.save_dir) for args in self._save_dirs())]
-            runs = {root}
+            files = set(root.glob("checkpoints/last.ckpt"))
             for folder, run in itertools.product(folders, ("*", "*/*")):  # the first: of a logger without a name
-                runs |= set(folder.glob(run))
-            config.ckpt_path = str(self._newest_of_same_run(runs))
+                files |= {*folder.glob(f"{run}/checkpoints/last.ckpt"), *folder.glob(f"{run}/config.yaml")}
+            config.ckpt_path = str(self._newest_of_same_run(files))
             log.info("ckpt_path: %s", config.ckpt_path)
         if config.ckpt_path is not None and "://" not in config.ckpt_path:
             self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
             config.ckpt_path = self.opened.path  # of a run's folder, the file in it
 
-    def _newest_of_same_run(self, runs: Iterable[Path]) -> Path:
-        """The newest ``last.ckpt`` of the runs that had this command's model, data and chain; warns of newer ones without.
+    def _newest_of_same_run(self, files: Set[Path]) -> Path:
+        """The newest ``last.ckpt`` of a run with this command's model, data and chain; warns of a newer run without one.
 
         Args:
-            runs: the runs' folders, and any others.
+            files: each run's ``last.ckpt`` and configuration.
 
         Raises:
             UserError: if there is none; it lists the newest, each with an option that differs.
         """
         mine = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
-        places, others = [(in_run(run), run / "config.yaml") for run in runs], []
-        files = [(config if place.is_dir() else place, config) for place, config in places]
-        files = [(file, config) for file, config in files if file.is_file()]
-        for file, config in sorted(files, key=lambda pair: pair[0].stat().st_mtime, reverse=True):
+        others = []
+        files = {file for file in files if file.parent / "checkpoints" / "last.ckpt" not in files}
+        for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+            is_checkpoint = file.suffix == ".ckpt"
+            config = file.parent.parent / "config.yaml" if is_checkpoint else file
             theirs = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
             groups = {name: theirs.get(name) for name in ("model", "data", "chain")}
             different = next((name for name, *_ in differences(mine, groups)), None)
-            if file != config and different is None:
+            if is_checkpoint and different is None:
                 return file
-            if file != config:
+            if is_checkpoint:
                 others.append(f"{file} ({different})")
-            elif different is None and not {"verbose", "return_predictions"} & theirs.keys():  # those of an evaluation
-                log.warning("ckpt_path: the newer run %s has no checkpoint", config.parent)
+            elif different is None and "last" in theirs and not {"verbose", "return_predictions"} & theirs.keys():  # of a fit
+                log.warning("ckpt_path: the newer run %s has no checkpoint", file.parent)
         raise UserError(
             "ckpt_path: no earlier run here has the same options of model, data and chain as this one. The newest, with an "
             f"option that differs: {', '.join(others[:5]) or 'none'}"
@@ -291,11 +284,7 @@ class COLACLI(LightningCLI):
             raise
 
     def check_trained(self) -> None:
-        """Refuses a fit that trained nothing, because the run that it resumes is finished.
-
-        Raises:
-            UserError: for such a fit.
-        """
+        """Refuses a fit that trained nothing, because the run that it resumes is finished."""
         path = self.config[self.subcommand].ckpt_path
         if self.subcommand == "fit" and path is not None and not self.watch.has_begun:
             where = f"step {self.trainer.global_step}, epoch {self.trainer.current_epoch}"
