@@ -4,8 +4,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
+from cola_lightning.export.contract import ExportableModule
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.link_metrics import LinkMetrics
 from cola_lightning.module.optimization import LinkOptimization
@@ -13,12 +13,11 @@ from cola_lightning.module.progress import FitProgress
 from cola_lightning.module.step_loss import StepLoss
 
 
-class TrainedModule(Protocol):
+class TrainedModule(ExportableModule, Protocol):
     """What a fit's callback, its log and its checkpoints need of their :class:`~cola_lightning.COLAModule`.
 
     Attributes:
         lora_config: which layers get links, and what the links are like.
-        constructor_arguments: how the module is made again.
         init_chain: the path of the chain that the run begins from.
         user_seed: what the user gave, by ``model.seed`` or ``seed_everything``; None: nothing.
         opened_checkpoint: a checkpoint that is about to be loaded.
@@ -30,7 +29,6 @@ class TrainedModule(Protocol):
     """
 
     lora_config: LoRAConfig
-    constructor_arguments: dict[str, Any]
     init_chain: str | None
     user_seed: int | None
     opened_checkpoint: OpenedCheckpoint | None
@@ -42,16 +40,8 @@ class TrainedModule(Protocol):
     step_loss: StepLoss
 
     @property
-    def adapted(self) -> AdaptedModel:
-        """The adapted model and its chain."""
-
-    @property
     def is_made(self) -> bool:
         """Whether the model is made."""
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether FSDP2 or FSDP1 has sharded the model."""
 
     @property
     def link(self) -> int:
@@ -64,9 +54,6 @@ class TrainedModule(Protocol):
     @property
     def init_chain_source(self) -> list[str | int | None]:
         """The path of ``init_chain``, and how many of its links were requested."""
-
-    def make_model(self) -> None:
-        """Makes and configures the model where no Trainer has done so."""
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters for the optimizer."""
