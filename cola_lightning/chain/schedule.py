@@ -91,8 +91,8 @@ class ChainSchedule:
         min_delta: with ``patience``: a value is an improvement if it is better than the link's best by more than this.
         mode: with ``patience``: whether a lower (``min``) or a higher (``max``) value is better.
         knots: tie this many knots, evenly over the share ``until`` of the run, whose length decides their steps.
-        until: with ``knots``: the share of the run at whose end the last of them is tied. ``null``: 0.75, or with
-            ``model.lr_schedule: stable`` over the run the share before its decay.
+        until: with ``knots``: the share of the run at whose end the last of them is tied. If it is left at 0.75 and
+            ``model.lr_schedule`` is ``stable`` over the run, the share before its decay.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.
@@ -116,7 +116,7 @@ class ChainSchedule:
     min_delta: float = 0.0
     mode: Mode = "min"
     knots: int | None = None
-    until: float | None = None
+    until: float = UNTIL
 
     def __post_init__(self) -> None:
         given = [name for name in KNOT_OPTIONS if getattr(self, name) is not None]
@@ -126,8 +126,8 @@ class ChainSchedule:
         for name, is_valid, valid in (
             *((name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1") for name in counts),
             *((name, _increases(getattr(self, name) or ()), "increasing, from 1 on") for name in ("at_epochs", "at_steps")),
-            ("until", self.until is None or 0 < self.until < 1, "between 0 and 1"),
-            ("until", self.knots is not None or self.until is None, "left out without chain.knots"),
+            ("until", 0 < self.until < 1, "between 0 and 1"),
+            ("until", self.knots is not None or self.until == UNTIL, "left out without chain.knots"),
             ("ranks", all(map(is_rank, self.ranks or ())), "whole numbers from 1"),
             ("alphas", all(0 < alpha < math.inf for alpha in self.alphas or ()), "positive"),
         ):
@@ -201,9 +201,9 @@ class ChainSchedule:
             return self
         if run.end_step == math.inf:
             raise UserError("chain.knots: needs to know how long the run is. Set trainer.max_steps or trainer.max_epochs")
-        until = self.until or stable_share or UNTIL
+        until = self.until if stable_share is None or self.until != UNTIL else stable_share
         knots = {round(until * run.end_step * k / self.knots) for k in range(1, self.knots + 1)}
-        return replace(self, knots=None, until=None, at_steps=sorted(knots - {0}))  # fewer, in a short trial run
+        return replace(self, knots=None, until=UNTIL, at_steps=sorted(knots - {0}))  # fewer, in a short trial run
 
     def link_steps(self, start: FitPosition, run: RunLength) -> float:
         """Optimizer steps of the link that begins at ``start``; ``math.inf`` if nothing ends it, or its end is not known."""

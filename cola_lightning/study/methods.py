@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cola_lightning.chain.schedule import KNOT_OPTIONS, START, ChainSchedule, RunLength
+from cola_lightning.chain.schedule import KNOT_OPTIONS, START, UNTIL, ChainSchedule, RunLength
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.config import LoRAConfig
 
@@ -14,7 +14,7 @@ Config = Mapping[str, Any]
 
 SCHEDULE_OPTIONS = (*KNOT_OPTIONS, "ranks", "alphas")
 NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in SCHEDULE_OPTIONS}
-NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min", "chain.until": None}
+NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min", "chain.until": UNTIL}
 RULES: dict[str, Any] = {"trained_factors": "both", "kept_optimizer_state": 0}  # COLA's, from which the relatives differ
 
 
@@ -145,7 +145,7 @@ def _config_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]
     """The ranks of the config's own chain; it needs no options."""
     chain = config["chain"]
     options = {option: chain.get(option) for option in SCHEDULE_OPTIONS}
-    schedule = ChainSchedule(**options, until=chain.get("until"))
+    schedule = ChainSchedule(**options, until=chain.get("until", UNTIL))
     if not schedule.has_knots:
         raise UserError(f"methods: {name!r} needs a config with knots. To set the number of links here, write {name}-4")
     epochs, steps = _length(config)
