@@ -4,7 +4,8 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,10 +16,12 @@ from cola_lightning import layout
 from cola_lightning.chain.base import base_copies, base_values, check_same_base, check_same_layers, describe_base
 from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
 from cola_lightning.chain.schedule import TrainedFactors, frozen_factor
+from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import Factor, LoRAConfig
 from cola_lightning.lora.inject import inject_lora
 from cola_lightning.lora.layer import LoRALayer, initialize_link, is_quantized, is_quantized_model, lora_layers, own_values
+from cola_lightning.lora.stack import Stack
 from cola_lightning.merge import add_links, cast_floats, free, merge
 from cola_lightning.seeding import seeded_build
 from cola_lightning.trained_values import TrainedValues
@@ -98,6 +101,7 @@ class AdaptedModel:
         self.chain = Chain(base=describe_base(self.model, name))
         self.base_weights = base_copies(self.model) if is_saved else None
         self.live: tuple[int, float] | None = None
+        self._earlier: tuple[Any, list[Link], tuple[list[Stack], dict[str, Tensor]]] | None = None  # see _earlier_state
         if self.layers:
             self.begin_link(self.config.rank, self.config.alpha)
 
@@ -339,6 +343,49 @@ class AdaptedModel:
         weights = base_copies(self.rebuild_base()) if self.base_weights is None else self.base_weights
         return {name: weights[name] for name in names & weights.keys()} | extras
 
+    # ------------------------------------------------------------------ an earlier state
+
+    @contextmanager
+    def at(self, links: int) -> Iterator[nn.Module]:
+        """Inside the block, the model is as it was after its first links, in evaluation mode and without gradients.
+
+        It is no second model. The current link is left out. Finished links that are merged are subtracted in the forward pass,
+        which is exact within rounding; of stacked links the first ones are used. Fully trained modules and buffers have the
+        values that they had then. After the block, also if it raises, everything is as it was before.
+
+        Args:
+            links: how many links, the finished ones first and then the current one. 0 is the base.
+
+        Yields:
+            The model.
+
+        Raises:
+            UserError: if there are fewer links, or the model is trained without links.
+        """
+        check_links(links, self.link + 1)
+        if self.live is None:
+            raise UserError("links: a model that is trained without links (target_modules null) has no earlier state")
+        stacks, values = self._earlier_state(links) if links <= self.link else ({}, {})
+        with ExitStack() as block:
+            block.enter_context(evaluating(self.model))
+            block.enter_context(torch.no_grad())
+            block.enter_context(self.trained.replaced(values))
+            for layer, stack in zip(self.layers.values(), stacks, strict=False):
+                block.enter_context(with_attribute(layer, "earlier", stack))
+            yield self.model
+
+    def _earlier_state(self, links: int) -> tuple[list[Stack], dict[str, Tensor]]:
+        """Each layer's finished links and the other trained values after the first links; stored for the next call."""
+        place = links, self.placement().device, self.cast_dtype
+        if self._earlier is None or self._earlier[0] != place or not _are_same(self._earlier[1], self.chain.links):
+            stacks = []
+            for name, layer in self.layers.items():
+                own = [link for link in self.chain.links if name in link.factors]
+                n_kept = sum(link.index < links for link in own)
+                stacks.append(layer.first_links([(*link.factors[name], link.scaling(name)) for link in own], n_kept))
+            self._earlier = place, list(self.chain.links), (stacks, self.extras_after(self.chain.truncate(links)))
+        return self._earlier[2]
+
     # ------------------------------------------------------------------ the base
 
     def make_base(self) -> nn.Module:
@@ -465,3 +512,8 @@ class AdaptedModel:
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         return model
+
+
+def _are_same(links: Sequence[Link], others: Sequence[Link]) -> bool:
+    """Whether two chains have the very same links."""
+    return len(links) == len(others) and all(link is other for link, other in zip(links, others, strict=True))

@@ -1,6 +1,7 @@
 """What training changes besides the links: fully trained parameters, and buffers, in the adapted model and outside of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,19 @@ class TrainedValues:
         present = layout.state_dict(self.model) | self.outside()
         for name in present.keys() & values.keys():
             layout.copy_(present[name], values[name])
+
+    @contextmanager
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside the block, the model has these values; afterwards it has its own again, to the bit."""
+        present = layout.state_dict(self.model) | self.outside() if values else {}
+        before = {name: layout.local(present[name]).detach().clone() for name in present.keys() & values.keys()}
+        try:
+            self.write(values)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in before.items():
+                    layout.local(present[name]).copy_(value)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Writes another run's values into the present ones.

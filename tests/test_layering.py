@@ -14,7 +14,7 @@ FILES = {f"cola_lightning.{name}".replace("/", ".").removesuffix(".__init__"): n
 BLOCK = (ROOT / "CONTRIBUTING.md").read_text().split("\n## How the package is built\n")[1].split("```")[1]
 ROWS = [["__init__"]]  # from the bottom up
 ROWS += [re.split("  +", line)[0].split(", ") for line in reversed(BLOCK.splitlines()[1:])]
-TORCH_ONLY = {"adapted_model", "chain", "errors", "layout", "lora", "merge", "seeding", "trained_values", "writing"}
+TORCH_ONLY = {"adapted_model", "chain", "contexts", "errors", "layout", "lora", "merge", "seeding", "trained_values", "writing"}
 BY_NAME = {"lora/conv1d", "lora/linear4bit"}  # layers of other packages, imported once a model has one
 ITS_NEEDS = {"torch", "numpy", "typing_extensions", "safetensors", "cola_lightning"} | sys.stdlib_module_names
 

@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from cola_lightning.chat_template import end_tokens
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
+from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_loss, n_bytes
-from cola_lightning.hf.contexts import evaluating, with_attribute
 from cola_lightning.hf.host_values import Array, Arrays, Batch, shape_arrays, to_device
 from cola_lightning.hf.language import BatchMetrics, LanguageModule, StepOutput
 from cola_lightning.hf.logits import (

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from cola_lightning.hf.contexts import with_attribute
+from cola_lightning.contexts import with_attribute
 from cola_lightning.hf.host_values import Batch
 from cola_lightning.hf.logits import at_positions, forward, router_loss
 

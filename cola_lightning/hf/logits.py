@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cola_lightning.contexts import evaluating
 from cola_lightning.errors import UserError, one_line
-from cola_lightning.hf.contexts import evaluating
 from cola_lightning.hf.host_values import Arrays, Batch, to_device
 
 log = logging.getLogger(__name__)

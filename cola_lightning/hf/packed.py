@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from cola_lightning.constants import IGNORE_INDEX
+from cola_lightning.contexts import evaluating
 from cola_lightning.errors import one_line
-from cola_lightning.hf.contexts import evaluating
 from cola_lightning.hf.host_values import Batch
 from cola_lightning.hf.logits import (
     HALF_TOLERANCE,

@@ -17,7 +17,7 @@ Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -31,10 +31,12 @@ from cola_lightning.lora.config import DRAWS, Factor, LoRAConfig, value_of
 from cola_lightning.lora.stack import Stack
 from cola_lightning.seeding import derive_seed
 
+LinkFactors = tuple[Tensor, Tensor, float]  # A, B and the scaling of a finished link
+
 # The attributes that a LoRA layer adds to its base layer's.
 LINK_ATTRIBUTES = (
     *("lora_A", "lora_B", "lora_dropout", "lora_config", "rank", "alpha", "rank_and_alpha_ratios", "stack"),
-    *("base_class", "base_dtype", "source_dtype"),
+    *("base_class", "base_dtype", "source_dtype", "earlier"),
 )
 
 
@@ -93,6 +95,7 @@ class LoRALayer(nn.Module):
         lora_config: what the model's links are like.
         rank_and_alpha_ratios: the layer's rank and alpha divided by the config's: 1 without patterns.
         stack: the finished links, if they are not merged; else None.
+        earlier: what replaces the current link and the stack while the layer is as it was at an earlier link; else None.
         base_class: the layer's class before it was adapted.
         base_dtype: the layer's compute dtype when it was adapted; a precision may have cast it since.
         source_dtype: the weight's original dtype; ``nf4`` or ``fp4`` for one in 4 bits.
@@ -108,6 +111,7 @@ class LoRALayer(nn.Module):
     alpha: float
     rank_and_alpha_ratios: tuple[float, float]
     stack: Stack | None
+    earlier: Stack | None
     base_class: Any
     base_dtype: torch.dtype
     source_dtype: str
@@ -172,7 +176,7 @@ class LoRALayer(nn.Module):
         adapted: Self = layer
         is_stacking, device = config.should_stack([layer.weight]), layer.weight.device
         dtype = adapted._prepare_weight(is_stacking=is_stacking)
-        adapted.base_dtype, adapted.stack = dtype, None
+        adapted.base_dtype, adapted.stack, adapted.earlier = dtype, None, None
         if is_stacking:
             adapted.begin_stack()
         # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
@@ -264,6 +268,9 @@ class LoRALayer(nn.Module):
         if not is_autocast:  # autocast does the same to each product
             lora_A, lora_B = lora_A.to(self.dtype), lora_B.to(self.dtype)
             x = x.to(self.dtype) if x.is_floating_point() else x
+        if self.earlier is not None:
+            y = self.earlier.add_to(self.base_forward(x, *more), x, self.project_down, self.project_up, *more)
+            return y if is_autocast else y.to(dtype)
         hidden = self.project_down(x if is_index else self.lora_dropout(x), lora_A, *more)
         hidden = hidden * self.scaling  # here, where it is smallest
         y = self.base_forward(x, *more) + self.project_up(hidden, lora_B, *more)
@@ -299,6 +306,21 @@ class LoRALayer(nn.Module):
             layout.add_(self.weight, self.update(lora_A, lora_B, scaling))
         else:
             self.stack.push(lora_A, lora_B, scaling)
+
+    def first_links(self, links: Sequence[LinkFactors], n: int) -> Stack:
+        """What :attr:`earlier` must be for the layer to have only the first n of its finished links.
+
+        Args:
+            links: the layer's finished links.
+            n: how many of them, from the first.
+        """
+        if self.stack is not None:
+            return self.stack.first(sum(lora_A.shape[-2] for lora_A, _, _ in links[:n]))
+        (n_in, n_out), matrices = self.matrix_sizes(self), self.matrices(self)
+        stack = Stack(n_in, n_out, self.dtype, self.lora_A.device, matrices)
+        for lora_A, lora_B, scaling in links[n:]:  # the others are in the weight
+            stack.push(lora_A, lora_B, -scaling)
+        return stack
 
     def reset(self, generator: torch.Generator | None = None, drawn: Factor = "A") -> None:
         """Begins a new link of the present rank in place: draws A, zeroes B, drops their gradients.

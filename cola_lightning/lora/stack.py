@@ -4,6 +4,7 @@ Rounding a merged link into a half-precision weight loses most of it, and a 4-bi
 links is itself of low rank, and its factors are the links' own, side by side.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -61,6 +62,12 @@ class Stack:
         self.A[..., self.rank : end, :] = lora_A / shift
         self.B[..., self.rank : end, :] = lora_B.mT * shift
         self.rank = end
+
+    def first(self, rank: int) -> "Stack":
+        """A stack of the first links, up to this total rank; it shares their memory."""
+        stack = copy.copy(self)
+        stack.A, stack.B, stack.rank = self.A[..., :rank, :], self.B[..., :rank, :], rank
+        return stack
 
     def _grow(self, rank: int) -> None:
         """Makes room for this total rank, up to the next power of two: a compiled model is compiled anew for each size."""

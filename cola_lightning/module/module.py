@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -522,6 +523,37 @@ class COLAModule(LightningModule, RecordsArguments):
         return self.model(*args, **kwargs)
 
     # ------------------------------------------------------------------ a copy, and files
+
+    @contextmanager
+    def at(self, links: int) -> Iterator[nn.Module]:
+        """Inside the block, ``self.model`` is as it was after its first links: a reference or a teacher, and no second model.
+
+        It is in evaluation mode, and no gradients are computed. Its outputs are those of :meth:`merged_model`, within rounding.
+        After the block, also if it raises, everything is as it was before.
+
+        Args:
+            links: how many links, the finished ones first and then the current one: ``self.link`` is the model without the
+                current link. 0 is the base.
+
+        Yields:
+            The model.
+
+        Raises:
+            UserError: if there are fewer links, or the module trains without links.
+
+        Example:
+            >>> class Distillation(COLAModule):
+            ...     def build_model(self):
+            ...         return nn.Linear(4, 2)
+            >>> module = Distillation(target_modules="all-linear", rank=1, alpha=2, seed=0)
+            >>> x = torch.ones(1, 4)
+            >>> with module.at(links=0) as base:
+            ...     teacher = base(x)
+            >>> torch.equal(teacher, module(x)), teacher.requires_grad
+            (True, False)
+        """
+        with self.adapted.at(links) as model:
+            yield model
 
     def merged_model(
         self,

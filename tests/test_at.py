@@ -1,0 +1,109 @@
+"""The model as it was after its first links, inside a block: no second model, and nothing that training needs changes."""
+
+import copy
+
+import pytest
+import torch
+
+from cola_lightning import UserError, lora_layers
+from tests import tiny
+from tests.tiny import causal_lm, logits, three_links
+
+
+def changed(module):
+    """All that training needs, with its bits: values, gradients, modes, and what the layers have."""
+    values = {name: value.clone() for name, value in module.named_parameters()}
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+    modes = {name: part.training for name, part in module.named_modules()}
+    earlier = [layer.earlier for layer in lora_layers(module.model).values()]
+    return values, gradients, modes, earlier, torch.is_grad_enabled()
+
+
+def assert_same(before, after):
+    for mine, theirs in zip(before[:2], after[:2], strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(mine.values(), theirs.values(), strict=True))
+    assert before[2:] == after[2:]
+
+
+OPTIONS = {
+    "merged": {},
+    "stacked": {"finished_links": "stack"},
+    "head": {"modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}},
+    "all-linear": {"target_modules": "all-linear"},
+    "dropout": {"dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_an_earlier_state_has_the_outputs_of_the_merged_model_and_leaves_nothing_behind(tmp_path, case):
+    module = three_links(causal_lm(tmp_path, **{"rank": 4} | OPTIONS[case]))
+    module.train()
+    logits(module.model)
+    loss = module.model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss
+    loss.backward()
+    before = changed(module)
+    ids = torch.randint(2, 400, (2, 10), generator=torch.Generator().manual_seed(6))
+    mask = torch.tensor([[1] * 10, [1] * 7 + [0] * 3])
+    for links in range(4):
+        with module.at(links) as model:
+            assert model is module.model and not torch.is_grad_enabled()
+            mine = model(input_ids=ids, attention_mask=mask).logits.float()
+        expected = logits(module.merged_model(links))
+        assert (mine - expected).abs().max() <= 1e-6 * expected.abs().max().clamp(min=1), links
+        assert_same(before, changed(module))
+    with pytest.raises(KeyError), module.at(1):
+        raise KeyError("of the user's")
+    assert_same(before, changed(module))
+
+
+def test_blocks_can_be_nested(tmp_path):
+    module = three_links(causal_lm(tmp_path, rank=4))
+    with module.at(1) as model:
+        first = logits(model)
+        with module.at(0) as base:
+            assert not torch.equal(logits(base), first)
+        assert torch.equal(logits(model), first)
+
+
+def test_the_stored_state_is_that_of_the_present_chain(tmp_path):
+    module = three_links(causal_lm(tmp_path, rank=4))
+    with module.at(0) as model:
+        base = logits(model)
+    module.tie_knot(rank=4)
+    with module.at(0) as model:
+        assert torch.allclose(logits(model), base, atol=1e-5)
+    with module.at(3) as model:
+        assert torch.allclose(logits(model), logits(module.merged_model(3)), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_stacked_links_the_first_are_used_to_the_bit(tmp_path, dtype):
+    module = three_links(causal_lm(tmp_path, rank=4, finished_links="stack", dtype=dtype))
+    links = module.chain.truncate(1)
+    with module.at(1) as model:
+        mine = logits(model)
+    other = causal_lm(tmp_path / "other", rank=4, finished_links="stack", dtype=dtype)
+    other.configure_model()
+    other.adapted.replay(links)
+    assert torch.equal(mine, logits(other.model))
+
+
+def test_the_module_s_own_copies_have_no_earlier_state(tmp_path):
+    module = three_links(causal_lm(tmp_path, rank=4))
+    with module.at(0):
+        pass
+    assert torch.equal(logits(copy.deepcopy(module.model)), logits(module.model))
+    assert not hasattr(module.merged_model().model.layers[0].self_attn.q_proj, "earlier")
+
+
+@pytest.mark.parametrize("links", [-1, 5])
+def test_links_that_are_not_there_are_refused(tmp_path, links):
+    with pytest.raises(UserError, match="links: must be between 0 and 3"), three_links(causal_lm(tmp_path, rank=4)).at(links):
+        pass
+
+
+def test_full_fine_tuning_has_no_earlier_state(tmp_path):
+    module = tiny.causal_lm(tmp_path, target_modules=None)
+    with pytest.raises(UserError, match="target_modules null"), module.at(0):
+        pass
