@@ -47,7 +47,8 @@ def test_an_earlier_state_has_the_outputs_of_the_merged_model_and_leaves_nothing
     mask = torch.tensor([[1] * 10, [1] * 7 + [0] * 3])
     for links in range(4):
         with module.at(links) as model:
-            assert model is module.model and not torch.is_grad_enabled()
+            assert model is module.model
+            assert not torch.is_grad_enabled()
             mine = model(input_ids=ids, attention_mask=mask).logits.float()
         expected = logits(module.merged_model(links))
         assert (mine - expected).abs().max() <= 1e-6 * expected.abs().max().clamp(min=1), links

@@ -1,7 +1,7 @@
 """Causal language models: prompted classification, the language-model loss, and generation."""
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
@@ -259,7 +259,13 @@ class COLACausalLM(LanguageModule):
         """
         return not (self.should_compile or self.is_sharded or has_router_loss(self.model))
 
-    def _language_step(self, batch: Batch) -> StepOutput:
+    def language_parts(self, batch: Batch) -> Iterator[tuple[list[int], Batch, Array, Array]]:
+        """A language-model batch, split into forward passes of rows of similar length, where that saves time.
+
+        Yields:
+            The indices of the rows; their batch; the positions with a loss in any of them; and the next tokens there (rows x
+            positions), -100 without a loss.
+        """
         check_fields(self.model, batch, MODULE_FIELDS)
         self._check_mask(batch)
         host: Batch = self.host_values.get_batch(batch)
@@ -268,28 +274,34 @@ class COLACausalLM(LanguageModule):
         arrays = shape_arrays(host)
         may_split = batch.keys() <= TOKEN_FIELDS and self._may_split
         parts = split_by_length(batch, arrays) if may_split else [(list(range(len(batch["labels"]))), batch)]
-        losses = (self._language_loss(part, *_next_tokens(arrays, rows, part["labels"].shape[1])) for rows, part in parts)
+        for rows, part in parts:
+            places, labels, positions = _next_tokens(arrays, rows, part["labels"].shape[1])
+            if positions is not None and part.keys() <= TOKEN_FIELDS:  # else an image's tokens may have more than one
+                part = {"position_ids": to_device(torch.from_numpy(positions), part["labels"].device), **part}
+            yield rows, part, places, labels
+
+    def _language_step(self, batch: Batch) -> StepOutput:
+        losses = (self._language_loss(part, places, labels) for _, part, places, labels in self.language_parts(batch))
         totals, router_losses, counts = zip(*losses, strict=True)
         total, size = totals[0] if len(totals) == 1 else torch.stack(totals).sum(), sum(counts)
         loss = total / max(size, 1)
         return StepOutput(loss + router_losses[0] if has_router_loss(self.model) else loss, size)
 
-    def _language_loss(self, batch: Batch, places: Any, labels: Any, positions: Any) -> tuple[Tensor, Tensor | float, int]:
+    def _language_loss(self, batch: Batch, places: Any, labels: Any) -> tuple[Tensor, Tensor | float, int]:
         """The sum of the losses of a batch's tokens, the router's loss of a mixture of experts, and the number of tokens."""
 
         def move(values: Array) -> Tensor:
             return to_device(torch.from_numpy(values), batch["labels"].device)
 
         indices, places, labels = np.flatnonzero(labels != IGNORE_INDEX), move(places), move(labels.ravel())
-        if positions is not None and batch.keys() <= TOKEN_FIELDS:  # else an image's tokens may have more than one
-            batch = {"position_ids": move(positions), **batch}
-        if self._is_chunked(len(labels)):
+        if self.is_chunked(len(labels)):
             return *chunked_loss(self.model, batch, places, labels, move(indices)), len(indices)
         logits, router_loss = logits_and_router_loss(self.model, batch, places)
         total = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORE_INDEX, reduction="sum")
         return total, router_loss, len(indices)
 
-    def _is_chunked(self, n_positions: int) -> bool:
+    def is_chunked(self, n_positions: int) -> bool:
+        """Whether the loss at these positions is computed in chunks, so that their logits never exist together."""
         if self.chunked_loss is None and not self.is_wrapped_by_fsdp1:  # which has its weights in the forward pass alone
             return n_bytes(self.model, n_positions) > CHUNKED_ABOVE
         return bool(self.chunked_loss)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from cola_lightning.contexts import with_attribute
 from cola_lightning.hf.host_values import Batch
@@ -33,6 +34,45 @@ def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, indic
         labels: of all rows and positions in one dimension, -100 without a loss.
         indices: those of the labels with a loss, row by row.
     """
+    compute_logits, hidden, loss_of_router = _head_and_its_inputs(model, batch, places)
+    hidden, labels = hidden.flatten(0, 1)[indices], labels[indices]
+    size = max(1, CHUNK // n_bytes(model, 1))
+    if torch.is_grad_enabled():
+        trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
+        total: Tensor = _SumOfLosses.apply(compute_logits, size, labels, hidden, *trained)  # type: ignore[no-untyped-call]
+    else:
+        parts = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+        losses = [F.cross_entropy(compute_logits(chunk).float(), targets, reduction="sum") for chunk, targets in parts]
+        total = torch.stack(losses).sum()
+    return total, loss_of_router
+
+
+def chunked_token_losses(
+    model: Any, batch: Batch, places: Tensor, labels: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor | float]:
+    """The loss of each token, and the router's loss; the arguments are those of :func:`chunked_loss`.
+
+    How the tokens' losses are combined is known only afterwards. So the gradient of each token's loss is stored for its own
+    input of the head, and only where the head itself is trained are the logits computed again.
+    """
+    compute_logits, hidden, loss_of_router = _head_and_its_inputs(model, batch, places)
+    hidden, labels = hidden.flatten(0, 1)[indices], labels[indices]
+    chunks = zip(*(torch.split(values, max(1, CHUNK // n_bytes(model, 1))) for values in (hidden, labels)), strict=True)
+
+    def losses_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(compute_logits(inputs).float(), targets, reduction="none")
+
+    if not torch.is_grad_enabled():
+        losses = [losses_of(*chunk) for chunk in chunks]
+    elif any(p.requires_grad for p in model.get_output_embeddings().parameters()):
+        losses = [checkpoint(losses_of, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        losses = [_TokenLosses.apply(losses_of, *chunk) for chunk in chunks]  # type: ignore[no-untyped-call]
+    return torch.cat(losses), loss_of_router
+
+
+def _head_and_its_inputs(model: Any, batch: Batch, places: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor | float]:
+    """A function from inputs of a model's head to logits, the head's inputs at the places, and the router's loss."""
     head, inputs = model.get_output_embeddings(), list[Tensor]()
 
     def store_input(hidden: Tensor) -> Tensor:
@@ -48,16 +88,7 @@ def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, indic
         logits: Tensor = head(chunk[None])
         return (logits if is_plain else _transform_logits(model, head, chunk[None], logits))[0]
 
-    hidden, labels = hidden.flatten(0, 1)[indices], labels[indices]
-    size = max(1, CHUNK // n_bytes(model, 1))
-    if torch.is_grad_enabled():
-        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        total: Tensor = _SumOfLosses.apply(compute_logits, size, labels, hidden, *trained)  # type: ignore[no-untyped-call]
-    else:
-        parts = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
-        losses = [F.cross_entropy(compute_logits(chunk).float(), targets, reduction="sum") for chunk, targets in parts]
-        total = torch.stack(losses).sum()
-    return total, router_loss(model, output)
+    return compute_logits, hidden, router_loss(model, output)
 
 
 def _transform_logits(model: Any, head: nn.Module, hidden: Tensor, logits: Tensor) -> Tensor:
@@ -102,3 +133,21 @@ class _SumOfLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, *(gradient * saved for saved in ctx.saved_tensors)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """The losses of tokens; it computes the gradient of each with respect to its own input in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, losses_of: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+        inputs = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            losses = losses_of(inputs, targets)
+            ctx.save_for_backward(*torch.autograd.grad(losses.sum(), inputs))
+        return losses.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        (saved,) = ctx.saved_tensors
+        return None, gradient[:, None].to(saved.dtype) * saved, None

@@ -5,12 +5,12 @@ import importlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
 from cola_lightning.constants import Dtype
@@ -36,12 +36,14 @@ class StepOutput:
         size: the number of rows or tokens that the mean is over.
         predictions: for the metric, one for each row; None if there is no metric to compute.
         targets: the correct predictions, in the same shape.
+        logged: more values by name, one for each row; their means are logged under the name, in evaluation after ``val_``.
     """
 
     loss: Tensor
     size: int
     predictions: Tensor | None = None
     targets: Tensor | None = None
+    logged: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 # By a metric's name: a function that creates it, and the arguments of its ``update``.
@@ -230,6 +232,8 @@ class LanguageModule(COLAModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         output = self.step(batch)
         trainer = trainer_of(self)
+        for name, values in output.logged.items():
+            self.log(name, values.mean(), batch_size=output.size)
         if trainer is None:  # without one, a window has no end
             self.log("train_loss", output.loss, batch_size=output.size, prog_bar=True)
             return output.loss
@@ -257,7 +261,8 @@ class LanguageModule(COLAModule, ABC):
     def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
         output = self.step(batch)
         self.log(f"{stage}_loss", output.loss, batch_size=output.size, prog_bar=True, sync_dist=True)
-        for name, (make, values) in self.batch_metrics(batch, output).items():
+        means = {name: (MeanMetric, (values,)) for name, values in output.logged.items()}
+        for name, (make, values) in {**means, **self.batch_metrics(batch, output)}.items():
             key = f"{stage}_{name}_{dataloader_idx}"
             if key not in self.evaluation_metrics:
                 self.evaluation_metrics[key] = make().to(self.device)

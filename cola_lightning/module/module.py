@@ -479,6 +479,7 @@ class COLAModule(LightningModule, RecordsArguments):
         adapted.chain.base = replace(adapted.chain.base, labels=self.labels_of_base)
         if self.first_chain is not None:
             adapted.start_from(self.first_chain)
+            self.fit_progress.first_link = len(self.first_chain)
         if adapted.layers:
             adapted.begin_link(*self.fit_progress.schedule.rank_and_alpha(self.link, self.lora_config))
         if self.activation_checkpointing:

@@ -19,6 +19,7 @@ class FitProgress:
         link_start: the position at which the current link began.
         end: the position at which the last fit ended, or at which the checkpoint was written that the module was loaded from; a
             next fit at the same position continues it. None before the first fit.
+        first_link: index of the run's first link: how many links ``init_chain`` has.
         n_earlier_fits: how many fits have trained the module before this one, which draws other numbers than they did.
         length: length of the present fit; None while it is not known.
     """
@@ -27,6 +28,7 @@ class FitProgress:
         self.schedule = ChainSchedule()
         self.link_start = START
         self.end: FitPosition | None = None
+        self.first_link = 0
         self.n_earlier_fits = 0
         self.length: RunLength | None = None
         self._trainer: weakref.ref[Trainer] | None = None  # of the last fit; an evaluation by another may have followed
@@ -82,13 +84,14 @@ class FitProgress:
             "link_start": list(self.link_start),
             "position": list(self.position(trainer)),
             "n_before": self.n_earlier_fits,
+            "first_link": self.first_link,
             "has_knots": self.schedule.has_knots,
         }
 
     def restore(self, stored: Mapping[str, Any]) -> None:
         """Restores what :meth:`to_store` returned, except for the schedule, which is an option of each fit."""
         self.link_start, self.end = FitPosition(*stored["link_start"]), FitPosition(*stored["position"])
-        self.n_earlier_fits = stored["n_before"]
+        self.n_earlier_fits, self.first_link = stored["n_before"], stored.get("first_link", 0)
 
 
 def run_length(trainer: Trainer, epoch_start: FitPosition) -> RunLength:
