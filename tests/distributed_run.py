@@ -25,6 +25,7 @@ from cola_lightning import (
     ChainOfLoRA,
     COLACausalLM,
     COLAModule,
+    COLAPreferenceLM,
     EpochDataModule,
     LastCheckpoint,
     PredictionWriter,
@@ -448,6 +449,19 @@ def weighed(folder):
         made.fit(module, loader, loader)
         losses = torch.tensor(watch.losses[4 // world() - 1 :: 4 // world()])
         torch.save(held(module) | {"losses": losses}, folder / f"{name}.rank{made.global_rank}.pt")
+
+
+def preferred(folder):
+    """Preference tuning with a reference that three knots move: six steps of four pairs, over the processes."""
+    batches = [tiny.pair_batch(tiny.random_pairs(2, seed=k)) for k in range(12)]
+    for strategy in ("ddp", "fsdp2") if world() > 1 else ("single",):
+        module = COLAPreferenceLM(str(folder / "llama"), rank=2, seed=0, reference="link")
+        watch, chain = Watch(folder, name := f"preferred-{strategy}"), {"every_n_train_steps": 2}
+        settings = {"max_epochs": 1, "limit_val_batches": 0, "use_distributed_sampler": False}
+        made = trainer_by(strategy, folder, watch, chain=chain, accumulate_grad_batches=2 // world(), **settings)
+        loader = DataLoader(batches[made.global_rank :: world()], batch_size=None)
+        made.fit(module, loader, loader)
+        torch.save(held(module) | {"losses": torch.tensor(watch.losses[-1:])}, folder / f"{name}.rank{made.global_rank}.pt")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
     tiny.folder(folder / "llama")
     rows = [{"name": "so " * (k % 4), "answers": ["long", "very long"]} for k in range(9)]
     tiny.write_rows(folder, rows)
-    forked_torchrun(folder, "same", "predicted", "written", "counted", "plateau", "weighed")
+    forked_torchrun(folder, "same", "predicted", "written", "counted", "plateau", "weighed", "preferred")
     return folder
 
 
@@ -121,6 +121,15 @@ def test_tokens_weigh_alike_over_the_batches_of_all_processes(trained):
             first, second = left_by(trained, f"weighed-{name}-{strategy}")
             assert_bit_equal(first, second)
             assert distance(first, expected) < 1e-5
+
+
+def test_preferences_with_a_moving_reference_are_those_of_one_process(trained):
+    run.preferred(trained)
+    expected = torch.load(trained / "preferred-single.rank0.pt")
+    for strategy in ("ddp", "fsdp2"):
+        first, second = left_by(trained, f"preferred-{strategy}")
+        assert_bit_equal(first, second)
+        assert distance(first, expected) < 1e-5
 
 
 def test_a_run_moves_to_other_numbers_of_processes_and_other_strategies(went_on):

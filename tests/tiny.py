@@ -371,6 +371,23 @@ def batches_of(rows, *sizes):
     return batches
 
 
+LENGTHS_OF_PAIRS = [(6, 4, 7), (3, 9, 2), (11, 1, 5), (4, 6, 6)]  # of a prompt, its chosen and its rejected response
+
+
+def random_pairs(n=4, seed=0):
+    """Prompts, chosen and rejected responses in random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [LENGTHS_OF_PAIRS[k % 4] for k in range(n)]
+    return [[torch.randint(2, 400, (size,), generator=generator).tolist() for size in row] for row in sizes]
+
+
+def pair_batch(rows):
+    """A batch of pairs, as PreferenceDataModule makes it."""
+    both = [(row[0], row[place]) for place in (1, 2) for row in rows]
+    encoded = [{"input_ids": p + r, "spans": [len(p), len(p) + len(r)]} for p, r in both]
+    return {**collate_language(encoded, 1), "n_pairs": len(rows)}
+
+
 class Shuffled(EpochDataModule):
     """Batches in an order of the seed, in which a run resumes."""
 
