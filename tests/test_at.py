@@ -78,13 +78,14 @@ def test_the_stored_state_is_that_of_the_present_chain(tmp_path):
         assert torch.allclose(logits(model), logits(module.merged_model(3)), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_of_stacked_links_the_first_are_used_to_the_bit(tmp_path, dtype):
-    module = three_links(causal_lm(tmp_path, rank=4, finished_links="stack", dtype=dtype))
+@pytest.mark.parametrize("base", [{}, {"dtype": "bfloat16"}, {"quantization": "nf4"}])
+def test_of_stacked_links_the_first_are_used_to_the_bit(tmp_path, base):
+    options = {"rank": 4, "finished_links": "stack"} | base
+    module = three_links(causal_lm(tmp_path, **options))
     links = module.chain.truncate(1)
     with module.at(1) as model:
         mine = logits(model)
-    other = causal_lm(tmp_path / "other", rank=4, finished_links="stack", dtype=dtype)
+    other = causal_lm(tmp_path / "other", **options)
     other.configure_model()
     other.adapted.replay(links)
     assert torch.equal(mine, logits(other.model))
