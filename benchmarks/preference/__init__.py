@@ -1,0 +1,1 @@
+"""Preference tuning: does a reference that knots move pay, and what does a step cost?"""
