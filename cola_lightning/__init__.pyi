@@ -11,6 +11,7 @@ from .data.base import EpochDataModule as EpochDataModule
 from .data.classification import TextClassificationDataModule as TextClassificationDataModule
 from .data.examples import Example as Example
 from .data.examples import OptionDataModule as OptionDataModule
+from .data.preferences import PreferenceDataModule as PreferenceDataModule
 from .data.tasks import PromptDataModule as PromptDataModule
 from .data.templates import TemplateDataModule as TemplateDataModule
 from .data.text import TextDataModule as TextDataModule

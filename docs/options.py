@@ -17,6 +17,7 @@ from cola_lightning import (
     COLACausalLM,
     COLASequenceClassifier,
     LastCheckpoint,
+    PreferenceDataModule,
     PromptDataModule,
     TemplateDataModule,
     TextClassificationDataModule,
@@ -26,7 +27,7 @@ from cola_lightning.cli import main
 
 CLASSES = {
     "model": [COLACausalLM, COLASequenceClassifier],
-    "data": [TextDataModule, TemplateDataModule, TextClassificationDataModule, PromptDataModule],
+    "data": [TextDataModule, PreferenceDataModule, TemplateDataModule, TextClassificationDataModule, PromptDataModule],
     "chain": [ChainOfLoRA],
     "last": [LastCheckpoint],
     "trainer": [Trainer],

@@ -90,7 +90,7 @@ REAL_PAIRS = {
 def test_of_preference_pairs_the_suggested_option_trains_the_preferred_answer(tmp_path, name):
     row, option = REAL_PAIRS[name]
     source = tiny.write_rows(tmp_path / "rows", [row] * 8, ["train"])
-    with pytest.raises(UserError, match=r"preference pairs, which this package does not train as such") as caught:
+    with pytest.raises(UserError, match=r"preference pairs.* COLAPreferenceLM with PreferenceDataModule") as caught:
         encoded([row] * 8, tmp_path / "other", tiny.chat_tokenizer(tiny.CHAT), "fit")
     (suggestion,) = re.findall(r"--data\.columns '(.*?)'", str(caught.value))
     assert suggestion == option

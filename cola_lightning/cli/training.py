@@ -46,7 +46,7 @@ GROUPS = {  # titles and descriptions in `--help`
     ),
     "data": (
         "The data (`--data.help CLASS` lists the options of a class)",
-        "TextDataModule (the default), TemplateDataModule,\n"
+        "TextDataModule (the default), PreferenceDataModule, TemplateDataModule,\n"
         "TextClassificationDataModule, PromptDataModule, or a class of your own.",
     ),
     "chain": ("Knots: when a link ends and the next one begins", "Without these options, one link is trained: plain LoRA."),

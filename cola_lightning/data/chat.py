@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cola_lightning.chat_template import ChatTemplate, Conversation, Message, text_of
+from cola_lightning.data.conversations import PreferencePair
 from cola_lightning.data.encoding import TOO_LONG, LanguageRow, TooLong, n_common, room_for_prompt, tokenize_continued
 from cola_lightning.data.rows import each, together
 from cola_lightning.errors import UnusableRow
@@ -104,6 +105,46 @@ def encode_conversations(
 
     all_turns = _encoded_turns(template, conversations, notes)
     return each(lambda pair: encode(*pair), zip(conversations, all_turns, strict=True))
+
+
+def encode_preferences(
+    template: ChatTemplate, pairs: Sequence[PreferencePair], max_length: int, notes: set[str], too_long: TooLong = "shorten"
+) -> list[tuple[LanguageRow, LanguageRow] | UnusableRow]:
+    """Preference pairs as tokens, the chosen and the rejected response of each, with the loss on the response.
+
+    Both keep the same prompt. If the longer one is over ``max_length``, the prompt is shortened as that of a conversation;
+    then the responses lose their ends.
+
+    Args:
+        template: the tokenizer's chat template.
+        pairs: the pairs.
+        max_length: in tokens.
+        notes: lines for the log are added to it.
+        too_long: whether to shorten or to skip a longer pair.
+    """
+
+    def encode(pair: PreferencePair, encoded: Sequence[list[EncodedTurn] | UnusableRow]) -> tuple[LanguageRow, LanguageRow]:
+        lengths: list[int] = []  # before the prompt is shortened
+        while True:
+            if reasons := [turns for turns in encoded if isinstance(turns, UnusableRow)]:
+                if (shorter := _without_greeting(pair.prompt)) is None:
+                    raise reasons[0]
+            else:
+                both = [_only_group(turns) for turns in encoded if not isinstance(turns, UnusableRow)]
+                lengths = lengths or [len(turns[-1].ids) for turns in both]
+                if max(lengths) > max_length and too_long == "skip":
+                    raise UnusableRow(TOO_LONG)
+                longer = max(both, key=lambda turns: len(turns[-1].ids))
+                response = replace(longer[-1], start=longer[0].start)
+                shorter = _shortened(template, pair.prompt, response, max_length, shortens_response=True)
+                if shorter is None:
+                    lost = [n - min(len(turns[-1].ids), max_length) for n, turns in zip(lengths, both, strict=True)]
+                    return _row(both[0], max_length, lost[0]), _row(both[1], max_length, lost[1])
+            pair = replace(pair, prompt=shorter)
+            encoded = _encoded_turns(template, pair.conversations(), notes)
+
+    flat = _encoded_turns(template, [conversation for pair in pairs for conversation in pair.conversations()], notes)
+    return each(lambda item: encode(item[0], item[1:]), zip(pairs, flat[::2], flat[1::2], strict=True))
 
 
 def fit_prompt(template: ChatTemplate, conversation: Conversation, max_length: int) -> str:
@@ -306,6 +347,14 @@ def _grouped(turns: Sequence[EncodedTurn]) -> list[list[EncodedTurn]]:
             groups.append(group := [])
         group.append(turn)
     return groups
+
+
+def _only_group(turns: Sequence[EncodedTurn]) -> list[EncodedTurn]:
+    """The turns of a response, if one row can train all of them."""
+    first, *others = _grouped(turns)
+    if others:
+        raise UnusableRow("a response of several turns, of which the chat template rewrites earlier ones")
+    return first
 
 
 def _row(turns: Sequence[EncodedTurn], max_length: int, n_lost: int) -> LanguageRow:

@@ -11,6 +11,7 @@ Kind = Literal["messages", "prompt", "text"]
 Columns = dict[str, str]  # the name of the column in each slot
 
 SLOTS = ("messages", "tools", "prompt", "input", "response", "system", "text")
+PAIR_SLOTS = ("prompt", "input", "chosen", "rejected", "system", "tools")
 CONVERSATIONS = ("messages", "conversations", "conversation")
 # Columns with what is asked, the first one that a data set has, and columns that may answer them.
 ANSWERS = {
@@ -30,6 +31,7 @@ SYSTEMS = ("system", "system_prompt")
 # Columns of preference pairs: with the rejected answer, and with the preferred one.
 PREFERRED = {"rejected": "chosen", "non_preferred_output": "preferred_output", "dispreferred": "preferred", "worse": "better"}
 PREFERRED |= {"rejected_response": "chosen_response", "response_rejected": "response_chosen", "bad": "good"}
+UNPAIRED = ("label", "kto_tag")  # columns that say, as true or false, whether a response is good
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,18 @@ class Reading:
 
     def __str__(self) -> str:
         """Which columns are used, for the log."""
-        inputs = [name for slot, name in self.columns.items() if slot not in ("response", "completion", "system", "tools")]
-        answer = [self.columns[slot] for slot in ("response", "completion") if slot in self.columns]
-        text = " -> ".join([", ".join(inputs), *answer])
-        text += "".join(f", {slot}: {self.columns[slot]}" for slot in ("system", "tools") if slot in self.columns)
+        answers, others = ("response", "completion", "chosen", "rejected"), ("system", "tools")
+        inputs = [name for slot, name in self.columns.items() if slot not in (*answers, *others)]
+        answer = " over ".join(self.columns[slot] for slot in answers if slot in self.columns)
+        text = " -> ".join(filter(None, [", ".join(inputs), answer]))
+        text += "".join(f", {slot}: {self.columns[slot]}" for slot in others if slot in self.columns)
         return text + "".join(f" (or {as_option(self.columns | {slot: name})})" for name, slot in self.others.items())
 
 
 def as_option(columns: Columns) -> str:
     """The option that names these columns."""
-    return f"--data.columns '{{{', '.join(f'{slot}: {name}' for slot, name in columns.items())}}}'"
+    named = {"response" if slot == "completion" else slot: name for slot, name in columns.items()}
+    return f"--data.columns '{{{', '.join(f'{slot}: {name}' for slot, name in named.items())}}}'"
 
 
 def find_columns(
@@ -79,12 +83,13 @@ def find_columns(
         {'prompt': 'instruction', 'input': 'input', 'response': 'output'}
     """
     if chosen is not None:
-        return _chosen_columns(names, chosen, has_response=has_response)
+        return _chosen_columns(names, lists, chosen, has_response=has_response)
     if not has_response:  # the same columns as in training, if there are those
         with contextlib.suppress(UserError):
             return find_columns(names, lists, None)
-    optional = {"tools": ("tools",), "system": SYSTEMS}
-    extra = {slot: name for slot, usual in optional.items() if (name := next((n for n in usual if n in names), None))}
+    extra = _extra(names)
+    if has_response and "conversations" in lists and _preferred_and_rejected(names):  # LLaMA-Factory: they end with the user
+        raise _nothing_fits(names, lists, {"prompt": "conversations"} | extra)
     conversations = [{"messages": name} for name in CONVERSATIONS if name in lists]
     if {"prompt", "completion"} <= {*lists}:
         conversations.append({"prompt": "prompt", "completion": "completion"})
@@ -113,21 +118,35 @@ def find_columns(
     raise _nothing_fits(names, lists, used | extra)
 
 
+def _extra(names: Sequence[str]) -> Columns:
+    """The columns with the system prompt and the tools, if there are any."""
+    optional = {"tools": ("tools",), "system": SYSTEMS}
+    return {slot: name for slot, usual in optional.items() if (name := next((n for n in usual if n in names), None))}
+
+
+def _preferred_and_rejected(names: Sequence[str]) -> tuple[str, str] | None:
+    """The columns with the preferred and with the rejected response, if there are both."""
+    by_lower = {name.lower(): name for name in names}
+    pairs = [(by_lower[good], by_lower[bad]) for bad, good in PREFERRED.items() if {good, bad} <= by_lower.keys()]
+    return next(iter(pairs), None)
+
+
 def _nothing_fits(names: Sequence[str], lists: Collection[str], prompt: Columns) -> UserError:
     """The error for rows of an unknown kind: no option that it shows trains on a rejected answer."""
-    by_lower = {name.lower(): name for name in names}
-    usable = [name for lower, name in by_lower.items() if lower not in PREFERRED and "reject" not in lower]
-    for rejected, preferred in PREFERRED.items():
-        if {rejected, preferred} <= by_lower.keys():
-            answer = by_lower[preferred]
-            others = [name for name in usable if preferred not in name.lower() and name not in (*lists, *prompt.values())]
-            question = prompt if "prompt" in prompt else {"prompt": others[0]} | prompt if others else {}
-            columns = {"messages": answer} if answer in lists else question | {"response" if question else "text": answer}
-            condition = ", if its turns include the prompt" if answer in lists else ""
-            return UserError(
-                f"data.columns: {answer} and {by_lower[rejected]} are preference pairs, which this package does not train as "
-                f"such. To train on the preferred answers alone, use {as_option(columns)}{condition}"
-            )
+    usable = [name for name in names if name.lower() not in PREFERRED and "reject" not in name.lower()]
+    if pair := _preferred_and_rejected(names):
+        answer, rejected = pair
+        others = [name for name in usable if answer not in name and name not in (*lists, *prompt.values())]
+        prompt = {"prompt": "prompt"} | prompt if {"prompt", answer} <= {*lists} else prompt
+        question = prompt if "prompt" in prompt else {"prompt": others[0]} | prompt if others else {}
+        has_all = answer in lists and prompt.get("prompt") not in lists
+        columns = {"messages": answer} if has_all else question | {"response" if question else "text": answer}
+        condition = ", if its turns include the prompt" if has_all else ""
+        return UserError(
+            f"data.columns: {answer} and {rejected} are preference pairs. To train on the pairs, use COLAPreferenceLM with "
+            "PreferenceDataModule (--model COLAPreferenceLM --data PreferenceDataModule). To train on the preferred answers "
+            f"alone, use {as_option(columns)}{condition}"
+        )
     slots = ("prompt", "response") if len(usable) > 1 else ("text",)
     example = as_option(dict(zip(slots, [*usable[:1], *usable[-1:]], strict=False)))
     return UserError(
@@ -143,12 +162,82 @@ def _ambiguous(readings: Iterable[Columns]) -> UserError:
     return UserError(f"data.columns: two columns fit, and each would train something else: choose {options}")
 
 
-def _chosen_columns(names: Sequence[str], chosen: Mapping[str, str], *, has_response: bool) -> Reading:
-    if unknown := [slot for slot in chosen if slot not in SLOTS]:
-        raise UserError(f"data.columns: {unknown[0]!r} is not one of {', '.join(SLOTS)}")
+def _check_named(names: Sequence[str], chosen: Mapping[str, str], slots: Sequence[str]) -> None:
+    if unknown := [slot for slot in chosen if slot not in slots]:
+        raise UserError(f"data.columns: {unknown[0]!r} is not one of {', '.join(slots)}")
     if missing := [name for name in chosen.values() if name not in names]:
         raise UserError(f"data.columns: the data has no column {missing[0]!r}; its columns are {', '.join(names)}")
+
+
+def _chosen_columns(names: Sequence[str], lists: Collection[str], chosen: Mapping[str, str], *, has_response: bool) -> Reading:
+    _check_named(names, chosen, SLOTS)
     kinds = [kind for kind in get_args(Kind) if kind in chosen]
     if len(kinds) != 1 or (kinds == ["prompt"] and has_response and "response" not in chosen):
         raise UserError(f"data.columns: name messages, prompt and response, or text; got {', '.join(chosen) or 'none'}")
+    if "response" in chosen and chosen.get("prompt") in lists:  # turns, and the turns that follow them
+        return Reading("messages", {"completion" if slot == "response" else slot: name for slot, name in chosen.items()}, {})
     return Reading(kinds[0], dict(chosen), {})
+
+
+# ---------------------------------------------------------------------- preferences
+
+
+def find_pairs(names: Sequence[str], lists: Collection[str], chosen: Mapping[str, str] | None) -> Reading:
+    """Finds how the rows of a data set are read as preference pairs: the slots are ``chosen``, ``rejected`` and ``prompt``.
+
+    Without a column for the prompt, both responses include it: as turns or, in rows of kind ``prompt``, as one text with
+    the marks ``Human:`` and ``Assistant:``.
+
+    Args:
+        names: the data set's columns.
+        lists: those that hold lists.
+        chosen: ``data.columns``: the column in each slot; None: found by their names.
+
+    Raises:
+        UserError: if there are no pairs.
+
+    Example:
+        >>> str(find_pairs(["system", "question", "chosen", "rejected"], [], None))
+        'question -> chosen over rejected, system: system'
+    """
+    others = Columns()
+    if chosen is not None:
+        _check_named(names, chosen, PAIR_SLOTS)
+        if not {"chosen", "rejected"} <= chosen.keys():
+            raise UserError(f"data.columns: name chosen and rejected, and prompt; got {', '.join(chosen) or 'none'}")
+        columns = dict(chosen)
+    elif pair := _preferred_and_rejected(names):
+        prompts = [name for name in dict.fromkeys(("conversations", "prompt", *ANSWERS)) if name in names]
+        inputs = [name for name in INPUTS if name in names and prompts[:1] == ["instruction"]]
+        columns = dict(zip(("prompt", "input"), [*prompts[:1], *inputs], strict=False))
+        columns |= {"chosen": pair[0], "rejected": pair[1]}
+        if prompts or pair[0] in lists:
+            columns |= _extra(names)
+        if pair[0] not in lists:
+            others = {name: "prompt" for name in prompts[1:] if name not in columns.values()}
+    else:
+        example = dict(zip(("prompt", "chosen", "rejected"), [*names, *("...",) * 3][:3], strict=True))
+        labels = [name for name in UNPAIRED if name in names]
+        unpaired = f" {', '.join(labels)} of single responses (KTO) makes no pairs." * bool(labels)
+        raise UserError(
+            f"data.columns: found no preference pairs among the columns {', '.join(names)}.{unpaired} A row needs a "
+            "preferred and a rejected response, such as chosen and rejected, and their prompt. Name them, for example "
+            f"{as_option(example)}. For rows with one response, use COLACausalLM with TextDataModule"
+        )
+    has_turns = columns["chosen"] in lists or columns.get("prompt") in lists
+    return Reading("messages" if has_turns else "prompt", columns, others)
+
+
+def check_unpaired(reading: Reading, booleans: Collection[str]) -> None:
+    """Refuses rows with a column that says whether a response is good: otherwise, bad responses are trained on like good ones.
+
+    Args:
+        reading: the columns, as found by their names.
+        booleans: the data set's columns that hold true or false.
+    """
+    label = next((name for name in UNPAIRED if name in booleans), None)
+    if label is not None and reading.kind != "text":
+        raise UserError(
+            f"data.columns: {label} says for each response whether it is good. Such unpaired preferences (KTO) are neither "
+            f"pairs nor responses to imitate, and cannot be trained. To train on all of them, use {as_option(reading.columns)}"
+        )

@@ -1,12 +1,14 @@
 """What is trained of a row's fields: conversations as people store them, and prompts with their responses."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cola_lightning.chat_template import Conversation, Message, assistant_turn, text_of, user_turn
 from cola_lightning.data.columns import Columns, Kind
-from cola_lightning.data.encoding import Pair
+from cola_lightning.data.encoding import Pair, n_common
 from cola_lightning.data.rows import Row, without_null
 from cola_lightning.errors import UnusableRow
 
@@ -14,6 +16,9 @@ ROLES = {"human": "user", "observation": "tool"} | dict.fromkeys(("gpt", "chatgp
 CALLS = ("function_call", "tool_call")  # roles of turns in which the assistant calls functions, as JSON
 LOSSES = ("weight", "train", "training")  # fields of a turn: 0 or false means no loss
 CONTENT_TEXTS = ("text", "value", "content")  # fields that may hold the text, in an item of a content that is a list
+SIDES = ("chosen", "rejected")
+MARK = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # before each turn of a conversation that is one text
+MARKED_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class Turn(NamedTuple):
@@ -89,9 +94,19 @@ def _turns(row: Row, columns: Columns) -> list[Turn]:
     else:
         turns = [turn._replace(may_train=False) for turn in _stored_turns(row, columns["prompt"])]
         turns += _stored_turns(row, columns["completion"])
+    return _cleaned(_with_system(row, columns, turns))
+
+
+def _with_system(row: Row, columns: Columns, turns: list[Turn]) -> list[Turn]:
+    """The turns after the row's system prompt, if it has one that is not their first turn already."""
     system = _optional(row, columns, "system")
     if system and (not turns or text_of(turns[0].message["content"]) != system):
-        turns.insert(0, Turn({"role": "system", "content": system}, may_train=False))
+        return [Turn({"role": "system", "content": system}, may_train=False), *turns]
+    return turns
+
+
+def _cleaned(turns: Iterable[Turn]) -> list[Turn]:
+    """The turns that have words, of which neighbours of one role are joined."""
     cleaned: list[Turn] = []
     for turn in filter(_has_words, turns):
         # What the assistant says before the user's first turn is context.
@@ -122,7 +137,7 @@ def _stored_turns(row: Row, field: str) -> Iterator[Turn]:
 
     A turn's other fields stay, except for null: Arrow gives each turn the fields of all.
     """
-    turns = row[field]
+    turns = [row[field]] if isinstance(row[field], dict) else row[field]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise row.refused(field, "a list of turns")
     for turn in map(without_null, turns):
@@ -237,3 +252,135 @@ def _optional(row: Row, columns: Columns, slot: str) -> str:
     field = columns.get(slot, "")
     text = "" if row.get(field) is None else row.text(field)
     return text if text.strip() else ""
+
+
+# ---------------------------------------------------------------------- preferences
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two responses to one prompt.
+
+    Attributes:
+        prompt: the turns that both have in common.
+        chosen: the turns of the preferred response, of which the first is the assistant's.
+        rejected: those of the other response.
+    """
+
+    prompt: Conversation
+    chosen: Sequence[Message]
+    rejected: Sequence[Message]
+
+    def conversations(self) -> list[Conversation]:
+        """The prompt with each response, whose assistant turns have a loss."""
+        n = len(self.prompt.messages)
+        wholes = [[*self.prompt.messages, *response] for response in (self.chosen, self.rejected)]
+        trained = [tuple(k for k, turn in enumerate(whole) if k >= n and turn["role"] == "assistant") for whole in wholes]
+        return [replace(self.prompt, messages=whole, trained=k) for whole, k in zip(wholes, trained, strict=True)]
+
+
+def preference(row: Row, kind: Kind, columns: Columns) -> PreferencePair:
+    """A row's two responses as turns: the prompt is what both conversations begin with.
+
+    Raises:
+        UnusableRow: if a response is empty, both are equal, or their prompts differ.
+    """
+    row, columns = _without_nesting(row, columns)
+    chosen, rejected = (_answered(row, kind, columns, side) for side in SIDES)
+    for turns in (chosen, rejected):
+        while turns and turns[-1]["role"] != "assistant":
+            turns.pop()
+    n = _n_shared(chosen, rejected)
+    if n == len(chosen) == len(rejected) > 0:
+        raise UnusableRow("the two responses are equal")
+    if n in (len(chosen), len(rejected)):
+        raise UnusableRow("no response")
+    is_prompt = any(turn["role"] == "user" for turn in chosen[:n])
+    if not is_prompt or not chosen[n]["role"] == rejected[n]["role"] == "assistant":
+        raise UnusableRow("the prompts of the two responses differ")
+    return PreferencePair(Conversation(chosen[:n], _tools(row, columns)), chosen[n:], rejected[n:])
+
+
+def preference_texts(row: Row, columns: Columns) -> tuple[Pair, Pair]:
+    """A row's two responses as texts that follow their prompt, for a model without a chat template."""
+    if "prompt" not in columns:  # the prompt with its marks
+        found = preference(row, "prompt", columns)
+        chosen, rejected = (_marked_pair(found.prompt.messages, response) for response in (found.chosen, found.rejected))
+    else:
+        chosen, rejected = (pair(row, columns | {"response": columns[side]}) for side in SIDES)
+    if chosen.response.strip() == rejected.response.strip():
+        raise UnusableRow("the two responses are equal")
+    return chosen, rejected
+
+
+def preference_question(row: Row, kind: Kind, columns: Columns) -> Question:
+    """The prompt of a row of pairs, whose responses may be missing; the target is the preferred one."""
+    if kind == "prompt" and "prompt" in columns:
+        return question(row, kind, columns | {"response": columns["chosen"]})
+    row, columns = _without_nesting(row, columns)
+    chosen, rejected = (_answered(row, kind, columns, side) for side in SIDES)
+    last = max((place for place, turn in enumerate(chosen) if turn["role"] == "assistant"), default=len(chosen))
+    n = _n_shared(chosen, rejected)
+    if not n or n == len(chosen) or chosen[n]["role"] != "assistant":
+        n = last
+    if not n:
+        raise UnusableRow("no turn to answer")
+    prompt = chosen[:n] if kind == "messages" else _marked_pair(chosen[:n], ()).prompt
+    target = text_of(chosen[n]["content"]).strip() if n < len(chosen) else None
+    return Question(prompt, Conversation(chosen[:n], _tools(row, columns)), target)
+
+
+def _without_nesting(row: Row, columns: Columns) -> tuple[Row, Columns]:
+    """The row with the fields of its prompt, if that is an object with ``messages`` and ``tools``."""
+    prompt = row[columns["prompt"]] if "prompt" in columns else None
+    if not isinstance(prompt, dict) or "messages" not in prompt:
+        return row, columns
+    return Row({**row, **prompt}, row.place), columns | {"prompt": "messages", "tools": "tools"}
+
+
+def _answered(row: Row, kind: Kind, columns: Columns, side: str) -> list[Message]:
+    """The prompt and one of the two responses, as turns."""
+    field = columns[side]
+    if kind == "prompt" and "prompt" in columns:
+        turns = _turns(row, columns | {"response": field})
+    elif row[field] is None:
+        turns = []
+    elif kind == "prompt":
+        turns = _cleaned(_marked_turns(row.text(field)))
+    else:
+        is_text = isinstance(row[field], str)
+        turns = [Turn(assistant_turn(row[field]), may_train=True)] if is_text else [*_stored_turns(row, field)]
+        if "prompt" in columns and all(turn.message["role"] == "assistant" for turn in turns[:1]):
+            turns = [*_asked(row, columns), *turns]
+        turns = _cleaned(_with_system(row, columns, turns))
+    return [turn.message for turn in turns]
+
+
+def _asked(row: Row, columns: Columns) -> Iterator[Turn]:
+    """A prompt that is stored as turns or as text, as turns without a loss."""
+    if isinstance(row[columns["prompt"]], str):
+        return (Turn(message, may_train=False) for message in user_turn(_question(row, columns)))
+    return (turn._replace(may_train=False) for turn in _stored_turns(row, columns["prompt"]))
+
+
+def _n_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """How many turns both begin with; white space at the ends of a turn does not matter."""
+    first, second = ([turn | {"content": text_of(turn["content"]).strip()} for turn in turns] for turns in (chosen, rejected))
+    return n_common(first, second)
+
+
+def _marked_turns(text: str) -> Iterator[Turn]:
+    """The turns of a text in which each begins with ``Human:`` or ``Assistant:``, after an empty line."""
+    before, *parts = MARK.split(text)
+    if before.strip() or not parts:
+        raise UnusableRow("a text that does not begin with 'Human:' or 'Assistant:'")
+    for mark, content in zip(parts[::2], parts[1::2], strict=True):
+        yield Turn({"role": MARKED_ROLES[mark], "content": content.strip()}, may_train=True)
+
+
+def _marked_pair(prompt: Sequence[Message], response: Sequence[Message]) -> Pair:
+    """Turns as text with marks: the prompt up to the mark of the response, and the response."""
+    marks = {role: mark for mark, role in MARKED_ROLES.items()}
+    texts = [f"\n\n{marks[turn['role']]}: {turn['content']}" for turn in (*prompt, *response)]
+    n, answer = len(prompt), "\n\nAssistant:"
+    return Pair("".join(texts[:n]) + answer, 0, "".join(texts[n:]).removeprefix(answer))

@@ -100,6 +100,7 @@ class Rows:
     Attributes:
         columns: the names of the fields.
         lists: the names of the fields that hold lists.
+        booleans: the names of the fields that hold true or false.
         class_names: for each field that holds a class index, the class names, if the data has them.
         may_lack_targets: whether their labels or answers may be missing, as in rows to be predicted.
         source_columns: the columns that the user has named for their source alone; None: those of the data module.
@@ -119,6 +120,7 @@ class Rows:
         self.class_names = {name: feature.names for name, feature in data.features.items() if hasattr(feature, "names")}
         kinds = (list, datasets.List, datasets.LargeList)
         self.lists = [name for name, feature in data.features.items() if isinstance(feature, kinds)]
+        self.booleans = [name for name, feature in data.features.items() if getattr(feature, "dtype", None) == "bool"]
 
     def __len__(self) -> int:
         return len(self.numbers)

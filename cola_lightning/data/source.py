@@ -87,7 +87,7 @@ class Source:
         source: a file, a pattern of files, a folder, or the id of a data set on the hub.
         subset: name of a configuration of a data set on the hub.
         revision: branch, tag or commit of a data set on the hub.
-        columns: for ``TextDataModule``: the columns to use; ``null``: as ``data.columns``.
+        columns: for ``TextDataModule`` and ``PreferenceDataModule``: the columns to use; ``null``: as ``data.columns``.
         share: the share of its rows that is used, drawn by ``split_seed``.
     """
 

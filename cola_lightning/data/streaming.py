@@ -55,6 +55,11 @@ class Stream:
         """The names of the fields that hold lists."""
         return self._first.lists
 
+    @property
+    def booleans(self) -> list[str]:
+        """The names of the fields that hold true or false."""
+        return self._first.booleans
+
     def _read(self, start: int, end: int) -> Rows:
         """Some of its rows, read now."""
         import datasets

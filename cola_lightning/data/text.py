@@ -1,16 +1,16 @@
 """Plain text, instructions and conversations, with the language-model loss."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from typing_extensions import override
 
 from cola_lightning.chat_template import ChatTemplate, find_chat_template, unknown_tokens
 from cola_lightning.data.chat import encode_conversations, fit_prompt
-from cola_lightning.data.columns import Columns, Kind, find_columns
-from cola_lightning.data.conversations import conversation, pair, question
+from cola_lightning.data.columns import Columns, Kind, Reading, check_unpaired, find_columns
+from cola_lightning.data.conversations import Question, conversation, pair, question
 from cola_lightning.data.encoding import (
     LanguageRow,
     PromptRow,
@@ -76,6 +76,8 @@ class TextDataModule(SourceDataModule):
         UserError: for invalid files, rows and sizes.
     """
 
+    features: ClassVar[dict[str, Any]] = {"input_ids": ["int32"], "spans": ["int32"]}  # types of the columns of encoded rows
+
     def __init__(
         self,
         source: tuple[str | Source, ...] | str,
@@ -114,7 +116,7 @@ class TextDataModule(SourceDataModule):
     def _find_columns(self, rows: Rows, *, has_response: bool = True) -> tuple[Kind, Columns]:
         """The kind of the rows and their columns; logs once which were taken, and how rows are formatted."""
         chosen = rows.source_columns or self.columns
-        reading = find_columns(rows.columns, rows.lists, chosen, has_response=has_response)
+        reading = self._read_columns(rows, chosen, has_response=has_response)
         kind, columns = reading.kind, reading.columns
         self._kind = self._kind if kind == "text" else kind  # of several sources, one may be of texts
         self._log_columns(str(reading), rows.columns, [*columns.values(), *reading.others])
@@ -124,6 +126,17 @@ class TextDataModule(SourceDataModule):
             form = "formatted by the tokenizer's" if self.applies_chat_template else "directly followed by responses, without a"
             self._log(f"prompts are {form} chat template (data.chat_template)")
         return kind, columns
+
+    def _read_columns(self, rows: Rows, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:
+        """How the rows are read, by the columns that the user has chosen, or by their names."""
+        reading = find_columns(rows.columns, rows.lists, chosen, has_response=has_response)
+        if chosen is None and has_response:
+            check_unpaired(reading, rows.booleans)
+        return reading
+
+    def _question(self, row: Row, kind: Kind, columns: Columns) -> Question:
+        """The prompt of a row, for predict."""
+        return question(row, kind, columns)
 
     @property
     def applies_chat_template(self) -> bool:
@@ -170,8 +183,7 @@ class TextDataModule(SourceDataModule):
             return self._encode_prompts(rows)
         kind, columns = self._find_columns(rows)
         options = kind, columns, self.applies_chat_template, self.chat_template_kwargs, self.loss, self.too_long
-        features = {"input_ids": ["int32"], "spans": ["int32"]}
-        return self.map_rows(rows, features, *options, encode=functools.partial(self._encode, kind, columns))
+        return self.map_rows(rows, self.features, *options, encode=functools.partial(self._encode, kind, columns))
 
     def _packed(self, encoded: Any) -> Packs:
         lengths = self.lengths(encoded)
@@ -203,7 +215,7 @@ class TextDataModule(SourceDataModule):
         room = min(self._max_length, int(self.tokenizer.model_max_length) - self._fitting_decoding().max_new_tokens)
 
         def prompt_row(row: Row) -> PromptRow:
-            prompt, turns, target, head = question(row, kind, columns)
+            prompt, turns, target, head = self._question(row, kind, columns)
             text = fit_prompt(template, turns, room) if is_chat else prompt
             if not (ids := encode_prompt(self.tokenizer, text, room, head * (not is_chat), is_whole=is_chat)):
                 raise UnusableRow("the prompt has no tokens")

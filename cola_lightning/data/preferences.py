@@ -1,0 +1,177 @@
+"""Preference pairs: two responses to one prompt, of which one is preferred."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+from typing_extensions import override
+
+from cola_lightning.data.chat import encode_preferences
+from cola_lightning.data.columns import Columns, Kind, Reading, find_columns, find_pairs
+from cola_lightning.data.conversations import Question, preference, preference_question, preference_texts
+from cola_lightning.data.encoding import (
+    TOO_LONG,
+    LanguageRow,
+    Pair,
+    PromptRow,
+    TooLong,
+    collate_language,
+    encode_responses,
+    n_common,
+    room_for_prompt,
+    truncate_left,
+)
+from cola_lightning.data.rows import Row, Rows, each, together
+from cola_lightning.data.source import Source
+from cola_lightning.data.text import TextDataModule
+from cola_lightning.errors import UnusableRow, UserError
+
+
+class PreferenceDataModule(TextDataModule):
+    """Preference pairs for ``COLAPreferenceLM``, as data sets of the hub and other tools' files have them.
+
+    How a row is read follows from its columns: ``chosen`` and ``rejected`` as texts or as turns, with their prompt in
+    ``prompt``, ``instruction`` (with ``input``), ``question`` or ``conversations``; conversations in ``chosen`` and
+    ``rejected``, as turns or as text with the marks ``Human:`` and ``Assistant:``, whose common beginning is the prompt; or
+    ``input``, ``preferred_output`` and ``non_preferred_output``. A ``system`` column is the system prompt.
+
+    Responses are encoded as those of ``TextDataModule``, and both keep the same prompt: if the longer one is over
+    ``max_length``, the prompt is shortened, and then the responses lose their ends. Pairs with an empty response, with equal
+    responses or with different prompts are skipped and counted. Pairs are not packed.
+
+    A batch of N pairs has 2 N rows: the chosen responses, and then the rejected ones in the same order. ``batch_size`` counts
+    pairs. Predict generates the response to the prompt; its target is the chosen one.
+
+    Args:
+        source: a file, a folder of ``train.jsonl`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
+        subset: name of a configuration of a data set on the hub.
+        columns: the columns to use, by what they hold: ``chosen`` and ``rejected``, and ``prompt`` (with ``input``, ``system``
+            and ``tools``); ``null``: found by their names.
+        **rows: the other arguments of ``TextDataModule``, except ``packing`` and ``loss``.
+
+    Raises:
+        UserError: for invalid files, rows and sizes, and for a model that does not train pairs.
+    """
+
+    features: ClassVar[dict[str, Any]] = TextDataModule.features | {"n_chosen": "int32"}
+
+    def __init__(
+        self,
+        source: tuple[str | Source, ...] | str,
+        subset: str | None = None,
+        *,
+        columns: dict[str, str] | None = None,
+        **rows: Any,
+    ) -> None:
+        super().__init__(source, subset, columns=columns, packing=False, loss="last", **rows)
+
+    @override
+    def setup(self, stage: str) -> None:
+        module = self.trainer and self.trainer.lightning_module
+        if module is not None and stage != "predict" and not getattr(module, "trains_pairs", False):
+            raise UserError(
+                f"{type(module).__name__} would train on the rejected responses of pairs, too. Use COLAPreferenceLM with "
+                "PreferenceDataModule, or TextDataModule for the chosen responses alone"
+            )
+        super().setup(stage)
+
+    @override
+    def _read_columns(self, rows: Rows, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:
+        try:
+            return find_pairs(rows.columns, rows.lists, chosen)
+        except UserError:
+            if has_response:
+                raise
+            return find_columns(rows.columns, rows.lists, chosen, has_response=False)  # rows with prompts alone, to predict
+
+    @override
+    def _question(self, row: Row, kind: Kind, columns: Columns) -> Question:
+        return preference_question(row, kind, columns) if "chosen" in columns else super()._question(row, kind, columns)
+
+    @override
+    def _encode(
+        self, kind: Kind, columns: Columns, rows: Sequence[Row], notes: set[str]
+    ) -> Sequence[list[LanguageRow] | UnusableRow]:
+        encoded: Sequence[tuple[LanguageRow, LanguageRow] | UnusableRow]
+        max_length, too_long = self.max_length, self.too_long
+        if kind == "prompt" and not self.applies_chat_template:
+            texts = each(lambda row: preference_texts(row, columns), rows)
+            encoded = together(lambda usable: encode_texts(self.tokenizer, usable, max_length, too_long), texts)
+        else:
+            template, pairs = self._template, each(lambda row: preference(row, kind, columns), rows)
+            encoded = together(lambda usable: encode_preferences(template, usable, max_length, notes, too_long), pairs)
+        return each(lambda pair: [joined(*pair)], encoded)
+
+    @override
+    def collate(self, rows: list[Any]) -> dict[str, Any]:
+        is_predict = isinstance(rows[0], PromptRow)
+        return super().collate(rows) if is_predict else collate_pairs(rows, self.tokenizer.pad_token_id)
+
+
+def encode_texts(
+    tokenizer: Any, pairs: Sequence[tuple[Pair, Pair]], max_length: int, too_long: TooLong
+) -> list[tuple[LanguageRow, LanguageRow] | UnusableRow]:
+    """Prompts with two responses each, see :func:`~cola_lightning.data.encoding.encode_responses`; both keep the same prompt.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        pairs: the prompt with its chosen and with its rejected response.
+        max_length: of a prompt with its response, in tokens.
+        too_long: whether to shorten or to skip a longer pair.
+    """
+
+    def encode(pair: tuple[Pair, Pair], outcomes: Sequence[list[LanguageRow] | UnusableRow]) -> tuple[LanguageRow, LanguageRow]:
+        for outcome in outcomes:
+            if isinstance(outcome, UnusableRow):
+                raise outcome
+        chosen, rejected = (row for rows in outcomes if not isinstance(rows, UnusableRow) for row in rows)
+        longest = max(len(chosen["input_ids"]), len(rejected["input_ids"]))
+        if longest <= max_length:
+            return chosen, rejected
+        if too_long == "skip":
+            raise UnusableRow(TOO_LONG)
+        start = min(chosen["spans"][0], rejected["spans"][0], n_common(chosen["input_ids"], rejected["input_ids"]))
+        room, head = room_for_prompt(max_length, longest - start), pair[0].prompt[: pair[0].n_head]
+        prompt = truncate_left(chosen["input_ids"][:start], room, tokenizer, head)
+
+        def shortened(row: LanguageRow) -> LanguageRow:
+            ids = [*prompt, *row["input_ids"][start:]][:max_length]
+            return {"input_ids": ids, "spans": [max(len(prompt), 1), len(ids)], "lost": len(row["input_ids"]) - len(ids)}
+
+        return shortened(chosen), shortened(rejected)
+
+    flat = encode_responses(tokenizer, [response for pair in pairs for response in pair], sys.maxsize)
+    return each(lambda item: encode(item[0], item[1:]), zip(pairs, flat[::2], flat[1::2], strict=True))
+
+
+def joined(chosen: LanguageRow, rejected: LanguageRow) -> LanguageRow:
+    """A pair as one row: the tokens of the chosen response, with its prompt, and then those of the rejected one.
+
+    Where the prompts' last tokens differ, because a token spans the boundary or the template opens a thought in only one of
+    them, the loss of both begins at the first different token.
+
+    Example:
+        >>> joined({"input_ids": [7, 8, 5], "spans": [1, 3]}, {"input_ids": [7, 9, 4, 5], "spans": [1, 4]})
+        {'input_ids': [7, 8, 5, 7, 9, 4, 5], 'spans': [1, 3, 4, 7], 'n_chosen': 3, 'lost': 0}
+    """
+    n, ids = len(chosen["input_ids"]), [*chosen["input_ids"], *rejected["input_ids"]]
+    if ids[:n] == ids[n:]:
+        raise UnusableRow("the two responses are equal up to data.max_length")
+    n_shared = max(n_common(ids[:n], ids[n:]), 1)
+    spans = [
+        start + min(place, n_shared if k == 0 else place)
+        for start, row in ((0, chosen), (n, rejected))
+        for k, place in enumerate(row["spans"])
+    ]
+    return {"input_ids": ids, "spans": spans, "n_chosen": n, "lost": chosen.get("lost", 0) + rejected.get("lost", 0)}
+
+
+def collate_pairs(rows: Sequence[LanguageRow], pad: int) -> dict[str, Tensor]:
+    """A language-model batch: the chosen responses of all pairs, and then the rejected ones in the same order."""
+
+    def part(row: LanguageRow, start: int, end: int) -> LanguageRow:
+        return {"input_ids": row["input_ids"][start:end], "spans": [k - start for k in row["spans"] if start < k <= end]}
+
+    chosen = [part(row, 0, row["n_chosen"]) for row in rows]
+    return collate_language([*chosen, *(part(row, row["n_chosen"], len(row["input_ids"])) for row in rows)], pad)
