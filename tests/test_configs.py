@@ -14,7 +14,17 @@ from tests.tiny import at_tiny_size
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "configs"
 BENCHMARKS = [ROOT / "benchmarks" / f"{name}.yaml" for name in ("digits", "domain_shift")]
-NAMES = ["classification", "paper", "qlora_8b", "quickstart", "roberta_glue", "sft_chat", "sft_instructions", "smollm2"]
+NAMES = [
+    "classification",
+    "paper",
+    "preference",
+    "qlora_8b",
+    "quickstart",
+    "roberta_glue",
+    "sft_chat",
+    "sft_instructions",
+    "smollm2",
+]
 PATHS = [*(FOLDER / f"{name}.yaml" for name in NAMES), *BENCHMARKS]
 
 

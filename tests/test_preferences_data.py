@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from cola_lightning import ChainOfLoRA, COLACausalLM, PreferenceDataModule, TextDataModule, UserError
+from cola_lightning import ChainOfLoRA, COLACausalLM, COLAPreferenceLM, PreferenceDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
 from cola_lightning.data.columns import find_pairs
 from cola_lightning.data.encoding import labels_of
@@ -333,17 +333,11 @@ def test_unpaired_labels_are_refused_until_columns_are_named(tmp_path, is_chat):
 # ---------------------------------------------------------------------- runs
 
 
-class TrainsPairs(COLACausalLM):
-    """A module that says that it trains pairs."""
-
-    trains_pairs = True
-
-
 def test_a_run_trains_on_pairs_and_a_module_without_pairs_refuses_them(tmp_path):
     folder = tiny.write_rows(tmp_path / "rows", [tiny.read_rows(FILES / "trl.jsonl")[0]] * 6)
     options = {"target_modules": ["q_proj"], "rank": 2, "alpha": 4, "seed": 0}
     name = tiny.folder(tmp_path / "model")
-    for kind, is_refused in [(TrainsPairs, False), (COLACausalLM, True)]:
+    for kind, is_refused in [(COLAPreferenceLM, False), (COLACausalLM, True)]:
         data = PreferenceDataModule(folder, batch_size=2)
         run = tiny.process(max_steps=2, default_root_dir=tmp_path)
         run.callbacks.append(ChainOfLoRA())

@@ -406,6 +406,7 @@ TURNS = {"messages": [{"role": "user", "content": "Is it old?"}, {"role": "assis
 
 FOR_NEWCOMERS = {"classification": {"text": "It was."}, "qlora_8b": TURNS, "sft_chat": TURNS}
 
+FOR_NEWCOMERS |= {"preference": {"prompt": "Is it old?", "chosen": "Yes.", "rejected": "No."}}
 FOR_NEWCOMERS |= {"sft_instructions": {"instruction": "Is it old?", "output": "Yes."}}  # a row that each is for
 
 ARCHITECTURES = {"classification": "roberta", "paper": "opt", "roberta_glue": "roberta"}

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
 from typing_extensions import override
 
 from cola_lightning.data.chat import encode_preferences
@@ -167,11 +166,12 @@ def joined(chosen: LanguageRow, rejected: LanguageRow) -> LanguageRow:
     return {"input_ids": ids, "spans": spans, "n_chosen": n, "lost": chosen.get("lost", 0) + rejected.get("lost", 0)}
 
 
-def collate_pairs(rows: Sequence[LanguageRow], pad: int) -> dict[str, Tensor]:
-    """A language-model batch: the chosen responses of all pairs, and then the rejected ones in the same order."""
+def collate_pairs(rows: Sequence[LanguageRow], pad: int) -> dict[str, Any]:
+    """A language-model batch with ``n_pairs``: the chosen responses, and then the rejected ones in the same order."""
 
     def part(row: LanguageRow, start: int, end: int) -> LanguageRow:
         return {"input_ids": row["input_ids"][start:end], "spans": [k - start for k in row["spans"] if start < k <= end]}
 
     chosen = [part(row, 0, row["n_chosen"]) for row in rows]
-    return collate_language([*chosen, *(part(row, row["n_chosen"], len(row["input_ids"])) for row in rows)], pad)
+    rejected = [part(row, row["n_chosen"], len(row["input_ids"])) for row in rows]
+    return {**collate_language([*chosen, *rejected], pad), "n_pairs": len(rows)}

@@ -83,6 +83,8 @@ class COLAPreferenceLM(COLACausalLM):
         2404.09656). Names and defaults are TRL's.
     """
 
+    trains_pairs = True  # which PreferenceDataModule asks
+
     # **causal: see LanguageModule.
     def __init__(
         self,
