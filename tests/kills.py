@@ -69,7 +69,12 @@ chain: {every_n_epochs: 1}
 """
 LLAMA += TRAINER + "  accumulate_grad_batches: 2\n"
 
-SETUPS = {"digits": DIGITS, "llama": LLAMA}
+# Preference tuning whose reference each knot moves; batches, validations and knots as the Llama's.
+PAIRS = LLAMA.replace("COLACausalLM", "COLAPreferenceLM").replace("PromptDataModule", "PreferenceDataModule")
+PAIRS = PAIRS.replace("    lr_schedule: linear", "    lr_schedule: linear\n    reference: link")
+PAIRS = PAIRS.replace("task: SST2, source", "source")
+
+SETUPS = {"digits": DIGITS, "llama": LLAMA, "pairs": PAIRS}
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,10 @@ class Kill:
     hook: str
     digits: tuple[int, int]
     llama: tuple[int, int]
+
+    def at(self, setup):
+        """The batch, in a set-up's run: its epoch, and its place in the epoch."""
+        return self.digits if setup == "digits" else self.llama
 
     def __str__(self):
         return f"{self.moment}, {self.signal}"
@@ -121,8 +130,13 @@ class Outcome:
 def prepare(setup, folder):
     """Writes what a set-up's runs share: the configuration, and for the language model its files and its data."""
     (folder / "config.yaml").write_text(SETUPS[setup])
-    if setup == "llama":
+    if setup != "digits":
         tiny.folder(folder / "model", "llama", attention_dropout=0.1)
+    if setup == "pairs":
+        answers = ["It was great.", "It was terrible."]
+        rows = [{"prompt": f"Film {k}? ", "chosen": answers[k % 2], "rejected": answers[1 - k % 2]} for k in range(40)]
+        tiny.write_rows(folder / "rows", rows)
+    if setup == "llama":
         words = [("great", 1), ("terrible", 0)]
         rows = [{"sentence": f"film {k} with {words[k % 2][0]} actors ", "label": words[k % 2][1]} for k in range(40)]
         tiny.write_rows(folder / "rows", rows)
@@ -167,7 +181,7 @@ def run_kill(setup, whole, kill):
     folder = whole.parent / re.sub(r"\W+", "-", str(kill))
     folder.mkdir()
     options = ["--last.every_n_train_steps", str(SAVED_EVERY)] if kill.signal == "SIGKILL" else []
-    at = json.dumps(getattr(kill, setup))
+    at = json.dumps(kill.at(setup))
     status = fit(folder, "killed", *options, kill=kill.hook, at=at, signal=kill.signal)
     wrong = []
     if status != EXIT_STATUS[kill.signal]:
