@@ -12,15 +12,19 @@ import torch
 import yaml
 
 from cola_lightning import ChainOfLoRA, COLACausalLM, PreferenceDataModule, TextDataModule, UserError
+from cola_lightning.chat_template import ChatTemplate, Conversation
 from cola_lightning.cli import main
+from cola_lightning.data.chat import encode_conversations, encode_preferences
 from cola_lightning.data.columns import find_pairs
+from cola_lightning.data.conversations import PreferencePair
 from cola_lightning.data.encoding import labels_of
 from cola_lightning.data.streaming import Stream
 from cola_lightning.hf.pretrained import Pretrained
 from tests import tiny
 
 FILES = Path(__file__).parent / "rows_of_pairs"
-REAL = Path(os.environ.get("COLA_DATA_DIR", "none"), "real", "orca_dpo_pairs.jsonl")
+DATA = Path(os.environ.get("COLA_DATA_DIR", "none"))
+REAL, TEMPLATES = DATA / "real" / "orca_dpo_pairs.jsonl", sorted((DATA / "chat_templates").glob("*.jinja"))
 REWRITING = tiny.CHAT.replace(  # as templates that drop the thoughts of earlier turns
     "{{ eos_token }}", "{% if not loop.last and turn['role'] == 'assistant' %} (earlier){% endif %}{{ eos_token }}"
 )
@@ -248,6 +252,25 @@ def test_responses_that_differ_only_after_the_maximum_length_are_skipped(tmp_pat
     used, data = encoded(rows, tmp_path, own, max_length=64)
     assert len(used) == 2
     assert [*data._report.skipped] == ["the two responses are equal up to data.max_length"]
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="needs COLA_DATA_DIR with chat_templates")
+def test_in_the_templates_of_well_known_models_a_response_has_the_tokens_of_supervised_training_and_the_prompt_is_one():
+    assert len(TEMPLATES) == 25
+    answers = ([{"role": "assistant", "content": text}] for text in ("Because. It is.", "It is not. " * 20))
+    pair = PreferencePair(Conversation([USER, ASSISTANT, {"role": "user", "content": "Why? " * 1000}]), *answers)
+    for path in TEMPLATES:
+        own = tiny.chat_tokenizer(path.read_text(), "<|im_end|>", "<|im_start|>", "<|end|>", "<|return|>", "<|eot_id|>")
+        template = ChatTemplate(own)
+        (whole,), (shortened,) = (encode_preferences(template, [pair], n, set()) for n in (20000, 3000))
+        same = encode_conversations(template, pair.conversations(), 20000, set())
+        assert [[row] for row in whole] == same, path.stem
+        starts = [row["spans"][0] for row in shortened]
+        prompts = [row["input_ids"][:start] for row, start in zip(shortened, starts, strict=True)]
+        assert prompts[0] == prompts[1], path.stem
+        assert max(len(row["input_ids"]) for row in shortened) in range(2980, 3001), path.stem
+        for long, short in zip(whole, shortened, strict=True):  # the prompt alone is shorter
+            assert long["input_ids"][long["spans"][0] :] == short["input_ids"][short["spans"][0] :], path.stem
 
 
 def test_a_response_of_several_turns_that_the_template_rewrites_is_skipped(tmp_path):
