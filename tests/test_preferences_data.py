@@ -1,23 +1,30 @@
 """Preference pairs: what their columns mean, their tokens and batches, and rows that people really have."""
 
+import functools
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import pytest
 import torch
 import yaml
 
 from cola_lightning import ChainOfLoRA, COLACausalLM, COLAPreferenceLM, PreferenceDataModule, TextDataModule, UserError
+from cola_lightning.chat_template import ChatTemplate, Conversation
 from cola_lightning.cli import main
+from cola_lightning.data.chat import encode_conversations, encode_preferences
 from cola_lightning.data.columns import find_pairs
+from cola_lightning.data.conversations import PreferencePair
 from cola_lightning.data.encoding import labels_of
+from cola_lightning.data.streaming import Stream
 from cola_lightning.hf.pretrained import Pretrained
 from tests import tiny
 
 FILES = Path(__file__).parent / "rows_of_pairs"
-REAL = Path(os.environ.get("COLA_DATA_DIR", "none"), "real", "orca_dpo_pairs.jsonl")
+DATA = Path(os.environ.get("COLA_DATA_DIR", "none"))
+REAL, TEMPLATES = DATA / "real" / "orca_dpo_pairs.jsonl", sorted((DATA / "chat_templates").glob("*.jinja"))
 REWRITING = tiny.CHAT.replace(  # as templates that drop the thoughts of earlier turns
     "{{ eos_token }}", "{% if not loop.last and turn['role'] == 'assistant' %} (earlier){% endif %}{{ eos_token }}"
 )
@@ -25,6 +32,9 @@ THINKING = (  # as Qwen3: the mode without thoughts opens and closes one
     tiny.CHAT[: -len("{% endif %}")]
     + "{% if enable_thinking is defined and not enable_thinking %}<think>\n</think>\n{% endif %}{% endif %}"
 )
+
+
+USER, ASSISTANT = {"role": "user", "content": "Old?"}, {"role": "assistant", "content": "No."}
 
 
 def chat_text(*contents, system=None):
@@ -61,7 +71,7 @@ EXPECTED = {
             (chat_text("Is it cold?"), "A little.", "Go outside."),
             (chat_text("Hello", "Hi!", "Is it late?\n\nIt is dark."), "It is nine.", "Sleep."),
         ],
-        {EMPTY: 1, DIFFERENT: 1, "a text that does not begin with 'Human:' or 'Assistant:'": 1},
+        {EMPTY: 1, DIFFERENT: 1, "no prompt: neither in a column (data.columns) nor a text that begins with 'Human:'": 1},
     ),
     "llama_factory": (
         [
@@ -229,6 +239,12 @@ def test_both_responses_keep_the_same_shortened_prompt_and_then_lose_their_ends(
         encoded([row], tmp_path / "skip", own, max_length=20, too_long="skip")
 
 
+def test_turns_of_the_assistant_without_a_prompt_are_named(tmp_path):
+    own, other = tiny.chat_tokenizer(tiny.CHAT), {"role": "assistant", "content": "Yes."}
+    with pytest.raises(UserError, match=r"can be used for test: no prompt: "):
+        encoded([{"chosen": [ASSISTANT], "rejected": [other]}], tmp_path, own)
+
+
 def test_responses_that_differ_only_after_the_maximum_length_are_skipped(tmp_path):
     own, long = tiny.chat_tokenizer(tiny.CHAT), "It was great. " * 40
     rows = [{"prompt": "Is it?", "chosen": f"{long}Yes.", "rejected": f"{long}No."}]
@@ -236,6 +252,25 @@ def test_responses_that_differ_only_after_the_maximum_length_are_skipped(tmp_pat
     used, data = encoded(rows, tmp_path, own, max_length=64)
     assert len(used) == 2
     assert [*data._report.skipped] == ["the two responses are equal up to data.max_length"]
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="needs COLA_DATA_DIR with chat_templates")
+def test_in_the_templates_of_well_known_models_a_response_has_the_tokens_of_supervised_training_and_the_prompt_is_one():
+    assert len(TEMPLATES) == 25
+    answers = ([{"role": "assistant", "content": text}] for text in ("Because. It is.", "It is not. " * 20))
+    pair = PreferencePair(Conversation([USER, ASSISTANT, {"role": "user", "content": "Why? " * 1000}]), *answers)
+    for path in TEMPLATES:
+        own = tiny.chat_tokenizer(path.read_text(), "<|im_end|>", "<|im_start|>", "<|end|>", "<|return|>", "<|eot_id|>")
+        template = ChatTemplate(own)
+        (whole,), (shortened,) = (encode_preferences(template, [pair], n, set()) for n in (20000, 3000))
+        same = encode_conversations(template, pair.conversations(), 20000, set())
+        assert [[row] for row in whole] == same, path.stem
+        starts = [row["spans"][0] for row in shortened]
+        prompts = [row["input_ids"][:start] for row, start in zip(shortened, starts, strict=True)]
+        assert prompts[0] == prompts[1], path.stem
+        assert max(len(row["input_ids"]) for row in shortened) in range(2980, 3001), path.stem
+        for long, short in zip(whole, shortened, strict=True):  # the prompt alone is shorter
+            assert long["input_ids"][long["spans"][0] :] == short["input_ids"][short["spans"][0] :], path.stem
 
 
 def test_a_response_of_several_turns_that_the_template_rewrites_is_skipped(tmp_path):
@@ -262,8 +297,11 @@ def test_prompts_alone_are_predicted(tmp_path):
         ({"prompt": "Old?", "chosen": "No.", "rejected": None}, "No."),
         ({"prompt": "Old?", "chosen": None, "rejected": "No."}, None),
         ({"prompt": "Old?", "chosen": "No.", "rejected": "No."}, "No."),
-        ({"chosen": [{"role": "user", "content": "Old?"}, {"role": "assistant", "content": "No."}], "rejected": None}, "No."),
-        ({"chosen": [{"role": "user", "content": "Old?"}], "rejected": [{"role": "user", "content": "Old?"}]}, None),
+        ({"chosen": [USER, ASSISTANT], "rejected": None}, "No."),
+        ({"prompt": [USER], "chosen": None, "rejected": None}, None),
+        ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": None}, "No."),
+        ({"chosen": "\n\nHuman: Old?\n\nAssistant: No.", "rejected": None}, "No."),
+        ({"chosen": [USER], "rejected": [USER]}, None),
     ]:
         requested, _ = encoded([row], tmp_path, own, "predict")
         assert (own.decode(requested[0].prompt_ids), requested[0].target) == (chat_text("Old?"), target)
@@ -350,6 +388,20 @@ def test_a_run_trains_on_pairs_and_a_module_without_pairs_refuses_them(tmp_path)
             assert data.describe()[0].startswith(folder)
             assert data.identity["source"] == folder
             assert data.prompt_format == {"kind": "response", "chat_template": False}
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torch's own call, for rows without a length
+def test_pairs_of_the_hub_can_be_streamed():
+    source = [{"prompt": f"Is it {k}?", "chosen": f"Yes {k}.", "rejected": f"No {k}."} for k in range(12)]
+    rows = datasets.IterableDataset.from_generator(lambda: iter(source))
+    data = PreferenceDataModule("owner/rows", streaming=True, batch_size=4, val_size=4)
+    data._splits = [{"train": functools.partial(Stream, rows, "train")}]
+    own = tiny.set_up(data, tiny.chat_tokenizer(tiny.CHAT), "fit").tokenizer
+    assert len(data.val) == 4
+    batches = [*data.train_dataloader()]
+    assert [len(batch["input_ids"]) for batch in batches] == [8, 8]
+    learned = [own.decode(row[row != -100]) for batch in batches for row in batch["labels"]]
+    assert sorted(learned) == sorted(f"{word} {k}.</s>" for k in range(4, 12) for word in ("Yes", "No"))
 
 
 @tiny.needs_smollm2

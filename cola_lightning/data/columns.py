@@ -136,7 +136,7 @@ def _nothing_fits(names: Sequence[str], lists: Collection[str], prompt: Columns)
     usable = [name for name in names if name.lower() not in PREFERRED and "reject" not in name.lower()]
     if pair := _preferred_and_rejected(names):
         answer, rejected = pair
-        others = [name for name in usable if answer not in name and name not in (*lists, *prompt.values())]
+        others = [name for name in usable if answer.lower() not in name.lower() and name not in (*lists, *prompt.values())]
         prompt = {"prompt": "prompt"} | prompt if {"prompt", answer} <= {*lists} else prompt
         question = prompt if "prompt" in prompt else {"prompt": others[0]} | prompt if others else {}
         has_all = answer in lists and prompt.get("prompt") not in lists

@@ -295,9 +295,10 @@ def preference(row: Row, kind: Kind, columns: Columns) -> PreferencePair:
         raise UnusableRow("the two responses are equal")
     if n in (len(chosen), len(rejected)):
         raise UnusableRow("no response")
-    is_prompt = any(turn["role"] == "user" for turn in chosen[:n])
-    if not is_prompt or not chosen[n]["role"] == rejected[n]["role"] == "assistant":
+    if not chosen[n]["role"] == rejected[n]["role"] == "assistant":
         raise UnusableRow("the prompts of the two responses differ")
+    if not any(turn["role"] == "user" for turn in chosen[:n]):
+        raise UnusableRow("no prompt")
     return PreferencePair(Conversation(chosen[:n], _tools(row, columns)), chosen[n:], rejected[n:])
 
 
@@ -319,10 +320,9 @@ def preference_question(row: Row, kind: Kind, columns: Columns) -> Question:
         return question(row, kind, columns | {"response": columns["chosen"]})
     row, columns = _without_nesting(row, columns)
     chosen, rejected = (_answered(row, kind, columns, side) for side in SIDES)
-    last = max((place for place, turn in enumerate(chosen) if turn["role"] == "assistant"), default=len(chosen))
     n = _n_shared(chosen, rejected)
     if not n or n == len(chosen) or chosen[n]["role"] != "assistant":
-        n = last
+        n = len(chosen) - bool(chosen and chosen[-1]["role"] == "assistant")
     if not n:
         raise UnusableRow("no turn to answer")
     prompt = chosen[:n] if kind == "messages" else _marked_pair(chosen[:n], ()).prompt
@@ -343,12 +343,10 @@ def _answered(row: Row, kind: Kind, columns: Columns, side: str) -> list[Message
     field = columns[side]
     if kind == "prompt" and "prompt" in columns:
         turns = _turns(row, columns | {"response": field})
-    elif row[field] is None:
-        turns = []
     elif kind == "prompt":
-        turns = _cleaned(_marked_turns(row.text(field)))
+        turns = _cleaned(_marked_turns(row[field] and row.text(field)))
     else:
-        is_text = isinstance(row[field], str)
+        is_text = isinstance(row[field] or "", str)
         turns = [Turn(assistant_turn(row[field]), may_train=True)] if is_text else [*_stored_turns(row, field)]
         if "prompt" in columns and all(turn.message["role"] == "assistant" for turn in turns[:1]):
             turns = [*_asked(row, columns), *turns]
@@ -369,11 +367,11 @@ def _n_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
     return n_common(first, second)
 
 
-def _marked_turns(text: str) -> Iterator[Turn]:
+def _marked_turns(text: str | None) -> Iterator[Turn]:
     """The turns of a text in which each begins with ``Human:`` or ``Assistant:``, after an empty line."""
-    before, *parts = MARK.split(text)
-    if before.strip() or not parts:
-        raise UnusableRow("a text that does not begin with 'Human:' or 'Assistant:'")
+    before, *parts = MARK.split(text or "")
+    if before.strip():
+        raise UnusableRow("no prompt: neither in a column (data.columns) nor a text that begins with 'Human:'")
     for mark, content in zip(parts[::2], parts[1::2], strict=True):
         yield Turn({"role": MARKED_ROLES[mark], "content": content.strip()}, may_train=True)
 
