@@ -135,6 +135,8 @@ class ConfigSaver(SaveConfigCallback):
             files.makedirs(folder, exist_ok=True)
             config = self.config.clone()
             config.ckpt_path = config.links = None  # another run's: this run's own checkpoints are next to the file
+            if "scale" in config:
+                config.scale = None
             self.parser.save(config, path, skip_none=False, overwrite=True, multifile=self.multifile)
 
     on_train_batch_start = on_validation_start = on_test_start = on_predict_start = _save

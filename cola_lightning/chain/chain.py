@@ -10,9 +10,9 @@ PEFT adapter has the description.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,6 +52,7 @@ class Link:
             model. Names in a Lightning module, outside of its model, begin with ``self.``.
         metrics: the metrics last logged before the knot.
         own_values: rank and scaling of the layers that have others than ``rank`` and ``alpha / rank``, by name.
+        name: the stage that it belongs to, such as ``sft``; None: its run had no name.
     """
 
     index: int
@@ -63,12 +64,14 @@ class Link:
     extras: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     own_values: dict[str, tuple[int, float]] = field(default_factory=dict)
+    name: str | None = None
 
     def __repr__(self) -> str:
         """One line; tensors are not shown."""
         steps = f"steps {self.start_step} to {self.end_step}"
         metrics = "".join(f", {name} {value:.4g}" for name, value in self.metrics.items() if name.startswith("val_"))
-        return f"Link {self.index}: rank {self.rank}, alpha {self.alpha:g}, {len(self.factors)} layers, {steps}{metrics}"
+        name = "" if self.name is None else f" ({self.name})"
+        return f"Link {self.index}{name}: rank {self.rank}, alpha {self.alpha:g}, {len(self.factors)} layers, {steps}{metrics}"
 
     def scaling(self, name: str) -> float:
         """The factor in front of a layer's B A."""
@@ -77,6 +80,11 @@ class Link:
     def delta(self, name: str) -> Tensor:
         """The link's update of one layer: out x in."""
         return low_rank_delta(*self.factors[name], self.scaling(name))
+
+    def scaled(self, factor: float) -> "Link":
+        """The link with its update multiplied by a factor."""
+        own_values = {name: (rank, factor * scaling) for name, (rank, scaling) in self.own_values.items()}
+        return replace(self, alpha=factor * self.alpha, own_values=own_values)
 
     def is_same_update(self, other: "Link") -> bool:
         """Whether both links add the same update to the same layers, bit for bit."""
@@ -156,14 +164,42 @@ class Chain:
         """The sum of the links' ranks for one layer: an upper bound of the rank of :meth:`delta`."""
         return sum(link.factors[name][0].shape[-2] for link in self.links if name in link.factors)
 
-    def truncate(self, n: int) -> "Chain":
-        """A chain of the first n links; the links are shared, not copied.
+    def truncate(self, n: int | str) -> "Chain":
+        """A chain of the first n links, or of those up to the last one of a stage; the links are shared, not copied.
 
         Raises:
-            UserError: if n is negative or the chain has fewer links.
+            UserError: if n is negative or the chain has fewer links, or no such stage.
         """
-        check_links(n, len(self.links))
-        return Chain(self.links[:n], self.base)
+        return Chain(self.links[: number_of_links(n, [link.name for link in self.links])], self.base)
+
+    def scaled(self, scale: Mapping[int | str, float]) -> "Chain":
+        """A chain of the same links, with their updates multiplied by factors. A factor of 0 leaves a link out.
+
+        What the last link records besides its factors (``extras``) is not scaled: the new chain's last link has it. From the
+        first scaled link on the links have no metrics, because those were the metrics of another model.
+
+        Args:
+            scale: the factors, by a stage's name or a link's index, which goes before the name.
+
+        Raises:
+            UserError: for a stage or an index that no link has.
+
+        Source: Wortsman et al., "Robust fine-tuning of zero-shot models" (WiSE-FT, arXiv 2109.01903), section 3.
+        """
+        factors, links, is_scaled = {as_number(key): factor for key, factor in scale.items()}, list[Link](), False
+        names = [link.name for link in self.links]
+        for key in factors:
+            if key not in names and key not in range(len(names)):
+                raise unknown_stage("scale", key, names)
+        for link in self.links:
+            factor = factors.get(link.index, 1.0 if link.name is None else factors.get(link.name, 1.0))
+            is_scaled |= factor != 1
+            if factor != 0:
+                metrics = {} if is_scaled else link.metrics
+                links.append(replace(link.scaled(factor), index=len(links), metrics=metrics))
+        if links:
+            links[-1] = replace(links[-1], extras=self.links[-1].extras)
+        return Chain(links, self.base)
 
     @property
     def layers(self) -> list[str]:
@@ -286,6 +322,43 @@ def check_links(links: int, total: int) -> None:
         raise UserError(f"links: must be between 0 and {total}, the length of the chain, got {links}")
 
 
+def number_of_links(links: int | str | None, names: Sequence[str | None]) -> int:
+    """How many links are meant, from the first.
+
+    Args:
+        links: their number; the name of a stage, whose last link is the last one that is meant; or None: all.
+        names: the names of the chain's links.
+
+    Raises:
+        UserError: if the chain has fewer links, or no such stage.
+
+    Example:
+        >>> [number_of_links(links, ["sft", "sft", "dpo"]) for links in ("sft", "dpo", 1, "1", None)]
+        [2, 3, 1, 1, 3]
+    """
+    links = len(names) if links is None else as_number(links)
+    if isinstance(links, str):
+        if links not in names:
+            raise unknown_stage("links", links, names)
+        return max(index for index, name in enumerate(names) if name == links) + 1
+    check_links(links, len(names))
+    return links
+
+
+def as_number(links: int | str) -> int | str:
+    """A number that was typed as text, as a number; the name of a stage as it is."""
+    with suppress(ValueError):
+        return int(links)
+    return links
+
+
+def unknown_stage(option: str, stage: int | str, names: Sequence[str | None]) -> UserError:
+    """The error for an option that names a stage, or a link by its index, which a chain with links of these names lacks."""
+    stages = ", ".join(dict.fromkeys(name for name in names if name is not None))
+    known = f"The stages are: {stages}" if stages else "No link of this chain has a name"
+    return UserError(f"{option}: there is no stage or link {stage!r} among {len(names)} links. {known}")
+
+
 def _sha256_of_json(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
@@ -298,15 +371,16 @@ def _sha256(path: Path) -> str:
 def describe_link(link: Link) -> dict[str, Any]:
     """A link without its tensors; a non-finite metric is null."""
     metrics = {name: value if math.isfinite(value) else None for name, value in link.metrics.items()}
-    own_values = {"own_values": link.own_values} if link.own_values else {}
-    return {name: getattr(link, name) for name in DESCRIBED} | {"metrics": metrics} | own_values
+    optional = {name: value for name in ("own_values", "name") if (value := getattr(link, name))}
+    return {name: getattr(link, name) for name in DESCRIBED} | {"metrics": metrics} | optional
 
 
 def link_fields(described: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a link from :func:`describe_link`; a null metric becomes NaN."""
     metrics = {name: math.nan if value is None else value for name, value in described["metrics"].items()}
     own_values = {name: (rank, scaling) for name, (rank, scaling) in described.get("own_values", {}).items()}
-    return {name: described[name] for name in DESCRIBED} | {"metrics": metrics, "own_values": own_values}
+    fields = {name: described[name] for name in DESCRIBED}
+    return fields | {"metrics": metrics, "own_values": own_values, "name": described.get("name")}
 
 
 # ---------------------------------------------------------------------- tensors alone

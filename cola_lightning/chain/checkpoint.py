@@ -102,11 +102,16 @@ class StoredState:
         live = None if fields is None else _live_link(state_dict, prefix, link_fields(fields), chain.base.weight_norms, extras)
         return cls(chain, live, facts)
 
-    def all_links(self, links: int | None = None) -> Chain:
+    @property
+    def names(self) -> list[str | None]:
+        """The name of each link's stage, the current link's last."""
+        return [*(link.name for link in self.chain.links), None if self.live is None else self.live.name]
+
+    def all_links(self, links: int | str | None = None) -> Chain:
         """The finished links and then the current one.
 
         Args:
-            links: how many links, from the first; None: all.
+            links: how many links, from the first, or the name of the last stage; None: all.
 
         Raises:
             UserError: if there are fewer.
@@ -145,13 +150,15 @@ class OpenedCheckpoint:
         path: its path.
         contents: the whole checkpoint, on the CPU; empty after :meth:`take`.
         state: what this package stored in it.
-        links: how many of its links to load, the finished ones first and then the live one; None: all.
+        links: how many of its links to load, the finished ones first and then the live one, or the last stage; None: all.
+        scale: factors of links' updates, see :meth:`~cola_lightning.chain.Chain.scaled`; the live link is then a finished one.
     """
 
     path: str
     contents: dict[str, Any]
     state: StoredState
-    links: int | None = None
+    links: int | str | None = None
+    scale: Mapping[int | str, float] | None = None
 
     @classmethod
     def open(cls, source: Any, field: str = "checkpoint", *, weights_only: bool = True) -> Self:
@@ -176,14 +183,14 @@ class OpenedCheckpoint:
         return contents
 
 
-def read_chain(path: str | Path, links: int | None = None, field: str = "checkpoint") -> Chain:
+def read_chain(path: str | Path, links: int | str | None = None, field: str = "checkpoint") -> Chain:
     """Reads a chain without its base.
 
     Args:
         path: a checkpoint or a run's folder, whose current link becomes the chain's last; a chain folder; or the folder of a
             PEFT LoRA, which is one link. An adapter of a chain holds the trained modules of its last link alone, so with fewer
             links they begin as in the base.
-        links: the number of links, from the first; None: all.
+        links: the number of links, from the first, or the name of the last stage; None: all.
         field: the path's name in messages.
 
     Raises:

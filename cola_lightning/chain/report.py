@@ -6,7 +6,7 @@ Source: Roy & Vetterli, "The effective rank" (EUSIPCO 2007), section 2.
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class LinkReport:
-    """One link's update of all its layers; index, rank and alpha are the link's.
+    """One link's update of all its layers; index, name, rank and alpha are the link's.
 
     Attributes:
         steps: optimizer steps that it was trained for.
@@ -56,6 +56,7 @@ class LinkReport:
     """
 
     index: int
+    name: str | None
     rank: int
     alpha: float
     steps: int
@@ -119,6 +120,7 @@ def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) ->
     update_norm, base_norm = math.hypot(*(layer.norm for layer in layers.values())), math.hypot(*weight_norms.values())
     return LinkReport(
         index=link.index,
+        name=link.name,
         rank=link.rank,
         alpha=link.alpha,
         steps=link.end_step - link.start_step,
@@ -143,20 +145,52 @@ def _report_layer(link: Link, name: str, weight_norm: float | None) -> LayerRepo
 def table(reports: Sequence[LinkReport]) -> "Table":
     """The reports as a human-readable table, one row per link; :func:`to_json` has every number."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Column, Table
     from rich.text import Text
 
-    names = ["link", "rank", "alpha", "steps", "‖ΔW‖\n/‖W₀‖", "max\nlayer", "effective\nrank", "total\nrank"]
+    has_names = any(link.name is not None for link in reports)
+    names = [
+        "link",
+        *(["stage"] if has_names else []),
+        "rank",
+        "alpha",
+        "steps",
+        "‖ΔW‖\n/‖W₀‖",
+        "max\nlayer",
+        "effective\nrank",
+        "total\nrank",
+    ]
     numbers = [Column(name, justify="right", no_wrap=True) for name in names]
     metrics = Column("metrics", overflow="fold")
     rows = Table(*numbers, metrics, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for link in reports:
         norms = ["-" if norm is None else f"{norm:.2g}" for norm in (link.relative_norm, link.max_norm)]
-        cells = [f"{link.index}", f"{link.rank}", f"{link.alpha:g}", f"{link.steps}", *norms]
+        stage = [escape(link.name or "-")] if has_names else []
+        cells = [f"{link.index}", *stage, f"{link.rank}", f"{link.alpha:g}", f"{link.steps}", *norms]
         cells += [f"{link.effective_rank:.2f}", f"{link.total_rank}"]
         metrics_text = ", ".join(f"{name} {value:.3g}" for name, value in link.metrics.items())
         rows.add_row(*cells, Text(metrics_text or "-"))  # Text: a name is no markup
     return rows
+
+
+def metrics_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
+    """Metrics by name as a human-readable table; numbers with a fraction have four digits.
+
+    Args:
+        rows: each with the same names, such as ``links``, ``stage`` and ``test_loss``.
+    """
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for name, value in rows[-1].items():
+        table.add_column(escape(name), justify="left" if isinstance(value, str) else "right", overflow="fold")
+    for row in rows:
+        cells = [f"{value:.4g}" if isinstance(value, float) else f"{value}" for value in row.values()]
+        table.add_row(*map(escape, cells))
+    return table
 
 
 def to_json(reports: Sequence[LinkReport]) -> list[dict[str, Any]]:

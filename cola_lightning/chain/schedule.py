@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from cola_lightning.chain.chain import as_number
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import Factor, LoRAConfig, is_rank
 from cola_lightning.seeding import derive_seed
@@ -93,6 +94,7 @@ class ChainSchedule:
         knots: tie this many knots, evenly over the share ``until`` of the run, whose length decides their steps.
         until: with ``knots``: the share of the run at whose end the last of them is tied. If it is left at 0.75 and
             ``model.lr_schedule`` is ``stable`` over the run, the share before its decay.
+        name: the name of this stage, such as ``sft``, which its links get, for ``--links``, ``init_links`` and ``--scale``.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.
@@ -117,6 +119,7 @@ class ChainSchedule:
     mode: Mode = "min"
     knots: int | None = None
     until: float = UNTIL
+    name: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in KNOT_OPTIONS if getattr(self, name) is not None]
@@ -128,6 +131,7 @@ class ChainSchedule:
             *((name, _increases(getattr(self, name) or ()), "increasing, from 1 on") for name in ("at_epochs", "at_steps")),
             ("until", 0 < self.until < 1, "between 0 and 1"),
             ("until", self.knots is not None or self.until == UNTIL, "left out without chain.knots"),
+            ("name", self.name is None or is_stage_name(self.name), "a text other than a number or 'all'"),
             ("ranks", all(map(is_rank, self.ranks or ())), "whole numbers from 1"),
             ("alphas", all(0 < alpha < math.inf for alpha in self.alphas or ()), "positive"),
         ):
@@ -239,6 +243,11 @@ class UserRule(ChainSchedule):
     @property
     def knots_unknown(self) -> bool:  # noqa: D102
         return True
+
+
+def is_stage_name(name: str) -> bool:
+    """Whether a stage can have this name: ``links`` would take a number or ``all`` for something else."""
+    return name.strip() not in ("", "all") and isinstance(as_number(name), str)
 
 
 def _increases(knots: Sequence[int]) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, command_parser, load_module, parse_options
+from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, add_scale, command_parser, load_module, parse_options
 from cola_lightning.hub import upload
 
 
@@ -24,6 +24,7 @@ def export(words: Sequence[str]) -> None:
 
     parser = command_parser("export", SUBCOMMANDS["export"])
     add_checkpoint(parser, "a run's folder, or a checkpoint in it")
+    add_scale(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a folder that does not exist or is empty")
     parser.add_method_arguments(COLAModule, "export", as_group=False, skip={"folder", "verify", "overwrite"})
     parser.add_argument("--trust_remote_code", type=bool, default=False, help=TRUST)
@@ -42,7 +43,7 @@ def export(words: Sequence[str]) -> None:
     export_options.check(options.checkpoint)
     opened = OpenedCheckpoint.open(options.checkpoint)
     state = opened.state
-    chain = state.all_links(options.links)
+    chain = state.all_links(options.links).scaled(options.scale or {})
     if export_options.format == "chain":
         lines = export_module(None, chain, export_options)
     else:

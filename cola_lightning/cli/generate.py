@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, command_parser, load_module, parse_options
+from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, add_scale, command_parser, load_module, parse_options
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 
@@ -64,6 +64,7 @@ def generate(words: Sequence[str]) -> None:
 def _parser() -> ArgumentParser:
     parser = command_parser("generate", SUBCOMMANDS["generate"])
     add_checkpoint(parser, "a run's folder, or a checkpoint in it")
+    add_scale(parser)
     parser.add_argument("--prompt", type=str, metavar="TEXT", help="the prompt (default: standard input)")
     parser.add_argument("--chat", action="store_true", help="a conversation: a turn per line, up to an empty one or Ctrl-D")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help=TRUST)

@@ -92,7 +92,11 @@ EXAMPLES = {
 }
 SHOWN = ("fit", "generate", "export")  # in `cola --help`
 # Of options that several commands have.
-LINKS = "first N links only; 0 is the base (default: all)"
+LINKS = "first N links only, or those up to a stage's name; 0 is the base (default: all)"
+SCALE = (
+    "multiply links' updates, by a stage's name or a link's index, such as '{dpo: 0.5}'; 0 leaves a link out. Fully trained "
+)
+SCALE += "modules, such as a head, are not scaled. A model without a link in the middle is one that was never trained"
 TRUST = "run the Python files that come with the model (default: false)"
 DESCRIPTION = "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates."
 
@@ -155,7 +159,12 @@ def add_checkpoint(parser: "ArgumentParser", kinds: str) -> None:
     """
     parser.usage = f"{parser.prog} PATH [OPTIONS]"
     parser.add_argument("checkpoint", type=Path, metavar="PATH", help=kinds)
-    parser.add_argument("--links", type=int | None, metavar="N", help=LINKS)
+    parser.add_argument("--links", type=int | str | None, metavar="N", help=LINKS)
+
+
+def add_scale(parser: "ArgumentParser") -> None:
+    """Adds the factors by which a command scales links."""
+    parser.add_argument("--scale", type=dict[int | str, float] | None, metavar="FACTORS", help=SCALE)
 
 
 def parse_options(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
@@ -168,7 +177,7 @@ def parse_options(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace"
 
 
 def load_module(opened: "OpenedCheckpoint", options: Any, method: str) -> "COLAModule":
-    """The module of a checkpoint, as a command's ``--links`` and ``--trust_remote_code`` ask for it.
+    """The module of a checkpoint, as a command's ``--links``, ``--scale`` and ``--trust_remote_code`` ask for it.
 
     Args:
         opened: the checkpoint.
@@ -190,4 +199,4 @@ def load_module(opened: "OpenedCheckpoint", options: Any, method: str) -> "COLAM
     find_class(arguments["class_path"])
     more: dict[str, Any] = {"trust_remote_code": True} if options.trust_remote_code else {}  # not every class has it
     with quiet():
-        return COLAModule.load_from_checkpoint(opened, links=options.links, **more)
+        return COLAModule.load_from_checkpoint(opened, links=options.links, scale=options.scale, **more)

@@ -1,6 +1,7 @@
 """``cola fit``, ``validate``, ``test`` and ``predict``: stock LightningCLI with the groups ``chain`` and ``last``."""
 
 import contextlib
+import csv
 import itertools
 import logging
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+import rich
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, Trainer
@@ -29,13 +31,24 @@ from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, RunW
 from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
 from cola_lightning.callbacks.run_folder import run_folder
+from cola_lightning.chain.chain import number_of_links
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, in_run
-from cola_lightning.cli.help import DESCRIPTION, LINKS, LOGGERS, OPTION_BY_OTHER_NAME, SUBCOMMANDS, help_formatter, usage
+from cola_lightning.chain.report import metrics_table
+from cola_lightning.cli.help import (
+    DESCRIPTION,
+    LINKS,
+    LOGGERS,
+    OPTION_BY_OTHER_NAME,
+    SUBCOMMANDS,
+    add_scale,
+    help_formatter,
+    usage,
+)
 from cola_lightning.errors import Interruption, UserError, nearest
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.state import data_facts
-from cola_lightning.writing import check_writable
+from cola_lightning.writing import atomic_file, check_writable
 
 log = logging.getLogger(__name__)
 CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextDataModule"}  # where none is named
@@ -99,7 +112,12 @@ class COLACLI(LightningCLI):
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
         parser.add_lightning_class_args(ChainOfLoRA, "chain")
         parser.add_class_arguments(LastCheckpoint, "last")
-        parser.add_argument("--links", type=int | None, default=None, help=f"of ckpt_path or model.init_chain, the {LINKS}")
+        is_test, is_fit = self.words[:1] == ["test"], self.words[:1] == ["fit"]
+        every = "; 'all': a table with a row for each link" if is_test else ""
+        links = f"of ckpt_path or model.init_chain, the {LINKS}{every}"
+        parser.add_argument("--links", type=int | str | None, default=None, help=links)
+        if not is_fit:  # which would go on from a chain that was never trained
+            add_scale(parser)
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults({"trainer.gradient_clip_val": 1.0})
         for name, (title, description) in GROUPS.items():
@@ -178,7 +196,8 @@ class COLACLI(LightningCLI):
                 files |= {*folder.glob(f"{run}/checkpoints/last.ckpt"), *folder.glob(f"{run}/config.yaml")}
             config.ckpt_path = str(self._newest_of_same_run(files))
             log.info("ckpt_path: %s", config.ckpt_path)
-        if config.ckpt_path is not None and "://" not in config.ckpt_path:
+        is_part = config.links is not None or config.get("scale") is not None  # which Lightning alone would not load
+        if config.ckpt_path is not None and (is_part or "://" not in config.ckpt_path):
             self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
             config.ckpt_path = self.opened.path  # of a run's folder, the file in it
 
@@ -212,9 +231,21 @@ class COLACLI(LightningCLI):
         )
 
     def _check_links(self) -> None:
-        """Passes the ``links`` of ``init_chain`` on to the module, and refuses those of a fit that resumes."""
+        """Passes the ``links`` of ``init_chain`` on to the module, and refuses those of a fit that resumes.
+
+        Raises:
+            UserError: for these, and for links, stages and factors that the checkpoint does not have.
+        """
         config = self.config[self.subcommand]
-        self.links = config.links
+        self.links, self.tests_each_link = config.links, self.subcommand == "test" and config.links == "all"
+        scale = config.get("scale")
+        if (scale or self.tests_each_link) and (config.ckpt_path is None or (scale and self.tests_each_link)):
+            raise UserError("links, scale: --links all and --scale need --ckpt_path, and cannot be combined")
+        if self.opened is not None and self.subcommand != "fit":
+            self.links = 0 if self.tests_each_link else number_of_links(self.links, self.opened.state.names)
+            if scale:
+                self.opened.scale = scale
+                self.opened.state.all_links(config.links).scaled(scale)
         if self.links is None or (config.ckpt_path is not None and self.subcommand != "fit"):
             return
         if config.ckpt_path is not None:
@@ -277,11 +308,33 @@ class COLACLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
+            if self.tests_each_link:
+                self._test_each_link()
+            else:
+                super()._run_subcommand(subcommand)
         except Interruption:
             if subcommand == "fit":
                 self._log_command("resume", "fit")
             raise
+
+    def _test_each_link(self) -> None:
+        """Tests the base, and the model after each link: a table, which is also written to ``links.csv``."""
+        assert self.opened is not None
+        rows, arguments = [], self._prepare_subcommand_kwargs("test") | {"verbose": False}
+        for links, name in enumerate(["base", *self.opened.state.names]):
+            self.opened.links = links
+            rows.append({"links": links, "stage": name or ""})
+            for metrics in self.trainer.test(**arguments):  # of each data loader
+                rows[-1] |= metrics
+        path = Path(run_folder(self.trainer), "links.csv")  # on all processes: run_folder broadcasts
+        if self.trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, rows[-1])
+                writer.writeheader()
+                writer.writerows(rows)
+            rich.print(metrics_table(rows))
+            log.info("written: %s", shortest(path))
 
     def check_trained(self) -> None:
         """Refuses a fit that trained nothing, because the run that it resumes is finished."""

@@ -59,4 +59,4 @@ class TrainedModule(ExportableModule, Protocol):
         """The parameters for the optimizer."""
 
     def link_steps_and_metrics(self) -> dict[str, Any]:
-        """Steps and metrics of the current link, for its record."""
+        """Steps, metrics and stage of the current link, for its record."""

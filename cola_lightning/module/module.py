@@ -25,6 +25,7 @@ from typing_extensions import override
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
+from cola_lightning.chain.chain import as_number, number_of_links
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_chain
 from cola_lightning.chain.schedule import FitPosition, TrainedFactors
 from cola_lightning.constants import Dtype
@@ -83,7 +84,7 @@ class COLAModule(LightningModule, RecordsArguments):
             that are 8-bit or factored (AdamW8bit, Adafactor).
         init_chain: a chain folder, a checkpoint, or the folder of an ordinary PEFT LoRA, whose links are applied before
             training starts; ``null``: start from the base. Checkpoints of the run contain these links too.
-        init_links: how many links of ``init_chain``, from the first; ``null``: all.
+        init_links: how many links of ``init_chain``, from the first, or the name of the last stage; ``null``: all.
         save_base: store the weights of the adapted base in each checkpoint, for a base that cannot be rebuilt bit for bit.
         compile: apply ``torch.compile`` to the model; it compiles once per rank, for training and for validation.
         activation_checkpointing: store only the inputs of the model's blocks and recompute the rest in the backward pass: less
@@ -141,7 +142,7 @@ class COLAModule(LightningModule, RecordsArguments):
         trained_factors: TrainedFactors = "both",
         kept_optimizer_state: float = 0,
         init_chain: str | None = None,
-        init_links: int | None = None,
+        init_links: int | str | None = None,
         save_base: bool = False,
         compile: bool = False,
         activation_checkpointing: bool = False,
@@ -155,7 +156,7 @@ class COLAModule(LightningModule, RecordsArguments):
         self.user_seed = None if seed is None else int(seed)
         self.trained_factors, self.save_base = trained_factors, save_base
         self.init_chain = None if init_chain is None else str(init_chain)
-        self.init_links = None if init_links is None else int(init_links)
+        self.init_links = None if init_links is None else as_number(init_links)
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.fit_progress, self.link_metrics, self.step_loss = FitProgress(), LinkMetrics(), StepLoss()
         self.link_optimization = LinkOptimization(
@@ -299,7 +300,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @property
     def init_chain_source(self) -> list[str | int | None]:
-        """The path of ``init_chain``, and how many of its links were requested."""
+        """The path of ``init_chain``, and how many of its links were requested, or up to which stage."""
         path = self.init_chain and str(Path(os.path.expanduser(self.init_chain)).absolute())
         return [path, self.init_links]
 
@@ -352,6 +353,7 @@ class COLAModule(LightningModule, RecordsArguments):
     def _begin_optimization(self) -> None:
         """Makes the optimizer of a link that begins now."""
         self.fit_progress.link_start = self.fit_progress.position(trainer_of(self))
+        self.fit_progress.link_name = self.fit_progress.schedule.name
         self.link_optimization.renew(self, self.adapted)
 
     def restart_link(self, *, rank: int | None = None, alpha: float | None = None) -> None:
@@ -391,10 +393,10 @@ class COLAModule(LightningModule, RecordsArguments):
         return self.adapted.live_link(**self.link_steps_and_metrics())
 
     def link_steps_and_metrics(self) -> dict[str, Any]:
-        """Steps and metrics of the current link, for its record."""
+        """Steps, metrics and stage of the current link, for its record."""
         start, trainer = self.link_start.global_step, trainer_of(self)
         end, metrics = self.fit_progress.position(trainer).global_step, self.link_metrics.values(trainer, start)
-        return {"start_step": start, "end_step": end, "metrics": metrics}
+        return {"start_step": start, "end_step": end, "metrics": metrics, "name": self.fit_progress.link_name}
 
     def full_chain(self) -> Chain:
         """The finished links and the current one as it is now: all that has been trained; ``chain`` holds the finished ones."""
@@ -558,7 +560,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     def merged_model(
         self,
-        links: int | None = None,
+        links: int | str | None = None,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -570,7 +572,8 @@ class COLAModule(LightningModule, RecordsArguments):
         every process must call this.)
 
         Args:
-            links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
+            links: how many links, the finished ones first and then the current one, or the name of the last stage; None: all. 0
+                is the base.
             dtype: to which each weight is rounded once its links are added; None: float32, whatever the model was trained in
                 (float64 where that was float64); if ``target_modules`` is null, its own.
             device: where the copy is; None: where the model is.
@@ -579,7 +582,8 @@ class COLAModule(LightningModule, RecordsArguments):
             UserError: if there are fewer links.
         """
         self.make_model()
-        model = self.adapted.merged_model(links, dtype=dtype, device=device)
+        names = [*(link.name for link in self.chain.links), self.fit_progress.link_name]
+        model = self.adapted.merged_model(number_of_links(links, names), dtype=dtype, device=device)
         values = self.adapted.trained.outside()
         if outside := [name for name, value in values.items() if value.requires_grad]:
             log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
@@ -682,7 +686,8 @@ class COLAModule(LightningModule, RecordsArguments):
         strict: bool | None = None,
         weights_only: bool | None = None,
         *,
-        links: int | None = None,
+        links: int | str | None = None,
+        scale: Mapping[int | str, float] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Loads a module onto the CPU, as in Lightning; its class and arguments are read from the checkpoint.
@@ -698,7 +703,10 @@ class COLAModule(LightningModule, RecordsArguments):
             strict: whether the module's trained values and the checkpoint's must have the same names; None: as
                 ``strict_loading`` says, which is true unless it was set, and which True may not contradict.
             weights_only: False unpickles any object in the file, which may run code: only for a trusted file.
-            links: how many links, the finished ones first and then the current one; None: all. 0 is the base.
+            links: how many links, the finished ones first and then the current one, or the name of the last stage; None: all. 0
+                is the base.
+            scale: for evaluation: factors of links' updates, by a stage's name or a link's index. 0 leaves a link out. What
+                else was trained, such as a head, is not scaled. A new link begins after the scaled ones.
             **kwargs: arguments of the class, in place of the checkpoint's. It has none that is not a plain value, and no
                 ``optimizer``, ``compile``, ``activation_checkpointing``, ``attn_implementation`` or ``trust_remote_code``.
 
@@ -713,7 +721,7 @@ class COLAModule(LightningModule, RecordsArguments):
         module: Self = rebuilt(cls, opened.state.facts["module"], given | kwargs)
         if strict and not module.strict_loading:
             raise UserError(f"strict: cannot be True, because {type(module).__name__}.strict_loading is False")
-        module.opened_checkpoint = replace(opened, links=links)
+        module.opened_checkpoint = replace(opened, links=links, scale=scale)
         module.make_model()
         module.on_load_checkpoint(opened.contents)
         strict = module.strict_loading if strict is None else strict

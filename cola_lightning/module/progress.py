@@ -17,6 +17,7 @@ class FitProgress:
     Attributes:
         schedule: when knots fall, and each link's rank and alpha: that of the fit's ChainOfLoRA, else one link.
         link_start: the position at which the current link began.
+        link_name: the name of the current link's stage; None: it has none.
         end: the position at which the last fit ended, or at which the checkpoint was written that the module was loaded from; a
             next fit at the same position continues it. None before the first fit.
         first_link: index of the run's first link: how many links ``init_chain`` has.
@@ -27,6 +28,7 @@ class FitProgress:
     def __init__(self) -> None:
         self.schedule = ChainSchedule()
         self.link_start = START
+        self.link_name: str | None = None
         self.end: FitPosition | None = None
         self.first_link = 0
         self.n_earlier_fits = 0
@@ -50,6 +52,7 @@ class FitProgress:
             schedule: the schedule of its knots.
         """
         self.schedule, self.length = schedule, None  # which is set when training starts
+        self.link_name = schedule.name or self.link_name
         self._trainer = weakref.ref(trainer)
         now = FitPosition(trainer.current_epoch, trainer.global_step)
         if not now.global_step or now != self.end:  # else this Trainer continues its own fit
@@ -88,8 +91,14 @@ class FitProgress:
             "has_knots": self.schedule.has_knots,
         }
 
-    def restore(self, stored: Mapping[str, Any]) -> None:
-        """Restores what :meth:`to_store` returned, except for the schedule, which is an option of each fit."""
+    def restore(self, stored: Mapping[str, Any], link_name: str | None) -> None:
+        """Restores what :meth:`to_store` returned, except for the schedule, which is an option of each fit.
+
+        Args:
+            stored: what it returned.
+            link_name: the current link's, if the fit's schedule has no name.
+        """
+        self.link_name = self.schedule.name or link_name
         self.link_start, self.end = FitPosition(*stored["link_start"]), FitPosition(*stored["position"])
         self.n_earlier_fits, self.first_link = stored["n_before"], stored.get("first_link", 0)
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.base import check_same_base, weight_of
-from cola_lightning.chain.chain import METADATA, OUTSIDE, Link, check_links, describe_link, pack
+from cola_lightning.chain.chain import METADATA, OUTSIDE, Link, describe_link, number_of_links, pack
 from cola_lightning.chain.checkpoint import STATE_PREFIX, OpenedCheckpoint, StoredState, read_archive
 from cola_lightning.errors import NonFiniteError, UserError, causes
 from cola_lightning.lora.layer import own_values
@@ -246,7 +246,7 @@ def restore(module: TrainedModule, state: StoredState) -> bool:
     """Brings a module to a state: its base, its finished links, and where the current link began.
 
     If fewer links are requested (``links`` of the opened checkpoint), a link begins after them, and what else is trained gets
-    the values after the last of them.
+    the values after the last of them. With a ``scale`` a link begins after all of them, because the current link is scaled too.
 
     Returns:
         Whether the trained values that are stored with the state belong to it.
@@ -256,11 +256,11 @@ def restore(module: TrainedModule, state: StoredState) -> bool:
     """
     trainer, adapted, facts = trainer_of(cast(LightningModule, module)), module.adapted, state.facts
     progress, metrics, opened = module.fit_progress, module.link_metrics, module.opened_checkpoint
-    total = len(state.chain) + 1
-    links = total if opened is None or opened.links is None else opened.links
-    check_links(links, total)
-    has_current = links == total
-    chain = state.chain if has_current else state.chain.truncate(links)
+    links = number_of_links(None if opened is None else opened.links, state.names)
+    scale, has_all = ({} if opened is None else opened.scale or {}), links == len(state.names)
+    has_current = has_all and not scale
+    unscaled = state.chain if has_current else state.all_links(None if has_all else links)
+    chain = unscaled.scaled(scale)
     check_same_base(chain.base, adapted.chain.base, is_stored="base_weights" in facts)
     if trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None:
         _check_same_choices(module, state)
@@ -272,10 +272,10 @@ def restore(module: TrainedModule, state: StoredState) -> bool:
     if adapted.cast_dtype == torch.float64 and not module.is_sharded:  # what is trained outside of the model, too
         cast(nn.Module, module).double()
     adapted.seed = facts["seed"]
-    progress.restore(facts)
+    progress.restore(facts, state.names[-1] if has_current else None)
     adapted.trained.first = dict(facts["first_values"])
     if not has_current:
-        adapted.trained.write(adapted.extras_after(chain))
+        adapted.trained.write(adapted.extras_after(unscaled))
         progress.end = None
         metrics.reset(trainer)
         if adapted.layers:
