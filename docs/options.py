@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from cola_lightning import (
     ChainOfLoRA,
     COLACausalLM,
+    COLAPreferenceLM,
     COLASequenceClassifier,
     LastCheckpoint,
     PreferenceDataModule,
@@ -26,7 +27,7 @@ from cola_lightning import (
 from cola_lightning.cli import main
 
 CLASSES = {
-    "model": [COLACausalLM, COLASequenceClassifier],
+    "model": [COLACausalLM, COLAPreferenceLM, COLASequenceClassifier],
     "data": [TextDataModule, PreferenceDataModule, TemplateDataModule, TextClassificationDataModule, PromptDataModule],
     "chain": [ChainOfLoRA],
     "last": [LastCheckpoint],

@@ -244,7 +244,7 @@ def test_a_number_of_links_equals_a_frozen_copy_of_the_model_after_them(tmp_path
         with torch.no_grad():
             module.model.lm_head.weight.add_(0.1)
     rows = random_pairs()
-    with module.at(module.n_reference_links):
+    with module.at(module.reference_links):
         mine, _, _ = module.log_probabilities({k: v for k, v in pair_batch(rows).items() if k != "n_pairs"})
     with torch.no_grad():
         theirs, _ = log_probabilities(frozen, rows)
@@ -261,13 +261,26 @@ def test_a_run_starts_from_the_links_of_its_first_chain(tmp_path):
     first.full_chain().save(tmp_path / "chain")
     module = preference_lm(tmp_path, init_chain=str(tmp_path / "chain"))
     module.configure_model()
-    assert (module.link, module.n_reference_links) == (1, 1)
+    assert (module.link, module.reference_links) == (1, 1)
     assert module.step(pair_batch(random_pairs())).loss.item() == LOG_2
     run = fit(module, tmp_path)
     run.save_checkpoint(tmp_path / "last.ckpt")
     again = COLAPreferenceLM.load_from_checkpoint(tmp_path / "last.ckpt")
-    assert (again.link, again.n_reference_links) == (1, 1)
+    assert (again.link, again.reference_links) == (1, 1)
     assert again.step(pair_batch(random_pairs())).loss.item() != LOG_2
+
+
+def test_a_stage_is_a_reference(tmp_path):
+    first = preference_lm(tmp_path)
+    fit(first, tmp_path, chain={"name": "sft"})
+    first.full_chain().save(tmp_path / "chain")
+    module = preference_lm(tmp_path, init_chain=str(tmp_path / "chain"), reference="sft")
+    module.configure_model()
+    assert module.step(pair_batch(random_pairs())).loss.item() == LOG_2
+    tiny.with_live_link(module)
+    with module.at("sft") as model:
+        mine = tiny.logits(model)
+    assert (mine - tiny.logits(module.merged_model(1))).abs().max() < 1e-5
 
 
 def test_no_tensor_of_the_base_exists_twice(tmp_path):
@@ -302,7 +315,7 @@ def test_a_run_logs_rewards_and_learns(tmp_path):
         ({"loss": "kto"}, "model.loss: must be sigmoid or ipo or simpo or orpo, got 'kto'"),
         ({"beta": 0}, "model.beta: must be above 0, got 0"),
         ({"sft_weight": -1}, "model.sft_weight: must be at least 0, got -1"),
-        ({"reference": "first"}, "model.reference: must be start, link or a number of links, got 'first'"),
+        ({"reference": -1}, "model.reference: must be start, link, a number of links, or a stage, got -1"),
         ({"target_modules": None}, "model.target_modules: sigmoid needs links"),
     ],
 )
@@ -316,9 +329,10 @@ def test_rows_that_are_no_pairs_are_refused(module):
         module.step(collate_only(random_pairs()))
 
 
-def test_a_reference_of_more_links_than_there_are_is_refused(tmp_path):
-    module = preference_lm(tmp_path, reference=3)
-    with pytest.raises(UserError, match="links: must be between 0 and 1"):
+@pytest.mark.parametrize(("reference", "message"), [(3, "links: must be between 0 and 1"), ("sfd", "no stage or link 'sfd'")])
+def test_a_reference_that_is_not_there_is_refused(tmp_path, reference, message):
+    module = preference_lm(tmp_path, reference=reference)
+    with pytest.raises(UserError, match=message):
         fit(module, tmp_path)
 
 

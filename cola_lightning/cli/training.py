@@ -55,7 +55,7 @@ CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextD
 GROUPS = {  # titles and descriptions in `--help`
     "model": (
         "The model (`--model.help CLASS` lists the options of a class)",
-        "COLACausalLM (the default), COLASequenceClassifier, or a class of your own.",
+        "COLACausalLM (the default), COLAPreferenceLM, COLASequenceClassifier, or a class of your own.",
     ),
     "data": (
         "The data (`--data.help CLASS` lists the options of a class)",

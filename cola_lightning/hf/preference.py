@@ -70,7 +70,8 @@ class COLAPreferenceLM(COLACausalLM):
         simpo_gamma: the margin by which ``simpo`` wants the chosen response's reward to be larger.
         sft_weight: the weight of the chosen responses' loss per token, which is added. (``orpo`` always contains it once.)
         reference: ``start``: the model that the run began from, that is the base and ``init_chain``; ``link``: the model that
-            the current link began from, so that each knot moves the reference; or a number of links, from the first.
+            the current link began from, so that each knot moves the reference; or a number of links, from the first, or the
+            name of a stage.
         **causal: the arguments of :class:`~cola_lightning.COLACausalLM`.
 
     Raises:
@@ -95,7 +96,7 @@ class COLAPreferenceLM(COLACausalLM):
         label_smoothing: float = 0.0,
         simpo_gamma: float = 0.5,
         sft_weight: float = 0.0,
-        reference: Literal["start", "link"] | int = "start",
+        reference: int | str = "start",
         **causal: Any,
     ) -> None:
         super().__init__(model_name, **causal)
@@ -105,7 +106,7 @@ class COLAPreferenceLM(COLACausalLM):
             ("label_smoothing", 0 <= label_smoothing < 0.5, "at least 0 and below 0.5"),
             ("label_smoothing", not label_smoothing or loss in SMOOTHED, f"0 unless the loss is {' or '.join(SMOOTHED)}"),
             ("sft_weight", sft_weight >= 0, "at least 0"),
-            ("reference", reference in ("start", "link") or is_count(reference), "start, link or a number of links"),
+            ("reference", isinstance(reference, str) or reference >= 0, "start, link, a number of links, or a stage"),
         ):
             if not is_valid:
                 raise UserError(f"model.{name}: must be {valid}, got {locals()[name]!r}")
@@ -115,11 +116,10 @@ class COLAPreferenceLM(COLACausalLM):
         self.simpo_gamma, self.sft_weight, self.reference = simpo_gamma, sft_weight, reference
 
     @property
-    def n_reference_links(self) -> int:
-        """How many links the reference model has."""
-        if isinstance(self.reference, int):
-            return self.reference
-        return self.link if self.reference == "link" else self.fit_progress.first_link
+    def reference_links(self) -> int | str:
+        """How many links the reference model has, or the last stage in it."""
+        named = {"start": self.fit_progress.first_link, "link": self.link}
+        return named.get(self.reference, self.reference) if isinstance(self.reference, str) else self.reference
 
     @override
     def step(self, batch: Batch) -> StepOutput:
@@ -130,7 +130,7 @@ class COLAPreferenceLM(COLACausalLM):
         n, batch = batch["n_pairs"], {name: value for name, value in batch.items() if name != "n_pairs"}
         reference = None
         if self.preference_loss in WITH_REFERENCE:
-            with self.at(self.n_reference_links):
+            with self.at(self.reference_links):
                 reference, _, _ = self.log_probabilities(batch)
         values, sizes, router_loss = self.log_probabilities(batch)
         chosen, rejected = (
@@ -214,8 +214,3 @@ class COLAPreferenceLM(COLACausalLM):
             log.info(
                 "the reference is the model with %d links now: losses and rewards of different links differ in it", self.link
             )
-
-
-def is_count(value: Any) -> bool:
-    """Whether a value is a number of links."""
-    return isinstance(value, int) and value >= 0

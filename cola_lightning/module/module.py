@@ -528,7 +528,7 @@ class COLAModule(LightningModule, RecordsArguments):
     # ------------------------------------------------------------------ a copy, and files
 
     @contextmanager
-    def at(self, links: int) -> Iterator[nn.Module]:
+    def at(self, links: int | str) -> Iterator[nn.Module]:
         """Inside the block, ``self.model`` is as it was after its first links: a reference or a teacher, and no second model.
 
         It is in evaluation mode, and no gradients are computed. Its outputs are those of :meth:`merged_model`, within rounding.
@@ -536,7 +536,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
         Args:
             links: how many links, the finished ones first and then the current one: ``self.link`` is the model without the
-                current link. 0 is the base.
+                current link. 0 is the base. Or the name of the last stage.
 
         Yields:
             The model.
@@ -555,8 +555,13 @@ class COLAModule(LightningModule, RecordsArguments):
             >>> torch.equal(teacher, module(x)), teacher.requires_grad
             (True, False)
         """
-        with self.adapted.at(links) as model:
+        with self.adapted.at(number_of_links(links, self._link_names)) as model:
             yield model
+
+    @property
+    def _link_names(self) -> list[str | None]:
+        """The name of each link's stage, the current link's last."""
+        return [*(link.name for link in self.adapted.chain.links), self.fit_progress.link_name]
 
     def merged_model(
         self,
@@ -582,8 +587,7 @@ class COLAModule(LightningModule, RecordsArguments):
             UserError: if there are fewer links.
         """
         self.make_model()
-        names = [*(link.name for link in self.chain.links), self.fit_progress.link_name]
-        model = self.adapted.merged_model(number_of_links(links, names), dtype=dtype, device=device)
+        model = self.adapted.merged_model(number_of_links(links, self._link_names), dtype=dtype, device=device)
         values = self.adapted.trained.outside()
         if outside := [name for name, value in values.items() if value.requires_grad]:
             log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))
