@@ -208,6 +208,13 @@ class COLAPreferenceLM(COLACausalLM):
         return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="none"), router_loss
 
     @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.preference_loss in WITH_REFERENCE and self.global_rank == 0:
+            moves = ", and each knot moves it" if self.reference == "link" else ""
+            log.info("the reference is the model after %s of %d links%s", self.reference_links, self.link + 1, moves)
+
+    @override
     def on_knot(self, link: Link) -> None:
         """Says that a knot has moved the reference, if it has."""
         if self.preference_loss in WITH_REFERENCE and self.reference == "link" and self.global_rank == 0:
