@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning.chain.chain import Link
-from cola_lightning.lora.experts import close_experts
-from cola_lightning.lora.inject import begin_merging
+from cola_lightning.lora.inject import begin_merging, restore_
 from cola_lightning.lora.layer import LoRALayer, lora_layers
 from cola_lightning.lora.quantization import dequantize
 
@@ -49,7 +48,7 @@ def merge(
     if not in_place:
         model = deep_copy(model, memo, device=device, dtype=dtype)
     dequantize(model, wide if dtype is None else dtype)
-    close_experts(model)
+    restore_(model)
     return _place(model, dtype, device)
 
 

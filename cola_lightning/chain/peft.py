@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.chain.chain import Chain, Link, check_version, damage_refused, is_of_experts, link_fields
 from cola_lightning.errors import UserError
+from cola_lightning.lora.attention import input_projections, is_windows
 from cola_lightning.lora.config import value_of
 from cola_lightning.lora.experts import PROJECTIONS, is_experts
 from cola_lightning.lora.inject import is_linear
@@ -81,6 +82,45 @@ def wrapper_names(experts: str, parameters: Sequence[str]) -> dict[str, str]:
     return {f"{experts}.{name}": experts + BASE_LAYER * place for place, name in enumerate(reversed(parameters))}
 
 
+# ---------------------------------------------------------------------- nn.MultiheadAttention
+
+# PEFT has two LoRAs of the same rank and alpha in each such module: the input projection's is the module's own. It adds that of
+# out_proj twice (https://github.com/huggingface/peft/pull/3774 ends that; 0.21 is without it), so its B is half of ours.
+OUT_PROJ = f"{BASE_LAYER}.out_proj"
+OUT_PROJ_UPDATES = 2
+
+
+def attention_of(model: nn.Module, layer: str) -> nn.MultiheadAttention | None:
+    """The nn.MultiheadAttention of which this layer is a projection, in a plain model."""
+    module = model.get_submodule(layer.rpartition(".")[0])
+    return module if isinstance(module, nn.MultiheadAttention) else None
+
+
+def attention_to_peft(
+    name: str, attention: nn.MultiheadAttention, factors: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors of an attention module by PEFT's names: padded to the same rank, and zeros where a projection has no link.
+
+    Raises:
+        UserError: for one with separate input projections.
+
+    Source: ``peft.tuners.lora.layer.MultiheadAttention`` (0.21).
+    """
+    if input_projections(attention) != ("in_proj",):
+        raise UserError(f"format: PEFT has no LoRA for separate projections of queries, keys and values ({name!r}). Use merged")
+    n = attention.embed_dim
+    none = {"in_proj": (torch.zeros(0, n), torch.zeros(3 * n, 0)), "out_proj": (torch.zeros(0, n), torch.zeros(n, 0))}
+    pairs = [factors.get(f"{name}.{part}", pair) for part, pair in none.items()]
+    inner, (lora_A, lora_B) = (padded(pair, max(len(lora_A) for lora_A, _ in pairs)) for pair in pairs)
+    return {name: inner, name + OUT_PROJ: (lora_A, lora_B / OUT_PROJ_UPDATES)}
+
+
+def padded(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """Factors with zeros up to a larger rank."""
+    missing = rank - pair[0].shape[-2]
+    return F.pad(pair[0], (0, 0, 0, missing)), F.pad(pair[1], (0, missing))
+
+
 # ---------------------------------------------------------------------- reading
 
 
@@ -123,15 +163,20 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
     scaled = {}
     for name, pair in pairs.items():
         lora_A, lora_B = (value.flatten(1).to(torch.promote_types(value.dtype, torch.float32)) for value in pair)
-        if len(lora_A) != _value_of(config, name, "r", "rank_pattern") and (projection := _projection(config, name)):
-            name = projection
-            lora_A, lora_B = experts_from_peft(lora_A, lora_B, _value_of(config, name, "r", "rank_pattern"))
-        alpha, rank = _value_of(config, name, "lora_alpha", "alpha_pattern"), lora_A.shape[-2]
-        scaled[name] = lora_A, lora_B * float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
-    largest, factors = max(lora_A.shape[-2] for lora_A, _ in scaled.values()), {}
-    for name, (lora_A, lora_B) in scaled.items():
-        missing = largest - lora_A.shape[-2]
-        factors[name] = F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B, (0, missing))
+        layer, target = name, name.removesuffix(OUT_PROJ)
+        if target + OUT_PROJ in pairs:
+            if not lora_A.any():  # a projection without a link
+                continue
+            layer, lora_B = (
+                (f"{target}.in_proj", lora_B) if name == target else (f"{target}.out_proj", lora_B * OUT_PROJ_UPDATES)
+            )
+        elif len(lora_A) != _value_of(config, name, "r", "rank_pattern") and (projection := _projection(config, name)):
+            layer = target = projection
+            lora_A, lora_B = experts_from_peft(lora_A, lora_B, _value_of(config, target, "r", "rank_pattern"))
+        alpha, rank = _value_of(config, target, "lora_alpha", "alpha_pattern"), lora_A.shape[-2]
+        scaled[layer] = lora_A, lora_B * float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+    largest = max(lora_A.shape[-2] for lora_A, _ in scaled.values())
+    factors = {name: padded(pair, largest) for name, pair in scaled.items()}
     extras = {}
     for name, value in tensors.items():
         layer, _, parameter = name.rpartition(f"{BASE_LAYER}.")
@@ -234,7 +279,7 @@ def write_adapter(folder: Path, chain: Chain, base: AdapterBase, factors: Mappin
 
 
 def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors by PEFT's names and in its shapes: those of a convolution are kernels, those of experts as they are wrapped.
+    """The factors by PEFT's names and in its shapes: those of a convolution are kernels, others as PEFT wraps modules.
 
     Args:
         base: the plain model.
@@ -256,7 +301,13 @@ def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]
             wrappers = wrapper_names(experts, [key for key, _ in parameters if f"{experts}.{key}" in factors])
             weights[wrappers[name]] = experts_to_peft(lora_A, lora_B)
             continue
+        if (attention := attention_of(base, name)) is not None:
+            weights |= attention_to_peft(name.rpartition(".")[0], attention, factors)
+            continue
         layer: Any = base.get_submodule(name)
+        parent = base.get_submodule(name.rpartition(".")[0])
+        if is_windows(parent):
+            raise UserError(f"format: PEFT's LoRA has no effect in {name!r}, because the model reads its weight. Use merged")
         is_convolution = isinstance(layer, nn.Conv1d | nn.Conv2d)
         if (is_convolution and set(layer.dilation) != {1}) or not (is_convolution or is_linear(layer)):
             what = f"PEFT has no LoRA, or another, for {name!r}, a {layer}"
@@ -280,12 +331,16 @@ def peft_config(base: AdapterBase, factors: Mapping[str, tuple[Tensor, Tensor]])
     modules = dict(base.model.named_modules())
     has_experts = any(map(is_experts, modules.values()))
     projections = [name for name, (lora_A, _) in factors.items() if is_of_experts(lora_A)]
-    layers = [name for name in factors if name not in projections]
+    attention = {name: name.rpartition(".")[0] for name in factors if attention_of(base.model, name) is not None}
+    layers = list(dict.fromkeys(attention.get(name, name) for name in factors if name not in projections))
     renamed = [name for name in layers if has_experts and name.rpartition(".")[2] in RENAMED]
     layers = [name for name in layers if name not in renamed]
     endings = sorted({name.rpartition(".")[2] for name in layers})
     matched = {name for name in modules if name.rpartition(".")[2] in endings}
-    ranks = {name: lora_A.shape[-2] for name, (lora_A, _) in factors.items()}
+    ranks = dict[str, int]()
+    for name, (lora_A, _) in factors.items():
+        target = attention.get(name, name)
+        ranks[target] = max(lora_A.shape[-2], ranks.get(target, 0))
     rank = max(ranks.values())
     patterns = {f"^{re.escape(name)}": smaller for name, smaller in ranks.items() if smaller != rank}
     return LoraConfig(

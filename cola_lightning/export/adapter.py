@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from cola_lightning.lora.quantization import dequantize
 from cola_lightning.merge import cast_floats, free
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.writing import atomic_folder
+
+FUSED_OFF = "torch.backends.mha.set_fastpath_enabled(False)"
 
 
 def export_adapter(
@@ -72,12 +75,19 @@ def export_adapter(
             (partial / "labels.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         loading = f'base = {code}\nmodel = PeftModel.from_pretrained(base, "{FOLDER}")'
         loading = f"import transformers\nfrom peft import PeftModel\n\n{loading}"
+        if any(isinstance(part, nn.TransformerEncoderLayer) for part in base.model.modules()):
+            lines.append(f"before it is used: {FUSED_OFF}, because torch's fused encoder layers ignore PEFT's adapters")
+            loading = f"{loading}\n\nimport torch\n\n{FUSED_OFF}  # torch's fused encoder layers ignore PEFT's adapters"
         card.write(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
         if reference is None:
             return [*lines, "not compared" + (", because no input is known" if options.verify else "")]
         with loading_again():
             loaded = PeftModel.from_pretrained(base.model, str(partial))
-        return [*lines, reference.compare(loaded, "loaded again with peft", is_same=rank == total)]
+        mha = torch.backends.mha
+        with ExitStack() as after:
+            after.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+            mha.set_fastpath_enabled(False)
+            return [*lines, reference.compare(loaded, "loaded again with peft", is_same=rank == total)]
 
 
 # ---------------------------------------------------------------------- its base

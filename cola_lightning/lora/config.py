@@ -59,9 +59,9 @@ class LoRAConfig:
 
     Args:
         target_modules: layers to adapt, by PEFT's rule: a regular expression for a layer's whole name, a list of names or
-            dotted name endings, or ``all-linear`` (the default): every linear layer (Linear, Conv1D, Linear4bit) except the
-            output embeddings and ``modules_to_save``. Convolutions (Conv1d, Conv2d) are adapted by name alone. ``null`` trains
-            every parameter without links: full fine-tuning, for comparisons.
+            dotted name endings, or ``all-linear`` (the default): every linear layer (Linear, Conv1D, Linear4bit, and the
+            projections of MultiheadAttention) except the output embeddings and ``modules_to_save``. Convolutions (Conv1d,
+            Conv2d) are adapted by name alone. ``null`` trains every parameter without links: full fine-tuning, for comparisons.
         exclude_modules: modules that are not adapted, nor the layers in them, by the same rule.
         layers_to_transform: adapt only the targets in these layers (or in this one), counted from 0: the first number in a name
             after a list's, such as the 3 of ``model.layers.3.mlp.up_proj``.

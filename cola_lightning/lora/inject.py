@@ -18,6 +18,13 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cola_lightning.errors import UserError, nearest
+from cola_lightning.lora.attention import (
+    InputProjection,
+    LoRAInputProjection,
+    close_attention,
+    open_attention,
+    with_projections,
+)
 from cola_lightning.lora.config import LoRAConfig, is_matched
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, open_experts
 from cola_lightning.lora.layer import LoRALayer, cast_, is_quantized, lora_layers
@@ -45,6 +52,7 @@ _entries: dict[type | str, _Entry] = {
     "transformers.models.falcon.modeling_falcon.FalconLinear": _Entry(LoRALinear, is_linear=True),  # which is also x W^T + b
     "bitsandbytes.nn.modules.Linear4bit": _Entry("cola_lightning.lora.linear4bit.LoRALinear4bit", is_linear=True),
     ExpertsProjection: _Entry(LoRAExpertsProjection, is_linear=True),  # which a model has only if experts are wanted
+    InputProjection: _Entry(LoRAInputProjection, is_linear=True),  # of nn.MultiheadAttention while its projections are layers
     nn.Conv1d: _Entry(LoRAConv1d, is_linear=False),
     nn.Conv2d: _Entry(LoRAConv2d, is_linear=False),
 }
@@ -82,7 +90,7 @@ def register_lora_layer(layer_type: type[nn.Module] | str, *, is_linear: bool = 
 def _find(module: nn.Module) -> _Entry | None:
     """The entry of a module's class; a subclass of a linear layer that inherits its ``forward`` has the entry of that layer."""
     layer_type: Any = type(module)
-    if layer_type is NonDynamicallyQuantizableLinear:  # of nn.MultiheadAttention, which reads its weight and never calls it
+    if layer_type is NonDynamicallyQuantizableLinear:  # of attention that never calls it: see open_attention
         return None
     for base in layer_type.__mro__:
         entry = _entries.get(base) or _entries.get(f"{base.__module__}.{base.__qualname__}")
@@ -145,17 +153,24 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         raise UserError("model: it already has LoRA layers. Name all targets in one call, or call strip_lora first")
     if config.experts or config.target_modules != ALL_LINEAR:
         open_experts(model)
+    open_attention(model)
     try:
         return _inject(model, config.target_modules, config)
     finally:
-        close_experts(model)  # except those that have links
+        restore_(model)  # except what has links
+
+
+def restore_(model: nn.Module) -> None:
+    """Makes experts, attention and encoders, in place, what they were before links, if no layer in them has one."""
+    close_experts(model)
+    close_attention(model)
 
 
 def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAConfig) -> list[str]:
     """Adapts the targets, see :func:`inject_lora`."""
     saved = _matches(model, list(config.modules_to_save), "model.modules_to_save")
     names = _linear_layers(model, saved) if target_modules == ALL_LINEAR else _matches(model, target_modules)
-    names = _selected(model, names, saved, config)
+    names = _selected(model, with_projections(model, names), saved, config)
     targets = {name: model.get_submodule(name) for name in names}
     _check_not_shared(model, names, saved)
     classes = {name: _class_for(name, layer, config) for name, layer in targets.items()}
@@ -169,9 +184,6 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
             keep_layout(module)
     for name, layer in targets.items():
         classes[name].adapt_(layer, config, name)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and lora_layers(module):
-            module.activation_relu_or_gelu = 0  # its fused path in evaluation would read the weights, without the links
     for name in saved:
         model.get_submodule(name).requires_grad_()
     return names
@@ -199,7 +211,7 @@ def strip_lora(model: nn.Module) -> None:
         for parameter in layer.parameters(recurse=False):
             if parameter.is_floating_point():
                 cast_(parameter, dtype)
-    close_experts(model)
+    restore_(model)
 
 
 def begin_merging(layer: LoRALayer, wide: torch.dtype) -> None:
