@@ -203,7 +203,7 @@ class AdaptedModel:
         """The current link as it is now: what a knot would record.
 
         Args:
-            **metadata: ``start_step`` and ``end_step``, and, where there are any, ``metrics``.
+            **metadata: ``start_step`` and ``end_step``, and, where there are any, ``metrics`` and the stage's ``name``.
 
         Raises:
             UserError: for a model without links.

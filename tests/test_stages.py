@@ -180,6 +180,7 @@ def test_what_is_trained_whole_is_not_scaled(tmp_path):
         values = loaded.merged_model().state_dict()
         assert_bit_equal({name: values[name] for name in trained}, trained)
     assert_bit_equal(values, module.merged_model(0).state_dict() | trained)  # then there is nothing else
+    assert_bit_equal(read_chain(path).scaled({"dpo": 0}).links[-1].extras, trained)  # which a chain folder or an adapter gets
 
 
 def test_an_export_is_the_scaled_model(tmp_path, capsys):
