@@ -270,6 +270,13 @@ def test_a_run_starts_from_the_links_of_its_first_chain(tmp_path):
     assert again.step(pair_batch(random_pairs())).loss.item() != LOG_2
 
 
+def test_a_model_that_is_taken_back_before_its_start_is_its_own_reference(tmp_path):
+    module = preference_lm(tmp_path)
+    module.configure_model()
+    module.fit_progress.first_link = 2
+    assert module.step(pair_batch(random_pairs())).loss.item() == LOG_2
+
+
 def test_a_stage_is_a_reference(tmp_path):
     first = preference_lm(tmp_path)
     fit(first, tmp_path, chain={"name": "sft"})

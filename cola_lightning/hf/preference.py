@@ -118,7 +118,7 @@ class COLAPreferenceLM(COLACausalLM):
     @property
     def reference_links(self) -> int | str:
         """How many links the reference model has, or the last stage in it."""
-        named = {"start": self.fit_progress.first_link, "link": self.link}
+        named = {"start": min(self.fit_progress.first_link, self.link), "link": self.link}  # fewer after a roll back
         return named.get(self.reference, self.reference) if isinstance(self.reference, str) else self.reference
 
     @override
