@@ -60,7 +60,7 @@ class Stage:
         steps: optimizer steps of a run.
         rates: the learning rates of each method.
         seeds: how many.
-        variant: of the config: ``no-clipping``, ``no-warm-up``.
+        variant: of the config: ``no-clipping``, ``no-warm-up``, or the ``stable`` schedule of the learning rate.
     """
 
     task: str
@@ -91,6 +91,8 @@ class Stage:
         of_fit |= OF_TASK[self.task]
         if self.variant == "no-clipping":
             of_fit |= {"trainer.gradient_clip_val": "null"}
+        if self.variant == "stable":
+            of_fit |= {"model.lr_schedule": "stable"}
         if self.variant == "no-warm-up":
             of_fit |= {"model.warmup_steps": 0, "model.knot_warmup_steps": 0}
         return compare(options, of_fit)
@@ -116,6 +118,7 @@ def stages() -> Iterator[Stage]:
     for task in ("gsm8k", "zig"):
         for rank in (8, 1):
             yield Stage(task, rank, STEPS, _tuned(rank, NAMES))
+    yield Stage("gsm8k", 8, STEPS, _tuned(8, ["lora"]), variant="stable")
     yield Stage("gsm8k", 1, LONG, _tuned(1, ["lora", "cola-4"]))
     for rank in (8, 1):
         yield Stage("gsm8k", rank, STEPS, _tuned(rank, ["lora", "cola-4", "cola"]), seeds=2)
