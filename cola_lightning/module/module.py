@@ -547,7 +547,7 @@ class COLAModule(LightningModule, RecordsArguments):
         Example:
             >>> class Distillation(COLAModule):
             ...     def build_model(self):
-            ...         return nn.Linear(4, 2)
+            ...         return nn.Sequential(nn.Linear(4, 2))
             >>> module = Distillation(target_modules="all-linear", rank=1, alpha=2, seed=0)
             >>> x = torch.ones(1, 4)
             >>> with module.at(links=0) as base:
