@@ -218,6 +218,4 @@ class COLAPreferenceLM(COLACausalLM):
     def on_knot(self, link: Link) -> None:
         """Says that a knot has moved the reference, if it has."""
         if self.preference_loss in WITH_REFERENCE and self.reference == "link" and self.global_rank == 0:
-            log.info(
-                "the reference is the model with %d links now: losses and rewards of different links differ in it", self.link
-            )
+            log.info("the knot has moved the reference: losses and rewards before and after it cannot be compared")
