@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cola_lightning import layout
 from cola_lightning.chain.base import base_copies, base_values, check_same_base, check_same_layers, describe_base
 from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
-from cola_lightning.chain.schedule import TrainedFactors, frozen_factor
+from cola_lightning.chain.schedule import ChainSchedule, NextA, TrainedFactors, frozen_factor
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import Factor, LoRAConfig
@@ -216,12 +216,29 @@ class AdaptedModel:
         extras, values = self.trained.copies(), own_values(layers, rank, alpha)
         return Link(self.link, rank, alpha, factors=factors, extras=extras, own_values=values, **metadata)
 
-    def tie_knot(self, rank: int | None = None, alpha: float | None = None, **metadata: Any) -> Link:
+    def full_chain(self) -> Chain:
+        """The finished links and, in a model with links, the current one as it is now."""
+        return Chain([*self.chain.links, *([self.live_link()] if self.layers else [])], self.chain.base)
+
+    def check_next_A(self, next_A: NextA) -> None:
+        """Refuses the same A for the next link if that may train another factor.
+
+        Raises:
+            UserError: for ``trained_factors: random``.
+        """
+        if next_A == "same" and self.trained_factors == "random":
+            raise UserError("chain.next_A: same cannot be combined with model.trained_factors random")
+
+    def tie_knot(
+        self, rank: int | None = None, alpha: float | None = None, *, next_A: NextA = "new", share: float = 1.0, **metadata: Any
+    ) -> Link:
         """Finishes the current link and begins the next, which needs a new optimizer.
 
         Args:
             rank: the next link's, at most the rank that the layers were made with; None: as before.
             alpha: the next link's; None: as before.
+            next_A: whether the next link begins with a ``new`` A, and B at zero, or with the ``same`` A.
+            share: with the same A: the share of B A that is merged. The rest stays in B.
             **metadata: see :meth:`live_link`.
 
         Returns:
@@ -234,11 +251,17 @@ class AdaptedModel:
         """
         link = self.live_link(**metadata)
         following = self.checked_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha)
+        ChainSchedule(next_A=next_A, share=share)  # which refuses values that cannot be combined
+        self.check_next_A(next_A)
+        if next_A == "same" and following != self.live:
+            raise UserError("chain.next_A: with same, a link has the rank and alpha of the link before it")
         for layers in self.by_unit():
             for layer in layers.values():
-                layer.finish()
+                layer.finish(share)
+        link = replace(link, share=share)
         self.chain.append(link)
-        self.begin_link(*following)
+        if next_A == "new":
+            self.begin_link(*following)
         return link
 
     # ------------------------------------------------------------------ state
@@ -248,9 +271,8 @@ class AdaptedModel:
 
         A loop of your own stores the optimizer's state with it.
         """
-        live = [self.live_link()] if self.layers else []
-        values = {} if live else self.trained.copies()
-        return pack(Chain([*self.chain.links, *live], self.chain.base), {"seed": self.seed, "values": values})
+        values = {} if self.layers else self.trained.copies()
+        return pack(self.full_chain(), {"seed": self.seed, "values": values})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Loads a :meth:`state_dict`; a new optimizer's state is loaded after it.
@@ -265,7 +287,7 @@ class AdaptedModel:
             self.trained.write(facts["values"])
             return
         live = chain.links[-1]
-        self.go_to(chain.truncate(live.index))
+        self.go_to(Chain(chain.links[:-1], chain.base))
         self.begin_link(live.rank, live.alpha)  # a smaller rank leaves the other rows at zero
         self.resume_link(live)
         for name, layer in self.layers.items():
@@ -378,12 +400,10 @@ class AdaptedModel:
         """Each layer's finished links and the other trained values after the first links; stored for the next call."""
         place = links, self.placement().device, self.cast_dtype
         if self._earlier is None or self._earlier[0] != place or not _are_same(self._earlier[1], self.chain.links):
-            stacks = []
+            chain, stacks = self.chain.truncate(links), []
             for name, layer in self.layers.items():
-                own = [link for link in self.chain.links if name in link.factors]
-                n_kept = sum(link.index < links for link in own)
-                stacks.append(layer.first_links([(*link.factors[name], link.scaling(name)) for link in own], n_kept))
-            self._earlier = place, list(self.chain.links), (stacks, self.extras_after(self.chain.truncate(links)))
+                stacks.append(layer.earlier_links(chain.link_factors(name), self.chain.link_factors(name)))
+            self._earlier = place, list(self.chain.links), (stacks, self.extras_after(chain))
         return self._earlier[2]
 
     # ------------------------------------------------------------------ the base
@@ -488,7 +508,7 @@ class AdaptedModel:
         links = total if links is None else links
         check_links(links, total)
         layers, placement, is_training = self.layers.values(), self.placement(), self.model.training
-        added = self.chain.links[:links] + ([self.live_link()] if links == total and layers else [])
+        added = self.full_chain().links if links == total else self.chain.truncate(links).links
         is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack was rounded
         is_stacked = bool(layers) and not self.merges
         is_usable = not placement.is_sharded and (links == total or (is_stacked and (links > 0 or not is_narrowed)))

@@ -43,6 +43,7 @@ RANKS = [4, 2, 6, 3]
 WHOLE = {"chain": {}, "arguments": {"target_modules": None}}  # full fine-tuning
 STACK = {"arguments": {"finished_links": "stack"}}
 KEPT = {"arguments": {"kept_optimizer_state": 0.5}, "gradient_clip_val": None}
+SHARE = {"chain": {"every_n_train_steps": 4, "next_A": "same", "share": 0.5}, "arguments": {"kept_optimizer_state": 1}}
 EXPERTS = {"model": "qwen3_moe", "arguments": {"experts": True}}
 LLAMA_64 = {"model": "llama", "precision": "64-true"}
 TIMEOUT = timedelta(seconds=60)
@@ -53,6 +54,7 @@ SAME = {
     "mlp-stack-ddp": STACK | {"precision": "64-true"},
     "llama-ddp": LLAMA_64,
     "kept-fsdp2": KEPT,
+    "share-fsdp2": SHARE,
     "whole-fsdp2": WHOLE,
     "idle-fsdp2": {"model": "idle", "arguments": {"modules_to_save": ["3"]}},
     "experts-stack-fsdp2": EXPERTS | {"arguments": {"experts": True, "finished_links": "stack"}},

@@ -200,6 +200,10 @@ REFUSALS = {
         ({"ranks": [4, 0]}, r"chain\.ranks"),
         ({"ranks": [0.5]}, r"chain\.ranks"),
         ({"alphas": [0]}, r"chain\.alphas"),
+        ({"share": 0.5}, r"chain\.share: must be 1"),
+        ({"next_A": "same", "share": 0}, r"chain\.share: must be above 0"),
+        ({"next_A": "same", "ranks": [2]}, r"chain\.ranks"),
+        ({"next_A": "same", "alphas": [2]}, r"chain\.alphas"),
     ],
     ChainOfLoRA: [
         ({"patience": 0}, r"chain\.patience"),
@@ -220,6 +224,7 @@ REFUSALS = {
     (lambda rank: AdaptedModel(lambda: Toy.build_model(None), LoRAConfig(rank=2)).tie_knot(rank)): [({"rank": 3}, "rank")],
     fit: [
         ({"chain": {"ranks": [2, 3]}}, r"chain\.ranks"),
+        ({"trained_factors": "random", "chain": {"every_n_epochs": 1, "next_A": "same"}}, r"chain\.next_A"),
         ({"warmup_steps": 11, "chain": {"every_n_epochs": 1}}, r"model\.warmup_steps"),
         ({"schedule_scope": "run", "knot_warmup_steps": 7, "chain": {"every_n_train_steps": 6}}, r"model\.knot_warmup_steps"),
         (UNKNOWN_LENGTH, r"model\.lr_schedule: trainer\.max_steps"),

@@ -119,6 +119,7 @@ class ChainOfLoRA(Callback):
         if self.schedule.has_knots:
             config = self.module.lora_config
             self.module.adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
+            self.module.adapted.check_next_A(self.schedule.next_A)
         if self.schedule.patience is not None and not sum(trainer.num_val_batches):
             raise UserError(
                 "chain.patience: this run has no validation. It needs rows for validation, a validation_step, and a "

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.errors import UserError, one_line
-from cola_lightning.lora.layer import low_rank_delta
+from cola_lightning.lora.layer import LinkFactors, low_rank_delta
 from cola_lightning.writing import atomic_folder
 
 VERSION = 1  # of all that is stored
@@ -37,7 +37,7 @@ OUTSIDE = "self."  # begins a name among a link's extras that is no name in the 
 
 @dataclass(frozen=True, repr=False)
 class Link:
-    """One finished link: the update ``alpha / rank * B A`` for each adapted layer.
+    """One finished link: the update ``share * alpha / rank * B A`` for each adapted layer.
 
     A layer may have a rank and a scaling of its own (``rank_pattern``, ``alpha_pattern``, ``rslora``).
 
@@ -53,6 +53,7 @@ class Link:
         metrics: the metrics last logged before the knot.
         own_values: rank and scaling of the layers that have others than ``rank`` and ``alpha / rank``, by name.
         name: the stage that it belongs to, such as ``sft``; None: its run had no name.
+        share: the share of B A that its knot merged. The rest stayed in B, where the next link began with it.
     """
 
     index: int
@@ -65,6 +66,7 @@ class Link:
     metrics: dict[str, float] = field(default_factory=dict)
     own_values: dict[str, tuple[int, float]] = field(default_factory=dict)
     name: str | None = None
+    share: float = 1.0
 
     def __repr__(self) -> str:
         """One line; tensors are not shown."""
@@ -74,8 +76,8 @@ class Link:
         return f"Link {self.index}{name}: rank {self.rank}, alpha {self.alpha:g}, {len(self.factors)} layers, {steps}{metrics}"
 
     def scaling(self, name: str) -> float:
-        """The factor in front of a layer's B A."""
-        return self.own_values.get(name, (self.rank, self.alpha / self.rank))[1]
+        """The factor in front of a layer's B A, which includes the link's share."""
+        return self.own_values.get(name, (self.rank, self.alpha / self.rank))[1] * self.share
 
     def delta(self, name: str) -> Tensor:
         """The link's update of one layer: out x in."""
@@ -160,22 +162,32 @@ class Chain:
         """The whole chain's update of one layer: the sum of its links' updates (out x in)."""
         return torch.stack([link.delta(name) for link in self.links if name in link.factors]).sum(0)
 
+    def link_factors(self, name: str) -> list[LinkFactors]:
+        """A, B and the scaling of each link that adapts a layer, in order."""
+        return [(*link.factors[name], link.scaling(name)) for link in self.links if name in link.factors]
+
     def total_rank(self, name: str) -> int:
         """The sum of the links' ranks for one layer: an upper bound of the rank of :meth:`delta`."""
         return sum(link.factors[name][0].shape[-2] for link in self.links if name in link.factors)
 
     def truncate(self, n: int | str) -> "Chain":
-        """A chain of the first n links, or of those up to the last one of a stage; the links are shared, not copied.
+        """The chain as it was after its first n links, or after the last link of a stage; the tensors are not copied.
+
+        The last of these links is whole, also if its knot merged only a share of it: the rest was in the model, too.
 
         Raises:
             UserError: if n is negative or the chain has fewer links, or no such stage.
         """
-        return Chain(self.links[: number_of_links(n, [link.name for link in self.links])], self.base)
+        links = self.links[: number_of_links(n, [link.name for link in self.links])]
+        if links and links[-1].share != 1:
+            links[-1] = replace(links[-1], share=1.0)
+        return Chain(links, self.base)
 
     def scaled(self, scale: Mapping[int | str, float]) -> "Chain":
         """A chain of the same links, with their updates multiplied by factors. A factor of 0 leaves a link out.
 
-        What the last link records besides its factors (``extras``) is not scaled: the new chain's last link has it. From the
+        The update of a link is what its knot merged: with ``share``, the rest belongs to the next link. What the last link
+        records besides its factors (``extras``) is not scaled: the new chain's last link has it. From the
         first scaled link on the links have no metrics, because those were the metrics of another model.
 
         Args:
@@ -372,6 +384,7 @@ def describe_link(link: Link) -> dict[str, Any]:
     """A link without its tensors; a non-finite metric is null."""
     metrics = {name: value if math.isfinite(value) else None for name, value in link.metrics.items()}
     optional = {name: value for name in ("own_values", "name") if (value := getattr(link, name))}
+    optional |= {} if link.share == 1 else {"share": link.share}
     return {name: getattr(link, name) for name in DESCRIBED} | {"metrics": metrics} | optional
 
 
@@ -379,8 +392,8 @@ def link_fields(described: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a link from :func:`describe_link`; a null metric becomes NaN."""
     metrics = {name: math.nan if value is None else value for name, value in described["metrics"].items()}
     own_values = {name: (rank, scaling) for name, (rank, scaling) in described.get("own_values", {}).items()}
-    fields = {name: described[name] for name in DESCRIBED}
-    return fields | {"metrics": metrics, "own_values": own_values, "name": described.get("name")}
+    fields = {name: described[name] for name in DESCRIBED} | {"metrics": metrics, "own_values": own_values}
+    return fields | {"name": described.get("name"), "share": described.get("share", 1.0)}
 
 
 # ---------------------------------------------------------------------- tensors alone

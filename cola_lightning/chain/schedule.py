@@ -18,8 +18,10 @@ from cola_lightning.seeding import derive_seed
 
 Mode = Literal["min", "max"]
 TrainedFactors = Literal["both", "B", "random"]
+NextA = Literal["new", "same"]
 
 KNOT_OPTIONS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "knots", "patience")
+SIZES = ("ranks", "alphas")
 UNTIL = 0.75  # of a run: the share over which ``knots`` are spread, if none is given
 
 
@@ -95,6 +97,9 @@ class ChainSchedule:
         until: with ``knots``: the share of the run at whose end the last of them is tied. If it is left at 0.75 and
             ``model.lr_schedule`` is ``stable`` over the run, the share before its decay.
         name: the name of this stage, such as ``sft``, which its links get, for ``--links``, ``init_links`` and ``--scale``.
+        next_A: whether a link begins with a ``new`` A, and B at zero (COLA), or with the ``same`` A as the link before it. With
+            ``model.kept_optimizer_state: 1`` the optimizer goes on over the knot, too.
+        share: with ``next_A: same``: the share of a link's B A that its knot merges. The rest stays in B.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.
@@ -120,6 +125,8 @@ class ChainSchedule:
     knots: int | None = None
     until: float = UNTIL
     name: str | None = None
+    next_A: NextA = "new"
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         given = [name for name in KNOT_OPTIONS if getattr(self, name) is not None]
@@ -134,6 +141,9 @@ class ChainSchedule:
             ("name", self.name is None or is_stage_name(self.name), "a text other than a number or 'all'"),
             ("ranks", all(map(is_rank, self.ranks or ())), "whole numbers from 1"),
             ("alphas", all(0 < alpha < math.inf for alpha in self.alphas or ()), "positive"),
+            *((name, self.next_A == "new" or not getattr(self, name), "null with chain.next_A same") for name in SIZES),
+            ("share", 0 < self.share <= 1, "above 0 and at most 1"),
+            ("share", self.share == 1 or self.next_A == "same", "1 without chain.next_A same"),
         ):
             if not is_valid:
                 raise UserError(f"chain.{name}: must be {valid}, got {getattr(self, name)}")

@@ -291,10 +291,10 @@ class LoRALayer(nn.Module):
         """The current link's update in the weight's own layout."""
         return self.update(*self.factors, self.scaling)
 
-    def finish(self) -> None:
-        """Makes the current link a finished one and sets B to zero: the layer's function does not change."""
-        self.add_finished_link(*self.factors, self.scaling)
-        layout.copy_(self.lora_B, torch.zeros_like(self.lora_B))
+    def finish(self, share: float = 1.0) -> None:
+        """Makes a share of the current link a finished one, and leaves the rest in B: the layer's function does not change."""
+        self.add_finished_link(*self.factors, self.scaling * share)
+        layout.copy_(self.lora_B, self.lora_B * (1 - share))
 
     def add_finished_link(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         """Merges or stacks a finished link: at a knot, and when a chain is replayed.
@@ -307,19 +307,23 @@ class LoRALayer(nn.Module):
         else:
             self.stack.push(lora_A, lora_B, scaling)
 
-    def first_links(self, links: Sequence[LinkFactors], n: int) -> Stack:
-        """What :attr:`earlier` must be for the layer to have only the first n of its finished links.
+    def earlier_links(self, links: Sequence[LinkFactors], finished: Sequence[LinkFactors]) -> Stack:
+        """What :attr:`earlier` must be for the layer to have only its first links.
 
         Args:
-            links: the layer's finished links.
-            n: how many of them, from the first.
+            links: the first links. The last of them may have another scaling here: it is whole, but its knot merged a share.
+            finished: all finished links, as they are merged or stacked.
         """
+        n = sum(link[2] == now[2] for link, now in zip(links, finished, strict=False))  # that stay as they are
         if self.stack is not None:
-            return self.stack.first(sum(lora_A.shape[-2] for lora_A, _, _ in links[:n]))
-        (n_in, n_out), matrices = self.matrix_sizes(self), self.matrices(self)
-        stack = Stack(n_in, n_out, self.dtype, self.lora_A.device, matrices)
-        for lora_A, lora_B, scaling in links[n:]:  # the others are in the weight
-            stack.push(lora_A, lora_B, -scaling)
+            stack = self.stack.first(sum(lora_A.shape[-2] for lora_A, _, _ in finished[:n]))
+        else:
+            (n_in, n_out), matrices = self.matrix_sizes(self), self.matrices(self)
+            stack = Stack(n_in, n_out, self.dtype, self.lora_A.device, matrices)
+            for lora_A, lora_B, scaling in finished[n:]:  # the others are in the weight
+                stack.push(lora_A, lora_B, -scaling)
+        for link in links[n:]:
+            stack.push(*link)
         return stack
 
     def reset(self, generator: torch.Generator | None = None, drawn: Factor = "A") -> None:

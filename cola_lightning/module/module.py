@@ -323,9 +323,10 @@ class COLAModule(LightningModule, RecordsArguments):
     def tie_knot(self, *, rank: int | None = None, alpha: float | None = None) -> Link:
         """Finishes the current link and begins the next: merges or stacks it, records it, draws a new A.
 
-        The optimizer and its schedule are created again, with empty state. During training, call it between optimizer steps: in
-        ``on_train_batch_start``, or in a callback's ``on_train_batch_end`` (a module's own runs after that step's checkpoint is
-        written).
+        With the options ``next_A: same`` and ``share`` of the fit's schedule, A and the rest of B go on instead. The optimizer
+        and its schedule are created again, with empty state except for ``kept_optimizer_state``. During training, call it
+        between optimizer steps: in ``on_train_batch_start``, or in a callback's ``on_train_batch_end`` (a module's own runs
+        after that step's checkpoint is written).
 
         Args:
             rank: the next link's rank; None: what the schedule says.
@@ -341,10 +342,13 @@ class COLAModule(LightningModule, RecordsArguments):
         """
         self.step_loss.check()  # before the link is recorded
         adapted, trainer = self.adapted, trainer_of(self)
-        next_rank, next_alpha = self.fit_progress.schedule.rank_and_alpha(self.link + 1, self.lora_config)
+        schedule = self.fit_progress.schedule
+        present = adapted.live if schedule.next_A == "same" else None
+        next_rank, next_alpha = present or schedule.rank_and_alpha(self.link + 1, self.lora_config)
         following = adapted.checked_link(next_rank if rank is None else rank, next_alpha if alpha is None else alpha)
         self.is_tying_knot = True
-        link = adapted.tie_knot(*following, **self.link_steps_and_metrics())
+        record = self.link_steps_and_metrics()
+        link = adapted.tie_knot(*following, next_A=schedule.next_A, share=schedule.share, **record)
         self._begin_optimization()
         self.link_metrics.reset(trainer)
         self.is_tying_knot = False  # not in a finally: after a knot that failed halfway nothing may be written

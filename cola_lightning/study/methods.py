@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cola_lightning.chain.schedule import KNOT_OPTIONS, START, UNTIL, ChainSchedule, RunLength
+from cola_lightning.chain.schedule import KNOT_OPTIONS, SIZES, START, UNTIL, ChainSchedule, RunLength
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.config import LoRAConfig
 
 Config = Mapping[str, Any]
 
-SCHEDULE_OPTIONS = (*KNOT_OPTIONS, "ranks", "alphas")
+SCHEDULE_OPTIONS = (*KNOT_OPTIONS, *SIZES)
 NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in SCHEDULE_OPTIONS}
 NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min", "chain.until": UNTIL}
+NO_CHAIN |= {"chain.next_A": "new", "chain.share": 1.0}
 RULES: dict[str, Any] = {"trained_factors": "both", "kept_optimizer_state": 0}  # COLA's, from which the relatives differ
 
 
@@ -102,6 +103,21 @@ def _relora(config: Config, chain: FindChain) -> Method:
     return replace(found, options={**found.options, **_without_rules(config), **jagged, "model.knot_warmup_steps": rise})
 
 
+def _same_A(share: float) -> Callable[[Config, FindChain], Method]:
+    """A chain that goes on over each knot with the same A and optimizer; the knot merges a share of B A.
+
+    Of N links, the knots are those of ``chain.knots``, which are not in the decay of a stable schedule.
+    """
+
+    def same_A(config: Config, chain: FindChain) -> Method:
+        ranks, options = chain()
+        knots = NO_CHAIN | {"chain.knots": len(ranks) - 1 or None} if options else {f"chain.{name}": None for name in SIZES}
+        kept = {"chain.next_A": "same", "chain.share": share, "model.kept_optimizer_state": 1, "model.knot_warmup_steps": 0}
+        return Method(len(ranks), _rank(config), {**knots, **_without_rules(config), **kept})
+
+    return same_A
+
+
 def _asymmetric(config: Config, chain: FindChain) -> Method:
     """One link that trains only B; A stays as drawn."""
     return Method(1, _rank(config), NO_CHAIN | _without_rules(config) | {"model.trained_factors": "B"})
@@ -115,6 +131,8 @@ METHODS: dict[str, Callable[[Config, FindChain], Method]] = {
     "rac": _rac,
     "relora": _relora,
     "asymmetric": _asymmetric,
+    "same-A": _same_A(1.0),
+    "share": _same_A(0.5),
 }
 WITHOUT_CHAIN = ("lora", "full", "asymmetric")
 
