@@ -43,6 +43,7 @@ CONFIG = HERE / "config.yaml"
 TASKS = {"gsm8k": "GSM8K", "zig": "Zig"}
 OF_TASK: dict[str, dict[str, str]] = {"gsm8k": {}, "zig": {"data.source": str(HERE / "zig"), "data.columns": "{text: text}"}}
 NAMES = {"lora": "LoRA", "cola-4": "4 links", "cola": "one early knot", "lora-sum-rank-4": "LoRA of rank {of_four}"}
+STABLE_NAMES = {"lora": "LoRA", "share-5": "half merged at 4 knots"}  # under the stable schedule
 RATES = [3e-3, 1e-2, 1e-3]
 SHORT, STEPS, LONG = 150, 300, 1200
 ANSWERED = 100  # rows whose answers are generated
@@ -118,7 +119,7 @@ def stages() -> Iterator[Stage]:
     for task in ("gsm8k", "zig"):
         for rank in (8, 1):
             yield Stage(task, rank, STEPS, _tuned(rank, NAMES))
-    yield Stage("gsm8k", 8, STEPS, _tuned(8, ["lora"]), variant="stable")
+    yield Stage("gsm8k", 8, STEPS, dict.fromkeys(STABLE_NAMES, [3e-3]), variant="stable")
     yield Stage("gsm8k", 1, LONG, _tuned(1, ["lora", "cola-4"]))
     for rank in (8, 1):
         yield Stage("gsm8k", rank, STEPS, _tuned(rank, ["lora", "cola-4", "cola"]), seeds=2)
@@ -319,7 +320,7 @@ def title(stage: Stage) -> str:
 
 def name_in(stage: Stage, method: str) -> str:
     """What a method is called in a study."""
-    return NAMES[method].format(of_four=4 * stage.rank) + (f", {stage.variant.replace('-', ' ', 1)}" if stage.variant else "")
+    return (NAMES | STABLE_NAMES)[method].format(of_four=4 * stage.rank) + (f", {stage.variant.replace('-', ' ', 1)}" if stage.variant else "")
 
 
 def compared(stage: Stage) -> Iterator[tuple[list[Result], list[Result], tuple[float, float, float] | None]]:
@@ -329,7 +330,7 @@ def compared(stage: Stage) -> Iterator[tuple[list[Result], list[Result], tuple[f
     """
     best = at_best_rates(stage.results, "min", [0])
     lora, losses = best.get("lora", []), by_run(stage.folder / "rows.jsonl")
-    for results in (best[method] for method in NAMES if method in best):
+    for results in (best[method] for method in NAMES | STABLE_NAMES if method in best):
         pairs = [
             (losses[one.key]["rows"], losses[other.key]["rows"]) for one in results for other in lora if is_pair(one, other)
         ]
