@@ -119,7 +119,7 @@ def stages() -> Iterator[Stage]:
     for task in ("gsm8k", "zig"):
         for rank in (8, 1):
             yield Stage(task, rank, STEPS, _tuned(rank, NAMES))
-    yield Stage("gsm8k", 8, STEPS, dict.fromkeys(STABLE_NAMES, [3e-3]), variant="stable")
+    yield Stage("gsm8k", 8, STEPS, {name: [3e-3] for name in STABLE_NAMES}, variant="stable")
     yield Stage("gsm8k", 1, LONG, _tuned(1, ["lora", "cola-4"]))
     for rank in (8, 1):
         yield Stage("gsm8k", rank, STEPS, _tuned(rank, ["lora", "cola-4", "cola"]), seeds=2)
@@ -320,7 +320,8 @@ def title(stage: Stage) -> str:
 
 def name_in(stage: Stage, method: str) -> str:
     """What a method is called in a study."""
-    return (NAMES | STABLE_NAMES)[method].format(of_four=4 * stage.rank) + (f", {stage.variant.replace('-', ' ', 1)}" if stage.variant else "")
+    name = (NAMES | STABLE_NAMES)[method].format(of_four=4 * stage.rank)
+    return name + (f", {stage.variant.replace('-', ' ', 1)}" if stage.variant else "")
 
 
 def compared(stage: Stage) -> Iterator[tuple[list[Result], list[Result], tuple[float, float, float] | None]]:
