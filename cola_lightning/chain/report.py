@@ -186,7 +186,8 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for name, value in rows[-1].items():
-        table.add_column(escape(name), justify="left" if isinstance(value, str) else "right", overflow="fold")
+        head = name.removeprefix("test_").replace("/", "\n")  # of two lines: rewards/chosen
+        table.add_column(escape(head), justify="left" if isinstance(value, str) else "right", overflow="fold")
     for row in rows:
         cells = [f"{value:.4g}" if isinstance(value, float) else f"{value}" for value in row.values()]
         table.add_row(*map(escape, cells))
