@@ -72,7 +72,7 @@ def digest(value: Tensor) -> bytes:
 
 
 def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
-    """The model's logits for an example input, or for a few tokens; None if no input is known.
+    """The model's logits for an example input, for a few tokens or for random pictures; None if no input is known.
 
     The tokens are two random rows, each with equally many ends of text, one at its end: some classifiers read only there.
 
@@ -83,8 +83,9 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
     if example is not None:
         inputs: Any = example if isinstance(example, Mapping | tuple) else (example,)
         return ReferenceLogits(inputs, first_output(model, inputs))
-    if "input_ids" not in inspect.signature(model.forward).parameters:
-        return None
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" not in parameters:
+        return _logits_of_pictures(model) if "pixel_values" in parameters else None
     try:
         config = model.config.get_text_config()
         row = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0))
@@ -98,6 +99,15 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
         what = f"{type(model).__name__} does not take tokens alone ({one_line(repr(error))})"
         log.warning("no logits are compared: %s. Set example_input_array of the module to compare those of other inputs", what)
         return None
+
+
+def _logits_of_pictures(model: Any) -> ReferenceLogits:
+    """The logits of a model of transformers for two random pictures, of the size that its configuration names."""
+    size = getattr(model.config, "image_size", 224)
+    shape = [getattr(model.config, "num_channels", 3), *([size, size] if isinstance(size, int) else size)]
+    shape = getattr(model.config, "pretrained_cfg", {}).get("input_size", shape)  # of timm's
+    inputs = {"pixel_values": torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))}
+    return ReferenceLogits(inputs, first_output(model, inputs))
 
 
 @torch.no_grad()
