@@ -129,7 +129,7 @@ class ImageDataModule(LabelledDataModule):
                 rows.data = rows.data.cast_column(name, stored)
             elif name == image and getattr(feature, "dtype", None) == "string":
                 folder = place if place.is_dir() else place.parent
-                paths = [None if path is None else str((folder / path).absolute()) for path in rows.data[image]]
+                paths = [None if path is None else str((folder / path).absolute()) for path in rows.data[image][:]]
                 data = rows.data.remove_columns(image).add_column(image, paths, feature=datasets.Value("string"))
                 rows.data = data.cast_column(image, stored)
         return rows
@@ -166,7 +166,7 @@ class ImageDataModule(LabelledDataModule):
             _check_readable(row[image])
             return [{"labels": index, "length": 1}]
 
-        paths = rows.data.select_columns([image]).flatten()[f"{image}.path"]
+        paths = rows.data.select_columns([image]).flatten()[f"{image}.path"][:]
         files = hashlib.sha256(repr([_facts(path) for path in paths]).encode()).hexdigest()
         identity = repr((__version__, PIL.__version__, image, known, files))
         encoded, report = rows.mapped(lambda batch, _: each(read, batch), {"labels": "int64"}, identity, self.num_proc)

@@ -84,9 +84,12 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
         inputs: Any = example if isinstance(example, Mapping | tuple) else (example,)
         return ReferenceLogits(inputs, first_output(model, inputs))
     parameters = inspect.signature(model.forward).parameters
-    if "input_ids" not in parameters:
-        return _logits_of_pictures(model) if "pixel_values" in parameters else None
+    if not {"input_ids", "pixel_values"} & parameters.keys():
+        return None
     try:
+        if "input_ids" not in parameters:
+            inputs = _random_pictures(model.config)
+            return ReferenceLogits(inputs, first_output(model, inputs))
         config = model.config.get_text_config()
         row = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0))
         ids = torch.stack([row, row.flip(0)])
@@ -101,13 +104,12 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
         return None
 
 
-def _logits_of_pictures(model: Any) -> ReferenceLogits:
-    """The logits of a model of transformers for two random pictures, of the size that its configuration names."""
-    size = getattr(model.config, "image_size", 224)
-    shape = [getattr(model.config, "num_channels", 3), *([size, size] if isinstance(size, int) else size)]
-    shape = getattr(model.config, "pretrained_cfg", {}).get("input_size", shape)  # of timm's
-    inputs = {"pixel_values": torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))}
-    return ReferenceLogits(inputs, first_output(model, inputs))
+def _random_pictures(config: Any) -> dict[str, Tensor]:
+    """Two pictures of the size that a configuration of transformers names."""
+    size = getattr(config, "image_size", 224)
+    shape = [getattr(config, "num_channels", 3), *([size, size] if isinstance(size, int) else size)]
+    shape = getattr(config, "pretrained_cfg", {}).get("input_size", shape)  # of timm's
+    return {"pixel_values": torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ ROWS, COLUMNS = 2, 10
 
 
 def draw(predictions: Path, path: Path) -> None:
-    """Draws a row with the first right predictions, and one with the first wrong ones.
+    """Draws a row with right predictions, and one with wrong ones, spread over the file.
 
     Args:
         predictions: the file that ``cola predict`` has written.
@@ -27,7 +27,7 @@ def draw(predictions: Path, path: Path) -> None:
     figure = Figure(figsize=(COLUMNS, ROWS * 1.35), layout="constrained")
     FigureCanvasAgg(figure)
     for row, (title, chosen) in enumerate((("right", right), ("wrong", wrong))):
-        for column, line in enumerate(chosen[:COLUMNS]):
+        for column, line in enumerate(chosen[:: max(1, len(chosen) // COLUMNS)][:COLUMNS]):
             axes = figure.add_subplot(ROWS, COLUMNS, row * COLUMNS + column + 1)
             axes.imshow(imread(line["image"]), cmap="gray", vmin=0, vmax=1)
             axes.set_title(f"{line['target']} → {line['prediction']}", color="#2a7f9e" if title == "right" else "#c0392b")
