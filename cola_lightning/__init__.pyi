@@ -11,6 +11,7 @@ from .data.base import EpochDataModule as EpochDataModule
 from .data.classification import TextClassificationDataModule as TextClassificationDataModule
 from .data.examples import Example as Example
 from .data.examples import OptionDataModule as OptionDataModule
+from .data.images import ImageDataModule as ImageDataModule
 from .data.preferences import PreferenceDataModule as PreferenceDataModule
 from .data.tasks import PromptDataModule as PromptDataModule
 from .data.templates import TemplateDataModule as TemplateDataModule
@@ -19,6 +20,7 @@ from .errors import HubError as HubError
 from .errors import UserError as UserError
 from .hf.causal_lm import COLACausalLM as COLACausalLM
 from .hf.classifier import COLASequenceClassifier as COLASequenceClassifier
+from .hf.image_classifier import COLAImageClassifier as COLAImageClassifier
 from .hf.language import LanguageModule as LanguageModule
 from .hf.language import StepOutput as StepOutput
 from .hf.preference import COLAPreferenceLM as COLAPreferenceLM

@@ -15,8 +15,10 @@ from lightning.pytorch import Trainer
 from cola_lightning import (
     ChainOfLoRA,
     COLACausalLM,
+    COLAImageClassifier,
     COLAPreferenceLM,
     COLASequenceClassifier,
+    ImageDataModule,
     LastCheckpoint,
     PreferenceDataModule,
     PromptDataModule,
@@ -27,8 +29,15 @@ from cola_lightning import (
 from cola_lightning.cli import main
 
 CLASSES = {
-    "model": [COLACausalLM, COLAPreferenceLM, COLASequenceClassifier],
-    "data": [TextDataModule, PreferenceDataModule, TemplateDataModule, TextClassificationDataModule, PromptDataModule],
+    "model": [COLACausalLM, COLAPreferenceLM, COLASequenceClassifier, COLAImageClassifier],
+    "data": [
+        TextDataModule,
+        PreferenceDataModule,
+        TemplateDataModule,
+        TextClassificationDataModule,
+        ImageDataModule,
+        PromptDataModule,
+    ],
     "chain": [ChainOfLoRA],
     "last": [LastCheckpoint],
     "trainer": [Trainer],

@@ -16,6 +16,7 @@ FOLDER = ROOT / "configs"
 BENCHMARKS = [ROOT / "benchmarks" / f"{name}.yaml" for name in ("digits", "domain_shift")]
 NAMES = [
     "classification",
+    "image_classification",
     "paper",
     "preference",
     "qlora_8b",

@@ -182,11 +182,33 @@ def test_the_page_on_preferences_works_line_by_line(tmp_path, capsys):
     assert "the reference is the model after 1 of 2 links" in out
 
 
+def test_the_page_on_pictures_works_line_by_line(tmp_path, capsys):
+    """With one epoch for each training."""
+    (make_digits,) = blocks("docs/images.md", "py")
+    exec(make_digits, {})
+    for words in commands("docs/images.md"):
+        if "configs/image_classification.yaml" not in words:
+            few = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"] if words[0] == "fit" else []
+            assert main([*words, *few]) == 0, words
+    out = capsys.readouterr().out
+    assert "turned, train: 646 rows for training, 72 for validation" in out
+    assert "loaded again with peft" in out
+    lines = tiny.read_rows("runs/version_0/predict/version_0/predictions.jsonl")
+    assert len(lines) == 180
+    assert lines[0]["image"].endswith(".png")
+
+
 # ---------------------------------------------------------------------- tables
 
 
 def lines_of(name):
     return [json.loads(line) for line in (BENCHMARKS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_a_step_on_pictures_takes_what_its_page_says():
+    (line,) = lines_of("images")
+    assert line["ratio"] <= line["limit"]
+    assert f"A step takes {line['ratio']:.2f} of the time" in PAGES["docs/images.md"]
 
 
 def rows_of(name):

@@ -5,10 +5,12 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from lightning.pytorch import Trainer
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -402,6 +404,54 @@ class Shuffled(EpochDataModule):
         return rows[0]
 
 
+CLASSES = ["bottom", "left", "right", "top"]
+SIDE = 16  # of the models' pictures
+
+# Of image models: a configuration, and an image processor.
+IMAGE_MODELS = {
+    "vit": (
+        lambda: transformers.ViTConfig(**BODY | {"image_size": SIDE, "patch_size": 4}),
+        lambda: transformers.ViTImageProcessor(size={"height": SIDE, "width": SIDE}),
+    ),
+    "resnet": (
+        lambda: transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+        lambda: transformers.ConvNextImageProcessor(size={"shortest_edge": SIDE}, crop_pct=1.0),
+    ),
+    "convnext": (
+        lambda: transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2, image_size=SIDE),
+        lambda: transformers.ConvNextImageProcessor(size={"shortest_edge": SIDE}, crop_pct=1.0),
+    ),
+}
+
+
+def image_folder(path, architecture="vit"):
+    """A folder with a model that was trained on seven labels, as most were on some, and its image processor."""
+    torch.manual_seed(0)
+    make, processor = IMAGE_MODELS[architecture]
+    made = make()
+    made.num_labels = 7
+    transformers.AutoModelForImageClassification.from_config(made).save_pretrained(path)
+    processor().save_pretrained(path)
+    return str(path)
+
+
+def picture(label, number):
+    """A dark picture with one bright side, that of its label."""
+    pixels = np.random.default_rng(number).integers(0, 90, (20, 24, 3), dtype=np.uint8)
+    side = {"bottom": np.s_[12:], "top": np.s_[:8], "left": np.s_[:, :8], "right": np.s_[:, 16:]}[label]
+    pixels[side] += 150
+    return Image.fromarray(pixels)
+
+
+def draw(path, n_each=8):
+    """A folder of pictures for each class."""
+    for k, name in enumerate(CLASSES):
+        (path / name).mkdir(parents=True)
+        for number in range(n_each):
+            picture(name, number * len(CLASSES) + k).save(path / name / f"{number}.png")
+    return path
+
+
 TURNS = {"messages": [{"role": "user", "content": "Is it old?"}, {"role": "assistant", "content": "Yes."}]}
 
 FOR_NEWCOMERS = {"classification": {"text": "It was."}, "qlora_8b": TURNS, "sft_chat": TURNS}
@@ -418,6 +468,8 @@ def at_tiny_size(name, place):
         return []
     if name == "domain_shift":
         return BYTE_GPT
+    if name == "image_classification":
+        return ["--model.model_name", image_folder(place / "model"), "--data.source", str(draw(place / "rows"))]
     architecture = ARCHITECTURES.get(name, "llama")
     auto_class = "AutoModel" if architecture == "roberta" else "AutoModelForCausalLM"
     model = folder(place / "model", architecture, auto_class)

@@ -55,12 +55,12 @@ CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextD
 GROUPS = {  # titles and descriptions in `--help`
     "model": (
         "The model (`--model.help CLASS` lists the options of a class)",
-        "COLACausalLM (the default), COLAPreferenceLM, COLASequenceClassifier, or a class of your own.",
+        "COLACausalLM (the default), COLAPreferenceLM, COLASequenceClassifier,\nCOLAImageClassifier, or a class of your own.",
     ),
     "data": (
         "The data (`--data.help CLASS` lists the options of a class)",
         "TextDataModule (the default), PreferenceDataModule, TemplateDataModule,\n"
-        "TextClassificationDataModule, PromptDataModule, or a class of your own.",
+        "TextClassificationDataModule, ImageDataModule, PromptDataModule, or a class of your own.",
     ),
     "chain": ("Knots: when a link ends and the next one begins", "Without these options, one link is trained: plain LoRA."),
     "last": ("When last.ckpt, the newest state, is written", "After the first step, epochs and validations. Also:"),

@@ -127,10 +127,13 @@ class SeededBatches(Dataset[Any]):
         rows: the data set.
         collate: makes a batch of rows.
         seed: combined with the epoch and the indices of a batch's rows.
+        augment: changes a row at random, by a seed that depends on ``seed``, the epoch and the row's index; None: no change.
     """
 
-    def __init__(self, rows: Any, collate: Callable[[list[Any]], Any], seed: int | str) -> None:
-        self.rows, self.collate, self.seed, self.epoch = rows, collate, seed, 0
+    def __init__(
+        self, rows: Any, collate: Callable[[list[Any]], Any], seed: int | str, augment: Callable[[Any, int], Any] | None = None
+    ) -> None:
+        self.rows, self.collate, self.seed, self.augment, self.epoch = rows, collate, seed, augment, 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -142,7 +145,11 @@ class SeededBatches(Dataset[Any]):
         """The batch of the rows at these indices; runs in a worker process if there are any."""
         with seeded(derive_seed(self.seed, self.epoch, *places)):
             read = getattr(self.rows, "__getitems__", None)  # of rows in Arrow: all at once
-            return self.collate(read(places) if read else [self.rows[place] for place in places])
+            rows = read(places) if read else [self.rows[place] for place in places]
+            if self.augment is not None:
+                seeds = [derive_seed(self.seed, self.epoch, place) for place in places]
+                rows = [self.augment(row, seed) for row, seed in zip(rows, seeds, strict=True)]
+            return self.collate(rows)
 
 
 class EpochLoader(DataLoader[Any]):
@@ -182,6 +189,7 @@ class EpochDataModule(LightningDataModule, ABC):
         test: rows of test and predict.
         length_grouped: whether a training batch has rows of similar length.
         main_process_only: attributes that worker processes do not get, in addition to the trainer.
+        augment: changes a training row at random, by a seed of the epoch and the row's index; None: no change.
 
     Args:
         batch_size: rows per training batch.
@@ -206,6 +214,7 @@ class EpochDataModule(LightningDataModule, ABC):
     val: Any
     test: Any
     length_grouped = False
+    augment: Callable[[Any, int], Any] | None = None
     main_process_only: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, split_seed: int = 0, num_workers: int = 0) -> None:
@@ -273,7 +282,7 @@ class EpochDataModule(LightningDataModule, ABC):
         lengths = self.lengths(self.train) if self.length_grouped else None
         group = self.batch_size * n_processes
         sampler = EpochSampler(self.train, self.order_seed, rows_done, n_processes, rank, lengths, group)
-        return self._loader(self.train, self.batch_size, sampler)
+        return self._loader(self.train, self.batch_size, sampler, self.augment)
 
     @property
     def writes_predictions(self) -> bool:
@@ -317,11 +326,13 @@ class EpochDataModule(LightningDataModule, ABC):
         lengths = self.lengths(data)
         return sorted(range(len(data)), key=lambda place: -lengths[place])
 
-    def _loader(self, data: Any, batch_size: int, sampler: Any) -> EpochLoader:
+    def _loader(
+        self, data: Any, batch_size: int, sampler: Any, augment: Callable[[Any, int], Any] | None = None
+    ) -> EpochLoader:
         # Keywords: Lightning rebuilds this loader for predict. A separate generator: without it, each pass over the data would
         # draw from the global one.
         options: dict[str, Any] = {"num_workers": self.num_workers, "generator": torch.Generator(), "collate_fn": _identity}
-        batches = SeededBatches(data, self.collate, self.order_seed)
+        batches = SeededBatches(data, self.collate, self.order_seed, augment)
         return EpochLoader(batches, batch_size=batch_size, sampler=sampler, **options)
 
     # ------------------------------------------------------------------ the position in an epoch, in a checkpoint

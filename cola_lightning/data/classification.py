@@ -1,8 +1,9 @@
-"""Text, or pairs of texts, with labels: data for sequence classifiers."""
+"""Rows with labels: what data for classifiers share, and texts, or pairs of texts, for sequence classifiers."""
 
 import itertools
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from logging import WARNING
 from typing import Any
 
@@ -24,33 +25,25 @@ TEXTS += [["text"], ["sentence"], ["content"], ["review"]]
 LABELS = ["label", "labels"]
 
 
-class TextClassificationDataModule(SourceDataModule):
-    """Labelled texts, or labelled pairs of texts, tokenized for a sequence classifier.
+class LabelledDataModule(SourceDataModule):
+    """Rows with labels, for classifiers.
 
     Labels are names or whole numbers; with ``data.labels`` or ``model.label_names``, a whole number is a name's index. Without
     them, they are those of the train split, or of a single file: its class names in their order, else sorted. ``predict`` also
     accepts rows without a label.
 
     Args:
-        source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``. The
-            parts of a file have the same share of each label.
-        subset: name of a configuration of a data set on the hub (``rte`` of ``nyu-mll/glue``).
-        text_fields: the column with the text, or a list of two with a pair of texts; ``null``: found by their names:
-            ``premise`` and ``hypothesis``, ``sentence1`` and ``sentence2``, ``text``, ``sentence``, and so on.
+        source: a file, a folder, or the id of a data set on the hub. The parts of a file have the same share of each label.
+        subset: name of a configuration of a data set on the hub.
         label_field: the column with the label; ``null``: ``label`` or ``labels``.
         labels: the classes in the order of the model's outputs, as ``model.label_names``; rows with other labels are skipped
             and counted. ``null``: the model's or the data's.
         batch_size: rows per training batch.
-        max_length: maximum length of a sequence, in tokens; the model's own limit also applies. A longer text is truncated on
-            the right.
         **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Attributes:
         label_names: the labels in the order of the model's outputs. They are the trained module's. Without a Trainer, they
             may be set before ``setup``; otherwise they are those of the train split.
-
-    Raises:
-        UserError: for invalid files, rows and sizes.
     """
 
     label_names: Sequence[str] = ()
@@ -61,33 +54,31 @@ class TextClassificationDataModule(SourceDataModule):
         source: tuple[str | Source, ...] | str,
         subset: str | None = None,
         *,
-        text_fields: list[str] | str | None = None,
         label_field: str | None = None,
         labels: list[str] | None = None,
         batch_size: int = 32,
-        max_length: int = 512,
         **rows: Any,
     ) -> None:
-        super().__init__(source, subset, batch_size=batch_size, max_length=max_length, **rows)
-        self.text_fields = [text_fields] if isinstance(text_fields, str) else text_fields
+        super().__init__(source, subset, batch_size=batch_size, **rows)
         if labels is not None and len({*labels}) < max(2, len(labels)):
             raise UserError(f"data.labels: there must be at least 2 different labels, got {labels}")
         self.label_field, self.labels = label_field, labels
 
+    @abstractmethod
+    def find_inputs(self, columns: Sequence[str]) -> list[str]:
+        """Those of a data set's columns that hold the inputs."""
+
     def _find_columns(self, rows: Rows) -> tuple[list[str], str]:
-        """The columns with the text, or the pair of texts, and with the label, if there must be one; logs them once."""
+        """The columns with the inputs, and with the label, if there must be one; logs them once."""
         names, has_label, listed = rows.columns, not rows.may_lack_targets, ", ".join(rows.columns)
-        texts = self.text_fields or next((pair for pair in TEXTS if {*pair} <= {*names}), [])
-        if not 0 < len(texts) <= 2 or not {*texts} <= {*names}:
-            got = f", got {', '.join(texts)}" if texts else ""
-            raise UserError(f"data.text_fields: name one or two of the columns {listed}{got}")
+        inputs = self.find_inputs(names)
         label = self.label_field or next((name for name in LABELS if name in names), None if has_label else LABELS[0])
         if label is None or (has_label and label not in names):
             raise UserError(f"data.label_field: name one of the columns {listed}{f', got {label}' if label else ''}")
         if label in rows.lists:
             raise UserError(f"data.label_field: the column {label!r} holds lists, but a row needs one label")
-        self._log_columns(f"{', '.join(texts)} -> {label}", names, (*texts, label))
-        return texts, label
+        self._log_columns(f"{', '.join(inputs)} -> {label}", names, (*inputs, label))
+        return inputs, label
 
     # ------------------------------------------------------------------ labels
 
@@ -142,20 +133,79 @@ class TextClassificationDataModule(SourceDataModule):
         found = each(lambda row: class_name(row, label, self.label_names), rows)
         return [name if isinstance(name, str) else None for name in found]
 
+    def label_reader(self, rows: Rows, label: str) -> tuple[Callable[[Row], int], tuple[Any, ...]]:
+        """A function that returns the index of a row's label, or -100 for none; and the plain values on which it depends."""
+        names = None if rows.may_lack_targets and label not in rows.columns else self.label_names
+        indices = {name: index for index, name in enumerate(names or [])}
+
+        def read(row: Row) -> int:
+            index = class_index(row, label, indices, are_names_given=self._are_names_given)
+            return IGNORE_INDEX if index is None else index
+
+        return read, (label, names, self._are_names_given, rows.may_lack_targets)
+
+
+class TextClassificationDataModule(LabelledDataModule):
+    """Labelled texts, or labelled pairs of texts, tokenized for a sequence classifier.
+
+    Labels are names or whole numbers; with ``data.labels`` or ``model.label_names``, a whole number is a name's index. Without
+    them, they are those of the train split, or of a single file: its class names in their order, else sorted. ``predict`` also
+    accepts rows without a label.
+
+    Args:
+        source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``. The
+            parts of a file have the same share of each label.
+        subset: name of a configuration of a data set on the hub (``rte`` of ``nyu-mll/glue``).
+        text_fields: the column with the text, or a list of two with a pair of texts; ``null``: found by their names:
+            ``premise`` and ``hypothesis``, ``sentence1`` and ``sentence2``, ``text``, ``sentence``, and so on.
+        label_field: the column with the label; ``null``: ``label`` or ``labels``.
+        labels: the classes in the order of the model's outputs, as ``model.label_names``; rows with other labels are skipped
+            and counted. ``null``: the model's or the data's.
+        batch_size: rows per training batch.
+        max_length: maximum length of a sequence, in tokens; the model's own limit also applies. A longer text is truncated on
+            the right.
+        **labelled: the other arguments of ``SourceDataModule``: how rows are split and batched.
+
+    Attributes:
+        label_names: the labels in the order of the model's outputs. They are the trained module's. Without a Trainer, they
+            may be set before ``setup``; otherwise they are those of the train split.
+
+    Raises:
+        UserError: for invalid files, rows and sizes.
+    """
+
+    def __init__(
+        self,
+        source: tuple[str | Source, ...] | str,
+        subset: str | None = None,
+        *,
+        text_fields: list[str] | str | None = None,
+        max_length: int = 512,
+        **labelled: Any,
+    ) -> None:
+        super().__init__(source, subset, max_length=max_length, **labelled)
+        self.text_fields = [text_fields] if isinstance(text_fields, str) else text_fields
+
+    @override
+    def find_inputs(self, columns: Sequence[str]) -> list[str]:
+        texts = self.text_fields or next((pair for pair in TEXTS if {*pair} <= {*columns}), [])
+        if not 0 < len(texts) <= 2 or not {*texts} <= {*columns}:
+            got = f", got {', '.join(texts)}" if texts else ""
+            raise UserError(f"data.text_fields: name one or two of the columns {', '.join(columns)}{got}")
+        return texts
+
     # ------------------------------------------------------------------ rows
 
     @override
     def encode(self, rows: Rows, part: str) -> tuple[Any, RowReport]:
         texts, label = self._find_columns(rows)
-        names = None if rows.may_lack_targets and label not in rows.columns else self.label_names
-        indices = {name: index for index, name in enumerate(names or [])}
+        read_label, known = self.label_reader(rows, label)
 
         def read(row: Row) -> tuple[int, list[str]]:
-            index = class_index(row, label, indices, are_names_given=self._are_names_given)
-            return IGNORE_INDEX if index is None else index, [row.text(name) for name in texts]
+            return read_label(row), [row.text(name) for name in texts]
 
         features = {name: ["int32"] for name in self.tokenizer("a")} | {"labels": "int64"}
-        options = texts, label, names, self._are_names_given, rows.may_lack_targets, self.too_long
+        options = texts, *known, self.too_long
         return self.map_rows(rows, features, *options, encode=lambda batch, _: together(self._tokens, each(read, batch)))
 
     def _tokens(self, read: list[tuple[int, list[str]]]) -> list[list[dict[str, Any]] | UnusableRow]:

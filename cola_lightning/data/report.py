@@ -15,7 +15,7 @@ class RowReport:
         n_rows: all rows.
         n_shortened: the rows that are longer than ``max_length`` and lost tokens.
         n_lost: the tokens that they lost.
-        n_tokens: the tokens that are used.
+        n_tokens: the tokens that are used; 0 if rows have none.
         n_trained: how many of these tokens have a loss; 0 if they have none, as in classification.
         skipped: for each reason why rows were skipped, their number and the place of the first one.
         unusable: the reason for each skipped row, by the row's index; empty for a stream.
@@ -91,7 +91,7 @@ class RowReport:
         lost += [f"{self.n_shortened:,} shortened by {self.n_lost:,} tokens"] * bool(self.n_shortened)
         rows = f"{self.n_rows:,} rows" + ": " * bool(lost) + ", ".join(lost)
         trained = f", {_rounded(self.n_trained)} of them trained" if self.n_trained else ""
-        return f"{rows}; {_rounded(self.n_tokens)} tokens{trained}"
+        return f"{rows}; {_rounded(self.n_tokens)} tokens{trained}" if self.n_tokens else rows
 
 
 def _rounded(number: int) -> str:

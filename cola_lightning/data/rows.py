@@ -208,7 +208,7 @@ class Rows:
         """Encodes the rows, a thousand at a time, into a data set that is memory-mapped, too, and cached by ``datasets``.
 
         Args:
-            encode: makes rows of the result, with ``input_ids``.
+            encode: makes rows of the result, with ``input_ids``, or else with a ``length`` above 0.
             features: the types of their columns: ``int32``, say, or ``[int32]`` for a list.
             identity: of ``encode``: what it depends on besides the rows. None: it cannot be known, and nothing is cached.
             num_proc: processes that encode; None: this one.
@@ -230,7 +230,7 @@ class Rows:
                 # A row that is skipped leaves one without tokens, which holds the reason.
                 encoded += [{"skipped": [str(outcome), row.place]}] if isinstance(outcome, UnusableRow) else outcome
             for line in encoded:
-                line["length"] = len(line.get("input_ids", ()))
+                line.setdefault("length", len(line.get("input_ids", ())))
             encoded[0]["notes"] = sorted(notes)  # each row becomes at least one line
             empty: dict[str, Any] = {name: [] if isinstance(kind, list) else 0 for name, kind in stored.items()}
             return {name: [line.get(name, value) for line in encoded] for name, value in empty.items()}

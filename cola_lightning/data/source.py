@@ -202,8 +202,12 @@ class SourceDataModule(TokenizedDataModule):
         identities = []
         for source in self.sources:
             options = {name: value for name, value in asdict(source).items() if value and (name, value) != ("share", 1)}
-            identities.append(options | files_identity(source.source))
+            identities.append(options | self.identity_of_files(source.source))
         return identities[0] if len(identities) == 1 else {"sources": identities}
+
+    def identity_of_files(self, source: str) -> dict[str, Any]:
+        """The size and hash of a source's files on this machine; empty for the hub."""
+        return files_identity(source)
 
     @functools.cached_property
     def _splits(self) -> list[Splits[Any]]:

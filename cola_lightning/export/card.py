@@ -28,7 +28,7 @@ class Card:
     Args:
         module: the exported module.
         chain: the exported links.
-        tokenizer: the module's, which is written too; None: it has none.
+        tokenizer: the module's, or its image processor, which is written too; None: it has none.
         license: the hub's identifier, such as ``apache-2.0``; None: not stated.
         prompt_format: how the model was prompted (``EpochDataModule.prompt_format``); empty: it was not.
         data: which data it was trained on (``EpochDataModule.identity``).

@@ -61,7 +61,10 @@ class NamedBase(Protocol):
 
 
 class ExportableModule(Protocol):
-    """A module with a chain: :class:`~cola_lightning.COLAModule` is one. It may have a ``tokenizer``, which is written too."""
+    """A module with a chain: :class:`~cola_lightning.COLAModule` is one.
+
+    It may have a ``tokenizer`` or an ``image_processor``, which is written too.
+    """
 
     constructor_arguments: dict[str, Any]
 

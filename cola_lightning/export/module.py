@@ -76,7 +76,7 @@ def export_module(
         )
     if module is None or adapted is None:
         return _export_chain(chain, options)
-    tokenizer = copy.deepcopy(getattr(module, "tokenizer", None))
+    tokenizer = copy.deepcopy(getattr(module, "image_processor", None) or getattr(module, "tokenizer", None))
     card = Card(module, chain, tokenizer, options.license, dict(prompt_format or {}), dict(data or {}))
     with quiet():
         if options.format == "merged":

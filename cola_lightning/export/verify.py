@@ -72,7 +72,7 @@ def digest(value: Tensor) -> bytes:
 
 
 def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
-    """The model's logits for an example input, or for a few tokens; None if no input is known.
+    """The model's logits for an example input, for a few tokens or for random pictures; None if no input is known.
 
     The tokens are two random rows, each with equally many ends of text, one at its end: some classifiers read only there.
 
@@ -83,9 +83,13 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
     if example is not None:
         inputs: Any = example if isinstance(example, Mapping | tuple) else (example,)
         return ReferenceLogits(inputs, first_output(model, inputs))
-    if "input_ids" not in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward).parameters
+    if not {"input_ids", "pixel_values"} & parameters.keys():
         return None
     try:
+        if "input_ids" not in parameters:
+            inputs = _random_pictures(model.config)
+            return ReferenceLogits(inputs, first_output(model, inputs))
         config = model.config.get_text_config()
         row = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0))
         ids = torch.stack([row, row.flip(0)])
@@ -98,6 +102,14 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
         what = f"{type(model).__name__} does not take tokens alone ({one_line(repr(error))})"
         log.warning("no logits are compared: %s. Set example_input_array of the module to compare those of other inputs", what)
         return None
+
+
+def _random_pictures(config: Any) -> dict[str, Tensor]:
+    """Two pictures of the size that a configuration of transformers names."""
+    size = getattr(config, "image_size", 224)
+    shape = [getattr(config, "num_channels", 3), *([size, size] if isinstance(size, int) else size)]
+    shape = getattr(config, "pretrained_cfg", {}).get("input_size", shape)  # of timm's
+    return {"pixel_values": torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Sequence classifiers: a pretrained model with a new head."""
+"""Classifiers: a pretrained model with a new head, and its labels; those of texts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,19 +17,17 @@ from cola_lightning.hf.logits import check_fields, forward_parameters
 from cola_lightning.hf.metrics import METRICS
 
 
-class COLASequenceClassifier(LanguageModule):
-    """A sequence classifier that is fine-tuned with a chain of low-rank links; its new head is fully trained.
+class Classifier(LanguageModule):
+    """A classifier that is fine-tuned with a chain of low-rank links; its new head is fully trained.
 
-    Its labels are the given ones, a checkpoint's, or the data's, which ``TextClassificationDataModule`` sets before the model
-    is made. Model, chain and exports store their names, and predictions are names; labels that are whole numbers stay numbers.
+    Its labels are the given ones, a checkpoint's, or the data's, which a data module with labels sets before the model is made.
+    Model, chain and exports store their names, and predictions are names; labels that are whole numbers stay numbers.
 
-    Its batches are the usual dict of ``input_ids``, ``attention_mask`` and ``labels``. If ``modules_to_save`` is empty, it is
-    the head (all but the pretrained body) and what else is newly initialised, as the pretrained files do not contain it: a BERT
-    that was saved as a masked language model has no pooler.
+    If ``modules_to_save`` is empty, it is the head (all but the pretrained body) and what else is newly initialised, as the
+    pretrained files do not contain it, or have it for another number of labels.
 
     Args:
-        model_name: a hub id (``FacebookAI/roberta-base``), a folder, or ``package:NAME``: the files inside the installed Python
-            package with that import name.
+        model_name: a hub id, a folder, or ``package:NAME``: the files inside the installed Python package of that name.
         num_labels: number of labels; ``null``: as many as ``label_names``, or as the data has. Without either, as in the
             model's configuration, which has 2 for a model without a head.
         label_names: the labels in the order of the model's outputs, in which a whole number in the data is an index;
@@ -37,13 +35,11 @@ class COLASequenceClassifier(LanguageModule):
         metric: what is logged in addition to the loss: ``accuracy``, ``f1`` (of label 1 where there are two, else the mean
             over the labels) or ``matthews_corrcoef``.
         **pretrained: the arguments of ``LanguageModule`` and :class:`~cola_lightning.COLAModule`; ``modules_to_save_lr`` is the
-            head's learning rate. ``cola fit --model.help COLASequenceClassifier`` says what each does.
+            head's learning rate.
 
     Raises:
         UserError: as for :class:`~cola_lightning.COLACausalLM`.
     """
-
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
 
     # **pretrained: see LanguageModule.
     def __init__(
@@ -103,10 +99,11 @@ class COLASequenceClassifier(LanguageModule):
     def _set_labels(self, names: Sequence[str]) -> None:
         self.labels_of_base, self.num_labels = list(names), len(names)
         if self.is_made:
-            self._describe(self.model.config)
+            self.describe_labels(self.model.config)
             self.adapted.chain.base = replace(self.adapted.chain.base, labels=self.labels_of_base)
 
-    def _describe(self, config: Any) -> None:
+    def describe_labels(self, config: Any) -> None:
+        """Writes the labels into the configuration of a model."""
         config.id2label = dict(enumerate(self.labels_of_base or ()))
         config.label2id = {name: place for place, name in config.id2label.items()}
 
@@ -133,9 +130,8 @@ class COLASequenceClassifier(LanguageModule):
             self._set_labels(self.label_names)
         model: Any = super().build_model()
         if self.labels_of_base is not None:
-            self._describe(model.config)
+            self.describe_labels(model.config)
         self.num_labels = int(model.config.num_labels)
-        model.config.pad_token_id = self.tokenizer.pad_token_id  # where a sequence ends, for heads that read its last token
         return model
 
     @override
@@ -152,7 +148,7 @@ class COLASequenceClassifier(LanguageModule):
     @override
     def step(self, batch: Mapping[str, Any]) -> StepOutput:
         labels, logits = batch["labels"], self._logits(batch)
-        return StepOutput(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1), labels)
+        return StepOutput(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1), labels, scores=logits.detach())
 
     @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
@@ -174,3 +170,37 @@ class COLASequenceClassifier(LanguageModule):
         inputs = {name: value for name, value in batch.items() if name in parameters}
         logits: Tensor = self.model(**inputs).logits
         return logits.float()
+
+
+class COLASequenceClassifier(Classifier):
+    """A classifier of texts that is fine-tuned with a chain of low-rank links; its new head is fully trained.
+
+    Its labels are the given ones, a checkpoint's, or the data's, which ``TextClassificationDataModule`` sets before the model
+    is made. Model, chain and exports store their names, and predictions are names; labels that are whole numbers stay numbers.
+
+    Its batches are the usual dict of ``input_ids``, ``attention_mask`` and ``labels``. If ``modules_to_save`` is empty, it is
+    the head (all but the pretrained body) and what else is newly initialised, as the pretrained files do not contain it: a BERT
+    that was saved as a masked language model has no pooler.
+
+    Args:
+        model_name: a hub id (``FacebookAI/roberta-base``), a folder, or ``package:NAME``: the files inside the installed Python
+            package with that import name.
+        **classifier: ``num_labels``, ``label_names`` and ``metric``, as :class:`~cola_lightning.hf.classifier.Classifier` has
+            them, and the arguments of ``LanguageModule`` and :class:`~cola_lightning.COLAModule`; ``modules_to_save_lr`` is the
+            head's learning rate. ``cola fit --model.help COLASequenceClassifier`` says what each does.
+
+    Raises:
+        UserError: as for :class:`~cola_lightning.COLACausalLM`.
+    """
+
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+
+    # **classifier: see LanguageModule.
+    def __init__(self, model_name: str, **classifier: Any) -> None:
+        super().__init__(model_name, **classifier)
+
+    @override
+    def build_model(self) -> Any:
+        model: Any = super().build_model()
+        model.config.pad_token_id = self.tokenizer.pad_token_id  # where a sequence ends, for heads that read its last token
+        return model

@@ -36,6 +36,7 @@ class StepOutput:
         size: the number of rows or tokens that the mean is over.
         predictions: for the metric, one for each row; None if there is no metric to compute.
         targets: the correct predictions, in the same shape.
+        scores: the scores of all labels, for metrics that need more than the predictions: rows x labels.
         logged: more values by name, one for each row; their means are logged under the name, in evaluation after ``val_``.
     """
 
@@ -43,6 +44,7 @@ class StepOutput:
     size: int
     predictions: Tensor | None = None
     targets: Tensor | None = None
+    scores: Tensor | None = None
     logged: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -138,7 +140,7 @@ class LanguageModule(COLAModule, ABC):
     @override
     def named_base(self) -> TransformersBase:
         fields = {name: value for name, value in self.model_fields().items() if name == "num_labels"}
-        if fields and (pad := cast(Any, self.model).config.pad_token_id) is not None:  # where a classifier's text ends
+        if fields and (pad := getattr(self.model.config, "pad_token_id", None)) is not None:  # where a classifier's text ends
             fields["pad_token_id"] = pad
         return TransformersBase(
             **vars(self.pretrained),
@@ -152,7 +154,10 @@ class LanguageModule(COLAModule, ABC):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, with the length of the model's longest sequence. Data modules use it."""
+        """The model's tokenizer, with the length of the model's longest sequence. Data modules use it.
+
+        It is None for a model whose inputs are not text.
+        """
         tokenizer = self.pretrained.tokenizer()
         opened = self.opened_checkpoint
         if opened is not None and "template" in opened.state.facts["prompt_format"]:  # of data.chat_template
@@ -176,8 +181,9 @@ class LanguageModule(COLAModule, ABC):
             self.lora_config = replace(self.lora_config, modules_to_save=self.choose_modules_to_save(model))
         if new_weights and not self.is_made:
             self._note_random_modules(self.pretrained.new_modules(model, new_weights))
-        if self.tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:  # added to the tokenizer alone
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        tokenizer = self.tokenizer
+        if tokenizer is not None and tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+            tokenizer.pad_token = tokenizer.eos_token  # that of padding was added to the tokenizer alone
         if self.quantization is not None:
             self.quantize_base(model)
         return cast(nn.Module, model)

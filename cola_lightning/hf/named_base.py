@@ -15,7 +15,7 @@ from cola_lightning.lora.quantization import Quantization
 from cola_lightning.merge import cast_floats
 from cola_lightning.writing import atomic_folder
 
-# PEFT's names for the tasks of transformers' Auto classes.
+# PEFT's names for the tasks of transformers' Auto classes; it has none for pictures.
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassification": "SEQ_CLS"}
 
 
@@ -67,6 +67,7 @@ class TransformersBase(Pretrained):
         options = {"dtype": dtype} | dict(self.fields)
         options |= {"revision": self.revision} if self.revision else {}
         options |= {"id2label": dict(enumerate(self.labels))} if self.labels else {}
+        options |= {"ignore_mismatched_sizes": True} if "num_labels" in self.fields else {}  # of the head of the files
         arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
         if is_quantized:
             quantization = f"load_in_4bit=True, bnb_4bit_quant_type={self.quantization!r}"

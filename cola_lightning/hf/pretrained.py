@@ -115,6 +115,12 @@ class Pretrained:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         return tokenizer
 
+    def image_processor(self) -> Any:
+        """What makes inputs of pictures for the model."""
+        from transformers import AutoImageProcessor
+
+        return self.load(AutoImageProcessor)
+
     def model_and_new_weights(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> tuple[Any, list[str]]:
         """The model in training mode: ``from_pretrained`` leaves it in evaluation mode, where it would train without dropout.
 
@@ -124,19 +130,21 @@ class Pretrained:
             **fields: of the configuration, such as ``num_labels``.
 
         Returns:
-            The model, and the names of the newly initialised weights, which the files do not contain; none if ``is_empty``.
+            The model, and the names of the newly initialised weights, which the files do not contain, or have for another
+            number of labels; none if ``is_empty``.
         """
         options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
         if is_empty:
             options["trust_remote_code"] = self.trust_remote_code
             return auto_class.from_config(self.config(**fields), **options).train(), []
         with hub.without_load_report():
+            options |= {"ignore_mismatched_sizes": "num_labels" in fields}
             model, info = self.load(auto_class, output_loading_info=True, **options, **fields)
         model.train()
         if self.gguf_file is not None:  # de-quantised: save_pretrained would take it for a quantised model, and refuse
             model.hf_quantizer, model.is_quantized = None, False
             del model.config.quantization_config
-        return model, sorted(info["missing_keys"])
+        return model, sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
 
     @staticmethod
     def new_modules(model: nn.Module, new_weights: Iterable[str]) -> list[str]:

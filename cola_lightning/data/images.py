@@ -1,0 +1,284 @@
+"""Pictures with labels: data for image classifiers."""
+
+import functools
+import hashlib
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from typing_extensions import override
+
+from cola_lightning import __version__
+from cola_lightning.constants import IGNORE_INDEX
+from cola_lightning.data.base import EpochDataModule
+from cola_lightning.data.classification import LABELS, LabelledDataModule
+from cola_lightning.data.labels import sorted_labels
+from cola_lightning.data.report import RowReport
+from cola_lightning.data.rows import Row, Rows, each, progress_bar_if
+from cola_lightning.data.source import VALIDATION_SPLITS, Source
+from cola_lightning.data.splits import Splits
+from cola_lightning.errors import UnusableRow, UserError
+
+# Columns with the picture or its path, by the first that a data set has.
+IMAGES = ["image", "img", "image_path", "file_name", "filename", "path", "file"]
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ROWS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")  # a folder with such a file has its rows there
+RATIOS = 3 / 4, 4 / 3  # of a random crop's sides
+
+
+class ImageDataModule(LabelledDataModule):
+    """Labelled pictures for an image classifier.
+
+    A picture gets its size, mean and standard deviation by the image processor of the trained module. Workers decode the
+    pictures of a batch when they make it, so there are never more in memory. Before training, each picture is decoded once at
+    a small size, in ``num_proc`` processes: one that cannot be read is skipped and counted. The result is cached.
+
+    Labels are names or whole numbers, as for ``TextClassificationDataModule``; of a folder, they are the names of its folders.
+
+    Args:
+        source: a folder with a folder of pictures for each class (or with folders ``train``, ``validation`` and ``test`` of
+            this kind), a file with a column of paths (relative to the file) and one of labels, a Parquet file or the id of a
+            data set on the hub with pictures, or several: see ``SourceDataModule``. The parts of a folder or file have the same
+            share of each label. ``predict`` also takes a folder of pictures alone.
+        subset: name of a configuration of a data set on the hub.
+        image_field: the column with the picture or its path; ``null``: found by its name: ``image``, ``img``, ``image_path``,
+            ``file_name`` and so on.
+        random_crop: of training pictures: the smallest share of the area that a random crop has, which is then resized; 1: no
+            crop. Crops and flips depend on the seed, the epoch and the row alone.
+        random_flip: mirror half of the training pictures, drawn at random; ``false`` for digits, text or left and right hands.
+        num_proc: processes that check whether pictures can be read; ``null``: the main process.
+        **labelled: the other arguments of ``SourceDataModule``: how rows are split and batched.
+
+    Attributes:
+        image_processor: the trained module's. Without a Trainer, or for a module that has none, set it before ``setup``.
+
+    Raises:
+        UserError: for invalid files, rows and sizes.
+    """
+
+    image_processor: Any = None
+    length = EpochDataModule.length  # pictures are all alike
+
+    def __init__(
+        self,
+        source: tuple[str | Source, ...] | str,
+        subset: str | None = None,
+        *,
+        image_field: str | None = None,
+        random_crop: float = 0.25,
+        random_flip: bool = True,
+        num_proc: int | None = None,
+        **labelled: Any,
+    ) -> None:
+        # Options of texts, which this class therefore does not have.
+        super().__init__(
+            source,
+            subset,
+            num_proc=num_proc,
+            text_unit="file",
+            max_length=1,
+            length_grouped=False,
+            too_long="shorten",
+            **labelled,
+        )
+        if not 0 < random_crop <= 1:
+            raise UserError(f"data.random_crop must be a share of the area, above 0 and at most 1, got {random_crop}")
+        self.image_field, self.random_crop, self.random_flip = image_field, random_crop, random_flip
+
+    @override
+    def find_inputs(self, columns: Sequence[str]) -> list[str]:
+        name = self.image_field or next((name for name in IMAGES if name in columns), None)
+        if name is None or name not in columns:
+            raise UserError(f"data.image_field: name one of the columns {', '.join(columns)}{f', got {name}' if name else ''}")
+        return [name]
+
+    @override
+    def set_tokenizer(self) -> None:
+        """Sets ``image_processor``: pictures need no tokenizer."""
+        if self.trainer is not None:
+            self.image_processor = getattr(self.trainer.lightning_module, "image_processor", self.image_processor)
+
+    # ------------------------------------------------------------------ sources
+
+    @override
+    def splits_of(self, source: Source) -> Splits[Any]:
+        names = {self.train_split, self.val_split, self.test_split, *VALIDATION_SPLITS, "test"}
+        folders = _folders_by_split(source.source, self.train_split, names)
+        if not folders:
+            return super().splits_of(source)
+        classes = sorted_labels({label for _, label in _pictures(folders.values()) if label is not None})
+        listed = {split: _listing(folder, classes, f"{source.source}, {split}") for split, folder in folders.items()}
+        return {split: functools.partial(self._used, source, read) for split, read in listed.items()}
+
+    @override
+    def _used(self, source: Source, read: Callable[[], Rows]) -> Rows:
+        """The rows that are used, with pictures as they are stored, which are not decoded."""
+        import datasets
+
+        rows, stored = super()._used(source, read), datasets.Image(decode=False)
+        rows = rows.at_numbers(rows.numbers)  # a copy
+        (image,) = self.find_inputs(rows.columns)
+        place = Path(os.path.expanduser(source.source))
+        for name, feature in rows.data.features.items():
+            if isinstance(feature, datasets.Image):
+                rows.data = rows.data.cast_column(name, stored)
+            elif name == image and getattr(feature, "dtype", None) == "string":
+                folder = place if place.is_dir() else place.parent
+                paths = [None if path is None else str((folder / path).absolute()) for path in rows.data[image][:]]
+                data = rows.data.remove_columns(image).add_column(image, paths, feature=datasets.Value("string"))
+                rows.data = data.cast_column(image, stored)
+        return rows
+
+    @override
+    def identity_of_files(self, source: str) -> dict[str, Any]:
+        """Of a folder of pictures: their number, and a hash of their names and sizes."""
+        folder = Path(os.path.expanduser(source))
+        if not _folders_by_split(source, self.train_split, {self.train_split}):
+            return super().identity_of_files(source)
+        known = [(str(path.relative_to(folder)), path.stat().st_size) for path, _ in _pictures([folder])]
+        return {"pictures": [len(known), hashlib.sha256(repr(known).encode()).hexdigest()]}
+
+    @override
+    def fields_of(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The data's own fields of the rows that predict reads; of a picture, its path."""
+        rows = super().fields_of(indices)
+        return [{name: value["path"] if _is_picture(value) else value for name, value in row.items()} for row in rows]
+
+    # ------------------------------------------------------------------ rows
+
+    @override
+    def encode(self, rows: Rows, part: str) -> tuple[Any, RowReport]:
+        import datasets
+        import PIL
+
+        (image,), label = self._find_columns(rows)
+        read_label, known = self.label_reader(rows, label)
+
+        def read(row: Row) -> list[dict[str, Any]]:
+            index = read_label(row)
+            if not _is_picture(row[image]):
+                raise row.refused(image, "a picture")
+            _check_readable(row[image])
+            return [{"labels": index, "length": 1}]
+
+        paths = rows.data.select_columns([image]).flatten()[f"{image}.path"][:]
+        files = hashlib.sha256(repr([_facts(path) for path in paths]).encode()).hexdigest()
+        identity = repr((__version__, PIL.__version__, image, known, files))
+        encoded, report = rows.mapped(lambda batch, _: each(read, batch), {"labels": "int64"}, identity, self.num_proc)
+        report.n_tokens = 0
+        usable = np.delete(rows.numbers, list(report.unusable))
+        labels = np.full(len(rows.data), IGNORE_INDEX)
+        labels[usable] = encoded.with_format("numpy")["labels"][:]
+        data = rows.data.select_columns([image]).rename_columns({image: "image"}).add_column("labels", labels)
+        return data.cast_column("image", datasets.Image(mode="RGB")).select(usable), report
+
+    def augment(self, row: dict[str, Any], seed: int) -> dict[str, Any]:
+        """A training row with its picture cropped and flipped at random, by the seed."""
+        area, ratio, left, top, flip = torch.rand(5, generator=torch.Generator().manual_seed(seed)).tolist()
+        picture = row["image"]
+        if self.random_crop < 1:
+            area = (self.random_crop + (1 - self.random_crop) * area) * picture.width * picture.height
+            low, high = map(math.log, RATIOS)
+            ratio = math.exp(low + (high - low) * ratio)
+            sizes = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            width, height = (max(1, min(whole, round(size))) for whole, size in zip(picture.size, sizes, strict=True))
+            x, y = round(left * (picture.width - width)), round(top * (picture.height - height))
+            picture = picture.crop((x, y, x + width, y + height))
+        if self.random_flip and flip < 0.5:
+            from PIL import ImageOps
+
+            picture = ImageOps.mirror(picture)
+        return {**row, "image": picture}
+
+    @override
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        pixels = self.image_processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+# ---------------------------------------------------------------------- pictures in folders and rows
+
+
+def _folders_by_split(source: str, train_split: str, names: set[str | None]) -> dict[str, Path]:
+    """The folder of each split of a folder with pictures; empty for another source.
+
+    Args:
+        source: as the user has named it.
+        train_split: the split of a folder that has no folders of splits.
+        names: the splits' names.
+    """
+    folder = Path(os.path.expanduser(source))
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    if any(path.suffix.lower() in ROWS for path in inside) or next(_pictures([folder]), None) is None:
+        return {}
+    folders = {path.name: path for path in inside if path.is_dir()}
+    splits = {name: path for name, path in folders.items() if name in names}
+    return splits if train_split in splits or (splits and splits == folders) else {train_split: folder}
+
+
+def _pictures(folders: Any) -> Iterator[tuple[Path, str | None]]:
+    """The pictures in folders, in order, each with its class: the first folder on its path; None: it has none."""
+    for folder in folders:
+        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            parts = path.relative_to(folder).parts
+            if path.suffix.lower() in ENDINGS and not any(part.startswith(".") for part in parts):
+                yield path, parts[0] if len(parts) > 1 else None
+
+
+def _listing(folder: Path, classes: list[str], place: str) -> Callable[[], Rows]:
+    """What reads the rows of a folder of pictures: their paths and, if there are any, their classes."""
+
+    @functools.cache
+    def read() -> Rows:
+        import datasets
+
+        columns: dict[str, Any] = {"image": datasets.Image(decode=False)}
+        columns |= {LABELS[0]: datasets.ClassLabel(names=classes)} if classes else {}
+        listed = [(str(path.absolute()), label) for path, label in _pictures([folder])]
+        with progress_bar_if(False):  # in a file, and not in memory, so that what is made of it is cached
+            data = datasets.Dataset.from_generator(_rows, datasets.Features(columns), gen_kwargs={"listed": listed})
+        return Rows(data, place)
+
+    return read
+
+
+def _rows(listed: list[tuple[str, str | None]]) -> Iterator[dict[str, Any]]:
+    for path, label in listed:
+        yield {"image": path, LABELS[0]: label}
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether a row's value is a picture as ``datasets`` stores it."""
+    return isinstance(value, dict) and value.keys() == {"bytes", "path"}
+
+
+def _facts(path: str | None) -> tuple[Any, ...]:
+    """A path with the size and time of its file, if there is one here."""
+    try:
+        stat = os.stat(path or "")
+    except OSError:
+        return (path,)
+    return path, stat.st_size, stat.st_mtime_ns
+
+
+def _check_readable(value: dict[str, Any]) -> None:
+    """Decodes a picture, JPEG at an eighth of its size.
+
+    Raises:
+        UnusableRow: if it cannot be decoded.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as picture:
+            picture.draft("RGB", (1, 1))
+            picture.load()
+    except FileNotFoundError:
+        raise UnusableRow("there is no such file") from None
+    except Exception as error:  # of damaged files, decoders raise many kinds
+        raise UnusableRow(f"the picture cannot be read ({type(error).__name__})") from error

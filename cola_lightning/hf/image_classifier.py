@@ -1,0 +1,71 @@
+"""Image classifiers: a pretrained model of pictures with a new head."""
+
+import functools
+from functools import partial
+from typing import Any, ClassVar
+
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+from cola_lightning.hf.classifier import Classifier
+from cola_lightning.hf.language import BatchMetrics, StepOutput
+
+TOP = 5  # labels among which the right one counts as found, where there are more
+
+
+class COLAImageClassifier(Classifier):
+    """A classifier of pictures that is fine-tuned with a chain of low-rank links; its new head is fully trained.
+
+    It takes any model of transformers' ``AutoModelForImageClassification``: vision transformers, ResNet, ConvNeXt and others,
+    and those of timm by their hub ids (``pip install timm``). Its labels are the given ones, a checkpoint's, or the data's,
+    which ``ImageDataModule`` sets before the model is made. Its batches are dicts of ``pixel_values`` and ``labels``.
+
+    With more than five labels, ``top5_accuracy`` is logged next to the metric.
+
+    Args:
+        model_name: a hub id (``google/vit-base-patch16-224-in21k``, ``timm/vit_small_patch16_224.augreg_in21k``), a folder, or
+            ``package:NAME``: the files inside the installed Python package with that import name.
+        **classifier: ``num_labels``, ``label_names`` and ``metric``, as :class:`~cola_lightning.hf.classifier.Classifier` has
+            them, and the arguments of ``LanguageModule`` and :class:`~cola_lightning.COLAModule`; ``modules_to_save_lr`` is the
+            head's learning rate. ``cola fit --model.help COLAImageClassifier`` says what each does.
+
+    Raises:
+        UserError: as for :class:`~cola_lightning.COLACausalLM`.
+    """
+
+    auto_class: ClassVar[str] = "AutoModelForImageClassification"
+
+    # **classifier: see LanguageModule.
+    def __init__(self, model_name: str, **classifier: Any) -> None:
+        super().__init__(model_name, **classifier)
+
+    @functools.cached_property
+    def tokenizer(self) -> None:
+        """None: its inputs are pictures."""
+
+    @functools.cached_property
+    def image_processor(self) -> Any:
+        """What makes inputs of pictures: their size, mean and standard deviation. Data modules use it, and exports write it."""
+        return self.pretrained.image_processor()
+
+    @override
+    def describe_labels(self, config: Any) -> None:
+        super().describe_labels(config)
+        if hasattr(config, "label_names"):  # of timm's, whose configuration is written with these
+            config.label_names = list(config.id2label.values())
+
+    @override
+    def batch_metrics(self, batch: Any, output: StepOutput) -> BatchMetrics:
+        metrics = super().batch_metrics(batch, output)
+        if self.num_labels > TOP:
+            top = partial(MulticlassAccuracy, self.num_labels, top_k=TOP, average="micro")
+            metrics["top5_accuracy"] = (top, (output.scores, output.targets))
+        return metrics
+
+    @override
+    def choose_modules_to_save(self, model: Any) -> list[str]:
+        """The head, and other modules that the pretrained files do not contain. timm's head is inside of the body."""
+        if chosen := super().choose_modules_to_save(model):
+            return chosen
+        head = model.timm_model.get_classifier()
+        return [name for name, module in model.named_modules() if module is head]
