@@ -17,21 +17,22 @@ from torch import nn
 from cola_lightning import COLAModule, EpochDataModule, LastCheckpoint
 from tests.toy import trainer, weights
 
-PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+ROOT = Path(__file__).parents[1]
 ENCODER, DECODER = r"encoder\.layer.*conv\d", ["decoder", "segmentation_head"]
 
 
-def examples():
-    """The examples of docs/python.md that need a package or a model that tests do not have."""
-    return re.findall(r"```py\n(.*?)```", PAGE.read_text(), re.DOTALL)
+def example(page, word):
+    """The example of a page, with a word in it, that needs a package or a model that tests do not have."""
+    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    (found,) = (block for block in blocks if word in block)
+    return found
 
 
 def segmentation():
     """The example of docs/python.md, without a download."""
     pytest.importorskip("torchgeo", reason="needs pip install torchgeo")
-    example = next(block for block in examples() if "torchgeo" in block)
     names = {"__name__": __name__}
-    exec(compile(example.replace("weights=True", "weights=None"), "docs/python.md", "exec"), names)
+    exec(example("python.md", "torchgeo").replace("weights=True", "weights=None"), names)
     globals()["Segmentation"] = names["Segmentation"]  # so that a checkpoint's class is found
     return names["module"]
 

@@ -1,7 +1,9 @@
 """Other people's LightningModules as chains: a stand-in for them, and the real ones of their packages (``pytest -m slow``)."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -283,9 +285,8 @@ def test_an_encoder_decoder_as_a_causal_model_is_refused_in_one_line_that_names_
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
 def test_the_example_of_an_encoder_decoder_trains_a_t5_and_exports_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    example = next(block for block in foreign_tasks.examples() if "Seq2Seq" in block)
-    names = {"__name__": __name__}
-    exec(example.replace("google-t5/t5-small", encoder_decoder(tmp_path / "t5", "t5")), names)
+    names, folder = {"__name__": __name__}, encoder_decoder(tmp_path / "t5", "t5")
+    exec(foreign_tasks.example("python.md", "Seq2Seq").replace("google-t5/t5-small", folder), names)
     module = names["module"]
     assert len(module.chain) == 1
     assert all(link.norm() > 0 for link in module.full_chain().links)
@@ -357,3 +358,22 @@ def test_a_real_module_is_trained_by_two_processes(trained, tmp_path):
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     names = [name for name in first if name in dict(trained.module.named_parameters())]
     assert_bit_equal({name: first[name] for name in names}, {name: second[name] for name in names})
+
+
+@pytest.mark.slow
+def test_the_example_of_optuna_finds_a_learning_rate(tmp_path, monkeypatch):
+    pytest.importorskip("optuna", reason="needs pip install optuna")
+    monkeypatch.chdir(foreign_tasks.ROOT)  # where the config's class paths begin
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    shorter = {
+        "studies/optuna": str(tmp_path),
+        "n_trials=6": "n_trials=2",
+        '"benchmarks/digits.yaml"': '"benchmarks/digits.yaml", "--trainer.max_epochs=10"',
+    }
+    example, names = foreign_tasks.example("study.md", "optuna"), {"__name__": __name__}
+    for stated, short in shorter.items():
+        assert stated in example
+        example = example.replace(stated, short)
+    exec(example, names)
+    assert [trial.state.name for trial in names["study"].trials] == ["COMPLETE"] * 2
+    assert 0.2 < names["study"].best_value <= 1
