@@ -93,10 +93,18 @@ class COLACausalLM(LanguageModule):
 
     @override
     def build_model(self) -> nn.Module:
-        model = super().build_model()
-        # Else it is the base of a chain, and was checked when the chain began.
-        if self.opened_checkpoint is None and not self.is_made:
-            check_decoder(model)
+        try:
+            model = super().build_model()
+            # Else it is the base of a chain, and was checked when the chain began.
+            if self.opened_checkpoint is None and not self.is_made:
+                check_decoder(model)
+        except UserError as error:
+            if not self.pretrained.is_encoder_decoder:
+                raise
+            raise UserError(
+                f"model.model_name: {self.pretrained.name!r} is an encoder-decoder, which COLACausalLM cannot train. Train it "
+                "with a COLAModule of your own: docs/python.md has one"
+            ) from error
         return model
 
     @override

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,13 @@ class Pretrained:
         from transformers import AutoConfig
 
         return self.load(AutoConfig, **fields)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model has an encoder and a decoder, as T5, BART and Whisper have; False if it cannot be read."""
+        with suppress(UserError):
+            return bool(getattr(self.config(), "is_encoder_decoder", False))
+        return False
 
     def tokenizer(self) -> Any:
         """The model's tokenizer; one without a padding token pads with its end-of-text token, which is masked anyway."""

@@ -190,6 +190,43 @@ class COLAModule(LightningModule, RecordsArguments):
         """
         raise UserError(f"model: {type(self).__name__} needs a build_model() that returns its base")
 
+    def adopt(self, task: LightningModule) -> Any:
+        """Takes over another LightningModule, for ``build_model``: its layers, metrics, hyperparameters and other attributes.
+
+        The module's class is derived from the other module's class and from this one, in this order. So the other class' steps,
+        hooks, optimizer and metrics are used::
+
+            class Segmentation(SemanticSegmentationTask, COLAModule):
+                __init__ = COLAModule.__init__
+
+                def build_model(self):
+                    return self.adopt(SemanticSegmentationTask(model="unet", backbone="resnet18", num_classes=2)).model
+
+        Args:
+            task: the other module. It is not used afterwards.
+
+        Returns:
+            The same module. ``build_model`` returns its ``model``, or another part of it, as the base. The other layers are
+            fully trained.
+
+        Raises:
+            UserError: if the module's class is not derived from the other class first.
+        """
+        classes = type(self).__mro__
+        if type(task) not in classes[: classes.index(COLAModule)]:  # else this class' optimizer would be used without a word
+            name = type(task).__name__
+            raise UserError(f"adopt: {type(self).__name__} must be a class ({name}, COLAModule), with {name} first")
+        if self.is_made:  # for a rebuild, which needs the base alone
+            return task
+        self._modules.setdefault("model", None)  # first, so that its parameters have its name, and no other one
+        initial = vars(LightningModule())
+        for name, value in vars(task).items():
+            if name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+                vars(self)[name].update(value)
+            elif name not in initial or (not isinstance(initial[name], dict) and value != initial[name]):
+                vars(self)[name] = value
+        return task
+
     def checkpoint_activations(self) -> None:
         """Applies ``activation_checkpointing`` to ``self.model``; override it for a model that is not Hugging Face's.
 
@@ -478,7 +515,7 @@ class COLAModule(LightningModule, RecordsArguments):
             outside=self._values_outside,
             trained_factors=self.trained_factors,
         )
-        if "model" not in self._modules:  # else one that was assigned, which configure_model refuses
+        if self._modules.get("model") is None:  # else one that was assigned, which configure_model refuses
             self.model = adapted.model
         adapted.cast(torch.get_default_dtype())  # now: Lightning casts only after a checkpoint's values are loaded
         adapted.trained.remember_first()
