@@ -32,17 +32,16 @@ class TextClassificationDataModule(SourceDataModule):
     accepts rows without a label.
 
     Args:
-        source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``. The
+        source: A file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``. The
             parts of a file have the same share of each label.
-        subset: name of a configuration of a data set on the hub (``rte`` of ``nyu-mll/glue``).
-        text_fields: the column with the text, or a list of two with a pair of texts; ``null``: found by their names:
+        subset: Name of a configuration of a data set on the hub (``rte`` of ``nyu-mll/glue``).
+        text_fields: Column with the text, or a list of two with a pair of texts. ``null`` finds them by their names:
             ``premise`` and ``hypothesis``, ``sentence1`` and ``sentence2``, ``text``, ``sentence``, and so on.
-        label_field: the column with the label; ``null``: ``label`` or ``labels``.
-        labels: the classes in the order of the model's outputs, as ``model.label_names``; rows with other labels are skipped
-            and counted. ``null``: the model's or the data's.
-        batch_size: rows per training batch.
-        max_length: maximum length of a sequence, in tokens; the model's own limit also applies. A longer text is truncated on
-            the right.
+        label_field: Column with the label. ``null`` uses ``label`` or ``labels``.
+        labels: Classes in the order of the model's outputs, as ``model.label_names``. Rows with other labels are skipped and
+            counted. ``null`` uses the model's or the data's.
+        batch_size: Rows in a training batch.
+        max_length: Maximum length of a sequence, in tokens. The model's own limit also applies. A longer text loses its end.
         **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Attributes:
