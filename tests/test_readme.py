@@ -122,7 +122,7 @@ def test_configs_and_commands_parse(monkeypatch, capsys):
     monkeypatch.setattr("cola_lightning.study.study.Study", lambda requested, words: SimpleNamespace(run=lambda: 0))
     found = [words for page in PAGES for words in commands(page)]
     assert len(found) >= 20
-    written = ("--ckpt_path", "--model.init_chain", "runs/version_0", "runs/version_1")
+    written = ("--ckpt_path", "--model.init_chain", "adapter", "runs/version_0", "runs/version_1")
     for words in map(list, dict.fromkeys(map(tuple, found))):
         if words[0] in ("inspect", "export", "generate"):
             continue
