@@ -1,6 +1,7 @@
 """Hooks of mkdocs: README is the first page, a link out of ``docs/`` brings its file along, and ``cli.md`` lists all options.
 
-So the same Markdown can be read on a repository's page and on the site, and ``mkdocs build --strict`` checks its links.
+``api.md`` gets the docstrings of the names in its lists. So the same Markdown can be read on a repository's page and on the
+site, and ``mkdocs build --strict`` checks its links.
 """
 
 import re
@@ -14,6 +15,9 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+INHERITED = "build_model, adapted, chain, link, seed, trained_parameters, checkpoint_activations, compile_model, shard_model"
+OPTIONS = {"COLAModule": f"\n    options:\n      inherited_members: [{INHERITED}]"}
+NAME = re.compile(r"^\* \[`(\w+)`\]\(\.\./([\w/]+)\.py\)", re.MULTILINE)  # of the lists in api.md, with its file
 LINK = re.compile(r"(\]\()([^)#:]+)([^)]*\))")
 
 
@@ -39,7 +43,14 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         return f"{match[1]}{'index.md' if path == 'README.md' else path}{match[3]}"
 
     text = LINK.sub(moved, markdown)
-    return text if page.file.src_path != "cli.md" else f"{text}\n\n{all_options()}"
+    ends = {"cli.md": all_options, "api.md": lambda: docstrings(markdown)}
+    return f"{text}\n\n{ends[page.file.src_path]()}" if page.file.src_path in ends else text
+
+
+def docstrings(markdown: str) -> str:
+    """What makes mkdocstrings show the docstrings of the names in a page's lists."""
+    names = [f"::: {path.replace('/', '.')}.{name}{OPTIONS.get(name, '')}" for name, path in NAME.findall(markdown)]
+    return "\n\n".join(["## Docstrings", *names])
 
 
 def all_options() -> str:

@@ -1,6 +1,7 @@
 """What the command line prints: its help, its shipped configurations, and a fit's progress bar."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,19 @@ def test_help_names_every_subcommand_and_what_people_set_with_its_default(capfd)
     clipping = " ".join("\n".join(lines).partition("--trainer.gradient_clip_val")[2].split())
     assert clipping.partition("--")[0].endswith("unscaled before. (default: 1.0) ")  # Lightning's text ends with its own
     assert config["trainer"]["gradient_clip_val"] == 1.0
+
+
+def test_help_of_an_evaluation_shows_neither_knots_nor_learning_rates(capfd):
+    text = "\n".join(messages(capfd, "test", "--help"))
+    assert "--ckpt_path" in text
+    assert not re.search(r"--chain|--last|Knots|model\.optimizer|lr_schedule|warmup|--model\.rank", text)
+
+
+@pytest.mark.parametrize("option", ["--model.help=COLACausalLM", "--data.help=TextDataModule"])
+def test_help_of_a_class_is_plain_text(option, capfd):
+    text = "\n".join(messages(capfd, "fit", option))
+    assert len(re.findall(r"^  --\w+\.\w+", text, re.MULTILINE)) > 20
+    assert not re.search(r"``|:class:|\(type:", text)
 
 
 def test_configs_lists_the_configs_and_copies_them_to_where_their_headers_expect_them(capfd):

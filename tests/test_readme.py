@@ -122,7 +122,7 @@ def test_configs_and_commands_parse(monkeypatch, capsys):
     monkeypatch.setattr("cola_lightning.study.study.Study", lambda requested, words: SimpleNamespace(run=lambda: 0))
     found = [words for page in PAGES for words in commands(page)]
     assert len(found) >= 20
-    written = ("--ckpt_path", "--model.init_chain", "runs/version_0", "runs/version_1")
+    written = ("--ckpt_path", "--model.init_chain", "adapter", "runs/version_0", "runs/version_1")
     for words in map(list, dict.fromkeys(map(tuple, found))):
         if words[0] in ("inspect", "export", "generate"):
             continue
@@ -226,15 +226,25 @@ def rows_of_splits():
     return studies.grouped(row for row in digits_splits.rows() if row[0].removeprefix("rank ") in shown.get(row[1], ""))
 
 
+def rows_of_rates():
+    """The test loss of LoRA on GSM8K in 150 steps: a row for each rank, a column for each learning rate."""
+    folders = (BENCHMARKS / "gsm8k" / f"rank-{rank}-steps-150" for rank in (1, 8))
+    lines = [line for folder in folders for line in lines_of((folder / "results").relative_to(BENCHMARKS))]
+    found = {
+        (line["rank"], line["learning_rate"]): f"{line['test']:.4f}" for line in lines if line["method"].startswith("lora")
+    }
+    return [[str(rank), *(found.get((rank, rate), "") for rate in (3e-4, 1e-3, 3e-3, 1e-2))] for rank in (1, 4, 8, 32)]
+
+
 STEPS = ["seconds: cola / peft", "seconds: cola / floor", "peak_mib: cola / peft", "seconds: knot / cola"]
 # Those of domain_shift are printed by `python -m benchmarks.domain_shift --table`.
 PRODUCED = {
     ("docs/scaling.md", "| base | links |"): rows_of("bases"),
     ("docs/scaling.md", "| model | full"): lambda: scale.rows_of_options(lines_of("scale")),
     ("docs/speed.md", "| | time / peft's |"): lambda: rows_of_speed("speed", *STEPS),
-    ("docs/speed.md", "| accumulated batches |"): rows_of("launches"),
     ("docs/speed.md", "| task | seconds |"): rows_of("commands"),
     ("docs/speed.md", "| | start |"): lambda: [row for row in rows_of("rows")() if row[1] == "first"],
+    ("docs/compared.md", "| rank | 3e-4 |"): rows_of_rates,
     ("docs/results.md", "| paper's task |"): paper_table.rows,
     ("docs/results.md", "| | method | rate |"): rows_of_splits,
     ("docs/results.md", "| one knot |"): domain_shift.rows_of_one_knot,
@@ -260,6 +270,8 @@ def test_a_sentence_has_its_benchmarks_numbers(monkeypatch):
     )
     packing = {row[0]: row[2] for row in rows_of("packing")()}
     (wide,) = (row for row in rows_of("vocabulary")() if row[:2] == ["152,000", "8 x 1,024"])
+    launched = {(row[0], row[1].split(",")[0].strip("`")): (row[2], row[4]) for row in rows_of("launches")()}
+    mine, theirs, plain = (launched["1", side] for side in ("cola", "peft", "the frozen model alone"))
     of_base, of_scope = domain_shift.rows_of_one_base()[-1], domain_shift.rows_of_scopes()[1]
     for page, sentence in [
         ("guarantees", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} by `python -m benchmarks.kills`"),
@@ -271,6 +283,9 @@ def test_a_sentence_has_its_benchmarks_numbers(monkeypatch):
         ("speed", f"needs {wide[4]} MiB above the model, and {wide[2]} with the loss that transformers computes"),
         ("speed", f"in {wide[5]} and {wide[3]} seconds (`python -m benchmarks.vocabulary`)"),
         ("speed", f"at 64 tokens a row, and {time[1]} and {memory[1]} at 256"),
+        ("speed", f"launches {mine[0]} operations, and peft under transformers' Trainer {theirs[0]}"),
+        ("speed", f"The host waits {mine[1]} times, and there {theirs[1]}, of which {plain[1]} are the model's own"),
+        ("speed", f"With 4 accumulated batches it is {launched['4', 'cola'][1]} and {launched['4', 'peft'][1]}"),
         ("results", f"{of_scope[3]} instead of {of_scope[4]} with {of_scope[1]} of rank 1 in 800 steps"),
         ("results", f"{of_base[1]} of rank 8 differ from LoRA by {of_base[-1]} in 3,200 steps"),
     ]:

@@ -20,8 +20,8 @@ class LastCheckpoint(ModelCheckpoint):
     ``save_on_exception`` also halfway through a step.)
 
     Args:
-        every_n_train_steps: also write it after every n optimizer steps.
-        train_time_interval: or whenever this much time has passed: ``0:10:00`` is ten minutes.
+        every_n_train_steps: Also write it after every N optimizer steps.
+        train_time_interval: Also write it whenever this much time has passed: ``0:10:00`` is ten minutes.
     """
 
     def __init__(self, every_n_train_steps: int | None = None, train_time_interval: timedelta | None = None) -> None:

@@ -80,26 +80,27 @@ class ChainSchedule:
     given; with none of them the run is one link: plain LoRA. Steps are optimizer steps, counted over the whole run from 0.
 
     Args:
-        every_n_epochs: tie a knot after every n epochs.
-        every_n_train_steps: tie a knot after every n optimizer steps.
-        at_epochs: tie knots at the beginning of these epochs: increasing, from 1.
-        at_steps: tie knots before these optimizer steps: increasing, from 1.
-        ranks: each link's rank, the first link's first, at most ``model.rank``; the last entry holds for further links.
-            ``null``: ``model.rank`` for all.
-        alphas: each link's alpha, likewise. ``null``: ``model.alpha`` for all.
-        patience: tie a knot after this many validations in a row without improvement of ``monitor``; those of one optimizer
-            step count as one. The length of a link is then not known beforehand, so a learning rate that decays needs
+        every_n_epochs: Tie a knot after every N epochs.
+        every_n_train_steps: Tie a knot after every N optimizer steps.
+        at_epochs: Tie knots at the beginning of these epochs, an increasing list of numbers from 1.
+        at_steps: Tie knots before these optimizer steps, an increasing list of numbers from 1.
+        ranks: List of each link's rank, the first link's first, at most ``model.rank``. Later links use the last entry.
+            ``null`` uses ``model.rank`` for all.
+        alphas: List of each link's alpha. Later links use the last entry. ``null`` uses ``model.alpha`` for all.
+        patience: Tie a knot after this many validations in a row without improvement of ``monitor``. Validations of one
+            optimizer step count as one. The length of a link is then not known beforehand, so a learning rate that decays needs
             ``model.schedule_scope: run``.
-        monitor: with ``patience``: the metric, logged in validation.
-        min_delta: with ``patience``: a value is an improvement if it is better than the link's best by more than this.
-        mode: with ``patience``: whether a lower (``min``) or a higher (``max``) value is better.
-        knots: tie this many knots, evenly over the share ``until`` of the run, whose length decides their steps.
-        until: with ``knots``: the share of the run at whose end the last of them is tied. If it is left at 0.75 and
-            ``model.lr_schedule`` is ``stable`` over the run, the share before its decay.
-        name: the name of this stage, such as ``sft``, which its links get, for ``--links``, ``init_links`` and ``--scale``.
-        next_A: whether a link begins with a ``new`` A, and B at zero (COLA), or with the ``same`` A as the link before it. With
-            ``model.kept_optimizer_state: 1`` the optimizer goes on over the knot, too.
-        share: with ``next_A: same``: the share of a link's B A that its knot merges. The rest stays in B.
+        monitor: The metric that ``patience`` watches; validation must log it.
+        min_delta: With ``patience``, a value is an improvement only if it is better than the link's best by more than this.
+        mode: With ``patience``, ``min`` if a lower value of the metric is better, ``max`` if a higher one is.
+        knots: Tie this many knots, evenly over the share ``until`` of the run. The run's length decides their steps.
+        until: With ``knots``, the last of them is tied at the end of this share of the run. If it is left at 0.75 and
+            ``model.lr_schedule`` is ``stable`` over the run, it is the share before the decay.
+        name: Name of this stage, such as ``sft``. Its links get it, and ``--links``, ``init_links`` and ``--scale`` understand
+            it.
+        next_A: ``new`` draws a new A for each link and begins with B at zero (COLA). ``same`` begins with the A of the link
+            before it. With ``model.kept_optimizer_state: 1`` the optimizer goes on over the knot, too.
+        share: With ``next_A: same``, the share of a link's B A that its knot merges. The rest stays in B.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.

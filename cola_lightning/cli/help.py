@@ -91,12 +91,13 @@ EXAMPLES = {
     "export": "cola export runs/version_0 --format merged --output merged",
 }
 SHOWN = ("fit", "generate", "export")  # in `cola --help`
+# What `cola test --help` and others show of these options; the groups of a fit's options that they do not show.
+EVALUATION = {"config", "ckpt_path", "data.source", "model.model_name", "trainer.devices", "trainer.precision"}
+OF_FIT = ("chain", "last")
 # Of options that several commands have.
-LINKS = "first N links only, or those up to a stage's name; 0 is the base (default: all)"
-SCALE = (
-    "multiply links' updates, by a stage's name or a link's index, such as '{dpo: 0.5}'; 0 leaves a link out. Fully trained "
-)
-SCALE += "modules, such as a head, are not scaled. A model without a link in the middle is one that was never trained"
+LINKS = "use only the first N links, or those up to a stage's name; 0 is the base (default: all)"
+SCALE = "multiply the updates of a stage, by its name, or of a link, by its index: '{dpo: 0.5}'; 0 leaves a link out. Fully "
+SCALE += "trained modules, such as a head, are not scaled. A model without a link in the middle is one that was never trained"
 TRUST = "run the Python files that come with the model (default: false)"
 DESCRIPTION = "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates."
 
@@ -111,17 +112,26 @@ def overview() -> str:
 
 def usage(subcommand: str) -> str:
     """The usage of a LightningCLI subcommand: the main options, in place of a line that lists all of the Trainer's."""
-    width = max(map(len, MAIN_OPTIONS)) + 2
-    lines = [f"  {option:{width}}{text}" for option, text in MAIN_OPTIONS.items()]
+    width, is_fit = max(map(len, MAIN_OPTIONS)) + 2, subcommand == "fit"
+    shown = {name: text for name, text in MAIN_OPTIONS.items() if is_fit or name.split()[0].removeprefix("--") in EVALUATION}
+    lines = [f"  {option:{width}}{text}" for option, text in shown.items()]
     return "\n".join([f"cola {subcommand} [OPTIONS]", "", "example:", f"  {EXAMPLES[subcommand]}", "", "main options:", *lines])
 
 
 @functools.cache
-def help_formatter() -> "type[DefaultHelpFormatter]":
-    """How ``--help`` is written: without Python types, and with a default only where the text does not name it."""
+def help_formatter(hidden: tuple[str, ...] = ()) -> "type[DefaultHelpFormatter]":
+    """How ``--help`` is written: without Python types, and with a default only where the text does not name it.
+
+    Args:
+        hidden: groups of options that are accepted, because a run's configuration has them, but not shown.
+    """
     from jsonargparse import DefaultHelpFormatter
 
     class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        def add_argument(self, action: argparse.Action) -> None:
+            if action.dest.split(".")[0] not in hidden:
+                super().add_argument(action)
+
         # Private, but what a formatter overrides: argparse's ArgumentDefaultsHelpFormatter and jsonargparse's do.
         def _get_help_string(self, action: argparse.Action) -> str:
             text = re.sub(r"(?::\w+:)?`+(?:~[\w.]+\.)?([^`]+)`+", r"`\1`", action.help or "")  # docstrings' marks for code

@@ -38,6 +38,7 @@ from cola_lightning.cli.help import (
     DESCRIPTION,
     LINKS,
     LOGGERS,
+    OF_FIT,
     OPTION_BY_OTHER_NAME,
     SUBCOMMANDS,
     add_scale,
@@ -75,6 +76,13 @@ PARSER_KEY = re.compile(r'Parser key "([\w.]+)"')
 CLASS_IN_MESSAGE = re.compile(r"Parser key \"(model|data)\":.*?class_path '([\w.]+)'", re.DOTALL)
 
 
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, for which ``--model.help CLASS`` writes options as ``--help`` does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": help_formatter()} | kwargs)
+
+
 class COLACLI(LightningCLI):
     """LightningCLI with the group ``chain``, metrics in a CSV file, and predictions in a JSONL file."""
 
@@ -82,7 +90,8 @@ class COLACLI(LightningCLI):
         self.words, self.watch = words, watch
         self.opened: OpenedCheckpoint | None = None
         # Without allow_abbrev=False, argparse would accept --chain.every_n_epoch as --chain.every_n_epochs.
-        strict: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False, "formatter_class": help_formatter()}
+        strict: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+        strict["formatter_class"] = help_formatter(() if words[:1] == ["fit"] else OF_FIT)
         by_command = {name: strict | {"description": SUBCOMMANDS[name], "usage": usage(name)} for name in self.subcommands()}
         super().__init__(
             COLAModule,
@@ -94,6 +103,7 @@ class COLACLI(LightningCLI):
             seed_everything_default=0,  # as Lightning's own, which it warns of
             save_config_callback=ConfigSaver,
             trainer_defaults={"callbacks": [PredictionWriter(), watch]},
+            parser_class=Parser,
             parser_kwargs=strict | by_command | {"prog": "cola", "description": DESCRIPTION, "version": __version__},
         )
 
@@ -113,8 +123,8 @@ class COLACLI(LightningCLI):
         parser.add_lightning_class_args(ChainOfLoRA, "chain")
         parser.add_class_arguments(LastCheckpoint, "last")
         is_test, is_fit = self.words[:1] == ["test"], self.words[:1] == ["fit"]
-        every = "; 'all': a table with a row for each link" if is_test else ""
-        links = f"of ckpt_path or model.init_chain, the {LINKS}{every}"
+        every = "; 'all' tests each link and prints a table" if is_test else ""
+        links = f"{LINKS}{every}. The links are those of ckpt_path or, without it, of model.init_chain"
         parser.add_argument("--links", type=int | str | None, default=None, help=links)
         if not is_fit:  # which would go on from a chain that was never trained
             add_scale(parser)
@@ -122,7 +132,7 @@ class COLACLI(LightningCLI):
         parser.set_defaults({"trainer.gradient_clip_val": 1.0})
         for name, (title, description) in GROUPS.items():
             group = parser.groups[name]  # type: ignore[index]
-            group.title, group.description = title, description
+            group.title, group.description = title, description if is_fit or name not in OF_FIT else None
         self.options = parser
 
     @override

@@ -33,12 +33,12 @@ class LabelledDataModule(SourceDataModule):
     accepts rows without a label.
 
     Args:
-        source: a file, a folder, or the id of a data set on the hub. The parts of a file have the same share of each label.
-        subset: name of a configuration of a data set on the hub.
-        label_field: the column with the label; ``null``: ``label`` or ``labels``.
-        labels: the classes in the order of the model's outputs, as ``model.label_names``; rows with other labels are skipped
-            and counted. ``null``: the model's or the data's.
-        batch_size: rows per training batch.
+        source: A file, a folder, or the id of a data set on the hub. The parts of a file have the same share of each label.
+        subset: Name of a configuration of a data set on the hub.
+        label_field: Column with the label. ``null`` uses ``label`` or ``labels``.
+        labels: Classes in the order of the model's outputs, as ``model.label_names``. Rows with other labels are skipped and
+            counted. ``null`` uses the model's or the data's.
+        batch_size: Rows in a training batch.
         **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Attributes:

@@ -43,10 +43,10 @@ class PreferenceDataModule(TextDataModule):
     pairs. Predict generates the response to the prompt; its target is the chosen one.
 
     Args:
-        source: a file, a folder of ``train.jsonl`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
-        subset: name of a configuration of a data set on the hub.
-        columns: the columns to use, by what they hold: ``chosen`` and ``rejected``, and ``prompt`` (with ``input``, ``system``
-            and ``tools``); ``null``: found by their names.
+        source: A file, a folder of ``train.jsonl`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
+        subset: Name of a configuration of a data set on the hub.
+        columns: Which columns to use, as ``{chosen: good, rejected: bad}``. The keys are ``chosen`` and ``rejected``, and
+            ``prompt`` (with ``input``, ``system`` and ``tools``). ``null`` finds them by their names.
         **rows: the other arguments of ``TextDataModule``, except ``packing`` and ``loss``.
 
     Raises:

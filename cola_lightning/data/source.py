@@ -111,31 +111,32 @@ class SourceDataModule(TokenizedDataModule):
             mixes several: each entry is one of these, or a mapping of ``source``, ``subset``, ``revision``, ``columns`` and
             ``share``, the share of its rows that is used. Each has its own splits, and sizes apply to each. ``predict`` takes
             all rows of a single file; otherwise the test rows, else the validation split, else the train split.
-        subset: name of a configuration of a data set on the hub.
-        revision: branch, tag or commit of a data set on the hub.
-        text_unit: what a row of a ``.txt`` file is: the ``file``, a ``line``, or a ``paragraph``: text between empty lines. The
-            lines of a file that is one paragraph are its rows.
-        train_split: the split with the training rows.
-        val_split: the validation split; ``null``: the first of the names above that there is.
-        test_split: the split that test and predict read; ``null``: ``test``, if there is one.
-        batch_size: rows per training batch.
-        eval_batch_size: rows per batch in validation, test and predict; ``null``: as in training.
-        max_length: maximum length of a sequence, in tokens; the model's own limit also applies.
-        train_size: number of training rows or, as a float up to 1.0, their share of the rows, drawn by ``split_seed``;
-            ``null``: all that remain.
-        val_size: number or share of validation rows, drawn from the validation split or, where there is none, from the train
-            split together with the training rows; ``null``: all of the validation split, or a share of 0.1, at most 1,000
-            rows, if there is none; 0: no validation.
-        test_size: number or share of test rows, drawn in the same way; ``null``: all of the test split; if there is none, there
-            are no test rows.
-        split_seed: seed by which rows are drawn.
-        num_workers: worker processes that prepare batches; 0: the main process prepares them.
-        num_proc: of ``TextDataModule`` and of classification: processes that tokenize; ``null``: the main process' threads.
-        length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
-            ``false``: shuffle the rows, as in the paper's runs.
-        max_skipped: the largest share of the rows that may be skipped because they cannot be used, such as rows without a
-            response; one may be skipped in any case, unless this is 0. It does not limit ``predict``.
-        too_long: ``shorten`` a row longer than ``max_length``, or ``skip`` and count it; plain text is split in any case.
+        subset: Name of a configuration of a data set on the hub.
+        revision: Branch, tag or commit of a data set on the hub.
+        text_unit: What a row of a ``.txt`` file is: the whole ``file``, a ``line``, or a ``paragraph``, the text between empty
+            lines. If the file is one paragraph, each line is a row.
+        train_split: Name of the split with the training rows.
+        val_split: Name of the validation split. Default: the first of ``validation``, ``valid``, ``val``, ``dev`` that exists.
+        test_split: Name of the split that test and predict read. Default: ``test``, if it exists.
+        batch_size: Rows in a training batch.
+        eval_batch_size: Rows in a batch of validation, test and predict. ``null`` uses ``batch_size``.
+        max_length: Maximum length of a sequence, in tokens. The model's own limit also applies.
+        train_size: Number of training rows or, as a float up to 1.0, their share of the rows. They are drawn by ``split_seed``.
+            ``null`` uses all that remain.
+        val_size: Number or share of validation rows. They are drawn from the validation split or, if there is none, from the
+            training rows. ``null`` uses all of the validation split, or else draws 10 % of the training rows, at most 1,000. 0
+            turns validation off.
+        test_size: Number or share of test rows, which are drawn in the same way. ``null`` uses all of the test split. If there
+            is none, there are no test rows.
+        split_seed: Seed by which rows are drawn.
+        num_workers: Number of worker processes that prepare batches. With 0 the main process prepares them.
+        num_proc: Number of processes that tokenize, for ``TextDataModule``, ``PreferenceDataModule`` and
+            ``TextClassificationDataModule``. ``null`` uses the main process' threads.
+        length_grouped: ``true`` puts rows of similar length into a training batch, to reduce padding, and shuffles the batches.
+            ``false`` shuffles the rows, as in the paper's runs.
+        max_skipped: Largest share of the rows that may be skipped because they cannot be used, such as rows without a response.
+            One row may be skipped in any case, unless this is 0. It does not limit ``predict``.
+        too_long: ``shorten`` a row that is longer than ``max_length``, or ``skip`` and count it. Plain text is always split.
     """
 
     main_process_only = frozenset({"_splits", "_rows_of_predict", "_indices", "unpredicted"})

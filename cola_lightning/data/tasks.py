@@ -163,28 +163,28 @@ class PromptDataModule(OptionBatches, SourceDataModule):
     of a single file. Rows that cannot be used (ReCoRD has rows with equal options) are skipped and counted.
 
     Args:
-        task: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD or DROP, or one added to
+        task: Name of the task: SST2, RTE, CB, BoolQ, WSC, WIC, MultiRC, COPA, ReCoRD, SQuAD or DROP, or one added to
             ``cola_lightning.data.tasks.TASKS``.
-        source: a folder of ``train.jsonl`` and ``validation.jsonl`` in the hub's fields, a single file (``.csv``, ``.tsv``,
-            ``.jsonl``, ``.json``, ``.parquet``; ``predict`` takes all of it), or the id of a data set on the hub. ``null``:
-            the folder of the task's name in lower case in ``$COLA_DATA_DIR`` where that is set, else the hub.
-        subset: name of a configuration of a data set on the hub, for a ``source`` of your own.
-        val_split: the validation split; ``null``: validation rows are drawn from the train split, as in the protocol.
-        test_split: the split that test and predict read: the protocol's, because the hub's test splits have no labels. Not used
-            for a single file.
-        apply_chat_template: format the prompt by the tokenizer's chat template, as a user's turn that the assistant's follows.
-        max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
-            truncated on the left. If the answer is generated, 50 tokens are reserved for it, in training as well.
-        train_size: number of training rows or, below 1, their share; ``null``: the protocol's (1000; CB 150, COPA 300),
-            except for WSC. Of a file: all that remain.
-        val_size: number or share of validation rows; ``null``: the protocol's (500; CB and COPA 100), except for WSC, which
-            has 554 rows: the protocol's 500 for validation leave 54 for training; here it is 454 for training and 100 for
-            validation. Of a file: a share of 0.1, at most 1,000 rows.
-        test_size: number or share of rows for test and predict; ``null``: the protocol's (1000; CB 56, COPA 100, RTE 277,
-            SST2 872, WIC 638, WSC 104). Of a file: none.
-        generate_rows: how many validation rows' answers a fit generates, drawn by ``split_seed``, with
-            ``model.generate_in_validation``; ``null``: all.
-        length_grouped: group rows of similar length into training batches; ``false``: shuffle the rows, as in the protocol.
+        source: A folder of ``train.jsonl`` and ``validation.jsonl`` in the hub's fields, a single file (``.csv``, ``.tsv``,
+            ``.jsonl``, ``.json``, ``.parquet``; ``predict`` uses all of it), or the id of a data set on the hub. ``null`` uses
+            the folder ``$COLA_DATA_DIR/rte`` and so on if the variable is set, otherwise the hub.
+        subset: Name of a configuration of a data set on the hub, for a ``source`` of your own.
+        val_split: Name of the validation split. ``null`` draws validation rows from the train split, as in the protocol.
+        test_split: Name of the split that test and predict read. The default is the protocol's, because the hub's test splits
+            have no labels. A single file does not use it.
+        apply_chat_template: Format the prompt by the tokenizer's chat template, as a user turn.
+        max_length: Maximum length of prompt and option, in tokens. The model's own limit also applies. A longer prompt loses
+            its beginning. If the answer is generated, 50 tokens are reserved for it, in training as well.
+        train_size: Number of training rows or, below 1, their share. ``null`` uses the protocol's (1000; CB 150, COPA 300; here
+            WSC 454), or all that remain of a file.
+        val_size: Number or share of validation rows. ``null`` uses the protocol's (500; CB and COPA 100), or 10 % of a file, at
+            most 1,000 rows. WSC has 554 rows: the protocol's 500 for validation leave 54 for training, and here 100 validate.
+        test_size: Number or share of rows for test and predict. ``null`` uses the protocol's (1000; CB 56, COPA 100, RTE 277,
+            SST2 872, WIC 638, WSC 104), or none of a file.
+        generate_rows: With ``model.generate_in_validation``, generate the answers of this many validation rows, drawn by
+            ``split_seed``. ``null`` generates all.
+        length_grouped: ``true`` puts rows of similar length into a training batch. ``false`` shuffles the rows, as in the
+            protocol.
         **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Raises:

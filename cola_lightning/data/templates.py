@@ -62,29 +62,29 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
     """A task of your own: rows of any data set, a prompt that names their fields, and options, or an answer to be generated.
 
     Args:
-        source: a file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
-        subset: name of a configuration of a data set on the hub.
-        prompt: text with the data's fields in braces: ``{premise} Is it true that {hypothesis}?``.
-        options: texts appended to the prompt, which may also have fields in braces; or the name of the field that lists them.
-            ``null`` if the answer is generated.
-        delimiter: text between the prompt and each option, or the answer; ``null``: a space, before an option only if neither
-            the prompt ends nor the option begins with white space. In a chat template options have none, and an
-            answer has it without white space at its start.
-        label: the field with the right option: its index, from 0, or its text. A row cannot be used if it is a number that is
-            the text of an option at another index; or, in a CSV file, where numbers are text, if it is a number, all options
-            are, and it is none of them.
-        answer: if the answer is generated: the field with the answer, or with a list of answers, of which the first is trained
-            on and the best match counts (``answers.text``: a field inside another).
-        loss: over all ``options`` (``null``), or the language-model loss on the right ``answer`` only, as always if it is
-            generated.
-        metric: what validation and test measure: ``accuracy``, ``f1`` (of the second of two options; of more, the mean) or
-            ``matthews_corrcoef`` of options; ``f1`` (over words) or ``exact_match`` of a generated answer. ``null``:
-            accuracy of options, both metrics of an answer.
-        apply_chat_template: format the prompt by the tokenizer's chat template, as a user's turn that the assistant's follows.
-        max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
-            truncated on the left. If the answer is generated, 50 tokens are reserved for it, in training as well.
-        generate_rows: how many validation rows' answers a fit generates, drawn by ``split_seed``, with
-            ``model.generate_in_validation``; ``null``: all.
+        source: A file, a folder of ``train.csv`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
+        subset: Name of a configuration of a data set on the hub.
+        prompt: The prompt, with the data's columns in braces: ``{premise} Is it true that {hypothesis}?``.
+        options: List of texts to choose from, which follow the prompt and may also have columns in braces; or the name of the
+            column that lists them. ``null`` generates the answer.
+        delimiter: Text between the prompt and each option, or the answer. ``null`` inserts a space, before an option only if
+            neither the prompt ends nor the option begins with white space. In a chat template an option has no delimiter, and
+            an answer has it without white space at its start.
+        label: Column with the right option: its index, from 0, or its text. Numeric labels that could mean either an index or
+            an option's text are rejected. In a CSV file, where numbers are text, so is a number that is no option if all
+            options are numbers.
+        answer: If the answer is generated, the column with the answer, or with a list of answers. The first is trained, and the
+            best match is scored. ``answers.text`` is a field inside a column.
+        loss: ``options`` (the default of ``null``) is the loss over all options. ``answer`` is the language-model loss of the
+            right one, which a generated answer always has.
+        metric: What validation and test measure. For options: ``accuracy``, ``f1`` (of the second of two options; of more, the
+            mean) or ``matthews_corrcoef``. For a generated answer: ``f1`` (over words) or ``exact_match``. ``null`` is the
+            accuracy of options, or both metrics of an answer.
+        apply_chat_template: Format the prompt by the tokenizer's chat template, as a user turn.
+        max_length: Maximum length of prompt and option, in tokens. The model's own limit also applies. A longer prompt loses
+            its beginning. If the answer is generated, 50 tokens are reserved for it, in training as well.
+        generate_rows: With ``model.generate_in_validation``, generate the answers of this many validation rows, drawn by
+            ``split_seed``. ``null`` generates all.
         **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Raises:

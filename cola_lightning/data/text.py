@@ -48,28 +48,29 @@ class TextDataModule(SourceDataModule):
     conversation (if the assistant has the last turn, it is the target), or the continuation of a text.
 
     Args:
-        source: a file, a folder of ``train.jsonl`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
-        subset: name of a configuration of a data set on the hub.
-        streaming: read the training rows of a data set on the hub while training on them, for one that fits no disk; shuffled
-            by a buffer. It needs ``trainer.max_steps``. Validation takes the first ``val_size`` rows (by default 1,000) of its
-            split or, where there is none, of the train split; test takes the first ``test_size`` rows of its split (by default
+        source: A file, a folder of ``train.jsonl`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
+        subset: Name of a configuration of a data set on the hub.
+        streaming: Read the training rows of a data set on the hub during training, if it does not fit on the disk. A buffer
+            shuffles them. It needs ``trainer.max_steps``. Validation uses the first ``val_size`` rows (by default 1,000) of its
+            split or, if there is none, of the train split. Test uses the first ``test_size`` rows of its split (by default
             1,000) or, if ``test_size`` asks for them, of the train split.
-        columns: the columns to use, by what they hold: ``messages`` (and ``tools``), ``prompt`` (with ``response``, ``input``
-            and ``system``), or ``text``; ``null``: found by their names.
-        chat_template: whether to format instructions and conversations by the tokenizer's chat template; ``null``: if it has
-            one. ``false``: a response directly follows its prompt. A text names a template that replaces the tokenizer's, in
-            checkpoints and exports, too: ``chatml``, the path of a ``.jinja`` file, or the hub id or folder of another model.
-        chat_template_kwargs: variables of the chat template, such as ``{enable_thinking: false}``, in training and generation.
-        loss: for conversations: on ``all`` turns of the assistant, or on the ``last`` one alone.
-        packing: put training rows together up to ``max_length``, so that there is hardly any padding; a row sees itself alone.
-            ``batch_size`` then counts these packs, and ``length_grouped`` has no effect.
-        max_length: maximum length of a sequence, in tokens; the model's own limit also applies.
-        max_new_tokens: for predict: maximum number of generated tokens per row; at most half of the model's longest sequence.
-        do_sample: for predict: sample tokens, seeded by the run; ``false``: greedy decoding.
-        temperature: for predict with ``do_sample``: divides the logits.
-        top_p: for predict with ``do_sample``: sample from the most probable tokens whose probabilities add up to this; 1: from
-            all.
-        stop: for predict: texts at which generation stops; they are not part of the response.
+        columns: Which columns to use, as ``{prompt: ask, response: say}``. The keys are ``messages`` (with ``tools``),
+            ``prompt`` (with ``response``, ``input`` and ``system``) or ``text``. ``null`` finds them by their names.
+        chat_template: ``true`` formats instructions and conversations by the tokenizer's chat template, and ``false`` puts a
+            response directly after its prompt. ``null`` uses the template if the tokenizer has one. ``chatml``, the path of a
+            ``.jinja`` file, or the hub id or folder of another model replaces the tokenizer's template, also in checkpoints and
+            exports.
+        chat_template_kwargs: Variables of the chat template, such as ``{enable_thinking: false}``, for training and generation.
+        loss: In conversations, train on ``all`` turns of the assistant, or only on the ``last`` one.
+        packing: Fill sequences of ``max_length`` with several training rows, so that there is hardly any padding. A row sees
+            only itself. ``batch_size`` then counts these packs, and ``length_grouped`` has no effect.
+        max_length: Maximum length of a sequence, in tokens. The model's own limit also applies.
+        max_new_tokens: Predict generates at most this many tokens per row, and at most half of the model's longest sequence.
+        do_sample: ``true`` makes predict sample tokens, seeded by the run. ``false`` is greedy decoding.
+        temperature: With ``do_sample``, the logits are divided by this.
+        top_p: With ``do_sample``, sample only from the most probable tokens whose probabilities add up to this. 1 is all of
+            them.
+        stop: List of texts at which predict stops to generate. They are not part of the response.
         **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Raises:
@@ -102,7 +103,7 @@ class TextDataModule(SourceDataModule):
         has_shares = any(isinstance(size, float) and 0 < size <= 1 for size in (self.val_size, self.test_size))
         can_stream = isinstance(source, str) and is_on_hub(source) and self.train_size is None
         if streaming and (packing or has_shares or not can_stream):
-            raise UserError("data.streaming reads one data set of the hub, without packing, train_size, or shares as sizes")
+            raise UserError("data.streaming needs a single hub data set. Remove data.packing, train_size and fractional sizes")
         self.packing, self.length_grouped = packing, self.length_grouped and not packing
         self.columns, self.chat_template = columns, chat_template
         self.chat_template_kwargs, self.loss = chat_template_kwargs, loss

@@ -65,10 +65,10 @@ class COLACausalLM(LanguageModule):
     ``router_aux_loss_coef``, to the loss of either kind, in validation and test as in training, as Hugging Face does.
 
     Args:
-        chunked_loss: compute the language-model loss and its gradients over chunks of the tokens, so that the logits of all of
-            them never exist together; ``null``: where these would take more than 256 MB in float32.
-        generate_in_validation: generate answers in a fit's validations, too, of as many rows as ``data.generate_rows`` says, so
-            that ``val_f1`` or ``val_exact_match`` can choose a checkpoint.
+        chunked_loss: ``true`` computes the language-model loss and its gradients over chunks of the tokens, so that the logits
+            of all of them never exist together. ``null`` does so if these would take more than 256 MB in float32.
+        generate_in_validation: Generate answers in a fit's validations too, for as many rows as ``data.generate_rows`` says. A
+            checkpoint can then be chosen by ``val_f1`` or ``val_exact_match``.
         **pretrained: the arguments of ``LanguageModule`` (``revision``, ``dtype``, ``quantization``, ...) and of
             :class:`~cola_lightning.COLAModule` (``target_modules``, ``rank``, ``alpha``, ``optimizer``, ...). ``help()``
             lists them all with their defaults, and ``cola fit --model.help COLACausalLM`` says what each does.

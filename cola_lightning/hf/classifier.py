@@ -27,13 +27,14 @@ class Classifier(LanguageModule):
     pretrained files do not contain it, or have it for another number of labels.
 
     Args:
-        model_name: a hub id, a folder, or ``package:NAME``: the files inside the installed Python package of that name.
-        num_labels: number of labels; ``null``: as many as ``label_names``, or as the data has. Without either, as in the
-            model's configuration, which has 2 for a model without a head.
-        label_names: the labels in the order of the model's outputs, in which a whole number in the data is an index;
-            ``null``: the data's classes in their order, else its labels, sorted.
-        metric: what is logged in addition to the loss: ``accuracy``, ``f1`` (of label 1 where there are two, else the mean
-            over the labels) or ``matthews_corrcoef``.
+        model_name: A hub id, a folder, or ``package:NAME``: the files inside the installed Python package with that import
+            name.
+        num_labels: Number of labels. ``null`` counts ``label_names``, or the labels of the data. Without either it is that of
+            the model's configuration, which has 2 for a model without a head.
+        label_names: Labels in the order of the model's outputs; a whole number in the data is an index into this list. ``null``
+            uses the data's class names in their order, otherwise its labels, sorted.
+        metric: What is logged in addition to the loss: ``accuracy``, ``f1`` (of label 1 if there are two labels, otherwise the
+            mean over the labels) or ``matthews_corrcoef``.
         **pretrained: the arguments of ``LanguageModule`` and :class:`~cola_lightning.COLAModule`; ``modules_to_save_lr`` is the
             head's learning rate.
 

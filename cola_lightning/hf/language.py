@@ -58,20 +58,20 @@ class LanguageModule(COLAModule, ABC):
     A subclass defines :meth:`step` and the class that loads its model.
 
     Args:
-        model_name: a hub id (``facebook/opt-1.3b``), a folder, or ``package:NAME``: the files inside the installed Python
+        model_name: A hub id (``facebook/opt-1.3b``), a folder, or ``package:NAME``: the files inside the installed Python
             package with that import name.
-        revision: branch, tag or commit on the hub.
-        dtype: of the weights in memory. With ``finished_links: merge`` the adapted weights are stored in float32 nevertheless;
-            by default finished links are stacked on a base in half precision.
-        quantization: ``nf4`` stores the weights of the pretrained linear layers in 4 bits, by bitsandbytes; they compute in
-            ``dtype``. It needs the extra ``nf4``, and cannot be merged into. ``null``: none.
-        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; ``null``: transformers' choice.
-        trust_remote_code: run the Python files that come with the model.
-        gguf_file: name of a GGUF file among the model's files, to be dequantized; needs the extra ``gguf``. ``null``: that of a
-            package which holds no other model.
-        loss_average: the training loss is the mean over all rows (or tokens, if the loss is of tokens) of an optimizer
-            ``step``, with its accumulated batches and all processes, or over those of a ``batch``, with each batch and process
-            alike.
+        revision: Branch, tag or commit of the model on the hub.
+        dtype: Type of the weights in memory. With ``finished_links: merge`` the adapted weights are stored in float32
+            nevertheless. By default finished links are stacked on a base in half precision.
+        quantization: ``nf4`` stores the weights of the pretrained linear layers in 4 bits, by bitsandbytes. They compute in
+            ``dtype``, and links are stacked on them. It needs the extra ``nf4``. ``null`` does not quantize.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2`` and so on. ``null`` is transformers' choice.
+        trust_remote_code: Run the Python files that come with the model.
+        gguf_file: Name of a GGUF file among the model's files, which is then dequantized. It needs the extra ``gguf``. ``null``
+            uses the GGUF file of a package that contains no other model.
+        loss_average: ``step`` averages the training loss over all rows of an optimizer step (or tokens, if the loss is of
+            tokens), with its accumulated batches and all processes. ``batch`` averages over those of a batch, and weighs all
+            batches and processes alike.
         **chain: the other arguments of :class:`~cola_lightning.COLAModule`.
 
     Raises:

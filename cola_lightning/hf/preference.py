@@ -34,7 +34,9 @@ class Responses:
     Attributes:
         log_probabilities: of the responses, given their prompts.
         sizes: how many tokens they have.
-        reference: their log-probabilities in the reference model; None: there is no reference.
+        reference: ``start`` is the model that the run began from: the base and ``init_chain``. ``link`` is the model that the
+            current link began from, so that each knot moves the reference. A number of links, or the name of a stage, is the
+            model after these links.
     """
 
     log_probabilities: Tensor
@@ -63,12 +65,12 @@ class COLAPreferenceLM(COLACausalLM):
     ``logps/rejected``, in validation and test with ``val_`` and ``test_``.
 
     Args:
-        loss: ``sigmoid`` (DPO) or ``ipo``, which have a reference; ``simpo`` or ``orpo``, which have none.
-        beta: how strongly the loss holds the model to its reference; of ``simpo``, the scale of the rewards; of ``orpo``, the
-            weight of the odds ratio.
-        label_smoothing: the probability with which a preference is wrong, for ``sigmoid`` and ``simpo``.
-        simpo_gamma: the margin by which ``simpo`` wants the chosen response's reward to be larger.
-        sft_weight: the weight of the chosen responses' loss per token, which is added. (``orpo`` always contains it once.)
+        loss: ``sigmoid`` (DPO) and ``ipo`` have a reference model; ``simpo`` and ``orpo`` have none.
+        beta: How strongly the loss holds the model to its reference. With ``simpo`` it is the scale of the rewards, with
+            ``orpo`` the weight of the odds ratio.
+        label_smoothing: Assumed probability that a preference is wrong, for ``sigmoid`` and ``simpo``.
+        simpo_gamma: Margin by which ``simpo`` wants the chosen response's reward to be larger.
+        sft_weight: Weight of the chosen responses' loss per token, which is added. (``orpo`` always contains it once.)
         reference: ``start``: the model that the run began from, that is the base and ``init_chain``; ``link``: the model that
             the current link began from, so that each knot moves the reference; or a number of links, from the first, or the
             name of a stage.

@@ -58,30 +58,31 @@ class LoRAConfig:
     """Which layers get links, and what the links are like.
 
     Args:
-        target_modules: layers to adapt, by PEFT's rule: a regular expression for a layer's whole name, a list of names or
-            dotted name endings, or ``all-linear`` (the default): every linear layer (Linear, Conv1D, Linear4bit, and the
-            projections of MultiheadAttention) except the output embeddings and ``modules_to_save``. Convolutions (Conv1d,
-            Conv2d) are adapted by name alone. ``null`` trains every parameter without links: full fine-tuning, for comparisons.
-        exclude_modules: modules that are not adapted, nor the layers in them, by the same rule.
-        layers_to_transform: adapt only the targets in these layers (or in this one), counted from 0: the first number in a name
-            after a list's, such as the 3 of ``model.layers.3.mlp.up_proj``.
-        experts: whether ``all-linear`` includes the projections of transformers' mixtures of experts (``gate_up_proj``,
-            ``up_proj``, ``down_proj``), each expert with its own link, which adds many parameters. ``target_modules`` may
-            also name them.
-        rank: largest rank of a link, and the first link's.
-        alpha: a link's update is scaled by ``alpha / rank``.
-        rank_pattern: other ranks for some layers, by patterns of their names, the first match counts: a pattern is a regular
-            expression for a whole name or a dotted name ending. In a link of another rank than ``rank``, these change in
+        target_modules: Layers that get links, by PEFT's rule: a regular expression for a layer's whole name, a list of names or
+            dotted name endings, or ``all-linear`` (the default): every linear layer (Linear, Conv1D, Linear4bit, and
+            the projections of MultiheadAttention) except the output embeddings and ``modules_to_save``. Convolutions (Conv1d,
+            Conv2d) must be named. ``null`` trains every parameter without links: full fine-tuning, for comparisons.
+        exclude_modules: Modules that get no links, like the layers inside them, by the same rule.
+        layers_to_transform: Adapt only the targets in these layers (or in this one), counted from 0. A layer's number is the
+            first one in a name after a list's, such as the 3 of ``model.layers.3.mlp.up_proj``.
+        experts: ``true`` includes in ``all-linear`` the projections of transformers' mixtures of experts (``gate_up_proj``,
+            ``up_proj``, ``down_proj``). Each expert gets its own link, which adds many parameters. ``target_modules`` may also
+            name them.
+        rank: Rank of the links: the first link's, and the largest that ``chain.ranks`` may contain.
+        alpha: A link's update is scaled by ``alpha / rank``.
+        rank_pattern: Other ranks for some layers, as ``{PATTERN: RANK}``. A pattern is a regular expression for a whole name or
+            a dotted name ending, and the first match counts. In a link of another rank than ``rank``, these change in
             proportion (rounded, at least 1).
-        alpha_pattern: other alphas, likewise.
-        scaling: ``lora``, or ``rslora``: an update is scaled by ``alpha / sqrt(rank)`` (rank-stabilized LoRA).
-        dropout: probability of dropping an input of A while training.
-        init: how A is drawn: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
-        modules_to_save: names (or dotted name endings) of fully trained modules, such as a new head. Layers in them get no
-            links.
-        finished_links: ``merge`` adds a finished link to the frozen weights, which are stored in float32 for that; ``stack``
-            never modifies a weight and stores the finished links as one frozen low-rank pair per layer; ``auto`` merges into a
-            base in float32 and stacks on one in half precision (its own dtype, or by ``bf16-true``) or in 4 bits.
+        alpha_pattern: Other alphas for some layers, by the same rule.
+        scaling: ``lora`` scales an update by ``alpha / rank``. ``rslora`` scales it by ``alpha / sqrt(rank)`` (rank-stabilized
+            LoRA).
+        dropout: Probability with which training drops an input of A.
+        init: How A is initialised: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
+        modules_to_save: Modules that are trained completely, such as a new head: a list of names or dotted name endings. Layers
+            in them get no links.
+        finished_links: ``merge`` adds a finished link to the frozen weights, which are stored in float32 for that. ``stack``
+            never changes a weight and stores the finished links as one frozen low-rank pair per layer. ``auto`` merges into a
+            base in float32, and stacks on one in half precision (its own dtype, or by ``bf16-true``) or in 4 bits.
 
     Raises:
         UserError: for a value that no link could have.

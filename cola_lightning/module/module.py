@@ -65,30 +65,33 @@ class COLAModule(LightningModule, RecordsArguments):
     ``__init__``. So the model is made when it is first read.
 
     Args:
-        modules_to_save_lr: the initial learning rate of ``modules_to_save``; ``null``: the optimizer's, as for the links.
-        lr_ratio_B: the learning rate of the links' B, divided by that of all else (LoRA+: 2 to 16).
-        seed: of each link's A, each batch's dropout and what ``build_model`` draws. ``null``: the seed of
+        modules_to_save_lr: Initial learning rate of ``modules_to_save``. ``null`` uses the optimizer's, as for the links.
+        lr_ratio_B: B learns this many times as fast as everything else (LoRA+ uses 2 to 16).
+        seed: Seed for initialising A, for dropout, and for anything random in ``build_model``. ``null`` uses that of
             ``seed_everything``, or a random one, which is stored.
-        optimizer: called with the trainable parameters, once per link. Default: AdamW, fused, with a learning rate of 1e-3.
-        lr_schedule: ``constant``; ``linear`` or ``cosine`` decay to 0; or ``stable``: constant, and linear to 0 over the last
-            ``decay_steps``. All by transformers' formulas.
-        warmup_steps: optimizer steps over which the rate rises from 0; below 1, a share of the schedule's length.
-        decay_steps: with ``stable``: the optimizer steps of the decay; below 1, a share of the schedule's length.
-        schedule_scope: whether the schedule runs over each ``link`` or once over the whole ``run``.
-        knot_warmup_steps: optimizer steps over which the rate rises from 0 again after each knot, back onto a schedule over the
-            ``run`` (ReLoRA's jagged rate); below 1, a share of the link's length.
-        trained_factors: of each link: ``both``; ``B`` only, with A at its random initial values (asymmetric LoRA); or one
-            of them chosen at ``random``, with the other at its initial values (RAC-LoRA).
-        kept_optimizer_state: the share of the optimizer state of A and B, the entries with the largest first moments, that a
-            knot retains, as in ReLoRA (0.001 to 0.1); 0: a new optimizer; 1: all, and so with every share above 0 for states
-            that are 8-bit or factored (AdamW8bit, Adafactor).
-        init_chain: a chain folder, a checkpoint, or the folder of an ordinary PEFT LoRA, whose links are applied before
-            training starts; ``null``: start from the base. Checkpoints of the run contain these links too.
-        init_links: how many links of ``init_chain``, from the first, or the name of the last stage; ``null``: all.
-        save_base: store the weights of the adapted base in each checkpoint, for a base that cannot be rebuilt bit for bit.
-        compile: apply ``torch.compile`` to the model; it compiles once per rank, for training and for validation.
-        activation_checkpointing: store only the inputs of the model's blocks and recompute the rest in the backward pass: less
-            memory, more time, the same gradients.
+        optimizer: Called with the trainable parameters, once for each link. Default: fused AdamW with a learning rate of 1e-3.
+        lr_schedule: ``constant``, ``linear`` or ``cosine`` decay to 0, or ``stable``, which is constant and then decays
+            linearly to 0 over the last ``decay_steps``. The formulas are transformers'.
+        warmup_steps: The rate rises from 0 over this many optimizer steps. A number below 1 is a share of the schedule's
+            length.
+        decay_steps: Length of the decay of a ``stable`` schedule, in optimizer steps. A number below 1 is a share of the
+            schedule's length.
+        schedule_scope: ``link`` restarts the schedule with each link. ``run`` uses one schedule over the whole run.
+        knot_warmup_steps: With a schedule over the ``run``, the rate rises from 0 again over this many optimizer steps after
+            each knot (ReLoRA's jagged rate). A number below 1 is a share of the link's length.
+        trained_factors: ``both`` trains A and B of each link. ``B`` leaves A at its random initial values (asymmetric LoRA).
+            ``random`` trains one of the two, chosen at random for each link, and leaves the other at its initial values
+            (RAC-LoRA).
+        kept_optimizer_state: Share of the optimizer state of A and B that a knot keeps, as in ReLoRA (0.001 to 0.1): the
+            entries with the largest first moments. 0 starts a new optimizer, and 1 keeps everything. A state that is 8-bit or
+            factored (AdamW8bit, Adafactor) is kept completely with any share above 0.
+        init_chain: Start from the links of this chain folder, checkpoint, or folder of an ordinary PEFT LoRA. ``null`` starts
+            from the base. Checkpoints of the run contain these links too.
+        init_links: Use only the first N links of ``init_chain``, or those up to a stage's name. ``null`` uses all.
+        save_base: Store the weights of the adapted base in each checkpoint. Use it if the base cannot be rebuilt bit for bit.
+        compile: Apply ``torch.compile`` to the model. It compiles once per rank, for training and for validation.
+        activation_checkpointing: Store only the inputs of the model's blocks and recompute the rest in the backward pass. It
+            needs less memory and more time, and the gradients are the same.
         **lora: which layers get links, and what the links are like: the arguments of :class:`~cola_lightning.LoRAConfig`, such
             as ``target_modules``, ``rank`` and ``alpha``.
 
