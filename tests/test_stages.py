@@ -266,7 +266,7 @@ def test_a_table_shows_what_each_link_did_to_the_data(capfd):
         assert alone == row  # to the last digit, and so is the last row what a test without links gives
     assert len({row["test_loss"] for row in rows}) == 4
     lines = [line.split() for line in out.splitlines()]
-    header = lines.index([*table[0]])
+    header = lines.index([name.removeprefix("test_") for name in table[0]])
     assert [line[:2] for line in lines[header + 2 : header + 6]] == [["0", "base"], ["1", "sft"], ["2", "sft"], ["3", "dpo"]]
     assert lines[header + 5][2:] == [f"{float(table[3][name]):.4g}" for name in list(table[3])[2:]]
 
