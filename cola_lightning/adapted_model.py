@@ -387,7 +387,7 @@ class AdaptedModel:
         check_links(links, self.link + 1)
         if self.live is None:
             raise UserError("links: a model that is trained without links (target_modules null) has no earlier state")
-        stacks, values = self._earlier_state(links) if links <= self.link else ({}, {})
+        stacks, values = self._earlier_state(links) if links <= self.link else ([], {})
         with ExitStack() as block:
             block.enter_context(evaluating(self.model))
             block.enter_context(torch.no_grad())

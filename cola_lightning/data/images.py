@@ -41,17 +41,18 @@ class ImageDataModule(LabelledDataModule):
     Labels are names or whole numbers, as for ``TextClassificationDataModule``; of a folder, they are the names of its folders.
 
     Args:
-        source: a folder with a folder of pictures for each class (or with folders ``train``, ``validation`` and ``test`` of
+        source: A folder with a folder of pictures for each class (or with folders ``train``, ``validation`` and ``test`` of
             this kind), a file with a column of paths (relative to the file) and one of labels, a Parquet file or the id of a
             data set on the hub with pictures, or several: see ``SourceDataModule``. The parts of a folder or file have the same
             share of each label. ``predict`` also takes a folder of pictures alone.
-        subset: name of a configuration of a data set on the hub.
-        image_field: the column with the picture or its path; ``null``: found by its name: ``image``, ``img``, ``image_path``,
+        subset: Name of a configuration of a data set on the hub.
+        image_field: Column with the picture or its path. ``null`` finds it by its name: ``image``, ``img``, ``image_path``,
             ``file_name`` and so on.
-        random_crop: of training pictures: the smallest share of the area that a random crop has, which is then resized; 1: no
-            crop. Crops and flips depend on the seed, the epoch and the row alone.
-        random_flip: mirror half of the training pictures, drawn at random; ``false`` for digits, text or left and right hands.
-        num_proc: processes that check whether pictures can be read; ``null``: the main process.
+        random_crop: A random crop of a training picture has at least this share of its area, and is then resized. 1 does not
+            crop. Crops and flips depend only on the seed, the epoch and the row.
+        random_flip: Mirror half of the training pictures, drawn at random. Use ``false`` for digits, text, or left and right
+            hands.
+        num_proc: Number of processes that check whether pictures can be read. ``null`` uses the main process.
         **labelled: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Attributes:

@@ -183,22 +183,14 @@ class COLASequenceClassifier(Classifier):
     the head (all but the pretrained body) and what else is newly initialised, as the pretrained files do not contain it: a BERT
     that was saved as a masked language model has no pooler.
 
-    Args:
-        model_name: a hub id (``FacebookAI/roberta-base``), a folder, or ``package:NAME``: the files inside the installed Python
-            package with that import name.
-        **classifier: ``num_labels``, ``label_names`` and ``metric``, as :class:`~cola_lightning.hf.classifier.Classifier` has
-            them, and the arguments of ``LanguageModule`` and :class:`~cola_lightning.COLAModule`; ``modules_to_save_lr`` is the
-            head's learning rate. ``cola fit --model.help COLASequenceClassifier`` says what each does.
+    Its arguments are those of :class:`~cola_lightning.hf.classifier.Classifier`; ``cola fit --model.help
+    COLASequenceClassifier`` says what each does.
 
     Raises:
         UserError: as for :class:`~cola_lightning.COLACausalLM`.
     """
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-
-    # **classifier: see LanguageModule.
-    def __init__(self, model_name: str, **classifier: Any) -> None:
-        super().__init__(model_name, **classifier)
 
     @override
     def build_model(self) -> Any:

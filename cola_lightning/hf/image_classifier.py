@@ -22,22 +22,14 @@ class COLAImageClassifier(Classifier):
 
     With more than five labels, ``top5_accuracy`` is logged next to the metric.
 
-    Args:
-        model_name: a hub id (``google/vit-base-patch16-224-in21k``, ``timm/vit_small_patch16_224.augreg_in21k``), a folder, or
-            ``package:NAME``: the files inside the installed Python package with that import name.
-        **classifier: ``num_labels``, ``label_names`` and ``metric``, as :class:`~cola_lightning.hf.classifier.Classifier` has
-            them, and the arguments of ``LanguageModule`` and :class:`~cola_lightning.COLAModule`; ``modules_to_save_lr`` is the
-            head's learning rate. ``cola fit --model.help COLAImageClassifier`` says what each does.
+    Its arguments are those of :class:`~cola_lightning.hf.classifier.Classifier`; ``cola fit --model.help COLAImageClassifier``
+    says what each does.
 
     Raises:
         UserError: as for :class:`~cola_lightning.COLACausalLM`.
     """
 
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
-
-    # **classifier: see LanguageModule.
-    def __init__(self, model_name: str, **classifier: Any) -> None:
-        super().__init__(model_name, **classifier)
 
     @functools.cached_property
     def tokenizer(self) -> None:

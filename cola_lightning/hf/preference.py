@@ -71,9 +71,9 @@ class COLAPreferenceLM(COLACausalLM):
         label_smoothing: Assumed probability that a preference is wrong, for ``sigmoid`` and ``simpo``.
         simpo_gamma: Margin by which ``simpo`` wants the chosen response's reward to be larger.
         sft_weight: Weight of the chosen responses' loss per token, which is added. (``orpo`` always contains it once.)
-        reference: ``start``: the model that the run began from, that is the base and ``init_chain``; ``link``: the model that
-            the current link began from, so that each knot moves the reference; or a number of links, from the first, or the
-            name of a stage.
+        reference: ``start`` is the model that the run began from: the base and ``init_chain``. ``link`` is the model that the
+            current link began from, so each knot moves the reference. You can also give a number of links, from the first, or
+            the name of a stage.
         **causal: the arguments of :class:`~cola_lightning.COLACausalLM`.
 
     Raises:
