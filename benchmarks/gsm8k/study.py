@@ -61,7 +61,8 @@ class Stage:
         steps: optimizer steps of a run.
         rates: the learning rates of each method.
         seeds: how many.
-        variant: of the config: ``no-clipping``, ``no-warm-up``, or the ``stable`` schedule of the learning rate.
+        variant: of the config, words joined by hyphens: ``no-clipping``, ``no-warm-up``, the ``stable`` schedule of the learning
+            rate, and ``bf16``, which is twice as fast on a CPU with AMX.
     """
 
     task: str
@@ -92,8 +93,10 @@ class Stage:
         of_fit |= OF_TASK[self.task]
         if self.variant == "no-clipping":
             of_fit |= {"trainer.gradient_clip_val": "null"}
-        if self.variant == "stable":
+        if "stable" in self.variant:
             of_fit |= {"model.lr_schedule": "stable"}
+        if "bf16" in self.variant:
+            of_fit |= {"trainer.precision": "bf16-mixed"}
         if self.variant == "no-warm-up":
             of_fit |= {"model.warmup_steps": 0, "model.knot_warmup_steps": 0}
         return compare(options, of_fit)
