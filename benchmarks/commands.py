@@ -2,11 +2,15 @@
 
     python -m benchmarks.commands
 
-Both read the same file of instructions (rows of SST-2, then of RTE, as prompts with their answers, from $COLA_DATA_DIR), train
-SmolLM2-135M for one epoch in batches of 8 rows of similar length with a loss on the answer, and write what was trained: LoRA of
-rank 8 on q_proj and v_proj, AdamW, linear decay, one CPU thread. They take turns, each in a new process; imports and loading
+Both read the same file of rows, train SmolLM2-135M for one epoch in batches of 8 rows of similar length with a loss on the
+responses, and write what was trained: LoRA of rank 8, AdamW, linear decay, one CPU thread. ``TASKS`` says which rows of
+$COLA_DATA_DIR, and which layers. They take turns, each in a new process; imports and loading
 count. Results go to ``commands.jsonl`` as they come: ``seconds`` of CPU time, which other programs disturb less than the clock,
-and ``mib``, the peak of the process. It takes about half an hour.
+``by_clock``, and ``mib``, the peak of the process. It takes about 40 minutes.
+
+    python -m benchmarks.commands --tasks GSM8K conversations
+
+measures only these, and keeps the lines of the others.
 """
 
 import argparse
@@ -24,13 +28,18 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.lines import Lines, show
 from cola_lightning.data.splits import load_splits
-from cola_lightning.data.tasks import TASKS
+from cola_lightning.data.tasks import TASKS as PAPER_TASKS
 from cola_lightning.hf.pretrained import Pretrained
 
-UNITS = ("seconds", "mib")
-LORA = ["--model.target_modules", "[q_proj, v_proj]", "--model.rank", "8", "--model.alpha", "16"]
+UNITS = ("seconds", "by_clock", "mib")
+TASKS = {  # how many rows, and the layers: a single word is PEFT's, so that both sides read it alike
+    "SST2": (250, "q_proj v_proj"),
+    "RTE": (250, "q_proj v_proj"),
+    "GSM8K": (32, "all-linear"),
+    "conversations": (64, "all-linear"),
+}
+LORA = ["--model.rank", "8", "--model.alpha", "16"]
 OPTIMIZER = ["--model.optimizer", "AdamW", "--model.optimizer.lr", "1e-3", "--model.optimizer.weight_decay", "0"]
-DATA = ["--data.chat_template", "false"]
 TRAINER = [
     "--trainer.limit_val_batches",
     "0",
@@ -44,13 +53,30 @@ TRAINER = [
 
 
 def write_rows(task: str, n_rows: int, folder: Path) -> Path:
-    """The first rows of a task as instructions: the file to train on, with a validation split beside it, which is not read."""
-    splits = load_splits(str(Path(os.environ["COLA_DATA_DIR"]) / task.lower()))
-    examples = [TASKS[task].example(row) for row in splits["train"]()]
-    rows = [{"prompt": one.prompt, "response": one.options[one.answer]} for one in examples[:n_rows]]  # type: ignore[index]
+    """The first rows of a task: the file to train on, with a validation split next to it, which is not read.
+
+    The paper's tasks become prompts with their answers, the others conversations.
+    """
+    there = Path(os.environ["COLA_DATA_DIR"])
+    rows: list[dict[str, Any]]
+    if task == "GSM8K":
+        solved = (json.loads(line) for line in (there / "real" / "gsm8k_train.jsonl").read_text().splitlines()[:n_rows])
+        rows = [{"messages": turns(row["question"], row["answer"])} for row in solved]
+    elif task == "conversations":
+        chats = json.loads((there / "real" / "fastchat_conversations.json").read_text())[:n_rows]
+        rows = [{"messages": turns(*(turn["value"] for turn in chat["conversations"]))} for chat in chats]
+    else:
+        splits = load_splits(str(there / task.lower()))
+        examples = [PAPER_TASKS[task].example(row) for row in splits["train"]()]
+        rows = [{"prompt": one.prompt, "response": one.options[one.answer]} for one in examples[:n_rows]]  # type: ignore[index]
     for name, some in {"train": rows, "validation": rows[:1]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     return folder / "train.jsonl"
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """A conversation, which the user begins."""
+    return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
 
 
 def write_base(folder: Path) -> None:
@@ -60,13 +86,16 @@ def write_base(folder: Path) -> None:
     base.tokenizer().save_pretrained(folder)
 
 
-def commands(base: Path, rows: Path, folder: Path) -> dict[str, list[str]]:
+def commands(base: Path, task: str, rows: Path, folder: Path) -> dict[str, list[str]]:
     """The two, by name."""
+    layers = TASKS[task][1].split()
     fit = ["fit", "--model", "COLACausalLM", "--model.model_name", str(base), *LORA, *OPTIMIZER]
-    fit += ["--data", "TextDataModule", "--data.source", str(rows.parent), *DATA]
+    fit += ["--model.target_modules", f"[{', '.join(layers)}]" if len(layers) > 1 else layers[0]]
+    fit += ["--data", "TextDataModule", "--data.source", str(rows.parent)]
+    fit += ["--data.chat_template", "false"] if task in PAPER_TASKS else []
     fit += [*TRAINER, "--trainer.default_root_dir", str(folder)]
     cola = [sys.executable, "-m", "cola_lightning", *fit]
-    peft = [sys.executable, "-m", "benchmarks.peft_trainer", *map(str, (base, rows, folder / "peft"))]
+    peft = [sys.executable, "-m", "benchmarks.peft_trainer", *map(str, (base, rows, folder / "peft", *layers))]
     return {"cola": cola, "peft": peft}
 
 
@@ -99,21 +128,21 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
 def main() -> None:
     """Measures in turns, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=250, help="of an epoch (default: 250)")
     parser.add_argument("--rounds", type=int, default=3, help="each of both commands (default: 3)")
-    parser.add_argument("--tasks", nargs="+", default=["SST2", "RTE"])
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the results, written anew")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"of {', '.join(TASKS)} (default: all)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the results")
     options = parser.parse_args()
-    lines = Lines(options.output, is_new=True)
+    lines = Lines(options.output)
+    lines.results = [line for line in lines.results if line["task"] not in options.tasks]
     with tempfile.TemporaryDirectory() as name:
         base = Path(name) / "base"
         write_base(base)
         for task in options.tasks:
             (folder := Path(name) / task).mkdir()
-            both = commands(base, write_rows(task, options.rows, folder), folder)
+            both = commands(base, task, write_rows(task, TASKS[task][0], folder), folder)
             rounds = [{side: measure(command) for side, command in both.items()} for _ in range(options.rounds)]
-            lines.add({"task": task, "rows": options.rows, "rounds": rounds})
-    show(["task", "seconds", "peft's", "ratio", "MiB", "peft's", "ratio"], rows(lines.results))
+            lines.add({"task": task, "rows": TASKS[task][0], "rounds": rounds})
+    show(["task", *(cell for name in ("CPU s", "clock s", "MiB") for cell in (name, "peft's", "ratio"))], rows(lines.results))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""LoRA as peft and transformers' Trainer do it by their own means: a file of instructions in, an adapter out.
+"""LoRA as peft and transformers' Trainer do it by their own means: a file of rows in, an adapter out.
 
-    python -m benchmarks.peft_trainer base rows.jsonl folder
+    python -m benchmarks.peft_trainer base rows.jsonl folder q_proj v_proj
 
-trains one epoch on ``prompt`` and ``response`` with the loss on the response, batches grouped by length. It is the other side
-of ``benchmarks.commands``, with the same sequences, targets, optimizer and schedule.
+trains one epoch on ``prompt`` and ``response``, or on ``messages`` by the tokenizer's chat template, with the loss on the
+responses, batches grouped by length. It is the other side of ``benchmarks.commands``, with the same sequences, targets,
+optimizer and schedule.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
@@ -16,17 +18,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 
 class Instructions(Dataset[dict[str, list[int]]]):
-    """Prompts with their responses as tokens; labels on the response and the end of text."""
+    """Prompts with their responses, or conversations, as tokens; labels on the responses and their ends."""
 
-    def __init__(self, path: str, tokenizer: object) -> None:
+    def __init__(self, path: str, tokenizer: Any) -> None:
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        self.rows = [self._encoded(row["prompt"], row["response"], tokenizer) for row in rows]
+        self.rows = [self._chat(tokenizer, **row) if "messages" in row else self._encoded(tokenizer, **row) for row in rows]
 
     @staticmethod
-    def _encoded(prompt: str, response: str, tokenizer: object) -> dict[str, list[int]]:
-        n_prompt = len(tokenizer(prompt).input_ids)  # type: ignore[operator]
-        ids = [*tokenizer(prompt + response).input_ids, tokenizer.eos_token_id]  # type: ignore[attr-defined, operator]
+    def _encoded(tokenizer: Any, prompt: str, response: str) -> dict[str, list[int]]:
+        n_prompt = len(tokenizer(prompt).input_ids)
+        ids = [*tokenizer(prompt + response).input_ids, tokenizer.eos_token_id]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * n_prompt + ids[n_prompt:]}
+
+    @staticmethod
+    def _chat(tokenizer: Any, messages: list[dict[str, str]]) -> dict[str, list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        for end in range(2, len(messages) + 1, 2):
+            prompt = tokenizer.apply_chat_template(messages[: end - 1], add_generation_prompt=True)["input_ids"]
+            ids = tokenizer.apply_chat_template(messages[:end])["input_ids"]
+            labels += [-100] * (len(prompt) - len(labels)) + ids[len(prompt) : -1]  # the turn ends before its last line break
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [*labels, -100]}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,11 +53,13 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("rows")
     parser.add_argument("folder")
+    parser.add_argument("layers", nargs="+")
     options = parser.parse_args()
     set_seed(0)
     tokenizer, model = AutoTokenizer.from_pretrained(options.base), AutoModelForCausalLM.from_pretrained(options.base)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    layers = options.layers[0] if options.layers == ["all-linear"] else options.layers
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=layers, task_type="CAUSAL_LM")
     arguments = TrainingArguments(
         options.folder,
         per_device_train_batch_size=8,

@@ -61,8 +61,8 @@ class Stage:
         steps: optimizer steps of a run.
         rates: the learning rates of each method.
         seeds: how many.
-        variant: of the config, words joined by hyphens: ``no-clipping``, ``no-warm-up``, the ``stable`` schedule of the learning
-            rate, and ``bf16``, which is twice as fast on a CPU with AMX.
+        variant: of the config: ``no-clipping``, ``no-warm-up``, ``stable`` (the schedule of the learning rate), ``bf16``, which
+            is twice as fast on a CPU with AMX, or ``stable-bf16``.
     """
 
     task: str
