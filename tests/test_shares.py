@@ -43,10 +43,10 @@ class Record(Callback):
             self.copies.append(weights(module.merged_model()))
 
 
-def fit(folder, *callbacks, cls=ValidatedToy, data=None, ckpt_path=None, **arguments):
+def fit(folder, *callbacks, cls=ValidatedToy, data=None, ckpt_path=None, chain=CHAIN, **arguments):
     optimization = {"lr_schedule": "constant", "kept_optimizer_state": 1, "optimizer": lambda p: AdamW(p, lr=1e-2)}
     module = toy(cls, **optimization, **arguments)
-    made = trainer(folder, *callbacks, chain=CHAIN, max_steps=20, num_sanity_val_steps=0)
+    made = trainer(folder, *callbacks, chain=chain, max_steps=20, num_sanity_val_steps=0)
     made.fit(module, data or Data(batch_size=4), ckpt_path=ckpt_path)
     return module
 
@@ -79,7 +79,7 @@ def trained_model(finished_links="merge", share=0.5, knots=3):
 
 
 @modes
-@pytest.mark.parametrize("share", [0.3, 0.5, 1])
+@pytest.mark.parametrize("share", [0, 0.3, 0.5, 1])
 def test_a_knot_keeps_the_function_and_what_is_left_in_B(finished_links, share):
     model, ((x, _),) = trained_model(finished_links, share), batches(1)
     before, factors = model.model(x), {name: layer.lora_B.detach().clone() for name, layer in model.layers.items()}
@@ -127,6 +127,19 @@ def test_a_run_is_a_loop_in_plain_torch_to_the_bit(tmp_path):
     for mine, layer in zip((first, last), module.adapted.layers.values(), strict=True):
         for name in ("weight", "lora_A", "lora_B"):
             assert torch.equal(getattr(mine, name), getattr(layer, name)), name
+
+
+@modes
+def test_a_share_of_0_records_links_and_leaves_the_run_its_bits(tmp_path, finished_links):
+    record = Record(tmp_path)
+    module = fit(tmp_path, record, chain={**CHAIN, "share": 0}, finished_links=finished_links)
+    without_knots = fit(tmp_path / "lora", chain={}, finished_links=finished_links)
+    assert_bit_equal(weights(module.merged_model()), weights(without_knots.merged_model()))
+    for name in ("lora_A", "lora_B"):
+        for mine, other in zip(module.adapted.layers.values(), without_knots.adapted.layers.values(), strict=True):
+            assert torch.equal(getattr(mine, name), getattr(other, name))
+    for k, expected in enumerate(record.copies, start=1):
+        assert_bit_equal(weights(module.merged_model(k)), expected)
 
 
 @pytest.mark.parametrize("step", [3, 5, 12])  # before a knot, at one, after two
@@ -186,8 +199,8 @@ def test_a_scaled_chain_has_what_the_knots_merged(run):
     first, second, _, live = (link.delta("0") for link in chain.links)
     assert_near(mine - base.get_parameter("0.weight"), second + live - first, 1e-5)
     assert [link.share for link in loaded.chain.links] == [0.5, 0.5, 1.0]
-    assert report(chain)[0].update_norm == pytest.approx(chain[0].norm())
-    assert chain[0].norm() == pytest.approx(replace(chain[0], share=1.0).norm() / 2)
+    assert report(chain)[0].update_norm == pytest.approx(chain[0].whole().norm())
+    assert chain[0].norm() == pytest.approx(chain[0].whole().norm() / 2)
 
 
 def test_a_share_is_stored_only_where_there_is_one_and_read_from_older_files():
@@ -233,6 +246,7 @@ def test_exports_are_the_model(tmp_path):
     [
         ({"share": 0.5}, r"chain\.share"),
         ({"next_A": "same", "share": 1.5}, r"chain\.share"),
+        ({"next_A": "same", "share": -0.5}, r"chain\.share"),
         ({"next_A": "same", "rank": 1}, r"chain\.next_A"),
     ],
 )

@@ -79,6 +79,10 @@ class Link:
         """The factor in front of a layer's B A, which includes the link's share."""
         return self.own_values.get(name, (self.rank, self.alpha / self.rank))[1] * self.share
 
+    def whole(self) -> "Link":
+        """The link with all of its B A, as the model had it at its end, whatever share of it the knot merged."""
+        return replace(self, share=1.0)
+
     def delta(self, name: str) -> Tensor:
         """The link's update of one layer: out x in."""
         return low_rank_delta(*self.factors[name], self.scaling(name))
@@ -179,9 +183,7 @@ class Chain:
             UserError: if n is negative or the chain has fewer links, or no such stage.
         """
         links = self.links[: number_of_links(n, [link.name for link in self.links])]
-        if links and links[-1].share != 1:
-            links[-1] = replace(links[-1], share=1.0)
-        return Chain(links, self.base)
+        return Chain([*links[:-1], *(link.whole() for link in links[-1:])], self.base)
 
     def scaled(self, scale: Mapping[int | str, float]) -> "Chain":
         """A chain of the same links, with their updates multiplied by factors. A factor of 0 leaves a link out.

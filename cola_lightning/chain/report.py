@@ -101,7 +101,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 def report(chain: Chain) -> list[LinkReport]:
-    """Each link's report, in order.
+    """Each link's report, in order: of all of its update, also if its knot merged only a share of it.
 
     Example:
         >>> from cola_lightning.chain import BaseIdentity
@@ -112,7 +112,8 @@ def report(chain: Chain) -> list[LinkReport]:
         (10, [0.5, 0.5], 2.0)
     """
     ranks = [link.rank for link in chain.links]
-    return [_report_link(link, sum(ranks[: k + 1]), chain.base.weight_norms) for k, link in enumerate(chain.links)]
+    links = [link.whole() for link in chain.links]
+    return [_report_link(link, sum(ranks[: k + 1]), chain.base.weight_norms) for k, link in enumerate(links)]
 
 
 def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) -> LinkReport:

@@ -100,7 +100,8 @@ class ChainSchedule:
             it.
         next_A: ``new`` draws a new A for each link and begins with B at zero (COLA). ``same`` begins with the A of the link
             before it. With ``model.kept_optimizer_state: 1`` the optimizer goes on over the knot, too.
-        share: With ``next_A: same``, the share of a link's B A that its knot merges. The rest stays in B.
+        share: With ``next_A: same``, the share of a link's B A that its knot merges. The rest stays in B. With 0 a knot changes
+            nothing: it only records the link, so that ``--links`` can go back to it.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.
@@ -143,7 +144,7 @@ class ChainSchedule:
             ("ranks", all(map(is_rank, self.ranks or ())), "whole numbers from 1"),
             ("alphas", all(0 < alpha < math.inf for alpha in self.alphas or ()), "positive"),
             *((name, self.next_A == "new" or not getattr(self, name), "null with chain.next_A same") for name in SIZES),
-            ("share", 0 < self.share <= 1, "above 0 and at most 1"),
+            ("share", 0 <= self.share <= 1, "from 0 to 1"),
             ("share", self.share == 1 or self.next_A == "same", "1 without chain.next_A same"),
         ):
             if not is_valid:
