@@ -126,13 +126,12 @@ def tie_knot(method: Method, layers: Sequence[LoRALinear], optimizer: Any, gener
     """Merges a share of each layer's link into its weight; a new A is drawn, or A and the rest of B stay."""
     for layer in layers:
         layer.linear.weight += method.share * layer.update()
-        if method.keeps_A:
-            layer.B.mul_(1 - method.share)
-        else:
-            layer.draw(generator)
         if not method.keeps_A:
+            layer.draw(generator)
             optimizer.state.clear()
-        elif not method.keeps_moments_of_A:
+            continue
+        layer.B.mul_(1 - method.share)
+        if not method.keeps_moments_of_A:
             optimizer.state.pop(layer.A, None)
 
 
@@ -179,7 +178,7 @@ def train(method: Method, rank: int, steps: int, rate: float, seed: int) -> dict
             for layer in layers:
                 if method.decay_B:
                     layer.B.mul_(1 - now * method.decay_B)
-                if (norm := float(layer.B.norm())) > method.max_norm_B:
+                if math.isfinite(method.max_norm_B) and (norm := float(layer.B.norm())) > method.max_norm_B:
                     layer.B.mul_(method.max_norm_B / norm)
         if (step + 1) % (steps // EVALUATIONS) == 0:
             curve.append((step + 1, evaluate(model, data.val)))

@@ -24,7 +24,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -328,22 +328,27 @@ def name_in(stage: Stage, method: str) -> str:
 
 
 def compared(stage: Stage) -> Iterator[tuple[list[Result], list[Result], tuple[float, float, float] | None]]:
-    """The results of each method at its best rate, LoRA's, and the difference to those over rows.
+    """The results of each method at its best rate, LoRA's under its better schedule, and the difference to those over rows.
 
     Only the seeds that both have are compared.
     """
     best = at_best_rates(stage.results, "min", [0])
-    lora, losses = best.get("lora", []), by_run(stage.folder / "rows.jsonl")
+    under_cosine = replace(stage, variant=stage.variant.replace("stable", "").strip("-"))
+    of_lora = [
+        (results, one)
+        for one in dict.fromkeys([stage, under_cosine])
+        if (results := at_best_rates(one.results, "min", [0]).get("lora"))
+    ]
+    lora, of_stage = min(of_lora, key=lambda found: found[0][0].value("min"), default=([], stage))
+    mine, theirs = (by_run(one.folder / "rows.jsonl") for one in (stage, of_stage))
     for results in (best[method] for method in NAMES | STABLE_NAMES if method in best):
-        pairs = [
-            (losses[one.key]["rows"], losses[other.key]["rows"]) for one in results for other in lora if is_pair(one, other)
-        ]
+        pairs = [(mine[one.key]["rows"], theirs[other.key]["rows"]) for one in results for other in lora if is_pair(one, other)]
         yield results, lora, difference_over_rows(*zip(*pairs, strict=True)) if pairs else None
 
 
 def is_pair(one: Result, lora: Result) -> bool:
     """Whether a result can be compared with LoRA's row by row."""
-    return one.key != lora.key and one.seed == lora.seed and None not in (one.test, lora.test)
+    return one != lora and one.seed == lora.seed and None not in (one.test, lora.test)
 
 
 def draw(path: Path) -> None:
@@ -352,7 +357,7 @@ def draw(path: Path) -> None:
         (f"{title(stage)}: {name_in(stage, results[0].method)}", difference)
         for stage in studies()
         for results, _, difference in compared(stage)
-        if difference is not None and stage.variant != "stable"  # where LoRA is not at its better schedule
+        if difference is not None
     ]
     figure = Figure(figsize=(7.6, 0.8 + 0.26 * len(found)), layout="constrained")
     axes = figure.add_subplot()
