@@ -14,7 +14,7 @@ from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, add_scal
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 
-PROMPT = "Respond to this text. With --chat, it is your first message. Without it, the prompt is read from standard input."
+PROMPT = "Respond to this text. By default, the prompt is read from standard input. With --chat, it is your first message."
 CHAT = "Have a conversation: type one message per line. An empty line or Ctrl-D ends it. The model needs a chat template."
 DO_SAMPLE = "Choose each token at random, by its probability. Without this option, each token is the most probable one."
 TEMPERATURE = "With --do_sample, this sets how random the text is: less random below 1, more random above 1."
