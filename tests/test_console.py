@@ -42,8 +42,8 @@ def test_help_names_every_subcommand_and_what_people_set_with_its_default(capfd)
         assert max(map(len, lines[: lines.index("options:")])) <= WIDTH  # what follows may be Lightning's
         assert not [line for line in lines if "(type:" in line or "<class" in line or "``" in line or line.count("efault:") > 1]
     lines = messages(capfd, "fit", "--help")
-    lines = lines[lines.index("main options:") + 1 :]
-    assert [line.split("  ")[1] for line in lines[: len(MAIN_OPTIONS)]] == list(MAIN_OPTIONS)
+    main_options = lines[lines.index("main options:") + 1 : lines.index(SUBCOMMANDS["fit"])]
+    assert [line.split("  ")[1] for line in main_options if line.startswith("  --")] == list(MAIN_OPTIONS)
     config = resolve_config(["--model.model_name=x", "--data.source=x"])
     for option, _, value in (option.removeprefix("--").partition(" ") for option in MAIN_OPTIONS):
         if value.isupper() or option == "trainer.max_epochs":  # no default; three where nothing limits the run
@@ -60,7 +60,18 @@ def test_help_names_every_subcommand_and_what_people_set_with_its_default(capfd)
 def test_help_of_an_evaluation_shows_neither_knots_nor_learning_rates(capfd):
     text = "\n".join(messages(capfd, "test", "--help"))
     assert "--ckpt_path" in text
-    assert not re.search(r"--chain|--last|Knots|model\.optimizer|lr_schedule|warmup|--model\.rank", text)
+    assert not re.search(
+        r"--chain|--last|Knots|model\.optimizer|lr_schedule|warmup|--model\.rank|max_steps|gradient_clip", text
+    )
+
+
+def test_help_of_an_option_is_a_sentence(capfd):
+    assert not [text for text in MAIN_OPTIONS.values() if not text.endswith(".")]
+    for command in ("generate", "inspect", "export", "compare", "configs"):
+        text = "\n".join(messages(capfd, command, "--help"))
+        options = text.partition("show this help message and exit")[2].partition("\n\nexample:")[0]
+        for shown in re.split(r"\n  (?=-)", options)[1:]:
+            assert re.search(r"\.( \((default: .*|required)\))?\Z", " ".join(shown.split())), shown
 
 
 @pytest.mark.parametrize("option", ["--model.help=COLACausalLM", "--data.help=TextDataModule"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from cola_lightning.cli.help import SUBCOMMANDS, WIDTH, command_parser, parse_options
 from cola_lightning.errors import UserError, nearest
 
+NAMES = "Copy these configs, or all of them if you type `all`. Without a name, the configs are listed."
 PACKAGE = Path(__file__).parent.parent
 # In a wheel the configurations are in the package, in a clone next to it.
 FOLDER = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
@@ -23,9 +24,9 @@ def configs(words: Sequence[str]) -> None:
         UserError: for an unknown name, and a file that already exists.
     """
     parser = command_parser("configs", SUBCOMMANDS["configs"])
-    parser.add_argument("names", nargs="*", default=[], metavar="NAME", help="configs to copy, or all (default: list them)")
-    parser.add_argument("--output", type=Path, default=Path("configs"), metavar="DIR", help="folder to copy to")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    parser.add_argument("names", nargs="*", default=[], metavar="NAME", help=NAMES)
+    parser.add_argument("--output", type=Path, default=Path("configs"), metavar="DIR", help="Copy the configs to this folder.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace files that exist already.")
     options = parse_options(parser, words)
     found = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
     if not options.names:

@@ -7,6 +7,12 @@ from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, add_scale, command_parser, load_module, parse_options
 from cola_lightning.hub import upload
 
+OUTPUT = "Write the export to this folder. It must not exist, or it must be empty, unless you add --overwrite."
+PUSH_TO_HUB = "Also upload the folder to this model repository of the Hugging Face hub: `owner/name`. A new one is private."
+PUBLIC = "With --push_to_hub, make a new repository public. A repository that exists stays public or private."
+OVERWRITE = "Replace the files in the output folder. A folder that contains other folders is never replaced."
+NO_VERIFY = "Do not load the export again. By default, it is loaded, and its outputs are compared with those of the checkpoint."
+
 
 def export(words: Sequence[str]) -> None:
     """Runs ``cola export``.
@@ -23,19 +29,15 @@ def export(words: Sequence[str]) -> None:
     from cola_lightning.module import COLAModule
 
     parser = command_parser("export", SUBCOMMANDS["export"])
-    add_checkpoint(parser, "a run's folder, or a checkpoint in it")
+    add_checkpoint(parser, "Export this run: type its folder, or a checkpoint in it.")
     add_scale(parser)
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a folder that does not exist or is empty")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=OUTPUT)
     parser.add_method_arguments(COLAModule, "export", as_group=False, skip={"folder", "verify", "overwrite"})
     parser.add_argument("--trust_remote_code", type=bool, default=False, help=TRUST)
-    parser.add_argument(
-        "--push_to_hub",
-        metavar="ID",
-        help="upload the folder to this model repository of the Hugging Face hub; a new one is private",
-    )
-    parser.add_argument("--public", action="store_true", help="with push_to_hub: a new repository is public")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that is not empty")
-    parser.add_argument("--no_verify", action="store_true", help="do not load the export again to compare its logits")
+    parser.add_argument("--push_to_hub", metavar="ID", help=PUSH_TO_HUB)
+    parser.add_argument("--public", action="store_true", help=PUBLIC)
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
+    parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
     options = parse_options(parser, words)
     arguments = {name: options[name] for name in ("dtype", "max_rank", "license", "overwrite")}
     arguments["base_folder"] = options.base_folder and Path(options.base_folder).expanduser()

@@ -14,6 +14,14 @@ from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, add_scal
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 
+PROMPT = "Respond to this text. By default, the prompt is read from standard input. With --chat, it is your first message."
+CHAT = "Have a conversation: type one message per line. An empty line or Ctrl-D ends it. The model needs a chat template."
+DO_SAMPLE = "Choose each token at random, by its probability. Without this option, each token is the most probable one."
+TEMPERATURE = "With --do_sample, this sets how random the text is: less random below 1, more random above 1."
+TOP_P = "With --do_sample, choose only from the most probable tokens whose probabilities add up to P. 1 uses all tokens."
+STOP = "Stop when the model has written one of these texts. The text itself is not printed."
+SEED = "With --do_sample, the same seed chooses the same tokens again. Without a seed, they differ from run to run."
+
 
 def generate(words: Sequence[str]) -> None:
     """Runs ``cola generate``.
@@ -63,17 +71,17 @@ def generate(words: Sequence[str]) -> None:
 
 def _parser() -> ArgumentParser:
     parser = command_parser("generate", SUBCOMMANDS["generate"])
-    add_checkpoint(parser, "a run's folder, or a checkpoint in it")
+    add_checkpoint(parser, "Load this run: type its folder, or a checkpoint in it.")
     add_scale(parser)
-    parser.add_argument("--prompt", type=str, metavar="TEXT", help="the prompt (default: standard input)")
-    parser.add_argument("--chat", action="store_true", help="a conversation: a turn per line, up to an empty one or Ctrl-D")
+    parser.add_argument("--prompt", type=str, metavar="TEXT", help=PROMPT)
+    parser.add_argument("--chat", action="store_true", help=CHAT)
     parser.add_argument("--trust_remote_code", type=bool, default=False, help=TRUST)
-    parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="maximum number of generated tokens")
-    parser.add_argument("--do_sample", action="store_true", help="sample tokens (default: greedy decoding)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="with --do_sample: divides the logits")
-    parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="with --do_sample: share of the likeliest tokens")
-    parser.add_argument("--stop", nargs="+", type=str, default=[], metavar="TEXT", help="texts at which generation stops")
-    parser.add_argument("--seed", type=int | None, metavar="N", help="with --do_sample: seed of the sampling (default: random)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="Stop a response after this many tokens.")
+    parser.add_argument("--do_sample", action="store_true", help=DO_SAMPLE)
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help=TEMPERATURE)
+    parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help=TOP_P)
+    parser.add_argument("--stop", nargs="+", type=str, default=[], metavar="TEXT", help=STOP)
+    parser.add_argument("--seed", type=int | None, metavar="N", help=SEED)
     return parser
 
 

@@ -4,6 +4,7 @@ import argparse
 import functools
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,26 +31,26 @@ SUBCOMMANDS = {
 }
 # What most people set; a value in lower case is the default, of the classes that a run has where none is named.
 MAIN_OPTIONS = {
-    "--config FILE": "a YAML file; later options override it",
-    "--model.model_name NAME": "pretrained model: a hub id or a folder",
-    "--data.source NAME": "data: a hub id, a folder or a file",
-    "--model.rank 8": "rank of a link",
-    "--model.alpha 16.0": "links are scaled by alpha / rank",
-    "--model.target_modules all-linear": "or a list of layer names",
-    "--model.finished_links auto": "merge in float32, stack in bf16 or 4 bits",
-    "--model.dtype float32": "of the base; or bfloat16, float16",
-    "--model.optimizer.lr 0.001": "learning rate",
-    "--model.lr_schedule linear": "or cosine, stable, constant; in each link",
-    "--model.warmup_steps 0.0": "in each link: steps, or a share of them",
-    "--chain.every_n_epochs N": "a new link every N epochs",
-    "--chain.every_n_train_steps N": "a new link every N optimizer steps",
-    "--data.batch_size 8": "rows in a batch",
-    "--data.max_length 1024": "tokens per row; longer rows are cut",
-    "--trainer.max_epochs 3": "or --trainer.max_steps N",
-    "--trainer.precision 32-true": "or bf16-mixed and others",
-    "--trainer.accumulate_grad_batches 1": "batches per optimizer step",
-    "--trainer.devices auto": "or the number of GPUs",
-    "--ckpt_path RUN": "a run's folder or checkpoint; or last",
+    "--config FILE": "Read options from this YAML file. Options after it on the command line override it.",
+    "--model.model_name NAME": "Load this pretrained model: a folder, or an id of the Hugging Face hub.",
+    "--data.source NAME": "Load rows from this file, folder, or data set of the Hugging Face hub.",
+    "--model.rank 8": "Train links of this rank. A larger rank trains more parameters.",
+    "--model.alpha 16.0": "Scale each link's update by alpha / rank.",
+    "--model.target_modules all-linear": "Add links to all linear layers except the output. Or type a list of layer names.",
+    "--model.finished_links auto": "`merge` adds a finished link to the weights, `stack` does not. `auto` merges in float32.",
+    "--model.dtype float32": "Load the model in float32, bfloat16 or float16. The last two need half of the memory.",
+    "--model.optimizer.lr 0.001": "Train each link with this learning rate.",
+    "--model.lr_schedule linear": "Lower the rate in each link (`linear`, `cosine`, `stable`) or keep it (`constant`).",
+    "--model.warmup_steps 0.0": "In each link, raise the rate from 0 over this many steps. 0.1 means a tenth of its steps.",
+    "--chain.every_n_epochs N": "Begin a new link every N epochs.",
+    "--chain.every_n_train_steps N": "Begin a new link every N optimizer steps.",
+    "--data.batch_size 8": "Put this many rows into a training batch.",
+    "--data.max_length 1024": "Shorten rows with more tokens than this.",
+    "--trainer.max_epochs 3": "Train for this many epochs, or, with --trainer.max_steps N, for N optimizer steps.",
+    "--trainer.precision 32-true": "Compute in this precision, for example `bf16-mixed`.",
+    "--trainer.accumulate_grad_batches 1": "Add up the gradients of this many batches for each optimizer step.",
+    "--trainer.devices auto": "Use this many GPUs. `auto` uses all.",
+    "--ckpt_path RUN": "Load a run: its folder or checkpoint. A fit resumes it. `last` is the newest run with these options.",
 }
 # Options of peft, transformers' Trainer, TRL and axolotl, and what is typed here; docs/cli.md shows this table.
 ELSEWHERE = {
@@ -91,14 +92,21 @@ EXAMPLES = {
     "export": "cola export runs/version_0 --format merged --output merged",
 }
 SHOWN = ("fit", "generate", "export")  # in `cola --help`
-# What `cola test --help` and others show of these options; the groups of a fit's options that they do not show.
+# What `cola test --help` and others show of these options; the options of a fit, and groups of them, that they do not show.
 EVALUATION = {"config", "ckpt_path", "data.source", "model.model_name", "trainer.devices", "trainer.precision"}
-OF_FIT = ("chain", "last")
+OF_FIT_IN_TRAINER = (
+    *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches", "val_check_interval"),
+    *("check_val_every_n_epoch", "num_sanity_val_steps", "reload_dataloaders_every_n_epochs", "accumulate_grad_batches"),
+    *("gradient_clip_val", "gradient_clip_algorithm", "detect_anomaly"),
+)
+OF_FIT = ("chain", "last", "return_predictions", *(f"trainer.{name}" for name in OF_FIT_IN_TRAINER))
 # Of options that several commands have.
-LINKS = "use only the first N links, or those up to a stage's name; 0 is the base (default: all)"
-SCALE = "multiply the updates of a stage, by its name, or of a link, by its index: '{dpo: 0.5}'; 0 leaves a link out. Fully "
-SCALE += "trained modules, such as a head, are not scaled. A model without a link in the middle is one that was never trained"
-TRUST = "run the Python files that come with the model (default: false)"
+LINKS = "Use only the first N links. Type `0` for the base without links, or the name of a stage for the links up to its end. "
+LINKS += "By default, all links are used."
+SCALE = "Multiply what a stage or a link changes by a factor. Type the stage's name or the link's index: '{dpo: 0.5, 3: 0}'. "
+SCALE += "The first link is 0. The factor 0 leaves a link out. Fully trained modules, such as a new head, are not scaled. "
+SCALE += "Later links were trained on top of earlier ones, so measure a model without a link in the middle before you use it."
+TRUST = "Type `true` to run the Python files that come with the model. Do this only for a model that you trust. Default: false."
 DESCRIPTION = "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates."
 
 
@@ -112,9 +120,12 @@ def overview() -> str:
 
 def usage(subcommand: str) -> str:
     """The usage of a LightningCLI subcommand: the main options, in place of a line that lists all of the Trainer's."""
-    width, is_fit = max(map(len, MAIN_OPTIONS)) + 2, subcommand == "fit"
-    shown = {name: text for name, text in MAIN_OPTIONS.items() if is_fit or name.split()[0].removeprefix("--") in EVALUATION}
-    lines = [f"  {option:{width}}{text}" for option, text in shown.items()]
+    width, is_fit = max(map(len, MAIN_OPTIONS)) + 4, subcommand == "fit"
+    lines = list[str]()
+    for option, text in MAIN_OPTIONS.items():
+        if is_fit or option.split()[0].removeprefix("--") in EVALUATION:
+            first = f"  {option}".ljust(width)
+            lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * width, break_on_hyphens=False)
     return "\n".join([f"cola {subcommand} [OPTIONS]", "", "example:", f"  {EXAMPLES[subcommand]}", "", "main options:", *lines])
 
 
@@ -123,13 +134,13 @@ def help_formatter(hidden: tuple[str, ...] = ()) -> "type[DefaultHelpFormatter]"
     """How ``--help`` is written: without Python types, and with a default only where the text does not name it.
 
     Args:
-        hidden: groups of options that are accepted, because a run's configuration has them, but not shown.
+        hidden: options, and groups of them, that are accepted, because a run's configuration has them, but not shown.
     """
     from jsonargparse import DefaultHelpFormatter
 
     class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
         def add_argument(self, action: argparse.Action) -> None:
-            if action.dest.split(".")[0] not in hidden:
+            if action.dest not in hidden and action.dest.split(".")[0] not in hidden:
                 super().add_argument(action)
 
         # Private, but what a formatter overrides: argparse's ArgumentDefaultsHelpFormatter and jsonargparse's do.

@@ -7,6 +7,8 @@ from pathlib import Path
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli.help import SUBCOMMANDS, add_checkpoint, command_parser, parse_options
 
+PLOT = "Also plot how large the update of each link is, and its singular values, to this PNG file. This needs matplotlib."
+
 
 def inspect(words: Sequence[str]) -> None:
     """Runs ``cola inspect``.
@@ -18,11 +20,9 @@ def inspect(words: Sequence[str]) -> None:
         UserError: for invalid arguments.
     """
     parser = command_parser("inspect", SUBCOMMANDS["inspect"])
-    add_checkpoint(parser, "a run's folder, a checkpoint, a chain folder, or a PEFT adapter")
-    parser.add_argument(
-        "--plot", type=Path | None, metavar="FILE.png", help="plot norms and singular values (needs matplotlib)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON, with every layer, instead of the table")
+    add_checkpoint(parser, "Read this chain: type a run's folder, a checkpoint, a chain folder or a PEFT adapter's folder.")
+    parser.add_argument("--plot", type=Path | None, metavar="FILE.png", help=PLOT)
+    parser.add_argument("--json", action="store_true", help="Print JSON with the numbers of every layer instead of the table.")
     options = parse_options(parser, words)
 
     import rich

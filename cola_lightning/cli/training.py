@@ -123,8 +123,9 @@ class COLACLI(LightningCLI):
         parser.add_lightning_class_args(ChainOfLoRA, "chain")
         parser.add_class_arguments(LastCheckpoint, "last")
         is_test, is_fit = self.words[:1] == ["test"], self.words[:1] == ["fit"]
-        every = "; 'all' tests each link and prints a table" if is_test else ""
-        links = f"{LINKS}{every}. The links are those of ckpt_path or, without it, of model.init_chain"
+        every = " Type `all` to test the base and the model after each link, and to print a table." if is_test else ""
+        whose = "--model.init_chain" if is_fit else "--ckpt_path or, without it, of --model.init_chain"
+        links = f"{LINKS}{every} The links are those of {whose}."
         parser.add_argument("--links", type=int | str | None, default=None, help=links)
         if not is_fit:  # which would go on from a chain that was never trained
             add_scale(parser)

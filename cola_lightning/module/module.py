@@ -655,12 +655,15 @@ class COLAModule(LightningModule, RecordsArguments):
 
         Args:
             folder: a folder that does not exist, or is empty.
-            format: ``merged``: a plain Hugging Face model (of another module, its state dict); ``peft``: the chain as one PEFT
-                adapter; ``chain``: a chain folder.
-            dtype: for merged: ``float32``, ``bfloat16`` or ``float16``; None: ``model.dtype``, or float32 for other modules.
-            max_rank: for peft: recompress to this rank, by SVD.
-            base_folder: for peft: write the base there, and name that folder: for a base that peft cannot load by its name.
-            license: for the model card: the Hugging Face hub's identifier, such as ``apache-2.0``.
+            format: ``merged`` writes a plain Hugging Face model or, for other modules, a state dict. ``peft`` writes the chain
+                as one PEFT adapter. ``chain`` writes a chain folder, which keeps the links apart.
+            dtype: Write the weights of a ``merged`` model in ``float32``, ``bfloat16`` or ``float16``. By default, they have
+                the type of ``model.dtype``, or float32 for modules without this option.
+            max_rank: Reduce a ``peft`` adapter to this rank. It becomes smaller, but its outputs change. The error of each
+                layer is printed.
+            base_folder: Also write the base of a ``peft`` adapter to this folder, which the adapter then names. It is needed if
+                peft cannot load the base by its name.
+            license: Write this license into the model card, as an identifier of the Hugging Face hub: ``apache-2.0``.
             verify: load the export, and compare its logits with the module's.
             overwrite: replace a folder that is not empty.
 

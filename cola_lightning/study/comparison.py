@@ -18,21 +18,25 @@ class Comparison:
     """A comparison of methods.
 
     Args:
-        config: config file of ``cola fit``. Each run overrides its seed, learning rate and the method's options.
-        output: folder for the table, the figures and the runs.
-        methods: ``lora`` (one link), ``cola`` (the config's chain), ``lora-sum-rank`` (one link whose rank is the sum over the
-            chain), ``full`` (all parameters), ``rac`` (RAC-LoRA), ``relora`` (ReLoRA), ``asymmetric`` (one link that trains B
-            only). ``cola-4`` is a chain of four links of equal length.
-        seeds: number of runs of each method, with the seeds 0, 1, ...
-        learning_rates: learning rates to try for every method, or by method (``{lora: [1e-3, 1e-2], full: [1e-4]}``).
-            The one that is best on validation is reported. Default: the config's.
-        tuning_seeds: number of seeds with which all rates are tried. The other seeds run at the best rate only. Default: all.
-        metric: the validation metric that chooses the rates. The test metric has the same name with ``test_``.
-        mode: whether a lower (``min``) or a higher (``max``) metric is better. Known for ``val_loss``, ``val_perplexity``,
-            ``val_accuracy``, ``val_f1``, ``val_exact_match``, ``val_matthews_corrcoef``, ``val_precision``, ``val_recall`` and
-            ``val_auroc``; needed for any other.
-        also_seeded: options of ``cola fit`` that get each run's seed too, for example ``[data.split_seed]``.
-        keep_checkpoints: keep the runs' checkpoints in their folders.
+        config: Train every run with this config file of ``cola fit``. Each run sets its own seed, learning rate and method.
+        output: Write the table, the figures and the runs to this folder.
+        methods: Compare these methods, for example ``[lora, cola-4]``. ``lora`` is one link, ``cola`` the config's chain, and
+            ``lora-sum-rank`` one link whose rank is the sum over the chain. ``full`` trains all parameters. ``rac`` is
+            RAC-LoRA, ``relora`` is ReLoRA, and ``asymmetric`` is one link that trains B only. ``cola-4`` is a chain of four
+            links of equal length.
+        seeds: Run each method this many times, with the seeds 0, 1, 2 and so on.
+        learning_rates: Try these learning rates for every method (``[1e-3, 1e-2]``), or others for each method
+            (``{lora: [1e-3, 1e-2], full: [1e-4]}``). The rate that is best on validation is reported. Without this option,
+            every method uses the config's rate.
+        tuning_seeds: Try all rates with this many seeds. The other seeds run at the best rate only. Without this option, all
+            seeds try all rates.
+        metric: Choose the best rate by this validation metric. The table shows the test metric of the same
+            name: ``test_loss`` for ``val_loss``.
+        mode: Type ``min`` if a lower metric is better, or ``max`` if a higher one is. You can leave it out for ``val_loss``,
+            ``val_perplexity``, ``val_accuracy``, ``val_f1``, ``val_exact_match``, ``val_matthews_corrcoef``, ``val_precision``,
+            ``val_recall`` and ``val_auroc``.
+        also_seeded: Set these options of ``cola fit`` to each run's seed too, for example ``[data.split_seed]``.
+        keep_checkpoints: With ``true``, the runs' checkpoints stay in their folders. With ``false``, they are deleted.
     """
 
     config: str
