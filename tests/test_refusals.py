@@ -201,7 +201,7 @@ REFUSALS = {
         ({"ranks": [0.5]}, r"chain\.ranks"),
         ({"alphas": [0]}, r"chain\.alphas"),
         ({"share": 0.5}, r"chain\.share: must be 1"),
-        ({"next_A": "same", "share": 0}, r"chain\.share: must be above 0"),
+        ({"next_A": "same", "share": 1.5}, r"chain\.share: must be from 0 to 1"),
         ({"next_A": "same", "ranks": [2]}, r"chain\.ranks"),
         ({"next_A": "same", "alphas": [2]}, r"chain\.alphas"),
     ],
