@@ -233,6 +233,21 @@ def test_the_first_loss_is_log_2_and_after_a_knot_again_if_the_reference_moves(
         assert module.step(batch).loss.item() == pytest.approx(-F.logsigmoid(margins).mean().item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+def test_a_knot_that_only_records_moves_the_reference_and_nothing_else(tmp_path, finished_links):
+    module = preference_lm(tmp_path, reference="link", finished_links=finished_links)
+    tiny.with_live_link(module)
+    batch, values = pair_batch(random_pairs()), [value.clone() for value in module.trained_parameters()]
+    before = module.step(batch).loss.item()
+    module.adapted.tie_knot(next_A="same", share=0)
+    assert all(map(torch.equal, module.trained_parameters(), values))
+    assert module.step(batch).loss.item() == pytest.approx(LOG_2, abs=1e-6) != pytest.approx(before, abs=1e-3)
+    with torch.no_grad():
+        for layer in module.adapted.layers.values():
+            layer.lora_B.neg_()
+    assert module.step(batch).loss.item() != pytest.approx(LOG_2, abs=1e-3)
+
+
 @pytest.mark.parametrize("options", [{}, {"finished_links": "stack"}, {"modules_to_save": ["lm_head"]}])
 def test_a_number_of_links_equals_a_frozen_copy_of_the_model_after_them(tmp_path, options):
     changes = {"tie_word_embeddings": False}
