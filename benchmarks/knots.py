@@ -78,8 +78,8 @@ METHODS = {
     "share-0.5-4-cosine": Method("cosine", knots=4, keeps_A=True, share=0.5),
     "decay-B-0.1": Method(decay_B=0.1),
     "decay-B-1": Method(decay_B=1.0),
-    "max-norm-B-1": Method(max_norm_B=1.0),
-    "max-norm-B-0.5": Method(max_norm_B=0.5),
+    "max-norm-B-3": Method(max_norm_B=3.0),  # about what the shares of 0.5 leave
+    "max-norm-B-2": Method(max_norm_B=2.0),
 }
 
 
