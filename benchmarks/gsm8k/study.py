@@ -123,6 +123,9 @@ def stages() -> Iterator[Stage]:
         for rank in (8, 1):
             yield Stage(task, rank, STEPS, _tuned(rank, NAMES))
     yield Stage("gsm8k", 8, STEPS, {name: [3e-3] for name in STABLE_NAMES}, variant="stable")
+    for rank, of_lora, of_share in ((8, [3e-3], [2e-3, 1.4e-3]), (1, [1e-2], [1e-2, 6e-3])):
+        yield Stage("gsm8k", rank, STEPS, {"lora": of_lora}, variant="bf16")
+        yield Stage("gsm8k", rank, STEPS, {"share-5": of_share}, variant="stable-bf16")
     yield Stage("gsm8k", 1, LONG, _tuned(1, ["lora", "cola-4"]))
     for rank in (8, 1):
         yield Stage("gsm8k", rank, STEPS, _tuned(rank, ["lora", "cola-4", "cola"]), seeds=2)
