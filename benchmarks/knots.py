@@ -61,6 +61,17 @@ class Method:
     decay_B: float = 0.0
     max_norm_B: float = math.inf
 
+    @property
+    def title(self) -> str:
+        """The method in words."""
+        kept = "A kept with its moments" if self.keeps_moments_of_A else "A kept"
+        knot = "COLA" if not self.keeps_A else kept if self.share == 1 else f"{self.share:g} merged"
+        words = [f"{knot}, {self.knots} knots" if self.knots else "LoRA"]
+        words += ["cosine"] if self.schedule == "cosine" else []
+        words += [f"weight decay of B {self.decay_B:g}"] if self.decay_B else []
+        words += [f"norm of B at most {self.max_norm_B:g}"] if math.isfinite(self.max_norm_B) else []
+        return ", ".join(words)
+
 
 METHODS = {
     "lora-cosine": Method("cosine"),
@@ -278,7 +289,7 @@ def table() -> list[list[str]]:
         for row in summarize({BASELINE: lora} | {name: best[name] for name in METHODS if name in best})[1:]:
             keys = {"method": row.method, "learning_rate": row.learning_rate, "rank": rank, "steps": steps}
             ranks = [line["effective_rank"] for line in read() if keys.items() <= line.items()]
-            rows.append([f"rank {rank}, {steps:,} steps", *short_cells(row, row.method), f"{fmean(ranks):.1f}"])
+            rows.append([f"rank {rank}, {steps:,} steps", *short_cells(row, METHODS[row.method].title), f"{fmean(ranks):.1f}"])
     return grouped(rows)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import digits_splits, domain_shift, paper_table, scale, studies
+from benchmarks import digits_splits, domain_shift, knots, paper_table, scale, studies
 from benchmarks.gsm8k import study
 from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import StoredState
@@ -250,6 +250,7 @@ PRODUCED = {
     ("docs/results.md", "| one knot |"): domain_shift.rows_of_one_knot,
     ("docs/results.md", "| domain shift |"): domain_shift.rows,
     ("docs/results.md", "| GSM8K, Zig |"): lambda: study.table()[1:],
+    ("docs/results.md", "| small GPT |"): knots.table,
 }
 
 
