@@ -289,7 +289,9 @@ def table() -> list[list[str]]:
         for row in summarize({BASELINE: lora} | {name: best[name] for name in METHODS if name in best})[1:]:
             keys = {"method": row.method, "learning_rate": row.learning_rate, "rank": rank, "steps": steps}
             ranks = [line["effective_rank"] for line in read() if keys.items() <= line.items()]
-            rows.append([f"rank {rank}, {steps:,} steps", *short_cells(row, METHODS[row.method].title), f"{fmean(ranks):.1f}"])
+            *cells, difference = short_cells(row, METHODS[row.method].title)
+            cells += ["" if row.method == lora[0].method else difference, f"{fmean(ranks):.1f}"]
+            rows.append([f"rank {rank}, {steps:,} steps", *cells])
     return grouped(rows)
 
 
