@@ -100,8 +100,9 @@ class ChainSchedule:
             it.
         next_A: ``new`` draws a new A for each link and begins with B at zero (COLA). ``same`` begins with the A of the link
             before it. With ``model.kept_optimizer_state: 1`` the optimizer goes on over the knot, too.
-        share: With ``next_A: same``, the share of a link's B A that its knot merges. The rest stays in B. With 0 a knot changes
-            nothing: it only records the link, so that ``--links`` can go back to it.
+        share: With ``next_A: same``, the share of a link's B A that its knot merges. The rest stays in B. With 0 a knot only
+            records the link, so that ``--links`` can go back to it. ``configs/overlays/free_knots.yaml`` also lets the
+            optimizer and the learning-rate schedule go on, so that such a knot changes nothing.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.
