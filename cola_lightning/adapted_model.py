@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cola_lightning import layout
 from cola_lightning.chain.base import base_copies, base_values, check_same_base, check_same_layers, describe_base
 from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
-from cola_lightning.chain.schedule import ChainSchedule, NextA, TrainedFactors, frozen_factor
+from cola_lightning.chain.schedule import NextA, TrainedFactors, check_knot, frozen_factor
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import Factor, LoRAConfig
@@ -220,15 +220,6 @@ class AdaptedModel:
         """The finished links and, in a model with links, the current one as it is now."""
         return Chain([*self.chain.links, *([self.live_link()] if self.layers else [])], self.chain.base)
 
-    def check_next_A(self, next_A: NextA) -> None:
-        """Refuses the same A for the next link if that may train another factor.
-
-        Raises:
-            UserError: for ``trained_factors: random``.
-        """
-        if next_A == "same" and self.trained_factors == "random":
-            raise UserError("chain.next_A: same cannot be combined with model.trained_factors random")
-
     def tie_knot(
         self, rank: int | None = None, alpha: float | None = None, *, next_A: NextA = "new", share: float = 1.0, **metadata: Any
     ) -> Link:
@@ -251,8 +242,7 @@ class AdaptedModel:
         """
         link = self.live_link(**metadata)
         following = self.checked_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha)
-        ChainSchedule(next_A=next_A, share=share)  # which refuses values that cannot be combined
-        self.check_next_A(next_A)
+        check_knot(next_A, share, self.trained_factors)
         if next_A == "same" and following != self.live:
             raise UserError("chain.next_A: with same, a link has the rank and alpha of the link before it")
         for layers in self.by_unit():

@@ -145,13 +145,12 @@ class ChainSchedule:
             ("ranks", all(map(is_rank, self.ranks or ())), "whole numbers from 1"),
             ("alphas", all(0 < alpha < math.inf for alpha in self.alphas or ()), "positive"),
             *((name, self.next_A == "new" or not getattr(self, name), "null with chain.next_A same") for name in SIZES),
-            ("share", 0 <= self.share <= 1, "from 0 to 1"),
-            ("share", self.share == 1 or self.next_A == "same", "1 without chain.next_A same"),
         ):
             if not is_valid:
                 raise UserError(f"chain.{name}: must be {valid}, got {getattr(self, name)}")
         if self.patience is None and (self.monitor, self.min_delta, self.mode) != ("val_loss", 0.0, "min"):
             raise UserError("chain.monitor, chain.min_delta, chain.mode: need chain.patience")
+        check_knot(self.next_A, self.share)
 
     @property
     def knots_unknown(self) -> bool:
@@ -256,6 +255,25 @@ class UserRule(ChainSchedule):
     @property
     def knots_unknown(self) -> bool:  # noqa: D102
         return True
+
+
+def check_knot(next_A: NextA, share: float, trained_factors: TrainedFactors = "both") -> None:
+    """Refuses what no knot can do.
+
+    Args:
+        next_A: what the next link begins with.
+        share: of B A, that the knot merges.
+        trained_factors: of each link.
+
+    Raises:
+        UserError: for such values.
+    """
+    if not 0 <= share <= 1:
+        raise UserError(f"chain.share: must be from 0 to 1, got {share}")
+    if next_A == "new" and share != 1:
+        raise UserError(f"chain.share: must be 1 without chain.next_A same, got {share}")
+    if next_A == "same" and trained_factors == "random":  # the next link may train the other factor
+        raise UserError("chain.next_A: same cannot be combined with model.trained_factors random")
 
 
 def is_stage_name(name: str) -> bool:
