@@ -69,10 +69,11 @@ chain: {every_n_epochs: 1}
 """
 LLAMA += TRAINER + "  accumulate_grad_batches: 2\n"
 
-# Preference tuning whose reference each knot moves; batches, validations and knots as the Llama's.
+# Preference tuning whose reference each knot moves; batches, validations and knots as the Llama's. A knot merges
+# half; A, the rest of B and the optimizer go on.
 PAIRS = LLAMA.replace("COLACausalLM", "COLAPreferenceLM").replace("PromptDataModule", "PreferenceDataModule")
-PAIRS = PAIRS.replace("    lr_schedule: linear", "    lr_schedule: linear\n    reference: link")
-PAIRS = PAIRS.replace("task: SST2, source", "source")
+PAIRS = PAIRS.replace("    lr_schedule: linear", "    lr_schedule: linear\n    reference: link\n    kept_optimizer_state: 1")
+PAIRS = PAIRS.replace("task: SST2, source", "source").replace("epochs: 1}", "epochs: 1, next_A: same, share: 0.5}")
 
 SETUPS = {"digits": DIGITS, "llama": LLAMA, "pairs": PAIRS}
 

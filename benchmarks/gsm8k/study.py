@@ -124,11 +124,13 @@ def stages() -> Iterator[Stage]:
             yield Stage(task, rank, STEPS, _tuned(rank, NAMES))
     yield Stage("gsm8k", 8, STEPS, {name: [3e-3] for name in STABLE_NAMES}, variant="stable")
     for rank, of_lora, of_stable in (
-        (8, [3e-3], {"share-5": [2e-3, 1.4e-3]}),
-        (1, [1e-2, 6e-3], {"share-5": [1e-2, 6e-3], "lora": [6e-3]}),
+        (8, [3e-3, 2e-3], {"share-5": [2e-3, 1.4e-3], "lora": [3e-3]}),
+        (1, [1e-2, 6e-3, 4e-3], {"share-5": [1e-2, 6e-3], "lora": [6e-3]}),
     ):
-        yield Stage("gsm8k", rank, STEPS, {"lora": of_lora}, variant="bf16")
-        yield Stage("gsm8k", rank, STEPS, of_stable, variant="stable-bf16")
+        yield Stage("gsm8k", rank, STEPS, {"lora": of_lora}, seeds=2, variant="bf16")
+        yield Stage("gsm8k", rank, STEPS, of_stable, seeds=2, variant="stable-bf16")
+    yield Stage("zig", 8, SHORT, {"lora": [3e-3, 2e-3]}, variant="bf16")
+    yield Stage("zig", 8, SHORT, {"share-5": [3e-3, 2e-3]}, variant="stable-bf16")
     yield Stage("gsm8k", 1, LONG, _tuned(1, ["lora", "cola-4"]))
     for rank in (8, 1):
         yield Stage("gsm8k", rank, STEPS, _tuned(rank, ["lora", "cola-4", "cola"]), seeds=2)
