@@ -1,6 +1,7 @@
 """The study on a real language model, with a tiny one in its place: what it keeps of a run, right answers, its intervals."""
 
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -11,7 +12,7 @@ import yaml
 from scipy import stats
 
 from benchmarks.gsm8k import study
-from benchmarks.gsm8k.study import Stage, difference_over_rows, is_right
+from benchmarks.gsm8k.study import Stage, difference_of, is_right
 from cola_lightning.study import study as studies
 from cola_lightning.study.run import run
 from tests import tiny
@@ -73,14 +74,14 @@ def test_a_study_keeps_losses_by_row_and_right_answers_and_repeats_no_run_that_h
     assert {path.name: path.read_text() for path in stage.folder.glob("*.jsonl")} == kept
 
     head, *rows = study.table()
-    assert not {"seeds", "over seeds"} & set(head)  # of one seed
+    assert "seeds" not in head  # there is one
     base, lora, chain = (dict(zip(head, row, strict=True)) for row in rows)
     assert base["method"] == "before training"
     of_lora, of_chain = (row["test loss"].split("; ") for row in (lora, chain))
     assert float(base["test loss"]) != float(of_lora[0])
-    assert [lora["method"], lora["rate"], lora["to LoRA, over rows"]] == ["LoRA", "0.001", ""]
+    assert [lora["method"], lora["rate"], lora["to LoRA"]] == ["LoRA", "0.001", ""]
     difference = float(of_chain[0]) - float(of_lora[0])
-    assert float(chain["to LoRA, over rows"].split()[0]) == pytest.approx(difference, abs=1.5e-4)
+    assert float(chain["to LoRA"].split()[0]) == pytest.approx(difference, abs=1.5e-4)
     assert of_lora[1].endswith("/2 right")
     assert [one.folder for one in study.studies()] == [stage.folder]
     study.draw(here / "differences.png")
@@ -110,13 +111,16 @@ def test_over_rows_of_one_length_the_interval_is_that_of_a_paired_t_test():
     expected = stats.ttest_rel(ours, theirs)
     interval = expected.confidence_interval(0.95)
     mean = statistics.fmean(ours) - statistics.fmean(theirs)
-    assert difference_over_rows(rows[:1], rows[1:]) == pytest.approx((mean, interval.low, interval.high))
+    assert difference_of(rows[:1], rows[1:]) == pytest.approx((mean, interval.low, interval.high))
 
 
-def test_rows_weigh_as_many_tokens_as_they_have_and_seeds_are_averaged_first():
+def test_rows_weigh_as_many_tokens_as_they_have_and_the_interval_is_over_rows_and_seeds():
     theirs = [(1.0, 10), (2.0, 30)]
     ours = [[(1.2, 10), (2.0, 30)], [(1.0, 10), (1.6, 30)]]
-    mean, low, high = difference_over_rows(ours, [theirs, theirs])
+    mean, low, high = difference_of(ours, [theirs, theirs])
     assert mean == pytest.approx((0.1 * 10 - 0.2 * 30) / 40)
-    assert low < mean < high
-    assert difference_over_rows([theirs], [theirs]) == (0, 0, 0)
+    of_rows = math.sqrt(2 * ((0.25 * (0.1 - mean)) ** 2 + (0.75 * (-0.2 - mean)) ** 2))
+    of_seeds = statistics.stdev([0.05, -0.3]) / math.sqrt(2)
+    freedom = (of_rows**2 + of_seeds**2) ** 2 / (of_rows**4 + of_seeds**4)
+    assert (high - low) / 2 == pytest.approx(math.hypot(of_rows, of_seeds) * stats.t.ppf(0.975, freedom))
+    assert difference_of([theirs], [theirs]) == (0, 0, 0)

@@ -36,7 +36,7 @@ from benchmarks.studies import compare, grouped, run
 from cola_lightning.study.config import as_words
 from cola_lightning.study.figures import COLORS
 from cola_lightning.study.results import Result, RunKey, at_best_rates, best_rates, read
-from cola_lightning.study.table import shown_difference, shown_test, summarize
+from cola_lightning.study.table import shown_test, summarize
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 CONFIG = HERE / "config.yaml"
@@ -248,11 +248,12 @@ def _append(path: Path, line: Mapping[str, object]) -> None:
 # ---------------------------------------------------------------------- the table
 
 
-def difference_over_rows(ours: Sequence[Rows], theirs: Sequence[Rows]) -> tuple[float, float, float]:
-    """The mean difference of the loss per token, and its interval of 95 % over the rows, by Student's t.
+def difference_of(ours: Sequence[Rows], theirs: Sequence[Rows]) -> tuple[float, float, float]:
+    """The mean difference of the loss per token, and its interval of 95 %, over the rows and over the seeds.
 
-    Both models score the same rows, so what makes a row hard for both cancels. The interval is for these seeds: it does not
-    contain how much a difference varies from seed to seed.
+    Both models score the same rows, so what makes a row hard for both cancels. The variance of the mean over rows and, of
+    several seeds, that over seeds are added; the interval is Student's, with the degrees of freedom of Welch and Satterthwaite.
+    Of one seed, it does not contain how much a difference varies from seed to seed.
 
     Args:
         ours: the rows of a model, for each seed.
@@ -264,14 +265,22 @@ def difference_over_rows(ours: Sequence[Rows], theirs: Sequence[Rows]) -> tuple[
     sizes = np.array([size for _, size in ours[0]])
     if any([size for _, size in rows] != sizes.tolist() for rows in [*ours, *theirs]):
         raise ValueError("the models have scored different rows")
-    mine, other = (np.mean([[loss for loss, _ in rows] for rows in seeds], axis=0) for seeds in (ours, theirs))
-    mean = (sizes * (mine - other)).sum() / sizes.sum()
-    error = math.sqrt(((sizes * (mine - other - mean)) ** 2).sum() * len(sizes) / (len(sizes) - 1)) / sizes.sum()
-    margin = error * stats.t.ppf(0.975, len(sizes) - 1)
+    mine, other = (np.array([[loss for loss, _ in rows] for rows in seeds]) for seeds in (ours, theirs))
+    gaps, shares = mine - other, sizes / sizes.sum()  # seeds x rows; rows
+    n_seeds, n_rows = gaps.shape
+    of_seeds = gaps @ shares
+    mean = of_seeds.mean()
+    of_rows = ((shares * (gaps.mean(0) - mean)) ** 2).sum() * n_rows / (n_rows - 1)
+    variances = [(of_rows, n_rows - 1)]
+    if n_seeds > 1:
+        variances.append((of_seeds.var(ddof=1) / n_seeds, n_seeds - 1))
+    total = sum(variance for variance, _ in variances)
+    freedom = total**2 / sum(variance**2 / degrees for variance, degrees in variances) if total else math.inf
+    margin = math.sqrt(total) * stats.t.ppf(0.975, freedom)
     return float(mean), float(mean - margin), float(mean + margin)
 
 
-HEAD = ["GSM8K, Zig", "method", "rate", "seeds", "test loss", "to LoRA, over rows", "over seeds"]
+HEAD = ["GSM8K, Zig", "method", "rate", "seeds", "test loss", "to LoRA"]
 
 
 def table() -> list[list[str]]:
@@ -283,7 +292,7 @@ def table() -> list[list[str]]:
     for line in _lines(HERE / "base.jsonl"):
         total = sum(size for _, size in line["rows"])
         mean = sum(loss * size for loss, size in line["rows"]) / total
-        found.append([TASKS[line["task"]], "before training", "", "", f"{mean:.4f}", "", ""])
+        found.append([TASKS[line["task"]], "before training", "", "", f"{mean:.4f}", ""])
     found = grouped(found + [row for stage in studies() for row in rows_of(stage)])
     kept = [place for place in range(len(HEAD)) if any(row[place] for row in found)]
     return [[row[place] for place in kept] for row in [HEAD, *found]]
@@ -303,8 +312,8 @@ def rows_of(stage: Stage) -> list[list[str]]:
     """A study's rows of the table."""
     answers = by_run(stage.folder / "answers.jsonl")
     table = []
-    for results, lora, difference in compared(stage):
-        summary = summarize(({} if results == lora else {"lora": lora}) | {"method": results})[-1]
+    for results, difference in compared(stage):
+        (summary,) = summarize({"method": results})
         right = [f"; {line['right']}/{line['rows']} right" for result in results if (line := answers.get(result.key))]
         table.append([
             title(stage),
@@ -313,7 +322,6 @@ def rows_of(stage: Stage) -> list[list[str]]:
             str(summary.seeds) if summary.seeds > 1 else "",
             shown_test(summary) + "".join(right),
             "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference) if difference else "",
-            shown_difference(summary) if summary.low is not None else "",
         ])  # fmt: skip
     return table
 
@@ -335,8 +343,8 @@ def name_in(stage: Stage, method: str) -> str:
     return name + (f", {stage.variant.replace('-', ' ', 1)}" if stage.variant else "")
 
 
-def compared(stage: Stage) -> Iterator[tuple[list[Result], list[Result], tuple[float, float, float] | None]]:
-    """The results of each method at its best rate, LoRA's under its better schedule, and the difference to those over rows.
+def compared(stage: Stage) -> Iterator[tuple[list[Result], tuple[float, float, float] | None]]:
+    """The results of each method at its best rate, and the difference to LoRA's under its better schedule.
 
     Only the seeds that both have are compared.
     """
@@ -351,7 +359,7 @@ def compared(stage: Stage) -> Iterator[tuple[list[Result], list[Result], tuple[f
     mine, theirs = (by_run(one.folder / "rows.jsonl") for one in (stage, of_stage))
     for results in (best[method] for method in NAMES | STABLE_NAMES if method in best):
         pairs = [(mine[one.key]["rows"], theirs[other.key]["rows"]) for one in results for other in lora if is_pair(one, other)]
-        yield results, lora, difference_over_rows(*zip(*pairs, strict=True)) if pairs else None
+        yield results, difference_of(*zip(*pairs, strict=True)) if pairs else None
 
 
 def is_pair(one: Result, lora: Result) -> bool:
@@ -360,11 +368,11 @@ def is_pair(one: Result, lora: Result) -> bool:
 
 
 def draw(path: Path) -> None:
-    """Plots each difference to LoRA, with its interval over the rows."""
+    """Plots each difference to LoRA, with its interval."""
     found = [
         (f"{title(stage)}: {name_in(stage, results[0].method)}", difference)
         for stage in studies()
-        for results, _, difference in compared(stage)
+        for results, difference in compared(stage)
         if difference is not None
     ]
     figure = Figure(figsize=(9, 0.8 + 0.26 * len(found)), layout="constrained")
