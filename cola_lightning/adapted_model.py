@@ -223,7 +223,7 @@ class AdaptedModel:
     def tie_knot(
         self, rank: int | None = None, alpha: float | None = None, *, next_A: NextA = "new", share: float = 1.0, **metadata: Any
     ) -> Link:
-        """Finishes the current link and begins the next, which needs a new optimizer.
+        """Finishes the current link and begins the next. A new A needs a new optimizer.
 
         Args:
             rank: the next link's, at most the rank that the layers were made with; None: as before.

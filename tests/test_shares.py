@@ -45,7 +45,7 @@ class Record(Callback):
 
 def fit(folder, *callbacks, cls=ValidatedToy, data=None, ckpt_path=None, chain=CHAIN, **arguments):
     optimization = {"lr_schedule": "constant", "kept_optimizer_state": 1, "optimizer": lambda p: AdamW(p, lr=1e-2)}
-    module = toy(cls, **optimization, **arguments)
+    module = toy(cls, **optimization | arguments)
     made = trainer(folder, *callbacks, chain=chain, max_steps=20, num_sanity_val_steps=0)
     made.fit(module, data or Data(batch_size=4), ckpt_path=ckpt_path)
     return module
@@ -129,15 +129,28 @@ def test_a_run_is_a_loop_in_plain_torch_to_the_bit(tmp_path):
             assert torch.equal(getattr(mine, name), getattr(layer, name)), name
 
 
+class Momentum(ValidatedToy):
+    """A module with an optimizer and a schedule of its own."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.trained_parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=3)]
+
+
 @modes
-def test_a_share_of_0_records_links_and_leaves_the_run_its_bits(tmp_path, finished_links):
-    record = Record(tmp_path)
-    module = fit(tmp_path, record, chain={**CHAIN, "share": 0}, finished_links=finished_links)
-    without_knots = fit(tmp_path / "lora", chain={}, finished_links=finished_links)
+@pytest.mark.parametrize("cls", [ValidatedToy, Momentum])
+def test_a_share_of_0_records_links_and_leaves_the_run_its_bits(tmp_path, finished_links, cls):
+    """Whatever happens at other knots: a new optimizer, a restarted schedule, a warm-up."""
+    options = {"lr_schedule": "cosine", "warmup_steps": 0.1, "knot_warmup_steps": 2, "kept_optimizer_state": 0}
+    options |= {"cls": cls, "finished_links": finished_links}
+    record, chain = Record(tmp_path), {**CHAIN, "share": 0}
+    module = fit(tmp_path, record, chain=chain, **options)
+    without_knots = fit(tmp_path / "lora", chain={}, **options)
+    resumed = fit(tmp_path / "resumed", chain=chain, ckpt_path=tmp_path / "12.ckpt", **options)
     assert_bit_equal(weights(module.merged_model()), weights(without_knots.merged_model()))
     for name in ("lora_A", "lora_B"):
-        for mine, other in zip(module.adapted.layers.values(), without_knots.adapted.layers.values(), strict=True):
-            assert torch.equal(getattr(mine, name), getattr(other, name))
+        for mine, *others in zip(*(one.adapted.layers.values() for one in (module, without_knots, resumed)), strict=True):
+            assert all(torch.equal(getattr(mine, name), getattr(other, name)) for other in others)
     for k, expected in enumerate(record.copies, start=1):
         assert_bit_equal(weights(module.merged_model(k)), expected)
 

@@ -101,8 +101,8 @@ class ChainSchedule:
         next_A: ``new`` draws a new A for each link and begins with B at zero (COLA). ``same`` begins with the A of the link
             before it. With ``model.kept_optimizer_state: 1`` the optimizer goes on over the knot, too.
         share: With ``next_A: same``, the share of a link's B A that its knot merges. The rest stays in B. With 0 a knot only
-            records the link, so that ``--links`` can go back to it. ``configs/overlays/free_knots.yaml`` also lets the
-            optimizer and the learning-rate schedule go on, so that such a knot changes nothing.
+            records the link, so that ``--links`` can go back to it, and changes nothing: the optimizer and the learning-rate
+            schedule of the run go on, too.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.

@@ -364,9 +364,9 @@ class COLAModule(LightningModule, RecordsArguments):
         """Finishes the current link and begins the next: merges or stacks it, records it, draws a new A.
 
         With the options ``next_A: same`` and ``share`` of the fit's schedule, A and the rest of B go on instead. The optimizer
-        and its schedule are created again, with empty state except for ``kept_optimizer_state``. During training, call it
-        between optimizer steps: in ``on_train_batch_start``, or in a callback's ``on_train_batch_end`` (a module's own runs
-        after that step's checkpoint is written).
+        and its schedule are created again, with empty state except for ``kept_optimizer_state``; with a share of 0 they go on,
+        too. During training, call it between optimizer steps: in ``on_train_batch_start``, or in a callback's
+        ``on_train_batch_end`` (a module's own runs after that step's checkpoint is written).
 
         Args:
             rank: the next link's rank; None: what the schedule says.
@@ -683,7 +683,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """A new optimizer and learning-rate schedule for the current link; called again at each knot."""
+        """A new optimizer and learning-rate schedule for the current link; called again at each knot, unless knots only record."""
         step = self.fit_progress.position(trainer_of(self)).global_step
         return self.link_optimization.configure(self.named_trained_parameters(), self.lora_config.modules_to_save, step)
 

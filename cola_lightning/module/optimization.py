@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain.schedule import RunLength
+from cola_lightning.chain.schedule import START, FitPosition, RunLength
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import is_in_matching_modules
 from cola_lightning.module.progress import FitProgress, trainer_of
@@ -179,7 +179,7 @@ class LinkOptimization:
             return optimizer
         for group in optimizer.param_groups:
             group["initial_lr"] = copy.deepcopy(group["lr"])
-        done = max(0, step - self.progress.link_start.global_step)  # by an earlier fit of the same Trainer
+        done = max(0, step - self._start.global_step)  # by an earlier fit of the same Trainer
         self._scheduler = LinkLR(optimizer, self._lr_factor, last_epoch=done - 1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
@@ -200,8 +200,23 @@ class LinkOptimization:
             raise UserError("model.modules_to_save_lr: needs model.modules_to_save")
         return [*groups, {"params": saved, "lr": self.modules_to_save_lr}]
 
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the optimizer and its schedule go on over the knots, because these only record: they merge a share of 0."""
+        return self.progress.schedule.share == 0
+
+    @property
+    def _is_over_run(self) -> bool:
+        """Whether one schedule of the learning rate lasts over the run."""
+        return self._goes_on or self.schedule_scope == "run"
+
+    @property
+    def _start(self) -> FitPosition:
+        """Where the optimizer begins: with the link, or with the run."""
+        return START if self._goes_on else self.progress.link_start
+
     def _lr_factor(self, step: int) -> float:
-        """The learning-rate factor at the link's k-th step.
+        """The learning-rate factor at the optimizer's k-th step.
 
         The horizon is determined when it is first needed: before a fit the length of its data is not known, and in a loop
         without a Trainer never.
@@ -213,21 +228,19 @@ class LinkOptimization:
         if horizon is None and step == 0:  # whatever the length is
             return 0.0 if self.warmup_steps else 1.0
         end, rise = horizon or (math.inf, 0)
-        is_run, start = self.schedule_scope == "run", self.progress.link_start
-        place = start.global_step + step if is_run else step
+        place = self._start.global_step + step if self._is_over_run else step
         value = lr_factor(self.lr_schedule, place, end, self.warmup_steps, self.decay_steps)
         return value * step / rise if step < rise else value
 
     def _horizon_in(self, length: RunLength) -> tuple[float, float]:
         """The end of the schedule, and the steps of the warm-up after a knot; the run's first link has the run's warm-up."""
-        start = self.progress.link_start
-        link_steps = self.progress.schedule.link_steps(start, length)
-        rise = phase_length(self.knot_warmup_steps, link_steps) if start.global_step else 0
-        return length.end_step if self.schedule_scope == "run" else link_steps, rise
+        link_steps = self.progress.schedule.link_steps(self._start, length)
+        rise = phase_length(self.knot_warmup_steps, link_steps) if self._start.global_step else 0
+        return length.end_step if self._is_over_run else link_steps, rise
 
     def stable_share(self, run: RunLength) -> float | None:
         """The share of a run before its rate decays, if the schedule is a stable one over a run of known length; else None."""
-        if (self.lr_schedule, self.schedule_scope) != ("stable", "run") or run.end_step == math.inf:
+        if self.lr_schedule != "stable" or not self._is_over_run or run.end_step == math.inf:
             return None
         return 1 - phase_length(self.decay_steps, run.end_step) / run.end_step
 
@@ -237,8 +250,9 @@ class LinkOptimization:
         Args:
             lengths: optimizer steps of the remaining links of a fit, the current one first.
         """
-        link_warmup = self.warmup_steps if self.schedule_scope == "link" else 0
-        checks = (("warmup_steps", link_warmup, lengths[:-1]), ("knot_warmup_steps", self.knot_warmup_steps, lengths[1:-1]))
+        link_warmup = 0 if self._is_over_run else self.warmup_steps
+        knot_warmup = 0 if self._goes_on else self.knot_warmup_steps
+        checks = (("warmup_steps", link_warmup, lengths[:-1]), ("knot_warmup_steps", knot_warmup, lengths[1:-1]))
         for name, steps, links in checks:
             shortest = min(links, default=math.inf)
             if shortest < steps:
@@ -253,15 +267,15 @@ class LinkOptimization:
         if self._scheduler is None:
             return
         missing = ["trainer.max_steps"] if run.end_step == math.inf else []
-        if self.schedule_scope == "link" and self.progress.schedule.has_unknown_lengths(run):
+        if not self._is_over_run and self.progress.schedule.has_unknown_lengths(run):
             missing.append("model.schedule_scope run")
         needs_length = self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
-        if needs_length and (missing or self.schedule_scope == "link"):
+        if needs_length and (missing or not self._is_over_run):
             raise UserError(
                 f"model.lr_schedule: {self.lr_schedule} with warmup_steps {self.warmup_steps:g} needs {' and '.join(missing)}, "
                 "because the length of the run or of its links is unknown. Or use constant, with model.warmup_steps in steps"
             )
-        if 0 < self.knot_warmup_steps < 1:
+        if 0 < self.knot_warmup_steps < 1 and not self._goes_on:
             raise UserError(
                 "model.knot_warmup_steps: must be a number of steps, because the length of a link is unknown, got the share "
                 f"{self.knot_warmup_steps:g}"
@@ -271,7 +285,7 @@ class LinkOptimization:
         """Makes new optimizers and learning-rate schedules for a link that begins, in a fit or after it.
 
         In a fit they get the retained share of the factors' state, and all of the other parameters' state. After a fit they are
-        those of the checkpoint that its Trainer may write, without state, as in a next fit.
+        those of the checkpoint that its Trainer may write, without state, as in a next fit. If knots only record, none is made.
 
         Args:
             module: the module of the run.
@@ -280,6 +294,8 @@ class LinkOptimization:
         Raises:
             UserError: if a subclass' ``configure_optimizers`` returns the same optimizer again.
         """
+        if self._goes_on:
+            return
         trainer = trainer_of(module)
         is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
         trainer = trainer if is_fitting else self.progress.trainer  # also in a validation of the fit
