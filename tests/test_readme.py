@@ -54,7 +54,7 @@ def model_and_rows(tmp_path):
     return tiny.folder(tmp_path / "model", "opt")
 
 
-N_LINKS = {("README.md", 0): 0} | {("docs/python.md", k): n for k, n in enumerate((1, 2, 2, 1, 3))}
+N_LINKS = {("README.md", 0): 2} | {("docs/python.md", k): n for k, n in enumerate((1, 2, 2, 1, 3))}
 
 
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
