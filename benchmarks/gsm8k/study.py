@@ -129,8 +129,8 @@ def stages() -> Iterator[Stage]:
     ):
         yield Stage("gsm8k", rank, STEPS, {"lora": of_lora}, seeds=2, variant="bf16")
         yield Stage("gsm8k", rank, STEPS, of_stable, seeds=2, variant="stable-bf16")
-    yield Stage("zig", 8, SHORT, {"lora": [3e-3, 2e-3]}, variant="bf16")
-    yield Stage("zig", 8, SHORT, {"share-5": [3e-3, 2e-3]}, variant="stable-bf16")
+    yield Stage("zig", 8, SHORT, {name: [3e-3, 6e-3] for name in STABLE_NAMES}, variant="stable-bf16")
+    yield Stage("zig", 8, SHORT, {"lora": [3e-3, 6e-3]}, variant="bf16")
     yield Stage("gsm8k", 1, LONG, _tuned(1, ["lora", "cola-4"]))
     for rank in (8, 1):
         yield Stage("gsm8k", rank, STEPS, _tuned(rank, ["lora", "cola-4", "cola"]), seeds=2)
