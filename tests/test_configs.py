@@ -70,7 +70,21 @@ def test_the_overlay_of_free_knots_leaves_a_run_its_losses(tmp_path, monkeypatch
     assert [link.share for link in read_chain(tmp_path / "runs" / "version_0").links] == [0, 0, 1]
 
 
-@pytest.mark.parametrize("path", [BENCHMARKS[0], FOLDER / "smollm2.yaml", FOLDER / "roberta_glue.yaml"])
+with_knots = pytest.mark.parametrize("path", [BENCHMARKS[0], FOLDER / "smollm2.yaml", FOLDER / "roberta_glue.yaml"])
+
+
+@with_knots
+def test_the_overlay_that_merges_half_replaces_a_configs_own_knots(path):
+    config = resolve_config(["--config", str(path), "--config", str(FOLDER / "overlays" / "merge_half.yaml")])
+    model = config["model"]["init_args"]
+    assert (model["lr_schedule"], model["schedule_scope"], model["kept_optimizer_state"]) == ("stable", "run", 1)
+    run = RunLength(lambda epoch: 20, max_epochs=4, max_steps=math.inf)
+    options = {name: config["chain"][name] for name in (*KNOT_OPTIONS, "until", "ranks", "alphas", "next_A", "share")}
+    schedule = ChainSchedule(**options).in_run(run, stable_share=1 - model["decay_steps"])
+    assert (schedule.at_steps, schedule.next_A, schedule.share) == ([12, 24, 36, 48], "same", 0.5)
+
+
+@with_knots
 def test_the_overlay_of_one_knot_replaces_a_configs_own_knots(path):
     config = resolve_config(["--config", str(path), "--config", str(FOLDER / "overlays" / "one_knot.yaml")])
     run = RunLength(lambda epoch: 20, max_epochs=4, max_steps=math.inf)

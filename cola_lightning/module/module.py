@@ -683,7 +683,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """A new optimizer and learning-rate schedule for the current link; called again at each knot, unless knots only record."""
+        """A new optimizer and learning-rate schedule for the current link; called again at each knot that merges."""
         step = self.fit_progress.position(trainer_of(self)).global_step
         return self.link_optimization.configure(self.named_trained_parameters(), self.lora_config.modules_to_save, step)
 
