@@ -222,15 +222,15 @@ def effective_rank(update: Tensor) -> float:
 
 # ---------------------------------------------------------------------- which runs, and their table
 
-RATES = {8: [1e-2, 7e-3, 1.4e-2], 1: [2e-2, 1.4e-2, 2.8e-2]}  # on seed 0; one more where the best lies at an edge
+RATES = {8: [1e-2, 7e-3, 1.4e-2], 1: [2e-2, 1.4e-2, 2.8e-2, 1e-2]}  # on seed 0; one more where the best lies at an edge
 FIRST = ("lora-stable", "share-0.5-4", "same-A-2", "lora-cosine", "cola-2")
 SETTINGS = [
     (8, 800, FIRST),
     (1, 800, FIRST),
     (8, 800, tuple(METHODS)),
     (1, 800, tuple(METHODS)),
-    (8, 3200, FIRST),
-    (1, 3200, FIRST),
+    (8, 3200, (*FIRST, "share-0.5-10")),
+    (1, 3200, (*FIRST, "share-0.5-20")),
 ]
 SEEDS = 3
 

@@ -4,7 +4,7 @@
 
 runs ``cola compare`` on ``config.yaml``, stage after stage, on one CPU thread, from the repository's root. Each study is a
 folder here, with a line for each run in ``results.jsonl`` and its losses by row in ``rows.jsonl``. A second call does what is
-missing: a run that has its line is not repeated. All of it takes about 14,000 steps, of 7 to 12 seconds on a core with AVX2.
+missing: a run that has its line is not repeated. All of it takes about 21,000 steps, of 4 to 12 seconds on one core.
 GSM8K's rows are linked from ``$COLA_DATA_DIR/real``. Zig's are its standard library (MIT): ``pip install ziglang==0.13.0``.
 
     python -m benchmarks.gsm8k.study --only rank-8-steps-150
