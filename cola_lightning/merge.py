@@ -58,11 +58,11 @@ def add_links(name: str, layer: LoRALayer, links: Sequence[Link], device: torch.
     Args:
         name: the layer's, in the links.
         layer: the layer.
-        links: the links, some of which may not have this layer.
+        links: the links, some of which may not have this layer. Records add nothing.
         device: where the products are computed: the training's device gives equal bits.
     """
     for link in links:
-        if name in link.factors:
+        if name in link.factors and not link.is_record:
             lora_A, lora_B = link.factors[name]
             layer.add_finished_link(lora_A.to(device), lora_B.to(device), link.scaling(name))
 

@@ -251,6 +251,40 @@ def test_exports_are_the_model(tmp_path):
             assert difference(tiny.logits(begun.model), wanted) <= 1e-5
 
 
+# ---------------------------------------------------------------------- knots that only record
+
+
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+def test_a_record_adds_nothing_to_a_stack_or_to_an_adapter(tmp_path, finished_links):
+    """Neither next to links that were merged nor alone; each recorded state can still be gone back to."""
+    module = tiny.causal_lm(tmp_path, finished_links=finished_links)
+    tiny.with_live_link(module)
+    copies = []
+    for next_A, share in (("same", 0), ("new", 1), *[("same", 0)] * 3):
+        copies.append(tiny.logits(module.merged_model()))
+        module.adapted.tie_knot(next_A=next_A, share=share)
+        with torch.no_grad():
+            for layer in module.adapted.layers.values():
+                layer.lora_B.add_(0.1)
+    expected, rank = tiny.logits(module.model), module.lora_config.rank
+    stacks = [layer.stack.rank for layer in module.adapted.layers.values() if layer.stack]
+    assert stacks == ([] if finished_links == "merge" else [rank] * len(module.adapted.layers))
+    for links, wanted in enumerate(copies, start=1):
+        assert difference(tiny.logits(module.merged_model(links)), wanted) <= 1e-5
+        with module.at(links) as model:
+            assert difference(tiny.logits(model), wanted) <= 1e-5
+    assert [link.total_rank for link in report(module.full_chain())] == [2, 2, 4, 4, 4, 4]
+    module.export(tmp_path / "peft", "peft")
+    chain = read_chain(tmp_path / "peft")
+    assert [chain.total_rank(name) for name in chain.layers] == [2 * rank] * len(chain.layers)
+    assert difference(tiny.logits(PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")), expected) <= 1e-5
+    begun = COLACausalLM(
+        str(tmp_path / "llama"), target_modules=["q_proj", "v_proj"], rank=2, alpha=4, init_chain=str(tmp_path / "peft")
+    )
+    begun.configure_model()
+    assert difference(tiny.logits(begun.model), expected) <= 1e-5
+
+
 # ---------------------------------------------------------------------- refusals, and methods of a study
 
 

@@ -53,7 +53,8 @@ class Link:
         metrics: the metrics last logged before the knot.
         own_values: rank and scaling of the layers that have others than ``rank`` and ``alpha / rank``, by name.
         name: the stage that it belongs to, such as ``sft``; None: its run had no name.
-        share: the share of B A that its knot merged. The rest stayed in B, where the next link began with it.
+        share: the share of B A that its knot merged. The rest stayed in B, where the next link began with it. 0 for a record:
+            its knot only wrote down what the link was.
     """
 
     index: int
@@ -78,6 +79,11 @@ class Link:
     def scaling(self, name: str) -> float:
         """The factor in front of a layer's B A, which includes the link's share."""
         return self.own_values.get(name, (self.rank, self.alpha / self.rank))[1] * self.share
+
+    @property
+    def is_record(self) -> bool:
+        """Whether its knot only recorded it, so that it adds nothing to a layer: the next link contains it."""
+        return self.share == 0
 
     def whole(self) -> "Link":
         """The link with all of its B A, as the model had it at its end, whatever share of it the knot merged."""
@@ -157,6 +163,15 @@ class Chain:
         lines = [f"Chain of {len(self)} link{'' if len(self) == 1 else 's'} on {self.base.name or 'an unknown base'}"]
         return "\n  ".join([*lines, *map(repr, self.links)])
 
+    @property
+    def updates(self) -> list[Link]:
+        """The links that add something to a layer: all but records."""
+        return [link for link in self.links if not link.is_record]
+
+    def without_records(self) -> "Chain":
+        """The chain of its :attr:`updates`, which are numbered anew."""
+        return Chain([replace(link, index=index) for index, link in enumerate(self.updates)], self.base)
+
     def append(self, link: Link) -> None:
         """Adds the next finished link, whose index is the chain's length."""
         assert link.index == len(self.links), "links are appended in order"
@@ -167,12 +182,12 @@ class Chain:
         return torch.stack([link.delta(name) for link in self.links if name in link.factors]).sum(0)
 
     def link_factors(self, name: str) -> list[LinkFactors]:
-        """A, B and the scaling of each link that adapts a layer, in order."""
-        return [(*link.factors[name], link.scaling(name)) for link in self.links if name in link.factors]
+        """A, B and the scaling of each link that adds something to a layer, in order."""
+        return [(*link.factors[name], link.scaling(name)) for link in self.updates if name in link.factors]
 
     def total_rank(self, name: str) -> int:
-        """The sum of the links' ranks for one layer: an upper bound of the rank of :meth:`delta`."""
-        return sum(link.factors[name][0].shape[-2] for link in self.links if name in link.factors)
+        """The sum of the ranks of its :attr:`updates` for one layer: an upper bound of the rank of :meth:`delta`."""
+        return sum(lora_A.shape[-2] for lora_A, _, _ in self.link_factors(name))
 
     def truncate(self, n: int | str) -> "Chain":
         """The chain as it was after its first n links, or after the last link of a stage; the tensors are not copied.

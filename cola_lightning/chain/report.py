@@ -50,7 +50,7 @@ class LinkReport:
         relative_norm: it divided by that of the base's adapted weights; None if that is unknown or zero.
         max_norm: the largest of the layers' relative norms; None if none is known.
         effective_rank: mean of the layers' effective ranks.
-        total_rank: sum of the ranks of this link and those before it.
+        total_rank: sum of the ranks of this link and those before it that are in the model next to it.
         metrics: validation metrics at its end, or all metrics if there are none.
         layers: each layer's report, by its name in the model.
     """
@@ -111,9 +111,11 @@ def report(chain: Chain) -> list[LinkReport]:
         >>> first.steps, first.layers["fc"].singular_values, round(first.effective_rank, 6)
         (10, [0.5, 0.5], 2.0)
     """
-    ranks = [link.rank for link in chain.links]
-    links = [link.whole() for link in chain.links]
-    return [_report_link(link, sum(ranks[: k + 1]), chain.base.weight_norms) for k, link in enumerate(links)]
+    reports, rank = list[LinkReport](), 0
+    for link in chain.links:
+        reports.append(_report_link(link.whole(), rank + link.rank, chain.base.weight_norms))
+        rank += 0 if link.is_record else link.rank
+    return reports
 
 
 def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) -> LinkReport:

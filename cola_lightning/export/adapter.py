@@ -61,7 +61,8 @@ def export_adapter(
     else:
         model, code = adapted.merged_model(0, in_place=True), "module.merged_model(0)"
         base = AdapterBase(model, module.base_name, adapted.config.modules_to_save)
-    factors, lines = concatenate(chain), []
+    chain, lines = chain.without_records(), list[str]()
+    factors = concatenate(chain)
     total = max(lora_A.shape[-2] for lora_A, _ in factors.values())
     rank = min(total, options.max_rank or total)
     for name, pair in factors.items():

@@ -292,7 +292,12 @@ class LoRALayer(nn.Module):
         return self.update(*self.factors, self.scaling)
 
     def finish(self, share: float = 1.0) -> None:
-        """Makes a share of the current link a finished one, and leaves the rest in B: the layer's function does not change."""
+        """Makes a share of the current link a finished one, and leaves the rest in B: the layer's function does not change.
+
+        With a share of 0 nothing happens.
+        """
+        if share == 0:
+            return
         self.add_finished_link(*self.factors, self.scaling * share)
         layout.copy_(self.lora_B, self.lora_B * (1 - share))
 
@@ -314,7 +319,8 @@ class LoRALayer(nn.Module):
             links: the first links. The last of them may have another scaling here: it is whole, but its knot merged a share.
             finished: all finished links, as they are merged or stacked.
         """
-        n = sum(link[2] == now[2] for link, now in zip(links, finished, strict=False))  # that stay as they are
+        both = zip(links, finished, strict=False)
+        n = sum(link[0] is now[0] and link[2] == now[2] for link, now in both)  # the first ones, which stay as they are
         if self.stack is not None:
             stack = self.stack.first(sum(lora_A.shape[-2] for lora_A, _, _ in finished[:n]))
         else:
