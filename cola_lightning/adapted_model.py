@@ -124,6 +124,11 @@ class AdaptedModel:
         return len(self.chain)
 
     @property
+    def has_begun(self) -> bool:
+        """Whether the current link has been trained."""
+        return any(layer.has_begun for layer in self.layers.values())
+
+    @property
     def cast_dtype(self) -> torch.dtype:
         """The dtype to which a precision has cast adapted layers; float32: it left them unchanged."""
         layers = self.layers.values()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from torch.nn import functional as F
 
 from cola_lightning import COLAPreferenceLM, EpochDataModule, UserError, lora_layers
@@ -303,6 +304,38 @@ def test_a_stage_is_a_reference(tmp_path):
     with module.at("sft") as model:
         mine = tiny.logits(model)
     assert (mine - tiny.logits(module.merged_model(1))).abs().max() < 1e-5
+
+
+def test_a_loaded_model_is_the_start_of_the_next_run(tmp_path):
+    """As with init_chain: its current link is finished, and a new one begins."""
+    sft = tiny.with_live_link(tiny.causal_lm(tmp_path))
+    sft.fit_progress.link_name = "sft"
+    saved = trainer(tmp_path)
+    saved.strategy.connect(sft)
+    saved.save_checkpoint(tmp_path / "sft.ckpt")
+    module = COLAPreferenceLM.load_from_checkpoint(tmp_path / "sft.ckpt")
+    first = first_losses(module, tmp_path, chain={"name": "dpo"})
+    assert first[0] == pytest.approx(LOG_2, abs=1e-6) != pytest.approx(first[1], abs=1e-6)
+    assert [link.name for link in module.full_chain().links] == ["sft", "dpo"]
+    assert module.reference_links == 1
+    first = first_losses(module, tmp_path, chain={"name": "more"})  # another Trainer: a run of its own
+    assert first[0] == pytest.approx(LOG_2, abs=1e-6)
+    assert [link.name for link in module.full_chain().links] == ["sft", "dpo", "more"]
+
+
+def first_losses(module, folder, **options):
+    losses = []
+    watch = LambdaCallback(on_before_backward=lambda run, module, loss: losses.append(loss.item()))
+    fit(module, folder, watch, **options)
+    return losses
+
+
+@pytest.mark.parametrize("reference", [1, "dpo"])
+def test_a_reference_that_is_the_trained_link_is_refused(tmp_path, reference):
+    """Its loss would be log 2 in every step."""
+    module = preference_lm(tmp_path, reference=reference)
+    with pytest.raises(UserError, match=r"model\.reference: .* is being trained"):
+        fit(module, tmp_path, chain={"name": "dpo"})
 
 
 def test_no_tensor_of_the_base_exists_twice(tmp_path):

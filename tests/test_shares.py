@@ -165,6 +165,13 @@ def test_a_run_resumes_with_the_same_bits(run, tmp_path, step):
     assert module.chain.is_beginning_of(resumed.chain)
 
 
+@pytest.mark.parametrize(("before", "now"), [(0, 0.5), (0.5, 0), (0.5, 1)])
+def test_a_run_is_not_resumed_with_another_share(tmp_path, before, now):
+    fit(tmp_path, Record(tmp_path), chain={**CHAIN, "share": before})
+    with pytest.raises(UserError, match=rf"chain\.share: must be .*{before}.*, as in the run .* got .*{now}"):
+        fit(tmp_path / "resumed", chain={**CHAIN, "share": now}, ckpt_path=tmp_path / "12.ckpt")
+
+
 def test_a_loop_goes_on_from_its_state():
     model = trained_model()
     again = trained_model(knots=0)

@@ -18,7 +18,7 @@ from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import AdapterBase, concatenate, write_adapter
 from cola_lightning.cli import main
 from tests import forked, tiny
-from tests.toy import assert_bit_equal, batches, read_csv, toy, trainer
+from tests.toy import Toy, assert_bit_equal, batches, read_csv, toy, trainer
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -88,18 +88,19 @@ def test_a_runs_links_have_its_name_in_every_file(tmp_path):
     assert names(loaded.full_chain()) == [*NAMES, None]  # outside of a run there is no stage
 
 
-@pytest.mark.parametrize(("name", "expected"), [("dpo", "dpo"), (None, "sft")])
-def test_a_resumed_link_has_the_name_of_the_run_that_goes_on_with_it(tmp_path, name, expected):
+@pytest.mark.parametrize("is_resumed", [True, False], ids=["resumed", "loaded"])
+@pytest.mark.parametrize("name", ["dpo", None])
+def test_another_name_is_that_of_the_next_link_and_renames_none(tmp_path, name, is_resumed):
     run = trainer(tmp_path, chain={"name": "sft"}, max_epochs=1)
     run.fit(toy(), batches())
     run.save_checkpoint(tmp_path / "run.ckpt")
-    module = toy()
+    module = toy() if is_resumed else Toy.load_from_checkpoint(tmp_path / "run.ckpt")
     run = trainer(tmp_path, chain={"at_epochs": [2], "name": name}, max_epochs=3)
-    run.fit(module, batches(), ckpt_path=tmp_path / "run.ckpt")
-    assert names(module.full_chain()) == [expected, name]
+    run.fit(module, batches(), ckpt_path=tmp_path / "run.ckpt" if is_resumed else None)
+    assert names(module.full_chain()) == ["sft", name]
 
 
-@pytest.mark.parametrize("name", ["2", "-1", "all", " "])
+@pytest.mark.parametrize("name", ["2", "-1", "all", " ", "start", "link"])
 def test_a_name_that_links_would_misread_is_refused(name):
     with pytest.raises(UserError, match=r"^chain\.name: "):
         trainer(Path(), chain={"name": name})

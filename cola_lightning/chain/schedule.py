@@ -22,6 +22,7 @@ NextA = Literal["new", "same"]
 
 KNOT_OPTIONS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "knots", "patience")
 SIZES = ("ranks", "alphas")
+RESERVED = ("all", "start", "link")  # words for links, which no stage has as its name
 UNTIL = 0.75  # of a run: the share over which ``knots`` are spread, if none is given
 
 
@@ -97,7 +98,7 @@ class ChainSchedule:
         until: With ``knots``, the last of them is tied at the end of this share of the run. If it is left at 0.75 and
             ``model.lr_schedule`` is ``stable`` over the run, it is the share before the decay.
         name: Name of this stage, such as ``sft``. Its links get it, and ``--links``, ``init_links`` and ``--scale`` understand
-            it.
+            it. A link that an earlier run began keeps that run's name.
         next_A: ``new`` draws a new A for each link and begins with B at zero (COLA). ``same`` begins with the A of the link
             before it. With ``model.kept_optimizer_state: 1`` the optimizer goes on over the knot, too.
         share: With ``next_A: same``, the share of a link's B A that its knot merges. The rest stays in B. With 0 a knot only
@@ -141,7 +142,7 @@ class ChainSchedule:
             *((name, _increases(getattr(self, name) or ()), "increasing, from 1 on") for name in ("at_epochs", "at_steps")),
             ("until", 0 < self.until < 1, "between 0 and 1"),
             ("until", self.knots is not None or self.until == UNTIL, "left out without chain.knots"),
-            ("name", self.name is None or is_stage_name(self.name), "a text other than a number or 'all'"),
+            ("name", self.name is None or is_stage_name(self.name), f"a text other than a number, {', '.join(RESERVED)}"),
             ("ranks", all(map(is_rank, self.ranks or ())), "whole numbers from 1"),
             ("alphas", all(0 < alpha < math.inf for alpha in self.alphas or ()), "positive"),
             *((name, self.next_A == "new" or not getattr(self, name), "null with chain.next_A same") for name in SIZES),
@@ -277,8 +278,8 @@ def check_knot(next_A: NextA, share: float, trained_factors: TrainedFactors = "b
 
 
 def is_stage_name(name: str) -> bool:
-    """Whether a stage can have this name: ``links`` would take a number or ``all`` for something else."""
-    return name.strip() not in ("", "all") and isinstance(as_number(name), str)
+    """Whether a stage can have this name: ``links`` and ``reference`` would take some for something else."""
+    return name.strip() not in ("", *RESERVED) and isinstance(as_number(name), str)
 
 
 def _increases(knots: Sequence[int]) -> bool:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from cola_lightning.chain import Link
+from cola_lightning.chain.chain import number_of_links
 from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.errors import UserError
 from cola_lightning.hf.causal_lm import COLACausalLM
@@ -71,9 +72,9 @@ class COLAPreferenceLM(COLACausalLM):
         label_smoothing: Assumed probability that a preference is wrong, for ``sigmoid`` and ``simpo``.
         simpo_gamma: Margin by which ``simpo`` wants the chosen response's reward to be larger.
         sft_weight: Weight of the chosen responses' loss per token, which is added. (``orpo`` always contains it once.)
-        reference: ``start`` is the model that the run began from: the base and ``init_chain``. ``link`` is the model that the
-            current link began from, so each knot moves the reference. You can also give a number of links, from the first, or
-            the name of a stage.
+        reference: ``start`` is the model that the run began from: the base and ``init_chain``, or all that a module contains
+            when you fit it. ``link`` is the model that the current link began from, so each knot moves the reference. You can
+            also give a number of links, from the first, or the name of a finished stage.
         **causal: the arguments of :class:`~cola_lightning.COLACausalLM`.
 
     Raises:
@@ -210,9 +211,21 @@ class COLAPreferenceLM(COLACausalLM):
         return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="none"), router_loss
 
     @override
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        if self.preference_loss in WITH_REFERENCE and self.global_rank == 0:
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.preference_loss not in WITH_REFERENCE:
+            return
+        is_new_run = self.trainer.ckpt_path is None and not self.fit_progress.is_continued
+        if self.reference == "start" and is_new_run and self.adapted.has_begun:
+            log.info("the current link is finished, because the model as it is now is the reference")
+            self.tie_knot()
+            self.fit_progress.first_link = self.link
+        if number_of_links(self.reference_links, self.link_names) > self.link:
+            raise UserError(
+                f"model.reference: {self.reference!r} is the link that is being trained, so the loss would never change. Use "
+                "start, link, or links that are finished"
+            )
+        if self.global_rank == 0:
             moves = ", and each knot moves it" if self.reference == "link" else ""
             log.info("the reference is the model after %s of %d links%s", self.reference_links, self.link + 1, moves)
 

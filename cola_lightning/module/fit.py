@@ -87,13 +87,18 @@ class FitCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.module.make_model()  # which Lightning has done, except where a subclass' configure_model left super() out
-        adapted = self.module.adapted
+        adapted, progress = self.module.adapted, self.module.fit_progress
         if not (self.module.is_sharded or is_quantized_model(adapted.model) or trainer.precision in ("bf16-true", "16-true")):
             check_unchanged(adapted.model, adapted.chain.base, adapted.layers.keys() if adapted.link else ())
         warn_of_half_precision(adapted.model)
-        check_frozen(adapted, self.module.fit_progress.schedule)
-        if trainer.ckpt_path is None:  # parameters that a hook has added since the model was made
-            adapted.trained.remember_first()
+        check_frozen(adapted, progress.schedule)
+        if trainer.ckpt_path is not None:
+            return
+        adapted.trained.remember_first()  # parameters that a hook has added since the model was made
+        if not progress.is_continued:
+            progress.first_link = adapted.link
+        if not adapted.has_begun:
+            progress.link_name = progress.schedule.name or progress.link_name
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -322,7 +327,7 @@ def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> bool:
     planned, is_requested = schedule.rank_and_alpha(adapted.link, adapted.config), schedule.ranks or schedule.alphas
     if adapted.live in (None, planned):
         return False
-    if any(layer.has_begun for layer in adapted.layers.values()) or not (is_requested or not adapted.link):
+    if adapted.has_begun or not (is_requested or not adapted.link):
         return False
     adapted.begin_link(*planned)
     return True

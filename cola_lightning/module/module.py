@@ -413,7 +413,7 @@ class COLAModule(LightningModule, RecordsArguments):
             UserError: if the module trains without links, the rank is above ``model.rank``, or the link has been trained.
         """
         adapted = self.adapted
-        if any(layer.has_begun for layer in adapted.layers.values()):
+        if adapted.has_begun:
             raise UserError("restart_link: the current link has been trained. Tie a knot to begin another one")
         old_rank, old_alpha = adapted.live or (self.lora_config.rank, self.lora_config.alpha)
         adapted.begin_link(old_rank if rank is None else rank, old_alpha if alpha is None else alpha)
@@ -599,11 +599,11 @@ class COLAModule(LightningModule, RecordsArguments):
             >>> torch.equal(teacher, module(x)), teacher.requires_grad
             (True, False)
         """
-        with self.adapted.at(number_of_links(links, self._link_names)) as model:
+        with self.adapted.at(number_of_links(links, self.link_names)) as model:
             yield model
 
     @property
-    def _link_names(self) -> list[str | None]:
+    def link_names(self) -> list[str | None]:
         """The name of each link's stage, the current link's last."""
         return [*(link.name for link in self.adapted.chain.links), self.fit_progress.link_name]
 
@@ -631,7 +631,7 @@ class COLAModule(LightningModule, RecordsArguments):
             UserError: if there are fewer links.
         """
         self.make_model()
-        model = self.adapted.merged_model(number_of_links(links, self._link_names), dtype=dtype, device=device)
+        model = self.adapted.merged_model(number_of_links(links, self.link_names), dtype=dtype, device=device)
         values = self.adapted.trained.outside()
         if outside := [name for name, value in values.items() if value.requires_grad]:
             log.warning("merged_model: %s is trained outside of self.model, and not in the copy", " and ".join(outside))

@@ -20,7 +20,8 @@ class FitProgress:
         link_name: the name of the current link's stage; None: it has none.
         end: the position at which the last fit ended, or at which the checkpoint was written that the module was loaded from; a
             next fit at the same position continues it. None before the first fit.
-        first_link: index of the run's first link: how many links ``init_chain`` has.
+        first_link: index of the run's first link: how many links the model had when the run began.
+        is_continued: whether the fit continues the Trainer's last one, so that it is no new run.
         n_earlier_fits: how many fits have trained the module before this one, which draws other numbers than they did.
         length: length of the present fit; None while it is not known.
     """
@@ -31,6 +32,7 @@ class FitProgress:
         self.link_name: str | None = None
         self.end: FitPosition | None = None
         self.first_link = 0
+        self.is_continued = False
         self.n_earlier_fits = 0
         self.length: RunLength | None = None
         self._trainer: weakref.ref[Trainer] | None = None  # of the last fit; an evaluation by another may have followed
@@ -52,10 +54,10 @@ class FitProgress:
             schedule: the schedule of its knots.
         """
         self.schedule, self.length = schedule, None  # which is set when training starts
-        self.link_name = schedule.name or self.link_name
         self._trainer = weakref.ref(trainer)
         now = FitPosition(trainer.current_epoch, trainer.global_step)
-        if not now.global_step or now != self.end:  # else this Trainer continues its own fit
+        self.is_continued = now.global_step > 0 and now == self.end
+        if not self.is_continued:
             self.link_start = now
             self.n_earlier_fits += self.end is not None and self.end.global_step > 0
 
@@ -89,6 +91,7 @@ class FitProgress:
             "n_before": self.n_earlier_fits,
             "first_link": self.first_link,
             "has_knots": self.schedule.has_knots,
+            "knot": [self.schedule.next_A, self.schedule.share],
         }
 
     def restore(self, stored: Mapping[str, Any], link_name: str | None) -> None:
@@ -96,9 +99,9 @@ class FitProgress:
 
         Args:
             stored: what it returned.
-            link_name: the current link's, if the fit's schedule has no name.
+            link_name: the current link's.
         """
-        self.link_name = self.schedule.name or link_name
+        self.link_name = link_name
         self.link_start, self.end = FitPosition(*stored["link_start"]), FitPosition(*stored["position"])
         self.n_earlier_fits, self.first_link = stored["n_before"], stored.get("first_link", 0)
 

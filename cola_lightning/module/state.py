@@ -299,15 +299,17 @@ def _check_same_choices(module: TrainedModule, state: StoredState) -> None:
     Raises:
         UserError: for the first that differs.
     """
-    facts, has_knots = state.facts, module.fit_progress.schedule.has_knots
+    facts, schedule = state.facts, module.fit_progress.schedule
+    has_knots = facts["has_knots"] and schedule.has_knots
     scheduled = _scheduled(module, len(facts["scheduled"]))
     choices = {  # by the options: what the checkpoint's run had, and what this one has
         "trainer.precision, model.finished_links": (_dtype_of(module, state), module.adapted.cast_dtype),
         "model.seed, or seed_everything": (facts["seed"], module.user_seed),
         "model.init_chain": (facts["init_chain_source"], module.init_chain and module.init_chain_source),
-        "chain (has knots)": (facts["has_knots"], facts["has_knots"] and has_knots),
+        "chain (has knots)": (facts["has_knots"], has_knots),
+        "chain.next_A, chain.share": (facts.get("knot"), [schedule.next_A, schedule.share] if has_knots else None),
         "model.rank, model.alpha, chain.ranks, chain.alphas": (facts["scheduled"], scheduled if state.live else None),
     }
     for options, (before, now) in choices.items():
-        if now not in (None, before):
+        if now not in (None, before) and before is not None:  # an older release did not store it
             raise UserError(f"{options}: must be {before}, as in the run that wrote the checkpoint, got {now}")
