@@ -188,6 +188,22 @@ def test_a_stable_schedule_is_transformers(warmup):
             scheduler.step()
 
 
+def test_in_a_loop_without_a_trainer_a_schedule_never_decays_and_needs_a_warm_up_in_steps():
+    """No length is known there."""
+    rates = []
+    for arguments in ({}, {"lr_schedule": "stable"}, {"lr_schedule": "stable", "decay_steps": 3, "warmup_steps": 2}):
+        configured = toy(**arguments).configure_optimizers()
+        for _ in range(3):
+            configured["optimizer"].step()
+            configured["lr_scheduler"]["scheduler"].step()
+        rates.append(configured["optimizer"].param_groups[0]["lr"])
+    assert rates == [1e-3] * 3
+    configured = toy(warmup_steps=0.1).configure_optimizers()
+    configured["optimizer"].step()
+    with pytest.raises(UserError, match=r"model\.warmup_steps: .* 0\.1"):
+        configured["lr_scheduler"]["scheduler"].step()
+
+
 def test_knots_of_a_run_with_a_stable_schedule_fall_before_its_decay(tmp_path):
     stable = {"lr_schedule": "stable", "schedule_scope": "run", "decay_steps": 0.4}
     for arguments, last in ((stable, 18), (stable | {"decay_steps": 6}, 24), ({}, 22)):

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import LinearLR
 from transformers import AutoModelForCausalLM
 
 from cola_lightning import AdaptedModel, COLACausalLM, LoRAConfig, UserError
@@ -137,8 +138,16 @@ class Momentum(ValidatedToy):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=3)]
 
 
+class OwnDecay(ValidatedToy):
+    """A module with a schedule of its own, over the steps of its link."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.trained_parameters(), lr=0.1)
+        return [optimizer], [{"scheduler": LinearLR(optimizer, 1.0, 0.0, self.link_steps), "interval": "step"}]
+
+
 @modes
-@pytest.mark.parametrize("cls", [ValidatedToy, Momentum])
+@pytest.mark.parametrize("cls", [ValidatedToy, Momentum, OwnDecay])
 def test_a_share_of_0_records_links_and_leaves_the_run_its_bits(tmp_path, finished_links, cls):
     """Whatever happens at other knots: a new optimizer, a restarted schedule, a warm-up."""
     options = {"lr_schedule": "cosine", "warmup_steps": 0.1, "knot_warmup_steps": 2, "kept_optimizer_state": 0}

@@ -159,6 +159,11 @@ class ChainSchedule:
         return self.patience is not None
 
     @property
+    def only_records(self) -> bool:
+        """Whether its knots only record a link: the training goes on as if there were none."""
+        return self.share == 0
+
+    @property
     def has_knots(self) -> bool:
         """Whether a long enough run has more than one link."""
         return any(self._when) or self.knots is not None or self.knots_unknown

@@ -314,16 +314,16 @@ class COLAModule(LightningModule, RecordsArguments):
     def link_steps(self) -> float:
         """Optimizer steps of the current link, for a learning-rate schedule of your own in ``configure_optimizers``.
 
-        ``math.inf`` if nothing ends the link, or its end is not known beforehand, and outside of a fit. In a fit it sets up the
+        If knots only record, it is the steps of the run, because the optimizer goes on over them. ``math.inf`` if nothing ends the link, or its end is not known beforehand, and outside of a fit. In a fit it sets up the
         training data, as Lightning's ``trainer.estimated_stepping_batches`` does, which counts the steps of the whole run.
         """
         trainer, progress = trainer_of(self), self.fit_progress
         if trainer is not None and trainer.state.fn == "fit" and trainer.train_dataloader is None:
-            _ = trainer.estimated_stepping_batches
+            trainer.fit_loop.setup_data()
         if (length := progress.known_length()) is None:
             return math.inf
         schedule = progress.schedule.in_run(length, self.link_optimization.stable_share(length))
-        steps = schedule.link_steps(self.link_start, length)
+        steps = length.end_step if schedule.only_records else schedule.link_steps(self.link_start, length)
         return steps if steps == math.inf else int(steps)
 
     @property

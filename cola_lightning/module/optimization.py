@@ -62,7 +62,12 @@ def lr_factor(schedule: LRSchedule, step: int, horizon: float, warmup_steps: flo
 
 
 def phase_length(steps: float, horizon: float) -> int:
-    """A phase of a schedule in steps: as given, or rounded up from a share of the horizon; never longer than the horizon."""
+    """A phase of a schedule in steps: as given, or rounded up from a share of the horizon; never longer than the horizon.
+
+    A share of an unknown horizon, which is infinite, has not begun: it is 0.
+    """
+    if horizon == math.inf and steps < 1:
+        return 0
     whole = steps if steps >= 1 or steps == 0 else math.ceil(steps * horizon)
     return int(min(whole, horizon))
 
@@ -202,8 +207,8 @@ class LinkOptimization:
 
     @property
     def _goes_on(self) -> bool:
-        """Whether the optimizer and its schedule go on over the knots, because these only record: they merge a share of 0."""
-        return self.progress.schedule.share == 0
+        """Whether the optimizer and its schedule go on over the knots, because these only record."""
+        return self.progress.schedule.only_records
 
     @property
     def _is_over_run(self) -> bool:
@@ -227,6 +232,11 @@ class LinkOptimization:
             self._horizon = horizon if length is self.progress.length else None
         if horizon is None and step == 0:  # whatever the length is
             return 0.0 if self.warmup_steps else 1.0
+        if horizon is None and 0 < self.warmup_steps < 1:
+            raise UserError(
+                f"model.warmup_steps: must be a number of steps, because a loop without a Trainer has no known length, got the "
+                f"share {self.warmup_steps:g}"
+            )
         end, rise = horizon or (math.inf, 0)
         place = self._start.global_step + step if self._is_over_run else step
         value = lr_factor(self.lr_schedule, place, end, self.warmup_steps, self.decay_steps)
