@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, TemplateDataModule, TextClassificationDataModule
+from cola_lightning.hf.language import StepOutput
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
 from tests import tiny
 from tests.toy import trainer
@@ -123,3 +124,21 @@ def test_each_of_several_loaders_has_its_own_measures(tmp_path, sources, kind):
     assert alone["test"][0] != pytest.approx(alone["test"][1], abs=1e-3)
     batches = trainer(tmp_path).predict(module, Both())
     assert [[row for batch in some for row in batch["prediction"]] for some in batches] == rows
+
+
+class Scripted(COLACausalLM):
+    """Each tenth row is right."""
+
+    def step(self, batch):
+        right = (batch % 10 == 0).long()
+        return StepOutput(torch.zeros(()), len(batch), right, torch.ones_like(right), logged={"share": right.bfloat16()})
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_measures_of_many_rows_are_means_in_any_precision(tmp_path, precision):
+    """A count in bfloat16 stops growing at some hundreds of rows."""
+    module = Scripted(tiny.folder(tmp_path), target_modules=["q_proj"], rank=1, alpha=2, seed=0)
+    run = trainer(tmp_path, precision=precision)
+    (found,) = run.validate(module, DataLoader(torch.arange(3000), batch_size=8))
+    assert found["val_accuracy"] == pytest.approx(0.1, abs=1e-6)
+    assert found["val_share"] == pytest.approx(0.1, abs=1e-6)

@@ -10,13 +10,13 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from typing_extensions import override
 
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
 from cola_lightning.hf.host_values import HostValues
-from cola_lightning.hf.metrics import Accuracy
+from cola_lightning.hf.metrics import Accuracy, Mean
 from cola_lightning.hf.named_base import TransformersBase
 from cola_lightning.hf.pretrained import Pretrained
 from cola_lightning.lora.inject import is_in_matching_modules
@@ -267,7 +267,7 @@ class LanguageModule(COLAModule, ABC):
     def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
         output = self.step(batch)
         self.log(f"{stage}_loss", output.loss, batch_size=output.size, prog_bar=True, sync_dist=True)
-        means = {name: (MeanMetric, (values,)) for name, values in output.logged.items()}
+        means = {name: (Mean, (values,)) for name, values in output.logged.items()}
         for name, (make, values) in {**means, **self.batch_metrics(batch, output)}.items():
             key = f"{stage}_{name}_{dataloader_idx}"
             if key not in self.evaluation_metrics:

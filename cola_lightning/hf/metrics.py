@@ -12,7 +12,15 @@ from torchmetrics.text import SQuAD
 from typing_extensions import override
 
 
-class Accuracy(MeanMetric):
+class Mean(MeanMetric):
+    """A mean that is accumulated in float32 under every precision: a count in bfloat16 stops growing at some hundreds of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_dtype(torch.float32)
+
+
+class Accuracy(Mean):
     """The share of predictions that equal their targets."""
 
     @override
