@@ -31,7 +31,7 @@ class Placement(NamedTuple):
     """The placement of a model in use.
 
     Attributes:
-        root: the model, or a strategy's wrapper around it.
+        root: the module that contains the model and all else that is trained, in a strategy's wrappers.
         device: where finished links are computed.
         is_sharded: whether the weights are sharded over processes.
     """
@@ -386,7 +386,7 @@ class AdaptedModel:
         with ExitStack() as block:
             block.enter_context(evaluating(self.model))
             block.enter_context(torch.no_grad())
-            block.enter_context(self.trained.replaced(values))
+            block.enter_context(self.trained.replaced(values, self.placement().root))
             for layer, stack in zip(self.layers.values(), stacks, strict=False):
                 block.enter_context(with_attribute(layer, "earlier", stack))
             yield self.model

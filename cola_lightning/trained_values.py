@@ -67,17 +67,31 @@ class TrainedValues:
             layout.copy_(present[name], values[name])
 
     @contextmanager
-    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside the block, the model has these values; afterwards it has its own again, to the bit."""
-        present = layout.state_dict(self.model) | self.outside() if values else {}
-        before = {name: layout.local(present[name]).detach().clone() for name in present.keys() & values.keys()}
+    def replaced(self, values: Mapping[str, Tensor], root: nn.Module) -> Iterator[None]:
+        """Inside the block, the model has tensors with these values; afterwards it has its own tensors again.
+
+        Tensors are exchanged, and not their values: autocast and a backward pass may still need what is in them.
+
+        Args:
+            values: :meth:`copies`; names that are unknown here are ignored.
+            root: the module that contains the model, and what is trained outside of it.
+        """
+        present = layout.state_dict(self.model, keep_vars=True) | self.outside() if values else {}
+        others = {id(present[name]): _like(present[name], values[name]) for name in present.keys() & values.keys()}
+        places = [
+            (module, name, value)
+            for module in (root.modules() if others else ())
+            for named in (module.named_parameters, module.named_buffers)
+            for name, value in named(recurse=False, remove_duplicate=False)
+            if id(value) in others
+        ]
         try:
-            self.write(values)
+            for module, name, value in places:
+                setattr(module, name, others[id(value)])
             yield
         finally:
-            with torch.no_grad():
-                for name, value in before.items():
-                    layout.local(present[name]).copy_(value)
+            for module, name, value in places:
+                setattr(module, name, value)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Writes another run's values into the present ones.
@@ -93,3 +107,9 @@ class TrainedValues:
                     "(model.modules_to_save)"
                 )
         self.write(values)
+
+
+def _like(present: Tensor, value: Tensor) -> Tensor:
+    """A value as a tensor that can take the place of another one, without a gradient."""
+    value = layout.lay_out(value.to(present.device, present.dtype), present)
+    return nn.Parameter(value, requires_grad=False) if isinstance(present, nn.Parameter) else value

@@ -1,5 +1,6 @@
 """The model as it was after its first links, inside a block: no second model, and nothing that training needs changes."""
 
+import contextlib
 import copy
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from cola_lightning import UserError, lora_layers
 from tests import tiny
 from tests.tiny import causal_lm, logits, three_links
+from tests.toy import ValidatedToy, toy
 
 
 def changed(module):
@@ -56,6 +58,58 @@ def test_an_earlier_state_has_the_outputs_of_the_merged_model_and_leaves_nothing
     with pytest.raises(KeyError), module.at(1):
         raise KeyError("of the user's")
     assert_same(before, changed(module))
+
+
+HEAD = {"rank": 4, "modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}}
+
+
+@pytest.mark.parametrize("reference_first", [True, False])
+def test_a_fully_trained_module_is_another_under_autocast_too(tmp_path, reference_first):
+    """Autocast keeps what it has cast for as long as the tensor lives, whatever is written into it."""
+    module, ids = three_links(causal_lm(tmp_path, **HEAD)), torch.arange(10)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = [module.model(input_ids=ids).logits]
+    with module.at(1) as model, torch.autocast("cpu", torch.bfloat16):
+        expected.append(model(input_ids=ids).logits)
+    mine = dict[int, torch.Tensor]()
+    with torch.autocast("cpu", torch.bfloat16):
+        for k in (1, 0) if reference_first else (0, 1):
+            with module.at(1) if k else contextlib.nullcontext(module.model) as model:
+                mine[k] = model(input_ids=ids).logits
+    assert all(torch.equal(mine[k], expected[k]) for k in (0, 1))
+    assert not torch.equal(*expected)
+
+
+class WithHead(ValidatedToy):
+    """A toy with a trained layer outside of its model."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(6, 6)
+
+
+def test_a_student_s_backward_pass_may_come_after_the_block(tmp_path):
+    module, ids = three_links(causal_lm(tmp_path, **HEAD)), torch.arange(10)[None]
+    toy_module, x = toy(WithHead), torch.randn(3, 8)
+    toy_module.configure_model()
+    with torch.no_grad():
+        toy_module.head.weight.mul_(2)
+    toy_module.tie_knot()
+    for part, inputs, student in (
+        (module, ids, lambda: module.model(input_ids=ids).logits.square().mean()),
+        (toy_module, x, lambda: toy_module.head(toy_module.model(x)).square().mean()),
+    ):
+        student().backward()
+        expected = [p.grad.clone() for p in part.trained_parameters()]
+        part.zero_grad()
+        loss = student()
+        with part.at(0) as model:
+            model(inputs)
+            if part is toy_module:
+                assert torch.equal(part.head.weight, part.adapted.trained.first["self.head.weight"])
+        loss.backward()
+        assert all(torch.equal(p.grad, wanted) for p, wanted in zip(part.trained_parameters(), expected, strict=True))
 
 
 def test_blocks_can_be_nested(tmp_path):

@@ -562,7 +562,7 @@ class COLAModule(LightningModule, RecordsArguments):
             root = trainer.strategy.model if trainer.strategy.lightning_module is self else None
             device = trainer.strategy.root_device
         is_sharded = layout.is_model_sharded(self.model) or self.is_wrapped_by_fsdp1
-        return Placement(self.model if root is None else root, device, is_sharded)
+        return Placement(self if root is None else root, device, is_sharded)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
