@@ -286,33 +286,33 @@ def test_a_compiled_module_computes_the_same_in_one_graph():
 # ---------------------------------------------------------------------- torch's encoders
 
 
-def encoder(nested=True):
+def encoder(nested=True, norm=None):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+    return nn.TransformerEncoder(layer, 2, norm, enable_nested_tensor=nested)
 
 
 @nested_is_new
 @modes
 @pytest.mark.parametrize("target_modules", ["all-linear", ["self_attn"]], ids=str)
-def test_an_encoder_evaluates_as_it_trains_also_where_rows_are_padded(target_modules, finished_links):
+@pytest.mark.parametrize("nested", [True, False])
+def test_an_encoder_evaluates_as_its_merged_model_also_where_rows_are_padded(target_modules, finished_links, nested):
     """torch's fused encoder layers, and nested tensors, would read the weights without the links."""
-    model, x = adapted(encoder(), target_modules, links=2, finished_links=finished_links), torch.randn(3, 5, 8)
-    model = copy.deepcopy(model)
-    expected, kept = {}, {"padded": ~padding, "whole": slice(None)}
-    masks = {"padded": {"src_key_padding_mask": padding}, "whole": {}}
-    for name, options in masks.items():
-        expected[name] = model.train()(x, **options)
-        for is_enabled in (True, False):
-            with torch.set_grad_enabled(is_enabled):
-                assert_same_outputs([model.eval()(x, **options)], [expected[name]])
-    merged = plain(model)
-    assert merged.use_nested_tensor
+    norm = nn.LayerNorm(8)
+    nn.init.normal_(norm.bias)
+    model = adapted(encoder(nested, norm), target_modules, links=2, finished_links=finished_links)
+    model, x = copy.deepcopy(model), torch.randn(3, 5, 8)
+    merged = plain(model).requires_grad_(True)  # as merged_model has it
+    left, none = padding.flip(1), torch.zeros_like(padding)
+    masks = {"padded": padding, "added": torch.zeros(3, 5).masked_fill_(padding, -torch.inf), "left": left, "none": none}
+    for name, mask in {**masks, "whole": None}.items():
+        for is_training, has_gradients in ((True, True), (False, True), (False, False)):
+            with torch.set_grad_enabled(has_gradients):
+                mine, theirs = (one.train(is_training)(x, src_key_padding_mask=mask) for one in (model, merged))
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=f"{name} {is_training} {has_gradients}")
+    assert merged.use_nested_tensor is nested
     assert merged.layers[0].activation_relu_or_gelu == 1
-    for name, options in masks.items():
-        with torch.no_grad():
-            outputs = merged.eval()(x, **options)
-        torch.testing.assert_close(outputs[kept[name]], expected[name][kept[name]], rtol=1e-4, atol=1e-5)
+    assert not any("forward" in vars(part) for part in merged.modules())
 
 
 def test_a_decoder_and_nn_transformer_are_adapted():

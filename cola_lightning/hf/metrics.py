@@ -13,7 +13,7 @@ from typing_extensions import override
 
 
 class Mean(MeanMetric):
-    """A mean that is accumulated in float32 under every precision: a count in bfloat16 stops growing at some hundreds of rows."""
+    """A mean that is accumulated in float32 under every precision: a count in bfloat16 soon stops growing."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -143,6 +143,25 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, 
     return functools.reduce(torch.add, masks) if masks else None
 
 
+# ---------------------------------------------------------------------- torch's encoders
+
+
+def last_layer_forward(
+    layer: Any, src: Tensor, src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """The forward pass of an ``nn.TransformerEncoder``'s last layer, with zeros where nested tensors would leave them.
+
+    Nested tensors have no padded positions. torch uses them in evaluation, for rows that are padded on the right.
+    """
+    y: Tensor = type(layer).forward(layer, src, src_mask, src_key_padding_mask, is_causal)
+    is_evaluated = not (layer.training or torch.is_grad_enabled() or torch.is_autocast_enabled())
+    if is_evaluated and src_key_padding_mask is not None and src_mask is None and not torch.compiler.is_compiling():
+        padded = src_key_padding_mask != 0  # also of a mask that is added
+        if padded.dim() == 2 and bool((padded[:, 1:] >= padded[:, :-1]).all()):
+            y = y.masked_fill(padded[..., None], 0)
+    return y
+
+
 # ---------------------------------------------------------------------- attention in shifted windows
 
 
@@ -246,11 +265,17 @@ def with_projections(model: nn.Module, names: list[str]) -> list[str]:
 
 def _set_fused(model: nn.Module) -> None:
     """Turns the fused evaluation of torch's encoders off while a layer that it would read has a link, and on again."""
-    for module, (kind, name) in itertools.product(model.modules(), FUSED.items()):
+    modules: list[Any] = [*model.modules()]
+    for module, (kind, name) in itertools.product(modules, FUSED.items()):
         if isinstance(module, kind):
             layers = LoRALayer if kind is nn.TransformerEncoderLayer else ()  # an encoder reads attention alone
             if any(is_open(part) or isinstance(part, layers) for part in module.modules()):
-                vars(module).setdefault("value_before_links", getattr(module, name))
+                was_fused = vars(module).setdefault("value_before_links", getattr(module, name))
                 setattr(module, name, 0)
+                if was_fused and kind is nn.TransformerEncoder:
+                    last = module.layers[-1]
+                    last.forward = functools.partial(last_layer_forward, last)
             elif "value_before_links" in vars(module):
                 setattr(module, name, vars(module).pop("value_before_links"))
+                if kind is nn.TransformerEncoder:
+                    vars(module.layers[-1]).pop("forward", None)

@@ -314,8 +314,9 @@ class COLAModule(LightningModule, RecordsArguments):
     def link_steps(self) -> float:
         """Optimizer steps of the current link, for a learning-rate schedule of your own in ``configure_optimizers``.
 
-        If knots only record, it is the steps of the run, because the optimizer goes on over them. ``math.inf`` if nothing ends the link, or its end is not known beforehand, and outside of a fit. In a fit it sets up the
-        training data, as Lightning's ``trainer.estimated_stepping_batches`` does, which counts the steps of the whole run.
+        If knots only record, these are the steps of the run, because the optimizer goes on over them. ``math.inf`` if nothing
+        ends the link, or its end is not known beforehand, and outside of a fit. In a fit it sets up the training data, as
+        Lightning's ``trainer.estimated_stepping_batches`` does, which counts the steps of the whole run.
         """
         trainer, progress = trainer_of(self), self.fit_progress
         if trainer is not None and trainer.state.fn == "fit" and trainer.train_dataloader is None:
