@@ -265,17 +265,20 @@ def with_projections(model: nn.Module, names: list[str]) -> list[str]:
 
 def _set_fused(model: nn.Module) -> None:
     """Turns the fused evaluation of torch's encoders off while a layer that it would read has a link, and on again."""
-    modules: list[Any] = [*model.modules()]
-    for module, (kind, name) in itertools.product(modules, FUSED.items()):
+    for module, (kind, name) in itertools.product(model.modules(), FUSED.items()):
         if isinstance(module, kind):
             layers = LoRALayer if kind is nn.TransformerEncoderLayer else ()  # an encoder reads attention alone
             if any(is_open(part) or isinstance(part, layers) for part in module.modules()):
                 was_fused = vars(module).setdefault("value_before_links", getattr(module, name))
                 setattr(module, name, 0)
                 if was_fused and kind is nn.TransformerEncoder:
-                    last = module.layers[-1]
+                    last = _last_layer(module)
                     last.forward = functools.partial(last_layer_forward, last)
             elif "value_before_links" in vars(module):
                 setattr(module, name, vars(module).pop("value_before_links"))
                 if kind is nn.TransformerEncoder:
-                    vars(module.layers[-1]).pop("forward", None)
+                    vars(_last_layer(module)).pop("forward", None)
+
+
+def _last_layer(encoder: Any) -> Any:
+    return encoder.layers[-1]
