@@ -273,3 +273,13 @@ def test_what_is_mistyped_in_python_is_refused_in_one_line_that_names_it(do, giv
         do(**given) if isinstance(given, dict) else do(*given)
     field, _, words = message.partition(": ")
     assert re.fullmatch(f"{field}:? .*{words}.*", str(caught.value)), str(caught.value)
+
+
+def test_a_checkpoint_of_full_fine_tuning_is_no_chain_to_begin_from(tmp_path):
+    """It has no links, so the run would begin from the base."""
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(toy(target_modules=None), batches())
+    run.save_checkpoint(tmp_path / "full.ckpt")
+    begun = toy(init_chain=str(tmp_path / "full.ckpt"))
+    with pytest.raises(UserError, match=r"^model\.init_chain: .*full\.ckpt' has no links, .*export"):
+        begun.configure_model()

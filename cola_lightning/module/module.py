@@ -293,7 +293,13 @@ class COLAModule(LightningModule, RecordsArguments):
         """
         if self.init_chain is None or self.opened_checkpoint is not None:
             return None
-        return read_chain(self.init_chain, self.init_links, "model.init_chain")
+        chain = read_chain(self.init_chain, self.init_links, "model.init_chain")
+        if not chain.links and self.init_links != 0:
+            raise UserError(
+                f"model.init_chain: {self.init_chain!r} has no links, because its model was trained without any. Use `cola export "
+                "--format merged`, and the folder that it writes as the model"
+            )
+        return chain
 
     @property
     def chain(self) -> Chain:
