@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cola_lightning import layout
 from cola_lightning.chain.base import base_copies, base_values, check_same_base, check_same_layers, describe_base
 from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
-from cola_lightning.chain.schedule import NextA, TrainedFactors, check_knot, frozen_factor
+from cola_lightning.chain.schedule import Knot, TrainedFactors, frozen_factor, merged_share
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import Factor, LoRAConfig
@@ -226,15 +226,22 @@ class AdaptedModel:
         return Chain([*self.chain.links, *([self.live_link()] if self.layers else [])], self.chain.base)
 
     def tie_knot(
-        self, rank: int | None = None, alpha: float | None = None, *, next_A: NextA = "new", share: float = 1.0, **metadata: Any
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        *,
+        knot: Knot = "cola",
+        share: float | None = None,
+        **metadata: Any,
     ) -> Link:
-        """Finishes the current link and begins the next. A new A needs a new optimizer.
+        """Finishes the current link and begins the next. A knot of ``cola`` needs a new optimizer.
 
         Args:
             rank: the next link's, at most the rank that the layers were made with; None: as before.
             alpha: the next link's; None: as before.
-            next_A: whether the next link begins with a ``new`` A, and B at zero, or with the ``same`` A.
-            share: with the same A: the share of B A that is merged. The rest stays in B.
+            knot: ``cola`` merges the link, draws a new A and sets B to zero. ``half`` merges a share of the link; A and the
+                rest of B go on. ``record`` only records the link.
+            share: the share that ``half`` merges; None: 0.5.
             **metadata: see :meth:`live_link`.
 
         Returns:
@@ -247,15 +254,15 @@ class AdaptedModel:
         """
         link = self.live_link(**metadata)
         following = self.checked_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha)
-        check_knot(next_A, share, self.trained_factors)
-        if next_A == "same" and following != self.live:
-            raise UserError("chain.next_A: with same, a link has the rank and alpha of the link before it")
-        for layers in self.by_unit():
-            for layer in layers.values():
-                layer.finish(share)
-        link = replace(link, share=share)
+        link = replace(link, share=merged_share(knot, share, self.trained_factors))
+        if knot != "cola" and following != self.live:
+            raise UserError(f"chain.knot: with {knot}, a link has the rank and alpha of the link before it")
+        if not link.is_record:
+            for layers in self.by_unit():
+                for layer in layers.values():
+                    layer.finish(link.share)
         self.chain.append(link)
-        if next_A == "new":
+        if knot == "cola":
             self.begin_link(*following)
         return link
 

@@ -43,7 +43,7 @@ RANKS = [4, 2, 6, 3]
 WHOLE = {"chain": {}, "arguments": {"target_modules": None}}  # full fine-tuning
 STACK = {"arguments": {"finished_links": "stack"}}
 KEPT = {"arguments": {"kept_optimizer_state": 0.5}, "gradient_clip_val": None}
-SHARE = {"chain": {"every_n_train_steps": 4, "next_A": "same", "share": 0.5}, "arguments": {"kept_optimizer_state": 1}}
+SHARE = {"chain": {"every_n_train_steps": 4, "knot": "half"}}
 EXPERTS = {"model": "qwen3_moe", "arguments": {"experts": True}}
 LLAMA_64 = {"model": "llama", "precision": "64-true"}
 TIMEOUT = timedelta(seconds=60)

@@ -72,10 +72,17 @@ LLAMA += TRAINER + "  accumulate_grad_batches: 2\n"
 # Preference tuning whose reference each knot moves; batches, validations and knots as the Llama's. A knot merges
 # half; A, the rest of B and the optimizer go on.
 PAIRS = LLAMA.replace("COLACausalLM", "COLAPreferenceLM").replace("PromptDataModule", "PreferenceDataModule")
-PAIRS = PAIRS.replace("    lr_schedule: linear", "    lr_schedule: linear\n    reference: link\n    kept_optimizer_state: 1")
-PAIRS = PAIRS.replace("task: SST2, source", "source").replace("epochs: 1}", "epochs: 1, next_A: same, share: 0.5}")
+PAIRS = PAIRS.replace("    lr_schedule: linear", "    lr_schedule: linear\n    reference: link")
+PAIRS = PAIRS.replace("task: SST2, source", "source").replace("epochs: 1}", "epochs: 1, knot: half}")
 
 SETUPS = {"digits": DIGITS, "llama": LLAMA, "pairs": PAIRS}
+# Knots that only record, on stacked links; and knots that merge a third, in the middle of epochs.
+SETUPS["records"] = LLAMA.replace("epochs: 1}", "epochs: 1, knot: record}").replace(
+    "    rank: 2", "    rank: 2\n    dtype: bfloat16"
+)
+SETUPS["thirds"] = DIGITS.replace("ranks: [2, 1, 2]", "knot: half, share: 0.3").replace(
+    "lr_schedule: linear", "lr_schedule: stable"
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Kill:
 
     def at(self, setup):
         """The batch, in a set-up's run: its epoch, and its place in the epoch."""
-        return self.digits if setup == "digits" else self.llama
+        return self.digits if setup in ("digits", "thirds") else self.llama
 
     def __str__(self):
         return f"{self.moment}, {self.signal}"
@@ -131,13 +138,13 @@ class Outcome:
 def prepare(setup, folder):
     """Writes what a set-up's runs share: the configuration, and for the language model its files and its data."""
     (folder / "config.yaml").write_text(SETUPS[setup])
-    if setup != "digits":
+    if setup not in ("digits", "thirds"):
         tiny.folder(folder / "model", "llama", attention_dropout=0.1)
     if setup == "pairs":
         answers = ["It was great.", "It was terrible."]
         rows = [{"prompt": f"Film {k}? ", "chosen": answers[k % 2], "rejected": answers[1 - k % 2]} for k in range(40)]
         tiny.write_rows(folder / "rows", rows)
-    if setup == "llama":
+    if setup in ("llama", "records"):
         words = [("great", 1), ("terrible", 0)]
         rows = [{"sentence": f"film {k} with {words[k % 2][0]} actors ", "label": words[k % 2][1]} for k in range(40)]
         tiny.write_rows(folder / "rows", rows)

@@ -54,13 +54,12 @@ def test_the_overlay_for_several_gpus_replaces_a_configs_strategy():
     assert (config["trainer"]["strategy"], config["trainer"]["devices"]) == ("ddp", "auto")
 
 
-def test_the_overlay_of_free_knots_leaves_a_run_its_losses(tmp_path, monkeypatch):
+def test_knots_that_record_leave_a_run_its_losses(tmp_path, monkeypatch):
     """The losses of plain LoRA, digit by digit; and there are three links to go back to."""
     monkeypatch.chdir(tmp_path)
     at_size = [*at_tiny_size("quickstart", tmp_path), "--trainer.max_steps", "6", "--trainer.val_check_interval", "2"]
-    overlay = ["--config", str(FOLDER / "overlays" / "free_knots.yaml")]
     losses = []
-    for given in ([*overlay, "--chain.every_n_train_steps", "2"], ["--chain.every_n_train_steps", "null"]):
+    for given in (["--chain.knot", "record", "--chain.every_n_train_steps", "2"], ["--chain.every_n_train_steps", "null"]):
         assert main(["fit", "--config", str(FOLDER / "quickstart.yaml"), *given, *at_size]) == 0
         with (tmp_path / "runs" / f"version_{len(losses)}" / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
@@ -74,14 +73,15 @@ with_knots = pytest.mark.parametrize("path", [BENCHMARKS[0], FOLDER / "smollm2.y
 
 
 @with_knots
-def test_the_overlay_that_merges_half_replaces_a_configs_own_knots(path):
-    config = resolve_config(["--config", str(path), "--config", str(FOLDER / "overlays" / "merge_half.yaml")])
-    model = config["model"]["init_args"]
-    assert (model["lr_schedule"], model["schedule_scope"], model["kept_optimizer_state"]) == ("stable", "run", 1)
+@pytest.mark.parametrize("words", [["--chain.knots", "4"], ["--chain.knots=4"], ["--config", "knots.yaml"]])
+def test_other_knots_replace_a_configs_own(path, words, tmp_path, monkeypatch):
+    path = Path(path).absolute()
+    monkeypatch.chdir(tmp_path)
+    Path("knots.yaml").write_text("chain: {knots: 4}")
+    config = resolve_config(["--config", str(path), "--config", str(FOLDER.absolute() / "overlays" / "one_knot.yaml"), *words])
     run = RunLength(lambda epoch: 20, max_epochs=4, max_steps=math.inf)
-    options = {name: config["chain"][name] for name in (*KNOT_OPTIONS, "until", "ranks", "alphas", "next_A", "share")}
-    schedule = ChainSchedule(**options).in_run(run, stable_share=1 - model["decay_steps"])
-    assert (schedule.at_steps, schedule.next_A, schedule.share) == ([12, 24, 36, 48], "same", 0.5)
+    options = {name: config["chain"][name] for name in (*KNOT_OPTIONS, "until", "knot", "share")}
+    assert ChainSchedule(**options).in_run(run, stable_share=0.6).at_steps == [12, 24, 36, 48]
 
 
 @with_knots

@@ -59,7 +59,7 @@ def test_the_block_says_what_is_trained_and_when_knots_fall_and_comes_once(tmp_p
         "frozen, without links: 1 Sequential, 1 LayerNorm",
         "parameters: 76 of 289 are trained (26.30%)",
         "data: 10 batches in an epoch",
-        "knots: before steps 10, 20, of 30 steps",
+        "knots (cola): before steps 10, 20, of 30 steps",
         "resume: exact only from the end of an epoch. EpochDataModule makes it exact everywhere",
         "no checkpoint is written",
     ]
@@ -127,4 +127,4 @@ def test_the_block_says_whether_a_resume_is_exact(tmp_path, caplog, make, expect
 
 def test_more_knots_than_fit_are_counted_and_unknown_ones_are_said(tmp_path, caplog):
     lines = lines_of_fit(tmp_path, caplog, toy(), chain={"every_n_train_steps": 2})
-    assert "knots: before steps 2, 4, 6, 8, 10, 12, 14, 16 and 6 more, of 30 steps" in lines
+    assert "knots (cola): before steps 2, 4, 6, 8, 10, 12, 14, 16 and 6 more, of 30 steps" in lines

@@ -240,7 +240,7 @@ def test_a_knot_that_only_records_moves_the_reference_and_nothing_else(tmp_path,
     tiny.with_live_link(module)
     batch, values = pair_batch(random_pairs()), [value.clone() for value in module.trained_parameters()]
     before = module.step(batch).loss.item()
-    module.adapted.tie_knot(next_A="same", share=0)
+    module.adapted.tie_knot(knot="record")
     assert all(map(torch.equal, module.trained_parameters(), values))
     assert module.step(batch).loss.item() == pytest.approx(LOG_2, abs=1e-6) != pytest.approx(before, abs=1e-3)
     with torch.no_grad():

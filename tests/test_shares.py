@@ -1,4 +1,4 @@
-"""Knots that merge a share of B A and go on with the same A, the rest of B and the same optimizer."""
+"""Knots over which A, the rest of B and the optimizer go on: those that merge a share of B A, and those that only record."""
 
 import copy
 from dataclasses import replace
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 modes = pytest.mark.parametrize("finished_links", ["merge", "stack"])
 KNOTS = (5, 10, 15)  # of 20 steps
-CHAIN = {"at_steps": KNOTS, "next_A": "same", "share": 0.5}
+CHAIN = {"at_steps": KNOTS, "knot": "half"}
 
 
 class Record(Callback):
@@ -45,7 +45,7 @@ class Record(Callback):
 
 
 def fit(folder, *callbacks, cls=ValidatedToy, data=None, ckpt_path=None, chain=CHAIN, **arguments):
-    optimization = {"lr_schedule": "constant", "kept_optimizer_state": 1, "optimizer": lambda p: AdamW(p, lr=1e-2)}
+    optimization = {"lr_schedule": "constant", "optimizer": lambda p: AdamW(p, lr=1e-2)}
     module = toy(cls, **optimization | arguments)
     made = trainer(folder, *callbacks, chain=chain, max_steps=20, num_sanity_val_steps=0)
     made.fit(module, data or Data(batch_size=4), ckpt_path=ckpt_path)
@@ -60,6 +60,11 @@ def run(request, tmp_path_factory):
     return folder, fit(folder, record, finished_links=request.param), record.copies
 
 
+def knot(share):
+    """The options of a knot that merges a share and goes on."""
+    return {"knot": "half", "share": share} if share else {"knot": "record"}
+
+
 def trained_model(finished_links="merge", share=0.5, knots=3):
     """A model after some knots and five more steps, in a loop of one's own with one optimizer."""
     model = AdaptedModel(
@@ -72,7 +77,7 @@ def trained_model(finished_links="merge", share=0.5, knots=3):
             F.mse_loss(model.model(x), y).backward()
             optimizer.step()
         if link < knots:
-            model.tie_knot(next_A="same", share=share)
+            model.tie_knot(**knot(share))
     return model
 
 
@@ -85,7 +90,7 @@ def test_a_knot_keeps_the_function_and_what_is_left_in_B(finished_links, share):
     model, ((x, _),) = trained_model(finished_links, share), batches(1)
     before, factors = model.model(x), {name: layer.lora_B.detach().clone() for name, layer in model.layers.items()}
     drawn = {name: layer.lora_A.detach().clone() for name, layer in model.layers.items()}
-    link = model.tie_knot(next_A="same", share=share)
+    link = model.tie_knot(**knot(share))
     assert link.share == share
     assert_near(model.model(x), before, 1e-6)
     for name, layer in model.layers.items():
@@ -152,7 +157,7 @@ def test_a_share_of_0_records_links_and_leaves_the_run_its_bits(tmp_path, finish
     """Whatever happens at other knots: a new optimizer, a restarted schedule, a warm-up."""
     options = {"lr_schedule": "cosine", "warmup_steps": 0.1, "knot_warmup_steps": 2, "kept_optimizer_state": 0}
     options |= {"cls": cls, "finished_links": finished_links}
-    record, chain = Record(tmp_path), {**CHAIN, "share": 0}
+    record, chain = Record(tmp_path), {**CHAIN, "knot": "record"}
     module = fit(tmp_path, record, chain=chain, **options)
     without_knots = fit(tmp_path / "lora", chain={}, **options)
     resumed = fit(tmp_path / "resumed", chain=chain, ckpt_path=tmp_path / "12.ckpt", **options)
@@ -176,9 +181,9 @@ def test_a_run_resumes_with_the_same_bits(run, tmp_path, step):
 
 @pytest.mark.parametrize(("before", "now"), [(0, 0.5), (0.5, 0), (0.5, 1)])
 def test_a_run_is_not_resumed_with_another_share(tmp_path, before, now):
-    fit(tmp_path, Record(tmp_path), chain={**CHAIN, "share": before})
-    with pytest.raises(UserError, match=rf"chain\.share: must be .*{before}.*, as in the run .* got .*{now}"):
-        fit(tmp_path / "resumed", chain={**CHAIN, "share": now}, ckpt_path=tmp_path / "12.ckpt")
+    fit(tmp_path, Record(tmp_path), chain={**CHAIN, **knot(before)})
+    with pytest.raises(UserError, match=rf"chain\.knot, chain\.share: must be .*{before}.*, as in the run .* got .*{now}"):
+        fit(tmp_path / "resumed", chain={**CHAIN, **knot(now)}, ckpt_path=tmp_path / "12.ckpt")
 
 
 def test_a_loop_goes_on_from_its_state():
@@ -249,7 +254,7 @@ def test_exports_are_the_model(tmp_path):
     copies = []
     for _ in range(2):
         copies.append(copy.deepcopy(module.merged_model()))
-        module.adapted.tie_knot(next_A="same", share=0.5)
+        module.adapted.tie_knot(knot="half")
     with torch.no_grad():
         for layer in module.adapted.layers.values():
             layer.lora_A.add_(0.1)
@@ -276,9 +281,9 @@ def test_a_record_adds_nothing_to_a_stack_or_to_an_adapter(tmp_path, finished_li
     module = tiny.causal_lm(tmp_path, finished_links=finished_links)
     tiny.with_live_link(module)
     copies = []
-    for next_A, share in (("same", 0), ("new", 1), *[("same", 0)] * 3):
+    for kind in ("record", "cola", *["record"] * 3):
         copies.append(tiny.logits(module.merged_model()))
-        module.adapted.tie_knot(next_A=next_A, share=share)
+        module.adapted.tie_knot(knot=kind)
         with torch.no_grad():
             for layer in module.adapted.layers.values():
                 layer.lora_B.add_(0.1)
@@ -308,9 +313,11 @@ def test_a_record_adds_nothing_to_a_stack_or_to_an_adapter(tmp_path, finished_li
     ("given", "field"),
     [
         ({"share": 0.5}, r"chain\.share"),
-        ({"next_A": "same", "share": 1.5}, r"chain\.share"),
-        ({"next_A": "same", "share": -0.5}, r"chain\.share"),
-        ({"next_A": "same", "rank": 1}, r"chain\.next_A"),
+        ({"knot": "record", "share": 0.5}, r"chain\.share"),
+        ({"knot": "half", "share": 1.5}, r"chain\.share"),
+        ({"knot": "half", "share": 0}, r"chain\.share"),
+        ({"knot": "half", "rank": 1}, r"chain\.knot"),
+        ({"knot": "New"}, r"chain\.knot"),
     ],
 )
 def test_a_knot_that_would_lose_something_is_refused(given, field):
@@ -324,7 +331,7 @@ def test_a_knot_that_would_lose_something_is_refused(given, field):
 def test_a_method_of_a_study_has_its_knots_before_the_decay(name, share):
     words = ["--config", DIGITS, "--chain.ranks", "[1, 1]", "--model.trained_factors", "random"]
     given = known_config(*words)
-    chain, model = {"next_A": "same", "share": share, "ranks": None}, {"kept_optimizer_state": 1, "trained_factors": "both"}
+    chain, model = {"knot": "half", "share": share, "ranks": None}, {"trained_factors": "both"}
     for found, knots in ((method(name, given), None), (method(f"{name}-5", given), 4)):
         assert found.links == (5 if knots else method("cola", given).links)
         config = resolve_config([*words, *as_words(found.options)])

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
 from cola_lightning.chain import Link
-from cola_lightning.chain.schedule import ChainSchedule, FitPosition, UserRule, check_knot, is_plateau
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, UserRule, is_plateau, merged_share
 from cola_lightning.errors import UserError
 from cola_lightning.module import COLAModule
 from cola_lightning.module.arguments import WholeSignature
@@ -119,7 +119,7 @@ class ChainOfLoRA(Callback):
         if self.schedule.has_knots:
             adapted, config = self.module.adapted, self.module.lora_config
             adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
-            check_knot(self.schedule.next_A, self.schedule.share, adapted.trained_factors)
+            merged_share(self.schedule.knot, self.schedule.share, adapted.trained_factors)
         if self.schedule.patience is not None and not sum(trainer.num_val_batches):
             raise UserError(
                 "chain.patience: this run has no validation. It needs rows for validation, a validation_step, and a "

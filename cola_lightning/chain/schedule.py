@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from cola_lightning.chain.chain import as_number
 from cola_lightning.errors import UserError
@@ -18,7 +18,7 @@ from cola_lightning.seeding import derive_seed
 
 Mode = Literal["min", "max"]
 TrainedFactors = Literal["both", "B", "random"]
-NextA = Literal["new", "same"]
+Knot = Literal["cola", "half", "record"]
 
 KNOT_OPTIONS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "knots", "patience")
 SIZES = ("ranks", "alphas")
@@ -99,11 +99,10 @@ class ChainSchedule:
             ``model.lr_schedule`` is ``stable`` over the run, it is the share before the decay.
         name: Name of this stage, such as ``sft``. Its links get it, and ``--links``, ``init_links`` and ``--scale`` understand
             it. A link that an earlier run began keeps that run's name.
-        next_A: ``new`` draws a new A for each link and begins with B at zero (COLA). ``same`` begins with the A of the link
-            before it. With ``model.kept_optimizer_state: 1`` the optimizer goes on over the knot, too.
-        share: With ``next_A: same``, the share of a link's B A that its knot merges. The rest stays in B. With 0 a knot only
-            records the link, so that ``--links`` can go back to it, and changes nothing: the optimizer and the learning-rate
-            schedule of the run go on, too.
+        knot: What a knot does. ``cola`` merges the link, draws a new A and starts a new optimizer, as in the paper. ``half``
+            merges a share of the link; A, the rest of B, the optimizer and its learning-rate schedule go on. ``record`` changes
+            nothing: it only records the link, so that ``--links`` can go back to it.
+        share: The share of a link's B A that a knot of ``half`` merges. ``null`` is 0.5.
 
     Raises:
         UserError: for more than one rule for when knots are tied, and for invalid values.
@@ -129,8 +128,8 @@ class ChainSchedule:
     knots: int | None = None
     until: float = UNTIL
     name: str | None = None
-    next_A: NextA = "new"
-    share: float = 1.0
+    knot: Knot = "cola"
+    share: float | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in KNOT_OPTIONS if getattr(self, name) is not None]
@@ -145,13 +144,13 @@ class ChainSchedule:
             ("name", self.name is None or is_stage_name(self.name), f"a text other than a number, {', '.join(RESERVED)}"),
             ("ranks", all(map(is_rank, self.ranks or ())), "whole numbers from 1"),
             ("alphas", all(0 < alpha < math.inf for alpha in self.alphas or ()), "positive"),
-            *((name, self.next_A == "new" or not getattr(self, name), "null with chain.next_A same") for name in SIZES),
+            *((name, not (self.goes_on and getattr(self, name)), f"null with chain.knot {self.knot}") for name in SIZES),
         ):
             if not is_valid:
                 raise UserError(f"chain.{name}: must be {valid}, got {getattr(self, name)}")
         if self.patience is None and (self.monitor, self.min_delta, self.mode) != ("val_loss", 0.0, "min"):
             raise UserError("chain.monitor, chain.min_delta, chain.mode: need chain.patience")
-        check_knot(self.next_A, self.share)
+        merged_share(self.knot, self.share)
 
     @property
     def knots_unknown(self) -> bool:
@@ -159,9 +158,14 @@ class ChainSchedule:
         return self.patience is not None
 
     @property
-    def only_records(self) -> bool:
-        """Whether its knots only record a link: the training goes on as if there were none."""
-        return self.share == 0
+    def goes_on(self) -> bool:
+        """Whether A, the optimizer and its learning-rate schedule go on over the knots."""
+        return self.knot != "cola"
+
+    @property
+    def merged_share(self) -> float:
+        """The share of a link's B A that a knot merges."""
+        return merged_share(self.knot, self.share)
 
     @property
     def has_knots(self) -> bool:
@@ -263,23 +267,30 @@ class UserRule(ChainSchedule):
         return True
 
 
-def check_knot(next_A: NextA, share: float, trained_factors: TrainedFactors = "both") -> None:
-    """Refuses what no knot can do.
+def merged_share(knot: Knot, share: float | None = None, trained_factors: TrainedFactors = "both") -> float:
+    """The share of a link's B A that a knot merges. The rest stays in B, where the next link begins with it.
 
     Args:
-        next_A: what the next link begins with.
-        share: of B A, that the knot merges.
+        knot: its kind, see :class:`ChainSchedule`.
+        share: of ``half``; None: 0.5.
         trained_factors: of each link.
 
     Raises:
-        UserError: for such values.
+        UserError: for what no knot can do.
+
+    Example:
+        >>> merged_share("cola"), merged_share("half"), merged_share("half", 0.3), merged_share("record")
+        (1.0, 0.5, 0.3, 0.0)
     """
-    if not 0 <= share <= 1:
-        raise UserError(f"chain.share: must be from 0 to 1, got {share}")
-    if next_A == "new" and share != 1:
-        raise UserError(f"chain.share: must be 1 without chain.next_A same, got {share}")
-    if next_A == "same" and trained_factors == "random":  # the next link may train the other factor
-        raise UserError("chain.next_A: same cannot be combined with model.trained_factors random")
+    if knot not in get_args(Knot):
+        raise UserError(f"chain.knot: must be {' or '.join(get_args(Knot))}, got {knot!r}")
+    if share is not None and (knot != "half" or not 0 < share <= 1):
+        raise UserError(f"chain.share: must be above 0 and at most 1, with chain.knot half, got {share} with {knot}")
+    if knot != "cola" and trained_factors == "random":  # the next link may train the other factor
+        raise UserError(f"chain.knot: {knot} cannot be combined with model.trained_factors random")
+    if knot == "half":
+        return 0.5 if share is None else share
+    return 1.0 if knot == "cola" else 0.0
 
 
 def is_stage_name(name: str) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import itertools
+import json
 import logging
 import os
 import re
@@ -10,6 +11,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.chain.chain import number_of_links
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, in_run
 from cola_lightning.chain.report import metrics_table
+from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule
 from cola_lightning.cli.help import (
     DESCRIPTION,
     LINKS,
@@ -73,6 +76,7 @@ CLASS_OPTION = re.compile(
 )
 UNKNOWN_OPTION = re.compile(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)")  # in jsonargparse's messages
 PARSER_KEY = re.compile(r'Parser key "([\w.]+)"')
+WHEN_OPTIONS = (*KNOT_OPTIONS, "until", "monitor", "min_delta", "mode")  # which say when knots fall
 CLASS_IN_MESSAGE = re.compile(r"Parser key \"(model|data)\":.*?class_path '([\w.]+)'", re.DOTALL)
 
 
@@ -138,7 +142,7 @@ class COLACLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        words = as_texts(self.words)
+        words = as_texts(replacing_knots(self.words))
         if words[0] in self.subcommands():  # not as defaults: theirs would stay with another class
             words[1:1] = [f"--{group}={name}" for group, name in CLASSES.items()]
         try:
@@ -417,6 +421,47 @@ def as_texts(words: Sequence[str]) -> list[str]:
         else:
             joined.append(word)
     return [CLASS_OPTION.sub(_inside_init_args, word) for word in joined]
+
+
+def replacing_knots(words: Sequence[str]) -> list[str]:
+    """A command line in which knots replace those of the configuration files before them, whatever option these have.
+
+    Else every other option of a file would have to be set to null. Options that are typed together are not replaced: two that
+    contradict each other are refused.
+
+    Example:
+        >>> replacing_knots(["fit", "--config", "configs/paper.yaml", "--chain.knots", "4"])
+        ['fit', '--config', 'configs/paper.yaml', '--chain.at_epochs=null', '--chain.knots', '4']
+    """
+    defaults = {option.name: option.default for option in fields(ChainSchedule) if option.name in WHEN_OPTIONS}
+    sources = list[tuple[int, dict[str, Any]]]()  # of options: where each begins among the words, and what it sets of `chain`
+    place, is_after_file = 1, True
+    while place < len(words):
+        option, _, value = words[place].partition("=")
+        n_words = 1 if "=" in words[place] or not words[place].startswith("-") else 2
+        value = " ".join(words[place + 1 : place + n_words]) or value
+        if is_file := option in ("--config", "-c"):
+            sources.append((place, _chain_options(value)))
+        elif is_after_file:
+            sources.append((place, {}))
+        if option.startswith("--chain."):
+            sources[-1][1][option.removeprefix("--chain.")] = value
+        place, is_after_file = place + n_words, is_file
+    having_knots = [k for k, (_, options) in enumerate(sources) if any(options.get(name) for name in KNOT_OPTIONS)]
+    if not having_knots:
+        return list(words)
+    last = having_knots[-1]
+    place, mine = sources[last]
+    earlier = {name for _, options in sources[:last] for name in options if name in defaults and name not in mine}
+    resets = [f"--chain.{name}={json.dumps(defaults[name])}" for name in defaults if name in earlier]
+    return [*words[:place], *resets, *words[place:]]
+
+
+def _chain_options(path: str) -> dict[str, Any]:
+    """What a configuration file sets of ``chain``; nothing where it cannot be read, which jsonargparse says."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):
+        return dict(yaml.safe_load(Path(os.path.expanduser(path)).read_text(encoding="utf-8")).get("chain") or {})
+    return {}
 
 
 def _inside_init_args(option: re.Match[str]) -> str:

@@ -292,12 +292,7 @@ class LoRALayer(nn.Module):
         return self.update(*self.factors, self.scaling)
 
     def finish(self, share: float = 1.0) -> None:
-        """Makes a share of the current link a finished one, and leaves the rest in B: the layer's function does not change.
-
-        With a share of 0 nothing happens.
-        """
-        if share == 0:
-            return
+        """Makes a share of the current link a finished one, and leaves the rest in B: the layer's function does not change."""
         self.add_finished_link(*self.factors, self.scaling * share)
         layout.copy_(self.lora_B, self.lora_B * (1 - share))
 

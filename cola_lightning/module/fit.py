@@ -139,7 +139,7 @@ class FitCallback(Callback):
             return
         lengths = progress.schedule.links(progress.link_start, length)
         warn_of_lengths(progress.schedule, lengths, self.module.link)
-        optimization.check_lengths(lengths)
+        optimization.check_lengths(length)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

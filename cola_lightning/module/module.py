@@ -82,9 +82,9 @@ class COLAModule(LightningModule, RecordsArguments):
         trained_factors: ``both`` trains A and B of each link. ``B`` leaves A at its random initial values (asymmetric LoRA).
             ``random`` trains one of the two, chosen at random for each link, and leaves the other at its initial values
             (RAC-LoRA).
-        kept_optimizer_state: Share of the optimizer state of A and B that a knot keeps, as in ReLoRA (0.001 to 0.1): the
-            entries with the largest first moments. 0 starts a new optimizer, and 1 keeps everything. A state that is 8-bit or
-            factored (AdamW8bit, Adafactor) is kept completely with any share above 0.
+        kept_optimizer_state: Share of the optimizer state of A and B that a knot of ``cola`` keeps, as in ReLoRA (0.001 to
+            0.1): the entries with the largest first moments. 0 starts a new optimizer, and 1 keeps everything. A state that is
+            8-bit or factored (AdamW8bit, Adafactor) is kept completely with any share above 0.
         init_chain: Start from the links of this chain folder, checkpoint, or folder of an ordinary PEFT LoRA. ``null`` starts
             from the base. Checkpoints of the run contain these links too.
         init_links: Use only the first N links of ``init_chain``, or those up to a stage's name. ``null`` uses all.
@@ -296,8 +296,8 @@ class COLAModule(LightningModule, RecordsArguments):
         chain = read_chain(self.init_chain, self.init_links, "model.init_chain")
         if not chain.links and self.init_links != 0:
             raise UserError(
-                f"model.init_chain: {self.init_chain!r} has no links, because its model was trained without any. Use `cola export "
-                "--format merged`, and the folder that it writes as the model"
+                f"model.init_chain: {self.init_chain!r} has no links, because its model was trained without any. Export it "
+                "(cola export --format merged), and use the folder as the model"
             )
         return chain
 
@@ -320,7 +320,7 @@ class COLAModule(LightningModule, RecordsArguments):
     def link_steps(self) -> float:
         """Optimizer steps of the current link, for a learning-rate schedule of your own in ``configure_optimizers``.
 
-        If knots only record, these are the steps of the run, because the optimizer goes on over them. ``math.inf`` if nothing
+        If the optimizer goes on over the knots (``half``, ``record``), these are the steps of the run. ``math.inf`` if nothing
         ends the link, or its end is not known beforehand, and outside of a fit. In a fit it sets up the training data, as
         Lightning's ``trainer.estimated_stepping_batches`` does, which counts the steps of the whole run.
         """
@@ -329,8 +329,7 @@ class COLAModule(LightningModule, RecordsArguments):
             trainer.fit_loop.setup_data()
         if (length := progress.known_length()) is None:
             return math.inf
-        schedule = progress.schedule.in_run(length, self.link_optimization.stable_share(length))
-        steps = length.end_step if schedule.only_records else schedule.link_steps(self.link_start, length)
+        steps = self.link_optimization.link_steps(length)
         return steps if steps == math.inf else int(steps)
 
     @property
@@ -370,10 +369,10 @@ class COLAModule(LightningModule, RecordsArguments):
     def tie_knot(self, *, rank: int | None = None, alpha: float | None = None) -> Link:
         """Finishes the current link and begins the next: merges or stacks it, records it, draws a new A.
 
-        With the options ``next_A: same`` and ``share`` of the fit's schedule, A and the rest of B go on instead. The optimizer
-        and its schedule are created again, with empty state except for ``kept_optimizer_state``; with a share of 0 they go on,
-        too. During training, call it between optimizer steps: in ``on_train_batch_start``, or in a callback's
-        ``on_train_batch_end`` (a module's own runs after that step's checkpoint is written).
+        The optimizer and its schedule are created again, with empty state except for ``kept_optimizer_state``. With knots of
+        ``half`` or ``record`` in the fit's schedule, A, the optimizer and its schedule go on instead. During training, call it
+        between optimizer steps: in ``on_train_batch_start``, or in a callback's ``on_train_batch_end`` (a module's own runs
+        after that step's checkpoint is written).
 
         Args:
             rank: the next link's rank; None: what the schedule says.
@@ -390,12 +389,12 @@ class COLAModule(LightningModule, RecordsArguments):
         self.step_loss.check()  # before the link is recorded
         adapted, trainer = self.adapted, trainer_of(self)
         schedule = self.fit_progress.schedule
-        present = adapted.live if schedule.next_A == "same" else None
+        present = adapted.live if schedule.goes_on else None
         next_rank, next_alpha = present or schedule.rank_and_alpha(self.link + 1, self.lora_config)
         following = adapted.checked_link(next_rank if rank is None else rank, next_alpha if alpha is None else alpha)
         self.is_tying_knot = True
         record = self.link_steps_and_metrics()
-        link = adapted.tie_knot(*following, next_A=schedule.next_A, share=schedule.share, **record)
+        link = adapted.tie_knot(*following, knot=schedule.knot, share=schedule.share, **record)
         self._begin_optimization()
         self.link_metrics.reset(trainer)
         self.is_tying_knot = False  # not in a finally: after a knot that failed halfway nothing may be written

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain.schedule import START, FitPosition, RunLength
+from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import is_in_matching_modules
 from cola_lightning.module.progress import FitProgress, trainer_of
@@ -184,7 +184,7 @@ class LinkOptimization:
             return optimizer
         for group in optimizer.param_groups:
             group["initial_lr"] = copy.deepcopy(group["lr"])
-        done = max(0, step - self._start.global_step)  # by an earlier fit of the same Trainer
+        done = max(0, step - self._links()[1].global_step)  # by an earlier fit of the same Trainer
         self._scheduler = LinkLR(optimizer, self._lr_factor, last_epoch=done - 1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
@@ -205,20 +205,24 @@ class LinkOptimization:
             raise UserError("model.modules_to_save_lr: needs model.modules_to_save")
         return [*groups, {"params": saved, "lr": self.modules_to_save_lr}]
 
-    @property
-    def _goes_on(self) -> bool:
-        """Whether the optimizer and its schedule go on over the knots, because these only record."""
-        return self.progress.schedule.only_records
+    def _links(self) -> tuple[ChainSchedule, FitPosition]:
+        """The links that have an optimizer each, and where the present one begins: one link, if it goes on over knots."""
+        progress = self.progress
+        return (ChainSchedule(), START) if progress.schedule.goes_on else (progress.schedule, progress.link_start)
 
     @property
     def _is_over_run(self) -> bool:
         """Whether one schedule of the learning rate lasts over the run."""
-        return self._goes_on or self.schedule_scope == "run"
+        return self.schedule_scope == "run" or self.progress.schedule.goes_on
 
-    @property
-    def _start(self) -> FitPosition:
-        """Where the optimizer begins: with the link, or with the run."""
-        return START if self._goes_on else self.progress.link_start
+    def link_steps(self, run: RunLength) -> float:
+        """Optimizer steps of the present optimizer: those of the link or, if it goes on over knots, of the run.
+
+        Args:
+            run: length of the fit.
+        """
+        schedule, start = self._links()
+        return schedule.in_run(run, self.stable_share(run)).link_steps(start, run)
 
     def _lr_factor(self, step: int) -> float:
         """The learning-rate factor at the optimizer's k-th step.
@@ -238,14 +242,14 @@ class LinkOptimization:
                 f"share {self.warmup_steps:g}"
             )
         end, rise = horizon or (math.inf, 0)
-        place = self._start.global_step + step if self._is_over_run else step
+        place = self._links()[1].global_step + step if self._is_over_run else step
         value = lr_factor(self.lr_schedule, place, end, self.warmup_steps, self.decay_steps)
         return value * step / rise if step < rise else value
 
     def _horizon_in(self, length: RunLength) -> tuple[float, float]:
         """The end of the schedule, and the steps of the warm-up after a knot; the run's first link has the run's warm-up."""
-        link_steps = self.progress.schedule.link_steps(self._start, length)
-        rise = phase_length(self.knot_warmup_steps, link_steps) if self._start.global_step else 0
+        link_steps, (_, start) = self.link_steps(length), self._links()
+        rise = phase_length(self.knot_warmup_steps, link_steps) if start.global_step else 0
         return length.end_step if self._is_over_run else link_steps, rise
 
     def stable_share(self, run: RunLength) -> float | None:
@@ -254,15 +258,16 @@ class LinkOptimization:
             return None
         return 1 - phase_length(self.decay_steps, run.end_step) / run.end_step
 
-    def check_lengths(self, lengths: Sequence[int]) -> None:
+    def check_lengths(self, run: RunLength) -> None:
         """Refuses a link that is shorter than its warm-up; the last one may be.
 
         Args:
-            lengths: optimizer steps of the remaining links of a fit, the current one first.
+            run: length of the fit, of whose links the lengths are known.
         """
+        schedule, start = self._links()
+        lengths = schedule.links(start, run)
         link_warmup = 0 if self._is_over_run else self.warmup_steps
-        knot_warmup = 0 if self._goes_on else self.knot_warmup_steps
-        checks = (("warmup_steps", link_warmup, lengths[:-1]), ("knot_warmup_steps", knot_warmup, lengths[1:-1]))
+        checks = (("warmup_steps", link_warmup, lengths[:-1]), ("knot_warmup_steps", self.knot_warmup_steps, lengths[1:-1]))
         for name, steps, links in checks:
             shortest = min(links, default=math.inf)
             if shortest < steps:
@@ -277,7 +282,8 @@ class LinkOptimization:
         if self._scheduler is None:
             return
         missing = ["trainer.max_steps"] if run.end_step == math.inf else []
-        if not self._is_over_run and self.progress.schedule.has_unknown_lengths(run):
+        schedule, _ = self._links()
+        if not self._is_over_run and schedule.has_unknown_lengths(run):
             missing.append("model.schedule_scope run")
         needs_length = self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
         if needs_length and (missing or not self._is_over_run):
@@ -285,7 +291,7 @@ class LinkOptimization:
                 f"model.lr_schedule: {self.lr_schedule} with warmup_steps {self.warmup_steps:g} needs {' and '.join(missing)}, "
                 "because the length of the run or of its links is unknown. Or use constant, with model.warmup_steps in steps"
             )
-        if 0 < self.knot_warmup_steps < 1 and not self._goes_on:
+        if 0 < self.knot_warmup_steps < 1 and schedule.has_knots:
             raise UserError(
                 "model.knot_warmup_steps: must be a number of steps, because the length of a link is unknown, got the share "
                 f"{self.knot_warmup_steps:g}"
@@ -295,7 +301,8 @@ class LinkOptimization:
         """Makes new optimizers and learning-rate schedules for a link that begins, in a fit or after it.
 
         In a fit they get the retained share of the factors' state, and all of the other parameters' state. After a fit they are
-        those of the checkpoint that its Trainer may write, without state, as in a next fit. If knots only record, none is made.
+        those of the checkpoint that its Trainer may write, without state, as in a next fit. None is made for an optimizer that
+        goes on over knots.
 
         Args:
             module: the module of the run.
@@ -304,7 +311,7 @@ class LinkOptimization:
         Raises:
             UserError: if a subclass' ``configure_optimizers`` returns the same optimizer again.
         """
-        if self._goes_on:
+        if self.progress.schedule.goes_on:
             return
         trainer = trainer_of(module)
         is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"

@@ -36,7 +36,7 @@ def describe_fit(trainer: Any, module: TrainedModule, parameters: list[nn.Parame
     lines = [*describe_model(module.adapted), describe_parameters(module, parameters)]
     lines += data.describe() if hasattr(data, "describe") else [f"data: {trainer.num_training_batches} batches in an epoch"]
     if module.adapted.live is not None:
-        lines += [describe_knots(module.fit_progress), *describe_schedulers(trainer, module.fit_progress)]
+        lines += [describe_knots(module), *describe_schedulers(trainer, module)]
     return [*lines, describe_resume(trainer), describe_folder(trainer)]
 
 
@@ -78,27 +78,37 @@ def describe_parameters(module: TrainedModule, parameters: list[nn.Parameter]) -
     return f"parameters: {n_trained:,} of {n_all:,} are trained ({n_trained / max(1, n_all):.2%})"
 
 
-def describe_knots(progress: FitProgress) -> str:
-    """When the knots of the fit fall."""
+def describe_knots(module: TrainedModule) -> str:
+    """What the knots of the fit do, and when they fall."""
+    schedule, optimization = module.fit_progress.schedule, module.link_optimization
+    if schedule.knot == "half" and schedule.has_knots and optimization.lr_schedule != "stable":
+        advice = f"Knots of half were measured with model.lr_schedule stable, here it is {optimization.lr_schedule}"
+        return f"{_knots(module.fit_progress)}. {advice}"
+    return _knots(module.fit_progress)
+
+
+def _knots(progress: FitProgress) -> str:
     schedule, length = progress.schedule, progress.length
     if not schedule.has_knots:
         return "knots: none, so this is plain LoRA"
     if length is None or schedule.has_unknown_lengths(length) or length.end_step == math.inf:
-        return "knots: decided while training"
+        return f"knots ({schedule.knot}): decided while training"
     lengths = schedule.links(progress.link_start, length)
     steps = [progress.link_start.global_step + sum(lengths[:k]) for k in range(1, len(lengths))]
     if not steps:
         return "knots: none in this run, which ends before the first"
-    more = f" and {len(steps) - MOST_KNOTS} more" if len(steps) > MOST_KNOTS else ""
-    return f"knots: before steps {', '.join(map(str, steps[:MOST_KNOTS]))}{more}, of {length.end_step:,} steps"
+    shown = ", ".join(map(str, steps[:MOST_KNOTS])) + (
+        f" and {len(steps) - MOST_KNOTS} more" if len(steps) > MOST_KNOTS else ""
+    )
+    return f"knots ({schedule.knot}): before steps {shown}, of {length.end_step:,} steps"
 
 
-def describe_schedulers(trainer: Trainer, progress: FitProgress) -> list[str]:
+def describe_schedulers(trainer: Trainer, module: TrainedModule) -> list[str]:
     """A line for each learning-rate scheduler of the user's that would not end with the link it is made for."""
-    length = progress.length
-    if length is None or not progress.schedule.has_knots:
+    length, schedule = module.fit_progress.length, module.fit_progress.schedule
+    if length is None or not schedule.has_knots or schedule.goes_on:
         return []
-    steps, lines = progress.schedule.link_steps(progress.link_start, length), list[str]()
+    steps, lines = module.link_optimization.link_steps(length), list[str]()
     for config in trainer.lr_scheduler_configs:
         name = type(config.scheduler).__name__
         horizon = next((getattr(config.scheduler, field) for field in HORIZONS if hasattr(config.scheduler, field)), 0)

@@ -91,7 +91,7 @@ class FitProgress:
             "n_before": self.n_earlier_fits,
             "first_link": self.first_link,
             "has_knots": self.schedule.has_knots,
-            "knot": [self.schedule.next_A, self.schedule.share],
+            "knot": [self.schedule.knot, self.schedule.merged_share],
         }
 
     def restore(self, stored: Mapping[str, Any], link_name: str | None) -> None:

@@ -307,7 +307,7 @@ def _check_same_choices(module: TrainedModule, state: StoredState) -> None:
         "model.seed, or seed_everything": (facts["seed"], module.user_seed),
         "model.init_chain": (facts["init_chain_source"], module.init_chain and module.init_chain_source),
         "chain (has knots)": (facts["has_knots"], has_knots),
-        "chain.next_A, chain.share": (facts.get("knot"), [schedule.next_A, schedule.share] if has_knots else None),
+        "chain.knot, chain.share": (facts.get("knot"), [schedule.knot, schedule.merged_share] if has_knots else None),
         "model.rank, model.alpha, chain.ranks, chain.alphas": (facts["scheduled"], scheduled if state.live else None),
     }
     for options, (before, now) in choices.items():

@@ -15,7 +15,7 @@ Config = Mapping[str, Any]
 SCHEDULE_OPTIONS = (*KNOT_OPTIONS, *SIZES)
 NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in SCHEDULE_OPTIONS}
 NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min", "chain.until": UNTIL}
-NO_CHAIN |= {"chain.next_A": "new", "chain.share": 1.0}
+NO_CHAIN |= {"chain.knot": "cola", "chain.share": None}
 RULES: dict[str, Any] = {"trained_factors": "both", "kept_optimizer_state": 0}  # COLA's, from which the relatives differ
 
 
@@ -112,8 +112,8 @@ def _same_A(share: float) -> Callable[[Config, FindChain], Method]:
     def same_A(config: Config, chain: FindChain) -> Method:
         ranks, options = chain()
         knots = NO_CHAIN | {"chain.knots": len(ranks) - 1 or None} if options else {f"chain.{name}": None for name in SIZES}
-        kept = {"chain.next_A": "same", "chain.share": share, "model.kept_optimizer_state": 1, "model.knot_warmup_steps": 0}
-        return Method(len(ranks), _rank(config), {**knots, **_without_rules(config), **kept})
+        half = {"chain.knot": "half", "chain.share": share}
+        return Method(len(ranks), _rank(config), {**knots, **_without_rules(config), **half})
 
     return same_A
 
