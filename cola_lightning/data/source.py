@@ -24,7 +24,7 @@ from cola_lightning.errors import UserError, shortened_text
 
 log = logging.getLogger(__name__)
 
-ENCODING = 4  # counted up where the same rows are encoded otherwise: what is cached is then of no use
+ENCODING = 5  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 PURPOSES = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
 STAGE_PARTS = {"fit": ["train", "val"], "validate": ["val"]}  # the parts that a stage needs; other stages: test
@@ -245,6 +245,12 @@ class SourceDataModule(TokenizedDataModule):
         read = choose_split(splits, self.train_split, (), "train_split")
         return read and read()
 
+    @override
+    def set_tokenizer(self) -> None:
+        super().set_tokenizer()
+        if self.max_length < self._max_length:
+            self._log(f"data.max_length: {self.max_length}, the model's longest sequence, and not {self._max_length}")
+
     def _log(self, text: str, level: int = logging.INFO) -> None:
         if text not in self._logged:  # each stage comes here
             log.log(level, "%s", text)
@@ -288,7 +294,7 @@ class SourceDataModule(TokenizedDataModule):
             setattr(self, part, encoded)
         self._report = total
         if stage != "predict":  # of all parts together: one of few rows may have more by chance
-            total.check(self.max_skipped, None if self.too_long == "shorten" else TOO_LONG)
+            self.check_skipped(total)
             return
         if total.skipped and not self.writes_predictions:  # those that are returned have no index
             raise UserError(
@@ -298,6 +304,10 @@ class SourceDataModule(TokenizedDataModule):
         self._rows_of_predict, self.unpredicted = ConcatDataset(parts["test"]), total.unusable
         self._indices = [index for index in range(len(self._rows_of_predict)) if index not in total.unusable]
         assert len(self._indices) == len(self.test), "encode must give each row a prompt, or report it as unusable"
+
+    def check_skipped(self, report: RowReport) -> None:
+        """Refuses rows of which more were skipped than ``max_skipped`` allows."""
+        report.check(self.max_skipped, None if self.too_long == "shorten" else TOO_LONG)
 
     def parts(self, stage: str) -> dict[str, list[Any]]:
         """The rows of each source that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
