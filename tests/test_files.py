@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+import pandas
 import pytest
 import transformers
 
@@ -72,6 +73,14 @@ def test_a_file_of_any_format_gives_the_rows_that_were_written(tmp_path, name):
     is_csv = name.lower()[:3] in ("csv", "tsv")
     assert rows == [{**row, "text": row["text"] or None} if is_csv else row for row in ROWS]
     assert [row.place for row in rows] == [f"{source}, row {k} (counted from 0)" for k in range(10)]
+
+
+def test_a_csv_file_of_pandas_begins_with_its_index(tmp_path):
+    pandas.DataFrame({"text": TEXTS, "label": "pos"}).to_csv(tmp_path / "rows.csv")
+    (read,) = load_splits(str(tmp_path / "rows.csv")).values()
+    assert list(read()) == [{"Unnamed: 0": str(k), "text": text or None, "label": "pos"} for k, text in enumerate(TEXTS)]
+    classified = classifier(str(tmp_path / "rows.csv"), "pos", "neg", max_skipped=0.2)
+    assert [len(part) for part in parts(classified)][:2] == [8, 1]
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])

@@ -201,6 +201,8 @@ def _csv_options(file: Path, sep: str) -> dict[str, Any]:
         names = next(csv.reader(lines, delimiter=sep))
     if len({*names}) < len(names):  # pandas renames them
         raise ValueError(f"columns of the same name, {', '.join(names)}")
+    # A column without a name, as that of the index that pandas writes, gets the name that pandas gives it.
+    names = [name or f"Unnamed: {k}" for k, name in enumerate(names)]
     features = datasets.Features({name: datasets.Value("string") for name in names})
     options = {"sep": sep, "features": features, "index_col": False, "encoding": "utf-8-sig"}
     return options | {"keep_default_na": False, "na_values": [""]}
