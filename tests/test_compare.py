@@ -28,6 +28,7 @@ from cola_lightning.study.run import run
 from cola_lightning.study.table import summarize
 from tests import forked
 from tests.comparing import compare, config, known_config, made_up
+from tests.tiny import draw, picture
 from tests.toy import DIGITS, read_csv, wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -245,6 +246,26 @@ def test_another_config_or_metric_is_another_study(tmp_path, runs, capsys):
     (tmp_path / "config.yaml").write_text("trainer: {max_epochs: 50}\n")  # another program's
     assert compare(tmp_path) == 2
     assert (tmp_path / "config.yaml").read_text() == "trainer: {max_epochs: 50}\n"
+
+
+def test_the_rows_of_a_study_may_be_a_folder_of_pictures_and_other_pictures_are_another_study(tmp_path, runs, capsys):
+    pictures = draw(tmp_path / "pictures", 1)
+    fit = [
+        "--model",
+        "COLAImageClassifier",
+        "--model.model_name",
+        "vit",
+        "--data",
+        "ImageDataModule",
+        "--data.source",
+        str(pictures),
+    ]
+    (tmp_path / "config.yaml").write_text("trainer: {max_epochs: 1}\n")
+    words = ["compare", "--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "study"), "--methods", "[lora]"]
+    assert main([*words, "--seeds", "1", "--", *fit]) == 0, capsys.readouterr().err
+    picture("top", 9).save(pictures / "top" / "9.png")
+    assert main([*words, "--seeds", "1", "--", *fit]) == 2
+    assert "Use another --output" in capsys.readouterr().err
 
 
 def test_an_option_introduced_since_then_or_one_that_was_off_is_no_other_config():

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+import pandas
 import pytest
 import transformers
 
@@ -72,6 +73,14 @@ def test_a_file_of_any_format_gives_the_rows_that_were_written(tmp_path, name):
     is_csv = name.lower()[:3] in ("csv", "tsv")
     assert rows == [{**row, "text": row["text"] or None} if is_csv else row for row in ROWS]
     assert [row.place for row in rows] == [f"{source}, row {k} (counted from 0)" for k in range(10)]
+
+
+def test_a_csv_file_of_pandas_begins_with_its_index(tmp_path):
+    pandas.DataFrame({"text": TEXTS, "label": "pos"}).to_csv(tmp_path / "rows.csv")
+    (read,) = load_splits(str(tmp_path / "rows.csv")).values()
+    assert list(read()) == [{"Unnamed: 0": str(k), "text": text or None, "label": "pos"} for k, text in enumerate(TEXTS)]
+    classified = classifier(str(tmp_path / "rows.csv"), "pos", "neg", max_skipped=0.2)
+    assert [len(part) for part in parts(classified)][:2] == [8, 1]
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
@@ -205,14 +214,15 @@ def test_a_size_takes_from_the_split_that_there_is_and_the_log_says_so(tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "splits", "requested"),
     [
-        ({"test_size": 3}, ["train"], [("train", 3)]),
+        ({"test_size": 3}, ["train"], [("train", 10)]),
+        ({"test_size": 3}, ["train", "test"], [("test", 10)]),
         ({}, ["train"], [("train", 10)]),
         ({"val_size": 0}, ["train", "dev"], [("dev", 10)]),
         ({}, ["train", "dev", "test"], [("test", 10)]),
         ({}, ["test"], [("test", 10)]),
     ],
 )
-def test_predict_takes_the_rows_that_were_not_trained_if_there_are_any(tmp_path, arguments, splits, requested):
+def test_predict_takes_all_rows_of_the_split_that_was_not_trained_if_there_is_one(tmp_path, arguments, splits, requested):
     tiny.write_rows(tmp_path, [{"text": f"It was {k}."} for k in range(10)], splits)
     data = template(str(tmp_path), **arguments)
     data.setup("predict")
@@ -279,6 +289,16 @@ def test_a_csv_of_names_becomes_a_tested_and_exported_model_by_the_commands_that
     test = line.partition(": cola ")[2].split()
     assert test[0] == "test"
     assert main(test) == 0
+    assert "test: 9 rows" in capfd.readouterr().out
+    write(tmp_path / "other.csv", [{"text": text, "label": VERDICTS[k % 3]} for k, text in enumerate(texts[:30])])
+    for stage in ("test", "validate"):
+        assert main([stage, *test[1:], "--data.source", "other.csv"]) == 0
+        assert "30 rows" in capfd.readouterr().out
+    second = ["--data.source", "other.csv", "--model.init_chain", "runs/version_0", "--trainer.max_epochs", "1"]
+    assert main(["fit", "--config", "config.yaml", *second]) == 0
+    capfd.readouterr()
+    assert main(["test", *test[1:3], "--ckpt_path", "runs/version_1"]) == 0
+    assert "test: 9 rows" in capfd.readouterr().out  # the first stage has held them out
     assert main(["predict", *test[1:], "--data.source", "new.tsv"]) == 0
     (path,) = Path("runs").rglob("predictions.jsonl")
     rows = tiny.read_rows(path)

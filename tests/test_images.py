@@ -1,11 +1,14 @@
 """Classifiers of pictures: any of transformers' models and timm's, rows in four forms, and what their exports are worth."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import peft
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -156,12 +159,22 @@ def as_parquet(path):
     return path / "rows.parquet"
 
 
+def as_polars(path):
+    """As polars and pandas with pyarrow's strings write it: the paths are large strings."""
+    draw(path)
+    names = CLASSES * 8
+    columns = {"path": [f"{name}/{k // 4}.png" for k, name in enumerate(names)], "label": names}
+    large = {name: pa.array(values, pa.large_string()) for name, values in columns.items()}
+    pq.write_table(pa.table(large), path / "rows.parquet")
+    return path / "rows.parquet"
+
+
 def as_saved(path):
     datasets.load_dataset("parquet", data_files=str(as_parquet(path)))["train"].save_to_disk(path / "saved")
     return path / "saved"
 
 
-@pytest.mark.parametrize("form", [as_folder, as_split_folders, as_csv, as_jsonl, as_parquet, as_saved])
+@pytest.mark.parametrize("form", [as_folder, as_split_folders, as_csv, as_jsonl, as_parquet, as_saved, as_polars])
 def test_rows_in_each_form_are_the_same_pictures_and_labels_in_parts_with_the_same_share_of_each(tmp_path, form):
     data = set_up(data_of(form(tmp_path / "rows"), random_crop=1), tmp_path, "fit")
     assert data.label_names == CLASSES
@@ -197,6 +210,125 @@ def test_unreadable_pictures_are_skipped_and_counted_and_their_replacement_is_se
         set_up(data_of(path, val_size=0), tmp_path, "fit")
     cut.write_bytes(whole)  # the cache is not used for another file of the same name
     assert len(set_up(data_of(path, max_skipped=0.2, val_size=0), tmp_path, "fit").train) == 30
+
+
+def pixels_of(path):
+    """The pixels, from 0 to 1, of a picture as it is trained on."""
+    (path.parent / "rows.csv").write_text(f"path,label\n{path.name},a\n")
+    data = data_of(path.parent / "rows.csv", labels=["a", "b"], val_size=0, random_crop=1)
+    data.image_processor = transformers.ViTImageProcessor(do_resize=False, do_normalize=False)
+    data.setup("fit")
+    return data.collate([data.augment(data.train[0], 0)])["pixel_values"][0]
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+STORED = {  # of a ramp from black to white
+    "8 bits.png": (RAMP * 255).astype(np.uint8),
+    "16 bits.png": (RAMP * 65535).astype(np.uint16),
+    "12 bits in 16.tif": (RAMP * 4095).astype(np.uint16),
+    "32 bits.tif": (RAMP * 10**6).astype(np.int32),
+    "floats to 1.tif": RAMP.astype(np.float32),
+    "floats below 0.tif": (RAMP * 100 - 50).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_picture_looks_the_same_at_any_depth(tmp_path, name):
+    Image.fromarray(STORED[name]).save(tmp_path / name)
+    expected = torch.tensor(RAMP, dtype=torch.float32).expand(3, 8, 8)
+    torch.testing.assert_close(pixels_of(tmp_path / name), expected, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["RGBA.png", "LA.png", "P.gif", "P.png"])
+def test_what_is_transparent_is_white(tmp_path, name):
+    drawn = np.zeros((8, 8, 4), dtype=np.uint8)
+    drawn[2:6, 2:6] = 200, 200, 200, 255  # a grey square on black that is transparent
+    made = Image.fromarray(drawn)
+    stored = {"P.gif": made, "P.png": made.quantize(4)}  # a GIF has a palette anyway
+    stored.get(name, made.convert(name.partition(".")[0])).save(tmp_path / name)
+    found = pixels_of(tmp_path / name)
+    assert found[:, 0, 0].tolist() == [1, 1, 1]
+    assert found[:, 3, 3].tolist() == pytest.approx([200 / 255] * 3, abs=0.02)
+
+
+def test_a_file_is_opened_as_a_picture_whatever_its_name_says(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("Ghostscript was run"))
+    draw(tmp_path / "rows")
+    (tmp_path / "rows" / "top" / "0.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    picture("top", 0).save(tmp_path / "rows" / "top" / "1.png", "BMP")
+    data = set_up(data_of(tmp_path / "rows", val_size=0), tmp_path, "fit")
+    assert len(data.train) == 31
+
+
+def folders_of(path, *names):
+    """Folders of pictures for each class, by their names."""
+    for name in names:
+        draw(path / name, 2)
+    return path
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["Train", "Test"],
+        ["training", "testing"],
+        ["data/train", "data/test"],
+        ["train", "TEST", "Val"],
+        ["a/b/TRAIN", "a/b/test"],
+    ],
+)
+def test_the_folders_of_splits_are_found_in_any_case_and_inside_a_folder_and_are_no_classes(tmp_path, names):
+    data = set_up(data_of(folders_of(tmp_path / "rows", *names)), tmp_path, "fit")
+    assert data.label_names == CLASSES
+    assert len(data.train) + len(data.val) * (len(names) == 2) == 8
+    data.setup("test")
+    assert len(data.test) == 8
+
+
+def test_a_class_named_like_a_split_is_a_class(tmp_path):
+    for name in ("Train", "Bus", "Car"):
+        (tmp_path / "rows" / name).mkdir(parents=True)
+        for k in range(4):
+            picture("top", k).save(tmp_path / "rows" / name / f"{k}.png")
+    assert set_up(data_of(tmp_path / "rows"), tmp_path, "fit").label_names == ["Bus", "Car", "Train"]
+
+
+def test_a_class_may_be_a_link_and_pictures_may_have_any_usual_ending(tmp_path):
+    draw(tmp_path / "elsewhere")
+    (tmp_path / "rows").mkdir()
+    for name in CLASSES:
+        (tmp_path / "rows" / name).symlink_to(tmp_path / "elsewhere" / name)
+    top = tmp_path / "elsewhere" / "top"
+    for k, (ending, kind) in enumerate([("jfif", "JPEG"), ("JPE", "JPEG"), ("avif", "AVIF"), ("jp2", "JPEG2000")]):
+        picture("top", k).save(top / f"{k}.{ending}", kind)
+    data = set_up(data_of(tmp_path / "rows", val_size=0), tmp_path, "fit")
+    assert data._class_counts() == dict.fromkeys(CLASSES, 8) | {"top": 12}
+    (top / "9.heic").write_bytes(b"\0\0\0 ftypheic")  # which needs a package of its own
+    assert set_up(data_of(tmp_path / "rows", val_size=0), tmp_path, "fit")._report.n_skipped == 1
+
+
+def as_rows(path, *names):
+    lines = [*(f"{name}/{k}.png,{name}" for k in range(8) for name in CLASSES), *(f"{name},top" for name in names)]
+    (path / "rows.csv").write_bytes("\n".join(["path,label", *lines, ""]).encode())
+    return path / "rows.csv"
+
+
+@pytest.mark.parametrize("form", ["folder", "rows"])
+def test_what_is_no_file_of_a_picture_is_one_row_that_is_skipped(tmp_path, form):
+    path = draw(tmp_path / "rows")
+    os.mkfifo(path / "top" / "fifo.png")
+    (path / "top" / "gone.png").symlink_to(tmp_path / "nowhere")
+    source = path
+    if form == "rows":
+        source = as_rows(path, "top/fifo.png", "top/gone.png", "top/a\0b.png")
+    else:
+        picture("top", 0).save(os.fsencode(path / "top") + b"/caf\xe9.png", "PNG")
+    data = set_up(data_of(source, max_skipped=0.2, val_size=0), tmp_path, "fit")
+    assert data._report.skipped.keys() == {"there is no such file"}
+    assert (len(data.train), data._report.n_skipped) == (32, 3)
+    assert data.identity
 
 
 def test_a_crop_and_a_flip_depend_on_the_seed_the_epoch_and_the_row_alone(tmp_path):
@@ -256,9 +388,8 @@ def test_predict_writes_labels_and_scores_of_pictures_alone_and_why_one_has_none
     for k, name in enumerate(CLASSES):
         picture(name, k).save(alone / f"{k}.jpg")
     (alone / "9.jpg").write_text("no picture")
-    assert main([*FIT, "--model.model_name", image_folder(tmp_path / "vit"), "--data.source", str(rows)]) == 0, (
-        capfd.readouterr().err
-    )
+    fit = [*FIT, "--model.model_name", image_folder(tmp_path / "vit"), "--data.source", str(rows), "--data.test_size", "0.25"]
+    assert main(fit) == 0, capfd.readouterr().err
     run = "runs/version_0"
     words = ["--config", f"{run}/config.yaml", "--ckpt_path", run, "--data.source", str(alone)]
     assert main(["predict", *words]) == 0, capfd.readouterr().err

@@ -137,7 +137,7 @@ def test_evaluation_goes_from_the_longest_row_to_the_shortest_and_under_a_limit_
 
 def test_predictions_are_in_the_order_of_the_data_also_of_rows_that_are_drawn(make):
     def numbers(stage):
-        data = make(stage, test_size=9)
+        data = make(stage, test_split="test", test_size=9)
         assert len(list(data.predict_dataloader())) == 3
         texts = [str(getattr(getattr(row, "example", row), "prompt", row)) for row in data.test]
         if isinstance(data.test[0], dict):

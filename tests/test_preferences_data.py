@@ -1,6 +1,7 @@
 """Preference pairs: what their columns mean, their tokens and batches, and rows that people really have."""
 
 import functools
+import json
 import os
 import re
 from pathlib import Path
@@ -243,6 +244,25 @@ def test_turns_of_the_assistant_without_a_prompt_are_named(tmp_path):
     own, other = tiny.chat_tokenizer(tiny.CHAT), {"role": "assistant", "content": "Yes."}
     with pytest.raises(UserError, match=r"can be used for test: no prompt: "):
         encoded([{"chosen": [ASSISTANT], "rejected": [other]}], tmp_path, own)
+
+
+def test_a_prompt_with_marks_is_the_turns_that_it_marks(tmp_path):
+    prompt = "\n\nHuman: Old?\n\nAssistant: No.\n\nHuman: New?\n\nAssistant:"
+    rows, data = encoded(
+        [{"prompt": prompt, "chosen": " Yes.", "rejected": " Never."}], tmp_path, tiny.chat_tokenizer(tiny.CHAT)
+    )
+    for side in sides(data, rows)[0]:
+        assert data.tokenizer.decode(side.prompt) == chat_text("Old?", "No.", "New?")
+
+
+@pytest.mark.parametrize("store", [json.dumps, str])
+@pytest.mark.parametrize("prompt", ["Old?", [USER]])
+def test_turns_that_are_stored_as_text_are_skipped_and_told(tmp_path, store, prompt):
+    texts = {"chosen": store([ASSISTANT]), "rejected": store([ASSISTANT | {"content": "Yes."}])}
+    pairs = [{"prompt": prompt, "chosen": "No.", "rejected": "Yes."}, {"prompt": prompt, **texts}]
+    rows, data = encoded(pairs, tmp_path, tiny.chat_tokenizer(tiny.CHAT))
+    assert len(rows) == 1
+    assert [*data._report.skipped] == ["turns stored as text, not as a list"]
 
 
 def test_responses_that_differ_only_after_the_maximum_length_are_skipped(tmp_path):

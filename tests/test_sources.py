@@ -1,15 +1,25 @@
 """Several sources; and sources that are a pattern of files, plain text, compressed, or saved by ``datasets``."""
 
 import json
+import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import fsspec
 import pytest
 from lightning.pytorch import Callback
 
-from cola_lightning import TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
+from cola_lightning import (
+    ImageDataModule,
+    PreferenceDataModule,
+    TemplateDataModule,
+    TextClassificationDataModule,
+    TextDataModule,
+    UserError,
+)
 from cola_lightning.cli import main
 from cola_lightning.data.source import Source
 from cola_lightning.data.splits import load_splits
@@ -116,6 +126,111 @@ def test_a_fit_reads_no_test_split(tmp_path):
         assert not data.can_be_tested
         with pytest.raises(UserError, match=r"test\.csv' cannot be read"):
             data.setup("test")
+
+
+# ---------------------------------------------------------------------- the data of the fit, and other data
+
+TURNS = [{"role": "user", "content": "Old?"}, {"role": "assistant", "content": "No."}]
+
+
+def a_row(k):
+    """One that fits each kind of data, by the columns that are left."""
+    pair = {"prompt": f"Is {k} old?", "chosen": "Yes.", "rejected": "No."}
+    return {"text": f"It was {k}.", "label": "ab"[k % 2], "messages": [{**TURNS[0], "content": f"{k}?"}, TURNS[1]], **pair}
+
+
+def rows_file(path, start, *columns):
+    write(path / "rows.jsonl", lines([{name: a_row(k)[name] for name in columns} for k in range(start, start + 20)]))
+    return str(path / "rows.jsonl")
+
+
+def csv_file(path, start, *columns):
+    write(path / "rows.csv", "text,label\n" + "".join(f"It was {k}.,{'ab'[k % 2]}\n" for k in range(start, start + 20)))
+    return str(path / "rows.csv")
+
+
+def one_split(path, start, *columns):
+    Path(rows_file(path, start, *columns)).rename(path / "train.jsonl")
+    return str(path)
+
+
+def pictures(path, start, *columns):
+    for k in range(start, start + 20):
+        (path / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        tiny.picture("top", k).save(path / "ab"[k % 2] / f"{k}.png")
+    return str(path)
+
+
+def pictures_in_rows(path, start, *columns):
+    pictures(path, start)
+    write(
+        path / "rows.csv", "image,label\n" + "".join(f"{'ab'[k % 2]}/{k}.png,{'ab'[k % 2]}\n" for k in range(start, start + 20))
+    )
+    return str(path / "rows.csv")
+
+
+KINDS = {
+    "text": (TextDataModule, rows_file, ["text"]),
+    "chat": (TextDataModule, rows_file, ["messages"]),
+    "preferences": (PreferenceDataModule, rows_file, ["prompt", "chosen", "rejected"]),
+    "labelled": (TextClassificationDataModule, csv_file, ["text", "label"]),
+    "template": (partial(TemplateDataModule, prompt="{text}", options=["a", "b"]), csv_file, ["text", "label"]),
+    "folder": (TextDataModule, one_split, ["text"]),
+    "pictures": (ImageDataModule, pictures, []),
+    "pictures in rows": (ImageDataModule, pictures_in_rows, []),
+}
+
+
+def checkpoint(data):
+    """What a checkpoint says of the data of its fit."""
+    return SimpleNamespace(state=SimpleNamespace(facts={"data": data.identity, "init_chain_source": [None, None]}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_measures_what_the_fit_held_out_and_all_rows_of_other_data_and_predict_all_rows(tmp_path, kind):
+    make, store, columns = KINDS[kind]
+    module = tiny.stub(tiny.chat_tokenizer(tiny.CHAT), trains_pairs=True, label_names=["a", "b"], num_labels=2)
+
+    def parts(source, *stages):
+        data = make(source, val_size=5, test_size=4)
+        data.trainer = tiny.process(module=module)
+        for stage in stages:
+            data.setup(stage)
+        return data
+
+    own, other = (store(tmp_path / name, start, *columns) for name, start in [("own", 0), ("other", 20)])
+    module.opened_checkpoint = checkpoint(parts(own, "fit"))
+    moved = shutil.copytree(tmp_path / "own", tmp_path / "moved") / Path(own).relative_to(tmp_path / "own")
+    for source, n_val, n_test in [(own, 5, 4), (str(moved), 5, 4), (other, 20, 20)]:
+        data = parts(source, "validate", "test")
+        assert [len(data.val), len(data.test)] == [n_val, n_test], source
+        assert len(parts(source, "predict").test) == 20
+
+
+def test_another_source_is_measured_on_the_split_that_it_has_and_an_unknown_fit_asks_for_a_size(tmp_path):
+    module = tiny.stub(tiny.tokenizer())
+
+    def parts(source, *stages, **options):
+        data = TextDataModule(source, **options)
+        data.trainer = tiny.process(module=module)
+        for stage in stages:
+            data.setup(stage)
+        return data
+
+    own, other = rows_file(tmp_path / "own", 0, "text"), one_split(tmp_path / "other", 20, "text")
+    with pytest.raises(UserError, match=r"data\.test_size: .* has no test rows\. .*1\.0"):
+        parts(own, "test")
+    assert len(parts(own, "test", test_size=1.0).test) == 20
+    module.opened_checkpoint = checkpoint(parts(own, "fit"))
+    with pytest.raises(UserError, match=r"data\.test_size: .* has no test rows"):  # all of them were trained on
+        parts(own, "test")
+    write(tmp_path / "other" / "test.jsonl", lines(ROWS))
+    write(tmp_path / "other" / "dev.jsonl", lines(ROWS[:3]))
+    data = parts(other, "validate", "test", test_size=0.5)
+    assert [len(data.val), len(data.test)] == [3, 3]
+    assert len(parts(other, "predict", test_size=0.5).test) == 6
+    named = {"train_split": "train_sft", "val_split": "test_sft", "test_split": "test_sft"}  # of the fit's data
+    assert len(parts(rows_file(tmp_path / "file", 40, "text"), "test", **named).test) == 20
 
 
 # ---------------------------------------------------------------------- several

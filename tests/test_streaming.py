@@ -12,14 +12,18 @@ from tests import tiny
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torch's own call, for rows without a length
 
 
-def streamed(splits, stage, **arguments):
+def text_row(split, k):
+    return {"text": f"{split} {k}."}
+
+
+def streamed(splits, stage, make=text_row, **arguments):
     """A data module after its setup on streamed splits of so many rows, and the texts that were read from each."""
     read = {split: [] for split in splits}
 
     def rows(split, n_rows):
         for k in range(n_rows):
             read[split].append(k)
-            yield {"text": f"{split} {k}."}
+            yield make(split, k)
 
     data = TextDataModule("owner/rows", streaming=True, batch_size=4, **arguments)
     data._splits = [
@@ -67,6 +71,14 @@ def test_predict_reads_the_test_rows_or_those_of_validation_or_training(split):
     data, read = streamed(splits, "predict", max_new_tokens=4)
     assert texts(data, data.test) == [f"{split} {k}." for k in range(9)]
     assert split == "train" or read["train"] == []
+
+
+def test_rows_that_are_too_long_are_skipped_and_do_not_count_as_unusable():
+    def row(split, k):
+        return {"prompt": f"Is {k} old?", "response": "No. " * (1 + 40 * (k % 2))}
+
+    data, _ = streamed({"train": 20}, "fit", row, val_size=0, too_long="skip", max_length=30)
+    assert len(trained_texts(data)) == 10
 
 
 def test_rows_are_held_out_in_one_process_alone():

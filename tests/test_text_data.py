@@ -1,5 +1,6 @@
 """Texts, instructions and conversations: what a row is follows from its columns, and it is asked as it was learned."""
 
+import json
 import re
 
 import pytest
@@ -186,6 +187,44 @@ AS_TURNS = [
     {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]}
     for prompt, response in ASKED
 ]
+
+
+def test_a_text_of_white_space_is_skipped_and_counted(tmp_path):
+    texts = ["The town is old.", "", " ", "\n\t \n", None, " a"]
+    rows, data = encoded([{"text": text} for text in texts], tmp_path, tiny.tokenizer(), max_skipped=1.0)
+    assert [data.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows] == [texts[0], texts[-1]]
+    assert data._report.skipped["no text"][0] == 3
+
+
+def test_a_length_above_the_models_is_its_own_and_the_log_says_so(tmp_path, caplog):
+    caplog.set_level("INFO")
+    own = tiny.tokenizer()
+    own.model_max_length = 64
+    encoded([{"text": "Old."}], tmp_path, own, max_length=64)
+    assert "data.max_length" not in caplog.text
+    encoded([{"text": "Old."}], tmp_path, own, max_length=100)
+    assert "data.max_length: 64, the model's longest sequence, and not 100" in caplog.text
+
+
+AS_JSON, AS_PYTHON = json.dumps(MESSAGES[2:3]), repr(MESSAGES[2:3])
+
+
+@pytest.mark.parametrize("text", [AS_JSON, AS_PYTHON])
+def test_turns_that_are_stored_as_text_are_skipped_and_told(tmp_path, text):
+    rows = [{"prompt": "Old?", "response": "No."}, {"prompt": "Old?", "response": text}, {"prompt": text, "response": "No."}]
+    rows, data = encoded(rows, tmp_path, tiny.chat_tokenizer(tiny.CHAT), max_skipped=1.0)
+    assert len(rows) == 1
+    assert [(reason, n) for reason, (n, _) in data._report.skipped.items()] == [("turns stored as text, not as a list", 2)]
+
+
+@pytest.mark.parametrize("chat", [tiny.CHAT, None])
+def test_a_prompt_with_marks_is_the_turns_that_it_marks(tmp_path, chat):
+    prompt = "\n\nHuman: Is it old?\n\nAssistant: Yes.\n\nHuman: And red?\n\nAssistant:"
+    (row,), data = encoded([{"prompt": prompt, "response": " No."}], tmp_path, tiny.chat_tokenizer(chat))
+    text = data.tokenizer.decode(row["input_ids"])
+    turns = "<s>[user]\nIs it old?</s>\n[assistant]\nYes.</s>\n[user]\nAnd red?</s>\n[assistant]\n"
+    assert text == (f"{turns} No.</s>\n" if chat else f"<s>{prompt} No.</s>")
+    assert data.tokenizer.decode([label for label in labels_of(row) if label != -100]).strip() == "No.</s>"
 
 
 def test_instructions_are_in_the_chat_template_where_the_tokenizer_has_one(tmp_path, caplog):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -318,6 +318,14 @@ def process(rank=0, n_processes=1, module=None, **limits):
     if module is not None:
         run.strategy.connect(module)
     return run
+
+
+def stub(own, **attributes):
+    """A module as a data module sees it."""
+    module = LightningModule()
+    for name, value in {"tokenizer": own, **attributes}.items():
+        setattr(module, name, value)
+    return module
 
 
 def reviews(**arguments):

@@ -347,7 +347,12 @@ class EpochDataModule(LightningDataModule, ABC):
             "data.train_size": len(self.train),
             "data.split_seed": self.split_seed,
             "data.length_grouped": self.length_grouped,
-        }
+        } | ({"the tokens of all training rows (data.max_length)": self._n_tokens} if self.length_grouped else {})
+
+    @property
+    def _n_tokens(self) -> int:
+        """The sum of the training rows' lengths, by which they are grouped: it tells whether the lengths are others."""
+        return int(sum(self.lengths(self.train)))
 
     @override
     def state_dict(self) -> dict[str, Any]:

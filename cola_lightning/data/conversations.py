@@ -19,6 +19,7 @@ CONTENT_TEXTS = ("text", "value", "content")  # fields that may hold the text, i
 SIDES = ("chosen", "rejected")
 MARK = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # before each turn of a conversation that is one text
 MARKED_ROLES = {"Human": "user", "Assistant": "assistant"}
+TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")  # JSON, or how Python prints it
 
 
 class Turn(NamedTuple):
@@ -88,7 +89,8 @@ def question(row: Row, kind: Kind, columns: Columns) -> Question:
 def _turns(row: Row, columns: Columns) -> list[Turn]:
     """A row's turns, cleaned: none is empty, and no two neighbours are the user's, the system's or the assistant's."""
     if "messages" not in columns and "completion" not in columns:
-        return [Turn(message, may_train=True) for message in [*_prompt_turns(row, columns), _answer(row, columns)]]
+        asked = [Turn(message, may_train=False) for message in _prompt_turns(row, columns)]
+        return [*asked, Turn(_answer(row, columns), may_train=True)]
     if "messages" in columns:
         turns = [*_stored_turns(row, columns["messages"])]
     else:
@@ -225,8 +227,8 @@ def _response(row: Row, columns: Columns) -> str:
 
 
 def _prompt_turns(row: Row, columns: Columns) -> list[Message]:
-    """A prompt as a user's turn, after the system's if there is one."""
-    turns, system = user_turn(_question(row, columns)), _optional(row, columns, "system")
+    """A prompt as a user's turn, or as the turns that it marks, after the system's if there is one."""
+    turns, system = _asked_turns(_question(row, columns)), _optional(row, columns, "system")
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
@@ -244,7 +246,10 @@ def _answer(row: Row, columns: Columns) -> Message:
 def _text(row: Row, field: str) -> str:
     """A text, or a number as text."""
     value = row[field]
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else row.text(field)
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else row.text(field)
+    if TURNS_AS_TEXT.match(text):
+        raise UnusableRow("turns stored as text, not as a list")
+    return text
 
 
 def _optional(row: Row, columns: Columns, slot: str) -> str:
@@ -347,7 +352,8 @@ def _answered(row: Row, kind: Kind, columns: Columns, side: str) -> list[Message
         turns = _cleaned(_marked_turns(row[field] and row.text(field)))
     else:
         is_text = isinstance(row[field] or "", str)
-        turns = [Turn(assistant_turn(row[field]), may_train=True)] if is_text else [*_stored_turns(row, field)]
+        answer = _text(row, field) if row[field] and is_text else row[field]
+        turns = [Turn(assistant_turn(answer), may_train=True)] if is_text else [*_stored_turns(row, field)]
         if "prompt" in columns and all(turn.message["role"] == "assistant" for turn in turns[:1]):
             turns = [*_asked(row, columns), *turns]
         turns = _cleaned(_with_system(row, columns, turns))
@@ -357,7 +363,7 @@ def _answered(row: Row, kind: Kind, columns: Columns, side: str) -> list[Message
 def _asked(row: Row, columns: Columns) -> Iterator[Turn]:
     """A prompt that is stored as turns or as text, as turns without a loss."""
     if isinstance(row[columns["prompt"]], str):
-        return (Turn(message, may_train=False) for message in user_turn(_question(row, columns)))
+        return (Turn(message, may_train=False) for message in _asked_turns(_question(row, columns)))
     return (turn._replace(may_train=False) for turn in _stored_turns(row, columns["prompt"]))
 
 
@@ -374,6 +380,13 @@ def _marked_turns(text: str | None) -> Iterator[Turn]:
         raise UnusableRow("no prompt: neither in a column (data.columns) nor a text that begins with 'Human:'")
     for mark, content in zip(parts[::2], parts[1::2], strict=True):
         yield Turn({"role": MARKED_ROLES[mark], "content": content.strip()}, may_train=True)
+
+
+def _asked_turns(text: str) -> list[Message]:
+    """A prompt as turns: those that it marks if its last mark asks for the assistant's turn, else one of the user's."""
+    if MARK.match(text) and text.rstrip().endswith("\n\nAssistant:"):
+        return [turn.message for turn in _cleaned(_marked_turns(text))]
+    return user_turn(text)
 
 
 def _marked_pair(prompt: Sequence[Message], response: Sequence[Message]) -> Pair:

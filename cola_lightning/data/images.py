@@ -5,7 +5,7 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ from cola_lightning.data.labels import sorted_labels
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, progress_bar_if
 from cola_lightning.data.source import VALIDATION_SPLITS, Source
-from cola_lightning.data.splits import Splits
+from cola_lightning.data.splits import Splits, paths_inside
 from cola_lightning.errors import UnusableRow, UserError
 
 # Columns with the picture or its path, by the first that a data set has.
 IMAGES = ["image", "img", "image_path", "file_name", "filename", "path", "file"]
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".gif"}
+ENDINGS |= {".tif", ".tiff", ".ppm", ".pgm"}
+# Of pillow's formats. Others run programs: Ghostscript for EPS, whatever the file's name is.
+FORMATS = ("JPEG", "JPEG2000", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "ICO")
+SPLIT_NAMES = {"training": "train", "testing": "test"}  # of folders, as people call them
 ROWS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")  # a folder with such a file has its rows there
 RATIOS = 3 / 4, 4 / 3  # of a random crop's sides
 
@@ -128,21 +132,12 @@ class ImageDataModule(LabelledDataModule):
         for name, feature in rows.data.features.items():
             if isinstance(feature, datasets.Image):
                 rows.data = rows.data.cast_column(name, stored)
-            elif name == image and getattr(feature, "dtype", None) == "string":
+            elif name == image and getattr(feature, "dtype", None) in ("string", "large_string"):
                 folder = place if place.is_dir() else place.parent
                 paths = [None if path is None else str((folder / path).absolute()) for path in rows.data[image][:]]
                 data = rows.data.remove_columns(image).add_column(image, paths, feature=datasets.Value("string"))
                 rows.data = data.cast_column(image, stored)
         return rows
-
-    @override
-    def identity_of_files(self, source: str) -> dict[str, Any]:
-        """Of a folder of pictures: their number, and a hash of their names and sizes."""
-        folder = Path(os.path.expanduser(source))
-        if not _folders_by_split(source, self.train_split, {self.train_split}):
-            return super().identity_of_files(source)
-        known = [(str(path.relative_to(folder)), path.stat().st_size) for path, _ in _pictures([folder])]
-        return {"pictures": [len(known), hashlib.sha256(repr(known).encode()).hexdigest()]}
 
     @override
     def fields_of(self, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -154,7 +149,6 @@ class ImageDataModule(LabelledDataModule):
 
     @override
     def encode(self, rows: Rows, part: str) -> tuple[Any, RowReport]:
-        import datasets
         import PIL
 
         (image,), label = self._find_columns(rows)
@@ -164,19 +158,19 @@ class ImageDataModule(LabelledDataModule):
             index = read_label(row)
             if not _is_picture(row[image]):
                 raise row.refused(image, "a picture")
-            _check_readable(row[image])
+            _opened(row[image], is_whole=False)
             return [{"labels": index, "length": 1}]
 
         paths = rows.data.select_columns([image]).flatten()[f"{image}.path"][:]
         files = hashlib.sha256(repr([_facts(path) for path in paths]).encode()).hexdigest()
-        identity = repr((__version__, PIL.__version__, image, known, files))
+        identity = repr((__version__, PIL.__version__, FORMATS, image, known, files))
         encoded, report = rows.mapped(lambda batch, _: each(read, batch), {"labels": "int64"}, identity, self.num_proc)
         report.n_tokens = 0
         usable = np.delete(rows.numbers, list(report.unusable))
         labels = np.full(len(rows.data), IGNORE_INDEX)
         labels[usable] = encoded.with_format("numpy")["labels"][:]
         data = rows.data.select_columns([image]).rename_columns({image: "image"}).add_column("labels", labels)
-        return data.cast_column("image", datasets.Image(mode="RGB")).select(usable), report
+        return data.select(usable).with_transform(_decoded), report
 
     def augment(self, row: dict[str, Any], seed: int) -> dict[str, Any]:
         """A training row with its picture cropped and flipped at random, by the seed."""
@@ -214,21 +208,36 @@ def _folders_by_split(source: str, train_split: str, names: set[str | None]) -> 
         names: the splits' names.
     """
     folder = Path(os.path.expanduser(source))
-    inside = sorted(folder.iterdir()) if folder.is_dir() else []
-    if any(path.suffix.lower() in ROWS for path in inside) or next(_pictures([folder]), None) is None:
+    if not folder.is_dir() or any(path.suffix.lower() in ROWS for path in folder.iterdir()):
         return {}
-    folders = {path.name: path for path in inside if path.is_dir()}
-    splits = {name: path for name, path in folders.items() if name in names}
-    return splits if train_split in splits or (splits and splits == folders) else {train_split: folder}
+    if next(_pictures([folder]), None) is None:
+        return {}
+    inside = folder
+    while True:
+        folders = [path for path in sorted(inside.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        by_name = {SPLIT_NAMES.get(path.name.lower(), path.name.lower()): path for path in folders}
+        by_name |= {path.name: path for path in folders if path.name in names}
+        splits = {name: path for name, path in by_name.items() if name in names}
+        has_classes = train_split in splits and any(path.is_dir() for path in splits[train_split].iterdir())
+        if has_classes or (splits and len(splits) == len(folders)):
+            return splits
+        if len(folders) != 1:
+            return {train_split: folder}
+        (inside,) = folders
 
 
-def _pictures(folders: Any) -> Iterator[tuple[Path, str | None]]:
+def _pictures(folders: Iterable[Path]) -> Iterator[tuple[Path, str | None]]:
     """The pictures in folders, in order, each with its class: the first folder on its path; None: it has none."""
     for folder in folders:
-        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        for path in paths_inside(folder):
             parts = path.relative_to(folder).parts
             if path.suffix.lower() in ENDINGS and not any(part.startswith(".") for part in parts):
-                yield path, parts[0] if len(parts) > 1 else None
+                yield path, _as_text(parts[0]) if len(parts) > 1 else None
+
+
+def _as_text(path: Path | str) -> str:
+    """A path as UTF-8, which Arrow needs; one that is not becomes another path, at which there is no file."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _listing(folder: Path, classes: list[str], place: str) -> Callable[[], Rows]:
@@ -240,7 +249,7 @@ def _listing(folder: Path, classes: list[str], place: str) -> Callable[[], Rows]
 
         columns: dict[str, Any] = {"image": datasets.Image(decode=False)}
         columns |= {LABELS[0]: datasets.ClassLabel(names=classes)} if classes else {}
-        listed = [(str(path.absolute()), label) for path, label in _pictures([folder])]
+        listed = [(_as_text(path.absolute()), label) for path, label in _pictures([folder])]
         with progress_bar_if(False):  # in a file, and not in memory, so that what is made of it is cached
             data = datasets.Dataset.from_generator(_rows, datasets.Features(columns), gen_kwargs={"listed": listed})
         return Rows(data, place)
@@ -262,24 +271,51 @@ def _facts(path: str | None) -> tuple[Any, ...]:
     """A path with the size and time of its file, if there is one here."""
     try:
         stat = os.stat(path or "")
-    except OSError:
+    except (OSError, ValueError):  # the latter for a path that no file can have
         return (path,)
     return path, stat.st_size, stat.st_mtime_ns
 
 
-def _check_readable(value: dict[str, Any]) -> None:
-    """Decodes a picture, JPEG at an eighth of its size.
+def _decoded(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Rows with their pictures decoded."""
+    return rows | {"image": [_opened(value) for value in rows["image"]]} if "image" in rows else rows
+
+
+def _opened(value: dict[str, Any], *, is_whole: bool = True) -> Any:
+    """A stored picture as 8-bit RGB, the right way up.
+
+    What is transparent becomes white. The values of a picture of more than 8 bits are scaled: its smallest becomes black and
+    its largest white.
+
+    Args:
+        value: the picture as ``datasets`` stores it.
+        is_whole: whether to decode it at its size; ``False``: JPEG at an eighth of it, to see whether it can be read.
 
     Raises:
         UnusableRow: if it cannot be decoded.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]  # HEIF needs a plugin
+    if value["bytes"] is None and not os.path.isfile(value["path"]):
+        raise UnusableRow("there is no such file")
     try:
-        with Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as picture:
-            picture.draft("RGB", (1, 1))
-            picture.load()
-    except FileNotFoundError:
-        raise UnusableRow("there is no such file") from None
+        with Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]), formats=formats) as stored:
+            if not is_whole:
+                stored.draft("RGB", (1, 1))
+            picture: Any = ImageOps.exif_transpose(stored)
+        if picture.mode.startswith(("I", "F")):
+            values = np.asarray(picture, dtype=np.float64)
+            low, high = values.min(), values.max()
+            if not np.isfinite(high - low):
+                raise UnusableRow("the picture has values that are not finite")
+            picture = Image.fromarray(((values - low) * (255 / ((high - low) or 1))).round().astype(np.uint8))
+        if "transparency" in picture.info or not {"A", "a"}.isdisjoint(picture.getbands()):
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+    except UnusableRow:
+        raise
     except Exception as error:  # of damaged files, decoders raise many kinds
         raise UnusableRow(f"the picture cannot be read ({type(error).__name__})") from error

@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset
 from typing_extensions import override
 
 from cola_lightning import __version__
+from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.data.base import EpochDataModule, check_sizes
 from cola_lightning.data.drawing import as_count, check_shares, draw
 from cola_lightning.data.encoding import TOO_LONG, TooLong, identity_of_tokenizer
@@ -24,7 +25,7 @@ from cola_lightning.errors import UserError, shortened_text
 
 log = logging.getLogger(__name__)
 
-ENCODING = 4  # counted up where the same rows are encoded otherwise: what is cached is then of no use
+ENCODING = 5  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 PURPOSES = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
 STAGE_PARTS = {"fit": ["train", "val"], "validate": ["val"]}  # the parts that a stage needs; other stages: test
@@ -109,15 +110,15 @@ class SourceDataModule(TokenizedDataModule):
             ``.parquet``), a pattern of files (``logs/*.jsonl``), a folder with such a file for each split (``train.csv``,
             ``validation.csv``, ``test.csv``), a folder of ``Dataset.save_to_disk``, or the id of a data set on the hub. A list
             mixes several: each entry is one of these, or a mapping of ``source``, ``subset``, ``revision``, ``columns`` and
-            ``share``, the share of its rows that is used. Each has its own splits, and sizes apply to each. ``predict`` takes
-            all rows of a single file; otherwise the test rows, else the validation split, else the train split.
+            ``share``, the share of its rows that is used. Each has its own splits, and sizes apply to each.
         subset: Name of a configuration of a data set on the hub.
         revision: Branch, tag or commit of a data set on the hub.
         text_unit: What a row of a ``.txt`` file is: the whole ``file``, a ``line``, or a ``paragraph``, the text between empty
             lines. If the file is one paragraph, each line is a row.
         train_split: Name of the split with the training rows.
         val_split: Name of the validation split. Default: the first of ``validation``, ``valid``, ``val``, ``dev`` that exists.
-        test_split: Name of the split that test and predict read. Default: ``test``, if it exists.
+        test_split: Name of the split that test and predict read. Default: ``test``, if it exists. Without a name, predict reads
+            all rows: of a file, or of the test split, else the validation split, else the train split.
         batch_size: Rows in a training batch.
         eval_batch_size: Rows in a batch of validation, test and predict. ``null`` uses ``batch_size``.
         max_length: Maximum length of a sequence, in tokens. The model's own limit also applies.
@@ -127,7 +128,9 @@ class SourceDataModule(TokenizedDataModule):
             training rows. ``null`` uses all of the validation split, or else draws 10 % of the training rows, at most 1,000. 0
             turns validation off.
         test_size: Number or share of test rows, which are drawn in the same way. ``null`` uses all of the test split. If there
-            is none, there are no test rows.
+            is none, there are no test rows. ``cola test`` and ``cola validate`` measure the rows that the fit of
+            ``--ckpt_path`` held out. Other data than the fit's, if it has no test or validation split, is measured on all rows.
+            1.0 takes all rows, except in a fit.
         split_seed: Seed by which rows are drawn.
         num_workers: Number of worker processes that prepare batches. With 0 the main process prepares them.
         num_proc: Number of processes that tokenize, for ``TextDataModule``, ``PreferenceDataModule`` and
@@ -200,15 +203,24 @@ class SourceDataModule(TokenizedDataModule):
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """Each source, and its revision on the hub, or the size and hash of its files, which are computed once."""
-        identities = []
-        for source in self.sources:
-            options = {name: value for name, value in asdict(source).items() if value and (name, value) != ("share", 1)}
-            identities.append(options | self.identity_of_files(source.source))
+        identities = [identity_of(source) for source in self.sources]
         return identities[0] if len(identities) == 1 else {"sources": identities}
 
-    def identity_of_files(self, source: str) -> dict[str, Any]:
-        """The size and hash of a source's files on this machine; empty for the hub."""
-        return files_identity(source)
+    @functools.cached_property
+    def _trained_on(self) -> list[Any]:
+        """The contents of the sources that the run of ``--ckpt_path`` and its earlier stages used; empty if one is unknown."""
+        module: Any = self.trainer and self.trainer.lightning_module
+        opened, contents = getattr(module, "opened_checkpoint", None), list[Any]()
+        while opened is not None:
+            data, (path, _) = opened.state.facts["data"], opened.state.facts["init_chain_source"]
+            contents += map(contents_of, data.get("sources", [data] if data else []))
+            try:
+                opened = path and OpenedCheckpoint.open(path)
+            except UserError:  # it was moved, or is a chain folder, which has no data
+                data = {}
+            if not data:
+                return []
+        return contents
 
     @functools.cached_property
     def _splits(self) -> list[Splits[Any]]:
@@ -245,6 +257,12 @@ class SourceDataModule(TokenizedDataModule):
         read = choose_split(splits, self.train_split, (), "train_split")
         return read and read()
 
+    @override
+    def set_tokenizer(self) -> None:
+        super().set_tokenizer()
+        if self.max_length < self._max_length:
+            self._log(f"data.max_length: {self.max_length}, the model's longest sequence, and not {self._max_length}")
+
     def _log(self, text: str, level: int = logging.INFO) -> None:
         if text not in self._logged:  # each stage comes here
             log.log(level, "%s", text)
@@ -272,6 +290,7 @@ class SourceDataModule(TokenizedDataModule):
                 continue
             if not parts.get(part):
                 advice = "Set it in the fit, or use `cola validate`" if part == "test" else "Set it above 0 in the fit"
+                advice += ". 1.0 takes all rows"
                 raise UserError(f"data.{part}_size: {self.source!r} has no {PURPOSES[part]} rows. {advice}.")
             purpose = "predict" if stage == "predict" else part
             by_source = [self.encode(rows, purpose) for rows in parts[part]]
@@ -288,7 +307,7 @@ class SourceDataModule(TokenizedDataModule):
             setattr(self, part, encoded)
         self._report = total
         if stage != "predict":  # of all parts together: one of few rows may have more by chance
-            total.check(self.max_skipped, None if self.too_long == "shorten" else TOO_LONG)
+            self.check_skipped(total)
             return
         if total.skipped and not self.writes_predictions:  # those that are returned have no index
             raise UserError(
@@ -299,28 +318,50 @@ class SourceDataModule(TokenizedDataModule):
         self._indices = [index for index in range(len(self._rows_of_predict)) if index not in total.unusable]
         assert len(self._indices) == len(self.test), "encode must give each row a prompt, or report it as unusable"
 
+    def check_skipped(self, report: RowReport) -> None:
+        """Refuses rows of which more were skipped than ``max_skipped`` allows."""
+        report.check(self.max_skipped, None if self.too_long == "shorten" else TOO_LONG)
+
     def parts(self, stage: str) -> dict[str, list[Any]]:
         """The rows of each source that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
         parts: dict[str, list[Any]] = {}
         for source, splits in zip(self.sources, self._splits, strict=True):
+            names = STAGE_PARTS.get(stage, ["test"])
             if stage == "predict":
                 drawn = {"test": self._rows_to_predict(source, splits)}
+            elif stage != "fit" and self._is_whole(source, splits, *names):
+                drawn = dict.fromkeys(names, self._all_rows(source, splits, *names))
             else:
-                drawn = self._parts(splits, STAGE_PARTS.get(stage, ["test"]))
+                drawn = self._parts(splits, names)
             for part, rows in drawn.items():
                 parts.setdefault(part, []).append(rows)
         return parts
 
     def _rows_to_predict(self, source: Source, splits: Splits[Any]) -> Rows:
-        """The rows that predict uses."""
-        rows, read = None, None
-        if not is_file(source.source):
+        """The rows that predict uses: all, unless a split is named."""
+        rows = None
+        if self.test_split is not None and not is_file(source.source):
             rows = self._parts(splits, ["test"], may_lack_targets=True).get("test")
-            read = self._evaluation_split(splits, "val")
-        if rows is None:
-            split = read() if read else self._train_rows(splits)
-            rows = split.drawn({"test": None}, self.split_seed)["test"]
-        return cast(Rows, rows).lacking_targets()
+        return cast(Rows, rows or self._all_rows(source, splits, "test")).lacking_targets()
+
+    def _is_whole(self, source: Source, splits: Splits[Any], part: str) -> bool:
+        """Whether a part that has no split is all rows: of other data than the fit's, or if its size is 1.0."""
+        if not is_file(source.source) and self._evaluation_split(splits, part) is not None:
+            return False
+        size = self.val_size if part == "val" else self.test_size
+        is_requested = isinstance(size, float) and size == 1
+        if is_other := bool(self._trained_on) and contents_of(identity_of(source)) not in self._trained_on:
+            self._log(f"{source.source}: not the data of ckpt_path's fit, so all rows are used for {PURPOSES[part]}")
+        return is_requested or is_other
+
+    def _all_rows(self, source: Source, splits: Splits[Any], part: str) -> Any:
+        """All rows of a file; else those of the part's split, else of the validation split, else of the train split."""
+        if is_file(source.source):  # of one split, whatever those of the fit's data are called
+            (read,) = splits.values()
+        else:
+            reads = [self._evaluation_split(splits, name) for name in (part, "val")]
+            read = next(filter(None, reads), functools.partial(self._train_rows, splits))
+        return read().drawn({part: None}, self.split_seed)[part]
 
     def _parts(self, splits: Splits[Any], names: Sequence[str], *, may_lack_targets: bool = False) -> dict[str, Any]:
         parts, drawn = dict[str, Any](), {"train": self.train_size}
@@ -420,6 +461,18 @@ class SourceDataModule(TokenizedDataModule):
             rows: the rows.
             part: what they are for: ``train``, ``val``, ``test``, or ``predict``.
         """
+
+
+def identity_of(source: Source) -> dict[str, Any]:
+    """A source, and the size and hash of its files on this machine; of the hub, its name alone."""
+    options = {name: value for name, value in asdict(source).items() if value and (name, value) != ("share", 1)}
+    return options | files_identity(source.source)
+
+
+def contents_of(identity: Mapping[str, Any]) -> Any:
+    """What tells whether two sources hold the same rows, wherever their files are."""
+    files = identity.get("files", {})
+    return sorted(files.values()) or identity.get("folder") or [identity["source"], identity.get("subset")]
 
 
 def joined(parts: Sequence[Any]) -> Any:

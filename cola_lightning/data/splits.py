@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -101,11 +101,17 @@ def choose_split(splits: Splits[S], name: str | None, usual_names: Sequence[str]
 
 
 def files_identity(source: str) -> dict[str, Any]:
-    """Size and hash of a source's files on this machine, as ``{"files": {name: [size, sha256]}}``; empty for the hub."""
+    """Size and hash of a source's files on this machine, as ``{"files": {name: [size, sha256]}}``; empty for the hub.
+
+    Of a folder without files of rows, such as one of pictures: their number, and a hash of their names and sizes.
+    """
     path = _path(source)
     if is_on_hub(source):
         return {}
     files = _matches(source) or (sorted(path.rglob("data-*.arrow")) if _is_saved(path) else [])
+    if not files and not any(_ending(file.name) for file in path.iterdir() if file.is_file()):
+        known = [(str(file.relative_to(path)), file.stat().st_size) for file in paths_inside(path) if file.is_file()]
+        return {"folder": [len(known), hashlib.sha256(repr(known).encode()).hexdigest()]}
     files = files or [file for files_of_split in _files_by_split(path).values() for file in files_of_split]
     names, identities = [file.name for file in files], {}
     for file in files:
@@ -116,6 +122,13 @@ def files_identity(source: str) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------- files
+
+
+def paths_inside(folder: Path) -> Iterator[Path]:
+    """The paths inside a folder, in order, also those in a linked folder in it, which ``rglob`` leaves out."""
+    for entry in sorted(folder.iterdir()):
+        yield entry
+        yield from sorted(entry.rglob("*"))
 
 
 def _ending(name: str) -> str | None:
@@ -188,6 +201,8 @@ def _csv_options(file: Path, sep: str) -> dict[str, Any]:
         names = next(csv.reader(lines, delimiter=sep))
     if len({*names}) < len(names):  # pandas renames them
         raise ValueError(f"columns of the same name, {', '.join(names)}")
+    # A column without a name, as that of the index that pandas writes, gets the name that pandas gives it.
+    names = [name or f"Unnamed: {k}" for k, name in enumerate(names)]
     features = datasets.Features({name: datasets.Value("string") for name in names})
     options = {"sep": sep, "features": features, "index_col": False, "encoding": "utf-8-sig"}
     return options | {"keep_default_na": False, "na_values": [""]}

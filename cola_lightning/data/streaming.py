@@ -103,7 +103,12 @@ class EncodedStream:
         self.stream, self.encode, self.names = stream, encode, names
 
     def loader(
-        self, collate: Callable[..., Any], seed: int | str, processes: tuple[int, int], max_skipped: float, **options: int
+        self,
+        collate: Callable[..., Any],
+        seed: int | str,
+        processes: tuple[int, int],
+        check: Callable[[RowReport], None],
+        **options: int,
     ) -> Any:
         """A loader of the rows that are not held out, shuffled by a buffer; torchdata's, which has a state, if it is installed.
 
@@ -111,7 +116,7 @@ class EncodedStream:
             collate: makes a batch of encoded rows.
             seed: of the order.
             processes: the number of processes, each of which reads other rows, and this process's rank.
-            max_skipped: the largest share of the rows read so far that may be skipped.
+            check: refuses the rows read so far, by the report on them, if too many of them are skipped.
             **options: the ``batch_size`` and ``num_workers`` of the loader.
 
         Raises:
@@ -124,7 +129,7 @@ class EncodedStream:
             raise UserError("data.streaming: rows are held out, so use one process (trainer.devices 1) and data.num_workers 0")
         data = self.stream.data.skip(self.stream.n_held_out).shuffle(seed=derive_seed(seed), buffer_size=BUFFER)
         data = split_dataset_by_node(data, rank=rank, world_size=n_processes)
-        encode_batch = functools.partial(self._encode_batch, RowReport(), max_skipped)
+        encode_batch = functools.partial(self._encode_batch, RowReport(), check)
         data = data.map(encode_batch, batched=True, remove_columns=self.stream.columns)
         kind: Any = DataLoader
         with contextlib.suppress(ImportError):
@@ -133,7 +138,9 @@ class EncodedStream:
         loader.sampler.set_epoch = data.set_epoch  # Lightning calls a sampler's
         return loader
 
-    def _encode_batch(self, report: RowReport, max_skipped: float, fields: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def _encode_batch(
+        self, report: RowReport, check: Callable[[RowReport], None], fields: dict[str, list[Any]]
+    ) -> dict[str, list[Any]]:
         place, notes = self.stream.place, set[str]()
         rows = [Row(dict(zip(fields, values, strict=True)), place) for values in zip(*fields.values(), strict=True)]
         outcomes = self.encode(rows, notes)
@@ -141,7 +148,7 @@ class EncodedStream:
         for reason in (str(outcome) for outcome in outcomes if isinstance(outcome, UnusableRow)):
             notes.add(f"{place}: rows are skipped: {reason}")
             report.skip(reason, place)
-        report.check(max_skipped)
+        check(report)
         for note in sorted(notes - report.notes):
             log.info("%s", note)
         report.notes |= notes

@@ -199,7 +199,7 @@ class TextDataModule(SourceDataModule):
         """Encodes rows for training or evaluation."""
         tokenizer, max_length, too_long = self.tokenizer, self.max_length, self.too_long
         if kind == "text":
-            texts = each(lambda row: row.text(columns["text"]), rows)
+            texts = each(lambda row: _words(row.text(columns["text"])), rows)
             return together(lambda usable: encode_texts(tokenizer, usable, max_length), texts)
         if kind == "prompt" and not self.applies_chat_template:
             pairs = each(lambda row: pair(row, columns), rows)
@@ -258,8 +258,16 @@ class TextDataModule(SourceDataModule):
         if not isinstance(self.train, EncodedStream):
             return super().train_dataloader()
         options = {"batch_size": self.batch_size, "num_workers": self.num_workers}
-        return self.train.loader(self.collate, self.order_seed, self._processes, self.max_skipped, **options)
+        return self.train.loader(self.collate, self.order_seed, self._processes, self.check_skipped, **options)
 
     @override
     def _order(self) -> dict[str, Any]:
-        return {"data.packing": self.packing, **super()._order()}
+        packed = {"data.packing": self.packing} | ({"data.max_length": self.max_length} if self.packing else {})
+        return {**packed, **super()._order()}
+
+
+def _words(text: str) -> str:
+    """A text, unless it is blank."""
+    if not text.strip():
+        raise UnusableRow("no text")
+    return text
