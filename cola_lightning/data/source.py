@@ -290,7 +290,7 @@ class SourceDataModule(TokenizedDataModule):
                 continue
             if not parts.get(part):
                 advice = "Set it in the fit, or use `cola validate`" if part == "test" else "Set it above 0 in the fit"
-                advice += ". 1.0 takes all rows"
+                advice += ". With 1.0 all rows are used, also those that were trained on"
                 raise UserError(f"data.{part}_size: {self.source!r} has no {PURPOSES[part]} rows. {advice}.")
             purpose = "predict" if stage == "predict" else part
             by_source = [self.encode(rows, purpose) for rows in parts[part]]
