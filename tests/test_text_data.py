@@ -306,3 +306,11 @@ def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat
     assert len(row["input_ids"]) == 30
     assert own.decode([label for label in labels_of(row) if label != -100]).strip() == "It is.</s>"
     assert chat or encode_responses(own, [Pair("Is it? ", 0, "It is.")], 64)[0][0]["input_ids"][-1] == own.eos_token_id
+
+
+def test_a_response_may_be_json(tmp_path):
+    """Of other lists than turns."""
+    answers = ['[{"value": 3, "unit": "m"}]', '[{"content": "old"}]', "[1, 2]", '{"role": "admin"}']
+    tiny.write_rows(tmp_path, [{"prompt": "How old?", "response": answer} for answer in answers])
+    data = tiny.set_up(TextDataModule(str(tmp_path)), tiny.tokenizer(), "fit")
+    assert len(data.train) == len(answers)

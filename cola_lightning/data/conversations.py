@@ -19,7 +19,8 @@ CONTENT_TEXTS = ("text", "value", "content")  # fields that may hold the text, i
 SIDES = ("chosen", "rejected")
 MARK = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # before each turn of a conversation that is one text
 MARKED_ROLES = {"Human": "user", "Assistant": "assistant"}
-TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")  # JSON, or how Python prints it
+# JSON, or how Python prints it. A response may well be a list of objects, but hardly one whose first object has a role.
+TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{[^{}]*["'](?:role|from)["']\s*:""")
 
 
 class Turn(NamedTuple):
