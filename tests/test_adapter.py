@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 
 import pytest
@@ -192,6 +193,7 @@ def without(part):
     return lambda folder: edit_tensors(folder, lambda values: {name: values[name] for name in values if part not in name})
 
 
+HEAD = "base_model.model.lm_head.weight"
 REFUSED = {
     "another type": (lambda folder: lora_of(folder, LoKrConfig), "peft_type 'LOKR'"),
     "more than a LoRA": (lambda folder: lora_of(folder, use_dora=True), "use_dora True"),
@@ -216,6 +218,29 @@ def test_what_is_no_whole_ordinary_lora_is_named_in_one_line(tmp_path, reason):
     spoil(tmp_path)
     with pytest.raises(UserError, match=rf"^adapter: .*{message}.*$"):
         read_adapter(tmp_path / "peft")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda folder: edit(folder, lora_alpha=math.nan), "q_proj"),
+        (
+            lambda folder: edit_tensors(
+                folder, lambda values: {n: v * math.inf if "v_proj" in n else v for n, v in values.items()}
+            ),
+            "v_proj",
+        ),
+        (lambda folder: edit_tensors(folder, lambda values: values | {HEAD: values[HEAD] * math.nan}), "lm_head"),
+    ],
+    ids=["alpha", "a factor", "a head"],
+)
+def test_an_adapter_or_chain_with_values_that_are_not_finite_is_refused(tmp_path, spoil, named):
+    lora(tmp_path, "llama", modules_to_save=["lm_head"])
+    spoil(tmp_path)
+    read_adapter(tmp_path / "peft").save(tmp_path / "chain")
+    for folder in ("peft", "chain"):
+        with pytest.raises(UserError, match=rf"^model\.init_chain: .*{folder}.* NaN or infinite.*{named}"):
+            read_chain(tmp_path / folder, field="model.init_chain")
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,15 @@ def test_last_says_which_run_it_takes_and_that_a_newer_one_has_no_checkpoint(cap
     ]
 
 
+@pytest.mark.parametrize("words", [["--model.init_chain", "nowhere"], ["--chain.ranks", "[99]"]], ids=["early", "late"])
+def test_a_refused_command_removes_only_the_folders_that_it_made(tmp_path, monkeypatch, words):
+    (here := tmp_path / "new" / "work").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for root in ([], ["--trainer.default_root_dir", "root/of/runs"]):
+        assert main(["fit", "--config", DIGITS, *words, *root]) == 2
+        assert list((tmp_path / "new").rglob("*")) == [here]
+
+
 def test_one_process_of_a_launcher_logs(monkeypatch, capfd):
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert fit("--trainer.max_epochs", "1") == 0

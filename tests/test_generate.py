@@ -121,7 +121,7 @@ def test_what_does_not_generate_is_one_line_and_status_2(trained, tmp_path, capf
     run.save_checkpoint(tmp_path / "classifier.ckpt")
     for words, message in [
         ([tmp_path / "classifier.ckpt", "--prompt", "It"], "COLACausalLM"),
-        ([tmp_path, "--prompt", "It"], "Is a directory"),
+        ([tmp_path, "--prompt", "It"], "has no checkpoints/last.ckpt"),
         ([path, "--prompt", "It is " * 200], "prompt: must have fewer than 128 tokens"),
         ([path, "--chat"], "chat: the model's tokenizer has no chat template"),
     ]:

@@ -202,9 +202,11 @@ class Chain:
         """
         factors, links, is_scaled = {as_number(key): factor for key, factor in scale.items()}, list[Link](), False
         names = [link.name for link in self.links]
-        for key in factors:
-            if key not in names and key not in range(len(names)):
+        for key, factor in factors.items():
+            if key not in names and (isinstance(key, bool) or key not in range(len(names))):
                 raise unknown_stage("scale", key, names)
+            if not math.isfinite(factor):
+                raise UserError(f"scale: the factor of {key!r} must be a finite number, got {factor}")
         for link in self.links:
             factor = factors.get(link.index, 1.0 if link.name is None else factors.get(link.name, 1.0))
             is_scaled |= factor != 1
@@ -362,7 +364,7 @@ def number_of_links(links: int | str | None, names: Sequence[str | None]) -> int
 def as_number(links: int | str) -> int | str:
     """A number that was typed as text, as a number; the name of a stage as it is."""
     with suppress(ValueError):
-        return int(links)
+        return int(links) if isinstance(links, str) else links  # in YAML, 1.5 and true are no texts
     return links
 
 

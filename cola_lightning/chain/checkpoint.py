@@ -173,7 +173,10 @@ class OpenedCheckpoint:
             UserError: if there is no such file, or it is damaged, or not a COLA module's checkpoint of a known format version.
         """
         source = in_run(source)
-        contents, name = read_archive(source, field, weights_only=weights_only), name_of(source)
+        name = name_of(source)
+        if os.path.isdir(name):
+            raise UserError(f"{field}: {name!r} has no checkpoints/last.ckpt. Pass a run's folder or a checkpoint")
+        contents = read_archive(source, field, weights_only=weights_only)
         state_dict = contents.get("state_dict") if isinstance(contents, dict) else None
         return cls(name, contents, StoredState.of(state_dict if isinstance(state_dict, dict) else {}, name, field))
 
@@ -198,13 +201,27 @@ def read_chain(path: str | Path, links: int | str | None = None, field: str = "c
     """
     path = Path(os.path.expanduser(in_run(path)))
     if path.is_file():
-        opened = OpenedCheckpoint.open(path, field)
-        return opened.state.all_links(links)
-    if (path / JSON_NAME).is_file():
+        chain = OpenedCheckpoint.open(path, field).state.all_links()
+    elif (path / JSON_NAME).is_file():
         chain = Chain.load(path)
     elif (path / CONFIG_NAME).is_file():
         chain = read_adapter(path)
     else:
         what = "is no run's folder, checkpoint, chain folder or PEFT adapter" if path.is_dir() else "does not exist"
         raise UserError(f"{field}: {str(path)!r} {what}")
-    return chain if links is None else chain.truncate(links)
+    chain = chain if links is None else chain.truncate(links)
+    if (name := _not_finite(chain)) is not None:
+        raise UserError(f"{field}: {str(path)!r} contains NaN or infinite values (in {name!r})")
+    return chain
+
+
+def _not_finite(chain: Chain) -> str | None:
+    """The first layer, or other trained value, with a value from which no model could be made; None: there is none."""
+    for link in chain.links:
+        for name, pair in link.factors.items():
+            if not all(torch.isfinite(factor).all() for factor in pair):
+                return name
+        for name, value in link.extras.items():
+            if torch.isnan(value).any():  # a buffer, such as a mask, may be infinite
+                return name
+    return None

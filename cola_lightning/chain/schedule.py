@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from cola_lightning.chain.chain import as_number
 from cola_lightning.errors import UserError
@@ -141,6 +141,7 @@ class ChainSchedule:
             *((name, _increases(getattr(self, name) or ()), "increasing, from 1 on") for name in ("at_epochs", "at_steps")),
             ("until", 0 < self.until < 1, "between 0 and 1"),
             ("until", self.knots is not None or self.until == UNTIL, "left out without chain.knots"),
+            ("next_A", self.next_A in get_args(NextA), " or ".join(get_args(NextA))),
             ("name", self.name is None or is_stage_name(self.name), "a text other than a number or 'all'"),
             ("ranks", all(map(is_rank, self.ranks or ())), "whole numbers from 1"),
             ("alphas", all(0 < alpha < math.inf for alpha in self.alphas or ()), "positive"),
