@@ -171,11 +171,11 @@ class AdaptedModel:
         self.live = self.checked_link(rank, alpha)
         initialize_link(self.layers, self.seed, self.link, *self.live, self.frozen_factor or "A")
 
-    def checked_link(self, rank: int, alpha: float) -> tuple[int, float]:
+    def checked_link(self, rank: int, alpha: float, next_A: NextA = "new") -> tuple[int, float]:
         """A link's rank and alpha as plain numbers: numpy's would be in checkpoints and chain folders.
 
         Raises:
-            UserError: for a model without links, or values that no link of it can have.
+            UserError: for a model without links, or values that no link of it can have, or none with the current link's A.
         """
         if not self.layers:
             raise UserError("model.target_modules: a link needs layers to adapt, got null")
@@ -184,6 +184,8 @@ class AdaptedModel:
             raise UserError(f"rank: must be between 1 and {largest} (model.rank), got {rank}")
         if not 0 < alpha < math.inf:
             raise UserError(f"alpha: must be a number above 0, got {alpha}")
+        if next_A == "same" and (rank, alpha) != self.live:
+            raise UserError("chain.next_A: with same, a link has the rank and alpha of the link before it")
         return int(rank), float(alpha)
 
     def resume_link(self, link: Link) -> None:
@@ -241,10 +243,8 @@ class AdaptedModel:
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
         link = self.live_link(**metadata)
-        following = self.checked_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha)
+        following = self.checked_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha, next_A)
         check_knot(next_A, share, self.trained_factors)
-        if next_A == "same" and following != self.live:
-            raise UserError("chain.next_A: with same, a link has the rank and alpha of the link before it")
         for layers in self.by_unit():
             for layer in layers.values():
                 layer.finish(share)

@@ -1,7 +1,6 @@
 """``cola generate``: generates text with a checkpoint of a language model, from a prompt or in a conversation."""
 
 import contextlib
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -38,7 +37,6 @@ def generate(words: Sequence[str]) -> None:
     prompt = options.prompt if options.chat or options.prompt is not None else _standard_input()
     if prompt is not None and not prompt.strip():
         raise UserError("prompt: is empty. Pass one with --prompt or on standard input")
-    logging.getLogger("cola_lightning").setLevel(logging.ERROR)  # standard output is for the generated text
     opened = OpenedCheckpoint.open(options.checkpoint)
     module, prompt_format = load_module(opened, options, "generate"), opened.state.facts["prompt_format"]
     import torch
