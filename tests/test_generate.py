@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, PredictionWriter, TextClassificationDataModule, TextDataModule
 from cola_lightning.cli import main
-from cola_lightning.cli.generate import make_streamer
+from cola_lightning.cli.generate import Session, make_streamer
 from cola_lightning.decoding import Decoding
 from tests import tiny
 from tests.tiny import CHAT_IN_A_LINE as CHAT
@@ -94,6 +94,27 @@ def test_a_conversation_goes_on_up_to_an_empty_line(trained, capfd, monkeypatch,
     ids = module.tokenizer(f"[user]Is it?</s>[assistant]{alone}</s>[user]The cat</s>[assistant]", add_special_tokens=False)
     batch = {"prompt_ids": torch.tensor([ids["input_ids"]]), "prompt_mask": torch.ones(1, len(ids["input_ids"])).long()}
     assert module.eval().generate(batch | {"decoding": Decoding(8).to_dict()}) == [second.strip()]
+
+
+def test_a_conversation_that_is_longer_than_the_context_goes_on_without_its_oldest_turns(trained, capfd, monkeypatch):
+    path, _ = trained("chat")
+    messages = [f"{name} is the largest town of the country, and the town is old." for name in "abcdef"]
+    answered, answer = [], Session.answer
+
+    def watched(self, text, *rest, **options):
+        answered.append(text)
+        return answer(self, text, *rest, **options)
+
+    monkeypatch.setattr(Session, "answer", watched)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(messages)))
+    assert main(["generate", str(path), "--chat", "--max_new_tokens", "8"]) == 0
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == len(messages)
+    assert err.count("oldest turns") >= 2
+    assert answered[-1].startswith("[user]")
+    assert answered[-1].endswith(f"[user]{messages[-1]}</s>[assistant]")
+    assert messages[-2] in answered[-1]
+    assert messages[0] not in answered[-1]
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, database=None)

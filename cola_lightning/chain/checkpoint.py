@@ -4,6 +4,7 @@ These are megabytes where the weights would be gigabytes. This file reads checkp
 without a module or Lightning.
 """
 
+import io
 import logging
 import os
 import pickle
@@ -41,7 +42,9 @@ def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool =
 
     is_named = isinstance(source, str | PathLike)
     try:
-        with fsspec.open(os.path.expanduser(source), "rb") if is_named else nullcontext(source) as file:
+        with fsspec.open(os.path.expanduser(source), "rb") if is_named else nullcontext(source) as opened:
+            # A server may send only whole files, in which nobody can seek.
+            file = io.BytesIO(opened.read()) if is_named and "://" in str(source) else opened
             with zipfile.ZipFile(file) as archive:
                 if (part := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"its part {part!r} is damaged")
