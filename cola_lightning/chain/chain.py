@@ -200,7 +200,9 @@ class Chain:
 
         Source: Wortsman et al., "Robust fine-tuning of zero-shot models" (WiSE-FT, arXiv 2109.01903), section 3.
         """
-        factors, links, is_scaled = {as_number(key): factor for key, factor in scale.items()}, list[Link](), False
+        # In YAML, 1.5 and true are no texts, and int() would take them for 1.
+        factors = {as_number(key) if isinstance(key, str) else key: factor for key, factor in scale.items()}
+        links, is_scaled = list[Link](), False
         names = [link.name for link in self.links]
         for key, factor in factors.items():
             if key not in names and (isinstance(key, bool) or key not in range(len(names))):
@@ -364,7 +366,7 @@ def number_of_links(links: int | str | None, names: Sequence[str | None]) -> int
 def as_number(links: int | str) -> int | str:
     """A number that was typed as text, as a number; the name of a stage as it is."""
     with suppress(ValueError):
-        return int(links) if isinstance(links, str) else links  # in YAML, 1.5 and true are no texts
+        return int(links)
     return links
 
 
