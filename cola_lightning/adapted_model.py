@@ -176,11 +176,11 @@ class AdaptedModel:
         self.live = self.checked_link(rank, alpha)
         initialize_link(self.layers, self.seed, self.link, *self.live, self.frozen_factor or "A")
 
-    def checked_link(self, rank: int, alpha: float) -> tuple[int, float]:
+    def checked_link(self, rank: int, alpha: float, knot: Knot = "cola") -> tuple[int, float]:
         """A link's rank and alpha as plain numbers: numpy's would be in checkpoints and chain folders.
 
         Raises:
-            UserError: for a model without links, or values that no link of it can have.
+            UserError: for a model without links, or values that no link can have, or none that goes on with the current one.
         """
         if not self.layers:
             raise UserError("model.target_modules: a link needs layers to adapt, got null")
@@ -189,6 +189,8 @@ class AdaptedModel:
             raise UserError(f"rank: must be between 1 and {largest} (model.rank), got {rank}")
         if not 0 < alpha < math.inf:
             raise UserError(f"alpha: must be a number above 0, got {alpha}")
+        if knot != "cola" and (rank, alpha) != self.live:
+            raise UserError(f"chain.knot: with {knot}, a link has the rank and alpha of the link before it")
         return int(rank), float(alpha)
 
     def resume_link(self, link: Link) -> None:
@@ -253,10 +255,8 @@ class AdaptedModel:
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
         link = self.live_link(**metadata)
-        following = self.checked_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha)
+        following = self.checked_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha, knot)
         link = replace(link, share=merged_share(knot, share, self.trained_factors))
-        if knot != "cola" and following != self.live:
-            raise UserError(f"chain.knot: with {knot}, a link has the rank and alpha of the link before it")
         if not link.is_record:
             for layers in self.by_unit():
                 for layer in layers.values():

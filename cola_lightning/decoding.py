@@ -30,13 +30,16 @@ class Decoding:
     stop: tuple[str, ...] = ()
 
     def check(self, group: str = "") -> None:
-        """Refuses values that would count for nothing; transformers refuses other invalid ones.
+        """Refuses values that generate nothing, or that would count for nothing.
 
         Args:
             group: prefix of the fields' names in messages: ``data.``.
         """
+        temperature = f"must be above 0, got {self.temperature}. For the most probable token, leave out {group}do_sample"
         needs = f"needs {group}do_sample true. Otherwise the most probable token is chosen"
         for name, is_valid, what in (
+            ("max_new_tokens", self.max_new_tokens >= 1, f"must be at least 1, got {self.max_new_tokens}"),
+            ("temperature", self.temperature > 0 or not self.do_sample, temperature),
             ("top_p", 0 < self.top_p <= 1, f"must be above 0 and at most 1, got {self.top_p}"),
             ("temperature", self.do_sample or self.temperature == Decoding.temperature, needs),
             ("top_p", self.do_sample or self.top_p == Decoding.top_p, needs),

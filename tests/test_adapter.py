@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 
 import pytest
@@ -188,6 +189,12 @@ def test_a_head_comes_along(tmp_path):
 # ---------------------------------------------------------------------- what is refused
 
 
+def times(factor, part):
+    return lambda folder: edit_tensors(
+        folder, lambda values: {name: value * factor if part in name else value for name, value in values.items()}
+    )
+
+
 def without(part):
     return lambda folder: edit_tensors(folder, lambda values: {name: values[name] for name in values if part not in name})
 
@@ -216,6 +223,24 @@ def test_what_is_no_whole_ordinary_lora_is_named_in_one_line(tmp_path, reason):
     spoil(tmp_path)
     with pytest.raises(UserError, match=rf"^adapter: .*{message}.*$"):
         read_adapter(tmp_path / "peft")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda folder: edit(folder, lora_alpha=math.nan), "q_proj"),
+        (times(math.inf, "v_proj"), "v_proj"),
+        (times(math.nan, "lm_head"), "lm_head"),
+    ],
+    ids=["alpha", "a factor", "a head"],
+)
+def test_an_adapter_or_chain_with_values_that_are_not_finite_is_refused(tmp_path, spoil, named):
+    lora(tmp_path, "llama", modules_to_save=["lm_head"])
+    spoil(tmp_path)
+    read_adapter(tmp_path / "peft").save(tmp_path / "chain")
+    for folder in ("peft", "chain"):
+        with pytest.raises(UserError, match=rf"^model\.init_chain: .*{folder}.* NaN or infinite.*{named}"):
+            read_chain(tmp_path / folder, field="model.init_chain")
 
 
 @pytest.mark.parametrize(

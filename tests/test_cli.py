@@ -97,6 +97,39 @@ def test_the_newest_run_is_resumed_and_its_configuration_holds_no_checkpoint_of_
     assert not Path("runs/version_3").exists()
 
 
+def test_whoever_reads_a_run_that_was_continued_elsewhere_is_told(capfd):
+    assert fit("--trainer.max_epochs", "1") == 0
+    assert fit("--ckpt_path", "runs/version_0") == 0
+    shutil.copytree("runs/version_0", "moved")
+    newer = Path("runs/version_1/checkpoints/last.ckpt").absolute()
+    for path in ("runs/version_0", "moved/checkpoints/last.ckpt"):
+        capfd.readouterr()
+        assert run("export", path, "--format", "chain", "--output", path.replace("/", "-")) == 0
+        assert f"last.ckpt: its run was continued in {newer}" in capfd.readouterr().out
+        assert run("inspect", path, "--json") == 0
+        out, err = capfd.readouterr()
+        assert f"last.ckpt: its run was continued in {newer}" in err
+        assert len(json.loads(out)) == 1
+    assert run("inspect", "runs/version_1") == 0
+    assert "continued" not in capfd.readouterr().err
+    assert str(Path(LAST).absolute()) in Path("runs/version_1/checkpoints/last.continues.txt").read_text()
+
+
+def test_a_run_goes_on_in_its_own_folder_or_from_one_that_cannot_be_written_to(capfd):
+    assert fit("--trainer.max_epochs", "1") == 0
+    notes = Path("runs/version_0/checkpoints/last.continued.txt")
+    notes.mkdir()  # in the place of the file
+    assert fit("--ckpt_path", "runs/version_0") == 0
+    assert f"cannot note in {notes.absolute()}" in capfd.readouterr().out
+    notes.rmdir()
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": ".", "name": "runs", "version": 0}}
+    notes.write_text("elsewhere")
+    assert fit("--ckpt_path", "runs/version_0", "--trainer.logger", json.dumps(logger)) == 0
+    capfd.readouterr()
+    assert run("inspect", "runs/version_0") == 0
+    assert "continued" not in capfd.readouterr().err
+
+
 def test_last_says_which_run_it_takes_and_that_a_newer_one_has_no_checkpoint(capfd):
     assert [fit(), run("test", "--config", DIGITS, *FAST), fit(), fit("--model.rank", "2")] == [0] * 4
     for version in (2, 3):  # as runs that were killed before their first checkpoint; version 1 is the test of the base
@@ -108,6 +141,15 @@ def test_last_says_which_run_it_takes_and_that_a_newer_one_has_no_checkpoint(cap
         f"ckpt_path: the newer run {Path('runs/version_2').absolute()} has no checkpoint",
         f"ckpt_path: {Path(LAST).absolute()}",
     ]
+
+
+@pytest.mark.parametrize("words", [["--model.init_chain", "nowhere"], ["--chain.ranks", "[99]"]], ids=["early", "late"])
+def test_a_refused_command_removes_only_the_folders_that_it_made(tmp_path, monkeypatch, words):
+    (here := tmp_path / "new" / "work").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for root in ([], ["--trainer.default_root_dir", "root/of/runs"]):
+        assert main(["fit", "--config", DIGITS, *words, *root]) == 2
+        assert list((tmp_path / "new").rglob("*")) == [here]
 
 
 def test_one_process_of_a_launcher_logs(monkeypatch, capfd):

@@ -392,6 +392,7 @@ def test_what_cannot_be_measured_or_divided_is_refused(tmp_path, capsys, words, 
     assert compare(tmp_path, *words, methods="[lora]", seeds=1, fit=[*SHORT, *fit]) == 2
     assert re.search(f"^error: {message}", capsys.readouterr().err, re.MULTILINE)
     assert not (tmp_path / "results.jsonl").exists()
+    assert not list(tmp_path.rglob("*.ckpt"))  # before the first step
 
 
 @pytest.mark.usefixtures("here", "_without_figures")

@@ -248,6 +248,27 @@ def test_a_class_in_which_this_packages_optimizer_would_replace_the_foreign_one_
         chained(Reversed).configure_model()
 
 
+@pytest.mark.parametrize("name", ["seed", "step_loss"])
+def test_an_attribute_that_both_have_is_named(name):
+    class Named(ChainedTask):
+        def build_model(self):
+            task = Task()
+            setattr(task, name, nn.MSELoss() if name == "step_loss" else 3)
+            return self.adopt(task).model
+
+    with pytest.raises(UserError, match=rf"^adopt: Task has an attribute {name!r}, which is COLAModule's own"):
+        chained(Named).configure_model()
+
+
+def test_a_part_of_the_part_that_is_called_model_is_adapted_by_name():
+    class Backbone(ChainedTask):
+        def build_model(self):
+            return self.adopt(Task()).model[:2]
+
+    with pytest.raises(UserError, match=r"^model: .*target_modules and modules_to_save choose its parts"):
+        chained(Backbone, target_modules="all-linear", modules_to_save=[]).configure_model()
+
+
 # ---------------------------------------------------------------------- encoder-decoders
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, PredictionWriter, TextClassificationDataModule, TextDataModule
 from cola_lightning.cli import main
-from cola_lightning.cli.generate import make_streamer
+from cola_lightning.cli.generate import Session, make_streamer
 from cola_lightning.decoding import Decoding
 from tests import tiny
 from tests.tiny import CHAT_IN_A_LINE as CHAT
@@ -96,6 +96,27 @@ def test_a_conversation_goes_on_up_to_an_empty_line(trained, capfd, monkeypatch,
     assert module.eval().generate(batch | {"decoding": Decoding(8).to_dict()}) == [second.strip()]
 
 
+def test_a_conversation_that_is_longer_than_the_context_goes_on_without_its_oldest_turns(trained, capfd, monkeypatch):
+    path, _ = trained("chat")
+    messages = [f"{name} is the largest town of the country, and the town is old." for name in "abcdef"]
+    answered, answer = [], Session.answer
+
+    def watched(self, text, *rest, **options):
+        answered.append(text)
+        return answer(self, text, *rest, **options)
+
+    monkeypatch.setattr(Session, "answer", watched)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(messages)))
+    assert main(["generate", str(path), "--chat", "--max_new_tokens", "8"]) == 0
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == len(messages)
+    assert err.count("oldest turns") >= 2
+    assert answered[-1].startswith("[user]")
+    assert answered[-1].endswith(f"[user]{messages[-1]}</s>[assistant]")
+    assert messages[-2] in answered[-1]
+    assert messages[0] not in answered[-1]
+
+
 @settings(max_examples=60, derandomize=True, deadline=None, database=None)
 @given(text=st.text("ab #", max_size=12), stops=st.lists(st.text("ab #", min_size=1, max_size=4), max_size=2))
 def test_what_is_printed_of_a_stop_is_nothing(text, stops):
@@ -121,7 +142,7 @@ def test_what_does_not_generate_is_one_line_and_status_2(trained, tmp_path, capf
     run.save_checkpoint(tmp_path / "classifier.ckpt")
     for words, message in [
         ([tmp_path / "classifier.ckpt", "--prompt", "It"], "COLACausalLM"),
-        ([tmp_path, "--prompt", "It"], "Is a directory"),
+        ([tmp_path, "--prompt", "It"], "has no checkpoints/last.ckpt"),
         ([path, "--prompt", "It is " * 200], "prompt: must have fewer than 128 tokens"),
         ([path, "--chat"], "chat: the model's tokenizer has no chat template"),
     ]:

@@ -16,7 +16,7 @@ import omegaconf
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.model_summary import ModelSummary
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
@@ -458,6 +459,25 @@ def test_the_batch_size_finder_leaves_a_run_as_it_would_be_without(tmp_path):
     expected = fit(4)
     assert_bit_equal(fit(2, is_tuned=True), expected)
     assert_bit_equal(fit(2, BatchSizeFinder(max_trials=2)), expected)
+
+
+def test_a_search_for_a_learning_rate_leaves_a_run_as_it_would_be_with_that_rate(tmp_path):
+    class Tuned(Toy):
+        def configure_optimizers(self):
+            return AdamW(self.trained_parameters(), lr=self.lr)
+
+    def fit(rate, *callbacks, is_tuned=False):
+        module, run = toy(Tuned, dropout=0.3), trainer(tmp_path, *callbacks, max_epochs=1, chain={"every_n_train_steps": 12})
+        module.lr = rate
+        if is_tuned:
+            Tuner(run).lr_find(module, batches(30), num_training=25)
+        run.fit(module, batches(30))
+        assert [link.end_step for link in module.chain.links] == [12, 24]
+        return weights(module), module.lr
+
+    for found, rate in (fit(1e-5, is_tuned=True), fit(1e-5, LearningRateFinder(num_training_steps=25))):
+        assert rate != 1e-5
+        assert_bit_equal(found, fit(rate)[0])
 
 
 def test_weights_alone_are_saved_inside_an_accumulation_window(tmp_path):

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
@@ -69,6 +70,34 @@ def test_without_a_model_summary_there_is_no_block(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     trainer(tmp_path, max_epochs=1).fit(toy(), batches())
     assert block(caplog) == []
+
+
+class Described(LightningDataModule):
+    """Another package's, whose ``describe`` is for something else."""
+
+    def describe(self):
+        pass
+
+    def train_dataloader(self):
+        return batches()
+
+
+class Lazy(Normed):
+    """With a head whose size its first batch decides."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.head = nn.LazyLinear(2)
+
+    def training_step(self, batch, batch_idx):
+        return self.head(self.model(batch[0])).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:The total number of parameters detected may be inaccurate")  # Lightning's summary
+def test_the_block_stops_no_fit_whatever_others_modules_are_like(tmp_path, caplog):
+    lines = lines_of_fit(tmp_path, caplog, toy(Lazy), Described())
+    assert "data: 10 batches in an epoch" in lines
+    assert "parameters: 76 of 289 are trained (26.30%), and those of lazy modules" in lines
 
 
 def test_a_run_without_knots_and_links_says_so_and_where_it_is_written(tmp_path, caplog):

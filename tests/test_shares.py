@@ -327,6 +327,18 @@ def test_a_knot_that_would_lose_something_is_refused(given, field):
     assert not model.chain.links
 
 
+def test_a_refused_knot_blocks_no_later_checkpoint(tmp_path):
+    class Knots(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            with pytest.raises(UserError, match=r"^chain\.knot: with half"):
+                module.tie_knot(rank=1)
+
+    run = trainer(tmp_path, Knots(), chain={"at_steps": [2], "knot": "half"}, max_steps=3)
+    run.fit(module := toy(), batches())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    assert len(module.chain) == 1
+
+
 @pytest.mark.parametrize(("name", "share"), [("same-A", 1), ("share", 0.5)])
 def test_a_method_of_a_study_has_its_knots_before_the_decay(name, share):
     words = ["--config", DIGITS, "--chain.ranks", "[1, 1]", "--model.trained_factors", "random"]

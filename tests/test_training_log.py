@@ -10,6 +10,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
+from transformers import Adafactor
 
 from cola_lightning import COLACausalLM
 from tests import forked, tiny
@@ -84,6 +85,13 @@ def test_a_module_of_ones_own_is_logged_without_tokens(tmp_path):
     trainer(tmp_path, logger=CSVLogger(tmp_path, name="run"), max_steps=3, log_every_n_steps=2).fit(toy(), batches())
     rows = rows_of_csv(tmp_path / "run" / "version_0")
     assert [sorted(row) for row in rows if "lr" in row] == [["grad_norm", "link", "lr", "step"]]
+
+
+def test_an_optimizer_without_a_rate_is_logged_without_one(tmp_path):
+    module = toy(optimizer=Adafactor, lr_schedule="constant")
+    trainer(tmp_path, logger=CSVLogger(tmp_path, name="run"), max_steps=3, log_every_n_steps=2).fit(module, batches())
+    rows = rows_of_csv(tmp_path / "run" / "version_0")
+    assert [sorted(row) for row in rows if "link" in row] == [["grad_norm", "link", "step"]]
 
 
 def of_tensorboard(folder):

@@ -2,11 +2,11 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
 # No public name identifies the strategies whose child processes return only weights.
@@ -78,7 +78,7 @@ class ChainOfLoRA(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _refuse(trainer, pl_module, self.schedule.ranks or [])
+        _refuse(trainer, pl_module, self.schedule)
         self.module = cast(COLAModule, pl_module)
         self._last_step = None
         if stage == "fit":
@@ -198,17 +198,17 @@ def check_strategy(strategy: Strategy) -> None:
         )
 
 
-def _refuse(trainer: Trainer, module: LightningModule, ranks: Sequence[int]) -> None:
+def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) -> None:
     """Refuses, before training, a trainer or module with which a chain would be wrong."""
     if not isinstance(module, COLAModule):
         raise UserError(f"model: ChainOfLoRA needs a COLAModule, got a {type(module).__name__}")
     check_strategy(trainer.strategy)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, LearningRateFinder | StochasticWeightAveraging | WeightAveraging):
+        if schedule.has_knots and isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise UserError(
                 f"trainer.callbacks: {type(callback).__name__} cannot be combined with knots. (You can average merged models "
                 "of several runs.)"
             )
-    largest = module.lora_config.rank
+    ranks, largest = schedule.ranks or [], module.lora_config.rank
     if max(ranks, default=0) > largest:
         raise UserError(f"chain.ranks: must be at most {largest} (model.rank), got {max(ranks)}")

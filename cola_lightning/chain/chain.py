@@ -215,11 +215,15 @@ class Chain:
 
         Source: Wortsman et al., "Robust fine-tuning of zero-shot models" (WiSE-FT, arXiv 2109.01903), section 3.
         """
-        factors, links, is_scaled = {as_number(key): factor for key, factor in scale.items()}, list[Link](), False
+        # In YAML, 1.5 and true are no texts, and int() would take them for 1.
+        factors = {as_number(key) if isinstance(key, str) else key: factor for key, factor in scale.items()}
+        links, is_scaled = list[Link](), False
         names = [link.name for link in self.links]
-        for key in factors:
-            if key not in names and key not in range(len(names)):
+        for key, factor in factors.items():
+            if key not in names and (isinstance(key, bool) or key not in range(len(names))):
                 raise unknown_stage("scale", key, names)
+            if not math.isfinite(factor):
+                raise UserError(f"scale: the factor of {key!r} must be a finite number, got {factor}")
         for link in self.links:
             factor = factors.get(link.index, 1.0 if link.name is None else factors.get(link.name, 1.0))
             is_scaled |= factor != 1

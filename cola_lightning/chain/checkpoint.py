@@ -4,6 +4,8 @@ These are megabytes where the weights would be gigabytes. This file reads checkp
 without a module or Lightning.
 """
 
+import io
+import logging
 import os
 import pickle
 import zipfile
@@ -21,6 +23,7 @@ from cola_lightning.chain.chain import JSON_NAME, METADATA, OUTSIDE, Chain, Link
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
 from cola_lightning.errors import UserError
 
+log = logging.getLogger(__name__)
 STATE_PREFIX = "chain."  # begins the names in a module's state dict of all that is not a trained value, see StoredState
 
 
@@ -39,7 +42,9 @@ def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool =
 
     is_named = isinstance(source, str | PathLike)
     try:
-        with fsspec.open(os.path.expanduser(source), "rb") if is_named else nullcontext(source) as file:
+        with fsspec.open(os.path.expanduser(source), "rb") if is_named else nullcontext(source) as opened:
+            # A server may send only whole files, in which nobody can seek.
+            file = io.BytesIO(opened.read()) if is_named and "://" in str(source) else opened
             with zipfile.ZipFile(file) as archive:
                 if (part := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"its part {part!r} is damaged")
@@ -57,6 +62,29 @@ def in_run(source: Any) -> Any:
     """The newest state of a run whose folder is given; anything else as it is."""
     last = Path(name_of(source)) / "checkpoints" / "last.ckpt"
     return last if last.is_file() else source
+
+
+def note_continuation(old: str | PathLike[str], new: str | PathLike[str]) -> None:
+    """Notes next to two checkpoints that the run of the first is continued in the second; a reader of the first is told.
+
+    The notes have absolute paths, so they stay true when a folder is moved. Of files elsewhere (URLs) there are none.
+    """
+    if "://" in f"{old}{new}":
+        return
+    old, new = Path(old).absolute(), Path(new).absolute()
+    _note_of(new).unlink(missing_ok=True)  # of an earlier state, which is overwritten
+    if old == new:
+        return
+    for note, text in ((_note_of(old), str(new)), (new.with_suffix(".continues.txt"), str(old))):
+        try:
+            note.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            log.warning("cannot note in %s that the run is continued in %s (%s)", note, new, error.strerror)
+
+
+def _note_of(checkpoint: Path) -> Path:
+    """The file that says where a checkpoint's run was continued."""
+    return checkpoint.with_suffix(".continued.txt")
 
 
 def name_of(source: Any) -> str:
@@ -173,7 +201,12 @@ class OpenedCheckpoint:
             UserError: if there is no such file, or it is damaged, or not a COLA module's checkpoint of a known format version.
         """
         source = in_run(source)
-        contents, name = read_archive(source, field, weights_only=weights_only), name_of(source)
+        name = name_of(source)
+        if os.path.isdir(name):
+            raise UserError(f"{field}: {name!r} has no checkpoints/last.ckpt. Pass a run's folder or a checkpoint")
+        contents = read_archive(source, field, weights_only=weights_only)
+        if (note := _note_of(Path(name))).is_file():
+            log.warning("%s: its run was continued in %s", name, note.read_text(encoding="utf-8").strip())
         state_dict = contents.get("state_dict") if isinstance(contents, dict) else None
         return cls(name, contents, StoredState.of(state_dict if isinstance(state_dict, dict) else {}, name, field))
 
@@ -198,13 +231,27 @@ def read_chain(path: str | Path, links: int | str | None = None, field: str = "c
     """
     path = Path(os.path.expanduser(in_run(path)))
     if path.is_file():
-        opened = OpenedCheckpoint.open(path, field)
-        return opened.state.all_links(links)
-    if (path / JSON_NAME).is_file():
+        chain = OpenedCheckpoint.open(path, field).state.all_links()
+    elif (path / JSON_NAME).is_file():
         chain = Chain.load(path)
     elif (path / CONFIG_NAME).is_file():
         chain = read_adapter(path)
     else:
         what = "is no run's folder, checkpoint, chain folder or PEFT adapter" if path.is_dir() else "does not exist"
         raise UserError(f"{field}: {str(path)!r} {what}")
-    return chain if links is None else chain.truncate(links)
+    chain = chain if links is None else chain.truncate(links)
+    if (name := _not_finite(chain)) is not None:
+        raise UserError(f"{field}: {str(path)!r} contains NaN or infinite values (in {name!r})")
+    return chain
+
+
+def _not_finite(chain: Chain) -> str | None:
+    """The first layer, or other trained value, with a value from which no model could be made; None: there is none."""
+    for link in chain.links:
+        for name, pair in link.factors.items():
+            if not all(torch.isfinite(factor).all() for factor in pair):
+                return name
+        for name, value in link.extras.items():
+            if torch.isnan(value).any():  # a buffer, such as a mask, may be infinite
+                return name
+    return None

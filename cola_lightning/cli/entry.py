@@ -32,7 +32,8 @@ def main(args: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if args is None else list(args)
     # Of a launcher: torchrun and Lightning's own, Slurm, LSF. The first that is set counts, as in Lightning.
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
-    with log_on_console(is_shown=next(filter(None, ranks), "0") == "0"):
+    is_shown, is_stderr = next(filter(None, ranks), "0") == "0", words[:1] in (["generate"], ["inspect"])
+    with log_on_console(is_shown=is_shown, is_stderr=is_stderr):
         try:
             return _run(words)
         except KeyboardInterrupt:  # of a command that handles no signals

@@ -1,7 +1,6 @@
 """``cola generate``: generates text with a checkpoint of a language model, from a prompt or in a conversation."""
 
 import contextlib
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -38,7 +37,6 @@ def generate(words: Sequence[str]) -> None:
     prompt = options.prompt if options.chat or options.prompt is not None else _standard_input()
     if prompt is not None and not prompt.strip():
         raise UserError("prompt: is empty. Pass one with --prompt or on standard input")
-    logging.getLogger("cola_lightning").setLevel(logging.ERROR)  # standard output is for the generated text
     opened = OpenedCheckpoint.open(options.checkpoint)
     module, prompt_format = load_module(opened, options, "generate"), opened.state.facts["prompt_format"]
     import torch
@@ -114,12 +112,18 @@ class Session:
         self.turns: list[dict[str, Any]] = []
 
     def take_turn(self, prompt: str) -> None:
-        """Streams the response to the user's next turn, in the chat template."""
+        """Streams the response to the user's next turn, in the chat template; without the oldest turns if there is no room."""
         from cola_lightning.chat_template import ChatTemplate, Conversation, assistant_turn, user_turn
 
         self.turns += user_turn(prompt)
         template = ChatTemplate(self.module.tokenizer, self.chat_template_kwargs)
-        text = template.prompt(Conversation(self.turns))
+        text, n_turns = template.prompt(Conversation(self.turns)), len(self.turns)
+        enough = min(self.decoding.max_new_tokens, int(self.module.tokenizer.model_max_length) // 4)
+        while len(self.turns) > 1 and self._encoded(text, is_whole=True)[1] < enough:
+            del self.turns[:2]  # the user's and the response
+            text = template.prompt(Conversation(self.turns))
+        if len(self.turns) < n_turns:
+            print("note: the conversation is too long for the model, so its oldest turns are left out", file=sys.stderr)
         self.decoding = self.decoding.stopping(template.stop_texts)
         self.turns.append(assistant_turn(self.answer(text, template.stop_tokens, is_whole=True)))
 
@@ -131,17 +135,23 @@ class Session:
             ends: tokens that end it, besides the end of text.
             is_whole: whether the text has its special tokens.
         """
-        from cola_lightning.data.encoding import PromptRow, collate_prompts, encode_prompt
+        from cola_lightning.data.encoding import PromptRow, collate_prompts
 
-        tokenizer = self.module.tokenizer
-        ids = encode_prompt(tokenizer, text, sys.maxsize, is_whole=is_whole)
-        if (room := int(tokenizer.model_max_length) - len(ids)) < 1:
+        tokenizer, (ids, room) = self.module.tokenizer, self._encoded(text, is_whole=is_whole)
+        if room < 1:
             raise UserError(f"prompt: must have fewer than {len(ids) + room} tokens for this model, got {len(ids)}")
         decoding = replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))
         batch = collate_prompts([PromptRow(ids, text, None)], tokenizer.pad_token_id, decoding, list(ends))
         batch |= {name: batch[name].to(self.module.device) for name in ("prompt_ids", "prompt_mask")}
         (response,) = self.module.generate(batch, make_streamer(tokenizer, decoding))
         return str(response.strip())
+
+    def _encoded(self, text: str, *, is_whole: bool) -> tuple[list[int], int]:
+        """A prompt's tokens, and how many more the model can have."""
+        from cola_lightning.data.encoding import encode_prompt
+
+        ids = encode_prompt(self.module.tokenizer, text, sys.maxsize, is_whole=is_whole)
+        return ids, int(self.module.tokenizer.model_max_length) - len(ids)
 
 
 def make_streamer(tokenizer: Any, decoding: Decoding) -> Any:

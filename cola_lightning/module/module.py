@@ -209,11 +209,11 @@ class COLAModule(LightningModule, RecordsArguments):
             task: the other module. It is not used afterwards.
 
         Returns:
-            The same module. ``build_model`` returns its ``model``, or another part of it, as the base. The other layers are
-            fully trained.
+            The same module. ``build_model`` returns its ``model`` or, if it has none, another of its parts as the base. The
+            other layers are fully trained.
 
         Raises:
-            UserError: if the module's class is not derived from the other class first.
+            UserError: if the module's class is not derived from the other class first, or both have an attribute of a name.
         """
         classes = type(self).__mro__
         if type(task) not in classes[: classes.index(COLAModule)]:  # else this class' optimizer would be used without a word
@@ -221,6 +221,12 @@ class COLAModule(LightningModule, RecordsArguments):
             raise UserError(f"adopt: {type(self).__name__} must be a class ({name}, COLAModule), with {name} first")
         if self.is_made:  # for a rebuild, which needs the base alone
             return task
+        ours = {*vars(COLAModule), *vars(COLAModule())}.difference(dir(LightningModule()), vars(type(task)))
+        if both := ours.intersection([*vars(task), *task._modules, *task._parameters, *task._buffers]):
+            raise UserError(
+                f"adopt: {type(task).__name__} has an attribute {min(both)!r}, which is COLAModule's own. Rename the task's, "
+                "or delete it before adopt()"
+            )
         self._modules.setdefault("model", None)  # first, so that its parameters have its name, and no other one
         initial = vars(LightningModule())
         for name, value in vars(task).items():
@@ -391,7 +397,8 @@ class COLAModule(LightningModule, RecordsArguments):
         schedule = self.fit_progress.schedule
         present = adapted.live if schedule.goes_on else None
         next_rank, next_alpha = present or schedule.rank_and_alpha(self.link + 1, self.lora_config)
-        following = adapted.checked_link(next_rank if rank is None else rank, next_alpha if alpha is None else alpha)
+        rank, alpha = next_rank if rank is None else rank, next_alpha if alpha is None else alpha
+        following = adapted.checked_link(rank, alpha, schedule.knot)
         self.is_tying_knot = True
         record = self.link_steps_and_metrics()
         link = adapted.tie_knot(*following, knot=schedule.knot, share=schedule.share, **record)
@@ -465,8 +472,9 @@ class COLAModule(LightningModule, RecordsArguments):
         self._ensure_model()
         if self.model is not self.adapted.model and not self.is_wrapped_by_fsdp1:
             raise UserError(
-                f"model: a {type(self.model).__name__} was assigned to self.model, in place of what build_model() returned. A "
-                "wrapper belongs in build_model, and model.compile true compiles in place"
+                f"model: self.model is a {type(self.model).__name__} and not what build_model() returned. With adopt(), return "
+                "all of the task's model: target_modules and modules_to_save choose its parts. A wrapper belongs in "
+                "build_model, and model.compile true compiles in place"
             )
         if not self._is_configured:  # a subclass' own configure_model may have frozen more
             self.adapted.trained.remember()

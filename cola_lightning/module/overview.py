@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.nn.parameter import is_lazy
 from torch.utils.data import SequentialSampler
 
 from cola_lightning import layout
@@ -34,7 +35,8 @@ def describe_fit(trainer: Any, module: TrainedModule, parameters: list[nn.Parame
     """
     data = trainer.datamodule
     lines = [*describe_model(module.adapted), describe_parameters(module, parameters)]
-    lines += data.describe() if hasattr(data, "describe") else [f"data: {trainer.num_training_batches} batches in an epoch"]
+    described = data.describe() if hasattr(data, "describe") else None  # another package's may be for something else
+    lines += described if isinstance(described, list) else [f"data: {trainer.num_training_batches} batches in an epoch"]
     if module.adapted.live is not None:
         lines += [describe_knots(module), *describe_schedulers(trainer, module)]
     return [*lines, describe_resume(trainer), describe_folder(trainer)]
@@ -72,10 +74,12 @@ def describe_parameters(module: TrainedModule, parameters: list[nn.Parameter]) -
     """How many parameters are trained."""
     if layout.has_fsdp1(module.adapted.model):  # which hides sharded parameters in flat ones
         return "parameters: sharded by FSDP"
-    n_trained = sum(parameter.numel() for parameter in module.trained_parameters())
+    n_trained = sum(parameter.numel() for parameter in module.trained_parameters() if not is_lazy(parameter))
     packed = [part.get_parameter("weight") for part in module.adapted.model.modules() if is_quantized(part)]
-    n_all = sum(parameter.numel() for parameter in [*parameters, *packed])  # a packed weight has two values in a byte
-    return f"parameters: {n_trained:,} of {n_all:,} are trained ({n_trained / max(1, n_all):.2%})"
+    known = [parameter for parameter in parameters if not is_lazy(parameter)]
+    n_all = sum(parameter.numel() for parameter in [*known, *packed])  # a packed weight has two values in a byte
+    lazy = ", and those of lazy modules" if len(known) < len(parameters) else ""
+    return f"parameters: {n_trained:,} of {n_all:,} are trained ({n_trained / max(1, n_all):.2%}){lazy}"
 
 
 def describe_knots(module: TrainedModule) -> str:

@@ -41,7 +41,9 @@ class TrainingLog:
         every, step = trainer.log_every_n_steps, trainer.global_step  # counted from 0, as Lightning logs it
         if not trainer.loggers or not every or not ((step + 1) % every == 0 or trainer.should_stop):
             return
-        values = {"lr": float(optimizer.param_groups[0]["lr"]), "link": float(self.module.link)}
+        values, rate = {"link": float(self.module.link)}, optimizer.param_groups[0]["lr"]
+        if rate is not None:  # Adafactor may choose its own
+            values["lr"] = float(rate)
         if n_tokens := self.module.step_loss.n_tokens - self._n_before:  # of this process, whose others have about as many
             values["tokens_per_second"] = n_tokens * trainer.world_size / (time.perf_counter() - self._since)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

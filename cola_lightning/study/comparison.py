@@ -53,6 +53,8 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self.config, self.output = os.path.expanduser(self.config), os.path.expanduser(self.output)
+        if not self.methods:
+            raise UserError("methods: the list is empty. Pass at least one, such as [lora, cola]")
         for name, number in {"seeds": self.seeds, "tuning_seeds": self.tuning_seeds}.items():
             if number is not None and number < 1:
                 raise UserError(f"{name}: must be at least 1, got {number}")

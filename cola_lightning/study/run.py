@@ -160,9 +160,11 @@ class Recorder(RunWatch):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        logged = trainer.callback_metrics
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.metric in logged:
-            self.facts["curve"].append((trainer.global_step, float(logged[self.metric])))
+        if trainer.state.fn != "fit":
+            return
+        check_logged(self.metric, trainer.callback_metrics)  # also in the sanity check, before any time is lost
+        if not trainer.sanity_checking:
+            self.facts["curve"].append((trainer.global_step, float(trainer.callback_metrics[self.metric])))
 
 
 def run(folder: str) -> int:
@@ -203,11 +205,16 @@ def run(folder: str) -> int:
             loader_metrics = [*trainer.validate(module, **arguments), *trainer.test(module, **arguments)]
             found = {name: value for metrics in loader_metrics for name, value in metrics.items()}
     for name in (metric, test_metric):
-        if name not in found:
-            raise UserError(f"metric: {name} is not logged. Logged are {', '.join(sorted(found))}")
+        check_logged(name, found)
     result = Result(**facts, validation=found[metric], test=found[test_metric])
     rank_zero_only(write)([result], Path(folder) / RESULT)
     return 0
+
+
+def check_logged(metric: str, found: Mapping[str, Any]) -> None:
+    """Refuses a metric that a run does not log."""
+    if metric not in found:
+        raise UserError(f"metric: {metric} is not logged. Logged are {', '.join(sorted(found))}")
 
 
 def _check_measurable(trainer: Trainer) -> None:
