@@ -159,7 +159,8 @@ def prepare_checkpoint(module: TrainedModule, checkpoint: dict[str, Any]) -> Non
         NonFiniteError: for a loss or a trained value that is not finite, and after a knot that failed halfway.
     """
     module.step_loss.check()
-    values = ((name, value) for name, value in cast(nn.Module, module).named_parameters() if value.requires_grad)
+    named = cast(nn.Module, module).named_parameters()
+    values = ((name, value) for name, value in named if value.requires_grad and not is_lazy(value))
     reason = next((f"{name!r} is no longer finite" for name, value in values if not torch.isfinite(value).all()), None)
     if module.is_tying_knot:
         reason = "a knot failed halfway"
