@@ -2,10 +2,11 @@
 
     python -m benchmarks.kills
 
-trains three small set-ups (digits; a Llama of two layers on prompts, and on preference pairs) with ``cola fit``, kills each at
-thirteen moments, resumes it from its ``last.ckpt``, and compares everything with the run that nobody killed: losses, learning
-rates, metrics and the order of the data, batch by batch, and at the end the links, the optimizer and the schedule, to the bit
-(about ten minutes on two cores). It writes ``kills.jsonl``, one kill a line, and prints a table; exit status 1 if anything
+trains five small set-ups with ``cola fit``: digits, also with knots that merge a third of a link; and a Llama of two layers on
+prompts, also with knots that only record, and on preference pairs. It kills each at thirteen moments, resumes it from its
+``last.ckpt``, and compares everything with the run that nobody killed: losses, learning rates, metrics and the order of the
+data, batch by batch, and at the end the links, the optimizer and the schedule, to the bit (about fifteen minutes on two cores).
+It writes ``kills.jsonl``, one kill a line, and prints a table; exit status 1 if anything
 differs.
 """
 

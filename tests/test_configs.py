@@ -84,6 +84,13 @@ def test_other_knots_replace_a_configs_own(path, words, tmp_path, monkeypatch):
     assert ChainSchedule(**options).in_run(run, stable_share=0.6).at_steps == [12, 24, 36, 48]
 
 
+def test_no_knots_of_one_kind_leave_a_configs_own(tmp_path):
+    (tmp_path / "knots.yaml").write_text("chain: {knots: 4, until: 0.5}")
+    words = ["--config", str(FOLDER / "quickstart.yaml"), "--config", str(tmp_path / "knots.yaml")]
+    chain = resolve_config([*words, "--chain.at_epochs", "null"])["chain"]
+    assert (chain["knots"], chain["until"], chain["every_n_train_steps"]) == (4, 0.5, None)
+
+
 @with_knots
 def test_the_overlay_of_one_knot_replaces_a_configs_own_knots(path):
     config = resolve_config(["--config", str(path), "--config", str(FOLDER / "overlays" / "one_knot.yaml")])

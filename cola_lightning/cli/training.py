@@ -446,7 +446,7 @@ def replacing_knots(words: Sequence[str]) -> list[str]:
         elif is_after_file:
             sources.append((place, {}))
         if option.startswith("--chain."):
-            sources[-1][1][option.removeprefix("--chain.")] = value
+            sources[-1][1][option.removeprefix("--chain.")] = None if value == "null" else value
         place, is_after_file = place + n_words, is_file
     having_knots = [k for k, (_, options) in enumerate(sources) if any(options.get(name) for name in KNOT_OPTIONS)]
     if not having_knots:
