@@ -31,7 +31,7 @@ class Placement(NamedTuple):
     """The placement of a model in use.
 
     Attributes:
-        root: the module that contains the model and all else that is trained, in a strategy's wrappers.
+        root: the model, or a strategy's wrapper around it.
         device: where finished links are computed.
         is_sharded: whether the weights are sharded over processes.
     """
@@ -54,8 +54,8 @@ class AdaptedModel:
         name: the base's name.
         is_saved: keep a copy of the base's weights in memory; the state dict has none.
         placement: returns the model's placement; None: the model is used as it is, where it is.
-        outside: returns what else is trained outside of the model, by names that begin with ``self.``; each link records it, as
-            it does the model's fully trained modules.
+        around: the module that has the model as its ``model``, such as a LightningModule. What is trained in it is recorded by
+            each link, as the model's fully trained modules are. None: nothing is around it.
         trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``; the other stays as drawn.
 
     Raises:
@@ -88,14 +88,14 @@ class AdaptedModel:
         name: str = "",
         is_saved: bool = False,
         placement: Callable[[], Placement] | None = None,
-        outside: Callable[[], dict[str, Tensor]] = dict,
+        around: nn.Module | None = None,
         trained_factors: TrainedFactors = "both",
     ) -> None:
         self.build_model, self._config, self.seed = build_model, config, seed
         self.placement = self._placement_of_model if placement is None else placement
         self.trained_factors = trained_factors
         self.model = self.make_base()
-        self.trained = TrainedValues(self.model, outside)
+        self.trained = TrainedValues(self.model, around)
         if is_saved and is_quantized_model(self.model):
             raise UserError("model.save_base: does not work with a 4-bit base")
         self.chain = Chain(base=describe_base(self.model, name))
@@ -393,7 +393,7 @@ class AdaptedModel:
         with ExitStack() as block:
             block.enter_context(evaluating(self.model))
             block.enter_context(torch.no_grad())
-            block.enter_context(self.trained.replaced(values, self.placement().root))
+            block.enter_context(self.trained.replaced(values))
             for layer, stack in zip(self.layers.values(), stacks, strict=False):
                 block.enter_context(with_attribute(layer, "earlier", stack))
             yield self.model

@@ -1,13 +1,16 @@
 """What training changes besides the links: fully trained parameters, and buffers, in the adapted model and outside of it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cola_lightning import layout
-from cola_lightning.chain.base import base_values
+from cola_lightning.chain.base import base_values, weight_of
+from cola_lightning.chain.chain import OUTSIDE
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import names_of_factors
 
@@ -17,14 +20,14 @@ class TrainedValues:
 
     Args:
         model: the adapted model.
-        outside: returns what else is trained outside of the model, by names that begin with ``self.``.
+        around: the module that has it as its ``model``, such as a LightningModule; None: nothing is around it.
 
     Attributes:
         first: the values outside of the model before the first link.
     """
 
-    def __init__(self, model: nn.Module, outside: Callable[[], dict[str, Tensor]]) -> None:
-        self.model, self.outside = model, outside
+    def __init__(self, model: nn.Module, around: nn.Module | None = None) -> None:
+        self.model, self.around = model, around
         self.first: dict[str, Tensor] = {}
         self.remember()
 
@@ -44,6 +47,49 @@ class TrainedValues:
     def _frozen_now(self) -> list[str]:
         named = self.model.named_parameters(remove_duplicate=False)
         return layout.plain_names(name for name, parameter in named if not parameter.requires_grad)
+
+    def state(self, prefix: str = "", *, keep_vars: bool = True, into: Any = None) -> dict[str, Any]:
+        """The parameters, buffers and extra states of the module around the model that training may change.
+
+        All but the model's frozen ones, and each under one name.
+
+        Args:
+            prefix: begins the names.
+            keep_vars: see ``nn.Module.state_dict``.
+            into: a state dict to add them to; None: a new one.
+        """
+        assert self.around is not None
+        if layout.has_fsdp1(self.around):
+            state = layout.state_dict(self.around, prefix, keep_vars=keep_vars)
+        else:
+            state = nn.Module.state_dict(self.around, destination=into, prefix=prefix, keep_vars=keep_vars)
+        omitted = {*(f"model.{name}" for name in self.frozen_names()), *self.aliases()}
+        for name in list(state):
+            name_in_module = name.removeprefix(prefix)
+            if name.startswith(prefix) and not omitted.isdisjoint({name_in_module, weight_of(name_in_module)}):
+                del state[name]
+        return state
+
+    def aliases(self) -> dict[str, str]:
+        """Other names of the model's parameters and buffers, in a module that holds a part of the model a second time.
+
+        Returns:
+            By the other name, the value's name in the module around the model.
+        """
+        assert self.around is not None
+        found = [*self.around.named_parameters(remove_duplicate=False), *self.around.named_buffers(remove_duplicate=False)]
+        named = list(zip(layout.plain_names(name for name, _ in found), (id(value) for _, value in found), strict=True))
+        inside = {key: name for name, key in named if name.startswith("model.")}
+        return {name: inside[key] for name, key in named if key in inside and not name.startswith("model.")}
+
+    def outside(self) -> dict[str, Tensor]:
+        """The tensors that training changes around the model, by names that begin with ``self.``; lazy ones have no values."""
+        return {
+            name: value
+            for key, value in (self.state() if self.around is not None else {}).items()
+            if not key.startswith("model.") and isinstance(value, Tensor) and not is_lazy(value)
+            if (name := OUTSIDE + key) in self.first or not is_frozen(value)
+        }
 
     def values(self) -> dict[str, Tensor]:
         """Fully trained parameters, and persistent buffers, themselves."""
@@ -67,15 +113,15 @@ class TrainedValues:
             layout.copy_(present[name], values[name])
 
     @contextmanager
-    def replaced(self, values: Mapping[str, Tensor], root: nn.Module) -> Iterator[None]:
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Inside the block, the model has tensors with these values; afterwards it has its own tensors again.
 
         Tensors are exchanged, and not their values: autocast and a backward pass may still need what is in them.
 
         Args:
             values: :meth:`copies`; names that are unknown here are ignored.
-            root: the module that contains the model, and what is trained outside of it.
         """
+        root = self.model if self.around is None else self.around
         present = layout.state_dict(self.model, keep_vars=True) | self.outside() if values else {}
         others = {id(present[name]): _like(present[name], values[name]) for name in present.keys() & values.keys()}
         places = [
@@ -107,6 +153,11 @@ class TrainedValues:
                     "(model.modules_to_save)"
                 )
         self.write(values)
+
+
+def is_frozen(value: Any) -> bool:
+    """Whether a value is a parameter that needs no gradient."""
+    return isinstance(value, nn.Parameter) and not value.requires_grad
 
 
 def _like(present: Tensor, value: Tensor) -> Tensor:

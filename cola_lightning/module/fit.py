@@ -28,7 +28,7 @@ from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.overview import describe_fit
 from cola_lightning.module.progress import accumulation_schedulers, run_length
 from cola_lightning.module.rewind import Rewind, resume_rewound
-from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint, values_of
+from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint
 from cola_lightning.module.training_log import TrainingLog
 from cola_lightning.seeding import derive_seed, seeded
 
@@ -117,7 +117,7 @@ class FitCallback(Callback):
             lines = describe_fit(trainer, module, [*pl_module.parameters()])
             log.info("before the first step\n%s", "\n".join(f"  {line}" for line in lines))
         self._log = TrainingLog(trainer, module)
-        self._rewind.begin_fit(trainer, pl_module, values_of(pl_module, module.adapted).keys())
+        self._rewind.begin_fit(trainer, pl_module, module.adapted.trained.state().keys())
 
     def _start_optimization(self, trainer: Trainer, *, is_resumed: bool) -> None:
         """Resumes the current link's optimizer, or begins the link as the schedule says."""

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
@@ -46,8 +46,6 @@ from cola_lightning.module.state import (
     prepare_checkpoint,
     prepare_loading,
     state_of,
-    values_of,
-    values_outside,
 )
 from cola_lightning.module.step_loss import StepLoss
 
@@ -529,7 +527,7 @@ class COLAModule(LightningModule, RecordsArguments):
             name=self.base_name,
             is_saved=self.save_base,
             placement=self._placement,
-            outside=self._values_outside,
+            around=self,
             trained_factors=self.trained_factors,
         )
         if self._modules.get("model") is None:  # else one that was assigned, which configure_model refuses
@@ -565,9 +563,6 @@ class COLAModule(LightningModule, RecordsArguments):
                 vars(self)[name].update(entries)
         return model
 
-    def _values_outside(self) -> dict[str, Tensor]:
-        return values_outside(self, self.adapted)
-
     def _placement(self) -> Placement:
         """The placement of the model: in all of a strategy's wrappers, on the training device."""
         trainer = trainer_of(self)
@@ -576,7 +571,7 @@ class COLAModule(LightningModule, RecordsArguments):
             root = trainer.strategy.model if trainer.strategy.lightning_module is self else None
             device = trainer.strategy.root_device
         is_sharded = layout.is_model_sharded(self.model) or self.is_wrapped_by_fsdp1
-        return Placement(self if root is None else root, device, is_sharded)
+        return Placement(self.model if root is None else root, device, is_sharded)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -711,7 +706,7 @@ class COLAModule(LightningModule, RecordsArguments):
         entries are tensors, and a checkpoint of Lightning's contains them.
         """
         self.make_model()
-        state = values_of(self, self.adapted, prefix, keep_vars=keep_vars, into=destination)
+        state = self.adapted.trained.state(prefix, keep_vars=keep_vars, into=destination)
         state |= state_of(self, prefix)
         return state
 

@@ -16,15 +16,15 @@ from torch.utils.serialization import config
 from typing_extensions import override
 
 from cola_lightning import layout
-from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.base import check_same_base, weight_of
-from cola_lightning.chain.chain import METADATA, OUTSIDE, Link, describe_link, number_of_links, pack
+from cola_lightning.chain.chain import METADATA, Link, describe_link, number_of_links, pack
 from cola_lightning.chain.checkpoint import STATE_PREFIX, OpenedCheckpoint, StoredState, read_archive
 from cola_lightning.errors import NonFiniteError, UserError, causes
 from cola_lightning.lora.layer import own_values
 from cola_lightning.module.arguments import plain_hyperparameters, to_plain
 from cola_lightning.module.contract import TrainedModule
 from cola_lightning.module.progress import trainer_of
+from cola_lightning.trained_values import is_frozen
 from cola_lightning.writing import atomic_file
 
 
@@ -32,62 +32,7 @@ class StateDictError(UserError, RuntimeError):
     """Mismatched state-dict keys: a user error, and also the RuntimeError that torch raises for it, with its message."""
 
 
-# ---------------------------------------------------------------------- the values that training changes
-
-
-def values_of(
-    module: nn.Module, adapted: AdaptedModel, prefix: str = "", *, keep_vars: bool = True, into: Any = None
-) -> dict[str, Any]:
-    """The parameters, buffers and extra states of a module that training may change: no frozen ones of the model's.
-
-    Args:
-        module: the module.
-        adapted: its adapted model.
-        prefix: begins the names.
-        keep_vars: see ``nn.Module.state_dict``.
-        into: a state dict to add them to; None: a new one.
-    """
-    if layout.has_fsdp1(module):
-        state = layout.state_dict(module, prefix, keep_vars=keep_vars)
-    else:
-        state = nn.Module.state_dict(module, destination=into, prefix=prefix, keep_vars=keep_vars)
-    omitted = {*(f"model.{name}" for name in adapted.trained.frozen_names()), *aliases(module)}
-    for name in list(state):
-        name_in_module = name.removeprefix(prefix)
-        if name.startswith(prefix) and not omitted.isdisjoint({name_in_module, weight_of(name_in_module)}):
-            del state[name]
-    return state
-
-
-def values_outside(module: nn.Module, adapted: AdaptedModel) -> dict[str, Tensor]:
-    """The tensors that training changes outside of a module's model; lazy ones have no values yet."""
-    first = adapted.trained.first
-    return {
-        name: value
-        for key, value in values_of(module, adapted).items()
-        if not key.startswith("model.") and isinstance(value, Tensor) and not is_lazy(value)
-        if (name := OUTSIDE + key) in first or not is_frozen(value)
-    }
-
-
-def aliases(module: nn.Module) -> dict[str, str]:
-    """Other names of the model's parameters and buffers, for a module that holds a part of the model a second time.
-
-    Returns:
-        By the other name, the value's name in the module's model.
-    """
-    found = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    named = list(zip(layout.plain_names(name for name, _ in found), (id(value) for _, value in found), strict=True))
-    inside = {key: name for name, key in named if name.startswith("model.")}
-    return {name: inside[key] for name, key in named if key in inside and not name.startswith("model.")}
-
-
-def is_frozen(value: Any) -> bool:
-    """Whether a value is a parameter that needs no gradient."""
-    return isinstance(value, nn.Parameter) and not value.requires_grad
-
-
-# ---------------------------------------------------------------------- the rest of the state
+# ---------------------------------------------------------------------- what is stored
 
 
 def state_of(module: TrainedModule, prefix: str = "") -> dict[str, Tensor]:
@@ -231,8 +176,8 @@ def prepare_loading(module: TrainedModule, state_dict: dict[str, Any], prefix: s
             del state_dict[name]
     elif module.adapted.live is not None or module.adapted.trained.frozen_names():  # else the values are all
         missing_keys.append(f"{prefix}{STATE_PREFIX}{METADATA}")
-    values, trained = nn.Module.state_dict(as_torch, prefix=prefix, keep_vars=True), values_of(as_torch, module.adapted, prefix)
-    model_names = aliases(as_torch)
+    values, trained = nn.Module.state_dict(as_torch, prefix=prefix, keep_vars=True), module.adapted.trained.state(prefix)
+    model_names = module.adapted.trained.aliases()
     if not has_current:  # the values of what is trained are of a later link
         state_dict.update({name: value for name, value in trained.items() if not is_frozen(value)})
     for name in trained.keys() & state_dict.keys():
