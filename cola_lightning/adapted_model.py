@@ -129,6 +129,18 @@ class AdaptedModel:
         return any(layer.has_begun for layer in self.layers.values())
 
     @property
+    def is_at_knot(self) -> bool:
+        """Whether the current link is as the last knot left it, so that the model is that of the finished links."""
+        if not self.chain.links or self.chain[-1].share == 1:
+            return not self.has_begun
+        last = self.chain[-1]
+        return all(
+            torch.equal(layout.gather(mine), left.to(mine.dtype))
+            for name, layer in self.layers.items()
+            for mine, left in zip(layer.factors, last.left(name), strict=True)
+        )
+
+    @property
     def cast_dtype(self) -> torch.dtype:
         """The dtype to which a precision has cast adapted layers; float32: it left them unchanged."""
         layers = self.layers.values()
@@ -290,12 +302,16 @@ class AdaptedModel:
             return
         live = chain.links[-1]
         self.go_to(Chain(chain.links[:-1], chain.base))
-        self.begin_link(live.rank, live.alpha)  # a smaller rank leaves the other rows at zero
-        self.resume_link(live)
-        for name, layer in self.layers.items():
-            for factor, stored in zip(layer.factors, live.factors[name], strict=True):
-                layout.copy_(factor, stored)
+        self._go_on_with(live, live.factors)
         self.trained.write(live.extras)
+
+    def _go_on_with(self, link: Link, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Makes a link the current one, with these factors."""
+        self.begin_link(link.rank, link.alpha)  # a smaller rank leaves the other rows at zero
+        self.resume_link(link)
+        for name, layer in self.layers.items():
+            for factor, value in zip(layer.factors, factors[name], strict=True):
+                layout.copy_(factor, value)
 
     # ------------------------------------------------------------------ from one chain to another
 
@@ -338,8 +354,13 @@ class AdaptedModel:
             self._write_base(self.model)
             self.forget_links(chain)
 
-    def start_from(self, chain: Chain) -> None:
+    def start_from(self, chain: Chain, knot: Knot = "cola") -> None:
         """Replays another run's chain on a base without links, and loads its fully trained modules.
+
+        Args:
+            chain: the other run's chain.
+            knot: what happens to its last link. ``cola`` finishes it; :meth:`begin_link` then begins the next one. After
+                ``half`` and ``record`` the next link has begun, with A and the rest of B. See :meth:`tie_knot`.
 
         Raises:
             UserError: for a chain of another base, or of other layers.
@@ -354,10 +375,12 @@ class AdaptedModel:
             mine = {name: layout.gather(state[name]) for name in frozen}
             unchanged = {name for name, value in frozen.items() if torch.equal(mine[name], value.to(mine[name].dtype))}
             extras = {name: value for name, value in links[-1].extras.items() if name not in unchanged}
-            links[-1] = replace(links[-1], extras=extras)
+            links[-1] = replace(links[-1], extras=extras, share=merged_share(knot, None, self.trained_factors))
         self.replay(Chain(links, self.chain.base))
         if links:
             self.trained.load(links[-1].extras)
+        if links and knot != "cola":
+            self._go_on_with(links[-1], {name: links[-1].left(name) for name in links[-1].factors})
 
     def extras_after(self, chain: Chain) -> dict[str, Tensor]:
         """Fully trained parameters, and buffers, as they were after the last of these links; without links, the base's."""

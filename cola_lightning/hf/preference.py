@@ -216,7 +216,7 @@ class COLAPreferenceLM(COLACausalLM):
         if self.preference_loss not in WITH_REFERENCE:
             return
         is_new_run = self.trainer.ckpt_path is None and not self.fit_progress.is_continued
-        if self.reference == "start" and is_new_run and self.adapted.has_begun:
+        if self.reference == "start" and is_new_run and not self.adapted.is_at_knot:
             log.info("the current link is finished, because the model as it is now is the reference")
             self.tie_knot()
             self.fit_progress.first_link = self.link

@@ -53,7 +53,7 @@ class TrainedModule(ExportableModule, Protocol):
 
     @property
     def init_chain_source(self) -> list[str | int | None]:
-        """The path of ``init_chain``, and how many of its links were requested."""
+        """The path of ``init_chain``, how many of its links were requested, and ``init_knot`` unless it is ``cola``."""
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters for the optimizer."""

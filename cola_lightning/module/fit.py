@@ -97,7 +97,7 @@ class FitCallback(Callback):
         adapted.trained.remember_first()  # parameters that a hook has added since the model was made
         if not progress.is_continued:
             progress.first_link = adapted.link
-        if not adapted.has_begun:
+        if adapted.is_at_knot:
             progress.link_name = progress.schedule.name or progress.link_name
 
     @override

@@ -27,7 +27,7 @@ from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.chain import as_number, number_of_links
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_chain
-from cola_lightning.chain.schedule import FitPosition, TrainedFactors
+from cola_lightning.chain.schedule import FitPosition, Knot, TrainedFactors
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
 from cola_lightning.export.contract import NamedBase
@@ -86,6 +86,9 @@ class COLAModule(LightningModule, RecordsArguments):
         init_chain: Start from the links of this chain folder, checkpoint, or folder of an ordinary PEFT LoRA. ``null`` starts
             from the base. Checkpoints of the run contain these links too.
         init_links: Use only the first N links of ``init_chain``, or those up to a stage's name. ``null`` uses all.
+        init_knot: What happens to the last link of ``init_chain`` when the run begins, as at a knot (``chain.knot``). ``cola``
+            merges it, and a new link begins. ``half`` merges half of it; A and the rest of B go on. ``record`` only records it;
+            A and B go on: one LoRA over several runs. The optimizer and its learning-rate schedule are new in each run.
         save_base: Store the weights of the adapted base in each checkpoint. Use it if the base cannot be rebuilt bit for bit.
         compile: Apply ``torch.compile`` to the model. It compiles once per rank, for training and for validation.
         activation_checkpointing: Store only the inputs of the model's blocks and recompute the rest in the backward pass. It
@@ -144,6 +147,7 @@ class COLAModule(LightningModule, RecordsArguments):
         kept_optimizer_state: float = 0,
         init_chain: str | None = None,
         init_links: int | str | None = None,
+        init_knot: Knot = "cola",
         save_base: bool = False,
         compile: bool = False,
         activation_checkpointing: bool = False,
@@ -151,13 +155,15 @@ class COLAModule(LightningModule, RecordsArguments):
     ) -> None:
         super().__init__()
         self.lora_config = LoRAConfig(**lora)
-        if init_links is not None and init_chain is None:
-            raise UserError("model.init_links: needs model.init_chain")
+        for name, value, default in (("init_links", init_links, None), ("init_knot", init_knot, "cola")):
+            if value != default and init_chain is None:
+                raise UserError(f"model.{name}: needs model.init_chain")
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.user_seed = None if seed is None else int(seed)
         self.trained_factors, self.save_base = trained_factors, save_base
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else as_number(init_links)
+        self.init_knot = init_knot
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.fit_progress, self.link_metrics, self.step_loss = FitProgress(), LinkMetrics(), StepLoss()
         self.link_optimization = LinkOptimization(
@@ -350,9 +356,9 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @property
     def init_chain_source(self) -> list[str | int | None]:
-        """The path of ``init_chain``, and how many of its links were requested, or up to which stage."""
+        """The path of ``init_chain``, how many of its links were requested, and ``init_knot`` unless it is ``cola``."""
         path = self.init_chain and str(Path(os.path.expanduser(self.init_chain)).absolute())
-        return [path, self.init_links]
+        return [path, self.init_links, *([] if self.init_knot == "cola" else [self.init_knot])]
 
     @property
     def is_sharded(self) -> bool:
@@ -535,13 +541,30 @@ class COLAModule(LightningModule, RecordsArguments):
         adapted.cast(torch.get_default_dtype())  # now: Lightning casts only after a checkpoint's values are loaded
         adapted.trained.remember_first()
         adapted.chain.base = replace(adapted.chain.base, labels=self.labels_of_base)
+        goes_on = False
         if self.first_chain is not None:
-            adapted.start_from(self.first_chain)
+            goes_on = self.init_knot != "cola" and len(self.first_chain) > 0
+            if goes_on:
+                self._check_sizes(self.first_chain)
+            adapted.start_from(self.first_chain, self.init_knot)
             self.fit_progress.first_link = len(self.first_chain)
-        if adapted.layers:
+        if adapted.layers and not goes_on:
             adapted.begin_link(*self.fit_progress.schedule.rank_and_alpha(self.link, self.lora_config))
         if self.activation_checkpointing:
             self.checkpoint_activations()
+
+    def _check_sizes(self, chain: Chain) -> None:
+        """Refuses another rank or alpha than that of the last link, which goes on.
+
+        Raises:
+            UserError: for these.
+        """
+        rank, alpha = self.fit_progress.schedule.rank_and_alpha(len(chain), self.lora_config)
+        if (rank, alpha) != (chain[-1].rank, chain[-1].alpha):
+            raise UserError(
+                f"model.init_knot: with {self.init_knot}, the rank and alpha must be those of the last link of "
+                f"{self.init_chain!r}, {chain[-1].rank} and {chain[-1].alpha:g}, got {rank} and {alpha:g}"
+            )
 
     def _choose_seed(self, stored: int | None) -> int:
         """The seed that was given, that of a checkpoint which is about to be loaded, or a random one."""
