@@ -212,7 +212,7 @@ class SourceDataModule(TokenizedDataModule):
         module: Any = self.trainer and self.trainer.lightning_module
         opened, contents = getattr(module, "opened_checkpoint", None), list[Any]()
         while opened is not None:
-            data, (path, _) = opened.state.facts["data"], opened.state.facts["init_chain_source"]
+            data, (path, *_) = opened.state.facts["data"], opened.state.facts["init_chain_source"]
             contents += map(contents_of, data.get("sources", [data] if data else []))
             try:
                 opened = path and OpenedCheckpoint.open(path)
