@@ -1,0 +1,172 @@
+"""``cola stages``: runs in a sequence, skipped, resumed and trained again as they must be."""
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from lightning.pytorch import Callback
+
+from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.cli import main
+from cola_lightning.study import run
+from tests import forked, tiny
+from tests.toy import assert_same_chain
+
+PAIRS = [
+    {"prompt": f"Film {k}? ", "chosen": f"It was {('great', 'terrible')[k % 2]}.", "rejected": "It was."} for k in range(40)
+]
+STAGES = {
+    "good": {"chain": {"knots": 1}},
+    "flipped": {"data": {"init_args": {"source": "flipped"}}, "trainer": {"max_steps": 3}},
+    "pairs": {
+        "model": {"class_path": "COLAPreferenceLM"},
+        "data": {"class_path": "PreferenceDataModule", "init_args": {"source": "pairs", "val_size": 8, "test_size": 8}},
+    },
+}
+
+
+class KillOnce(Callback):
+    """Kills a fit after some steps, if its links have this name; with a file for it, which says that it has."""
+
+    def __init__(self, marker: str, name: str, step: int = 2):
+        self.marker, self.name, self.step = Path(marker), name, step
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step == self.step and module.fit_progress.link_name == self.name and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch):
+    """Runs of stages are forked."""
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=forked.Popen, STDOUT=None))
+    monkeypatch.setattr(run, "TOUCH_EVERY", 0.1)
+
+
+@pytest.fixture(scope="module")
+def _made(tmp_path_factory):
+    """A folder with the rows of three tasks, a model and a config of three stages."""
+    folder = tiny.make_language_folder(tmp_path_factory.mktemp("stages"))
+    flipped = [row | {"label": 1 - row["label"]} for row in tiny.read_rows(folder / "rows" / "train.jsonl")]
+    tiny.write_rows(folder / "flipped", flipped)
+    tiny.write_rows(folder / "pairs", PAIRS)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["trainer"] |= {"max_epochs": 1}
+    del config["chain"]
+    (folder / "stages.yaml").write_text(yaml.safe_dump(config | {"stages": STAGES}, sort_keys=False))
+    return folder
+
+
+@pytest.fixture
+def config(_made, tmp_path, monkeypatch):
+    """The config, in a folder of its own with what it names."""
+    shutil.copytree(_made, tmp_path / "own")
+    monkeypatch.chdir(tmp_path / "own")
+    return yaml.safe_load(Path("stages.yaml").read_text())
+
+
+def stages(*words, output="out", fit=()):
+    return main(["stages", "--config", "stages.yaml", "--output", output, *words, *(["--", *fit] if fit else ())])
+
+
+def write(config):
+    Path("stages.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def chain(name, output="out"):
+    return read_chain(f"{output}/{name}")
+
+
+def trained(capfd):
+    """The stages that the last call has trained."""
+    return [line.split()[1] for line in capfd.readouterr().out.splitlines() if ": training, see " in line]
+
+
+def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd):
+    assert stages() == 0
+    assert trained(capfd) == list(STAGES)
+    assert [link.name for link in chain("pairs").links] == ["good", "good", "flipped", "pairs"]
+    for name, n in {"good": 2, "flipped": 3}.items():
+        assert_same_chain(chain("pairs").truncate(n), chain(name))
+    assert [link.end_step for link in chain("pairs").links] == [4, 6, 3, 6]
+    for name in STAGES:
+        files = {path.name for path in Path("out", name).iterdir()}
+        assert {"config.yaml", "metrics.csv", "checkpoints", "log.txt"} <= files
+        assert not any(file.startswith("claim") for file in files)
+    assert main(["test", "--config", "out/flipped/config.yaml", "--ckpt_path", "out/pairs", "--links", "flipped"]) == 0
+    assert Path("out/flipped/metrics.csv").exists()
+    before = {name: Path("out", name, "checkpoints", "last.ckpt").stat().st_mtime_ns for name in STAGES}
+
+    capfd.readouterr()
+    Path("out").rename("moved")
+    assert stages(output="moved") == 0
+    assert trained(capfd) == []
+    assert {name: Path("moved", name, "checkpoints", "last.ckpt").stat().st_mtime_ns for name in STAGES} == before
+
+    config["stages"]["flipped"]["trainer"]["max_steps"] = 4
+    write(config)
+    assert stages(output="moved") == 0
+    out = capfd.readouterr().out
+    assert out.count("trainer.max_steps has changed, so this stage and the later ones are trained again") == 1
+    assert [line.split()[1] for line in out.splitlines() if ": training, see " in line] == ["flipped", "pairs"]
+    assert [link.end_step for link in chain("pairs", "moved").links] == [4, 6, 4, 6]
+
+
+def test_other_rows_in_the_same_file_are_another_stage(config, capfd):
+    config["stages"] = {name: config["stages"][name] for name in ("good", "flipped")}
+    write(config)
+    assert stages("--knot", "record") == 0
+    assert [link.share for link in chain("flipped").links] == [1, 0, 1]
+    rows = tiny.read_rows("rows/train.jsonl")
+    tiny.write_rows(Path("flipped"), rows)
+    capfd.readouterr()
+    assert stages("--knot", "record") == 0
+    out = capfd.readouterr().out
+    assert "its data has changed" in out
+    assert out.count(": training, see ") == 1
+    assert stages("--knot", "half") == 0
+    assert trained(capfd) == ["flipped"]
+    assert [link.share for link in chain("flipped").links] == [1, 0.5, 1]
+
+
+def test_a_stage_that_was_killed_resumes_and_the_others_follow(config, capfd):
+    stop = {"class_path": "tests.test_stages_command.KillOnce", "init_args": {"marker": "killed", "name": "flipped"}}
+    fit = ["--trainer.callbacks+", json.dumps(stop)]
+    assert stages(fit=fit) == 1
+    assert trained(capfd) == ["good", "flipped"]
+    assert stages(fit=fit) == 0
+    assert trained(capfd) == ["flipped", "pairs"]
+    assert "Restored all states" in Path("out/flipped/log.txt").read_text()
+    assert stages(output="whole", fit=fit) == 0
+    assert_same_chain(chain("pairs"), chain("pairs", "whole"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  flipped:", "  good:", "stages: there are two stages 'good'"),
+        ("  flipped:", "  all:", "stages: .* got 'all'"),
+        ("  flipped:", "  2:", "stages: .* got '2'"),
+        ("source: flipped", "sauce: flipped", r"stages\.flipped: .*'sauce'.*data\.source"),
+        ("COLAPreferenceLM", "COLAPreferencLM", r"stages\.pairs: .*COLAPreferencLM"),
+        ("stages:", "stags:", "stages: "),
+        ("seed_everything: 0", "seed_everything: 0\nckpt_path: runs", r"stages\.good: ckpt_path "),
+        ("seed_everything: 0", "seed_everything: [", "config: "),
+    ],
+)
+@pytest.mark.usefixtures("config")
+def test_a_mistake_is_one_line_before_anything_is_trained(old, new, message, capfd):
+    text = Path("stages.yaml").read_text()
+    assert old in text
+    Path("stages.yaml").write_text(text.replace(old, new))
+    assert stages() == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.match(f"error: {message}", line), line
+    assert not Path("out").exists()
