@@ -14,9 +14,10 @@ from lightning.pytorch import Callback
 
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
+from cola_lightning.stages.matrix import Column, Matrix
 from cola_lightning.study import run
 from tests import forked, tiny
-from tests.toy import assert_same_chain
+from tests.toy import assert_same_chain, read_csv
 
 PAIRS = [
     {"prompt": f"Film {k}? ", "chosen": f"It was {('great', 'terrible')[k % 2]}.", "rejected": "It was."} for k in range(40)
@@ -117,6 +118,61 @@ def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd
     assert out.count("trainer.max_steps has changed, so this stage and the later ones are trained again") == 1
     assert [line.split()[1] for line in out.splitlines() if ": training, see " in line] == ["flipped", "pairs"]
     assert [link.end_step for link in chain("pairs", "moved").links] == [4, 6, 4, 6]
+
+
+def measured(config, links, *words):
+    """What ``cola test`` writes of the last stage's checkpoint."""
+    before = set(Path("out/pairs").rglob("metrics.csv"))
+    assert main(["test", "--config", config, "--ckpt_path", "out/pairs", "--links", links, *words]) == 0
+    (path,) = set(Path("out/pairs").rglob("metrics.csv")) - before
+    return read_csv(path)[-1]
+
+
+def test_the_matrix_is_what_tests_of_the_last_checkpoint_give(config, capfd):
+    config["stages"]["flipped"]["model"] = {"init_args": {"rank": 3, "alpha": 5}}  # above that of the last stage
+    config["model"]["init_args"]["alpha"] = 4
+    write(config)
+    assert stages("--max_forgetting", "1e-9") == 3
+    printed = capfd.readouterr()
+    rows = read_csv("out/matrix.csv")
+    assert [(row["links"], row["stage"]) for row in rows] == [("0", "base"), ("2", "good"), ("3", "flipped"), ("4", "pairs")]
+    assert list(rows[0])[2:] == ["good loss", "good accuracy", "flipped loss", "flipped accuracy", "pairs loss"]
+    for row in rows:
+        alone = measured("out/good/config.yaml", row["links"])
+        assert [row[f"good {name}"] for name in ("loss", "accuracy")] == [
+            alone[f"test_{name}"] for name in ("loss", "accuracy")
+        ]
+        if row["stage"] in ("base", "good", "flipped"):  # the reference of the preferences is where their stage began
+            assert float(row["pairs loss"]) == pytest.approx(0.693147, abs=1e-6)
+    assert rows[-1]["pairs loss"] == measured("out/pairs/config.yaml", "4")["test_loss"] != rows[0]["pairs loss"]
+    assert Path("out/matrix.png").read_bytes().startswith(b"\x89PNG")
+    assert "max_forgetting: " in printed.err + printed.out
+
+    config["stages"] |= {"again": {"trainer": {"max_steps": 2}}}
+    write(config)
+    assert stages() == 0
+    assert trained(capfd) == ["again"]
+    after = read_csv("out/matrix.csv")
+    for row, known in zip(after, rows, strict=False):  # of another checkpoint, in which a link that was current is merged
+        for name in list(known)[2:]:
+            assert float(row[name]) == pytest.approx(float(known[name]), abs=1e-6)
+    changed = Path("out/good/matrix/result.json").stat().st_mtime_ns
+    assert stages("--max_forgetting", "9") == 0
+    assert Path("out/good/matrix/result.json").stat().st_mtime_ns == changed
+
+
+def test_forgetting_and_transfers_are_means_over_tasks_of_one_kind():
+    columns = [
+        Column("a", "loss", [3.0, 1.0, 2.0, 1.5], 1, "text"),
+        Column("b", "loss", [4.0, 3.0, 1.0, 2.0], 2, "text"),
+        Column("b", "accuracy", [0.25, 0.5, 1.0, 0.75], 2, "text"),
+        Column("c", "loss", [0.7, 0.7, 0.7, 0.5], 3, "pairs"),
+    ]
+    assert [column.forgetting for column in columns] == [0.5, 1.0, 0.25, 0.0]
+    assert [column.backward_transfer for column in columns] == [0.5, 1.0, -0.25, None]
+    assert [column.forward_transfer for column in columns] == [None, -1.0, 0.25, 0.0]
+    (line,) = Matrix(["base", "a", "b", "c"], [0, 1, 2, 3], columns).averages
+    assert line == "average loss of a, b: 1.75 at the end; forgetting 0.75, backward transfer +0.75, forward transfer -1"
 
 
 def test_other_rows_in_the_same_file_are_another_stage(config, capfd):

@@ -9,6 +9,7 @@ DESCRIPTION = """\
 Trains stages one after the other, each by a `cola fit` that begins from the
 stage before it. The same command skips finished stages and resumes one that
 was stopped. If you change a stage, it and the later ones are trained again.
+At the end it shows what each stage did to the test data of every stage.
 Options after `--` are those of `cola fit`, for each stage."""
 
 
@@ -19,7 +20,7 @@ def stages(words: Sequence[str]) -> int:
         words: its arguments.
 
     Returns:
-        The exit status: 0, or 1 if a stage failed.
+        The exit status: 0, 1 if a stage failed, or 3 if more was forgotten than ``max_forgetting``.
 
     Raises:
         UserError: for invalid arguments.

@@ -362,7 +362,7 @@ class COLACLI(LightningCLI):
             rich.print(metrics_table(rows))
             log.info("written: %s", shortest(path))
 
-    def tested_states(self) -> dict[int, str | None]:
+    def tested_states(self) -> Mapping[int, str | None]:
         """The states that ``--links all`` tests: a name for each, by how many links the state has."""
         assert self.opened is not None
         return dict(enumerate(["base", *self.opened.state.names]))

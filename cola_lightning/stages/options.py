@@ -17,11 +17,14 @@ class StagesOptions:
         knot: What happens between two stages. ``cola`` merges the last link, and a new one begins. ``half`` merges half of it;
             A and the rest of B go on. ``record`` only records it: one LoRA goes on over the stages. The optimizer and its
             schedule are new in each stage.
+        max_forgetting: Exit with status 3 if any stage's test data is worse by more than this at the end than at its best, in
+            one of its metrics: by 0.02 in the loss or in the accuracy, for example.
     """
 
     config: str
     output: str
     knot: Knot = "cola"
+    max_forgetting: float | None = None
 
     def __post_init__(self) -> None:
         self.config, self.output = os.path.expanduser(self.config), os.path.expanduser(self.output)

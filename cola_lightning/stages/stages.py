@@ -4,16 +4,21 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import rich
 import yaml
 from jsonargparse import ArgumentError
 
+from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.schedule import RESERVED, is_stage_name
 from cola_lightning.cli.training import differences
-from cola_lightning.errors import UserError, one_line
+from cola_lightning.errors import OutsideError, UserError, one_line
+from cola_lightning.lora.config import LoRAConfig
+from cola_lightning.stages.matrix import SHOWN, Matrix
 from cola_lightning.stages.options import StagesOptions
 from cola_lightning.stages.run import CONFIG, LAST
 from cola_lightning.study.config import as_words, data_files, resolve_config
@@ -61,18 +66,88 @@ class Stages:
                 model_option(config, name)
             if index:
                 config["model"]["init_args"] |= {"init_chain": None, "init_links": None, "init_knot": options.knot}
-        folder = Path(options.output)
-        self.stages = [Stage(name, folder / name, config, data_files(config)) for name, config in configs.items()]
+        self.folder, self.max_forgetting = Path(options.output), options.max_forgetting
+        self.stages = [Stage(name, self.folder / name, config, data_files(config)) for name, config in configs.items()]
 
     def run(self) -> int:
-        """Trains the stages that are missing, in order; returns the exit status."""
-        before: Stage | None = None
+        """Trains the stages that are missing, in order, and then shows the matrix; returns the exit status."""
+        finished: list[Stage] = []
         for stage in self.stages:
-            if not self._train(stage, before):
+            if not self._train(stage, finished[-1] if finished else None):
                 log.error("failed: %s", stage.folder / LOG)
-                return 1
-            before = stage
-        return 0
+                break
+            finished.append(stage)
+        tests = {stage.name: rows for stage in finished if (rows := self._test(stage, finished))}
+        kinds = {stage.name: " ".join(stage.config[name]["class_path"] for name in ("model", "data")) for stage in finished}
+        is_finished, matrix = len(finished) == len(self.stages), Matrix.of(tests, kinds)
+        if not matrix.columns:
+            log.warning("no matrix: no stage has tests that log %s", " or ".join(f"test_{name}" for name in SHOWN))
+            return 0 if is_finished else 1
+        matrix.write(self.folder / "matrix.csv")
+        if find_spec("matplotlib"):
+            matrix.draw(self.folder / "matrix.png")
+        else:
+            log.info("matrix.png: needs matplotlib")
+        rich.print(matrix.on_screen())
+        for sentence in matrix.averages:
+            log.info("%s", sentence)
+        log.info("written: %s", self.folder / "matrix.csv")
+        return self._check_forgetting(matrix) if is_finished else 1
+
+    def _check_forgetting(self, matrix: Matrix) -> int:
+        """Returns the exit status: 3 if a task was forgotten by more than the user allows."""
+        worst = max(matrix.columns, key=lambda column: column.forgetting, default=None)
+        if worst is None or self.max_forgetting is None or worst.forgetting <= self.max_forgetting:
+            return 0
+        log.error(
+            "max_forgetting: %s is worse by %.4g in %s than at its best, and %g is allowed",
+            *(worst.task, worst.forgetting, worst.metric, self.max_forgetting),
+        )
+        return 3
+
+    def _test(self, stage: Stage, finished: Sequence[Stage]) -> list[dict[str, Any]]:
+        """Tests the base and the model after each finished stage on a stage's test data, from the last checkpoint alone.
+
+        The module's class and data are those of the stage, and its links those of the checkpoint. Tests of the same checkpoint
+        are not repeated.
+
+        Returns:
+            A row of metrics for each state of the model; empty if `cola test` refuses the stage.
+
+        Raises:
+            OutsideError: if the tests failed.
+        """
+        last, folder, model = finished[-1], stage.folder / "matrix", stage.config["model"]
+        names, checkpoint = [other.name for other in finished], result_of(finished[-1].folder)["checkpoint"]
+        asked = {"config": stage.config, "files": stage.files, "stages": names, "checkpoint": checkpoint}
+        if known := result_of(folder):
+            if known["asked"] == asked:
+                return list(known["rows"])
+            (folder / RESULT).unlink()
+        lora = {field.name for field in fields(LoRAConfig)} & model["init_args"].keys()
+        init_args = model["init_args"] | {name: last.config["model"]["init_args"][name] for name in lora}
+        init_args |= {"init_chain": None, "init_links": None, "init_knot": "cola"}
+        reference = init_args.get("reference", "start")
+        if "reference" in init_args:  # which rows without these links do not have: they are their own reference
+            init_args["reference"] = "start"
+        trainer = stage.config["trainer"] | {"enable_progress_bar": False, "logger": None}
+        options = {
+            "config": stage.config | {"model": model | {"init_args": init_args}, "trainer": trainer},
+            "asked": asked,
+            "checkpoint": str(last.folder / LAST),
+            "stages": names,
+            "reference": start_of(stage.name, last) if reference in ("start", "link") else reference,
+        }
+        try:
+            is_tested = execute_in(folder, options)
+        except UserError as error:  # no test rows, for example
+            if self.max_forgetting is not None:
+                raise
+            log.warning("stage %s: is not in the matrix (%s)", stage.name, error)
+            return []
+        if not is_tested:
+            raise OutsideError(f"stage {stage.name}: its tests failed, see {folder / LOG}")
+        return list(result_of(folder)["rows"])
 
     def _train(self, stage: Stage, before: Stage | None) -> bool:
         """Trains a stage unless it is finished, and returns whether it is then."""
@@ -85,9 +160,7 @@ class Stages:
                 log.info("%s: finished", place)
                 return True
             if other[0] != "after":  # else its own earlier stage has said so
-                what = (
-                    "its data" if other[0].startswith("files") else other[0].removeprefix("config.").replace(".init_args", "")
-                )
+                what = other[0].removeprefix("config.").replace(".init_args", "") if "files" not in other[0] else "its data"
                 log.info("%s: %s has changed, so this stage and the later ones are trained again", place, what)
             (stage.folder / RESULT).unlink()
         config = stage.config | {"trainer": stage.config["trainer"] | {"enable_progress_bar": False}}  # its output is in a file
@@ -95,7 +168,7 @@ class Stages:
             init_args = stage.config["model"]["init_args"] | {"init_chain": str(before.folder / LAST)}
             config["model"] = stage.config["model"] | {"init_args": init_args}
         log.info("%s: training, see %s", place, stage.folder / LOG)
-        return execute_in(stage.folder, config, asked)
+        return execute_in(stage.folder, {"config": config, "asked": asked})
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -104,25 +177,35 @@ def result_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
-def execute_in(folder: Path, config: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+def start_of(stage: str, last: Stage) -> int:
+    """How many links the model had when a stage began.
+
+    Args:
+        stage: its name.
+        last: a later stage, or itself.
+    """
+    links = read_chain(last.folder / LAST).links
+    return next(link.index for link in links if link.name == stage)
+
+
+def execute_in(folder: Path, options: Mapping[str, Any]) -> bool:
     """Executes a run in its folder, by a process of its own, and returns whether it has a result.
 
     Args:
         folder: the run's.
-        config: the complete configuration of its fit.
-        asked: what its result will say that it is of.
+        options: its complete ``config``, what its result will say was ``asked`` for, and else what its process needs.
 
     Raises:
         UserError: if the run refuses its options, or another process executes it.
     """
     if (claim := claim_run(folder)) is None:
-        if result_of(folder).get("asked") == asked:
+        if result_of(folder).get("asked") == options["asked"]:
             return True
         raise UserError(f"output: another process is at work in {str(folder)!r}. Wait for its end")
     try:
         with atomic_file(folder / CONFIG) as partial:
-            partial.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
-        return execute(claim, {"config": config, "asked": asked}, "stages")
+            partial.write_text(yaml.safe_dump(options["config"], sort_keys=False), encoding="utf-8")
+        return execute(claim, options, "stages")
     finally:
         claim.unlink(missing_ok=True)
 
