@@ -1,10 +1,12 @@
 """``cola stages``: runs in a sequence, skipped, resumed and trained again as they must be."""
 
+import functools
 import json
 import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,15 +35,57 @@ STAGES = {
 
 
 class KillOnce(Callback):
-    """Kills a fit after some steps, if its links have this name; with a file for it, which says that it has."""
+    """Kills a stage's fit, or the command that waits for it, in the middle or at the end of the fit; once, for which it has a
+    file."""
 
-    def __init__(self, marker: str, name: str, step: int = 2):
-        self.marker, self.name, self.step = Path(marker), name, step
+    def __init__(self, marker: str, name: str, whom: str = "fit", when: str = "inside"):
+        self.marker, self.name, self.whom, self.when = Path(marker), name, whom, when
+
+    def _kill(self, module, when):
+        if self.when == when and module.fit_progress.link_name == self.name and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid() if self.whom == "fit" else os.getppid(), signal.SIGKILL)
+            time.sleep(0.5)  # until its end is known
 
     def on_train_batch_end(self, trainer, module, *args):
-        if trainer.global_step == self.step and module.fit_progress.link_name == self.name and not self.marker.exists():
-            self.marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if trainer.global_step == 2:
+            self._kill(module, "inside")
+
+    def on_train_end(self, trainer, module):
+        self._kill(module, "at the end")
+
+
+class Fork:
+    """In the place of ``subprocess.Popen``, in a process that may be killed: its runs are forked from it."""
+
+    def __init__(self, command, stdout, stderr, start_new_session):
+        self.returncode, self.pid = None, os.fork()
+        if self.pid == 0:
+            os.setsid()
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            os._exit(main(command[3:]))
+
+    def poll(self):
+        pid, status = os.waitpid(self.pid, os.WNOHANG) if self.returncode is None else (0, 0)
+        self.returncode = os.waitstatus_to_exitcode(status) if pid else self.returncode
+        return self.returncode
+
+    def terminate(self):
+        assert self.poll() is not None
+
+    wait = terminate
+
+
+COMMAND = """
+import sys, types
+from cola_lightning.cli import main
+from cola_lightning.study import run
+from tests.test_stages_command import Fork
+
+run.subprocess, run.TOUCH_EVERY = types.SimpleNamespace(Popen=Fork, STDOUT=None), 0.1
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +96,7 @@ def _forked(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def _made(tmp_path_factory):
+def made(tmp_path_factory):
     """A folder with the rows of three tasks, a model and a config of three stages."""
     folder = tiny.make_language_folder(tmp_path_factory.mktemp("stages"))
     flipped = [row | {"label": 1 - row["label"]} for row in tiny.read_rows(folder / "rows" / "train.jsonl")]
@@ -66,9 +110,9 @@ def _made(tmp_path_factory):
 
 
 @pytest.fixture
-def config(_made, tmp_path, monkeypatch):
+def config(made, tmp_path, monkeypatch):
     """The config, in a folder of its own with what it names."""
-    shutil.copytree(_made, tmp_path / "own")
+    shutil.copytree(made, tmp_path / "own")
     monkeypatch.chdir(tmp_path / "own")
     return yaml.safe_load(Path("stages.yaml").read_text())
 
@@ -192,16 +236,56 @@ def test_other_rows_in_the_same_file_are_another_stage(config, capfd):
     assert [link.share for link in chain("flipped").links] == [1, 0.5, 1]
 
 
-def test_a_stage_that_was_killed_resumes_and_the_others_follow(config, capfd):
-    stop = {"class_path": "tests.test_stages_command.KillOnce", "init_args": {"marker": "killed", "name": "flipped"}}
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """Gives what two stages leave that nobody kills, by the knot between them; it is made when it is first asked for."""
+
+    @functools.cache
+    def whole_run(knot):
+        folder = tmp_path_factory.mktemp("whole")
+        assert two_stages(made, folder, knot).finish().returncode == 0
+        return Path(folder, "matrix.csv").read_text(), read_chain(folder / "flipped")
+
+    return whole_run
+
+
+def two_stages(made, output, knot, *fit):
+    """The command, with the first two stages of the config, in a process of its own."""
+    config = yaml.safe_load((made / "stages.yaml").read_text())
+    config["stages"] = {name: config["stages"][name] for name in ("good", "flipped")}
+    (made / "two.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    words = ["stages", "--config", "two.yaml", "--output", str(output), "--knot", knot, *(["--", *fit] if fit else [])]
+    return forked.Command("-c", COMMAND, *words, cwd=made)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("whom", "name", "when", "knot"),
+    [
+        ("command", "flipped", "inside", "cola"),
+        pytest.param("command", "good", "at the end", "cola", marks=SLOW),  # between two stages
+        pytest.param("command", "good", "inside", "cola", marks=SLOW),
+        pytest.param("fit", "flipped", "inside", "half", marks=SLOW),
+        pytest.param("fit", "flipped", "at the end", "record", marks=SLOW),
+    ],
+)
+def test_stages_that_were_killed_leave_what_others_do(made, whole, tmp_path, whom, name, when, knot):
+    given = {"marker": str(tmp_path / "killed"), "name": name, "whom": whom, "when": when}
+    stop = {"class_path": "tests.test_stages_command.KillOnce", "init_args": given}
     fit = ["--trainer.callbacks+", json.dumps(stop)]
-    assert stages(fit=fit) == 1
-    assert trained(capfd) == ["good", "flipped"]
-    assert stages(fit=fit) == 0
-    assert trained(capfd) == ["flipped", "pairs"]
-    assert "Restored all states" in Path("out/flipped/log.txt").read_text()
-    assert stages(output="whole", fit=fit) == 0
-    assert_same_chain(chain("pairs"), chain("pairs", "whole"))
+    killed = two_stages(made, tmp_path / "out", knot, *fit).finish()
+    assert killed.returncode == (1 if whom == "fit" else -9), killed.stderr
+    assert (tmp_path / "killed").exists()
+    assert not (tmp_path / "out" / "flipped" / "result.json").exists()
+    again = two_stages(made, tmp_path / "out", knot, *fit).finish()
+    assert again.returncode == 0, again.stderr
+    is_resumed = "Restored all states" in (tmp_path / "out" / name / "log.txt").read_text()
+    assert is_resumed or (whom, when) == ("command", "at the end")
+    matrix, chain = whole(knot)
+    assert (tmp_path / "out" / "matrix.csv").read_text() == matrix
+    assert_same_chain(read_chain(tmp_path / "out" / "flipped"), chain)
 
 
 @pytest.mark.parametrize(
