@@ -234,6 +234,17 @@ def test_other_rows_in_the_same_file_are_another_stage(config, capfd):
     assert stages("--knot", "half") == 0
     assert trained(capfd) == ["flipped"]
     assert [link.share for link in chain("flipped").links] == [1, 0.5, 1]
+    Path("out/flipped").rename("out/other")
+    Path("out/other/run.json").unlink()  # as a fit's folder
+    config["stages"]["other"] = config["stages"].pop("flipped")
+    write(config)
+    assert stages("--knot", "half") == 2
+    assert "has another run" in capfd.readouterr().err
+    assert chain("other")
+    config["stages"]["other"]["model"] = {"init_args": {"rank": 1}}
+    write(config)
+    assert stages("--knot", "half") == 2
+    assert "stages.other: with --knot half" in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")

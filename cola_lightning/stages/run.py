@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -84,17 +85,16 @@ def run(folder: str) -> int:
         words = ["fit", *config, *(["--ckpt_path", str(last)] if last.exists() else [])]
         with fit_watch.listening():
             COLACLI(words, fit_watch, place)
-        result["checkpoint"] = _hash(last)
+        result["checkpoint"] = last
     _write(place, result)
     return 0
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @rank_zero_only
-def _write(folder: Path, result: dict[str, object]) -> None:
+def _write(folder: Path, result: dict[str, Any]) -> None:
+    """Writes a result, with a hash of the checkpoint in place of its path."""
+    if "checkpoint" in result:
+        with result["checkpoint"].open("rb") as file:
+            result["checkpoint"] = hashlib.file_digest(file, "sha256").hexdigest()
     with atomic_file(folder / RESULT) as partial:
         partial.write_text(json.dumps(result, indent=1), encoding="utf-8")

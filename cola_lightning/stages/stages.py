@@ -23,7 +23,7 @@ from cola_lightning.stages.options import StagesOptions
 from cola_lightning.stages.run import CONFIG, LAST
 from cola_lightning.study.config import as_words, data_files, resolve_config
 from cola_lightning.study.methods import model_option
-from cola_lightning.study.run import LOG, RESULT, claim_run, execute
+from cola_lightning.study.run import LOG, OPTIONS, RESULT, claim_run, execute
 from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
@@ -61,11 +61,16 @@ class Stages:
 
     def __init__(self, options: StagesOptions, fit_words: Sequence[str]) -> None:
         configs = stage_configs(options.config, fit_words)
-        for index, config in enumerate(configs.values()):
-            for name in ("init_chain", "init_knot"):  # refused here, and not after the first stage
-                model_option(config, name)
-            if index:
+        before: Config | None = None
+        for stage, config in configs.items():  # what a fit would refuse once the first stage is trained
+            sizes = {name: model_option(config, name) for name in ("rank", "alpha", "init_chain", "init_knot")}
+            if before is not None:
                 config["model"]["init_args"] |= {"init_chain": None, "init_links": None, "init_knot": options.knot}
+                if options.knot != "cola" and any(before[name] != sizes[name] for name in ("rank", "alpha")):
+                    raise UserError(
+                        f"stages.{stage}: with --knot {options.knot}, all stages have one model.rank and model.alpha"
+                    )
+            before = sizes
         self.folder, self.max_forgetting = Path(options.output), options.max_forgetting
         self.stages = [Stage(name, self.folder / name, config, data_files(config)) for name, config in configs.items()]
 
@@ -198,6 +203,8 @@ def execute_in(folder: Path, options: Mapping[str, Any]) -> bool:
     Raises:
         UserError: if the run refuses its options, or another process executes it.
     """
+    if (folder / LAST).exists() and not (folder / OPTIONS).exists():
+        raise UserError(f"output: {str(folder)!r} has another run, which would be lost. Use another --output")
     if (claim := claim_run(folder)) is None:
         if result_of(folder).get("asked") == options["asked"]:
             return True
