@@ -42,7 +42,7 @@ CLASSES = {
     "last": [LastCheckpoint],
     "trainer": [Trainer],
 }
-COMMANDS = ["generate", "inspect", "export", "compare", "configs"]
+COMMANDS = ["generate", "inspect", "export", "stages", "compare", "configs"]
 
 
 def shown(default: Any) -> str:

@@ -28,8 +28,8 @@ sys.argv[:] = ["cola"]  # LightningCLI warns of arguments that are given twice
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 # Their tests are few and long: begun first, for at the end a worker would wait for them alone.
-LONG = ["kills", "notebooks", "cli_language", "hub", "distributed", "compare", "cli", "speed", "real_rows", "scale"]
-LONG += ["layering", "running", "wheel"]
+LONG = ["kills", "stages_command", "notebooks", "cli_language", "hub", "distributed", "compare", "cli", "speed"]
+LONG += ["real_rows", "scale", "layering", "running", "wheel"]
 
 
 def pytest_collection_modifyitems(items):

@@ -71,6 +71,23 @@ class Command:
             self._folder.cleanup()
 
 
+class Popen(Command):
+    """In the place of ``subprocess.Popen``, for a command of the package that begins others, with a log."""
+
+    def __init__(self, command, stdout, stderr, start_new_session):
+        super().__init__(*command[1:], log=stdout.name, start_new_session=start_new_session)
+
+    @property
+    def returncode(self):
+        return self.poll()
+
+    def terminate(self):
+        self._process.terminate()
+
+    def wait(self):
+        self.finish()
+
+
 def run(*arguments, timeout=None, check=False, **options):
     """A command from beginning to end; see ``Command``."""
     done = Command(*arguments, **options).finish(timeout)

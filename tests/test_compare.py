@@ -404,21 +404,11 @@ def test_a_run_that_diverges_has_a_line(tmp_path):
     assert "diverged" in (tmp_path / "table.md").read_text()
 
 
-class ForkedRun(forked.Command):
-    """In the place of ``subprocess.Popen``."""
-
-    def __init__(self, command, stdout, stderr):
-        super().__init__(*command[1:], log=stdout.name)
-
-    def terminate(self):
-        self._process.terminate()
-
-
 @pytest.fixture
 def _forked(_without_figures, monkeypatch):
     """Runs of studies in this process are forked."""
     module = sys.modules["cola_lightning.study.run"]
-    monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=ForkedRun, STDOUT=None))
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=forked.Popen, STDOUT=None))
     monkeypatch.setattr(module, "TOUCH_EVERY", 0.1)
 
 

@@ -67,7 +67,7 @@ def test_help_of_an_evaluation_shows_neither_knots_nor_learning_rates(capfd):
 
 def test_help_of_an_option_is_a_sentence(capfd):
     assert not [text for text in MAIN_OPTIONS.values() if not text.endswith(".")]
-    for command in ("generate", "inspect", "export", "compare", "configs"):
+    for command in ("generate", "inspect", "export", "stages", "compare", "configs"):
         text = "\n".join(messages(capfd, command, "--help"))
         options = text.partition("show this help message and exit")[2].partition("\n\nexample:")[0]
         for shown in re.split(r"\n  (?=-)", options)[1:]:

@@ -265,7 +265,7 @@ REFUSALS = {
         (("cola", {}, {"max_epochs": 3}), "methods: knots"),
         (("cola-9", {}, {"max_epochs": 3}), "methods: 3 epochs .* cannot have 9 links"),
         (("lora-sum-rank-2", {}, {"max_epochs": 2}, ("rank", "alpha", "rank_pattern")), "methods: model.rank_pattern"),
-        (("lora", (), (), ()), r"model: a study sets rank, but own\.Module"),
+        (("lora", (), (), ()), r"model: rank must be set, but own\.Module"),
     ],
 }
 

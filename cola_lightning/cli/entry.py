@@ -1,7 +1,8 @@
 """The ``cola`` command: runs a subcommand, and reports an error by one line and the exit status.
 
 Exit status: 0; 2 for a user error, with one last line ``error: ...``; 1 for a failure while running, which has its traceback
-where it comes from the user's own code; 130 after Ctrl-C; 143 after SIGTERM.
+where it comes from the user's own code; 3 if ``cola stages`` found more forgetting than is allowed; 130 after Ctrl-C; 143
+after SIGTERM.
 
 Only what a subcommand needs is imported: ``inspect`` needs neither lightning nor transformers.
 """

@@ -88,10 +88,16 @@ class Parser(LightningArgumentParser):
 
 
 class COLACLI(LightningCLI):
-    """LightningCLI with the group ``chain``, metrics in a CSV file, and predictions in a JSONL file."""
+    """LightningCLI with the group ``chain``, metrics in a CSV file, and predictions in a JSONL file.
 
-    def __init__(self, words: list[str], watch: RunWatch) -> None:
-        self.words, self.watch = words, watch
+    Args:
+        words: the arguments of ``cola``.
+        watch: handles signals.
+        folder: the run's; None: a new one.
+    """
+
+    def __init__(self, words: list[str], watch: RunWatch, folder: Path | None = None) -> None:
+        self.words, self.watch, self.folder = words, watch, folder
         self.opened: OpenedCheckpoint | None = None
         # Without allow_abbrev=False, argparse would accept --chain.every_n_epoch as --chain.every_n_epochs.
         strict: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
@@ -279,7 +285,11 @@ class COLACLI(LightningCLI):
         check_writable("trainer.default_root_dir", root)
         self.watch.is_interval_given = config.log_every_n_steps is not None or config.barebones
         if not config.barebones:
-            if config.logger in (None, True):  # Lightning's own choice depends on whether tensorboard is installed
+            if self.folder is not None:  # before the config's own loggers: the first decides where checkpoints are
+                own = config.logger if isinstance(config.logger, list) else [config.logger]
+                own = [logger for logger in own if not isinstance(logger, bool | None)]
+                kwargs["logger"] = [CSVLogger(self.folder, name="", version=""), *own]
+            elif config.logger in (None, True):  # Lightning's own choice depends on whether tensorboard is installed
                 is_evaluated = self.subcommand != "fit" and self.opened is not None and (run / "config.yaml").is_file()
                 kwargs["logger"] = CSVLogger(run, name=self.subcommand) if is_evaluated else CSVLogger(root, name="runs")
             callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
@@ -337,11 +347,12 @@ class COLACLI(LightningCLI):
         """Tests the base, and the model after each link: a table, which is also written to ``links.csv``."""
         assert self.opened is not None
         rows, arguments = [], self._prepare_subcommand_kwargs("test") | {"verbose": False}
-        for links, name in enumerate(["base", *self.opened.state.names]):
+        for links, name in self.tested_states().items():
             self.opened.links = links
             rows.append({"links": links, "stage": name or ""})
             for metrics in self.trainer.test(**arguments):  # of each data loader
                 rows[-1] |= metrics
+        self.tested = rows
         path = Path(run_folder(self.trainer), "links.csv")  # on all processes: run_folder broadcasts
         if self.trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -351,6 +362,11 @@ class COLACLI(LightningCLI):
                 writer.writerows(rows)
             rich.print(metrics_table(rows))
             log.info("written: %s", shortest(path))
+
+    def tested_states(self) -> Mapping[int, str | None]:
+        """The states that ``--links all`` tests: a name for each, by how many links the state has."""
+        assert self.opened is not None
+        return dict(enumerate(["base", *self.opened.state.names]))
 
     def check_trained(self) -> None:
         """Refuses a fit that trained nothing, because the run that it resumes is finished."""

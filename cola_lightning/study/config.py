@@ -10,6 +10,7 @@ import yaml
 
 from cola_lightning.callbacks.command import RunWatch
 from cola_lightning.cli.training import COLACLI, differences
+from cola_lightning.data.splits import files_identity
 from cola_lightning.errors import UserError
 
 
@@ -24,6 +25,15 @@ def resolve_config(words: Sequence[str]) -> dict[str, Any]:
         COLACLI(["fit", *words, "--print_config"], RunWatch())
     config: dict[str, Any] = yaml.safe_load(printed.getvalue())
     return config
+
+
+def data_files(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes and hashes of the files from which a config's data is read; empty for the hub, and for a data module without."""
+    source = config["data"].get("init_args", {}).get("source")
+    sources = source if isinstance(source, list) else [source]
+    names = [source["source"] if isinstance(source, dict) else source for source in sources]
+    files = [files_identity(name) for name in names if isinstance(name, str)]
+    return files[0] if len(files) == 1 else {"files": files} if files else {}
 
 
 def as_words(options: Mapping[str, Any]) -> list[str]:

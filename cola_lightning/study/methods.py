@@ -151,7 +151,7 @@ def model_option(config: Config, name: str) -> Any:
     """
     options = config["model"].get("init_args", {})  # none for a constructor without parameters
     if name not in options:
-        raise UserError(f"model: a study sets {name}, but {config['model']['class_path']} has no such argument")
+        raise UserError(f"model: {name} must be set, but {config['model']['class_path']} has no such argument")
     return options[name]
 
 

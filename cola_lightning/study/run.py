@@ -73,7 +73,7 @@ def _is_alive(claim: Path) -> bool:
         return False
 
 
-def execute(claim: Path, options: Mapping[str, Any]) -> bool:
+def execute(claim: Path, options: Mapping[str, Any], command: str = "compare") -> bool:
     """Executes a claimed run in a process of its own, and returns whether it has a result.
 
     So its peak memory is its own, and if it is killed the study goes on. A run that was stopped before resumes from its last
@@ -82,6 +82,7 @@ def execute(claim: Path, options: Mapping[str, Any]) -> bool:
     Args:
         claim: of this process.
         options: see :func:`run`.
+        command: the subcommand of ``cola`` that executes a run if it gets ``--run`` and the run's folder.
 
     Raises:
         UserError: if the run refuses its arguments, which ends the study: it is the config, or one of its methods.
@@ -92,14 +93,15 @@ def execute(claim: Path, options: Mapping[str, Any]) -> bool:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of another run
         path.write_text(text, encoding="utf-8")
     with (folder / LOG).open("w") as output:
-        command = [sys.executable, "-m", "cola_lightning", "compare", "--run", str(folder)]
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        words = [sys.executable, "-m", "cola_lightning", command, "--run", str(folder)]
+        # In a session of its own: the terminal's Ctrl-C goes to this process alone, which then stops the run by one signal.
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         while process.poll() is None:
             os.utime(claim)
             time.sleep(TOUCH_EVERY)
     finally:
-        process.terminate()  # after the terminal's Ctrl-C, this is a second signal: it stops at once
+        process.terminate()  # it finishes its batch, and writes its state
         process.wait()
     if process.returncode == 2:
         text = (folder / LOG).read_text(encoding="locale", errors="replace")
@@ -110,8 +112,22 @@ def execute(claim: Path, options: Mapping[str, Any]) -> bool:
 # ---------------------------------------------------------------------- in the process of a run
 
 
-class Recorder(RunWatch):
-    """Watches a fit as ``cola fit`` does, records what a study needs of it, and ends it if the study is gone.
+class ChildWatch(RunWatch):
+    """Watches a fit as ``cola fit`` does, and ends it if the process that began it is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parent = os.getppid()
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if os.getppid() != self.parent:  # another process may begin this run anew
+            os._exit(1)
+        super().on_train_batch_end(trainer)
+
+
+class Recorder(ChildWatch):
+    """A :class:`ChildWatch` that records what a study needs of a fit.
 
     Args:
         metric: the validation metric's name.
@@ -124,7 +140,7 @@ class Recorder(RunWatch):
 
     def __init__(self, metric: str) -> None:
         super().__init__()
-        self.metric, self.study = metric, os.getppid()
+        self.metric = metric
         self.facts: dict[str, Any] = {"steps": 0, "seconds": 0.0, "curve": []}
 
     @override
@@ -148,8 +164,6 @@ class Recorder(RunWatch):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if os.getppid() != self.study:  # another process may begin this run anew
-            os._exit(1)
         self.facts |= {"steps": trainer.global_step, "seconds": time.perf_counter() - self._started_at}
         super().on_train_batch_end(trainer)
 

@@ -11,10 +11,9 @@ import rich
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from cola_lightning.data.splits import files_identity
 from cola_lightning.errors import UserError
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.config import as_words, check_same, resolve_config
+from cola_lightning.study.config import as_words, check_same, data_files, resolve_config
 from cola_lightning.study.figures import draw_curves, draw_points
 from cola_lightning.study.methods import method, model_option
 from cola_lightning.study.results import Result, RunKey, at_best_rates, best_rates, read, warning_about, write
@@ -52,13 +51,9 @@ class Study:
         self.methods = {name: method(name, self.config) for name in comparison.methods}
         for options in [dict.fromkeys(comparison.also_seeded, 0), *(chosen.options for chosen in self.methods.values())]:
             resolve_config([*self.words, *as_words(options)])  # what parsing refuses is refused here, before any time is lost
-        source = self.config["data"].get("init_args", {}).get("source")
-        sources = source if isinstance(source, list) else [source]
-        names = [source["source"] if isinstance(source, dict) else source for source in sources]
-        files = [files_identity(name) for name in names if isinstance(name, str)]
         self.shared = {name: value for name, value in self.config.items() if name != "seed_everything"}
         self.shared |= {"also_seeded": comparison.also_seeded, "metric": comparison.metric, "mode": comparison.better}
-        self.shared |= files[0] if len(files) == 1 else {"files": files} if files else {}
+        self.shared |= data_files(self.config)
         self.failed: set[RunKey] = set()
 
     def _settle_config(self) -> None:

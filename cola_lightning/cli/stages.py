@@ -1,0 +1,40 @@
+"""``cola stages``: trains the stages of a config, one after the other."""
+
+from collections.abc import Sequence
+
+from cola_lightning.cli.help import command_parser, parse_options
+from cola_lightning.stages.options import StagesOptions
+
+DESCRIPTION = """\
+Trains stages one after the other, each by a `cola fit` that begins from the
+stage before it. The same command skips finished stages and resumes one that
+was stopped. If you change a stage, it and the later ones are trained again.
+At the end it shows what each stage did to the test data of every stage.
+Options after `--` are those of `cola fit`, for each stage."""
+
+
+def stages(words: Sequence[str]) -> int:
+    """Runs ``cola stages``.
+
+    Args:
+        words: its arguments.
+
+    Returns:
+        The exit status: 0, 1 if a stage failed, or 3 if more was forgotten than ``max_forgetting``.
+
+    Raises:
+        UserError: for invalid arguments.
+    """
+    if words and words[0] == "--run":  # the process of one stage
+        from cola_lightning.stages.run import run
+
+        return run(words[1])
+    cut = list(words).index("--") if "--" in words else len(words)
+    parser = command_parser("stages", DESCRIPTION)
+    parser.add_class_arguments(StagesOptions)
+    options = StagesOptions(**parse_options(parser, words[:cut]).as_dict())
+    from cola_lightning.callbacks.command import RunWatch
+    from cola_lightning.stages.stages import Stages
+
+    with RunWatch().listening():
+        return Stages(options, words[cut + 1 :]).run()

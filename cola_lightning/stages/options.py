@@ -1,0 +1,30 @@
+"""The options of a sequence of stages."""
+
+import os
+from dataclasses import dataclass
+
+from cola_lightning.chain.schedule import Knot
+
+
+@dataclass
+class StagesOptions:
+    """A sequence of stages.
+
+    Args:
+        config: Read the stages from this config file of ``cola fit``. Its group ``stages`` names them in order, each with what
+            differs from the config: ``stages: {sft: {}, dpo: {data: ..., model: ...}}``.
+        output: Write each stage's run to the folder of its name in this folder.
+        knot: What happens between two stages. ``cola`` merges the last link, and a new one begins. ``half`` merges half of it;
+            A and the rest of B go on. ``record`` only records it: one LoRA goes on over the stages. The optimizer and its
+            schedule are new in each stage.
+        max_forgetting: Exit with status 3 if any stage's test data is worse by more than this at the end than at its best, in
+            one of its metrics: by 0.02 in the loss or in the accuracy, for example.
+    """
+
+    config: str
+    output: str
+    knot: Knot = "cola"
+    max_forgetting: float | None = None
+
+    def __post_init__(self) -> None:
+        self.config, self.output = os.path.expanduser(self.config), os.path.expanduser(self.output)

@@ -1,0 +1,100 @@
+"""The process of one stage, and that of a task's tests."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+from cola_lightning.chain.chain import number_of_links
+from cola_lightning.cli.training import COLACLI
+from cola_lightning.module import COLAModule
+from cola_lightning.study.run import OPTIONS, RESULT, ChildWatch
+from cola_lightning.writing import atomic_file
+
+CONFIG, LAST = "config.yaml", Path("checkpoints", "last.ckpt")
+
+
+class TestWatch(ChildWatch):
+    """A :class:`ChildWatch` of the tests of a task.
+
+    Attributes:
+        first_link: how many links the reference of preferences has, whatever the checkpoint's last run began from.
+    """
+
+    first_link = 0
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, COLAModule)
+        pl_module.fit_progress.first_link = self.first_link
+
+
+class StageTests(COLACLI):
+    """``cola test --links all``, but of the base and of the model after each stage alone.
+
+    Args:
+        words: the arguments of ``cola``.
+        watch: handles signals.
+        folder: the tests'.
+        stages: the stages' names.
+        reference: of preferences, as a number of links or a stage.
+    """
+
+    def __init__(self, words: list[str], watch: TestWatch, folder: Path, stages: Sequence[str], reference: int | str) -> None:
+        self.stages, self.reference = stages, reference
+        super().__init__(words, watch, folder)
+
+    @override
+    def tested_states(self) -> Mapping[int, str | None]:
+        assert self.opened is not None
+        assert isinstance(self.watch, TestWatch)
+        names = self.opened.state.names
+        self.watch.first_link = number_of_links(self.reference, names)
+        return {0: "base"} | {number_of_links(stage, names): stage for stage in self.stages}
+
+
+def run(folder: str) -> int:
+    """Trains or resumes a stage, or tests the model after each stage on a task, and writes the result.
+
+    The result of a stage has a hash of its last checkpoint, that of tests their rows; both have what was asked for.
+
+    Args:
+        folder: the run's. It has its ``config.yaml``, and ``run.json``: what is ``asked`` for and, for tests, the
+            ``checkpoint``, the ``stages`` and the ``reference``.
+
+    Returns:
+        The exit status.
+    """
+    place = Path(folder)
+    options = json.loads((place / OPTIONS).read_text(encoding="utf-8"))
+    warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # the log is in it
+    config, result = ["--config", str(place / CONFIG)], {"asked": options["asked"]}
+    if "checkpoint" in options:
+        words = ["test", *config, "--ckpt_path", options["checkpoint"], "--links", "all"]
+        watch = TestWatch()
+        with watch.listening():
+            result["rows"] = StageTests(words, watch, place, options["stages"], options["reference"]).tested
+    else:
+        fit_watch, last = ChildWatch(), place / LAST
+        words = ["fit", *config, *(["--ckpt_path", str(last)] if last.exists() else [])]
+        with fit_watch.listening():
+            COLACLI(words, fit_watch, place)
+        result["checkpoint"] = last
+    _write(place, result)
+    return 0
+
+
+@rank_zero_only
+def _write(folder: Path, result: dict[str, Any]) -> None:
+    """Writes a result, with a hash of the checkpoint in place of its path."""
+    if "checkpoint" in result:
+        with result["checkpoint"].open("rb") as file:
+            result["checkpoint"] = hashlib.file_digest(file, "sha256").hexdigest()
+    with atomic_file(folder / RESULT) as partial:
+        partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
