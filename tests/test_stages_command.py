@@ -17,6 +17,7 @@ from lightning.pytorch import Callback
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
 from cola_lightning.stages.matrix import Column, Matrix
+from cola_lightning.stages.stages import Stages
 from cola_lightning.study import run
 from tests import forked, tiny
 from tests.toy import assert_same_chain, read_csv
@@ -80,6 +81,7 @@ class Fork:
 COMMAND = """
 import sys, types
 from cola_lightning.cli import main
+from cola_lightning.stages.stages import Stages
 from cola_lightning.study import run
 from tests.test_stages_command import Fork
 
@@ -219,7 +221,8 @@ def test_forgetting_and_transfers_are_means_over_tasks_of_one_kind():
     assert line == "average loss of a, b: 1.75 at the end; forgetting 0.75, backward transfer +0.75, forward transfer -1"
 
 
-def test_other_rows_in_the_same_file_are_another_stage(config, capfd):
+def test_other_rows_in_the_same_file_are_another_stage(config, capfd, monkeypatch):
+    monkeypatch.setattr(Stages, "_test", lambda *_: [])
     config["stages"] = {name: config["stages"][name] for name in ("good", "flipped")}
     write(config)
     assert stages("--knot", "record") == 0
@@ -234,8 +237,11 @@ def test_other_rows_in_the_same_file_are_another_stage(config, capfd):
     assert stages("--knot", "half") == 0
     assert trained(capfd) == ["flipped"]
     assert [link.share for link in chain("flipped").links] == [1, 0.5, 1]
+    Path("out/flipped/result.json").unlink()  # as if it had been stopped
+    assert stages("--knot", "record") == 0
+    assert "model.init_knot has changed" in capfd.readouterr().out
     Path("out/flipped").rename("out/other")
-    Path("out/other/run.json").unlink()  # as a fit's folder
+    Path("out/other/run.json").unlink()  # as in a fit's folder
     config["stages"]["other"] = config["stages"].pop("flipped")
     write(config)
     assert stages("--knot", "half") == 2

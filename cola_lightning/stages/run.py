@@ -62,11 +62,11 @@ class StageTests(COLACLI):
 def run(folder: str) -> int:
     """Trains or resumes a stage, or tests the model after each stage on a task, and writes the result.
 
-    The result of a stage has a hash of its last checkpoint, that of tests their rows; both have what was asked for.
+    The result of a stage has a hash of its last checkpoint, that of tests their rows.
 
     Args:
-        folder: the run's. It has its ``config.yaml``, and ``run.json``: what is ``asked`` for and, for tests, the
-            ``checkpoint``, the ``stages`` and the ``reference``.
+        folder: the run's. It has its ``config.yaml``, and ``run.json``, which for tests has the ``checkpoint``, the ``stages``
+            and the ``reference``.
 
     Returns:
         The exit status.
@@ -74,7 +74,7 @@ def run(folder: str) -> int:
     place = Path(folder)
     options = json.loads((place / OPTIONS).read_text(encoding="utf-8"))
     warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # the log is in it
-    config, result = ["--config", str(place / CONFIG)], {"asked": options["asked"]}
+    config, result = ["--config", str(place / CONFIG)], dict[str, Any]()
     if "checkpoint" in options:
         words = ["test", *config, "--ckpt_path", options["checkpoint"], "--links", "all"]
         watch = TestWatch()

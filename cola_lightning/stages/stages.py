@@ -87,7 +87,7 @@ class Stages:
         is_finished, matrix = len(finished) == len(self.stages), Matrix.of(tests, kinds)
         if not matrix.columns:
             log.warning("no matrix: no stage has tests that log %s", " or ".join(f"test_{name}" for name in SHOWN))
-            return 0 if is_finished else 1
+            return 0 if is_finished and self.max_forgetting is None else 1
         matrix.write(self.folder / "matrix.csv")
         if find_spec("matplotlib"):
             matrix.draw(self.folder / "matrix.png")
@@ -123,14 +123,15 @@ class Stages:
             OutsideError: if the tests failed.
         """
         last, folder, model = finished[-1], stage.folder / "matrix", stage.config["model"]
-        names, checkpoint = [other.name for other in finished], result_of(finished[-1].folder)["checkpoint"]
+        names, checkpoint = [other.name for other in finished], read(last.folder / RESULT)["checkpoint"]
         asked = {"config": stage.config, "files": stage.files, "stages": names, "checkpoint": checkpoint}
-        if known := result_of(folder):
-            if known["asked"] == asked:
-                return list(known["rows"])
-            (folder / RESULT).unlink()
-        lora = {field.name for field in fields(LoRAConfig)} & model["init_args"].keys()
-        init_args = model["init_args"] | {name: last.config["model"]["init_args"][name] for name in lora}
+        known = read(folder / RESULT)
+        if known and read(folder / OPTIONS)["asked"] == asked:
+            return list(known["rows"])
+        (folder / RESULT).unlink(missing_ok=True)
+        of_last = last.config["model"]["init_args"]
+        lora = {field.name for field in fields(LoRAConfig)} & model["init_args"].keys() & of_last.keys()
+        init_args = model["init_args"] | {name: of_last[name] for name in lora}
         init_args |= {"init_chain": None, "init_links": None, "init_knot": "cola"}
         reference = init_args.get("reference", "start")
         if "reference" in init_args:  # which rows without these links do not have: they are their own reference
@@ -152,22 +153,23 @@ class Stages:
             return []
         if not is_tested:
             raise OutsideError(f"stage {stage.name}: its tests failed, see {folder / LOG}")
-        return list(result_of(folder)["rows"])
+        return list(read(folder / RESULT)["rows"])
 
     def _train(self, stage: Stage, before: Stage | None) -> bool:
         """Trains a stage unless it is finished, and returns whether it is then."""
         place = f"stage {stage.name} ({self.stages.index(stage) + 1} of {len(self.stages)})"
-        after = None if before is None else result_of(before.folder)["checkpoint"]
+        after = None if before is None else read(before.folder / RESULT)["checkpoint"]
         asked = {"config": stage.config, "files": stage.files, "after": after}
-        if known := result_of(stage.folder):
-            other = next(differences(asked, known["asked"]), None)
-            if other is None:
-                log.info("%s: finished", place)
-                return True
-            if other[0] != "after":  # else its own earlier stage has said so
-                what = other[0].removeprefix("config.").replace(".init_args", "") if "files" not in other[0] else "its data"
-                log.info("%s: %s has changed, so this stage and the later ones are trained again", place, what)
-            (stage.folder / RESULT).unlink()
+        earlier = read(stage.folder / OPTIONS).get("asked", {})
+        other, *_ = next(differences(asked, earlier), (None,)) if earlier else (None,)
+        if earlier and other is None and read(stage.folder / RESULT):
+            log.info("%s: finished", place)
+            return True
+        if other not in (None, "after"):  # "after": the stage that has changed has said so
+            what = "its data" if other.startswith("files") else other.removeprefix("config.").replace(".init_args", "")
+            log.info("%s: %s has changed, so this stage and the later ones are trained again", place, what)
+        if earlier:
+            (stage.folder / RESULT).unlink(missing_ok=True)
         config = stage.config | {"trainer": stage.config["trainer"] | {"enable_progress_bar": False}}  # its output is in a file
         if before is not None:
             init_args = stage.config["model"]["init_args"] | {"init_chain": str(before.folder / LAST)}
@@ -176,9 +178,8 @@ class Stages:
         return execute_in(stage.folder, {"config": config, "asked": asked})
 
 
-def result_of(folder: Path) -> dict[str, Any]:
-    """The result of the run in a folder; empty if it has none."""
-    path = folder / RESULT
+def read(path: Path) -> dict[str, Any]:
+    """What a file of a run has; empty if there is no such file."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
@@ -198,7 +199,7 @@ def execute_in(folder: Path, options: Mapping[str, Any]) -> bool:
 
     Args:
         folder: the run's.
-        options: its complete ``config``, what its result will say was ``asked`` for, and else what its process needs.
+        options: its complete ``config``, what is ``asked`` for, which a later call compares, and what else its process needs.
 
     Raises:
         UserError: if the run refuses its options, or another process executes it.
@@ -206,8 +207,6 @@ def execute_in(folder: Path, options: Mapping[str, Any]) -> bool:
     if (folder / LAST).exists() and not (folder / OPTIONS).exists():
         raise UserError(f"output: {str(folder)!r} has another run, which would be lost. Use another --output")
     if (claim := claim_run(folder)) is None:
-        if result_of(folder).get("asked") == options["asked"]:
-            return True
         raise UserError(f"output: another process is at work in {str(folder)!r}. Wait for its end")
     try:
         with atomic_file(folder / CONFIG) as partial:
