@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import digits_splits, domain_shift, knots, paper_table, scale, studies
+from benchmarks import digits_splits, domain_shift, knots, paper_table, scale, stages, studies
 from benchmarks.gsm8k import study
+from benchmarks.lines import Lines
 from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
@@ -265,6 +266,8 @@ PRODUCED = {
     ("docs/results.md", "| domain shift |"): domain_shift.rows,
     ("docs/results.md", "| GSM8K, Zig |"): lambda: study.table()[1:],
     ("docs/results.md", "| small GPT |"): knots.table,
+    ("docs/results.md", "| between two stages |"): lambda: stages.table_of_rates(Lines(stages.FILE))[1:],
+    ("docs/results.md", "| at its best rate |"): lambda: stages.table(Lines(stages.FILE))[1:],
 }
 
 
