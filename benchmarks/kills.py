@@ -6,8 +6,7 @@ trains five small set-ups with ``cola fit``: digits, also with knots that merge 
 prompts, also with knots that only record, and on preference pairs. It kills each at thirteen moments, resumes it from its
 ``last.ckpt``, and compares everything with the run that nobody killed: losses, learning rates, metrics and the order of the
 data, batch by batch, and at the end the links, the optimizer and the schedule, to the bit (about fifteen minutes on two cores).
-It writes ``kills.jsonl``, one kill a line, and prints a table; exit status 1 if anything
-differs.
+It writes ``kills.jsonl``, one kill a line, and prints a table; exit status 1 if anything differs.
 """
 
 import argparse

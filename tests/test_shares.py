@@ -153,7 +153,7 @@ class OwnDecay(ValidatedToy):
 
 @modes
 @pytest.mark.parametrize("cls", [ValidatedToy, Momentum, OwnDecay])
-def test_a_share_of_0_records_links_and_leaves_the_run_its_bits(tmp_path, finished_links, cls):
+def test_knots_that_record_leave_the_run_its_bits(tmp_path, finished_links, cls):
     """Whatever happens at other knots: a new optimizer, a restarted schedule, a warm-up."""
     options = {"lr_schedule": "cosine", "warmup_steps": 0.1, "knot_warmup_steps": 2, "kept_optimizer_state": 0}
     options |= {"cls": cls, "finished_links": finished_links}
