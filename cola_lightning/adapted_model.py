@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cola_lightning import layout
 from cola_lightning.chain.base import base_copies, base_values, check_same_base, check_same_layers, describe_base
 from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
+from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.schedule import Knot, TrainedFactors, frozen_factor, merged_share
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
@@ -57,6 +58,7 @@ class AdaptedModel:
         around: the module that has the model as its ``model``, such as a LightningModule. What is trained in it is recorded by
             each link, as the model's fully trained modules are. None: nothing is around it.
         trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``; the other stays as drawn.
+        current: what is known of the current link besides its factors; None: a new one.
 
     Raises:
         UserError: for an invalid model or values.
@@ -66,7 +68,7 @@ class AdaptedModel:
         chain: the finished links.
         base_weights: the base's weights, by name, if they are stored.
         trained: what training changes besides the links.
-        live: rank and alpha of the current link; None for a model without links.
+        current: the current link's rank, alpha, start, stage and metrics.
 
     Example:
         >>> def build_model():
@@ -90,6 +92,7 @@ class AdaptedModel:
         placement: Callable[[], Placement] | None = None,
         around: nn.Module | None = None,
         trained_factors: TrainedFactors = "both",
+        current: CurrentLink | None = None,
     ) -> None:
         self.build_model, self._config, self.seed = build_model, config, seed
         self.placement = self._placement_of_model if placement is None else placement
@@ -100,7 +103,7 @@ class AdaptedModel:
             raise UserError("model.save_base: does not work with a 4-bit base")
         self.chain = Chain(base=describe_base(self.model, name))
         self.base_weights = base_copies(self.model) if is_saved else None
-        self.live: tuple[int, float] | None = None
+        self.current = CurrentLink() if current is None else current
         self._earlier: tuple[Any, list[Link], tuple[list[Stack], dict[str, Tensor]]] | None = None  # see _earlier_state
         if self.layers:
             self.begin_link(self.config.rank, self.config.alpha)
@@ -185,8 +188,8 @@ class AdaptedModel:
         Raises:
             UserError: for a model without links, or values that no link of it can have.
         """
-        self.live = self.checked_link(rank, alpha)
-        initialize_link(self.layers, self.seed, self.link, *self.live, self.frozen_factor or "A")
+        self.current.begin(*self.checked_link(rank, alpha))
+        initialize_link(self.layers, self.seed, self.link, *self.current.size, self.frozen_factor or "A")
 
     def checked_link(self, rank: int, alpha: float, knot: Knot = "cola") -> tuple[int, float]:
         """A link's rank and alpha as plain numbers: numpy's would be in checkpoints and chain folders.
@@ -201,7 +204,7 @@ class AdaptedModel:
             raise UserError(f"rank: must be between 1 and {largest} (model.rank), got {rank}")
         if not 0 < alpha < math.inf:
             raise UserError(f"alpha: must be a number above 0, got {alpha}")
-        if knot != "cola" and (rank, alpha) != self.live:
+        if knot != "cola" and (rank, alpha) != self.current.size:
             raise UserError(f"chain.knot: with {knot}, a link has the rank and alpha of the link before it")
         return int(rank), float(alpha)
 
@@ -211,29 +214,42 @@ class AdaptedModel:
         Raises:
             UserError: if a layer would have another rank or scaling in it, or the rank is above the layers'.
         """
-        self.live = self.checked_link(link.rank, link.alpha)
+        self.current.rank, self.current.alpha = self.checked_link(link.rank, link.alpha)
         layers = self.layers
         for layer in layers.values():
-            layer.rank, layer.alpha = layer.rank_and_alpha(*self.live)
-        if own_values(layers, *self.live) != link.own_values:
+            layer.rank, layer.alpha = layer.rank_and_alpha(*self.current.size)
+        if own_values(layers, *self.current.size) != link.own_values:
             raise UserError("model.rank_pattern, model.alpha_pattern, model.scaling: must be those of the chain")
 
-    def live_link(self, **metadata: Any) -> Link:
+    def live_link(self, *, has_tensors: bool = True) -> Link:
         """The current link as it is now: what a knot would record.
 
         Args:
-            **metadata: ``start_step`` and ``end_step``, and, where there are any, ``metrics`` and the stage's ``name``.
+            has_tensors: False leaves out its factors and what else is trained.
 
         Raises:
             UserError: for a model without links.
         """
-        if self.live is None:
+        if not self.layers:
             raise UserError("model.target_modules: this model has no links, because it is null")
-        metadata = {"start_step": 0, "end_step": 0} | metadata
-        layers, (rank, alpha) = self.layers, self.live
-        factors = {name: (layout.gather(layer.factors[0]), layout.gather(layer.factors[1])) for name, layer in layers.items()}
-        extras, values = self.trained.copies(), own_values(layers, rank, alpha)
-        return Link(self.link, rank, alpha, factors=factors, extras=extras, own_values=values, **metadata)
+        layers, current = self.layers, self.current
+        factors, extras = dict[str, tuple[Tensor, Tensor]](), dict[str, Tensor]()
+        if has_tensors:
+            for name, layer in layers.items():
+                lora_A, lora_B = layer.factors
+                factors[name] = layout.gather(lora_A), layout.gather(lora_B)
+            extras = self.trained.copies()
+        return Link(
+            self.link,
+            *current.size,
+            start_step=current.start.global_step,
+            end_step=current.position.global_step,
+            factors=factors,
+            extras=extras,
+            metrics=current.metrics,
+            own_values=own_values(layers, *current.size),
+            name=current.name,
+        )
 
     def full_chain(self) -> Chain:
         """The finished links and, in a model with links, the current one as it is now."""
@@ -246,7 +262,6 @@ class AdaptedModel:
         *,
         knot: Knot = "cola",
         share: float | None = None,
-        **metadata: Any,
     ) -> Link:
         """Finishes the current link and begins the next. A knot of ``cola`` needs a new optimizer.
 
@@ -256,7 +271,6 @@ class AdaptedModel:
             knot: ``cola`` merges the link, draws a new A and sets B to zero. ``half`` merges a share of the link; A and the
                 rest of B go on. ``record`` only records the link.
             share: the share that ``half`` merges; None: 0.5.
-            **metadata: see :meth:`live_link`.
 
         Returns:
             The finished link.
@@ -266,7 +280,7 @@ class AdaptedModel:
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
-        link = self.live_link(**metadata)
+        link = self.live_link()
         following = self.checked_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha, knot)
         link = replace(link, share=merged_share(knot, share, self.trained_factors))
         if not link.is_record:
@@ -276,6 +290,8 @@ class AdaptedModel:
         self.chain.append(link)
         if knot == "cola":
             self.begin_link(*following)
+        else:
+            self.current.begin(*following)
         return link
 
     # ------------------------------------------------------------------ state
@@ -410,7 +426,7 @@ class AdaptedModel:
             UserError: if there are fewer links, or the model is trained without links.
         """
         check_links(links, self.link + 1)
-        if self.live is None:
+        if not self.layers:
             raise UserError("links: a model that is trained without links (target_modules null) has no earlier state")
         stacks, values = self._earlier_state(links) if links <= self.link else ([], {})
         with ExitStack() as block:

@@ -294,7 +294,7 @@ class Listener(Callback):
         self.seen = []
 
     def on_knot(self, trainer, pl_module, link):
-        self.seen.append((trainer.global_step, link.rank, pl_module.adapted.live[0]))
+        self.seen.append((trainer.global_step, link.rank, pl_module.adapted.current.rank))
 
 
 def test_on_knot_of_the_module_and_of_callbacks_is_called_after_each_knot(tmp_path):

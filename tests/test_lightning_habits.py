@@ -241,7 +241,7 @@ def test_a_state_dict_is_tensors_that_other_tools_take_as_they_are(tmp_path):
         loaded = toy()
         loaded.load_state_dict(received)
         assert_bit_equal(weights(loaded), weights(module))
-        assert (loaded.link, loaded.link_start, len(loaded.chain)) == (2, module.link_start, 2)
+        assert (loaded.link, loaded.current.start, len(loaded.chain)) == (2, module.current.start, 2)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

@@ -309,7 +309,7 @@ def test_a_stage_is_a_reference(tmp_path):
 def test_a_loaded_model_is_the_start_of_the_next_run(tmp_path):
     """As with init_chain: its current link is finished, and a new one begins."""
     sft = tiny.with_live_link(tiny.causal_lm(tmp_path))
-    sft.fit_progress.link_name = "sft"
+    sft.current.name = "sft"
     saved = trainer(tmp_path)
     saved.strategy.connect(sft)
     saved.save_checkpoint(tmp_path / "sft.ckpt")

@@ -1,13 +1,13 @@
 """What the files below need of a COLA module, whose class stands above them and is made of them."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
+from cola_lightning.chain.current import CurrentLink
 from cola_lightning.export.contract import ExportableModule
 from cola_lightning.lora.config import LoRAConfig
-from cola_lightning.module.link_metrics import LinkMetrics
 from cola_lightning.module.optimization import LinkOptimization
 from cola_lightning.module.progress import FitProgress
 from cola_lightning.module.step_loss import StepLoss
@@ -23,7 +23,7 @@ class TrainedModule(ExportableModule, Protocol):
         opened_checkpoint: a checkpoint that is about to be loaded.
         is_tying_knot: whether a knot has begun, and has not succeeded.
         fit_progress: where the fit stands.
-        link_metrics: the current link's.
+        current: the current link's rank, alpha, start, stage and metrics.
         link_optimization: makes each link's optimizer.
         step_loss: of the optimizer step.
     """
@@ -35,7 +35,7 @@ class TrainedModule(ExportableModule, Protocol):
     is_tying_knot: bool
     is_wrapped_by_fsdp1: bool
     fit_progress: FitProgress
-    link_metrics: LinkMetrics
+    current: CurrentLink
     link_optimization: LinkOptimization
     step_loss: StepLoss
 
@@ -57,6 +57,3 @@ class TrainedModule(ExportableModule, Protocol):
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters for the optimizer."""
-
-    def link_steps_and_metrics(self) -> dict[str, Any]:
-        """Steps, metrics and stage of the current link, for its record."""

@@ -58,6 +58,7 @@ class FitCallback(Callback):
         self._modes: list[tuple[nn.Module, bool]] = []  # which parts were in training mode when the fit began
         self._is_first_step = self._is_loss_shown = False
         self._without_gradient: list[str] | None = None  # known after a backward pass
+        self._logged: dict[str, Tensor] = {}  # the metrics that the Trainer of the resumed checkpoint had logged last
 
     # ------------------------------------------------------------------ the beginning and the end of a run
 
@@ -82,7 +83,7 @@ class FitCallback(Callback):
         check_one_seed(module.seed)
         self._is_validating = False  # an earlier run of this Trainer may have failed in a validation
         if stage == "fit":
-            module.fit_progress.begin_fit(trainer, schedule_of(trainer))
+            module.fit_progress.begin_fit(trainer, schedule_of(trainer), module.current)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,7 +99,7 @@ class FitCallback(Callback):
         if not progress.is_continued:
             progress.first_link = adapted.link
         if adapted.is_at_knot:
-            progress.link_name = progress.schedule.name or progress.link_name
+            self.module.current.name = progress.schedule.name or self.module.current.name
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,11 +124,13 @@ class FitCallback(Callback):
         """Resumes the current link's optimizer, or begins the link as the schedule says."""
         module = self.module
         if is_resumed:
-            module.link_metrics.resume(trainer)
+            device = trainer.strategy.root_device
+            # Lightning does not restore them, and a rule that reads metrics may need them.
+            trainer.callback_metrics.update({name: value.to(device) for name, value in self._logged.items()})
+            module.current.begin_metrics()
             module.link_optimization.resume(trainer)
             return
-        if begin_as_scheduled(module.adapted, module.fit_progress.schedule):
-            module.link_metrics.reset(trainer)
+        begin_as_scheduled(module.adapted, module.fit_progress.schedule)
         if trainer.global_step:  # the first rate was set before the run's length was known
             trainer.strategy.setup_optimizers(trainer)
 
@@ -137,7 +140,7 @@ class FitCallback(Callback):
         if progress.schedule.has_unknown_lengths(length) or length.end_step == math.inf:
             optimization.check_without_horizon(length)
             return
-        lengths = progress.schedule.links(progress.link_start, length)
+        lengths = progress.schedule.links(self.module.current.start, length)
         warn_of_lengths(progress.schedule, lengths, self.module.link)
         optimization.check_lengths(length)
 
@@ -151,11 +154,11 @@ class FitCallback(Callback):
     def _leave(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Cleans up at the end of a Trainer's run, and stores where it ended."""
         self._batch.close()
-        progress, metrics = self.module.fit_progress, self.module.link_metrics
+        progress, current = self.module.fit_progress, self.module.current
         if trainer.state.fn == "fit":
             progress.end = FitPosition(trainer.current_epoch, trainer.global_step)
         if trainer.state.fn in ("fit", "validate") and self.module.is_made:
-            metrics.earlier = metrics.values(trainer, progress.link_start.global_step)  # the Trainer's next run clears its own
+            current.earlier = current.metrics  # the Trainer's next run clears its own
         fitter = progress.trainer
         if fitter is not None and fitter.state.status == TrainerStatus.RUNNING and fitter.lightning_module is pl_module:
             pl_module.trainer = fitter  # inside of whose fit another Trainer has evaluated the module
@@ -266,11 +269,14 @@ class FitCallback(Callback):
         prepare_checkpoint(self.module, checkpoint)
         if self.module.fit_progress.trainer is trainer:  # of a fit
             self._rewind.write(checkpoint, trainer, self.state_key, is_validating=self._is_validating)
+            logged = {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()}
+            checkpoint["callbacks"][self.state_key]["logged"] = logged
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         if trainer.state.fn == "fit":
             resume_rewound(checkpoint, self.state_key)
+            self._logged = checkpoint["callbacks"].get(self.state_key, {}).get("logged", {})
 
 
 def attach(module: TrainedModule, trainer: Trainer) -> None:
@@ -318,19 +324,15 @@ def warn_of_half_precision(model: nn.Module) -> None:
         )
 
 
-def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> bool:
+def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> None:
     """Begins the current link again if it is older than the schedule, which requests another rank or alpha.
 
-    Returns:
-        Whether the link was begun again; not one that has been trained.
+    A link that has been trained stays as it is.
     """
     planned, is_requested = schedule.rank_and_alpha(adapted.link, adapted.config), schedule.ranks or schedule.alphas
-    if adapted.live in (None, planned):
-        return False
-    if adapted.has_begun or not (is_requested or not adapted.link):
-        return False
-    adapted.begin_link(*planned)
-    return True
+    is_other = adapted.layers and adapted.current.size != planned
+    if is_other and not adapted.has_begun and (is_requested or not adapted.link):
+        adapted.begin_link(*planned)
 
 
 def warn_of_lengths(schedule: ChainSchedule, lengths: list[int], n_finished: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
@@ -27,6 +27,7 @@ from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.chain import as_number, number_of_links
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_chain
+from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.schedule import FitPosition, Knot, TrainedFactors
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
@@ -37,7 +38,6 @@ from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.arguments import RecordsArguments, class_path, device_of, read_arguments, rebuilt
 from cola_lightning.module.fit import attach
 from cola_lightning.module.fsdp import repeated_blocks, shard_module
-from cola_lightning.module.link_metrics import LinkMetrics
 from cola_lightning.module.optimization import DECAY_STEPS, LinkOptimization, LRSchedule, OptimizerCallable
 from cola_lightning.module.progress import FitProgress, trainer_of
 from cola_lightning.module.state import (
@@ -101,7 +101,7 @@ class COLAModule(LightningModule, RecordsArguments):
         labels_of_base: a classifier's labels, which are a part of the base's identity; None: not known.
         user_seed: what the user gave, by ``seed`` or ``seed_everything``; None: nothing.
         fit_progress: where the present fit stands, or where the last one ended.
-        link_metrics: the metrics of the current link.
+        current: the current link's rank, alpha, start, stage and metrics.
         link_optimization: makes each link's optimizer.
         step_loss: weighs the losses of an optimizer step's batches.
         opened_checkpoint: a checkpoint that is about to be loaded.
@@ -165,9 +165,11 @@ class COLAModule(LightningModule, RecordsArguments):
         self.init_links = None if init_links is None else as_number(init_links)
         self.init_knot = init_knot
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
-        self.fit_progress, self.link_metrics, self.step_loss = FitProgress(), LinkMetrics(), StepLoss()
+        self.fit_progress, self.step_loss = FitProgress(), StepLoss()
+        self.current = CurrentLink(self._position, self._logged)
         self.link_optimization = LinkOptimization(
             progress=self.fit_progress,
+            current=self.current,
             make_optimizer=optimizer,
             modules_to_save_lr=modules_to_save_lr,
             lr_ratio_B=lr_ratio_B,
@@ -322,11 +324,6 @@ class COLAModule(LightningModule, RecordsArguments):
         return len(self.chain)
 
     @property
-    def link_start(self) -> FitPosition:
-        """Epoch and optimizer step at which the current link began."""
-        return self.fit_progress.link_start
-
-    @property
     def link_steps(self) -> float:
         """Optimizer steps of the current link, for a learning-rate schedule of your own in ``configure_optimizers``.
 
@@ -397,25 +394,16 @@ class COLAModule(LightningModule, RecordsArguments):
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
         self.step_loss.check()  # before the link is recorded
-        adapted, trainer = self.adapted, trainer_of(self)
-        schedule = self.fit_progress.schedule
-        present = adapted.live if schedule.goes_on else None
-        next_rank, next_alpha = present or schedule.rank_and_alpha(self.link + 1, self.lora_config)
-        rank, alpha = next_rank if rank is None else rank, next_alpha if alpha is None else alpha
+        adapted, schedule = self.adapted, self.fit_progress.schedule
+        planned = self.current.size if schedule.goes_on else schedule.rank_and_alpha(self.link + 1, self.lora_config)
+        rank, alpha = planned[0] if rank is None else rank, planned[1] if alpha is None else alpha
         following = adapted.checked_link(rank, alpha, schedule.knot)
         self.is_tying_knot = True
-        record = self.link_steps_and_metrics()
-        link = adapted.tie_knot(*following, knot=schedule.knot, share=schedule.share, **record)
-        self._begin_optimization()
-        self.link_metrics.reset(trainer)
+        link = adapted.tie_knot(*following, knot=schedule.knot, share=schedule.share)
+        self.current.name = schedule.name
+        self.link_optimization.renew(self, adapted)
         self.is_tying_knot = False  # not in a finally: after a knot that failed halfway nothing may be written
         return link
-
-    def _begin_optimization(self) -> None:
-        """Makes the optimizer of a link that begins now."""
-        self.fit_progress.link_start = self.fit_progress.position(trainer_of(self))
-        self.fit_progress.link_name = self.fit_progress.schedule.name
-        self.link_optimization.renew(self, self.adapted)
 
     def restart_link(self, *, rank: int | None = None, alpha: float | None = None) -> None:
         """Starts the current link again, before its first step, with another rank or alpha: in :meth:`on_knot`, for example.
@@ -429,12 +417,11 @@ class COLAModule(LightningModule, RecordsArguments):
         Raises:
             UserError: if the module trains without links, the rank is above ``model.rank``, or the link has been trained.
         """
-        adapted = self.adapted
+        adapted, (old_rank, old_alpha) = self.adapted, self.current.size
         if adapted.has_begun:
             raise UserError("restart_link: the current link has been trained. Tie a knot to begin another one")
-        old_rank, old_alpha = adapted.live or (self.lora_config.rank, self.lora_config.alpha)
         adapted.begin_link(old_rank if rank is None else rank, old_alpha if alpha is None else alpha)
-        self._begin_optimization()
+        self.link_optimization.renew(self, adapted)
 
     def on_knot(self, link: Link) -> None:
         """Called after each knot that ``ChainOfLoRA`` ties, before the next link's first step. By default it does nothing.
@@ -451,18 +438,25 @@ class COLAModule(LightningModule, RecordsArguments):
         Raises:
             UserError: if the module trains without links.
         """
-        return self.adapted.live_link(**self.link_steps_and_metrics())
+        return self.adapted.live_link()
 
-    def link_steps_and_metrics(self) -> dict[str, Any]:
-        """Steps, metrics and stage of the current link, for its record."""
-        start, trainer = self.link_start.global_step, trainer_of(self)
-        end, metrics = self.fit_progress.position(trainer).global_step, self.link_metrics.values(trainer, start)
-        return {"start_step": start, "end_step": end, "metrics": metrics, "name": self.fit_progress.link_name}
+    def _position(self) -> FitPosition:
+        """The epoch and optimizer step that the fit has reached, or had reached at its end."""
+        trainer, start, end = trainer_of(self), self.current.start, self.fit_progress.end
+        if trainer is not None and trainer.state.fn == "fit":
+            return FitPosition(trainer.current_epoch, trainer.global_step)
+        return start if end is None or end.global_step < start.global_step else end
+
+    def _logged(self) -> Mapping[str, Tensor]:
+        """The metrics that the Trainer has logged last; before the current link's first step they are the last link's."""
+        trainer = trainer_of(self)
+        if trainer is None or (trainer.training and trainer.global_step == self.current.start.global_step):
+            return {}
+        return trainer.callback_metrics
 
     def full_chain(self) -> Chain:
         """The finished links and the current one as it is now: all that has been trained; ``chain`` holds the finished ones."""
-        live = [] if self.adapted.live is None else [self.live_link()]
-        return Chain([*self.chain.links, *live], self.chain.base)
+        return self.adapted.full_chain()
 
     # ------------------------------------------------------------------ the model
 
@@ -535,6 +529,7 @@ class COLAModule(LightningModule, RecordsArguments):
             placement=self._placement,
             around=self,
             trained_factors=self.trained_factors,
+            current=self.current,
         )
         if self._modules.get("model") is None:  # else one that was assigned, which configure_model refuses
             self.model = adapted.model
@@ -637,7 +632,7 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def link_names(self) -> list[str | None]:
         """The name of each link's stage, the current link's last."""
-        return [*(link.name for link in self.adapted.chain.links), self.fit_progress.link_name]
+        return [*(link.name for link in self.adapted.chain.links), self.current.name]
 
     def merged_model(
         self,
@@ -716,8 +711,8 @@ class COLAModule(LightningModule, RecordsArguments):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A new optimizer and learning-rate schedule for the current link; called again at each knot that merges."""
-        step = self.fit_progress.position(trainer_of(self)).global_step
-        return self.link_optimization.configure(self.named_trained_parameters(), self.lora_config.modules_to_save, step)
+        step, saved = self.current.position.global_step, self.lora_config.modules_to_save
+        return self.link_optimization.configure(self.named_trained_parameters(), saved, step)
 
     # ------------------------------------------------------------------ state
 

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel
+from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength
 from cola_lightning.errors import UserError
 from cola_lightning.lora.inject import is_in_matching_modules
@@ -115,7 +116,8 @@ class LinkOptimization:
         schedule_scope: ``link`` or ``run``.
         knot_warmup_steps: of a schedule over the run: a number of steps, or a share of the link below 1.
         kept_optimizer_state: the share of an optimizer's state that a knot retains.
-        progress: where the fit stands, which knows the beginning and the length of the link.
+        progress: where the fit stands, with its schedule of knots and its length.
+        current: the current link, which knows where it began.
     """
 
     make_optimizer: OptimizerCallable
@@ -128,6 +130,7 @@ class LinkOptimization:
     knot_warmup_steps: float
     kept_optimizer_state: float
     progress: FitProgress
+    current: CurrentLink
     _optimizer: Optimizer | None = None
     _scheduler: LinkLR | None = None
     _horizon: tuple[float, float] | None = None
@@ -208,7 +211,7 @@ class LinkOptimization:
     def _links(self) -> tuple[ChainSchedule, FitPosition]:
         """The links that have an optimizer each, and where the present one begins: one link, if it goes on over knots."""
         progress = self.progress
-        return (ChainSchedule(), START) if progress.schedule.goes_on else (progress.schedule, progress.link_start)
+        return (ChainSchedule(), START) if progress.schedule.goes_on else (progress.schedule, self.current.start)
 
     @property
     def _is_over_run(self) -> bool:

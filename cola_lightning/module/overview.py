@@ -19,7 +19,6 @@ from cola_lightning.lora.inject import is_linear
 from cola_lightning.lora.layer import is_quantized, lora_layers
 from cola_lightning.module.contract import TrainedModule
 from cola_lightning.module.optimization import LinkLR
-from cola_lightning.module.progress import FitProgress
 
 MOST_KINDS, MOST_KNOTS = 5, 8  # that are named
 HORIZONS = ("total_steps", "T_max", "total_iters")  # the attributes in which torch's schedulers have their length
@@ -37,7 +36,7 @@ def describe_fit(trainer: Any, module: TrainedModule, parameters: list[nn.Parame
     lines = [*describe_model(module.adapted), describe_parameters(module, parameters)]
     described = data.describe() if hasattr(data, "describe") else None  # another package's may be for something else
     lines += described if isinstance(described, list) else [f"data: {trainer.num_training_batches} batches in an epoch"]
-    if module.adapted.live is not None:
+    if module.adapted.layers:
         lines += [describe_knots(module), *describe_schedulers(trainer, module)]
     return [*lines, describe_resume(trainer), describe_folder(trainer)]
 
@@ -45,9 +44,9 @@ def describe_fit(trainer: Any, module: TrainedModule, parameters: list[nn.Parame
 def describe_model(adapted: AdaptedModel) -> list[str]:
     """Which layers get links, and what stays frozen, by kind."""
     layers, saved = lora_layers(adapted.model), adapted.config.modules_to_save
-    if adapted.live is None:
+    if not layers:
         return ["model: all parameters are trained, without links"]
-    rank, alpha = adapted.live
+    rank, alpha = adapted.current.size
     n_linear = sum(is_linear(module) for module in adapted.model.modules()) + len(layers)
     line = f"model: link {adapted.link} of rank {rank} and alpha {alpha:g} on {len(layers)} of {n_linear} linear layers"
     lines = [line + (f"; all of {', '.join(saved)} is trained" if saved else "")]
@@ -87,18 +86,18 @@ def describe_knots(module: TrainedModule) -> str:
     schedule, optimization = module.fit_progress.schedule, module.link_optimization
     if schedule.knot == "half" and schedule.has_knots and optimization.lr_schedule != "stable":
         advice = f"Knots of half were measured with model.lr_schedule stable, here it is {optimization.lr_schedule}"
-        return f"{_knots(module.fit_progress)}. {advice}"
-    return _knots(module.fit_progress)
+        return f"{_knots(module)}. {advice}"
+    return _knots(module)
 
 
-def _knots(progress: FitProgress) -> str:
-    schedule, length = progress.schedule, progress.length
+def _knots(module: TrainedModule) -> str:
+    schedule, length, start = module.fit_progress.schedule, module.fit_progress.length, module.current.start
     if not schedule.has_knots:
         return "knots: none, so this is plain LoRA"
     if length is None or schedule.has_unknown_lengths(length) or length.end_step == math.inf:
         return f"knots ({schedule.knot}): decided while training"
-    lengths = schedule.links(progress.link_start, length)
-    steps = [progress.link_start.global_step + sum(lengths[:k]) for k in range(1, len(lengths))]
+    lengths = schedule.links(start, length)
+    steps = [start.global_step + sum(lengths[:k]) for k in range(1, len(lengths))]
     if not steps:
         return "knots: none in this run, which ends before the first"
     shown = ", ".join(map(str, steps[:MOST_KNOTS])) + (

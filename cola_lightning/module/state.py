@@ -17,10 +17,10 @@ from typing_extensions import override
 
 from cola_lightning import layout
 from cola_lightning.chain.base import check_same_base, weight_of
-from cola_lightning.chain.chain import METADATA, Link, describe_link, number_of_links, pack
+from cola_lightning.chain.chain import METADATA, describe_link, number_of_links, pack
 from cola_lightning.chain.checkpoint import STATE_PREFIX, OpenedCheckpoint, StoredState, read_archive
+from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import NonFiniteError, UserError, causes
-from cola_lightning.lora.layer import own_values
 from cola_lightning.module.arguments import plain_hyperparameters, to_plain
 from cola_lightning.module.contract import TrainedModule
 from cola_lightning.module.progress import trainer_of
@@ -51,13 +51,8 @@ def facts_of(module: TrainedModule) -> dict[str, Any]:
 
     A fact that a later release adds is missing in earlier files: read it with ``get``.
     """
-    adapted, progress, trainer = module.adapted, module.fit_progress, trainer_of(cast(LightningModule, module))
-    live = None
-    if adapted.live is not None:
-        rank, alpha = adapted.live
-        values = own_values(adapted.layers, rank, alpha)
-        fields = module.link_steps_and_metrics()
-        live = describe_link(Link(module.link, rank, alpha, factors={}, own_values=values, **fields))
+    adapted, current, trainer = module.adapted, module.current, trainer_of(cast(LightningModule, module))
+    live = describe_link(adapted.live_link(has_tensors=False)) if adapted.layers else None
     facts = {
         "module": module.constructor_arguments,  # how it is made again
         "live": live,  # the current link, without its tensors
@@ -66,12 +61,13 @@ def facts_of(module: TrainedModule) -> dict[str, Any]:
         "seed": adapted.seed,
         "init_chain_source": module.init_chain_source,
         "first_values": adapted.trained.first,
-        "callback_metrics": module.link_metrics.to_store(trainer),
+        "link_start": list(current.start),
+        "position": list(current.position),
         "scheduled": _scheduled(module, module.link + 1),
         "modules_to_save": list(module.lora_config.modules_to_save),
         "prompt_format": data_facts(trainer, "prompt_format"),
         "data": data_facts(trainer, "identity"),
-        **progress.to_store(trainer),
+        **module.fit_progress.to_store(),
     }
     return facts if adapted.base_weights is None else facts | {"base_weights": adapted.base_weights}
 
@@ -174,7 +170,7 @@ def prepare_loading(module: TrainedModule, state_dict: dict[str, Any], prefix: s
         has_current = restore(module, StoredState.of(state_dict, prefix=prefix))
         for name in packed:
             del state_dict[name]
-    elif module.adapted.live is not None or module.adapted.trained.frozen_names():  # else the values are all
+    elif module.adapted.layers or module.adapted.trained.frozen_names():  # else the values are all
         missing_keys.append(f"{prefix}{STATE_PREFIX}{METADATA}")
     values, trained = nn.Module.state_dict(as_torch, prefix=prefix, keep_vars=True), module.adapted.trained.state(prefix)
     model_names = module.adapted.trained.aliases()
@@ -201,7 +197,7 @@ def restore(module: TrainedModule, state: StoredState) -> bool:
         UserError: for a state of another base, or with fewer links than requested; to resume a fit also with other options.
     """
     trainer, adapted, facts = trainer_of(cast(LightningModule, module)), module.adapted, state.facts
-    progress, metrics, opened = module.fit_progress, module.link_metrics, module.opened_checkpoint
+    progress, current, opened = module.fit_progress, module.current, module.opened_checkpoint
     links = number_of_links(None if opened is None else opened.links, state.names)
     scale, has_all = ({} if opened is None else opened.scale or {}), links == len(state.names)
     has_current = has_all and not scale
@@ -218,18 +214,18 @@ def restore(module: TrainedModule, state: StoredState) -> bool:
     if adapted.cast_dtype == torch.float64 and not module.is_sharded:  # what is trained outside of the model, too
         cast(nn.Module, module).double()
     adapted.seed = facts["seed"]
-    progress.restore(facts, state.names[-1] if has_current else None)
+    progress.restore(facts)
+    progress.end = FitPosition(*facts["position"]) if has_current else None
+    current.start, current.name = FitPosition(*facts["link_start"]), state.names[-1] if has_current else None
+    current.earlier = {} if state.live is None or not has_current else state.live.metrics
     adapted.trained.first = dict(facts["first_values"])
     if not has_current:
         adapted.trained.write(adapted.extras_after(unscaled))
-        progress.end = None
-        metrics.reset(trainer)
         if adapted.layers:
             adapted.begin_link(*progress.schedule.rank_and_alpha(adapted.link, module.lora_config))
         return False
     if state.live is not None:
         adapted.resume_link(state.live)
-    metrics.restore({} if state.live is None else state.live.metrics, facts["callback_metrics"])
     return True
 
 
