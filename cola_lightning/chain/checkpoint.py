@@ -178,15 +178,11 @@ class OpenedCheckpoint:
         path: its path.
         contents: the whole checkpoint, on the CPU; empty after :meth:`take`.
         state: what this package stored in it.
-        links: how many of its links to load, the finished ones first and then the live one, or the last stage; None: all.
-        scale: factors of links' updates, see :meth:`~cola_lightning.chain.Chain.scaled`; the live link is then a finished one.
     """
 
     path: str
     contents: dict[str, Any]
     state: StoredState
-    links: int | str | None = None
-    scale: Mapping[int | str, float] | None = None
 
     @classmethod
     def open(cls, source: Any, field: str = "checkpoint", *, weights_only: bool = True) -> Self:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.chat_template import end_tokens
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.contexts import evaluating, with_attribute
@@ -90,14 +91,22 @@ class COLACausalLM(LanguageModule):
     ) -> None:
         super().__init__(model_name, **pretrained)
         self.chunked_loss, self.generate_in_validation = chunked_loss, generate_in_validation
+        self._is_checked = False  # whether the base is known to be a decoder
+
+    @override
+    def expect_state(
+        self, state: StoredState, links: int | str | None = None, scale: Mapping[int | str, float] | None = None
+    ) -> None:
+        super().expect_state(state, links, scale)
+        self._is_checked = True  # when the chain began
 
     @override
     def build_model(self) -> nn.Module:
         try:
             model = super().build_model()
-            # Else it is the base of a chain, and was checked when the chain began.
-            if self.opened_checkpoint is None and not self.is_made:
+            if not self._is_checked:
                 check_decoder(model)
+            self._is_checked = True
         except UserError as error:
             if not self.pretrained.is_encoder_decoder:
                 raise

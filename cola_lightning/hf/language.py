@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
+from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
 from cola_lightning.hf.host_values import HostValues
@@ -108,7 +109,7 @@ class LanguageModule(COLAModule, ABC):
         self.new_weights: list[str] = []  # newly initialised weights of the base, once it is made
         self.random_modules: list[str] = []  # trained modules that begin with random values, until a fit has said so
         self.evaluation_metrics = nn.ModuleDict()  # by stage, name and dataloader, made when needed
-        self.has_trained_template = False  # whether the tokenizer's chat template is a checkpoint's, of data.chat_template
+        self.trained_template: str | None = None  # a checkpoint's chat template, which was that of data.chat_template
         self.host_values = HostValues()  # of the batch that was moved to the device last
 
     # ------------------------------------------------------------------ defined or overridden by a subclass
@@ -159,10 +160,8 @@ class LanguageModule(COLAModule, ABC):
         It is None for a model whose inputs are not text.
         """
         tokenizer = self.pretrained.tokenizer()
-        opened = self.opened_checkpoint
-        if opened is not None and "template" in opened.state.facts["prompt_format"]:  # of data.chat_template
-            tokenizer.chat_template = opened.state.facts["prompt_format"]["template"]
-            self.has_trained_template = True
+        if self.trained_template is not None:
+            tokenizer.chat_template = self.trained_template
         if self.pretrained.gguf_file is None:  # its configuration takes seconds; most use rotary positions, without a limit
             positions = getattr(self.pretrained.config(), "max_position_embeddings", None)
             tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
@@ -195,8 +194,15 @@ class LanguageModule(COLAModule, ABC):
         if frozen := [name for name in names if name not in trained]:
             what = "model: not in the files of %r, so it stays random, because model.modules_to_save does not name it: %s"
             log.warning(what, self.pretrained.name, ", ".join(frozen))
-        if self.opened_checkpoint is None and self.init_chain is None:
+        if self.init_chain is None:
             self.random_modules = trained
+
+    @override
+    def expect_state(
+        self, state: StoredState, links: int | str | None = None, scale: Mapping[int | str, float] | None = None
+    ) -> None:
+        super().expect_state(state, links, scale)
+        self.trained_template = state.facts["prompt_format"].get("template")
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

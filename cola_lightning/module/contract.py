@@ -1,10 +1,10 @@
 """What the files below need of a COLA module, whose class stands above them and is made of them."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import nn
 
-from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.chain.current import CurrentLink
 from cola_lightning.export.contract import ExportableModule
 from cola_lightning.lora.config import LoRAConfig
@@ -20,7 +20,7 @@ class TrainedModule(ExportableModule, Protocol):
         lora_config: which layers get links, and what the links are like.
         init_chain: the path of the chain that the run begins from.
         user_seed: what the user gave, by ``model.seed`` or ``seed_everything``; None: nothing.
-        opened_checkpoint: a checkpoint that is about to be loaded.
+        requested: which links of the expected state are loaded, and their factors.
         is_tying_knot: whether a knot has begun, and has not succeeded.
         fit_progress: where the fit stands.
         current: the current link's rank, alpha, start, stage and metrics.
@@ -31,7 +31,7 @@ class TrainedModule(ExportableModule, Protocol):
     lora_config: LoRAConfig
     init_chain: str | None
     user_seed: int | None
-    opened_checkpoint: OpenedCheckpoint | None
+    requested: tuple[int | str | None, Mapping[int | str, float]]
     is_tying_knot: bool
     is_wrapped_by_fsdp1: bool
     fit_progress: FitProgress

@@ -76,7 +76,7 @@ class FitCallback(Callback):
         check_sharding(trainer.strategy, module)
         replicate_trained(trainer.strategy)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO(module.opened_checkpoint)
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if shards(trainer.strategy):  # in a later fit FSDP2 would gather into tensors made in inference mode
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False

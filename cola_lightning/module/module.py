@@ -26,7 +26,7 @@ from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.chain import as_number, number_of_links
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_chain
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, StoredState, read_chain
 from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.schedule import FitPosition, Knot, TrainedFactors
 from cola_lightning.constants import Dtype
@@ -104,7 +104,7 @@ class COLAModule(LightningModule, RecordsArguments):
         current: the current link's rank, alpha, start, stage and metrics.
         link_optimization: makes each link's optimizer.
         step_loss: weighs the losses of an optimizer step's batches.
-        opened_checkpoint: a checkpoint that is about to be loaded.
+        requested: which links of the expected state are loaded, and their factors, see :meth:`expect_state`.
 
     Raises:
         UserError: for invalid values.
@@ -180,7 +180,9 @@ class COLAModule(LightningModule, RecordsArguments):
             knot_warmup_steps=knot_warmup_steps,
             kept_optimizer_state=kept_optimizer_state,
         )
-        self.opened_checkpoint: OpenedCheckpoint | None = None
+        self.requested: tuple[int | str | None, Mapping[int | str, float]] = (None, {})
+        self._stored_seed: int | None = None
+        self._is_base_stored = False
         self._adapted: AdaptedModel | None = None  # made by configure_model, or where the model is read before that
         self._is_making = self._is_configured = self.is_wrapped_by_fsdp1 = self.is_tying_knot = False
         self.register_load_state_dict_pre_hook(prepare_loading)  # type: ignore[no-untyped-call]
@@ -298,12 +300,12 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @functools.cached_property
     def first_chain(self) -> Chain | None:
-        """The chain that a run begins from (``init_chain``); None if it begins from the base, or a checkpoint is loaded.
+        """The chain that a run begins from (``init_chain``); None if it begins from the base, or a state is expected.
 
         Raises:
             UserError: if there is no such chain.
         """
-        if self.init_chain is None or self.opened_checkpoint is not None:
+        if self.init_chain is None:
             return None
         chain = read_chain(self.init_chain, self.init_links, "model.init_chain")
         if not chain.links and self.init_links != 0:
@@ -347,9 +349,7 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def is_base_in_checkpoint(self) -> bool:
         """For ``build_model``: whether only shapes matter, as the base's weights come from a checkpoint."""
-        opened = self.opened_checkpoint
-        is_in_opened = opened is not None and "base_weights" in opened.state.facts
-        return is_in_opened or (self._adapted is not None and self._adapted.base_weights is not None)
+        return self._is_base_stored or (self._adapted is not None and self._adapted.base_weights is not None)
 
     @property
     def init_chain_source(self) -> list[str | int | None]:
@@ -518,8 +518,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     def _make_model(self) -> None:
         """Builds the base, adapts it, and begins a link, ready for a precision of the default dtype."""
-        opened = self.opened_checkpoint
-        seed = self._choose_seed(None if opened is None else opened.state.facts["seed"])
+        seed = self._choose_seed()
         adapted = self._adapted = AdaptedModel(
             self._build_base,
             functools.partial(getattr, self, "lora_config"),  # in which build_model may choose modules_to_save
@@ -561,13 +560,13 @@ class COLAModule(LightningModule, RecordsArguments):
                 f"{self.init_chain!r}, {chain[-1].rank} and {chain[-1].alpha:g}, got {rank} and {alpha:g}"
             )
 
-    def _choose_seed(self, stored: int | None) -> int:
-        """The seed that was given, that of a checkpoint which is about to be loaded, or a random one."""
+    def _choose_seed(self) -> int:
+        """The seed that was given, that of the expected state, or a random one."""
         if self.user_seed is not None:
             return self.user_seed
         text = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was given
         self.user_seed = None if text is None else int(text)
-        seed = self.user_seed if stored is None else stored
+        seed = self.user_seed if self._stored_seed is None else self._stored_seed
         if seed is None:
             seed = layout.gather_objects(secrets.randbits(31))[0]  # from no generator of torch's
             log.info("No seed given (model.seed); using %d", seed)
@@ -748,6 +747,21 @@ class COLAModule(LightningModule, RecordsArguments):
             )
         return names
 
+    def expect_state(
+        self, state: StoredState, links: int | str | None = None, scale: Mapping[int | str, float] | None = None
+    ) -> None:
+        """Prepares the module, before its model is made, for the state that :meth:`load_state_dict` will load.
+
+        The model is made with the state's seed, without ``init_chain``, and without the base's weights if the state has them.
+
+        Args:
+            state: a checkpoint's.
+            links: how many of its links are loaded, or the name of the last stage; None: all.
+            scale: factors of the links' updates, see :meth:`load_from_checkpoint`.
+        """
+        self.requested, self.first_chain = (links, scale or {}), None
+        self._stored_seed, self._is_base_stored = state.facts["seed"], "base_weights" in state.facts
+
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Completes a checkpoint of weights alone, for which Lightning calls no callback: see :func:`prepare_checkpoint`."""
@@ -799,12 +813,11 @@ class COLAModule(LightningModule, RecordsArguments):
         module: Self = rebuilt(cls, opened.state.facts["module"], given | kwargs)
         if strict and not module.strict_loading:
             raise UserError(f"strict: cannot be True, because {type(module).__name__}.strict_loading is False")
-        module.opened_checkpoint = replace(opened, links=links, scale=scale)
+        module.expect_state(opened.state, links, scale)
         module.make_model()
         module.on_load_checkpoint(opened.contents)
         strict = module.strict_loading if strict is None else strict
         keys = module.load_state_dict(opened.contents["state_dict"], strict=strict)
-        module.opened_checkpoint = None
         if any(keys):
             rank_zero_warn(f"checkpoint: the module alone has {keys.missing_keys}, the checkpoint alone {keys.unexpected_keys}")
         return module if map_location is None else module.to(device_of(map_location))

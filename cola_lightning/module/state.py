@@ -187,7 +187,7 @@ def prepare_loading(module: TrainedModule, state_dict: dict[str, Any], prefix: s
 def restore(module: TrainedModule, state: StoredState) -> bool:
     """Brings a module to a state: its base, its finished links, and where the current link began.
 
-    If fewer links are requested (``links`` of the opened checkpoint), a link begins after them, and what else is trained gets
+    If fewer links are requested, a link begins after them, and what else is trained gets
     the values after the last of them. With a ``scale`` a link begins after all of them, because the current link is scaled too.
 
     Returns:
@@ -197,9 +197,10 @@ def restore(module: TrainedModule, state: StoredState) -> bool:
         UserError: for a state of another base, or with fewer links than requested; to resume a fit also with other options.
     """
     trainer, adapted, facts = trainer_of(cast(LightningModule, module)), module.adapted, state.facts
-    progress, current, opened = module.fit_progress, module.current, module.opened_checkpoint
-    links = number_of_links(None if opened is None else opened.links, state.names)
-    scale, has_all = ({} if opened is None else opened.scale or {}), links == len(state.names)
+    progress, current = module.fit_progress, module.current
+    (requested, scale), module.requested = module.requested, (None, {})
+    links = number_of_links(requested, state.names)
+    has_all = links == len(state.names)
     has_current = has_all and not scale
     unscaled = state.chain if has_current else state.all_links(None if has_all else links)
     chain = unscaled.scaled(scale)
