@@ -16,7 +16,7 @@ from cola_lightning import layout
 from cola_lightning.chain.base import base_copies, base_values, check_same_base, check_same_layers, describe_base
 from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
 from cola_lightning.chain.current import CurrentLink
-from cola_lightning.chain.schedule import Knot, TrainedFactors, frozen_factor, merged_share
+from cola_lightning.chain.schedule import Knot, frozen_factor, merged_share
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import Factor, LoRAConfig
@@ -57,7 +57,6 @@ class AdaptedModel:
         placement: returns the model's placement; None: the model is used as it is, where it is.
         around: the module that has the model as its ``model``, such as a LightningModule. What is trained in it is recorded by
             each link, as the model's fully trained modules are. None: nothing is around it.
-        trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``; the other stays as drawn.
         current: what is known of the current link besides its factors; None: a new one.
 
     Raises:
@@ -91,12 +90,10 @@ class AdaptedModel:
         is_saved: bool = False,
         placement: Callable[[], Placement] | None = None,
         around: nn.Module | None = None,
-        trained_factors: TrainedFactors = "both",
         current: CurrentLink | None = None,
     ) -> None:
         self.build_model, self._config, self.seed = build_model, config, seed
         self.placement = self._placement_of_model if placement is None else placement
-        self.trained_factors = trained_factors
         self.model = self.make_base()
         self.trained = TrainedValues(self.model, around)
         if is_saved and is_quantized_model(self.model):
@@ -162,7 +159,7 @@ class AdaptedModel:
     @property
     def frozen_factor(self) -> Factor | None:
         """The factor that the current link does not train, ``A`` or ``B``; None if it trains both."""
-        return frozen_factor(self.trained_factors, self.seed, self.link)
+        return frozen_factor(self.config.trained_factors, self.seed, self.link)
 
     def frozen_factors(self) -> list[nn.Parameter]:
         """The factors that the current link does not train; they have gradients, but are in no optimizer."""
@@ -282,7 +279,7 @@ class AdaptedModel:
         """
         link = self.live_link()
         following = self.checked_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha, knot)
-        link = replace(link, share=merged_share(knot, share, self.trained_factors))
+        link = replace(link, share=merged_share(knot, share, self.config.trained_factors))
         if not link.is_record:
             for layers in self.by_unit():
                 for layer in layers.values():
@@ -391,7 +388,7 @@ class AdaptedModel:
             mine = {name: layout.gather(state[name]) for name in frozen}
             unchanged = {name for name, value in frozen.items() if torch.equal(mine[name], value.to(mine[name].dtype))}
             extras = {name: value for name, value in links[-1].extras.items() if name not in unchanged}
-            links[-1] = replace(links[-1], extras=extras, share=merged_share(knot, None, self.trained_factors))
+            links[-1] = replace(links[-1], extras=extras, share=merged_share(knot, None, self.config.trained_factors))
         self.replay(Chain(links, self.chain.base))
         if links:
             self.trained.load(links[-1].extras)

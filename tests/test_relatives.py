@@ -65,7 +65,7 @@ def test_a_link_of_rac_lora_is_a_projected_gradient_step(tmp_path):
     x, y = next(iter(batches()))
     seen = set()
     for seed in range(4):
-        adapted = AdaptedModel(base, LoRAConfig(target_modules=["0"], rank=2, alpha=4), seed=seed, trained_factors="random")
+        adapted = AdaptedModel(base, LoRAConfig(target_modules=["0"], rank=2, alpha=4, trained_factors="random"), seed=seed)
         layer, before = adapted.layers["0"], adapted.merged_model()[0].weight.detach()
         plain = adapted.merged_model()
         F.mse_loss(plain(x), y).backward()

@@ -119,7 +119,7 @@ class ChainOfLoRA(Callback):
         if self.schedule.has_knots:
             adapted, config = self.module.adapted, self.module.lora_config
             adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
-            merged_share(self.schedule.knot, self.schedule.share, adapted.trained_factors)
+            merged_share(self.schedule.knot, self.schedule.share, config.trained_factors)
         if self.schedule.patience is not None and not sum(trainer.num_val_batches):
             raise UserError(
                 "chain.patience: this run has no validation. It needs rows for validation, a validation_step, and a "

@@ -13,11 +13,10 @@ from typing import Literal, NamedTuple, get_args
 
 from cola_lightning.chain.chain import as_number
 from cola_lightning.errors import UserError
-from cola_lightning.lora.config import Factor, LoRAConfig, is_rank
+from cola_lightning.lora.config import Factor, LoRAConfig, TrainedFactors, is_rank
 from cola_lightning.seeding import derive_seed
 
 Mode = Literal["min", "max"]
-TrainedFactors = Literal["both", "B", "random"]
 Knot = Literal["cola", "half", "record"]
 
 KNOT_OPTIONS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "knots", "patience")

@@ -21,7 +21,7 @@ from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hpara
 
 import cola_lightning
 from cola_lightning.errors import UserError
-from cola_lightning.lora.config import LoRAConfig
+from cola_lightning.module.optimization import LinkConfig
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class RecordsArguments:
     """
 
     constructor_arguments: dict[str, Any]
-    __signature__ = WholeSignature(LightningModule, LoRAConfig)
+    __signature__ = WholeSignature(LightningModule, LinkConfig)
 
     def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
         """Records the arguments, by name, as they are before ``__init__`` may change them."""
@@ -103,7 +103,7 @@ def _defaults(cls: type) -> dict[str, Any]:
     return defaults
 
 
-def _parameters(cls: type, lightning_class: type = LightningModule, options: type = LoRAConfig) -> list[inspect.Parameter]:
+def _parameters(cls: type, lightning_class: type = LightningModule, options: type = LinkConfig) -> list[inspect.Parameter]:
     """The arguments of a class; of this package's classes also those that they pass on: to the base, and to ``options``."""
     classes = [base for base in cls.__mro__[: cls.__mro__.index(lightning_class)] if "__init__" in vars(base)]
     found: dict[str, inspect.Parameter] = {}

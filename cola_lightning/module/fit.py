@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -23,7 +23,6 @@ from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.console import is_logging_configured, log_on_console
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
-from cola_lightning.module.contract import TrainedModule
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.overview import describe_fit
 from cola_lightning.module.progress import accumulation_schedulers, run_length
@@ -31,6 +30,9 @@ from cola_lightning.module.rewind import Rewind, resume_rewound
 from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint
 from cola_lightning.module.training_log import TrainingLog
 from cola_lightning.seeding import derive_seed, seeded
+
+if TYPE_CHECKING:
+    from cola_lightning.module.module import COLAModule
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class FitCallback(Callback):
         module: the module.
     """
 
-    def __init__(self, module: TrainedModule) -> None:
+    def __init__(self, module: "COLAModule") -> None:
         self.module = module
         self._rewind = Rewind()
         self._batch = ExitStack()  # the scope of a batch's seed
@@ -70,7 +72,7 @@ class FitCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module = self.module
-        if pl_module is not cast(LightningModule, module):  # a later module of the Trainer's, which is not of this package
+        if pl_module is not module:  # a later module of the Trainer's, which is not of this package
             trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
             return
         check_sharding(trainer.strategy, module)
@@ -279,7 +281,7 @@ class FitCallback(Callback):
             self._logged = checkpoint["callbacks"].get(self.state_key, {}).get("logged", {})
 
 
-def attach(module: TrainedModule, trainer: Trainer) -> None:
+def attach(module: "COLAModule", trainer: Trainer) -> None:
     """Attaches a module's callback to its Trainer: after the user's, and before those that write checkpoints."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     fit_callback = next((c for c in callbacks if isinstance(c, FitCallback) and c.module is module), None)

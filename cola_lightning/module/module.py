@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -28,17 +28,15 @@ from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.chain import as_number, number_of_links
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, StoredState, read_chain
 from cola_lightning.chain.current import CurrentLink
-from cola_lightning.chain.schedule import FitPosition, Knot, TrainedFactors
+from cola_lightning.chain.schedule import FitPosition, Knot
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
-from cola_lightning.export.contract import NamedBase
 from cola_lightning.export.module import export_trained
 from cola_lightning.export.options import ExportOptions, Format
-from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.arguments import RecordsArguments, class_path, device_of, read_arguments, rebuilt
 from cola_lightning.module.fit import attach
 from cola_lightning.module.fsdp import repeated_blocks, shard_module
-from cola_lightning.module.optimization import DECAY_STEPS, LinkOptimization, LRSchedule, OptimizerCallable
+from cola_lightning.module.optimization import LinkConfig, LinkOptimization, OptimizerCallable
 from cola_lightning.module.progress import FitProgress, trainer_of
 from cola_lightning.module.state import (
     StateDictError,
@@ -48,6 +46,9 @@ from cola_lightning.module.state import (
     state_of,
 )
 from cola_lightning.module.step_loss import StepLoss
+
+if TYPE_CHECKING:
+    from cola_lightning.hf.named_base import TransformersBase
 
 log = logging.getLogger(__name__)
 
@@ -63,26 +64,9 @@ class COLAModule(LightningModule, RecordsArguments):
     ``__init__``. So the model is made when it is first read.
 
     Args:
-        modules_to_save_lr: Initial learning rate of ``modules_to_save``. ``null`` uses the optimizer's, as for the links.
-        lr_ratio_B: B learns this many times as fast as everything else (LoRA+ uses 2 to 16).
         seed: Seed for initialising A, for dropout, and for anything random in ``build_model``. ``null`` uses that of
             ``seed_everything``, or a random one, which is stored.
         optimizer: Called with the trainable parameters, once for each link. Default: fused AdamW with a learning rate of 1e-3.
-        lr_schedule: ``constant``, ``linear`` or ``cosine`` decay to 0, or ``stable``, which is constant and then decays
-            linearly to 0 over the last ``decay_steps``. The formulas are transformers'.
-        warmup_steps: The rate rises from 0 over this many optimizer steps. A number below 1 is a share of the schedule's
-            length.
-        decay_steps: Length of the decay of a ``stable`` schedule, in optimizer steps. A number below 1 is a share of the
-            schedule's length.
-        schedule_scope: ``link`` restarts the schedule with each link. ``run`` uses one schedule over the whole run.
-        knot_warmup_steps: With a schedule over the ``run``, the rate rises from 0 again over this many optimizer steps after
-            each knot (ReLoRA's jagged rate). A number below 1 is a share of the link's length.
-        trained_factors: ``both`` trains A and B of each link. ``B`` leaves A at its random initial values (asymmetric LoRA).
-            ``random`` trains one of the two, chosen at random for each link, and leaves the other at its initial values
-            (RAC-LoRA).
-        kept_optimizer_state: Share of the optimizer state of A and B that a knot of ``cola`` keeps, as in ReLoRA (0.001 to
-            0.1): the entries with the largest first moments. 0 starts a new optimizer, and 1 keeps everything. A state that is
-            8-bit or factored (AdamW8bit, Adafactor) is kept completely with any share above 0.
         init_chain: Start from the links of this chain folder, checkpoint, or folder of an ordinary PEFT LoRA. ``null`` starts
             from the base. Checkpoints of the run contain these links too.
         init_links: Use only the first N links of ``init_chain``, or those up to a stage's name. ``null`` uses all.
@@ -93,11 +77,12 @@ class COLAModule(LightningModule, RecordsArguments):
         compile: Apply ``torch.compile`` to the model. It compiles once per rank, for training and for validation.
         activation_checkpointing: Store only the inputs of the model's blocks and recompute the rest in the backward pass. It
             needs less memory and more time, and the gradients are the same.
-        **lora: which layers get links, and what the links are like: the arguments of :class:`~cola_lightning.LoRAConfig`, such
-            as ``target_modules``, ``rank`` and ``alpha``.
+        **link: which layers get links, what the links are like, and how they are optimized: the arguments of
+            :class:`~cola_lightning.LoRAConfig` and of :class:`~cola_lightning.module.optimization.LinkConfig`, such as
+            ``target_modules``, ``rank``, ``alpha`` and ``lr_schedule``.
 
     Attributes:
-        lora_config: the :class:`~cola_lightning.LoRAConfig` of these arguments; ``build_model`` may replace it.
+        lora_config: the :class:`~cola_lightning.LoRAConfig` of ``**link``; ``build_model`` may replace it.
         labels_of_base: a classifier's labels, which are a part of the base's identity; None: not known.
         user_seed: what the user gave, by ``seed`` or ``seed_everything``; None: nothing.
         fit_progress: where the present fit stands, or where the last one ended.
@@ -123,44 +108,34 @@ class COLAModule(LightningModule, RecordsArguments):
         >>> module.link, type(module.merged_model()[0]).__name__
         (1, 'Linear')
 
-    Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1. ``lr_ratio_B``: Hayou et al., "LoRA+" (arXiv
-        2402.12354).
+    Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1.
     """
 
     labels_of_base: list[str] | None = None
 
-    # **lora, against our rule for constructors: jsonargparse and --help follow it into LoRAConfig, where each of its arguments
+    # **link, against our rule for constructors: jsonargparse and --help follow it into LinkConfig, where each of its arguments
     # is defined, checked and documented once.
     def __init__(
         self,
         *,
-        modules_to_save_lr: float | None = None,
-        lr_ratio_B: float = 1,
         seed: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-3, fused=True),
-        lr_schedule: LRSchedule = "linear",
-        warmup_steps: float = 0,
-        decay_steps: float = DECAY_STEPS,
-        schedule_scope: Literal["link", "run"] = "link",
-        knot_warmup_steps: float = 0,
-        trained_factors: TrainedFactors = "both",
-        kept_optimizer_state: float = 0,
         init_chain: str | None = None,
         init_links: int | str | None = None,
         init_knot: Knot = "cola",
         save_base: bool = False,
         compile: bool = False,
         activation_checkpointing: bool = False,
-        **lora: Any,
+        **link: Any,
     ) -> None:
         super().__init__()
-        self.lora_config = LoRAConfig(**lora)
+        self.lora_config = LinkConfig(**link)
         for name, value, default in (("init_links", init_links, None), ("init_knot", init_knot, "cola")):
             if value != default and init_chain is None:
                 raise UserError(f"model.{name}: needs model.init_chain")
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.user_seed = None if seed is None else int(seed)
-        self.trained_factors, self.save_base = trained_factors, save_base
+        self.save_base = save_base
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else as_number(init_links)
         self.init_knot = init_knot
@@ -170,15 +145,8 @@ class COLAModule(LightningModule, RecordsArguments):
         self.link_optimization = LinkOptimization(
             progress=self.fit_progress,
             current=self.current,
+            config=self.lora_config,
             make_optimizer=optimizer,
-            modules_to_save_lr=modules_to_save_lr,
-            lr_ratio_B=lr_ratio_B,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-            decay_steps=decay_steps,
-            schedule_scope=schedule_scope,
-            knot_warmup_steps=knot_warmup_steps,
-            kept_optimizer_state=kept_optimizer_state,
         )
         self.requested: tuple[int | str | None, Mapping[int | str, float]] = (None, {})
         self._stored_seed: int | None = None
@@ -280,7 +248,7 @@ class COLAModule(LightningModule, RecordsArguments):
         return class_path(type(self))
 
     @property
-    def named_base(self) -> NamedBase | None:
+    def named_base(self) -> "TransformersBase | None":
         """For exports: the base that transformers and PEFT load by its name; None: they know no name of it."""
         return None
 
@@ -527,7 +495,6 @@ class COLAModule(LightningModule, RecordsArguments):
             is_saved=self.save_base,
             placement=self._placement,
             around=self,
-            trained_factors=self.trained_factors,
             current=self.current,
         )
         if self._modules.get("model") is None:  # else one that was assigned, which configure_model refuses

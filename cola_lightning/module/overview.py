@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -17,14 +17,16 @@ from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.lora.experts import is_experts
 from cola_lightning.lora.inject import is_linear
 from cola_lightning.lora.layer import is_quantized, lora_layers
-from cola_lightning.module.contract import TrainedModule
 from cola_lightning.module.optimization import LinkLR
+
+if TYPE_CHECKING:
+    from cola_lightning.module.module import COLAModule
 
 MOST_KINDS, MOST_KNOTS = 5, 8  # that are named
 HORIZONS = ("total_steps", "T_max", "total_iters")  # the attributes in which torch's schedulers have their length
 
 
-def describe_fit(trainer: Any, module: TrainedModule, parameters: list[nn.Parameter]) -> list[str]:
+def describe_fit(trainer: Any, module: "COLAModule", parameters: list[nn.Parameter]) -> list[str]:
     """The lines of the block, at most fifteen.
 
     Args:
@@ -69,7 +71,7 @@ def frozen_kinds(model: nn.Module) -> Counter[str]:
     return kinds
 
 
-def describe_parameters(module: TrainedModule, parameters: list[nn.Parameter]) -> str:
+def describe_parameters(module: "COLAModule", parameters: list[nn.Parameter]) -> str:
     """How many parameters are trained."""
     if layout.has_fsdp1(module.adapted.model):  # which hides sharded parameters in flat ones
         return "parameters: sharded by FSDP"
@@ -81,16 +83,16 @@ def describe_parameters(module: TrainedModule, parameters: list[nn.Parameter]) -
     return f"parameters: {n_trained:,} of {n_all:,} are trained ({n_trained / max(1, n_all):.2%}){lazy}"
 
 
-def describe_knots(module: TrainedModule) -> str:
+def describe_knots(module: "COLAModule") -> str:
     """What the knots of the fit do, and when they fall."""
-    schedule, optimization = module.fit_progress.schedule, module.link_optimization
-    if schedule.knot == "half" and schedule.has_knots and optimization.lr_schedule != "stable":
-        advice = f"Knots of half were measured with model.lr_schedule stable, here it is {optimization.lr_schedule}"
+    schedule = module.fit_progress.schedule
+    if schedule.knot == "half" and schedule.has_knots and module.lora_config.lr_schedule != "stable":
+        advice = f"Knots of half were measured with model.lr_schedule stable, here it is {module.lora_config.lr_schedule}"
         return f"{_knots(module)}. {advice}"
     return _knots(module)
 
 
-def _knots(module: TrainedModule) -> str:
+def _knots(module: "COLAModule") -> str:
     schedule, length, start = module.fit_progress.schedule, module.fit_progress.length, module.current.start
     if not schedule.has_knots:
         return "knots: none, so this is plain LoRA"
@@ -106,7 +108,7 @@ def _knots(module: TrainedModule) -> str:
     return f"knots ({schedule.knot}): before steps {shown}, of {length.end_step:,} steps"
 
 
-def describe_schedulers(trainer: Trainer, module: TrainedModule) -> list[str]:
+def describe_schedulers(trainer: Trainer, module: "COLAModule") -> list[str]:
     """A line for each learning-rate scheduler of the user's that would not end with the link it is made for."""
     length, schedule = module.fit_progress.length, module.fit_progress.schedule
     if length is None or not schedule.has_knots or schedule.goes_on:
