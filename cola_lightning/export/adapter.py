@@ -1,6 +1,5 @@
 """A chain as one ordinary PEFT LoRA, of rank sum(r), for the base that it names: written, loaded again and compared."""
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -81,11 +80,6 @@ def export_adapter(module: "COLAModule", adapted: AdaptedModel, chain: Chain, op
         if any(isinstance(part, nn.TransformerEncoderLayer) for part in base.model.modules()):
             lines.append(f"before it is used: {FUSED_OFF}, because torch's fused encoder layers ignore PEFT's adapters")
             loading = f"{loading}\n\nimport torch\n\n{FUSED_OFF}  # torch's fused encoder layers ignore PEFT's adapters"
-        if any(isinstance(part, nn.MultiheadAttention) for part in base.model.modules()):
-            version = importlib.metadata.version("peft")
-            lines.append(
-                f"written for peft {version}, which adds an update of out_proj twice. Compare it again with another peft"
-            )
         card.write(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
         if reference is None:
             return [*lines, "not compared" + (", because no input is known" if options.verify else "")]
