@@ -74,7 +74,7 @@ class AdaptedModel:
         ...     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
         >>> adapted = AdaptedModel(build_model, LoRAConfig(["0", "2"], rank=2, alpha=4), seed=0)
         >>> link = adapted.tie_knot()
-        >>> link.index, adapted.link, len(adapted.chain)
+        >>> link.index, adapted.n_finished, len(adapted.chain)
         (0, 1, 1)
 
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3 and algorithm 1.
@@ -119,8 +119,8 @@ class AdaptedModel:
         return lora_layers(self.model)
 
     @property
-    def link(self) -> int:
-        """Index of the current link: how many are finished."""
+    def n_finished(self) -> int:
+        """How many links are finished, which is also the index of the current one."""
         return len(self.chain)
 
     @property
@@ -159,7 +159,7 @@ class AdaptedModel:
     @property
     def frozen_factor(self) -> Factor | None:
         """The factor that the current link does not train, ``A`` or ``B``; None if it trains both."""
-        return frozen_factor(self.config.trained_factors, self.seed, self.link)
+        return frozen_factor(self.config.trained_factors, self.seed, self.n_finished)
 
     def frozen_factors(self) -> list[nn.Parameter]:
         """The factors that the current link does not train; they have gradients, but are in no optimizer."""
@@ -186,7 +186,7 @@ class AdaptedModel:
             UserError: for a model without links, or values that no link of it can have.
         """
         self.current.begin(*self.checked_link(rank, alpha))
-        initialize_link(self.layers, self.seed, self.link, *self.current.size, self.frozen_factor or "A")
+        initialize_link(self.layers, self.seed, self.n_finished, *self.current.size, self.frozen_factor or "A")
 
     def checked_link(self, rank: int, alpha: float, knot: Knot = "cola") -> tuple[int, float]:
         """A link's rank and alpha as plain numbers: numpy's would be in checkpoints and chain folders.
@@ -237,7 +237,7 @@ class AdaptedModel:
                 factors[name] = layout.gather(lora_A), layout.gather(lora_B)
             extras = self.trained.copies()
         return Link(
-            self.link,
+            self.n_finished,
             *current.size,
             start_step=current.start.global_step,
             end_step=current.position.global_step,
@@ -350,7 +350,7 @@ class AdaptedModel:
         device = self.placement().device
         for layers in self.by_unit():
             for name, layer in layers.items():
-                add_links(name, layer, chain.links[self.link :], device)
+                add_links(name, layer, chain.links[self.n_finished :], device)
         self.chain = Chain(list(chain.links), chain.base)
 
     def forget_links(self, chain: Chain) -> None:
@@ -397,7 +397,7 @@ class AdaptedModel:
 
     def extras_after(self, chain: Chain) -> dict[str, Tensor]:
         """Fully trained parameters, and buffers, as they were after the last of these links; without links, the base's."""
-        names, extras = self.trained.values().keys(), self.trained.first | (chain.links[-1].extras if chain.links else {})
+        names, extras = self.trained.values().keys(), self.trained.initial | (chain.links[-1].extras if chain.links else {})
         if names <= extras.keys():  # nothing for which to rebuild the base
             return extras
         weights = base_copies(self.rebuild_base()) if self.base_weights is None else self.base_weights
@@ -422,10 +422,10 @@ class AdaptedModel:
         Raises:
             UserError: if there are fewer links, or the model is trained without links.
         """
-        check_links(links, self.link + 1)
+        check_links(links, self.n_finished + 1)
         if not self.layers:
             raise UserError("links: a model that is trained without links (target_modules null) has no earlier state")
-        stacks, values = self._earlier_state(links) if links <= self.link else ([], {})
+        stacks, values = self._earlier_state(links) if links <= self.n_finished else ([], {})
         with ExitStack() as block:
             block.enter_context(evaluating(self.model))
             block.enter_context(torch.no_grad())
@@ -542,7 +542,7 @@ class AdaptedModel:
         Raises:
             UserError: if there are fewer links.
         """
-        total = self.link + 1
+        total = self.n_finished + 1
         links = total if links is None else links
         check_links(links, total)
         layers, placement, is_training = self.layers.values(), self.placement(), self.model.training

@@ -53,7 +53,7 @@ def test_a_checkpoint_is_the_chain_and_not_the_model(tmp_path):
     resumed = run(tmp_path, make(), tmp_path / "step=20.ckpt")
     assert_bit_equal(weights(resumed), weights(whole))
     assert resumed.chain.is_beginning_of(whole.chain)
-    assert resumed.link == whole.link == 3
+    assert resumed.n_finished == whole.n_finished == 3
 
 
 @pytest.mark.parametrize("weights_only", [False, True])

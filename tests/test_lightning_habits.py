@@ -241,7 +241,7 @@ def test_a_state_dict_is_tensors_that_other_tools_take_as_they_are(tmp_path):
         loaded = toy()
         loaded.load_state_dict(received)
         assert_bit_equal(weights(loaded), weights(module))
-        assert (loaded.link, loaded.current.start, len(loaded.chain)) == (2, module.current.start, 2)
+        assert (loaded.n_finished, loaded.current.start, len(loaded.chain)) == (2, module.current.start, 2)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -268,7 +268,7 @@ def test_strict_counts(tmp_path):
     with pytest.warns(UserWarning, match=r"head\.weight"):
         loaded = WithHead.load_from_checkpoint(path, strict=False)
     assert_bit_equal(weights(loaded.model), weights(expected.model))
-    assert loaded.link == 1
+    assert loaded.n_finished == 1
     checkpoint = torch.load(path, weights_only=True)
     torch.save(checkpoint | {"state_dict": checkpoint["state_dict"] | {"other": torch.zeros(1)}}, tmp_path / "other.ckpt")
     with pytest.warns(UserWarning, match="'other'"):
@@ -520,7 +520,7 @@ def test_a_knot_keeps_a_parameter_group_that_was_added_and_the_run_is_resumed(tm
         return module, run
 
     whole, run = fit(tmp_path / "whole", 4)
-    assert whole.link == 1
+    assert whole.n_finished == 1
     assert [len(group["params"]) for group in run.optimizers[0].param_groups] == [4, 2]
     assert run.optimizers[0].param_groups[1]["lr"] == 0.05
     fit(tmp_path / "part", 3)

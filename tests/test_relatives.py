@@ -47,7 +47,7 @@ def test_a_link_begins_with_one_factor_drawn_and_the_other_zero(drawn, init):
 
 @pytest.mark.parametrize("trained", ["both", "B", "random"])
 def test_each_link_moves_the_factors_that_it_trains(tmp_path, trained):
-    starts, watch = {}, Watch(lambda run, module: starts.setdefault(module.link, factors(module)))
+    starts, watch = {}, Watch(lambda run, module: starts.setdefault(module.n_finished, factors(module)))
     module = toy(trained_factors=trained, optimizer=lambda p: AdamW(p, lr=1e-2), seed=0)
     trainer(tmp_path, watch, chain={"every_n_train_steps": 2}, max_epochs=2).fit(module, batches())
     frozen = [frozen_factor(trained, 0, link) for link in range(10)]

@@ -35,7 +35,7 @@ from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
 from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.chain.chain import number_of_links
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, in_run
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, last_checkpoint_of
 from cola_lightning.chain.report import metrics_table
 from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule
 from cola_lightning.cli.help import (
@@ -402,7 +402,7 @@ class COLACLI(LightningCLI):
         if path is None or not config.exists() or not self.trainer.is_global_zero:  # a fit with nothing left to do saves none
             return
         log.info("checkpoint: %s", shortest(path))
-        place = shortest(folder if Path(path) == in_run(folder) else path)
+        place = shortest(folder if Path(path) == last_checkpoint_of(folder) else path)
         config_words = ["--config", shortest(config), "--ckpt_path", place]
         words = [place, "--prompt", "TEXT"] if subcommand == "generate" else config_words
         log.info("%s: %s", what, shlex.join(["cola", subcommand, *words]))

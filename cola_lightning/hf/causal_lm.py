@@ -19,7 +19,6 @@ from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_loss, n_bytes
 from cola_lightning.hf.host_values import Array, Arrays, Batch, shape_arrays, to_device
-from cola_lightning.hf.language import BatchMetrics, LanguageModule, StepOutput
 from cola_lightning.hf.logits import (
     TOKEN_FIELDS,
     check_decoder,
@@ -33,6 +32,7 @@ from cola_lightning.hf.logits import (
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
 from cola_lightning.hf.packed import Separation, find_separation, is_packed, may_be_packed, separate
+from cola_lightning.hf.transformers_module import BatchMetrics, StepOutput, TransformersModule
 from cola_lightning.seeding import derive_seed, seeded
 
 # What the module itself reads of a language-model batch, besides its tokens.
@@ -40,7 +40,7 @@ MODULE_FIELDS = {"references", "metric", "prompt_ids", "prompt_mask", "decoding"
 ANSWER = Decoding(max_new_tokens=MAX_NEW_TOKENS, stop=("\n",))  # of an answer that is compared with references
 
 
-class COLACausalLM(LanguageModule):
+class COLACausalLM(TransformersModule):
     """A causal language model that is fine-tuned with a chain of low-rank links.
 
     It accepts two kinds of batches:
@@ -70,7 +70,7 @@ class COLACausalLM(LanguageModule):
             of all of them never exist together. ``null`` does so if these would take more than 256 MB in float32.
         generate_in_validation: Generate answers in a fit's validations too, for as many rows as ``data.generate_rows`` says. A
             checkpoint can then be chosen by ``val_f1`` or ``val_exact_match``.
-        **pretrained: the arguments of ``LanguageModule`` (``revision``, ``dtype``, ``quantization``, ...) and of
+        **pretrained: the arguments of ``TransformersModule`` (``revision``, ``dtype``, ``quantization``, ...) and of
             :class:`~cola_lightning.COLAModule` (``target_modules``, ``rank``, ``alpha``, ``optimizer``, ...). ``help()``
             lists them all with their defaults, and ``cola fit --model.help COLACausalLM`` says what each does.
 
@@ -80,7 +80,7 @@ class COLACausalLM(LanguageModule):
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
 
-    # **pretrained: see LanguageModule.
+    # **pretrained: see TransformersModule.
     def __init__(
         self,
         model_name: str,

@@ -13,12 +13,12 @@ from typing_extensions import override
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
-from cola_lightning.hf.language import BatchMetrics, LanguageModule, StepOutput
 from cola_lightning.hf.logits import check_fields, forward_parameters
 from cola_lightning.hf.metrics import METRICS
+from cola_lightning.hf.transformers_module import BatchMetrics, StepOutput, TransformersModule
 
 
-class Classifier(LanguageModule):
+class Classifier(TransformersModule):
     """A classifier that is fine-tuned with a chain of low-rank links; its new head is fully trained.
 
     Its labels are the given ones, a checkpoint's, or the data's, which a data module with labels sets before the model is made.
@@ -36,14 +36,14 @@ class Classifier(LanguageModule):
             uses the data's class names in their order, otherwise its labels, sorted.
         metric: What is logged in addition to the loss: ``accuracy``, ``f1`` (of label 1 if there are two labels, otherwise the
             mean over the labels) or ``matthews_corrcoef``.
-        **pretrained: the arguments of ``LanguageModule`` and :class:`~cola_lightning.COLAModule`; ``modules_to_save_lr`` is the
-            head's learning rate.
+        **pretrained: the arguments of ``TransformersModule`` and :class:`~cola_lightning.COLAModule`; ``modules_to_save_lr`` is
+            the head's learning rate.
 
     Raises:
         UserError: as for :class:`~cola_lightning.COLACausalLM`.
     """
 
-    # **pretrained: see LanguageModule.
+    # **pretrained: see TransformersModule.
     def __init__(
         self,
         model_name: str,

@@ -18,8 +18,8 @@ from cola_lightning.errors import UserError
 from cola_lightning.hf.causal_lm import COLACausalLM
 from cola_lightning.hf.chunked_loss import chunked_token_losses
 from cola_lightning.hf.host_values import Array, Batch, to_device
-from cola_lightning.hf.language import StepOutput
 from cola_lightning.hf.logits import has_router_loss, logits_and_router_loss
+from cola_lightning.hf.transformers_module import StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class COLAPreferenceLM(COLACausalLM):
 
     trains_pairs = True  # which PreferenceDataModule asks
 
-    # **causal: see LanguageModule.
+    # **causal: see TransformersModule.
     def __init__(
         self,
         model_name: str,
@@ -121,7 +121,10 @@ class COLAPreferenceLM(COLACausalLM):
     @property
     def reference_links(self) -> int | str:
         """How many links the reference model has, or the last stage in it."""
-        named = {"start": min(self.fit_progress.first_link, self.link), "link": self.link}  # fewer after a roll back
+        named = {
+            "start": min(self.fit_progress.first_link, self.n_finished),
+            "link": self.n_finished,
+        }  # fewer after a roll back
         return named.get(self.reference, self.reference) if isinstance(self.reference, str) else self.reference
 
     @override
@@ -219,15 +222,15 @@ class COLAPreferenceLM(COLACausalLM):
         if self.reference == "start" and is_new_run and not self.adapted.is_at_knot:
             log.info("the current link is finished, because the model as it is now is the reference")
             self.tie_knot()
-            self.fit_progress.first_link = self.link
-        if number_of_links(self.reference_links, self.link_names) > self.link:
+            self.fit_progress.first_link = self.n_finished
+        if number_of_links(self.reference_links, self.link_names) > self.n_finished:
             raise UserError(
                 f"model.reference: {self.reference!r} is the link that is being trained, so the loss would never change. Use "
                 "start, link, or links that are finished"
             )
         if self.global_rank == 0:
             moves = ", and each knot moves it" if self.reference == "link" else ""
-            log.info("the reference is the model after %s of %d links%s", self.reference_links, self.link + 1, moves)
+            log.info("the reference is the model after %s of %d links%s", self.reference_links, self.n_finished + 1, moves)
 
     @override
     def on_knot(self, link: Link) -> None:

@@ -92,14 +92,14 @@ class FitCallback(Callback):
         self.module.make_model()  # which Lightning has done, except where a subclass' configure_model left super() out
         adapted, progress = self.module.adapted, self.module.fit_progress
         if not (self.module.is_sharded or is_quantized_model(adapted.model) or trainer.precision in ("bf16-true", "16-true")):
-            check_unchanged(adapted.model, adapted.chain.base, adapted.layers.keys() if adapted.link else ())
+            check_unchanged(adapted.model, adapted.chain.base, adapted.layers.keys() if adapted.n_finished else ())
         warn_of_half_precision(adapted.model)
         check_frozen(adapted, progress.schedule)
         if trainer.ckpt_path is not None:
             return
-        adapted.trained.remember_first()  # parameters that a hook has added since the model was made
+        adapted.trained.record_initial()  # parameters that a hook has added since the model was made
         if not progress.is_continued:
-            progress.first_link = adapted.link
+            progress.first_link = adapted.n_finished
         if adapted.is_at_knot:
             self.module.current.name = progress.schedule.name or self.module.current.name
 
@@ -142,8 +142,8 @@ class FitCallback(Callback):
         if progress.schedule.has_unknown_lengths(length) or length.end_step == math.inf:
             optimization.check_without_horizon(length)
             return
-        lengths = progress.schedule.links(self.module.current.start, length)
-        warn_of_lengths(progress.schedule, lengths, self.module.link)
+        lengths = progress.schedule.link_lengths(self.module.current.start, length)
+        warn_of_lengths(progress.schedule, lengths, self.module.n_finished)
         optimization.check_lengths(length)
 
     @override
@@ -244,7 +244,7 @@ class FitCallback(Callback):
         for parameter in self.module.adapted.frozen_factors():  # so that no optimizer of a subclass changes them, either
             parameter.grad = None
         self._check_loss(trainer)
-        step = f"step {trainer.global_step} (epoch {trainer.current_epoch}), in link {self.module.link}"
+        step = f"step {trainer.global_step} (epoch {trainer.current_epoch}), in link {self.module.n_finished}"
         loss = self.module.step_loss.finish(optimizer, trainer.accumulate_grad_batches, step)
         if loss is not None:
             pl_module.log("train_loss", loss)
@@ -331,9 +331,9 @@ def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> None:
 
     A link that has been trained stays as it is.
     """
-    planned, is_requested = schedule.rank_and_alpha(adapted.link, adapted.config), schedule.ranks or schedule.alphas
+    planned, is_requested = schedule.rank_and_alpha(adapted.n_finished, adapted.config), schedule.ranks or schedule.alphas
     is_other = adapted.layers and adapted.current.size != planned
-    if is_other and not adapted.has_begun and (is_requested or not adapted.link):
+    if is_other and not adapted.has_begun and (is_requested or not adapted.n_finished):
         adapted.begin_link(*planned)
 
 

@@ -105,7 +105,7 @@ class COLAModule(LightningModule, RecordsArguments):
         >>> module = Regression(target_modules=["0", "2"], rank=1, alpha=2, seed=0)
         >>> module.tie_knot()
         Link 0: rank 1, alpha 2, 2 layers, steps 0 to 0
-        >>> module.link, type(module.merged_model()[0]).__name__
+        >>> module.n_finished, type(module.merged_model()[0]).__name__
         (1, 'Linear')
 
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1.
@@ -289,8 +289,8 @@ class COLAModule(LightningModule, RecordsArguments):
         return Chain() if self._adapted is None else self._adapted.chain
 
     @property
-    def link(self) -> int:
-        """Index of the current link: how many are finished."""
+    def n_finished(self) -> int:
+        """How many links are finished, which is also the index of the current one."""
         return len(self.chain)
 
     @property
@@ -363,7 +363,7 @@ class COLAModule(LightningModule, RecordsArguments):
         """
         self.step_loss.check()  # before the link is recorded
         adapted, schedule = self.adapted, self.fit_progress.schedule
-        planned = self.current.size if schedule.goes_on else schedule.rank_and_alpha(self.link + 1, self.lora_config)
+        planned = self.current.size if schedule.goes_on else schedule.rank_and_alpha(self.n_finished + 1, self.lora_config)
         rank, alpha = planned[0] if rank is None else rank, planned[1] if alpha is None else alpha
         following = adapted.checked_link(rank, alpha, schedule.knot)
         self.is_tying_knot = True
@@ -443,7 +443,7 @@ class COLAModule(LightningModule, RecordsArguments):
                 "build_model, and model.compile true compiles in place"
             )
         if not self._is_configured:  # a subclass' own configure_model may have frozen more
-            self.adapted.trained.remember()
+            self.adapted.trained.record_trainable()
         if (dtype := torch.get_default_dtype()) != torch.float32:  # what Lightning's precision will cast the model to
             self.adapted.cast(dtype)
         if (trainer := trainer_of(self)) is not None:
@@ -500,7 +500,7 @@ class COLAModule(LightningModule, RecordsArguments):
         if self._modules.get("model") is None:  # else one that was assigned, which configure_model refuses
             self.model = adapted.model
         adapted.cast(torch.get_default_dtype())  # now: Lightning casts only after a checkpoint's values are loaded
-        adapted.trained.remember_first()
+        adapted.trained.record_initial()
         adapted.chain.base = replace(adapted.chain.base, labels=self.labels_of_base)
         goes_on = False
         if self.first_chain is not None:
@@ -510,7 +510,7 @@ class COLAModule(LightningModule, RecordsArguments):
             adapted.start_from(self.first_chain, self.init_knot)
             self.fit_progress.first_link = len(self.first_chain)
         if adapted.layers and not goes_on:
-            adapted.begin_link(*self.fit_progress.schedule.rank_and_alpha(self.link, self.lora_config))
+            adapted.begin_link(*self.fit_progress.schedule.rank_and_alpha(self.n_finished, self.lora_config))
         if self.activation_checkpointing:
             self.checkpoint_activations()
 
@@ -572,8 +572,8 @@ class COLAModule(LightningModule, RecordsArguments):
         After the block, also if it raises, everything is as it was before.
 
         Args:
-            links: how many links, the finished ones first and then the current one: ``self.link`` is the model without the
-                current link. 0 is the base. Or the name of the last stage.
+            links: how many links, the finished ones first and then the current one: ``self.n_finished`` is the model without
+                the current link. 0 is the base. Or the name of the last stage.
 
         Yields:
             The model.

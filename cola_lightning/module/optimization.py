@@ -290,7 +290,7 @@ class LinkOptimization:
             run: length of the fit, of whose links the lengths are known.
         """
         schedule, start = self._links()
-        lengths = schedule.links(start, run)
+        lengths = schedule.link_lengths(start, run)
         link_warmup = 0 if self._is_over_run else self.config.warmup_steps
         checks = (
             ("warmup_steps", link_warmup, lengths[:-1]),

@@ -50,7 +50,7 @@ def describe_model(adapted: AdaptedModel) -> list[str]:
         return ["model: all parameters are trained, without links"]
     rank, alpha = adapted.current.size
     n_linear = sum(is_linear(module) for module in adapted.model.modules()) + len(layers)
-    line = f"model: link {adapted.link} of rank {rank} and alpha {alpha:g} on {len(layers)} of {n_linear} linear layers"
+    line = f"model: link {adapted.n_finished} of rank {rank} and alpha {alpha:g} on {len(layers)} of {n_linear} linear layers"
     lines = [line + (f"; all of {', '.join(saved)} is trained" if saved else "")]
     if kinds := frozen_kinds(adapted.model):
         named = [f"{n} {kind}" for kind, n in kinds.most_common(MOST_KINDS)]
@@ -98,7 +98,7 @@ def _knots(module: "COLAModule") -> str:
         return "knots: none, so this is plain LoRA"
     if length is None or schedule.has_unknown_lengths(length) or length.end_step == math.inf:
         return f"knots ({schedule.knot}): decided while training"
-    lengths = schedule.links(start, length)
+    lengths = schedule.link_lengths(start, length)
     steps = [start.global_step + sum(lengths[:k]) for k in range(1, len(lengths))]
     if not steps:
         return "knots: none in this run, which ends before the first"

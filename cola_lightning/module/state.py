@@ -61,10 +61,10 @@ def facts_of(module: "COLAModule") -> dict[str, Any]:
         "dtype": str(adapted.cast_dtype).removeprefix("torch.") if live else None,  # to which a precision has cast layers
         "seed": adapted.seed,
         "init_chain_source": module.init_chain_source,
-        "first_values": adapted.trained.first,
+        "initial_values": adapted.trained.initial,
         "link_start": list(current.start),
         "position": list(current.position),
-        "scheduled": _scheduled(module, module.link + 1),
+        "scheduled": _scheduled(module, module.n_finished + 1),
         "modules_to_save": list(module.lora_config.modules_to_save),
         "prompt_format": data_facts(trainer, "prompt_format"),
         "data": data_facts(trainer, "identity"),
@@ -107,7 +107,7 @@ def prepare_checkpoint(module: "COLAModule", checkpoint: dict[str, Any]) -> None
     if module.is_tying_knot:
         reason = "a knot failed halfway"
     if reason is not None:
-        raise NonFiniteError(f"{reason}, in link {module.link}: this checkpoint is not written")
+        raise NonFiniteError(f"{reason}, in link {module.n_finished}: this checkpoint is not written")
     current = checkpoint.get("current_model_state", {}).items()  # weight averaging has put a copy's state in the place of it
     checkpoint["state_dict"] |= {name: value for name, value in current if name.startswith(STATE_PREFIX)}
     checkpoint |= plain_hyperparameters(checkpoint)
@@ -219,11 +219,11 @@ def restore(module: "COLAModule", state: StoredState) -> bool:
     progress.end = FitPosition(*facts["position"]) if has_current else None
     current.start, current.name = FitPosition(*facts["link_start"]), state.names[-1] if has_current else None
     current.earlier = {} if state.live is None or not has_current else state.live.metrics
-    adapted.trained.first = dict(facts["first_values"])
+    adapted.trained.initial = dict(facts["initial_values"])
     if not has_current:
         adapted.trained.write(adapted.extras_after(unscaled))
         if adapted.layers:
-            adapted.begin_link(*progress.schedule.rank_and_alpha(adapted.link, module.lora_config))
+            adapted.begin_link(*progress.schedule.rank_and_alpha(adapted.n_finished, module.lora_config))
         return False
     if state.live is not None:
         adapted.resume_link(state.live)

@@ -43,7 +43,7 @@ class TrainingLog:
         every, step = trainer.log_every_n_steps, trainer.global_step  # counted from 0, as Lightning logs it
         if not trainer.loggers or not every or not ((step + 1) % every == 0 or trainer.should_stop):
             return
-        values, rate = {"link": float(self.module.link)}, optimizer.param_groups[0]["lr"]
+        values, rate = {"link": float(self.module.n_finished)}, optimizer.param_groups[0]["lr"]
         if rate is not None:  # Adafactor may choose its own
             values["lr"] = float(rate)
         if n_tokens := self.module.step_loss.n_tokens - self._n_before:  # of this process, whose others have about as many

@@ -174,7 +174,7 @@ def _config_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]
         return [max(schedule.ranks or [_rank(config)])], {}
     # In epochs of one step, both count the same.
     run = RunLength(lambda epoch: 1, float(epochs or math.inf), float(steps or math.inf))
-    n_links = schedule.knots + 1 if schedule.knots else len(schedule.links(START, run))
+    n_links = schedule.knots + 1 if schedule.knots else len(schedule.link_lengths(START, run))
     lora = LoRAConfig(rank=_rank(config))
     return [schedule.rank_and_alpha(link, lora)[0] for link in range(n_links)], {}
 

@@ -53,7 +53,7 @@ class StepOutput:
 BatchMetrics = dict[str, tuple[Callable[[], Metric], tuple[Any, ...]]]
 
 
-class LanguageModule(COLAModule, ABC):
+class TransformersModule(COLAModule, ABC):
     """A Hugging Face model that is fine-tuned with a chain of low-rank links.
 
     A subclass defines :meth:`step` and the class that loads its model.
