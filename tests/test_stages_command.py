@@ -10,13 +10,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from lightning.pytorch import Callback
+from scipy import stats
 
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
-from cola_lightning.stages.matrix import Column, Matrix
+from cola_lightning.stages.matrix import Column, Difference, Matrix
 from cola_lightning.stages.stages import Stages
 from cola_lightning.study import run
 from tests import forked, tiny
@@ -192,6 +194,22 @@ def test_the_matrix_is_what_tests_of_the_last_checkpoint_give(config, capfd):
             assert float(row["pairs loss"]) == pytest.approx(0.693147, abs=1e-6)
     assert rows[-1]["pairs loss"] == measured("out/pairs/config.yaml", "4")["test_loss"] != rows[0]["pairs loss"]
     assert Path("out/matrix.png").read_bytes().startswith(b"\x89PNG")
+    tested = {name: json.loads(Path(f"out/{name}/matrix/result.json").read_text())["rows"] for name in STAGES}
+    for name, states in tested.items():
+        for state, row in zip(states, rows, strict=True):
+            for metric, (values, weights) in state["row_values"].items():
+                assert sum(values) / sum(weights) == pytest.approx(
+                    float(row[f"{name} {metric.removeprefix('test_')}"]), abs=1e-6
+                )
+                assert len(values) == len(weights) == {"good": 10, "flipped": 10, "pairs": 8}[name]
+    summaries = {(row["task"], row["metric"], row["summary"]): row for row in read_csv("out/summary.csv")}
+    assert len(summaries) == 5 * 3 - 3  # no backward transfer of the last task, no forward transfer of the first's two metrics
+    for row in summaries.values():
+        assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
+    forgotten = summaries["good", "loss", "forgetting"]
+    assert float(forgotten["low"]) < float(forgotten["value"])
+    margin = float(forgotten["high"]) - float(forgotten["value"])
+    assert f"± {margin:.2g}" in printed.out
     assert "max_forgetting: " in printed.err + printed.out
 
     config["stages"] |= {"again": {"trainer": {"max_steps": 2}}}
@@ -214,11 +232,55 @@ def test_forgetting_and_transfers_are_means_over_tasks_of_one_kind():
         Column("b", "accuracy", [0.25, 0.5, 1.0, 0.75], 2, "text"),
         Column("c", "loss", [0.7, 0.7, 0.7, 0.5], 3, "pairs"),
     ]
-    assert [column.forgetting for column in columns] == [0.5, 1.0, 0.25, 0.0]
-    assert [column.backward_transfer for column in columns] == [0.5, 1.0, -0.25, None]
-    assert [column.forward_transfer for column in columns] == [None, -1.0, 0.25, 0.0]
+    summaries = [[one and one.value for one in column.summaries] for column in columns]
+    assert summaries == [[0.5, 0.5, None], [1.0, 1.0, -1.0], [0.25, -0.25, 0.25], [0.0, None, 0.0]]
     (line,) = Matrix(["base", "a", "b", "c"], [0, 1, 2, 3], columns).averages
     assert line == "average loss of a, b: 1.75 at the end; forgetting 0.75, backward transfer +0.75, forward transfer -1"
+
+
+def measured_rows(states, n_rows, seed, weights=None):
+    """A loss or an accuracy of each state, and its rows."""
+    random = np.random.default_rng(seed)
+    weights = np.ones(n_rows) if weights is None else weights
+    difficulty = random.normal(size=n_rows)  # of a row, in every state
+    rows = [
+        [((state + difficulty + 0.3 * random.normal(size=n_rows)) * weights).tolist(), weights.tolist()] for state in states
+    ]
+    return [sum(values) / sum(counts) for values, counts in rows], rows
+
+
+def test_an_interval_is_that_of_a_paired_t_test_and_of_a_ratio_of_sums():
+    values, rows = measured_rows([3.0, 1.0, 1.2, 1.4], 30, seed=0)
+    column = Column("a", "loss", values, 2, rows=rows)
+    for one, before, after in zip(column.summaries, (1, 2, 0), (3, 3, 1), strict=True):
+        expected = stats.ttest_rel(rows[after][0], rows[before][0]).confidence_interval(0.95)
+        assert (one.value - one.margin, one.value + one.margin) == pytest.approx(tuple(expected))
+    opposite = Column("a", "accuracy", [-one for one in values], 2, rows=[[[-x for x in one[0]], one[1]] for one in rows])
+    assert opposite.forgetting.text() == column.forgetting.text()
+
+    random = np.random.default_rng(1)
+    weights = random.integers(1, 200, size=40).astype(float)  # tokens
+    values, rows = measured_rows([3.0, 2.0, 2.2], 40, seed=2, weights=weights)
+    found = Column("a", "loss", values, 1, rows=rows).backward_transfer
+    arrays = np.array(rows)
+    drawn = arrays[:, :, random.integers(0, 40, size=(4000, 40))].sum(-1)  # a bootstrap of the ratio
+    ratios = drawn[2, 0] / drawn[2, 1] - drawn[1, 0] / drawn[1, 1]
+    assert found.margin == pytest.approx(stats.t.ppf(0.975, 39) * ratios.std(), rel=0.08)
+    assert found.value == pytest.approx(values[2] - values[1])
+
+
+def test_the_interval_of_an_average_is_welchs():
+    columns = []
+    for k, (name, n_rows) in enumerate({"a": 20, "b": 50}.items()):
+        values, rows = measured_rows([3.0, 1.0, 1.2, 1.3], n_rows, seed=k)
+        columns.append(Column(name, "loss", values, 1, rows=rows))
+    mean = Difference.mean([column.backward_transfer for column in columns])
+    gaps = [np.array(column.rows[3][0]) - np.array(column.rows[1][0]) for column in columns]
+    expected = stats.ttest_ind(gaps[0], -gaps[1], equal_var=False).confidence_interval(0.95)  # of their sum
+    assert mean.margin == pytest.approx((expected.high - expected.low) / 4)
+    (line,) = Matrix(["base", "a", "x", "b"], [0, 1, 2, 3], columns).averages
+    assert f"backward transfer {mean.text('+')}, forward transfer -" in line
+    assert Difference.mean([Difference(1.0), columns[0].forgetting]).margin is None  # one is of an F1, say
 
 
 def test_other_rows_in_the_same_file_are_another_stage(config, capfd, monkeypatch):

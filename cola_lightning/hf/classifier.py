@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
-from cola_lightning.hf.language import BatchMetrics, LanguageModule, StepOutput
+from cola_lightning.hf.language import BatchMetrics, LanguageModule, RowValues, StepOutput
 from cola_lightning.hf.logits import check_fields, forward_parameters
 from cola_lightning.hf.metrics import METRICS
 
@@ -149,7 +149,10 @@ class Classifier(LanguageModule):
     @override
     def step(self, batch: Mapping[str, Any]) -> StepOutput:
         labels, logits = batch["labels"], self._logits(batch)
-        return StepOutput(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1), labels, scores=logits.detach())
+        loss, scores = F.cross_entropy(logits, labels), logits.detach()
+        losses = F.cross_entropy(scores, labels, reduction="none")
+        rows = RowValues(losses, torch.ones_like(losses))
+        return StepOutput(loss, len(labels), logits.argmax(-1), labels, scores=scores, row_losses=rows)
 
     @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
