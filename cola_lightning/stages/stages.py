@@ -20,6 +20,7 @@ from cola_lightning.errors import OutsideError, UserError, one_line
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.stages.matrix import SHOWN, Matrix
 from cola_lightning.stages.options import StagesOptions
+from cola_lightning.stages.replay import add_replay
 from cola_lightning.stages.run import CONFIG, LAST
 from cola_lightning.study.config import as_words, data_files, resolve_config
 from cola_lightning.study.methods import model_option
@@ -71,6 +72,8 @@ class Stages:
                         f"stages.{stage}: with --knot {options.knot}, all stages have one model.rank and model.alpha"
                     )
             before = sizes
+        if options.replay is not None:
+            add_replay(configs, options.replay)
         self.folder, self.max_forgetting = Path(options.output), options.max_forgetting
         self.stages = [Stage(name, self.folder / name, config, data_files(config)) for name, config in configs.items()]
 
