@@ -437,6 +437,24 @@ def test_stages_that_were_killed_leave_what_others_do(made, whole, tmp_path, who
     assert_same_chain(read_chain(tmp_path / "out" / "flipped"), chain)
 
 
+@SLOW  # the second process of each run is a new one
+def test_two_processes_leave_the_matrix_of_one(config):
+    """With batches of half the size."""
+    config["stages"] = {name: config["stages"][name] for name in ("good", "pairs")}
+    config["stages"]["again"] = {}
+    write(config)
+    assert stages("--replay", "0.25", output="one") == 0
+    two = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accelerator", "cpu", "--data.batch_size", "2"]
+    assert stages("--replay", "0.25", output="two", fit=two) == 0
+    for file in ("matrix.csv", "summary.csv"):
+        for mine, theirs in zip(*(read_csv(Path(output, file)) for output in ("two", "one")), strict=True):
+            assert mine.keys() == theirs.keys()
+            for name, value in theirs.items():
+                is_number = re.fullmatch(r"[-+.e\d]+", value)
+                assert float(mine[name]) == pytest.approx(float(value), abs=1e-5) if is_number else mine[name] == value
+    assert "distributed_backend=gloo" in Path("two/again/log.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
