@@ -15,7 +15,7 @@ from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
 from cola_lightning.hf.logits import check_fields, forward_parameters
 from cola_lightning.hf.metrics import METRICS
-from cola_lightning.hf.transformers_module import BatchMetrics, StepOutput, TransformersModule
+from cola_lightning.hf.transformers_module import BatchMetrics, RowValues, StepOutput, TransformersModule
 
 
 class Classifier(TransformersModule):
@@ -155,7 +155,10 @@ class Classifier(TransformersModule):
     @override
     def step(self, batch: Mapping[str, Any]) -> StepOutput:
         labels, logits = batch["labels"], self._logits(batch)
-        return StepOutput(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1), labels, scores=logits.detach())
+        loss, scores = F.cross_entropy(logits, labels), logits.detach()
+        losses = F.cross_entropy(scores, labels, reduction="none")
+        rows = RowValues(losses, torch.ones_like(losses))
+        return StepOutput(loss, len(labels), logits.argmax(-1), labels, scores=scores, row_losses=rows)
 
     @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:

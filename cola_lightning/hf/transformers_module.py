@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,23 @@ from cola_lightning.module.progress import trainer_of
 log = logging.getLogger(__name__)
 
 
+class RowValues(NamedTuple):
+    """What each row of a batch adds to a mean over rows or tokens: the mean is the sum of ``values`` over that of ``weights``.
+
+    A ``test_step`` that returns them by metric (``{"loss": ..., "accuracy": ...}``) has intervals in ``cola stages``.
+
+    Attributes:
+        values: of a row, the sum over its tokens.
+        weights: how many tokens each row has, or ones.
+
+    Shape:
+        ``values``, ``weights``: rows.
+    """
+
+    values: Tensor
+    weights: Tensor
+
+
 @dataclass(frozen=True)
 class StepOutput:
     """The result of a batch.
@@ -39,6 +56,7 @@ class StepOutput:
         targets: the correct predictions, in the same shape.
         scores: the scores of all labels, for metrics that need more than the predictions: rows x labels.
         logged: more values by name, one for each row; their means are logged under the name, in evaluation after ``val_``.
+        row_losses: what each row adds to ``loss``, in evaluation; None if the loss is no mean over rows or tokens.
     """
 
     loss: Tensor
@@ -47,6 +65,7 @@ class StepOutput:
     targets: Tensor | None = None
     scores: Tensor | None = None
     logged: Mapping[str, Tensor] = field(default_factory=dict)
+    row_losses: RowValues | None = None
 
 
 # By a metric's name: a function that creates it, and the arguments of its ``update``.
@@ -267,10 +286,15 @@ class TransformersModule(COLAModule, ABC):
         self._evaluate(batch, "val", batch_idx, dataloader_idx)
 
     @override
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "test", batch_idx, dataloader_idx)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, RowValues]:
+        output = self._evaluate(batch, "test", batch_idx, dataloader_idx)
+        rows = {"loss": output.row_losses}
+        if output.predictions is not None and output.targets is not None:
+            is_right = (output.predictions == output.targets).float()
+            rows["accuracy"] = RowValues(is_right, torch.ones_like(is_right))
+        return {name: values for name, values in rows.items() if values is not None}
 
-    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
+    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> StepOutput:
         output = self.step(batch)
         self.log(f"{stage}_loss", output.loss, batch_size=output.size, prog_bar=True, sync_dist=True)
         means = {name: (Mean, (values,)) for name, values in output.logged.items()}
@@ -284,3 +308,4 @@ class TransformersModule(COLAModule, ABC):
             metric.update(*values)
             where = f"evaluation_metrics.{key}"
             self.log(f"{stage}_{name}", metric, batch_size=output.size, prog_bar=True, metric_attribute=where)
+        return output
