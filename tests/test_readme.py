@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import digits_splits, domain_shift, knots, paper_table, scale, stages, studies
+from benchmarks import digits_splits, domain_shift, knots, paper_table, peft_table, scale, stages, studies
 from benchmarks.gsm8k import study
 from benchmarks.lines import Lines
 from cola_lightning import Chain
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES["benchmarks/README.md"] = (BENCHMARKS / "README.md").read_text()
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
@@ -220,19 +221,8 @@ def lines_of(name):
     return [json.loads(line) for line in (BENCHMARKS / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_a_step_on_pictures_takes_what_its_page_says():
-    (line,) = lines_of("images")
-    assert line["ratio"] <= line["limit"]
-    assert f"A step takes {line['ratio']:.2f} of the time" in PAGES["docs/images.md"]
-
-
 def rows_of(name):
     return lambda: importlib.import_module(f"benchmarks.{name}").rows(lines_of(name))
-
-
-def rows_of_speed(name, *columns):
-    ratios = {(line["what"], line["length"]): line["ratio"] for line in lines_of(name)}
-    return [[f"{n} tokens a row", *(f"{ratios[column, n]:.2f}" for column in columns)] for n in (64, 256)]
 
 
 def rows_of_splits():
@@ -251,21 +241,19 @@ def rows_of_rates():
     return [[str(rank), *(found.get((rank, rate), "") for rate in (3e-4, 1e-3, 3e-3, 1e-2))] for rank in (1, 4, 8, 32)]
 
 
-STEPS = ["seconds: cola / peft", "seconds: cola / floor", "peak_mib: cola / peft", "seconds: knot / cola"]
 # Those of domain_shift are printed by `python -m benchmarks.domain_shift --table`.
 PRODUCED = {
     ("docs/scaling.md", "| base | links |"): rows_of("bases"),
     ("docs/scaling.md", "| model | full"): lambda: scale.rows_of_options(lines_of("scale")),
-    ("docs/speed.md", "| | time / peft's |"): lambda: rows_of_speed("speed", *STEPS),
-    ("docs/speed.md", "| task | seconds |"): rows_of("commands"),
-    ("docs/speed.md", "| | start |"): lambda: [row for row in rows_of("rows")() if row[1] == "first"],
+    ("docs/speed.md", "| what | time / theirs |"): lambda: list(peft_table.rows()),
+    ("benchmarks/README.md", "| | start |"): lambda: [row for row in rows_of("rows")() if row[1] == "first"],
     ("docs/compared.md", "| rank | 3e-4 |"): rows_of_rates,
-    ("docs/results.md", "| paper's task |"): paper_table.rows,
-    ("docs/results.md", "| | method | rate |"): rows_of_splits,
-    ("docs/results.md", "| one knot |"): domain_shift.rows_of_one_knot,
+    ("benchmarks/README.md", "| paper's task |"): paper_table.rows,
+    ("benchmarks/README.md", "| | method | rate |"): rows_of_splits,
+    ("benchmarks/README.md", "| one knot |"): domain_shift.rows_of_one_knot,
     ("docs/results.md", "| domain shift |"): domain_shift.rows,
-    ("docs/results.md", "| GSM8K, Zig |"): lambda: study.table()[1:],
-    ("docs/results.md", "| small GPT |"): knots.table,
+    ("benchmarks/README.md", "| GSM8K, Zig |"): lambda: study.table()[1:],
+    ("benchmarks/README.md", "| small GPT |"): knots.table,
     ("docs/results.md", "| between two stages |"): lambda: stages.table_of_rates(Lines(stages.FILE))[1:],
     ("docs/results.md", "| at its best rate |"): lambda: stages.table(Lines(stages.FILE))[1:],
 }
@@ -281,11 +269,9 @@ def test_a_table_is_its_benchmarks(page, header, monkeypatch):
 
 def test_a_sentence_has_its_benchmarks_numbers(monkeypatch):
     monkeypatch.chdir(ROOT)
-    experts = [line for line in lines_of("speed") if "experts" in line["what"]]
+    speed = {(line["what"], line["length"]): line["ratio"] for line in lines_of("speed")}
+    floor = [speed["seconds: cola / floor", length] for length in (256, 64)]
     kills, half = lines_of("kills"), {line["model"]: line["same"] for line in lines_of("half")}
-    time, memory = (
-        [f"{line['ratio']:.2f}" for line in experts if line["what"].startswith(unit)] for unit in ("seconds", "mib")
-    )
     packing = {row[0]: row[2] for row in rows_of("packing")()}
     (wide,) = (row for row in rows_of("vocabulary")() if row[:2] == ["152,000", "8 x 1,024"])
     launched = {(row[0], row[1].split(",")[0].strip("`")): (row[2], row[4]) for row in rows_of("launches")()}
@@ -295,16 +281,33 @@ def test_a_sentence_has_its_benchmarks_numbers(monkeypatch):
         ("guarantees", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} by `python -m benchmarks.kills`"),
         ("scaling", "{module, bfloat16} (the module), {merged, bfloat16} (merged, with".format_map(half)),
         ("scaling", "{adapter, bfloat16} (adapter, with peft) of the {module, float32} predictions".format_map(half)),
-        ("speed", f"{time[0]} of peft's time and {memory[0]} of its memory"),
+        ("speed", f"shape takes {floor[0]:.2f} to {floor[1]:.2f} times the forward pass of the frozen model"),
+        ("speed", f"a run with five links {speed['seconds: 5 links / 1 link', 32]:.2f} times as long"),
         ("speed", f"trains {packing['grouped']} tokens a second in batches of 8 rows of similar length"),
         ("speed", f"and {packing['packed, 1,024']} in packs of 1,024 tokens"),
         ("speed", f"needs {wide[4]} MiB above the model, and {wide[2]} with the loss that transformers computes"),
         ("speed", f"in {wide[5]} and {wide[3]} seconds (`python -m benchmarks.vocabulary`)"),
-        ("speed", f"at 64 tokens a row, and {time[1]} and {memory[1]} at 256"),
-        ("speed", f"launches {mine[0]} operations, and peft under transformers' Trainer {theirs[0]}"),
-        ("speed", f"The host waits {mine[1]} times, and there {theirs[1]}, of which {plain[1]} are the model's own"),
-        ("speed", f"With 4 accumulated batches it is {launched['4', 'cola'][1]} and {launched['4', 'peft'][1]}"),
-        ("results", f"{of_scope[3]} instead of {of_scope[4]} with {of_scope[1]} of rank 1 in 800 steps"),
-        ("results", f"{of_base[1]} of rank 8 differ from LoRA by {of_base[-1]} in 3,200 steps"),
+        ("benchmarks/README", f"launches {mine[0]} operations, and peft under transformers' Trainer {theirs[0]}"),
+        (
+            "benchmarks/README",
+            f"The host waits {mine[1]} times, and there {theirs[1]}, of which {plain[1]} are the model's own",
+        ),
+        ("benchmarks/README", f"With 4 accumulated batches it is {launched['4', 'cola'][1]} and {launched['4', 'peft'][1]}"),
+        ("benchmarks/README", f"{of_scope[3]} instead of {of_scope[4]} with {of_scope[1]} of rank 1 in 800 steps"),
+        ("benchmarks/README", f"{of_base[1]} of rank 8 differ from LoRA by {of_base[-1]} in 3,200 steps"),
     ]:
-        assert sentence in " ".join(PAGES[f"docs/{page}.md"].split())
+        assert sentence in " ".join(PAGES[f"{page}.md" if "/" in page else f"docs/{page}.md"].split())
+
+
+def test_the_results_in_short_are_those_of_the_whole_tables(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    place, cells = "", set()
+    for row in study.table()[1:]:
+        place = row[0] or place
+        cells.add((place, row[-1]))
+    (body,) = re.findall(r"^\| \| 4 links of COLA .*\n.*\n((?:\|.*\|\n)+)", PAGES["docs/results.md"], re.MULTILINE)
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines()]
+    assert len(found) == 7
+    assert all((place, cell) in cells for place, *differences in found for cell in differences if cell)
+    digits = next(row for row in digits_splits.rows() if row[:2] == ["rank 1", "10 links"])[-1]
+    assert f"ten links of rank 1 are {digits.replace('+', '')} better" in " ".join(PAGES["docs/results.md"].split())
