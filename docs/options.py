@@ -27,6 +27,7 @@ from cola_lightning import (
     TextDataModule,
 )
 from cola_lightning.cli import main
+from cola_lightning.cli.help import HERE
 
 CLASSES = {
     "model": [COLACausalLM, COLAPreferenceLM, COLASequenceClassifier, COLAImageClassifier],
@@ -62,7 +63,7 @@ def rows(group: str, cls: type) -> Iterator[str]:
         if not name.startswith(f"--{group}.") or name.endswith((".help", "+")):
             continue
         default = "required" if action.required else f"`{shown(action.default)}`"
-        text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", " ".join((action.help or "").split()))
+        text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", " ".join(HERE.get(action.dest, action.help or "").split()))
         text = text.replace("|", "\\|").replace("``", "`")
         yield f"| `{name}` | {default} | {text} |"
 
