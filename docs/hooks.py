@@ -1,6 +1,6 @@
 """Hooks of mkdocs: README is the first page, a link out of ``docs/`` brings its file along, and ``cli.md`` lists all options.
 
-``api.md`` gets the docstrings of the names in its lists. So the same Markdown can be read on a repository's page and on the
+``api.md`` gets the docstrings of the public names. So the same Markdown can be read on a repository's page and on the
 site, and ``mkdocs build --strict`` checks its links.
 """
 
@@ -20,7 +20,7 @@ PAGES = {name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md")} | {
 }
 INHERITED = "build_model, adapted, chain, link, seed, trained_parameters, checkpoint_activations, compile_model, shard_model"
 OPTIONS = {"COLAModule": f"\n    options:\n      inherited_members: [{INHERITED}]"}
-NAME = re.compile(r"^\* \[`(\w+)`\]\(\.\./([\w/]+)\.py\)", re.MULTILINE)  # of the lists in api.md, with its file
+NAME = re.compile(r"^from \.([\w.]+) import (\w+) as", re.MULTILINE)  # a public name after its file, in the package's stub
 LINK = re.compile(r"(\]\()([^)#:]+)((?:#[^)]*)?\))")  # to a file, not an address
 
 
@@ -47,13 +47,14 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         return f"{match[1]}{names.get(path, path.removeprefix('docs/'))}{match[3]}"
 
     text = LINK.sub(moved, markdown)
-    ends = {"cli.md": all_options, "api.md": lambda: docstrings(markdown)}
+    ends = {"cli.md": all_options, "api.md": docstrings}
     return f"{text}\n\n{ends[page.file.src_path]()}" if page.file.src_path in ends else text
 
 
-def docstrings(markdown: str) -> str:
-    """What makes mkdocstrings show the docstrings of the names in a page's lists."""
-    names = [f"::: {path.replace('/', '.')}.{name}{OPTIONS.get(name, '')}" for name, path in NAME.findall(markdown)]
+def docstrings() -> str:
+    """What makes mkdocstrings show the docstrings of the public names."""
+    stub = (ROOT / "cola_lightning" / "__init__.pyi").read_text()
+    names = [f"::: cola_lightning.{path}.{name}{OPTIONS.get(name, '')}" for path, name in NAME.findall(stub)]
     return "\n\n".join(["## Docstrings", *names])
 
 

@@ -247,7 +247,7 @@ PRODUCED = {
     ("docs/scaling.md", "| model | full"): lambda: scale.rows_of_options(lines_of("scale")),
     ("docs/speed.md", "| what | time / theirs |"): lambda: list(peft_table.rows()),
     ("benchmarks/README.md", "| | start |"): lambda: [row for row in rows_of("rows")() if row[1] == "first"],
-    ("docs/compared.md", "| rank | 3e-4 |"): rows_of_rates,
+    ("docs/cli.md", "| rank | 3e-4 |"): rows_of_rates,
     ("benchmarks/README.md", "| paper's task |"): paper_table.rows,
     ("benchmarks/README.md", "| | method | rate |"): rows_of_splits,
     ("benchmarks/README.md", "| one knot |"): domain_shift.rows_of_one_knot,
