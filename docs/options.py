@@ -27,7 +27,7 @@ from cola_lightning import (
     TextDataModule,
 )
 from cola_lightning.cli import main
-from cola_lightning.cli.help import HERE
+from cola_lightning.cli.help import ELSEWHERE, HERE
 
 CLASSES = {
     "model": [COLACausalLM, COLAPreferenceLM, COLASequenceClassifier, COLAImageClassifier],
@@ -96,6 +96,8 @@ def markdown() -> str:
     parts.append("Options of the other commands:")
     for command in COMMANDS:
         parts += [f"### cola {command}", f"```text\n{text_of_help(command)}\n```"]
+    names = [f"| {', '.join(f'`{name}`' for name in names)} | `{here}` |" for names, here in ELSEWHERE.items()]
+    parts += ["### Options of other tools", "\n".join(["| in peft, Trainer, TRL or axolotl | here |", "|---|---|", *names])]
     return "\n\n".join(parts)
 
 

@@ -391,7 +391,7 @@ def test_the_example_of_optuna_finds_a_learning_rate(tmp_path, monkeypatch):
         "n_trials=6": "n_trials=2",
         '"benchmarks/digits.yaml"': '"benchmarks/digits.yaml", "--trainer.max_epochs=10"',
     }
-    example, names = foreign_tasks.example("study.md", "optuna"), {"__name__": __name__}
+    example, names = Path("benchmarks", "rates_by_optuna.py").read_text(), {"__name__": __name__}
     for stated, short in shorter.items():
         assert stated in example
         example = example.replace(stated, short)

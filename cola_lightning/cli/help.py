@@ -60,7 +60,7 @@ HERE = {
     "ckpt_path": "Load a run: its folder, or a checkpoint's path or URL. `last` is the newest run in this folder with the same "
     "options of model, data and chain.",
 }
-# Options of peft, transformers' Trainer, TRL and axolotl, and what is typed here; docs/cli.md shows this table.
+# Options of peft, transformers' Trainer, TRL and axolotl, and what is typed here; docs/options.py shows this table on the site.
 ELSEWHERE = {
     ("r", "lora_r"): "--model.rank 8",
     ("lora_alpha",): "--model.alpha 16",
