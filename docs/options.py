@@ -43,6 +43,19 @@ CLASSES = {
     "last": [LastCheckpoint],
     "trainer": [Trainer],
 }
+# What is called otherwise there, and is no option of the command.
+IDEAS = """\
+| `target_parameters` (experts) | `experts: true` |
+| `get_peft_model(model, config)` | `AdaptedModel(build_model, LoRAConfig(...))` |
+| `merge_and_unload()`, `save_pretrained(folder)` | `module.merged_model()`, `module.export(folder, "peft")` |
+| `PeftModel.from_pretrained(base, "adapter")` | `init_chain: adapter`; it becomes the first link |
+| `assistant_only_loss`, `completion_only_loss` | the default |
+| `relora: true` | `chain.every_n_train_steps`, `model.kept_optimizer_state: 0.01`, `model.schedule_scope: run` |
+| `use_rslora` | `scaling: rslora` |
+| `rank_pattern`, `alpha_pattern`, `exclude_modules`, `layers_to_transform` | the same names |
+| `loraplus_lr_ratio` | `lr_ratio_B: 16` |
+| DoRA, PiSSA, LoftQ | not available |
+"""
 COMMANDS = ["generate", "inspect", "export", "stages", "compare", "configs"]
 
 
@@ -97,7 +110,10 @@ def markdown() -> str:
     for command in COMMANDS:
         parts += [f"### cola {command}", f"```text\n{text_of_help(command)}\n```"]
     names = [f"| {', '.join(f'`{name}`' for name in names)} | `{here}` |" for names, here in ELSEWHERE.items()]
-    parts += ["### Options of other tools", "\n".join(["| in peft, Trainer, TRL or axolotl | here |", "|---|---|", *names])]
+    parts += [
+        "### Options of other tools",
+        "\n".join(["| in peft, Trainer, TRL or axolotl | here |", "|---|---|", *names, IDEAS.strip()]),
+    ]
     return "\n\n".join(parts)
 
 

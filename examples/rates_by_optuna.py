@@ -1,7 +1,7 @@
 """Searches for a learning rate and the length of a link with Optuna: each trial is a ``cola fit`` on digits.
 
     pip install optuna scikit-learn
-    python -m benchmarks.rates_by_optuna
+    python examples/rates_by_optuna.py
 
 The best validation accuracy of six trials was 0.989.
 """
