@@ -8,7 +8,7 @@ A run of 800 steps takes two to three minutes, one of 3,200 eight to twelve; the
 
     python -m benchmarks.domain_shift --table
 
-draws ``domain_shift.png`` from the lines that are there, and prints the tables of docs/results.md.
+draws ``domain_shift.png`` from the lines that are there, and prints the tables of docs/results.md and README.md in this folder.
 
     python -m benchmarks.domain_shift --output FOLDER
 
@@ -146,7 +146,7 @@ def rows(folder: Path = FOLDER) -> list[list[str]]:
 
 
 def rows_of_scopes(folder: Path = FOLDER) -> list[list[str]]:
-    """What docs/results.md says of the two schedules: the same runs with one decay over the run and with one in each link."""
+    """What README.md here says of the two schedules: the same runs with one decay over the run, and one in each link."""
     table = []
     for stage in studies(folder, "decay-in-each-link"):
         over_run = replace(stage, variant="").results(folder)
@@ -161,13 +161,13 @@ def rows_of_scopes(folder: Path = FOLDER) -> list[list[str]]:
 
 
 def rows_of_one_base(folder: Path = FOLDER) -> list[list[str]]:
-    """What docs/results.md says of the runs that began from the same weights."""
+    """What benchmarks/README.md says of the runs that began from the same weights."""
     stages = studies(folder, "one-base")
     return [[stage.place, *short_cells(row, NAMES[row.method])] for stage in stages for row in summarize(stage.best(folder))]
 
 
 def rows_of_one_knot(folder: Path = FOLDER) -> list[list[str]]:
-    """What docs/results.md says of one early knot: that chain and LoRA, on the same seeds."""
+    """What benchmarks/README.md says of one early knot: that chain and LoRA, on the same seeds."""
     table = []
     for stage in studies(folder, "knot-at-a-quarter"):
         one_knot = stage.best(folder)

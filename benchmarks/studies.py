@@ -48,7 +48,7 @@ def main(
     tables: Sequence[Callable[[Path], Iterable[list[str]]]],
     draw: Callable[[Path], None] | None = None,
 ) -> None:
-    """The command of such a benchmark: runs what is missing, then prints the tables of docs/results.md.
+    """The command of such a benchmark: runs what is missing, then prints its tables in README.md of this folder.
 
     Args:
         description: shown by ``--help``.

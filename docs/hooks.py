@@ -1,6 +1,6 @@
 """Hooks of mkdocs: README is the first page, a link out of ``docs/`` brings its file along, and ``cli.md`` lists all options.
 
-``api.md`` gets the docstrings of the names in its lists. So the same Markdown can be read on a repository's page and on the
+``api.md`` gets the docstrings of the public names. So the same Markdown can be read on a repository's page and on the
 site, and ``mkdocs build --strict`` checks its links.
 """
 
@@ -14,11 +14,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+PAGES = {name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md")} | {
+    "index.md": "README.md",
+    "tables.md": "benchmarks/README.md",
+}
 INHERITED = "build_model, adapted, chain, link, seed, trained_parameters, checkpoint_activations, compile_model, shard_model"
 OPTIONS = {"COLAModule": f"\n    options:\n      inherited_members: [{INHERITED}]"}
-NAME = re.compile(r"^\* \[`(\w+)`\]\(\.\./([\w/]+)\.py\)", re.MULTILINE)  # of the lists in api.md, with its file
-LINK = re.compile(r"(\]\()([^)#:]+)([^)]*\))")
+NAME = re.compile(r"^from \.([\w.]+) import (\w+) as", re.MULTILINE)  # a public name after its file, in the package's stub
+LINK = re.compile(r"(\]\()([^)#:]+)((?:#[^)]*)?\))")  # to a file, not an address
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -36,20 +39,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Rewrites links for the site, where README is ``index.md`` and all pages lie in one folder."""
-    is_in_docs = page.file.src_path not in PAGES
+    folder = (ROOT / PAGES.get(page.file.src_path, f"docs/{page.file.src_path}")).parent
+    names = {source: path for path, source in PAGES.items()}
 
     def moved(match: re.Match[str]) -> str:
-        path = match[2].removeprefix("../") if is_in_docs else match[2].removeprefix("docs/")
-        return f"{match[1]}{'index.md' if path == 'README.md' else path}{match[3]}"
+        path = (folder / match[2]).resolve().relative_to(ROOT).as_posix()
+        return f"{match[1]}{names.get(path, path.removeprefix('docs/'))}{match[3]}"
 
     text = LINK.sub(moved, markdown)
-    ends = {"cli.md": all_options, "api.md": lambda: docstrings(markdown)}
+    ends = {"cli.md": all_options, "api.md": docstrings}
     return f"{text}\n\n{ends[page.file.src_path]()}" if page.file.src_path in ends else text
 
 
-def docstrings(markdown: str) -> str:
-    """What makes mkdocstrings show the docstrings of the names in a page's lists."""
-    names = [f"::: {path.replace('/', '.')}.{name}{OPTIONS.get(name, '')}" for name, path in NAME.findall(markdown)]
+def docstrings() -> str:
+    """What makes mkdocstrings show the docstrings of the public names."""
+    stub = (ROOT / "cola_lightning" / "__init__.pyi").read_text()
+    names = [f"::: cola_lightning.{path}.{name}{OPTIONS.get(name, '')}" for path, name in NAME.findall(stub)]
     return "\n\n".join(["## Docstrings", *names])
 
 

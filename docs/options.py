@@ -27,6 +27,7 @@ from cola_lightning import (
     TextDataModule,
 )
 from cola_lightning.cli import main
+from cola_lightning.cli.help import ELSEWHERE, HERE
 
 CLASSES = {
     "model": [COLACausalLM, COLAPreferenceLM, COLASequenceClassifier, COLAImageClassifier],
@@ -42,6 +43,19 @@ CLASSES = {
     "last": [LastCheckpoint],
     "trainer": [Trainer],
 }
+# What is called otherwise there, and is no option of the command.
+IDEAS = """\
+| `target_parameters` (experts) | `experts: true` |
+| `get_peft_model(model, config)` | `AdaptedModel(build_model, LoRAConfig(...))` |
+| `merge_and_unload()`, `save_pretrained(folder)` | `module.merged_model()`, `module.export(folder, "peft")` |
+| `PeftModel.from_pretrained(base, "adapter")` | `init_chain: adapter`; it becomes the first link |
+| `assistant_only_loss`, `completion_only_loss` | the default |
+| `relora: true` | `chain.every_n_train_steps`, `model.kept_optimizer_state: 0.01`, `model.schedule_scope: run` |
+| `use_rslora` | `scaling: rslora` |
+| `rank_pattern`, `alpha_pattern`, `exclude_modules`, `layers_to_transform` | the same names |
+| `loraplus_lr_ratio` | `lr_ratio_B: 16` |
+| DoRA, PiSSA, LoftQ | not available |
+"""
 COMMANDS = ["generate", "inspect", "export", "stages", "compare", "configs"]
 
 
@@ -62,7 +76,7 @@ def rows(group: str, cls: type) -> Iterator[str]:
         if not name.startswith(f"--{group}.") or name.endswith((".help", "+")):
             continue
         default = "required" if action.required else f"`{shown(action.default)}`"
-        text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", " ".join((action.help or "").split()))
+        text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", " ".join(HERE.get(action.dest, action.help or "").split()))
         text = text.replace("|", "\\|").replace("``", "`")
         yield f"| `{name}` | {default} | {text} |"
 
@@ -95,6 +109,11 @@ def markdown() -> str:
     parts.append("Options of the other commands:")
     for command in COMMANDS:
         parts += [f"### cola {command}", f"```text\n{text_of_help(command)}\n```"]
+    names = [f"| {', '.join(f'`{name}`' for name in names)} | `{here}` |" for names, here in ELSEWHERE.items()]
+    parts += [
+        "### Options of other tools",
+        "\n".join(["| in peft, Trainer, TRL or axolotl | here |", "|---|---|", *names, IDEAS.strip()]),
+    ]
     return "\n\n".join(parts)
 
 

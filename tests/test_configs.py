@@ -78,7 +78,7 @@ def test_other_knots_replace_a_configs_own(path, words, tmp_path, monkeypatch):
     path = Path(path).absolute()
     monkeypatch.chdir(tmp_path)
     Path("knots.yaml").write_text("chain: {knots: 4}")
-    config = resolve_config(["--config", str(path), "--config", str(FOLDER.absolute() / "overlays" / "one_knot.yaml"), *words])
+    config = resolve_config(["--config", str(path), "--config", str(ROOT / "benchmarks" / "one_knot.yaml"), *words])
     run = RunLength(lambda epoch: 20, max_epochs=4, max_steps=math.inf)
     options = {name: config["chain"][name] for name in (*KNOT_OPTIONS, "until", "knot", "share")}
     assert ChainSchedule(**options).in_run(run, stable_share=0.6).at_steps == [12, 24, 36, 48]
@@ -93,7 +93,7 @@ def test_no_knots_of_one_kind_leave_a_configs_own(tmp_path):
 
 @with_knots
 def test_the_overlay_of_one_knot_replaces_a_configs_own_knots(path):
-    config = resolve_config(["--config", str(path), "--config", str(FOLDER / "overlays" / "one_knot.yaml")])
+    config = resolve_config(["--config", str(path), "--config", str(ROOT / "benchmarks" / "one_knot.yaml")])
     run = RunLength(lambda epoch: 20, max_epochs=4, max_steps=math.inf)
     whens = {when: config["chain"][when] for when in (*KNOT_OPTIONS, "until")}
     assert ChainSchedule(**whens).in_run(run).at_steps == [20]

@@ -131,9 +131,9 @@ def test_an_architecture_trains_and_knots_and_exports_and_generates(tmp_path, ar
         assert difference(again.delta(name), chain.delta(name)) <= 1e-5 * chain.delta(name).abs().max()
 
 
-def test_the_documents_name_these_architectures():
-    (names,) = re.findall(r"exported, and compared: (.*?)\.\n", Path("docs/python.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert sorted(re.findall(r"`(\w+)`", names)) == sorted(tiny.MIXTURES)
+def test_the_documents_count_these_architectures():
+    page = " ".join(Path("docs/python.md").read_text(encoding="utf-8").split())
+    assert f"a tiny model of each of {len(tiny.MIXTURES)} architectures" in page
 
 
 # ---------------------------------------------------------------------- which experts, and by what

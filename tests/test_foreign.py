@@ -307,7 +307,7 @@ def test_an_encoder_decoder_as_a_causal_model_is_refused_in_one_line_that_names_
 def test_the_example_of_an_encoder_decoder_trains_a_t5_and_exports_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, folder = {"__name__": __name__}, encoder_decoder(tmp_path / "t5", "t5")
-    exec(foreign_tasks.example("python.md", "Seq2Seq").replace("google-t5/t5-small", folder), names)
+    exec((foreign_tasks.ROOT / "examples" / "encoder_decoder.py").read_text().replace("google-t5/t5-small", folder), names)
     module = names["module"]
     assert len(module.chain) == 1
     assert all(link.norm() > 0 for link in module.full_chain().links)
@@ -391,7 +391,7 @@ def test_the_example_of_optuna_finds_a_learning_rate(tmp_path, monkeypatch):
         "n_trials=6": "n_trials=2",
         '"benchmarks/digits.yaml"': '"benchmarks/digits.yaml", "--trainer.max_epochs=10"',
     }
-    example, names = foreign_tasks.example("study.md", "optuna"), {"__name__": __name__}
+    example, names = (foreign_tasks.ROOT / "examples" / "rates_by_optuna.py").read_text(), {"__name__": __name__}
     for stated, short in shorter.items():
         assert stated in example
         example = example.replace(stated, short)

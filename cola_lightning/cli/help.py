@@ -47,13 +47,20 @@ MAIN_OPTIONS = {
     "--chain.every_n_train_steps N": "Begin a new link every N optimizer steps.",
     "--data.batch_size 8": "Put this many rows into a training batch.",
     "--data.max_length 1024": "Shorten rows with more tokens than this.",
-    "--trainer.max_epochs 3": "Train for this many epochs, or, with --trainer.max_steps N, for N optimizer steps.",
+    "--trainer.max_epochs 3": "Train for this many epochs. With --trainer.max_steps N, train for N optimizer steps.",
     "--trainer.precision 32-true": "Compute in this precision, for example `bf16-mixed`.",
     "--trainer.accumulate_grad_batches 1": "Add up the gradients of this many batches for each optimizer step.",
     "--trainer.devices auto": "Use this many GPUs. `auto` uses all.",
     "--ckpt_path RUN": "Load a run: its folder or checkpoint. A fit resumes it. `last` is the newest run with these options.",
 }
-# Options of peft, transformers' Trainer, TRL and axolotl, and what is typed here; docs/cli.md shows this table.
+# What `--help` says of options of Lightning's whose own text is of a Trainer in Python, and not of this command.
+HERE = {
+    "trainer.max_epochs": "Stop after this many epochs; `-1` sets no limit. Default: 3, if nothing else limits the fit.",
+    "trainer.max_steps": "Stop after this many optimizer steps; `-1` sets no limit.",
+    "ckpt_path": "Load a run: its folder, or a checkpoint's path or URL. `last` is the newest run in this folder with the same "
+    "options of model, data and chain.",
+}
+# Options of peft, transformers' Trainer, TRL and axolotl, and what is typed here; docs/options.py shows this table on the site.
 ELSEWHERE = {
     ("r", "lora_r"): "--model.rank 8",
     ("lora_alpha",): "--model.alpha 16",
@@ -82,7 +89,7 @@ ELSEWHERE = {
 OPTION_BY_OTHER_NAME = {name: here for names, here in ELSEWHERE.items() for name in names}
 LOGGERS = {"tensorboard": "TensorBoardLogger", "wandb": "WandbLogger", "mlflow": "MLFlowLogger", "csv": "CSVLogger"}
 EXAMPLES = {
-    "fit": "cola fit --model.model_name NAME --data.source FILE --chain.every_n_epochs 1",
+    "fit": "cola fit --model.model_name NAME --data.source FILE --chain.name sft",
     "validate": "cola validate --config runs/version_0/config.yaml --ckpt_path runs/version_0",
     "test": "cola test --config runs/version_0/config.yaml --ckpt_path runs/version_0",
     "predict": "cola predict --config runs/version_0/config.yaml --ckpt_path runs/version_0",
@@ -147,6 +154,8 @@ def help_formatter(hidden: tuple[str, ...] = ()) -> "type[DefaultHelpFormatter]"
 
         # Private, but what a formatter overrides: argparse's ArgumentDefaultsHelpFormatter and jsonargparse's do.
         def _get_help_string(self, action: argparse.Action) -> str:
+            if action.dest in HERE:
+                return HERE[action.dest]
             text = re.sub(r"(?::\w+:)?`+(?:~[\w.]+\.)?([^`]+)`+", r"`\1`", action.help or "")  # docstrings' marks for code
             if action.default is not None:  # the text has Lightning's
                 text = text.removesuffix("\nDefault: `None`.")
