@@ -61,7 +61,7 @@ def facts_of(module: "COLAModule") -> dict[str, Any]:
         "dtype": str(adapted.cast_dtype).removeprefix("torch.") if live else None,  # to which a precision has cast layers
         "seed": adapted.seed,
         "init_chain_source": module.init_chain_source,
-        "initial_values": adapted.trained.initial,
+        "first_values": adapted.trained.initial,
         "link_start": list(current.start),
         "position": list(current.position),
         "scheduled": _scheduled(module, module.n_finished + 1),
@@ -219,7 +219,7 @@ def restore(module: "COLAModule", state: StoredState) -> bool:
     progress.end = FitPosition(*facts["position"]) if has_current else None
     current.start, current.name = FitPosition(*facts["link_start"]), state.names[-1] if has_current else None
     current.earlier = {} if state.live is None or not has_current else state.live.metrics
-    adapted.trained.initial = dict(facts["initial_values"])
+    adapted.trained.initial = dict(facts["first_values"])
     if not has_current:
         adapted.trained.write(adapted.extras_after(unscaled))
         if adapted.layers:
