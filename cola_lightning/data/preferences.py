@@ -2,18 +2,18 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 from typing_extensions import override
 
 from cola_lightning.data.chat import encode_preferences
-from cola_lightning.data.columns import Columns, Kind, Reading, find_columns, find_pairs
-from cola_lightning.data.conversations import Question, preference, preference_question, preference_texts
+from cola_lightning.data.columns import Kind, Reading, find_columns, find_pairs
+from cola_lightning.data.conversations import preference, preference_texts
 from cola_lightning.data.encoding import (
     TOO_LONG,
     LanguageRow,
     Pair,
-    PromptRow,
     TooLong,
     collate_language,
     encode_responses,
@@ -21,10 +21,43 @@ from cola_lightning.data.encoding import (
     room_for_prompt,
     truncate_left,
 )
-from cola_lightning.data.rows import Row, Rows, each, together
+from cola_lightning.data.preprocessing import Preprocessor
+from cola_lightning.data.rows import Row, each, together
 from cola_lightning.data.source import Source
-from cola_lightning.data.text import TextDataModule
+from cola_lightning.data.text import LanguageRows, TextDataModule
 from cola_lightning.errors import UnusableRow, UserError
+
+
+@dataclass(frozen=True)
+class PreferencePairs(LanguageRows):
+    """Two responses to one prompt, with the loss on both.
+
+    Attributes:
+        kind: whether they are turns, or texts that follow their prompt.
+    """
+
+    kind: Kind = "prompt"
+
+    @property
+    @override
+    def features(self) -> dict[str, Any]:
+        return {"input_ids": ["int32"], "spans": ["int32"], "n_chosen": "int32"}
+
+    @override
+    def encode(self, rows: Sequence[Row], notes: set[str]) -> Sequence[list[LanguageRow] | UnusableRow]:
+        encoded: Sequence[tuple[LanguageRow, LanguageRow] | UnusableRow]
+        max_length, too_long = self.max_length, self.too_long
+        if self.template is None:
+            texts = each(lambda row: preference_texts(row, self.columns), rows)
+            encoded = together(lambda usable: encode_texts(self.tokenizer, usable, max_length, too_long), texts)
+        else:
+            template, pairs = self.template, each(lambda row: preference(row, self.kind, self.columns), rows)
+            encoded = together(lambda usable: encode_preferences(template, usable, max_length, notes, too_long), pairs)
+        return each(lambda pair: [joined(*pair)], encoded)
+
+    @override
+    def collate(self, examples: list[LanguageRow]) -> dict[str, Any]:
+        return collate_pairs(examples, self.tokenizer.pad_token_id)
 
 
 class PreferenceDataModule(TextDataModule):
@@ -53,8 +86,6 @@ class PreferenceDataModule(TextDataModule):
         UserError: for invalid files, rows and sizes, and for a model that does not train pairs.
     """
 
-    features: ClassVar[dict[str, Any]] = TextDataModule.features | {"n_chosen": "int32"}
-
     def __init__(
         self,
         source: tuple[str | Source, ...] | str,
@@ -76,7 +107,7 @@ class PreferenceDataModule(TextDataModule):
         super().setup(stage)
 
     @override
-    def _read_columns(self, rows: Rows, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:
+    def read_columns(self, rows: Any, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:
         try:
             return find_pairs(rows.columns, rows.lists, chosen)
         except UserError:
@@ -85,27 +116,8 @@ class PreferenceDataModule(TextDataModule):
             return find_columns(rows.columns, rows.lists, chosen, has_response=False)  # rows with prompts alone, to predict
 
     @override
-    def _question(self, row: Row, kind: Kind, columns: Columns) -> Question:
-        return preference_question(row, kind, columns) if "chosen" in columns else super()._question(row, kind, columns)
-
-    @override
-    def _encode(
-        self, kind: Kind, columns: Columns, rows: Sequence[Row], notes: set[str]
-    ) -> Sequence[list[LanguageRow] | UnusableRow]:
-        encoded: Sequence[tuple[LanguageRow, LanguageRow] | UnusableRow]
-        max_length, too_long = self.max_length, self.too_long
-        if kind == "prompt" and not self.applies_chat_template:
-            texts = each(lambda row: preference_texts(row, columns), rows)
-            encoded = together(lambda usable: encode_texts(self.tokenizer, usable, max_length, too_long), texts)
-        else:
-            template, pairs = self._template, each(lambda row: preference(row, kind, columns), rows)
-            encoded = together(lambda usable: encode_preferences(template, usable, max_length, notes, too_long), pairs)
-        return each(lambda pair: [joined(*pair)], encoded)
-
-    @override
-    def collate(self, rows: list[Any]) -> dict[str, Any]:
-        is_predict = isinstance(rows[0], PromptRow)
-        return super().collate(rows) if is_predict else collate_pairs(rows, self.tokenizer.pad_token_id)
+    def trained(self, kind: Kind, **known: Any) -> Preprocessor:
+        return PreferencePairs(**known, kind=kind)
 
 
 def encode_texts(

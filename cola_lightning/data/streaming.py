@@ -4,13 +4,14 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from cola_lightning.data.preprocessing import Preprocessor
 from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import MOST_VALIDATION_ROWS, Encode, Row, Rows
+from cola_lightning.data.rows import MOST_VALIDATION_ROWS, Row, Rows
 from cola_lightning.data.splits import Splits, hub_data
 from cola_lightning.errors import UnusableRow, UserError
 from cola_lightning.seeding import derive_seed
@@ -83,28 +84,20 @@ class Stream:
             parts[part] = self if part == "train" else self._read(start, self.n_held_out)
         return parts
 
-    def mapped(
-        self, encode: Encode, features: Collection[str], identity: str | None, num_proc: int | None = None
-    ) -> tuple["EncodedStream", RowReport]:
-        """The rows, which are encoded and counted when a loader reads them, and an empty report."""
-        return EncodedStream(self, encode, [*features]), RowReport()
-
 
 class EncodedStream:
     """Training rows that are encoded while they are read.
 
     Args:
         stream: the rows.
-        encode: makes encoded rows of each row: several, or none.
-        names: the names of the encoded rows' fields.
+        preprocessor: that of their kind.
     """
 
-    def __init__(self, stream: Stream, encode: Encode, names: Sequence[str]) -> None:
-        self.stream, self.encode, self.names = stream, encode, names
+    def __init__(self, stream: Stream, preprocessor: Preprocessor) -> None:
+        self.stream, self.preprocessor = stream, preprocessor
 
     def loader(
         self,
-        collate: Callable[..., Any],
         seed: int | str,
         processes: tuple[int, int],
         check: Callable[[RowReport], None],
@@ -113,7 +106,6 @@ class EncodedStream:
         """A loader of the rows that are not held out, shuffled by a buffer; torchdata's, which has a state, if it is installed.
 
         Args:
-            collate: makes a batch of encoded rows.
             seed: of the order.
             processes: the number of processes, each of which reads other rows, and this process's rank.
             check: refuses the rows read so far, by the report on them, if too many of them are skipped.
@@ -134,7 +126,7 @@ class EncodedStream:
         kind: Any = DataLoader
         with contextlib.suppress(ImportError):
             from torchdata.stateful_dataloader import StatefulDataLoader as kind  # type: ignore[no-redef]
-        loader = kind(data, collate_fn=collate, **options)
+        loader = kind(data, collate_fn=self.preprocessor.collate, **options)
         loader.sampler.set_epoch = data.set_epoch  # Lightning calls a sampler's
         return loader
 
@@ -143,7 +135,7 @@ class EncodedStream:
     ) -> dict[str, list[Any]]:
         place, notes = self.stream.place, set[str]()
         rows = [Row(dict(zip(fields, values, strict=True)), place) for values in zip(*fields.values(), strict=True)]
-        outcomes = self.encode(rows, notes)
+        outcomes = self.preprocessor.encode(rows, notes)
         report.n_rows += len(rows)
         for reason in (str(outcome) for outcome in outcomes if isinstance(outcome, UnusableRow)):
             notes.add(f"{place}: rows are skipped: {reason}")
@@ -153,7 +145,7 @@ class EncodedStream:
             log.info("%s", note)
         report.notes |= notes
         encoded = [row for outcome in outcomes if not isinstance(outcome, UnusableRow) for row in outcome]
-        return {name: [row[name] for row in encoded] for name in self.names}
+        return {name: [row[name] for row in encoded] for name in self.preprocessor.features or ()}
 
 
 def stream_splits(source: str, subset: str | None, revision: str | None) -> Splits[Stream]:
