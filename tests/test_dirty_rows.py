@@ -232,7 +232,7 @@ class OwnTexts(Texts):
 
 
 class Own(TextDataModule):
-    def trained(self, kind, **known):
+    def trained(self, **known):
         return OwnTexts(**known)
 
 

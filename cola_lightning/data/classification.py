@@ -3,7 +3,7 @@
 import itertools
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from cola_lightning.data.encoding import TOO_LONG, TooLong
 from cola_lightning.data.labels import ClassReader, class_name, count_classes, find_classes, sorted_labels
-from cola_lightning.data.preprocessing import Size, TokenPreprocessor
-from cola_lightning.data.rows import Row, Rows, each, together
+from cola_lightning.data.preprocessing import TokenPreprocessor
+from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.tokenized import TokenizedDataModule
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
@@ -149,30 +149,21 @@ class LabelledTexts(TokenPreprocessor):
         columns: those with the texts.
         label: reads a row's label.
         too_long: whether to shorten or to skip a longer text.
+        features: what the tokenizer returns, and the label.
     """
 
-    columns: Sequence[str]
+    columns: tuple[str, ...]
     label: ClassReader
     too_long: TooLong
-
-    @property
-    @override
-    def features(self) -> dict[str, Any]:
-        return {name: ["int32"] for name in self.tokenizer("a")} | {"labels": "int64"}
+    features: Mapping[str, Any]
 
     @override
-    def encode(self, rows: Sequence[Row], notes: set[str]) -> Sequence[list[dict[str, Any]] | UnusableRow]:
-        return together(self._tokens, each(lambda row: (self.label(row), [row.text(name) for name in self.columns]), rows))
+    def read(self, row: Row) -> tuple[int, list[str]]:
+        return self.label(row), [row.text(name) for name in self.columns]
 
-    def _tokens(self, read: list[tuple[int, list[str]]]) -> list[list[dict[str, Any]] | UnusableRow]:
-        """Tokenizes rows.
-
-        Args:
-            read: the label and the texts of each row.
-        """
-        if not read:
-            return []
-        tokenizer, inputs = self.tokenizer, [list(column) for column in zip(*(texts for _, texts in read), strict=True)]
+    @override
+    def encode(self, items: Sequence[tuple[int, list[str]]], notes: set[str]) -> list[list[dict[str, Any]] | UnusableRow]:
+        tokenizer, inputs = self.tokenizer, [list(column) for column in zip(*(texts for _, texts in items), strict=True)]
         side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
         try:
             encoded = tokenizer(*inputs, truncation=True, max_length=self.max_length)
@@ -181,18 +172,14 @@ class LabelledTexts(TokenPreprocessor):
 
         def encoded_row(k: int) -> list[dict[str, Any]]:
             lost = encoded.encodings[k].overflowing if encoded.encodings else []
-            row = {name: values[k] for name, values in encoded.items()} | {"labels": read[k][0]}
+            row = {name: values[k] for name, values in encoded.items()} | {"labels": items[k][0]}
             if not row["input_ids"]:
                 raise UnusableRow("no text")
             if lost and self.too_long == "skip":
                 raise UnusableRow(TOO_LONG)
             return [row | {"lost": sum(len(piece.ids) - sum(piece.special_tokens_mask) for piece in lost)}]
 
-        return each(encoded_row, range(len(read)))
-
-    @override
-    def size(self, example: dict[str, Any]) -> Size:
-        return Size(len(example["input_ids"]), example["lost"])
+        return each(encoded_row, range(len(items)))
 
     @override
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -253,4 +240,6 @@ class TextClassificationDataModule(TokenizedDataModule, LabelledDataModule):
     @override
     def preprocessor_of(self, rows: Rows, part: str) -> LabelledTexts:
         texts, label = self._find_columns(rows)
-        return LabelledTexts(self.tokenizer, self.max_length, tuple(texts), self.class_reader(rows, label), self.too_long)
+        features = {name: ["int32"] for name in self.tokenizer("a")} | {"labels": "int64"}
+        reader = self.class_reader(rows, label)
+        return LabelledTexts(self.tokenizer, self.max_length, tuple(texts), reader, self.too_long, features)

@@ -236,36 +236,33 @@ class OptionRows(TokenPreprocessor):
     """Rows with options to choose from, or with an answer to be generated.
 
     Attributes:
-        example: makes the example of a row; None: examples come without rows.
+        example: makes the example of a row.
         loss: over all ``options``, or the language-model loss on the right ``answer`` only.
         metric: the metric; None: accuracy of options, F1 and exact match of generated answers.
         is_chat: whether prompts are a user's turn in the tokenizer's chat template.
         is_trained: whether these are training rows, of which the language-model loss needs the right option alone.
         too_long: whether to shorten or to skip a longer prompt or answer.
-        templates: the prompt, and the options (or the name of the field that lists them), with a row's fields in braces; None
-            for what is not made from a template.
         seen: the different options of the rows so far; None: of those whose answer is generated.
     """
 
-    example: Callable[[Row], Example] | None = None
+    example: Callable[[Row], Example]
     loss: Loss = "options"
     metric: str | None = None
     is_chat: bool = False
     is_trained: bool = False
     too_long: TooLong = "shorten"
-    templates: tuple[str | None, list[str] | str | None] = (None, None)
     seen: set[tuple[str, ...] | None] = field(default_factory=set)
 
     @override
-    def encode(self, rows: Sequence[Row], notes: set[str]) -> Sequence[list[EncodedExample] | UnusableRow]:
-        assert self.example is not None, "rows need it"
-        return each(lambda encoded: [encoded], together(self.encode_examples, each(self.example, rows)))
+    def read(self, row: Row) -> Example:
+        return self.example(row)
 
-    def encode_examples(self, examples: Sequence[Example]) -> list[EncodedExample | UnusableRow]:
-        """Each example in tokens, or the reason why it cannot be used."""
-        self.seen.update(None if example.is_generated else example.options for example in examples)
+    @override
+    def encode(self, items: Sequence[Example], notes: set[str]) -> list[list[EncodedExample] | UnusableRow]:
+        self.seen.update(None if example.is_generated else example.options for example in items)
         options: Any = {"is_chat": self.is_chat, "is_learned": self.is_trained and self.loss == "answer"}
-        return encode_examples(self.tokenizer, examples, self.max_length, too_long=self.too_long, **options)
+        encoded = encode_examples(self.tokenizer, items, self.max_length, too_long=self.too_long, **options)
+        return each(lambda example: [example], encoded)
 
     @override
     def size(self, example: EncodedExample) -> Size:
@@ -274,17 +271,6 @@ class OptionRows(TokenPreprocessor):
     @override
     def collate(self, examples: list[EncodedExample]) -> dict[str, Any]:
         return collate_options(examples, self.tokenizer.pad_token_id, self.loss, self.metric)
-
-    @property
-    @override
-    def prompt_format(self) -> dict[str, Any]:
-        prompt, options = self.templates
-        if None in self.seen:
-            return {"kind": "answer", "chat_template": self.is_chat, "prompt": prompt}
-        if options is None and len(self.seen) == 1:
-            (seen,) = self.seen
-            options = [option.replace("{", "{{").replace("}", "}}") for option in seen or ()]
-        return {"kind": "options", "chat_template": self.is_chat, "prompt": prompt, "options": options}
 
 
 # ---------------------------------------------------------------------- data modules
@@ -296,10 +282,13 @@ class OptionBatches(EpochDataModule):
     Attributes:
         preprocessor: that of the examples.
         generate_rows: how many validation rows' answers a fit generates, if its module generates any; None: all.
+        templates: the prompt, and the options (or the name of the field that lists them), with a row's fields in braces; None
+            for what is not made from a template.
     """
 
     preprocessor: Any = None
     generate_rows: int | None = None
+    templates: tuple[str | None, list[str] | str | None] = (None, None)
 
     @override
     def val_dataloader(self) -> Any:
@@ -317,6 +306,18 @@ class OptionBatches(EpochDataModule):
         order += range(len(rows), len(rows) + len(repeated))
         rows += [replace(rows[place], prompt_ids=[]) for place in repeated]
         return self._loader(rows, self.eval_batch_size, order)
+
+    @property
+    @override
+    def prompt_format(self) -> dict[str, Any]:
+        if not (seen := self.preprocessor.seen if self.preprocessor else ()):
+            return {}
+        (prompt, options), is_chat = self.templates, self.preprocessor.is_chat
+        if None in seen:
+            return {"kind": "answer", "chat_template": is_chat, "prompt": prompt}
+        if options is None and len(seen) == 1:
+            options = [option.replace("{", "{{").replace("}", "}}") for some in seen for option in some]
+        return {"kind": "options", "chat_template": is_chat, "prompt": prompt, "options": options}
 
     @override
     def describe(self) -> list[str]:
@@ -363,20 +364,15 @@ class OptionDataModule(OptionBatches):
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Encodes examples; one that cannot be used is an error."""
-        seen = self.preprocessor.seen if self.preprocessor else set()
         max_length = int(min(self.max_length, self.tokenizer.model_max_length))
-        self.preprocessor = OptionRows(self.tokenizer, max_length, seen=seen)
+        before, self.preprocessor = self.preprocessor, OptionRows(self.tokenizer, max_length, _no_row)
+        self.preprocessor.seen.update(before.seen if before else ())
         encoded = list[EncodedExample]()
-        for example, outcome in zip(examples, self.preprocessor.encode_examples(examples), strict=True):
+        for example, outcome in zip(examples, self.preprocessor.encode(examples, set()), strict=True):
             if isinstance(outcome, UnusableRow):
                 raise UserError(f"{example.place}: {outcome}")
-            encoded.append(outcome)
+            encoded += outcome
         return encoded
-
-    @property
-    @override
-    def prompt_format(self) -> dict[str, Any]:
-        return self.preprocessor.prompt_format if self.preprocessor else {}
 
     @override
     def length(self, row: EncodedExample) -> int:
@@ -385,3 +381,7 @@ class OptionDataModule(OptionBatches):
     @override
     def collate(self, rows: list[EncodedExample]) -> dict[str, Any]:
         return cast(OptionRows, self.preprocessor).collate(rows)
+
+
+def _no_row(row: Row) -> Example:
+    raise NotImplementedError("examples do not come from rows")

@@ -20,7 +20,7 @@ from cola_lightning.data.classification import LABELS, LabelledDataModule
 from cola_lightning.data.labels import ClassReader, sorted_labels
 from cola_lightning.data.preprocessing import Preprocessor, Size
 from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import Row, Rows, each, progress_bar_if
+from cola_lightning.data.rows import Row, Rows, progress_bar_if
 from cola_lightning.data.source import VALIDATION_SPLITS, Source
 from cola_lightning.data.splits import Splits, paths_inside
 from cola_lightning.errors import UnusableRow, UserError
@@ -50,21 +50,19 @@ class Pictures(Preprocessor):
     column: str
     label: ClassReader
 
-    @property
-    @override
-    def features(self) -> dict[str, Any]:
-        return {"labels": "int64"}
+    features = {"labels": "int64"}  # noqa: RUF012
 
     @override
-    def encode(self, rows: Sequence[Row], notes: set[str]) -> Sequence[list[dict[str, Any]] | UnusableRow]:
-        return each(self._example, rows)
-
-    def _example(self, row: Row) -> list[dict[str, Any]]:
+    def read(self, row: Row) -> dict[str, Any]:
         index = self.label(row)
         if not _is_picture(row[self.column]):
             raise row.refused(self.column, "a picture")
         _opened(row[self.column], is_whole=False)
-        return [{"labels": index}]
+        return {"labels": index}
+
+    @override
+    def encode(self, items: Sequence[dict[str, Any]], notes: set[str]) -> list[list[dict[str, Any]]]:
+        return [[example] for example in items]
 
     @override
     def size(self, example: dict[str, Any]) -> Size:

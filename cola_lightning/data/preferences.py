@@ -2,62 +2,56 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from typing_extensions import override
 
 from cola_lightning.data.chat import encode_preferences
-from cola_lightning.data.columns import Kind, Reading, find_columns, find_pairs
+from cola_lightning.data.columns import Reading, find_columns, find_pairs
 from cola_lightning.data.conversations import preference, preference_texts
 from cola_lightning.data.encoding import (
     TOO_LONG,
     LanguageRow,
     Pair,
     TooLong,
-    collate_language,
     encode_responses,
     n_common,
     room_for_prompt,
     truncate_left,
 )
-from cola_lightning.data.preprocessing import Preprocessor
-from cola_lightning.data.rows import Row, each, together
+from cola_lightning.data.preprocessing import Preprocessor, Size
+from cola_lightning.data.rows import Row, each
 from cola_lightning.data.source import Source
-from cola_lightning.data.text import LanguageRows, TextDataModule
+from cola_lightning.data.text import TOKENS, LanguageRows, TextDataModule
 from cola_lightning.errors import UnusableRow, UserError
 
+SIDE: dict[str, Any] = {**TOKENS, "lost": "int32"}
 
-@dataclass(frozen=True)
+
 class PreferencePairs(LanguageRows):
-    """Two responses to one prompt, with the loss on both.
+    """Two responses to one prompt, with the loss on both: as turns, or as texts that follow their prompt."""
 
-    Attributes:
-        kind: whether they are turns, or texts that follow their prompt.
-    """
-
-    kind: Kind = "prompt"
-
-    @property
-    @override
-    def features(self) -> dict[str, Any]:
-        return {"input_ids": ["int32"], "spans": ["int32"], "n_chosen": "int32"}
+    features = {"chosen": SIDE, "rejected": SIDE}  # noqa: RUF012
 
     @override
-    def encode(self, rows: Sequence[Row], notes: set[str]) -> Sequence[list[LanguageRow] | UnusableRow]:
-        encoded: Sequence[tuple[LanguageRow, LanguageRow] | UnusableRow]
+    def read(self, row: Row) -> Any:
+        return preference_texts(row, self.columns) if self.template is None else preference(row, self.kind, self.columns)
+
+    @override
+    def encode(self, items: Sequence[Any], notes: set[str]) -> list[list[dict[str, LanguageRow]] | UnusableRow]:
         max_length, too_long = self.max_length, self.too_long
         if self.template is None:
-            texts = each(lambda row: preference_texts(row, self.columns), rows)
-            encoded = together(lambda usable: encode_texts(self.tokenizer, usable, max_length, too_long), texts)
-        else:
-            template, pairs = self.template, each(lambda row: preference(row, self.kind, self.columns), rows)
-            encoded = together(lambda usable: encode_preferences(template, usable, max_length, notes, too_long), pairs)
-        return each(lambda pair: [joined(*pair)], encoded)
+            return each(paired, encode_texts(self.tokenizer, items, max_length, too_long))
+        return each(paired, encode_preferences(self.template, items, max_length, notes, too_long))
 
     @override
-    def collate(self, examples: list[LanguageRow]) -> dict[str, Any]:
-        return collate_pairs(examples, self.tokenizer.pad_token_id)
+    def size(self, example: Any) -> Size:
+        return Size(*map(sum, zip(*map(super().size, example.values()), strict=True)))
+
+    @override
+    def collate(self, examples: list[dict[str, LanguageRow]]) -> dict[str, Any]:
+        sides = [example[side] for side in ("chosen", "rejected") for example in examples]
+        return {**super().collate(sides), "n_pairs": len(examples)}
 
 
 class PreferenceDataModule(TextDataModule):
@@ -116,8 +110,8 @@ class PreferenceDataModule(TextDataModule):
             return find_columns(rows.columns, rows.lists, chosen, has_response=False)  # rows with prompts alone, to predict
 
     @override
-    def trained(self, kind: Kind, **known: Any) -> Preprocessor:
-        return PreferencePairs(**known, kind=kind)
+    def trained(self, **known: Any) -> Preprocessor:
+        return PreferencePairs(**known)
 
 
 def encode_texts(
@@ -156,34 +150,20 @@ def encode_texts(
     return each(lambda item: encode(item[0], item[1:]), zip(pairs, flat[::2], flat[1::2], strict=True))
 
 
-def joined(chosen: LanguageRow, rejected: LanguageRow) -> LanguageRow:
-    """A pair as one row: the tokens of the chosen response, with its prompt, and then those of the rejected one.
+def paired(pair: tuple[LanguageRow, LanguageRow]) -> list[dict[str, LanguageRow]]:
+    """The example of a pair.
 
     Where the prompts' last tokens differ, because a token spans the boundary or the template opens a thought in only one of
     them, the loss of both begins at the first different token.
 
     Example:
-        >>> joined({"input_ids": [7, 8, 5], "spans": [1, 3]}, {"input_ids": [7, 9, 4, 5], "spans": [1, 4]})
-        {'input_ids': [7, 8, 5, 7, 9, 4, 5], 'spans': [1, 3, 4, 7], 'n_chosen': 3, 'lost': 0}
+        >>> paired(({"input_ids": [7, 8, 5], "spans": [1, 3]}, {"input_ids": [7, 9, 4, 5], "spans": [2, 4]}))
+        [{'chosen': {'input_ids': [7, 8, 5], 'spans': [1, 3]}, 'rejected': {'input_ids': [7, 9, 4, 5], 'spans': [1, 4]}}]
     """
-    n, ids = len(chosen["input_ids"]), [*chosen["input_ids"], *rejected["input_ids"]]
-    if ids[:n] == ids[n:]:
+    chosen, rejected = pair
+    if chosen["input_ids"] == rejected["input_ids"]:
         raise UnusableRow("the two responses are equal up to data.max_length")
-    n_shared = max(n_common(ids[:n], ids[n:]), 1)
-    spans = [
-        start + min(place, n_shared if k == 0 else place)
-        for start, row in ((0, chosen), (n, rejected))
-        for k, place in enumerate(row["spans"])
-    ]
-    return {"input_ids": ids, "spans": spans, "n_chosen": n, "lost": chosen.get("lost", 0) + rejected.get("lost", 0)}
-
-
-def collate_pairs(rows: Sequence[LanguageRow], pad: int) -> dict[str, Any]:
-    """A language-model batch with ``n_pairs``: the chosen responses, and then the rejected ones in the same order."""
-
-    def part(row: LanguageRow, start: int, end: int) -> LanguageRow:
-        return {"input_ids": row["input_ids"][start:end], "spans": [k - start for k in row["spans"] if start < k <= end]}
-
-    chosen = [part(row, 0, row["n_chosen"]) for row in rows]
-    rejected = [part(row, row["n_chosen"], len(row["input_ids"])) for row in rows]
-    return {**collate_language([*chosen, *rejected], pad), "n_pairs": len(rows)}
+    n_shared = max(n_common(chosen["input_ids"], rejected["input_ids"]), 1)
+    for row in pair:
+        row["spans"] = [min(row["spans"][0], n_shared), *row["spans"][1:]]
+    return [{"chosen": chosen, "rejected": rejected}]

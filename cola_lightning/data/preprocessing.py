@@ -8,8 +8,8 @@ A row's way from ``--data.source`` to a batch::
     │  └─ Rows.drawn(sizes, seed)                 rows.py
     ├─ preprocessor_of(rows, part)                text.py, preferences.py, ...: the kind of row, by its columns (columns.py)
     └─ prepare(rows, preprocessor)                here: Dataset.map, which caches its result
-       └─ Preprocessor.encode(rows)               the same file; it reads a row's fields (conversations.py, labels.py)
-          └─ encode_conversations(...)            encoding.py, chat.py: tokens
+       ├─ Preprocessor.read(row)                  its fields: conversations.py, labels.py
+       └─ Preprocessor.encode(items)              tokens: encoding.py, chat.py
     SourceDataModule.train_dataloader()           base.py
     └─ SeededBatches.__getitems__(places)         examples in the order of the seed and the epoch
        └─ Preprocessor.collate(examples)          a batch
@@ -20,8 +20,9 @@ A new kind of row is a file with its preprocessor and its data module, and a lin
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from typing_extensions import override
 from cola_lightning import __version__
 from cola_lightning.data.encoding import identity_of_tokenizer
 from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import Row, Rows, progress_bar_if
+from cola_lightning.data.rows import Row, Rows, each, progress_bar_if, together
 from cola_lightning.errors import UnusableRow
 
 ENCODING = 6  # counted up where the same rows are encoded otherwise: what is cached is then of no use
@@ -57,29 +58,36 @@ class Preprocessor(ABC):
 
     A subclass is a frozen dataclass. Its fields are what it needs to know: columns, limits, the tokenizer. The representation
     of the dataclass identifies the examples in the cache, so a field that does not change them has ``repr=False``.
+
+    Attributes:
+        features: the types of an example's fields, ``int32``, or ``[int32]`` for a list: examples are dicts, and stored in
+            Arrow. None: examples are objects, and stay in memory.
+        prompt_format: see :attr:`~cola_lightning.EpochDataModule.prompt_format`.
     """
 
-    @property
-    def features(self) -> Mapping[str, Any] | None:
-        """The types of an example's fields, ``int32``, or ``[int32]`` for a list: examples are dicts, and stored in Arrow.
-
-        None: examples are objects, and stay in memory.
-        """
-        return None
-
-    @property
-    def prompt_format(self) -> dict[str, Any]:
-        """How a language model is prompted, see :attr:`~cola_lightning.EpochDataModule.prompt_format`."""
-        return {}
+    features: Mapping[str, Any] | None = None
+    prompt_format: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
-    def encode(self, rows: Sequence[Row], notes: set[str]) -> Sequence[list[Any] | UnusableRow]:
-        """The examples of each row, or the reason why it cannot be used.
+    def read(self, row: Row) -> Any:
+        """What examples are made of, from the fields of a row.
+
+        Raises:
+            UnusableRow: if it has none.
+        """
+
+    @abstractmethod
+    def encode(self, items: Sequence[Any], notes: set[str]) -> Sequence[list[Any] | UnusableRow]:
+        """The examples of each row, or the reason why it has none.
 
         Args:
-            rows: some of the rows.
+            items: what :meth:`read` returned for the rows, all together, because tokenizers are then faster.
             notes: lines for the log are added to it.
         """
+
+    def examples(self, rows: Iterable[Row], notes: set[str]) -> list[list[Any] | UnusableRow]:
+        """The examples of each row, or the reason why it has none; see :meth:`encode`."""
+        return together(lambda items: self.encode(items, notes) if items else [], each(self.read, rows))
 
     @abstractmethod
     def size(self, example: Any) -> Size:
@@ -110,6 +118,10 @@ class TokenPreprocessor(Preprocessor):
 
     tokenizer: Any = field(repr=False)
     max_length: int
+
+    @override
+    def size(self, example: Any) -> Size:
+        return Size(len(example["input_ids"]), example.get("lost", 0))
 
     @override
     def identity(self, rows: Rows) -> str | None:
@@ -149,7 +161,7 @@ def _in_memory(rows: Rows, preprocessor: Preprocessor) -> tuple[list[Any], RowRe
     examples, report = list[Any](), RowReport(len(rows))
     for start in range(0, len(rows), ENCODED_TOGETHER):
         some = list(rows[start : start + ENCODED_TOGETHER])
-        for place, (row, outcome) in enumerate(zip(some, preprocessor.encode(some, report.notes), strict=True), start):
+        for place, (row, outcome) in enumerate(zip(some, preprocessor.examples(some, report.notes), strict=True), start):
             if isinstance(outcome, UnusableRow):
                 report.skip(str(outcome), row.place, place)
             else:
@@ -171,7 +183,7 @@ def _mapped(rows: Rows, preprocessor: Preprocessor, features: Mapping[str, Any],
     def examples_of(columns: dict[str, list[Any]], places: list[int]) -> dict[str, list[Any]]:
         fields = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         notes, examples = set[str](), list[dict[str, Any]]()
-        for place, outcome in zip(places, preprocessor.encode([*map(rows.row, fields, places)], notes), strict=True):
+        for place, outcome in zip(places, preprocessor.examples(map(rows.row, fields, places), notes), strict=True):
             if isinstance(outcome, UnusableRow):
                 examples.append({**dict.fromkeys(sizes, 0), "row": place, "reason": str(outcome)})
                 continue

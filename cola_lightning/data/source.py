@@ -364,7 +364,7 @@ class SourceDataModule(EpochDataModule):
     @property
     @override
     def prompt_format(self) -> dict[str, Any]:
-        return self.preprocessor.prompt_format if self.preprocessor else {}
+        return dict(self.preprocessor.prompt_format) if self.preprocessor else {}
 
     @override
     def length(self, row: Any) -> int:

@@ -135,7 +135,7 @@ class EncodedStream:
     ) -> dict[str, list[Any]]:
         place, notes = self.stream.place, set[str]()
         rows = [Row(dict(zip(fields, values, strict=True)), place) for values in zip(*fields.values(), strict=True)]
-        outcomes = self.preprocessor.encode(rows, notes)
+        outcomes = self.preprocessor.examples(rows, notes)
         report.n_rows += len(rows)
         for reason in (str(outcome) for outcome in outcomes if isinstance(outcome, UnusableRow)):
             notes.add(f"{place}: rows are skipped: {reason}")

@@ -124,9 +124,6 @@ class TemplateDataModule(OptionBatches, TokenizedDataModule):
 
     @override
     def preprocessor_of(self, rows: Rows, part: str) -> OptionRows:
-        options: Any = self.options
-        if isinstance(options, list):
-            options = [self._joined(self.prompt.text, option.text) for option in options]
         return OptionRows(
             self.tokenizer,
             self.max_length,
@@ -136,8 +133,15 @@ class TemplateDataModule(OptionBatches, TokenizedDataModule):
             is_chat=self.apply_chat_template,
             is_trained=part == "train",
             too_long=self.too_long,
-            templates=(self.prompt.text, options),
         )
+
+    @override
+    def setup(self, stage: str) -> None:
+        options: Any = self.options
+        if isinstance(options, list):
+            options = [self._joined(self.prompt.text, option.text) for option in options]
+        self.templates = self.prompt.text, options
+        super().setup(stage)
 
     def _joined(self, prompt: str, option: str) -> str:
         """An option as it follows a prompt."""

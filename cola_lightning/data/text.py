@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal
 
 from typing_extensions import override
 
-from cola_lightning.chat_template import ChatTemplate, find_chat_template, unknown_tokens
+from cola_lightning.chat_template import ChatTemplate, Conversation, find_chat_template, unknown_tokens
 from cola_lightning.data.chat import encode_conversations, fit_prompt
 from cola_lightning.data.columns import Columns, Kind, Reading, check_unpaired, find_columns
 from cola_lightning.data.conversations import conversation, pair, question
 from cola_lightning.data.encoding import (
     LanguageRow,
+    Pair,
     PromptRow,
     TooLong,
     collate_language,
@@ -24,7 +24,7 @@ from cola_lightning.data.encoding import (
 from cola_lightning.data.packing import Packs
 from cola_lightning.data.preprocessing import Preprocessor, Size, TokenPreprocessor
 from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import Row, each, together
+from cola_lightning.data.rows import Row
 from cola_lightning.data.source import Source
 from cola_lightning.data.splits import Splits, is_on_hub
 from cola_lightning.data.streaming import EncodedStream, Stream, stream_splits
@@ -35,67 +35,69 @@ from cola_lightning.errors import HubError, UnusableRow, UserError
 # ---------------------------------------------------------------------- kinds of rows
 
 
+TOKENS: dict[str, Any] = {"input_ids": ["int32"], "spans": ["int32"]}  # of a LanguageRow, in Arrow
+
+
 @dataclass(frozen=True)
-class LanguageRows(TokenPreprocessor):
-    """Rows with the language-model loss: a base class, and what it knows of any of them.
+class TextRows(TokenPreprocessor):
+    """Base class for texts, prompts and conversations.
 
     Attributes:
         columns: the column in each slot.
-        too_long: whether to shorten or to skip a longer row.
+        kind: what rows are.
         template: the tokenizer's chat template, if rows are formatted by it; None: they are not.
-        stored_template: the chat template's text, if it replaces the tokenizer's own.
+        prompt_format: see :attr:`~cola_lightning.EpochDataModule.prompt_format`.
     """
 
     columns: Columns
-    too_long: TooLong = "shorten"
+    kind: Kind
     template: ChatTemplate | None = None
-    stored_template: str | None = field(default=None, repr=False)
-
-    @property
-    @override
-    def features(self) -> dict[str, Any] | None:
-        return {"input_ids": ["int32"], "spans": ["int32"]}
-
-    @override
-    def size(self, example: Any) -> Size:
-        spans = example["spans"]
-        return Size(len(example["input_ids"]), example.get("lost", 0), sum(spans[1::2]) - sum(spans[::2]))
-
-    @override
-    def collate(self, examples: list[Any]) -> dict[str, Any]:
-        return collate_language(examples, self.tokenizer.pad_token_id)
-
-    @property
-    @override
-    def prompt_format(self) -> dict[str, Any]:
-        variables = {"chat_template_kwargs": dict(self.template.kwargs)} if self.template and self.template.kwargs else {}
-        template = {"template": self.stored_template} if self.stored_template else {}
-        return {"kind": "response", "chat_template": self.template is not None, **variables, **template}
+    prompt_format: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
+class LanguageRows(TextRows):
+    """Base class for rows with the language-model loss.
+
+    Attributes:
+        too_long: whether to shorten or to skip a longer row.
+    """
+
+    too_long: TooLong = "shorten"
+    features = TOKENS
+
+    @override
+    def size(self, example: LanguageRow) -> Size:
+        spans = example["spans"]
+        return super().size(example)._replace(n_trained=sum(spans[1::2]) - sum(spans[::2]))
+
+    @override
+    def collate(self, examples: list[LanguageRow]) -> dict[str, Any]:
+        return collate_language(examples, self.tokenizer.pad_token_id)
+
+
 class Texts(LanguageRows):
     """Texts, with the loss on all tokens."""
 
     @override
-    def encode(self, rows: Sequence[Row], notes: set[str]) -> Sequence[list[LanguageRow] | UnusableRow]:
-        texts = each(lambda row: row.words(self.columns["text"]), rows)
-        return together(lambda usable: encode_texts(self.tokenizer, usable, self.max_length), texts)
+    def read(self, row: Row) -> str:
+        return row.words(self.columns["text"])
 
-    @property
     @override
-    def prompt_format(self) -> dict[str, Any]:
-        return super().prompt_format | {"kind": "text"}
+    def encode(self, items: Sequence[str], notes: set[str]) -> list[list[LanguageRow] | UnusableRow]:
+        return encode_texts(self.tokenizer, items, self.max_length)
 
 
-@dataclass(frozen=True)
 class Responses(LanguageRows):
     """Prompts, each directly followed by its response, with the loss on the response."""
 
     @override
-    def encode(self, rows: Sequence[Row], notes: set[str]) -> Sequence[list[LanguageRow] | UnusableRow]:
-        pairs = each(lambda row: pair(row, self.columns), rows)
-        return together(lambda usable: encode_responses(self.tokenizer, usable, self.max_length, self.too_long), pairs)
+    def read(self, row: Row) -> Pair:
+        return pair(row, self.columns)
+
+    @override
+    def encode(self, items: Sequence[Pair], notes: set[str]) -> list[list[LanguageRow] | UnusableRow]:
+        return encode_responses(self.tokenizer, items, self.max_length, self.too_long)
 
 
 @dataclass(frozen=True)
@@ -104,48 +106,42 @@ class Conversations(LanguageRows):
 
     Attributes:
         loss: on ``all`` turns of the assistant, or on the ``last`` one alone.
-        shortens_response: whether a response that is too long loses its end.
     """
 
     loss: str = "all"
-    shortens_response: bool = False
 
     @override
-    def encode(self, rows: Sequence[Row], notes: set[str]) -> Sequence[list[LanguageRow] | UnusableRow]:
+    def read(self, row: Row) -> Conversation:
+        return conversation(row, self.columns, self.loss)
+
+    @override
+    def encode(self, items: Sequence[Conversation], notes: set[str]) -> list[list[LanguageRow] | UnusableRow]:
         assert self.template is not None
-        options: Any = {"too_long": self.too_long, "shortens_response": self.shortens_response}
-        encode = partial(encode_conversations, self.template, max_length=self.max_length, notes=notes, **options)
-        return together(encode, each(lambda row: conversation(row, self.columns, self.loss), rows))
+        options: Any = {"too_long": self.too_long, "shortens_response": self.kind == "prompt"}
+        return encode_conversations(self.template, items, self.max_length, notes, **options)
 
 
 @dataclass(frozen=True)
-class Prompts(LanguageRows):
-    """What is to be answered: texts, prompts or conversations.
+class Prompts(TextRows):
+    """Texts, prompts or conversations to be answered.
 
     Attributes:
-        kind: which of them.
         decoding: how answers are generated.
     """
 
-    kind: Kind = "text"
     decoding: Decoding = field(default_factory=Decoding)
 
-    @property
     @override
-    def features(self) -> None:
-        return None
-
-    @override
-    def encode(self, rows: Sequence[Row], notes: set[str]) -> Sequence[list[PromptRow] | UnusableRow]:
-        return each(self._prompt_row, rows)
-
-    def _prompt_row(self, row: Row) -> list[PromptRow]:
+    def read(self, row: Row) -> PromptRow:
         prompt, turns, target, head = question(row, self.kind, self.columns)
-        text = fit_prompt(self.template, turns, self.max_length) if self.template else prompt
-        is_whole = self.template is not None
-        if not (ids := encode_prompt(self.tokenizer, text, self.max_length, head * (not is_whole), is_whole=is_whole)):
+        text, head = (fit_prompt(self.template, turns, self.max_length), "") if self.template else (prompt, head)
+        if not (ids := encode_prompt(self.tokenizer, text, self.max_length, head, is_whole=self.template is not None)):
             raise UnusableRow("the prompt has no tokens")
-        return [PromptRow(ids, prompt, target)]
+        return PromptRow(ids, prompt, target)
+
+    @override
+    def encode(self, items: Sequence[PromptRow], notes: set[str]) -> list[list[PromptRow]]:
+        return [[prompt] for prompt in items]
 
     @override
     def size(self, example: PromptRow) -> Size:
@@ -157,11 +153,6 @@ class Prompts(LanguageRows):
         if template is None:
             return collate_prompts(examples, pad, self.decoding, [])
         return collate_prompts(examples, pad, self.decoding.stopping(template.stop_texts), template.stop_tokens)
-
-    @property
-    @override
-    def prompt_format(self) -> dict[str, Any]:
-        return super().prompt_format | {"kind": "text" if self.kind == "text" else "response"}
 
 
 # ---------------------------------------------------------------------- the data module
@@ -278,14 +269,19 @@ class TextDataModule(TokenizedDataModule):
         if kind != "text":
             form = "formatted by the tokenizer's" if is_chat else "directly followed by responses, without a"
             self._log(f"prompts are {form} chat template (data.chat_template)")
-        known: dict[str, Any] = {"tokenizer": self.tokenizer, "columns": columns, "too_long": self.too_long}
+        known: dict[str, Any] = {"tokenizer": self.tokenizer, "columns": columns, "kind": kind}
         known["template"] = ChatTemplate(self.tokenizer, self.chat_template_kwargs or {}) if is_chat else None
-        known["stored_template"] = self.tokenizer.chat_template if isinstance(self.chat_template, str) else None
+        known["prompt_format"] = self._prompt_format(kind, is_chat=is_chat)
         if part != "predict":
-            return self.trained(kind, max_length=self.max_length, **known)
+            return self.trained(max_length=self.max_length, too_long=self.too_long, **known)
         decoding, longest = self._fitting_decoding(), int(self.tokenizer.model_max_length)
         room = min(self._max_length, longest - decoding.max_new_tokens)  # the response has its own
-        return Prompts(max_length=room, kind=kind, decoding=decoding, **known)
+        return Prompts(max_length=room, decoding=decoding, **known)
+
+    def _prompt_format(self, kind: Kind, *, is_chat: bool) -> dict[str, Any]:
+        variables = {"chat_template_kwargs": self.chat_template_kwargs} if is_chat and self.chat_template_kwargs else {}
+        template = {"template": self.tokenizer.chat_template} if isinstance(self.chat_template, str) else {}
+        return {"kind": "text" if kind == "text" else "response", "chat_template": is_chat, **variables, **template}
 
     def read_columns(self, rows: Any, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:
         """How the rows are read, by the columns that the user has chosen, or by their names."""
@@ -294,13 +290,13 @@ class TextDataModule(TokenizedDataModule):
             check_unpaired(reading, rows.booleans)
         return reading
 
-    def trained(self, kind: Kind, **known: Any) -> Preprocessor:
-        """The preprocessor of a kind of rows in training and evaluation."""
-        if kind == "text":
+    def trained(self, **known: Any) -> Preprocessor:
+        """The preprocessor of rows in training and evaluation, by what is known of them."""
+        if known["kind"] == "text":
             return Texts(**known)
         if known["template"] is None:
             return Responses(**known)
-        return Conversations(**known, loss=self.loss, shortens_response=kind == "prompt")
+        return Conversations(**known, loss=self.loss)
 
     @property
     def applies_chat_template(self) -> bool:
