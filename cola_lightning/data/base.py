@@ -270,8 +270,7 @@ class EpochDataModule(LightningDataModule, ABC):
 
     def describe(self) -> list[str]:
         """At most four lines about the rows after ``setup("fit")``, for people; it costs next to nothing."""
-        parts = [len(part) if isinstance(part, Sized) else "streamed" for part in (self.train, getattr(self, "val", []))]
-        return [f"{parts[0]} rows for training, {parts[1]} for validation"]
+        return [f"{len(self.train)} rows for training, {len(getattr(self, 'val', []))} for validation"]
 
     def length(self, row: Any) -> int:
         """A row's length; a full evaluation goes from the longest row to the shortest, to reduce padding."""
@@ -372,7 +371,7 @@ class EpochDataModule(LightningDataModule, ABC):
     @override
     def state_dict(self) -> dict[str, Any]:
         """What the position in an epoch depends on; see :meth:`load_state_dict`."""
-        return self._order() if isinstance(getattr(self, "train", None), Sized) else {}  # a stream has no length
+        return self._order()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

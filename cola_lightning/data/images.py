@@ -148,7 +148,7 @@ class ImageDataModule(LabelledDataModule):
     # ------------------------------------------------------------------ sources
 
     @override
-    def load(self, source: Source) -> Splits[Any]:
+    def load(self, source: Source) -> Splits:
         names = {self.train_split, self.val_split, self.test_split, *VALIDATION_SPLITS, "test"}
         folders = _folders_by_split(source.source, self.train_split, names)
         if not folders:

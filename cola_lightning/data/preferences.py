@@ -20,7 +20,7 @@ from cola_lightning.data.encoding import (
     truncate_left,
 )
 from cola_lightning.data.preprocessing import Preprocessor, Size
-from cola_lightning.data.rows import Row, each
+from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.data.source import Source
 from cola_lightning.data.text import TOKENS, LanguageRows, TextDataModule
 from cola_lightning.errors import UnusableRow, UserError
@@ -101,7 +101,7 @@ class PreferenceDataModule(TextDataModule):
         super().setup(stage)
 
     @override
-    def read_columns(self, rows: Any, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:
+    def read_columns(self, rows: Rows, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:
         try:
             return find_pairs(rows.columns, rows.lists, chosen)
         except UserError:

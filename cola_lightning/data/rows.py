@@ -101,12 +101,10 @@ class Rows:
         numbers: the rows' positions in it, which ``datasets`` does not tell of rows that are selected.
         may_lack_targets: whether their labels or answers may be missing, as in rows to be predicted.
         source_columns: the columns that the user has named for their source alone; None: those of the data module.
-        drawing: how parts are drawn from these rows, for the log.
     """
 
     may_lack_targets = False
     source_columns: Mapping[str, str] | None = None
-    drawing = "by data.split_seed"
 
     def __init__(self, data: Any, place: str) -> None:
         self.data = self.split = data
@@ -161,11 +159,6 @@ class Rows:
         other = copy.copy(self)
         other.data, other.numbers = self.data.select(places), self.numbers[places]
         return other
-
-    @property
-    def default_val_size(self) -> int:
-        """How many of these rows are drawn for validation if there is no validation split."""
-        return min(as_count(VALIDATION_SHARE, len(self)), MOST_VALIDATION_ROWS)
 
     def drawn(self, sizes: Mapping[str, float | None], seed: int, groups: Sequence[object] | None = None) -> dict[str, "Rows"]:
         """Disjoint parts of the rows, see :func:`~cola_lightning.data.drawing.draw`; in their order if one part takes all.

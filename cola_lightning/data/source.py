@@ -4,7 +4,7 @@ import functools
 import itertools
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from cola_lightning.data.base import EpochDataModule
 from cola_lightning.data.drawing import as_count, check_shares, draw
 from cola_lightning.data.preprocessing import Preprocessor, prepare
 from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import Rows
+from cola_lightning.data.rows import MOST_VALIDATION_ROWS, VALIDATION_SHARE, Rows
 from cola_lightning.data.splits import Splits, TextUnit, choose_split, files_identity, is_file, is_on_hub, load_splits
 from cola_lightning.errors import UserError, shortened_text
 
@@ -162,18 +162,18 @@ class SourceDataModule(EpochDataModule):
         return contents
 
     @functools.cached_property
-    def _splits(self) -> list[Splits[Any]]:
+    def _splits(self) -> list[Splits]:
         """The splits of each source, each with the share of its rows that is used."""
         return [
             {name: functools.partial(self._used, source, read) for name, read in self.load(source).items()}
             for source in self.sources
         ]
 
-    def load(self, source: Source) -> Splits[Any]:
+    def load(self, source: Source) -> Splits:
         """The splits of a source."""
         return load_splits(source.source, source.subset, source.revision, self.text_unit)
 
-    def _used(self, source: Source, read: Callable[[], Any]) -> Any:
+    def _used(self, source: Source, read: Callable[[], Rows]) -> Rows:
         """The rows of a split that are used, in their order."""
         rows = read()
         if source.share < 1 and (n_rows := as_count(float(source.share), len(rows))) < len(rows):
@@ -183,7 +183,7 @@ class SourceDataModule(EpochDataModule):
 
     # ------------------------------------------------------------------ splits
 
-    def _evaluation_split(self, splits: Splits[Any], part: str) -> Callable[[], Any] | None:
+    def _evaluation_split(self, splits: Splits, part: str) -> Callable[[], Any] | None:
         """What reads the validation or the test split; None: there is none, or its rows are drawn from the train split."""
         split, size, names = self.val_split, self.val_size, [*VALIDATION_SPLITS]
         if part == "test":  # on a validation split where there is no other
@@ -192,7 +192,7 @@ class SourceDataModule(EpochDataModule):
         is_drawn = size is not None and split == self.train_split
         return None if is_drawn else choose_split(splits, split, names, f"{part}_split")
 
-    def _train_rows(self, splits: Splits[Any]) -> Any:
+    def _train_rows(self, splits: Splits) -> Any:
         """The rows of the train split."""
         read = choose_split(splits, self.train_split, (), "train_split")
         return read and read()
@@ -230,14 +230,13 @@ class SourceDataModule(EpochDataModule):
             # It makes the batches of all sources. Of texts and prompts, it is that of prompts.
             prompted = [one for one in preprocessors if one.prompt_format.get("kind") != "text"]
             self.preprocessor = [*prompted, *preprocessors][0]
-            by_source = [self.prepare(*one) for one in zip(parts[part], preprocessors, strict=True)]
+            by_source = [prepare(*one, self.num_proc) for one in zip(parts[part], preprocessors, strict=True)]
             encoded = joined([examples for examples, _ in by_source])
             for _, report in by_source:
                 total += report
                 for note in sorted(report.notes):
                     self._log(note)
-                if report.n_rows:  # of a stream, none is read yet
-                    self._log(f"{PURPOSES[purpose]}: {report}")
+                self._log(f"{PURPOSES[purpose]}: {report}")
             if not encoded:
                 reasons = f": {total.reasons()}" if total.skipped else ""
                 raise UserError(f"data.source: no row of {self.source!r} can be used for {PURPOSES[purpose]}{reasons}")
@@ -274,14 +273,14 @@ class SourceDataModule(EpochDataModule):
                 parts.setdefault(part, []).append(rows)
         return parts
 
-    def _rows_to_predict(self, source: Source, splits: Splits[Any]) -> Rows:
+    def _rows_to_predict(self, source: Source, splits: Splits) -> Rows:
         """The rows that predict uses: all, unless a split is named."""
         rows = None
         if self.test_split is not None and not is_file(source.source):
             rows = self._parts(splits, ["test"], may_lack_targets=True).get("test")
         return cast(Rows, rows or self._all_rows(source, splits, "test")).lacking_targets()
 
-    def _is_whole(self, source: Source, splits: Splits[Any], part: str) -> bool:
+    def _is_whole(self, source: Source, splits: Splits, part: str) -> bool:
         """Whether a part that has no split is all rows: of other data than the fit's, or if its size is 1.0."""
         if not is_file(source.source) and self._evaluation_split(splits, part) is not None:
             return False
@@ -291,7 +290,7 @@ class SourceDataModule(EpochDataModule):
             self._log(f"{source.source}: not the data of ckpt_path's fit, so all rows are used for {PURPOSES[part]}")
         return is_requested or is_other
 
-    def _all_rows(self, source: Source, splits: Splits[Any], part: str) -> Any:
+    def _all_rows(self, source: Source, splits: Splits, part: str) -> Rows:
         """All rows of a file; else those of the part's split, else of the validation split, else of the train split."""
         if is_file(source.source):  # of one split, whatever those of the fit's data are called
             (read,) = splits.values()
@@ -300,7 +299,7 @@ class SourceDataModule(EpochDataModule):
             read = next(filter(None, reads), functools.partial(self._train_rows, splits))
         return read().drawn({part: None}, self.split_seed)[part]
 
-    def _parts(self, splits: Splits[Any], names: Sequence[str], *, may_lack_targets: bool = False) -> dict[str, Any]:
+    def _parts(self, splits: Splits, names: Sequence[str], *, may_lack_targets: bool = False) -> dict[str, Any]:
         parts, drawn = dict[str, Any](), {"train": self.train_size}
         for part, size in (("val", self.val_size), ("test", self.test_size)):
             read = self._evaluation_split(splits, part)
@@ -321,15 +320,13 @@ class SourceDataModule(EpochDataModule):
             sizes: the parts' sizes.
             others: parts that have a split.
         """
-        sizes = {part: rows.default_val_size if (part, size) == ("val", None) else size for part, size in sizes.items()}
+        default = min(as_count(VALIDATION_SHARE, len(rows)), MOST_VALIDATION_ROWS)
+        sizes = {part: default if (part, size) == ("val", None) else size for part, size in sizes.items()}
         is_drawn = len(sizes) > 1 or self.train_size is not None
         groups = self.groups(rows) if is_drawn else None
         drawn = rows.drawn(sizes, self.split_seed, groups)
-        counts = [
-            f"{len(some) if isinstance(some, Sized) else 'streamed'}{' rows' * (part == 'train')} for {PURPOSES[part]}"
-            for part, some in drawn.items()
-        ]
-        lines = [f"{rows.place}: {', '.join(counts)}" + f", {rows.drawing}" * is_drawn]
+        counts = [f"{len(some)}{' rows' * (part == 'train')} for {PURPOSES[part]}" for part, some in drawn.items()]
+        lines = [f"{rows.place}: {', '.join(counts)}" + ", by data.split_seed" * is_drawn]
         lines += [f"{some.place}: {len(some)} of {len(some.split)} for {PURPOSES[part]}" for part, some in others.items()]
         self._sizes.append("; ".join(lines))
         self._log(self._sizes[-1])
@@ -350,10 +347,6 @@ class SourceDataModule(EpochDataModule):
         return [dict(self._rows_of_predict[index]) for index in indices]
 
     # ------------------------------------------------------------------ examples
-
-    def prepare(self, rows: Any, preprocessor: Preprocessor) -> tuple[Any, RowReport]:
-        """The examples of rows, see :func:`~cola_lightning.data.preprocessing.prepare`."""
-        return prepare(rows, preprocessor, self.num_proc)
 
     @override
     def collate(self, rows: list[Any]) -> Any:
@@ -385,9 +378,8 @@ class SourceDataModule(EpochDataModule):
         if self.test_size == 0 or not (readers or self.test_size):
             return False
         try:
-            splits = [read() for read in readers]
-            first = [rows[:1] for rows in splits if isinstance(rows, Rows)]  # no stream is read
-            return all(len(self.prepare(rows, self.preprocessor_of(rows, "test"))[0]) for rows in first)
+            first = [read()[:1] for read in readers]
+            return all(len(prepare(rows, self.preprocessor_of(rows, "test"))[0]) for rows in first)
         except UserError:  # it has no label, say
             return False
 
@@ -396,7 +388,7 @@ class SourceDataModule(EpochDataModule):
         return None
 
     @abstractmethod
-    def preprocessor_of(self, rows: Any, part: str) -> Preprocessor:
+    def preprocessor_of(self, rows: Rows, part: str) -> Preprocessor:
         """What makes examples of these rows.
 
         Args:

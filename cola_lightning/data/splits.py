@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from cola_lightning import hub
 from cola_lightning.data.rows import Rows, progress_bar_if
@@ -18,8 +18,7 @@ from cola_lightning.errors import UserError, causes, one_line
 
 log = logging.getLogger(__name__)
 
-S = TypeVar("S")
-Splits = Mapping[str, Callable[[], S]]  # each is read when it is called
+Splits = Mapping[str, Callable[[], Rows]]  # each is read when it is called
 TextUnit = Literal["file", "line", "paragraph"]
 
 # Of datasets, by a file's ending.
@@ -62,7 +61,7 @@ def _is_saved(folder: Path) -> bool:
 
 def load_splits(
     source: str, subset: str | None = None, revision: str | None = None, text_unit: TextUnit = "paragraph"
-) -> Splits[Rows]:
+) -> Splits:
     """The splits of a source, by the names that it has.
 
     Args:
@@ -89,7 +88,7 @@ def load_splits(
     return {split: functools.partial(Rows, rows, f"{source}, {split}") for split, rows in data.items()}
 
 
-def choose_split(splits: Splits[S], name: str | None, usual_names: Sequence[str], option: str) -> Callable[[], S] | None:
+def choose_split(splits: Splits, name: str | None, usual_names: Sequence[str], option: str) -> Callable[[], Rows] | None:
     """What reads the split that an option names or, if it is null, the first one of the usual names; None if there is none.
 
     Raises:

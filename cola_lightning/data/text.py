@@ -23,11 +23,10 @@ from cola_lightning.data.encoding import (
 )
 from cola_lightning.data.packing import Packs
 from cola_lightning.data.preprocessing import Preprocessor, Size, TokenPreprocessor
-from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import Row
+from cola_lightning.data.rows import MOST_VALIDATION_ROWS, Row, Rows
 from cola_lightning.data.source import Source
 from cola_lightning.data.splits import Splits, is_on_hub
-from cola_lightning.data.streaming import EncodedStream, Stream, stream_splits
+from cola_lightning.data.streaming import stream_splits
 from cola_lightning.data.tokenized import TokenizedDataModule
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import HubError, UnusableRow, UserError
@@ -178,10 +177,9 @@ class TextDataModule(TokenizedDataModule):
     Args:
         source: A file, a folder of ``train.jsonl`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
         subset: Name of a configuration of a data set on the hub.
-        streaming: Read the training rows of a data set on the hub during training, if it does not fit on the disk. A buffer
-            shuffles them. It needs ``trainer.max_steps``. Validation uses the first ``val_size`` rows (by default 1,000) of its
-            split or, if there is none, of the train split. Test uses the first ``test_size`` rows of its split (by default
-            1,000) or, if ``test_size`` asks for them, of the train split.
+        streaming: Read only as many rows of a data set on the hub as ``train_size``, ``val_size`` and ``test_size`` (by default
+            1,000 each) ask for, if the data set does not fit on the disk. ``split_seed`` draws them through a buffer of 10,000
+            rows. The rest holds as for other rows.
         columns: Which columns to use, as ``{prompt: ask, response: say}``. The keys are ``messages`` (with ``tools``),
             ``prompt`` (with ``response``, ``input`` and ``system``) or ``text``. ``null`` finds them by their names.
         chat_template: ``true`` formats instructions and conversations by the tokenizer's chat template, and ``false`` puts a
@@ -224,10 +222,10 @@ class TextDataModule(TokenizedDataModule):
     ) -> None:
         super().__init__(source, subset, **rows)
         self.streaming = streaming
-        has_shares = any(isinstance(size, float) and 0 < size <= 1 for size in (self.val_size, self.test_size))
-        can_stream = isinstance(source, str) and is_on_hub(source) and self.train_size is None
-        if streaming and (packing or has_shares or not can_stream):
-            raise UserError("data.streaming needs a single hub data set. Remove data.packing, train_size and fractional sizes")
+        sizes = self.train_size, self.val_size, self.test_size
+        is_counted = self.train_size is not None and not any(isinstance(size, float) and 0 < size <= 1 for size in sizes)
+        if streaming and not (is_counted and all(is_on_hub(one.source) for one in self.sources)):
+            raise UserError("data.streaming reads data.train_size rows from the hub. Set it, and each size as a number of rows")
         self.packing, self.length_grouped = packing, self.length_grouped and not packing
         self.columns, self.chat_template = columns, chat_template
         self.chat_template_kwargs, self.loss = chat_template_kwargs, loss
@@ -258,7 +256,7 @@ class TextDataModule(TokenizedDataModule):
     # ------------------------------------------------------------------ what a row is
 
     @override
-    def preprocessor_of(self, rows: Any, part: str) -> Preprocessor:
+    def preprocessor_of(self, rows: Rows, part: str) -> Preprocessor:
         chosen = rows.source_columns or self.columns
         reading = self.read_columns(rows, chosen, has_response=part != "predict")
         kind, columns = reading.kind, reading.columns
@@ -283,7 +281,7 @@ class TextDataModule(TokenizedDataModule):
         template = {"template": self.tokenizer.chat_template} if isinstance(self.chat_template, str) else {}
         return {"kind": "text" if kind == "text" else "response", "chat_template": is_chat, **variables, **template}
 
-    def read_columns(self, rows: Any, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:
+    def read_columns(self, rows: Rows, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:
         """How the rows are read, by the columns that the user has chosen, or by their names."""
         reading = find_columns(rows.columns, rows.lists, chosen, has_response=has_response)
         if chosen is None and has_response:
@@ -320,23 +318,15 @@ class TextDataModule(TokenizedDataModule):
         return packs
 
     @override
-    def load(self, source: Source) -> Splits[Any]:
-        if self.streaming:
-            return stream_splits(source.source, source.subset, source.revision)
-        return super().load(source)
+    def load(self, source: Source) -> Splits:
+        if not self.streaming:
+            return super().load(source)
+        held_out = [MOST_VALIDATION_ROWS if size is None else int(size) for size in (self.val_size, self.test_size)]
 
-    @override
-    def prepare(self, rows: Any, preprocessor: Preprocessor) -> tuple[Any, RowReport]:
-        if isinstance(rows, Stream):  # encoded and counted when a loader reads it
-            return EncodedStream(rows, preprocessor), RowReport()
-        return super().prepare(rows, preprocessor)
+        def n_rows(split: str) -> int:
+            return sum((int(self.train_size or 0), *held_out)) if split == self.train_split else max(held_out)
 
-    @override
-    def train_dataloader(self) -> Any:
-        if not isinstance(self.train, EncodedStream):
-            return super().train_dataloader()
-        options = {"batch_size": self.batch_size, "num_workers": self.num_workers}
-        return self.train.loader(self.order_seed, self._processes, self.check_skipped, **options)
+        return stream_splits(source.source, source.subset, source.revision, n_rows, self.split_seed)
 
     @override
     def _order(self) -> dict[str, Any]:
