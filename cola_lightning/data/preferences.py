@@ -74,7 +74,7 @@ class PreferenceDataModule(TextDataModule):
         subset: Name of a configuration of a data set on the hub.
         columns: Which columns to use, as ``{chosen: good, rejected: bad}``. The keys are ``chosen`` and ``rejected``, and
             ``prompt`` (with ``input``, ``system`` and ``tools``). ``null`` finds them by their names.
-        **rows: the other arguments of ``TextDataModule``, except ``packing`` and ``loss``.
+        **rows: the other arguments of ``TextDataModule``, except ``text_unit``, ``packing`` and ``loss``.
 
     Raises:
         UserError: for invalid files, rows and sizes, and for a model that does not train pairs.
@@ -88,7 +88,7 @@ class PreferenceDataModule(TextDataModule):
         columns: dict[str, str] | None = None,
         **rows: Any,
     ) -> None:
-        super().__init__(source, subset, columns=columns, packing=False, loss="last", **rows)
+        super().__init__(source, subset, columns=columns, text_unit="paragraph", packing=False, loss="last", **rows)
 
     @override
     def setup(self, stage: str) -> None:

@@ -78,14 +78,13 @@ class SourceDataModule(EpochDataModule):
             1.0 takes all rows, except in a fit.
         split_seed: Seed by which rows are drawn.
         num_workers: Number of worker processes that prepare batches. With 0 the main process prepares them.
-        num_proc: Number of processes that prepare rows: they tokenize texts, or check whether pictures can be read.
-            ``null`` uses the main process. Tasks with options or answers always do.
+        num_proc: Number of processes that prepare rows: they tokenize texts, or check whether pictures can be read. ``null``
+            uses the main process.
         max_skipped: Largest share of the rows that may be skipped because they cannot be used, such as rows without a response.
             One row may be skipped in any case, unless this is 0. It does not limit ``predict``.
     """
 
     main_process_only = frozenset({"_splits", "_rows_of_predict", "_indices", "unpredicted"})
-    _rows_of_predict: Any = None
     _indices: Sequence[int] = ()  # of the rows that are predicted, among those that predict reads
     unpredicted: dict[int, str]  # for each of the others, by its index, the reason
     preprocessor: Preprocessor | None = None
@@ -183,7 +182,7 @@ class SourceDataModule(EpochDataModule):
 
     # ------------------------------------------------------------------ splits
 
-    def _evaluation_split(self, splits: Splits, part: str) -> Callable[[], Any] | None:
+    def _evaluation_split(self, splits: Splits, part: str) -> Callable[[], Rows] | None:
         """What reads the validation or the test split; None: there is none, or its rows are drawn from the train split."""
         split, size, names = self.val_split, self.val_size, [*VALIDATION_SPLITS]
         if part == "test":  # on a validation split where there is no other
@@ -192,10 +191,9 @@ class SourceDataModule(EpochDataModule):
         is_drawn = size is not None and split == self.train_split
         return None if is_drawn else choose_split(splits, split, names, f"{part}_split")
 
-    def _train_rows(self, splits: Splits) -> Any:
+    def _train_rows(self, splits: Splits) -> Rows:
         """The rows of the train split."""
-        read = choose_split(splits, self.train_split, (), "train_split")
-        return read and read()
+        return cast(Callable[[], Rows], choose_split(splits, self.train_split, (), "train_split"))()
 
     def _log(self, text: str, level: int = logging.INFO) -> None:
         if text not in self._logged:  # each stage comes here
@@ -250,7 +248,8 @@ class SourceDataModule(EpochDataModule):
                 f"{total.n_skipped:,} of {total.n_rows:,} rows have no prediction ({total.reasons()}). Use PredictionWriter "
                 "and trainer.predict(..., return_predictions=False): it writes them with a null and the reason"
             )
-        self._rows_of_predict, self.unpredicted = ConcatDataset(parts["test"]), total.unusable
+        self._rows_of_predict: Any = ConcatDataset(parts["test"])  # type: ignore[arg-type]  # Rows have what it needs
+        self.unpredicted = total.unusable
         self._indices = [index for index in range(len(self._rows_of_predict)) if index not in total.unusable]
         assert len(self._indices) == len(self.test), "a row to be predicted has one example, or a reason"
 
@@ -258,49 +257,48 @@ class SourceDataModule(EpochDataModule):
         """Refuses rows of which more were skipped than ``max_skipped`` allows."""
         report.check(self.max_skipped)
 
-    def parts(self, stage: str) -> dict[str, list[Any]]:
+    def parts(self, stage: str) -> dict[str, list[Rows]]:
         """The rows of each source that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
-        parts: dict[str, list[Any]] = {}
+        parts: dict[str, list[Rows]] = {}
         for source, splits in zip(self.sources, self._splits, strict=True):
-            names = STAGE_PARTS.get(stage, ["test"])
-            if stage == "predict":
-                drawn = {"test": self._rows_to_predict(source, splits)}
-            elif stage != "fit" and self._is_whole(source, splits, *names):
-                drawn = dict.fromkeys(names, self._all_rows(source, splits, *names))
-            else:
-                drawn = self._parts(splits, names)
-            for part, rows in drawn.items():
+            for part, rows in self._parts_of(source, splits, stage).items():
                 parts.setdefault(part, []).append(rows)
         return parts
 
-    def _rows_to_predict(self, source: Source, splits: Splits) -> Rows:
-        """The rows that predict uses: all, unless a split is named."""
-        rows = None
-        if self.test_split is not None and not is_file(source.source):
-            rows = self._parts(splits, ["test"], may_lack_targets=True).get("test")
-        return cast(Rows, rows or self._all_rows(source, splits, "test")).lacking_targets()
+    def _parts_of(self, source: Source, splits: Splits, stage: str) -> dict[str, Rows]:
+        """The rows of a source that a stage needs. This is the rule for each stage, which docs/data.md tells users.
 
-    def _is_whole(self, source: Source, splits: Splits, part: str) -> bool:
-        """Whether a part that has no split is all rows: of other data than the fit's, or if its size is 1.0."""
-        if not is_file(source.source) and self._evaluation_split(splits, part) is not None:
-            return False
-        size = self.val_size if part == "val" else self.test_size
-        is_requested = isinstance(size, float) and size == 1
+        * ``fit``: a named split, or what is drawn from the train split; a file is a train split.
+        * ``test`` and ``validate``: the same rows, held out by the fit. All rows, if they have no split of their own and the
+          source is not the data of ``ckpt_path``'s fit, or their size is 1.0.
+        * ``predict``: all rows of a file; else those that ``test`` measures, if ``test_split`` is given; else all rows of the
+          test split, of the validation split, or of the train split, whichever there is.
+        """
+        names, has_splits = STAGE_PARTS.get(stage, ["test"]), not is_file(source.source)
+        own = self._evaluation_split(splits, names[-1]) if has_splits else None
+        if stage == "fit":
+            takes_all = False
+        elif stage == "predict":
+            takes_all = not has_splits or self.test_split is None or self.test_size == 0
+        else:
+            size = self.val_size if stage == "validate" else self.test_size
+            takes_all = own is None and ((isinstance(size, float) and size == 1) or self._is_other_data(source, *names))
+        if not takes_all:
+            parts = self._drawn_parts(splits, names, may_lack_targets=stage == "predict")
+        else:
+            reads = [own, self._evaluation_split(splits, "val")] if has_splits else [*splits.values()]
+            read = next(filter(None, reads), functools.partial(self._train_rows, splits))
+            parts = {names[0]: read()}
+        return {part: rows.lacking_targets() if stage == "predict" else rows for part, rows in parts.items()}
+
+    def _is_other_data(self, source: Source, part: str) -> bool:
+        """Whether a source is not the data of ``ckpt_path``'s fit."""
         if is_other := bool(self._trained_on) and contents_of(identity_of(source)) not in self._trained_on:
             self._log(f"{source.source}: not the data of ckpt_path's fit, so all rows are used for {PURPOSES[part]}")
-        return is_requested or is_other
+        return is_other
 
-    def _all_rows(self, source: Source, splits: Splits, part: str) -> Rows:
-        """All rows of a file; else those of the part's split, else of the validation split, else of the train split."""
-        if is_file(source.source):  # of one split, whatever those of the fit's data are called
-            (read,) = splits.values()
-        else:
-            reads = [self._evaluation_split(splits, name) for name in (part, "val")]
-            read = next(filter(None, reads), functools.partial(self._train_rows, splits))
-        return read().drawn({part: None}, self.split_seed)[part]
-
-    def _parts(self, splits: Splits, names: Sequence[str], *, may_lack_targets: bool = False) -> dict[str, Any]:
-        parts, drawn = dict[str, Any](), {"train": self.train_size}
+    def _drawn_parts(self, splits: Splits, names: Sequence[str], *, may_lack_targets: bool) -> dict[str, Rows]:
+        parts, drawn = dict[str, Rows](), {"train": self.train_size}
         for part, size in (("val", self.val_size), ("test", self.test_size)):
             read = self._evaluation_split(splits, part)
             if read is not None and size != 0 and part in names:

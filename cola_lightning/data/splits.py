@@ -15,6 +15,7 @@ from typing import Any, Literal
 from cola_lightning import hub
 from cola_lightning.data.rows import Rows, progress_bar_if
 from cola_lightning.errors import UserError, causes, one_line
+from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -114,10 +115,24 @@ def files_identity(source: str) -> dict[str, Any]:
     files = files or [file for files_of_split in _files_by_split(path).values() for file in files_of_split]
     names, identities = [file.name for file in files], {}
     for file in files:
-        with file.open("rb") as opened:
-            name = file.name if names.count(file.name) == 1 else str(file)
-            identities[name] = [file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()]
+        name = file.name if names.count(file.name) == 1 else str(file)
+        identities[name] = [file.stat().st_size, _hash_of(file)]
     return {"files": identities}
+
+
+def _hash_of(file: Path) -> str:
+    """The SHA-256 of a file. It is computed once and stored: each process of a run, and the next run, asks for it again."""
+    import datasets
+
+    facts = str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns
+    stored = Path(datasets.config.HF_DATASETS_CACHE, "hashes", hashlib.sha256(repr(facts).encode()).hexdigest())
+    if not stored.exists():
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(stored, is_shared=True) as partial:
+            partial.write_text(digest)
+    return stored.read_text()
 
 
 # ---------------------------------------------------------------------- files

@@ -225,6 +225,8 @@ class PromptDataModule(OptionBatches, TokenizedDataModule):
             val_size=n_val if val_size is None else val_size,
             test_size=n_test if test_size is None else test_size,
             length_grouped=length_grouped,
+            text_unit="paragraph",  # a text alone is no row of a task
+            num_proc=None,  # examples stay in memory
             **rows,
         )
         self.apply_chat_template, self.generate_rows = apply_chat_template, generate_rows

@@ -108,7 +108,7 @@ class TemplateDataModule(OptionBatches, TokenizedDataModule):
         generate_rows: int | None = None,
         **rows: Any,
     ) -> None:
-        super().__init__(source, subset, max_length=max_length, **rows)
+        super().__init__(source, subset, max_length=max_length, num_proc=None, **rows)  # examples stay in memory
         if (options is None) is (answer is None):
             raise UserError(f"data.options, data.answer: set one of the two, not {'neither' if options is None else 'both'}")
         known = get_args(AnswerMetric if options is None else OptionMetric)
