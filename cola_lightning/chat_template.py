@@ -119,7 +119,7 @@ class ChatTemplate:
         kwargs: variables of the template, such as ``enable_thinking``.
     """
 
-    tokenizer: Any
+    tokenizer: Any = field(repr=False)
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def prompt(self, conversation: Conversation) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cola_lightning import TextDataModule, UserError
 from cola_lightning.data.conversations import conversation
 from cola_lightning.data.encoding import Pair, encode_responses, labels_of, n_common
 from cola_lightning.data.rows import Row
+from cola_lightning.data.text import Texts
 from cola_lightning.errors import UnusableRow
 from tests import tiny
 
@@ -224,11 +226,17 @@ def test_function_calls_of_a_real_file_are_trained():
     assert not any("function_call" in text or "<tool_response>" in text for text in trained)
 
 
+@dataclass(frozen=True)
+class OwnTexts(Texts):
+    """A preprocessor whose code may change without being seen."""
+
+
 class Own(TextDataModule):
-    """A data module whose code may change without being seen."""
+    def trained(self, **known):
+        return OwnTexts(**known)
 
 
-def test_rows_of_a_data_module_of_ones_own_are_not_left_in_the_cache(tmp_path, monkeypatch):
+def test_rows_of_a_preprocessor_of_ones_own_are_not_left_in_the_cache(tmp_path, monkeypatch):
     folder = tiny.write_rows(tmp_path / "rows", [{"text": f"It was {k}."} for k in range(20)])
     own = tiny.chat_tokenizer(None)
 

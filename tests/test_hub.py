@@ -165,7 +165,8 @@ def runs(hub, tmp_path_factory):
         return [*command.split(), "--trainer.callbacks", "[{class_path: tests.hub_run.Texts}]", *arguments]
 
     body = "--model COLASequenceClassifier --model.model_name owner/body --data TextClassificationDataModule"
-    streamed, each_epoch = ["--data.streaming", "true", "--data.val_size", "5"], ["--chain.every_n_epochs", "1"]
+    streamed, each_epoch = ["--data.streaming", "true", "--data.train_size", "16"], ["--chain.every_n_epochs", "1"]
+    held_out = {"streaming": True, "train_size": 8, "val_size": 5, "test_size": 5}
     commands = {name: {"source": name} | made.arguments for name, made in SETS.items()} | {
         "stanfordnlp/imdb": fit("stanfordnlp/imdb", model=body),
         "no split": {"source": "HuggingFaceH4/ultrachat_200k"},
@@ -174,8 +175,8 @@ def runs(hub, tmp_path_factory):
         "old": {"source": "owner/revised", "revision": hub.old},
         "new": {"source": "owner/revised"},
         "streamed": fit("trl-lib/tldr", *streamed),
-        "streamed, another seed": fit("trl-lib/tldr", *streamed, "--seed_everything", "1"),
-        "streamed, no validation": {"source": "tatsu-lab/alpaca", "streaming": True, "val_size": 5, "test_size": 5},
+        "streamed, another seed": fit("trl-lib/tldr", *streamed, "--data.split_seed", "1"),
+        "streamed, no validation": {"source": "tatsu-lab/alpaca"} | held_out,
         "by names alone": ["fit", "--model.model_name", "owner/chat", "--data.source", "tatsu-lab/alpaca", *each_epoch],
     }
     commands = {name.replace("/", " "): command for name, command in commands.items()}
@@ -242,16 +243,17 @@ def test_one_command_by_names_alone_is_a_chain_of_three_epochs(runs):
         assert printed in run.log
 
 
-def test_a_data_set_is_streamed_and_its_first_rows_are_held_out(runs):
+def test_some_rows_of_a_data_set_are_streamed_and_some_of_them_held_out(runs):
     assert_trained(runs["streamed"], TLDR, "train", "validation")
     run = runs["streamed, no validation"]
     assert_trained(run, ALPACA)
     trained, validated = ({row["trained"].strip() for row in run.texts if row["stage"] == s} for s in ("train", "validation"))
-    assert validated == {f"Film train {k}!" for k in range(5) if k != 3}  # which has no response
-    assert not trained & {f"Film train {k}!" for k in range(10)}
+    assert len(trained) in (7, 8)  # one row has no response
+    assert len(validated) in (4, 5)
+    assert not trained & validated
 
 
-def test_the_order_of_a_stream_depends_on_the_seed(runs):
+def test_the_rows_of_a_stream_depend_on_the_seed(runs):
     first, other = (
         [row["text"] for row in runs[name].texts if row["stage"] == "train"] for name in ("streamed", "streamed, another seed")
     )

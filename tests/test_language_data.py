@@ -5,8 +5,17 @@ import re
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
-from cola_lightning import PromptDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
+from cola_lightning import (
+    ImageDataModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    TemplateDataModule,
+    TextClassificationDataModule,
+    TextDataModule,
+    UserError,
+)
 from cola_lightning.chat_template import end_tokens
 from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.encoding import encode_texts, labels_of
@@ -163,6 +172,24 @@ def test_batches_of_like_length_have_less_padding_and_come_by_chance():
     assert padding(grouped) < 0.1 < padding(batches())
     longest = [max(batch) for batch in grouped]
     assert longest != sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "absent"),
+    [
+        (TextDataModule, []),
+        (PreferenceDataModule, ["packing", "loss", "text_unit"]),
+        (TemplateDataModule, ["num_proc"]),
+        (PromptDataModule, ["num_proc", "text_unit"]),
+        (TextClassificationDataModule, ["columns", "packing"]),
+        (ImageDataModule, ["max_length", "too_long", "text_unit", "length_grouped"]),
+    ],
+)
+def test_an_option_that_does_nothing_for_a_kind_of_row_is_not_offered(kind, absent):
+    parser = ArgumentParser()
+    names = [name.removeprefix("data.") for name in parser.add_class_arguments(kind, "data")]
+    assert {"source", "val_size", "max_skipped"} <= {*names}
+    assert not {*absent} & {*names}
 
 
 # ---------------------------------------------------------------------- prompts and options as tokens

@@ -1,6 +1,5 @@
 """Preference pairs: what their columns mean, their tokens and batches, and rows that people really have."""
 
-import functools
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from cola_lightning.data.chat import encode_conversations, encode_preferences
 from cola_lightning.data.columns import find_pairs
 from cola_lightning.data.conversations import PreferencePair
 from cola_lightning.data.encoding import labels_of
-from cola_lightning.data.streaming import Stream
+from cola_lightning.data.streaming import draw_rows
 from cola_lightning.hf.pretrained import Pretrained
 from tests import tiny
 
@@ -410,18 +409,17 @@ def test_a_run_trains_on_pairs_and_a_module_without_pairs_refuses_them(tmp_path)
             assert data.prompt_format == {"kind": "response", "chat_template": False}
 
 
-@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torch's own call, for rows without a length
 def test_pairs_of_the_hub_can_be_streamed():
     source = [{"prompt": f"Is it {k}?", "chosen": f"Yes {k}.", "rejected": f"No {k}."} for k in range(12)]
     rows = datasets.IterableDataset.from_generator(lambda: iter(source))
-    data = PreferenceDataModule("owner/rows", streaming=True, batch_size=4, val_size=4)
-    data._splits = [{"train": functools.partial(Stream, rows, "train")}]
+    data = PreferenceDataModule("owner/rows", streaming=True, batch_size=4, train_size=8, val_size=4)
+    data._splits = [{"train": lambda: draw_rows(rows, 12, 0, "train", "pairs")}]
     own = tiny.set_up(data, tiny.chat_tokenizer(tiny.CHAT), "fit").tokenizer
     assert len(data.val) == 4
     batches = [*data.train_dataloader()]
     assert [len(batch["input_ids"]) for batch in batches] == [8, 8]
     learned = [own.decode(row[row != -100]) for batch in batches for row in batch["labels"]]
-    assert sorted(learned) == sorted(f"{word} {k}.</s>" for k in range(4, 12) for word in ("Yes", "No"))
+    assert len({*learned} & {f"{word} {k}.</s>" for k in range(12) for word in ("Yes", "No")}) == 16
 
 
 @tiny.needs_smollm2

@@ -1,89 +1,58 @@
-"""Rows of the hub that are read while a model trains on them: which rows a stage reads, and which part has them."""
-
-import functools
+"""Rows of a data set on the hub that does not fit on the disk: which are read, once, and that they are rows like others."""
 
 import datasets
 import pytest
 
 from cola_lightning import TextDataModule, UserError
-from cola_lightning.data.streaming import Stream
+from cola_lightning.data.base import EpochSampler
+from cola_lightning.data.streaming import draw_rows
 from tests import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torch's own call, for rows without a length
 
+def stream_of(n_rows, make=lambda k: {"text": f"It was {k}."}):
+    """A stream, and the rows that were read from it."""
+    read = []
 
-def text_row(split, k):
-    return {"text": f"{split} {k}."}
-
-
-def streamed(splits, stage, make=text_row, **arguments):
-    """A data module after its setup on streamed splits of so many rows, and the texts that were read from each."""
-    read = {split: [] for split in splits}
-
-    def rows(split, n_rows):
+    def rows():
         for k in range(n_rows):
-            read[split].append(k)
-            yield make(split, k)
+            read.append(k)
+            yield make(k)
 
-    data = TextDataModule("owner/rows", streaming=True, batch_size=4, **arguments)
-    data._splits = [
-        {
-            split: functools.partial(
-                Stream,
-                datasets.IterableDataset.from_generator(functools.partial(rows, split, n)),
-                split,
-            )
-            for split, n in splits.items()
-        }
-    ]
-    return tiny.set_up(data, tiny.tokenizer(pad=True), stage), read
+    return datasets.IterableDataset.from_generator(rows), read
 
 
-def texts(data, rows):
-    rows = [row["input_ids"] if isinstance(row, dict) else row.prompt_ids for row in rows]
-    return [data.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+def test_as_many_rows_are_drawn_as_are_needed_and_read_once():
+    stream, read = stream_of(30_000)
+    rows = draw_rows(stream, 20, 0, "rows, train", "as many")
+    assert len(rows) == 20
+    assert len(read) < 12_000  # a buffer of 10,000, and not all
+    texts = [row["text"] for row in rows]
+    assert len({*texts}) == 20
+    n_read = len(read)
+    assert [row["text"] for row in draw_rows(stream, 20, 0, "rows, train", "as many")] == texts
+    assert len(read) == n_read
+    assert [row["text"] for row in draw_rows(stream, 20, 1, "rows, train", "as many")] != texts
+    assert next(iter(rows)).place == "rows, train, row 0 (counted from 0)"
 
 
-def trained_texts(data):
-    return sorted(texts(data, [{"input_ids": ids} for batch in data.train_dataloader() for ids in batch["input_ids"]]))
+def test_rows_that_were_drawn_are_split_skipped_and_resumed_like_others(caplog):
+    caplog.set_level("INFO", "cola_lightning")
+    stream, _ = stream_of(40, lambda k: {"prompt": f"Is {k} old?", "response": "No. " * (1 + 40 * (k % 2))})
+    data = TextDataModule(
+        "owner/rows", streaming=True, train_size=20, val_size=5, too_long="skip", max_length=30, max_skipped=0, batch_size=2
+    )
+    data._splits = [{"train": lambda: draw_rows(stream, 40, 0, "rows, train", "split")}]
+    tiny.set_up(data, tiny.tokenizer(pad=True), "fit")
+    n_long = sum("No. No." in data.tokenizer.decode(row["input_ids"]) for row in data.train)
+    assert (n_long, data._report.n_rows) == (0, 25)
+    assert len(data.train) + len(data.val) + data._report.n_skipped == 25
+    assert "longer than data.max_length" in caplog.text
+    assert isinstance(data.train_dataloader().sampler, EpochSampler)
 
 
-def test_a_fit_holds_out_the_first_rows_and_reads_no_test_rows():
-    data, read = streamed({"train": 30, "test": 30}, "fit", val_size=5)
-    assert texts(data, data.val) == [f"train {k}." for k in range(5)]
-    assert trained_texts(data) == sorted(f"train {k}." for k in range(5, 30))
-    assert data.can_be_tested
-    assert read["test"] == []
-    assert data.state_dict() == {}
-
-
-def test_validation_and_test_have_their_splits_or_the_first_training_rows():
-    data, _ = streamed({"train": 30, "validation": 8}, "fit", test_size=3)
-    assert texts(data, data.val) == [f"validation {k}." for k in range(8)]
-    assert trained_texts(data) == sorted(f"train {k}." for k in range(3, 30))
-    data.setup("test")
-    assert texts(data, data.test) == [f"train {k}." for k in range(3)]
-
-
-@pytest.mark.parametrize("split", ["test", "validation", "train"])
-def test_predict_reads_the_test_rows_or_those_of_validation_or_training(split):
-    splits = {name: 9 for name in ("train", "validation", "test") if name in (split, "train")}
-    data, read = streamed(splits, "predict", max_new_tokens=4)
-    assert texts(data, data.test) == [f"{split} {k}." for k in range(9)]
-    assert split == "train" or read["train"] == []
-
-
-def test_rows_that_are_too_long_are_skipped_and_do_not_count_as_unusable():
-    def row(split, k):
-        return {"prompt": f"Is {k} old?", "response": "No. " * (1 + 40 * (k % 2))}
-
-    data, _ = streamed({"train": 20}, "fit", row, val_size=0, too_long="skip", max_length=30)
-    assert len(trained_texts(data)) == 10
-
-
-def test_rows_are_held_out_in_one_process_alone():
-    for arguments in ({"num_workers": 1}, {}):
-        data, _ = streamed({"train": 30}, "fit", val_size=5, **arguments)
-        data.trainer = None if arguments else tiny.process(0, 2)
-        with pytest.raises(UserError, match=r"data\.streaming: rows are held out, so use one process"):
-            data.train_dataloader()
+@pytest.mark.parametrize(
+    "arguments", [{"source": "owner/rows"}, {"source": "owner/rows", "train_size": 0.5}, {"source": ".", "train_size": 5}]
+)
+def test_streaming_needs_the_hub_and_a_number_of_rows(arguments):
+    with pytest.raises(UserError, match=r"data\.streaming reads data\.train_size rows from the hub"):
+        TextDataModule(**arguments, streaming=True)

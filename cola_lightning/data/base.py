@@ -180,11 +180,26 @@ def check_sizes(**sizes: int | None) -> None:
             raise UserError(f"data.{field} must be at least 1, got {size}")
 
 
+def from_module(name: str) -> Any:
+    """A property of a data module: the trained module's attribute of that name; without a Trainer, or for a module without it,
+    what was set.
+    """  # noqa: D205
+
+    def read(data: Any) -> Any:
+        module = data.trainer and data.trainer.lightning_module
+        return getattr(module, name, vars(data).get(name))
+
+    def write(data: Any, value: Any) -> None:
+        vars(data)[name] = value
+
+    return property(read, write)
+
+
 class EpochDataModule(LightningDataModule, ABC):
     """Loaders over the parts of a data set, sequences of rows that a subclass' ``setup`` creates.
 
     Attributes:
-        train: training rows.
+        train: training rows; if their batches are not those of the other parts, with a method ``collate``.
         val: validation rows; empty: the fit runs without validation.
         test: rows of test and predict.
         length_grouped: whether a training batch has rows of similar length.
@@ -255,8 +270,7 @@ class EpochDataModule(LightningDataModule, ABC):
 
     def describe(self) -> list[str]:
         """At most four lines about the rows after ``setup("fit")``, for people; it costs next to nothing."""
-        parts = [len(part) if isinstance(part, Sized) else "streamed" for part in (self.train, getattr(self, "val", []))]
-        return [f"{parts[0]} rows for training, {parts[1]} for validation"]
+        return [f"{len(self.train)} rows for training, {len(getattr(self, 'val', []))} for validation"]
 
     def length(self, row: Any) -> int:
         """A row's length; a full evaluation goes from the longest row to the shortest, to reduce padding."""
@@ -332,7 +346,7 @@ class EpochDataModule(LightningDataModule, ABC):
         # Keywords: Lightning rebuilds this loader for predict. A separate generator: without it, each pass over the data would
         # draw from the global one.
         options: dict[str, Any] = {"num_workers": self.num_workers, "generator": torch.Generator(), "collate_fn": _identity}
-        batches = SeededBatches(data, self.collate, self.order_seed, augment)
+        batches = SeededBatches(data, getattr(data, "collate", self.collate), self.order_seed, augment)
         return EpochLoader(batches, batch_size=batch_size, sampler=sampler, **options)
 
     # ------------------------------------------------------------------ the position in an epoch, in a checkpoint
@@ -357,7 +371,7 @@ class EpochDataModule(LightningDataModule, ABC):
     @override
     def state_dict(self) -> dict[str, Any]:
         """What the position in an epoch depends on; see :meth:`load_state_dict`."""
-        return self._order() if isinstance(getattr(self, "train", None), Sized) else {}  # a stream has no length
+        return self._order()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

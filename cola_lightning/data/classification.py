@@ -3,7 +3,8 @@
 import itertools
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
 
@@ -11,12 +12,12 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from cola_lightning.constants import IGNORE_INDEX
-from cola_lightning.data.encoding import TOO_LONG
-from cola_lightning.data.labels import class_index, class_name, count_classes, find_classes, sorted_labels
-from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import Row, Rows, each, together
+from cola_lightning.data.encoding import TOO_LONG, TooLong
+from cola_lightning.data.labels import ClassReader, class_name, count_classes, find_classes, sorted_labels
+from cola_lightning.data.preprocessing import TokenPreprocessor
+from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.data.source import Source, SourceDataModule
+from cola_lightning.data.tokenized import TokenizedDataModule
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 # Columns with a text, or a pair of texts, and with its label, by the first that a data set has.
@@ -133,19 +134,62 @@ class LabelledDataModule(SourceDataModule):
         found = each(lambda row: class_name(row, label, self.label_names), rows)
         return [name if isinstance(name, str) else None for name in found]
 
-    def label_reader(self, rows: Rows, label: str) -> tuple[Callable[[Row], int], tuple[Any, ...]]:
-        """A function that returns the index of a row's label, or -100 for none; and the plain values on which it depends."""
-        names = None if rows.may_lack_targets and label not in rows.columns else self.label_names
-        indices = {name: index for index, name in enumerate(names or [])}
-
-        def read(row: Row) -> int:
-            index = class_index(row, label, indices, are_names_given=self._are_names_given)
-            return IGNORE_INDEX if index is None else index
-
-        return read, (label, names, self._are_names_given, rows.may_lack_targets)
+    def class_reader(self, rows: Rows, label: str) -> ClassReader:
+        """What reads the classes of rows from a column."""
+        lacks_column = rows.may_lack_targets and label not in rows.columns
+        names = () if lacks_column else tuple(self.label_names)
+        return ClassReader(label, names, self._are_names_given, rows.may_lack_targets)
 
 
-class TextClassificationDataModule(LabelledDataModule):
+@dataclass(frozen=True)
+class LabelledTexts(TokenPreprocessor):
+    """Texts, or pairs of texts, with their labels.
+
+    Attributes:
+        columns: those with the texts.
+        label: reads a row's label.
+        too_long: whether to shorten or to skip a longer text.
+        features: what the tokenizer returns, and the label.
+    """
+
+    columns: tuple[str, ...]
+    label: ClassReader
+    too_long: TooLong
+    features: Mapping[str, Any]
+
+    @override
+    def read(self, row: Row) -> tuple[int, list[str]]:
+        return self.label(row), [row.text(name) for name in self.columns]
+
+    @override
+    def encode(self, items: Sequence[tuple[int, list[str]]], notes: set[str]) -> list[list[dict[str, Any]] | UnusableRow]:
+        tokenizer, inputs = self.tokenizer, [list(column) for column in zip(*(texts for _, texts in items), strict=True)]
+        side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+        try:
+            encoded = tokenizer(*inputs, truncation=True, max_length=self.max_length)
+        finally:
+            tokenizer.truncation_side = side
+
+        def encoded_row(k: int) -> list[dict[str, Any]]:
+            lost = encoded.encodings[k].overflowing if encoded.encodings else []
+            row = {name: values[k] for name, values in encoded.items()} | {"labels": items[k][0]}
+            if not row["input_ids"]:
+                raise UnusableRow("no text")
+            if lost and self.too_long == "skip":
+                raise UnusableRow(TOO_LONG)
+            return [row | {"lost": sum(len(piece.ids) - sum(piece.special_tokens_mask) for piece in lost)}]
+
+        return each(encoded_row, range(len(items)))
+
+    @override
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = [{name: value for name, value in row.items() if name not in ("labels", "length")} for row in examples]
+        # On the right, whatever the tokenizer's default: not every classifier with learned positions accounts for left padding.
+        batch = self.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
+        return {**batch, "labels": torch.tensor([row["labels"] for row in examples])}
+
+
+class TextClassificationDataModule(TokenizedDataModule, LabelledDataModule):
     """Labelled texts, or labelled pairs of texts, tokenized for a sequence classifier.
 
     Labels are names or whole numbers; with ``data.labels`` or ``model.label_names``, a whole number is a name's index. Without
@@ -161,7 +205,6 @@ class TextClassificationDataModule(LabelledDataModule):
         label_field: the column with the label; ``null``: ``label`` or ``labels``.
         labels: the classes in the order of the model's outputs, as ``model.label_names``; rows with other labels are skipped
             and counted. ``null``: the model's or the data's.
-        batch_size: rows per training batch.
         max_length: maximum length of a sequence, in tokens; the model's own limit also applies. A longer text is truncated on
             the right.
         **labelled: the other arguments of ``SourceDataModule``: how rows are split and batched.
@@ -194,49 +237,9 @@ class TextClassificationDataModule(LabelledDataModule):
             raise UserError(f"data.text_fields: name one or two of the columns {', '.join(columns)}{got}")
         return texts
 
-    # ------------------------------------------------------------------ rows
-
     @override
-    def encode(self, rows: Rows, part: str) -> tuple[Any, RowReport]:
+    def preprocessor_of(self, rows: Rows, part: str) -> LabelledTexts:
         texts, label = self._find_columns(rows)
-        read_label, known = self.label_reader(rows, label)
-
-        def read(row: Row) -> tuple[int, list[str]]:
-            return read_label(row), [row.text(name) for name in texts]
-
         features = {name: ["int32"] for name in self.tokenizer("a")} | {"labels": "int64"}
-        options = texts, *known, self.too_long
-        return self.map_rows(rows, features, *options, encode=lambda batch, _: together(self._tokens, each(read, batch)))
-
-    def _tokens(self, read: list[tuple[int, list[str]]]) -> list[list[dict[str, Any]] | UnusableRow]:
-        """Tokenizes rows.
-
-        Args:
-            read: the label and the texts of each row.
-        """
-        if not read:
-            return []
-        tokenizer, inputs = self.tokenizer, [list(column) for column in zip(*(texts for _, texts in read), strict=True)]
-        side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
-        try:
-            encoded = tokenizer(*inputs, truncation=True, max_length=self.max_length)
-        finally:
-            tokenizer.truncation_side = side
-
-        def encoded_row(k: int) -> list[dict[str, Any]]:
-            lost = encoded.encodings[k].overflowing if encoded.encodings else []
-            row = {name: values[k] for name, values in encoded.items()} | {"labels": read[k][0]}
-            if not row["input_ids"]:
-                raise UnusableRow("no text")
-            if lost and self.too_long == "skip":
-                raise UnusableRow(TOO_LONG)
-            return [row | {"lost": sum(len(piece.ids) - sum(piece.special_tokens_mask) for piece in lost)}]
-
-        return each(encoded_row, range(len(read)))
-
-    @override
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        inputs = [{name: value for name, value in row.items() if name not in ("labels", "length")} for row in rows]
-        # On the right, whatever the tokenizer's default: not every classifier with learned positions accounts for left padding.
-        batch = self.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
-        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+        reader = self.class_reader(rows, label)
+        return LabelledTexts(self.tokenizer, self.max_length, tuple(texts), reader, self.too_long, features)

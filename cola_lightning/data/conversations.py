@@ -70,6 +70,8 @@ class Question(NamedTuple):
 
 def question(row: Row, kind: Kind, columns: Columns) -> Question:
     """The prompt of a row."""
+    if "chosen" in columns:
+        return _preference_question(row, kind, columns)
     if kind == "text":
         return Question(row.text(columns["text"]), Conversation(()), None)
     if kind == "prompt":
@@ -320,10 +322,10 @@ def preference_texts(row: Row, columns: Columns) -> tuple[Pair, Pair]:
     return chosen, rejected
 
 
-def preference_question(row: Row, kind: Kind, columns: Columns) -> Question:
+def _preference_question(row: Row, kind: Kind, columns: Columns) -> Question:
     """The prompt of a row of pairs, whose responses may be missing; the target is the preferred one."""
     if kind == "prompt" and "prompt" in columns:
-        return question(row, kind, columns | {"response": columns["chosen"]})
+        return question(row, kind, {"response" if slot == "chosen" else slot: name for slot, name in columns.items()})
     row, columns = _without_nesting(row, columns)
     chosen, rejected = (_answered(row, kind, columns, side) for side in SIDES)
     n = _n_shared(chosen, rejected)

@@ -1,11 +1,10 @@
-"""Prompts with options or a generated answer: their tokens, their batches, and the base class of their data modules."""
+"""Rows with options or a generated answer: their tokens and batches, their preprocessor, and their data modules' base."""
 
-import functools
 import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -13,12 +12,12 @@ from typing_extensions import override
 
 from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
+from cola_lightning.data.base import EpochDataModule, check_sizes, from_module
 from cola_lightning.data.chat import fit_prompt
 from cola_lightning.data.encoding import TOO_LONG, TooLong, n_common, pad_left, room_for_prompt, tokenize, truncate_left
 from cola_lightning.data.labels import count_classes
-from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import Row, Rows, each, together
-from cola_lightning.data.source import TokenizedDataModule
+from cola_lightning.data.preprocessing import Size, TokenPreprocessor
+from cola_lightning.data.rows import Row, each, together
 from cola_lightning.errors import UnusableRow, UserError
 
 Loss = Literal["options", "answer"]
@@ -232,25 +231,64 @@ def collate_options(
     }
 
 
-class OptionBatches(TokenizedDataModule):
+@dataclass(frozen=True)
+class OptionRows(TokenPreprocessor):
+    """Rows with options to choose from, or with an answer to be generated.
+
+    Attributes:
+        example: makes the example of a row.
+        loss: over all ``options``, or the language-model loss on the right ``answer`` only.
+        metric: the metric; None: accuracy of options, F1 and exact match of generated answers.
+        is_chat: whether prompts are a user's turn in the tokenizer's chat template.
+        is_trained: whether these are training rows, of which the language-model loss needs the right option alone.
+        too_long: whether to shorten or to skip a longer prompt or answer.
+        seen: the different options of the rows so far; None: of those whose answer is generated.
+    """
+
+    example: Callable[[Row], Example]
+    loss: Loss = "options"
+    metric: str | None = None
+    is_chat: bool = False
+    is_trained: bool = False
+    too_long: TooLong = "shorten"
+    seen: set[tuple[str, ...] | None] = field(default_factory=set)
+
+    @override
+    def read(self, row: Row) -> Example:
+        return self.example(row)
+
+    @override
+    def encode(self, items: Sequence[Example], notes: set[str]) -> list[list[EncodedExample] | UnusableRow]:
+        self.seen.update(None if example.is_generated else example.options for example in items)
+        options: Any = {"is_chat": self.is_chat, "is_learned": self.is_trained and self.loss == "answer"}
+        encoded = encode_examples(self.tokenizer, items, self.max_length, too_long=self.too_long, **options)
+        return each(lambda example: [example], encoded)
+
+    @override
+    def size(self, example: EncodedExample) -> Size:
+        return Size(sum(len(prefix) + 1 for prefix in example.prefixes), example.n_lost)
+
+    @override
+    def collate(self, examples: list[EncodedExample]) -> dict[str, Any]:
+        return collate_options(examples, self.tokenizer.pad_token_id, self.loss, self.metric)
+
+
+# ---------------------------------------------------------------------- data modules
+
+
+class OptionBatches(EpochDataModule):
     """Base class of data modules whose rows are examples.
 
     Attributes:
-        loss: over all ``options``, or the language-model loss on the right ``answer`` only.
-        metric: the metric; None: accuracy of options, F1 and exact match of generated answers.
-        apply_chat_template: whether prompts are a user's turn in the tokenizer's chat template.
+        preprocessor: that of the examples.
         generate_rows: how many validation rows' answers a fit generates, if its module generates any; None: all.
+        templates: the prompt, and the options (or the name of the field that lists them), with a row's fields in braces; None
+            for what is not made from a template.
     """
 
-    loss: Loss = "options"
-    metric: str | None = None
-    apply_chat_template = False
+    preprocessor: Any = None
     generate_rows: int | None = None
-
-    @functools.cached_property
-    def _options_seen(self) -> set[tuple[str, ...] | None]:
-        """The different options of the examples that were encoded; None: of those whose answer is generated."""
-        return set()
+    templates: tuple[str | None, list[str] | str | None] = (None, None)
 
     @override
     def val_dataloader(self) -> Any:
@@ -272,63 +310,24 @@ class OptionBatches(TokenizedDataModule):
     @property
     @override
     def prompt_format(self) -> dict[str, Any]:
-        if not self._options_seen:
+        if not (seen := self.preprocessor.seen if self.preprocessor else ()):
             return {}
-        prompt, options = self.templates()
-        if None in self._options_seen:
-            return {"kind": "answer", "chat_template": self.apply_chat_template, "prompt": prompt}
-        if options is None and len(self._options_seen) == 1:
-            (seen,) = self._options_seen
-            options = [option.replace("{", "{{").replace("}", "}}") for option in seen or ()]
-        return {"kind": "options", "chat_template": self.apply_chat_template, "prompt": prompt, "options": options}
-
-    def templates(self) -> tuple[str | None, list[str] | str | None]:
-        """The prompt, and the options (or the name of the field that lists them), with a row's fields in braces.
-
-        None for what is not made from a template.
-        """
-        return None, None
+        (prompt, options), is_chat = self.templates, self.preprocessor.is_chat
+        if None in seen:
+            return {"kind": "answer", "chat_template": is_chat, "prompt": prompt}
+        if options is None and len(seen) == 1:
+            options = [option.replace("{", "{{").replace("}", "}}") for some in seen for option in some]
+        return {"kind": "options", "chat_template": is_chat, "prompt": prompt, "options": options}
 
     @override
     def describe(self) -> list[str]:
-        if len(self._options_seen) != 1 or None in self._options_seen:
+        seen = self.preprocessor.seen
+        if len(seen) != 1 or None in seen:
             return super().describe()
         rows = [row.example for row in (*self.train, *self.val)]
         counts = Counter(row.options[cast(int, row.answer)].strip() for row in rows)
-        options = [option.strip() for some in self._options_seen for option in some or ()]
+        options = [option.strip() for some in seen for option in some]
         return [*super().describe(), count_classes({option: counts[option] for option in options})]
-
-    def encode_examples(self, examples: Sequence[Example], *, is_learned: bool = False) -> list[EncodedExample | UnusableRow]:
-        """Encodes examples.
-
-        Args:
-            examples: the examples.
-            is_learned: whether they are training rows, of which the language-model loss needs the right option alone.
-
-        Returns:
-            Each example in tokens, or the reason why it cannot be used.
-        """
-        self._options_seen |= {None if example.is_generated else example.options for example in examples}
-        options: Any = {"is_chat": self.apply_chat_template, "is_learned": is_learned and self.loss == "answer"}
-        return encode_examples(self.tokenizer, examples, self.max_length, too_long=self.too_long, **options)
-
-    def encode_rows(self, rows: Rows, example: Callable[[Row], Example], part: str) -> tuple[list[EncodedExample], RowReport]:
-        """Converts rows to examples and encodes them; rows that cannot be used are skipped and counted.
-
-        Args:
-            rows: the rows of a part.
-            example: makes an example of a row.
-            part: ``train``, ``val``, ``test`` or ``predict``.
-        """
-        encode = functools.partial(self.encode_examples, is_learned=part == "train")
-        encoded, report = rows.encoded(lambda some_rows: together(encode, each(example, some_rows)))
-        report.n_shortened, report.n_lost = sum(row.n_lost > 0 for row in encoded), sum(row.n_lost for row in encoded)
-        report.n_tokens = sum(len(prefix) + 1 for row in encoded for prefix in row.prefixes)
-        return encoded, report
-
-    @override
-    def collate(self, rows: list[EncodedExample]) -> dict[str, Any]:
-        return collate_options(rows, self.tokenizer.pad_token_id, self.loss, self.metric)
 
 
 class OptionDataModule(OptionBatches):
@@ -343,14 +342,46 @@ class OptionDataModule(OptionBatches):
         num_workers: worker processes that prepare batches; 0: the main process prepares them.
         length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
             ``false``: shuffle the rows.
+
+    Attributes:
+        tokenizer: the trained module's. To use the rows without a Trainer, set it before ``setup``.
     """
+
+    tokenizer: Any = from_module("tokenizer")
+
+    def __init__(
+        self,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int = 2048,
+        split_seed: int = 0,
+        num_workers: int = 0,
+        length_grouped: bool = False,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, split_seed, num_workers)
+        check_sizes(max_length=max_length)
+        self.length_grouped, self.max_length = length_grouped, max_length
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Encodes examples; one that cannot be used is an error."""
-        self.set_tokenizer()
+        max_length = int(min(self.max_length, self.tokenizer.model_max_length))
+        before, self.preprocessor = self.preprocessor, OptionRows(self.tokenizer, max_length, _no_row)
+        self.preprocessor.seen.update(before.seen if before else ())
         encoded = list[EncodedExample]()
-        for example, outcome in zip(examples, self.encode_examples(examples), strict=True):
+        for example, outcome in zip(examples, self.preprocessor.encode(examples, set()), strict=True):
             if isinstance(outcome, UnusableRow):
                 raise UserError(f"{example.place}: {outcome}")
-            encoded.append(outcome)
+            encoded += outcome
         return encoded
+
+    @override
+    def length(self, row: EncodedExample) -> int:
+        return len(row)
+
+    @override
+    def collate(self, rows: list[EncodedExample]) -> dict[str, Any]:
+        return cast(OptionRows, self.preprocessor).collate(rows)
+
+
+def _no_row(row: Row) -> Example:
+    raise NotImplementedError("examples do not come from rows")

@@ -6,6 +6,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from cola_lightning import __version__
 from cola_lightning.constants import IGNORE_INDEX
-from cola_lightning.data.base import EpochDataModule
+from cola_lightning.data.base import from_module
 from cola_lightning.data.classification import LABELS, LabelledDataModule
-from cola_lightning.data.labels import sorted_labels
+from cola_lightning.data.labels import ClassReader, sorted_labels
+from cola_lightning.data.preprocessing import Preprocessor, Size
 from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import Row, Rows, each, progress_bar_if
+from cola_lightning.data.rows import Row, Rows, progress_bar_if
 from cola_lightning.data.source import VALIDATION_SPLITS, Source
 from cola_lightning.data.splits import Splits, paths_inside
 from cola_lightning.errors import UnusableRow, UserError
@@ -33,6 +34,61 @@ FORMATS = ("JPEG", "JPEG2000", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "DIB", "GIF
 SPLIT_NAMES = {"training": "train", "testing": "test"}  # of folders, as people call them
 ROWS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")  # a folder with such a file has its rows there
 RATIOS = 3 / 4, 4 / 3  # of a random crop's sides
+
+
+@dataclass(frozen=True)
+class Pictures(Preprocessor):
+    """Pictures with their labels. An example has the label alone; the picture is read from its row, and decoded, for a batch.
+
+    Attributes:
+        image_processor: makes pixels of pictures.
+        column: that with the picture, as it is stored.
+        label: reads a row's label.
+    """
+
+    image_processor: Any = field(repr=False)
+    column: str
+    label: ClassReader
+
+    features = {"labels": "int64"}  # noqa: RUF012
+
+    @override
+    def read(self, row: Row) -> dict[str, Any]:
+        index = self.label(row)
+        if not _is_picture(row[self.column]):
+            raise row.refused(self.column, "a picture")
+        _opened(row[self.column], is_whole=False)
+        return {"labels": index}
+
+    @override
+    def encode(self, items: Sequence[dict[str, Any]], notes: set[str]) -> list[list[dict[str, Any]]]:
+        return [[example] for example in items]
+
+    @override
+    def size(self, example: dict[str, Any]) -> Size:
+        return Size(0)
+
+    @override
+    def identity(self, rows: Rows) -> str | None:
+        import PIL
+
+        paths = rows.data.select_columns([self.column]).flatten()[f"{self.column}.path"][:]
+        files = hashlib.sha256(repr([_facts(path) for path in paths]).encode()).hexdigest()
+        return f"{super().identity(rows)} {PIL.__version__} {FORMATS} {files}"
+
+    @override
+    def completed(self, examples: Any, rows: Rows, report: RowReport) -> Any:
+        usable = np.delete(rows.numbers, [*report.unusable])
+        labels = np.full(len(rows.split), IGNORE_INDEX)
+        labels[usable] = examples.with_format("numpy")["labels"][:]
+        pictures = rows.split.select_columns([self.column]).rename_columns({self.column: "image"})
+        # To selected rows, datasets adds no column without a copy of all pictures.
+        return pictures.add_column("labels", labels).select(usable).with_transform(_decoded)
+
+    @override
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        pixels = self.image_processor([row["image"] for row in examples], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in examples])}
 
 
 class ImageDataModule(LabelledDataModule):
@@ -56,7 +112,6 @@ class ImageDataModule(LabelledDataModule):
             crop. Crops and flips depend only on the seed, the epoch and the row.
         random_flip: Mirror half of the training pictures, drawn at random. Use ``false`` for digits, text, or left and right
             hands.
-        num_proc: Number of processes that check whether pictures can be read. ``null`` uses the main process.
         **labelled: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Attributes:
@@ -66,8 +121,7 @@ class ImageDataModule(LabelledDataModule):
         UserError: for invalid files, rows and sizes.
     """
 
-    image_processor: Any = None
-    length = EpochDataModule.length  # pictures are all alike
+    image_processor: Any = from_module("image_processor")
 
     def __init__(
         self,
@@ -77,20 +131,9 @@ class ImageDataModule(LabelledDataModule):
         image_field: str | None = None,
         random_crop: float = 0.25,
         random_flip: bool = True,
-        num_proc: int | None = None,
         **labelled: Any,
     ) -> None:
-        # Options of texts, which this class therefore does not have.
-        super().__init__(
-            source,
-            subset,
-            num_proc=num_proc,
-            text_unit="file",
-            max_length=1,
-            length_grouped=False,
-            too_long="shorten",
-            **labelled,
-        )
+        super().__init__(source, subset, **labelled)
         if not 0 < random_crop <= 1:
             raise UserError(f"data.random_crop must be a share of the area, above 0 and at most 1, got {random_crop}")
         self.image_field, self.random_crop, self.random_flip = image_field, random_crop, random_flip
@@ -102,42 +145,33 @@ class ImageDataModule(LabelledDataModule):
             raise UserError(f"data.image_field: name one of the columns {', '.join(columns)}{f', got {name}' if name else ''}")
         return [name]
 
-    @override
-    def set_tokenizer(self) -> None:
-        """Sets ``image_processor``: pictures need no tokenizer."""
-        if self.trainer is not None:
-            self.image_processor = getattr(self.trainer.lightning_module, "image_processor", self.image_processor)
-
     # ------------------------------------------------------------------ sources
 
     @override
-    def splits_of(self, source: Source) -> Splits[Any]:
+    def load(self, source: Source) -> Splits:
         names = {self.train_split, self.val_split, self.test_split, *VALIDATION_SPLITS, "test"}
         folders = _folders_by_split(source.source, self.train_split, names)
         if not folders:
-            return super().splits_of(source)
+            return {name: functools.partial(self._stored, source, read) for name, read in super().load(source).items()}
         classes = sorted_labels({label for _, label in _pictures(folders.values()) if label is not None})
-        listed = {split: _listing(folder, classes, f"{source.source}, {split}") for split, folder in folders.items()}
-        return {split: functools.partial(self._used, source, read) for split, read in listed.items()}
+        return {split: _listing(folder, classes, f"{source.source}, {split}") for split, folder in folders.items()}
 
-    @override
-    def _used(self, source: Source, read: Callable[[], Rows]) -> Rows:
-        """The rows that are used, with pictures as they are stored, which are not decoded."""
+    def _stored(self, source: Source, read: Callable[[], Rows]) -> Rows:
+        """Rows with pictures as they are stored, which are not decoded; also of a column of paths."""
         import datasets
 
-        rows, stored = super()._used(source, read), datasets.Image(decode=False)
-        rows = rows.at_numbers(rows.numbers)  # a copy
-        (image,) = self.find_inputs(rows.columns)
+        rows, stored = read(), datasets.Image(decode=False)
+        data, (image,) = rows.data, self.find_inputs(rows.columns)
         place = Path(os.path.expanduser(source.source))
-        for name, feature in rows.data.features.items():
+        for name, feature in data.features.items():
             if isinstance(feature, datasets.Image):
-                rows.data = rows.data.cast_column(name, stored)
+                data = data.cast_column(name, stored)
             elif name == image and getattr(feature, "dtype", None) in ("string", "large_string"):
                 folder = place if place.is_dir() else place.parent
-                paths = [None if path is None else str((folder / path).absolute()) for path in rows.data[image][:]]
-                data = rows.data.remove_columns(image).add_column(image, paths, feature=datasets.Value("string"))
-                rows.data = data.cast_column(image, stored)
-        return rows
+                paths = [None if path is None else str((folder / path).absolute()) for path in data[image][:]]
+                data = data.remove_columns(image).add_column(image, paths, feature=datasets.Value("string"))
+                data = data.cast_column(image, stored)
+        return Rows(data, rows.place)
 
     @override
     def fields_of(self, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -148,29 +182,9 @@ class ImageDataModule(LabelledDataModule):
     # ------------------------------------------------------------------ rows
 
     @override
-    def encode(self, rows: Rows, part: str) -> tuple[Any, RowReport]:
-        import PIL
-
+    def preprocessor_of(self, rows: Rows, part: str) -> "Pictures":
         (image,), label = self._find_columns(rows)
-        read_label, known = self.label_reader(rows, label)
-
-        def read(row: Row) -> list[dict[str, Any]]:
-            index = read_label(row)
-            if not _is_picture(row[image]):
-                raise row.refused(image, "a picture")
-            _opened(row[image], is_whole=False)
-            return [{"labels": index, "length": 1}]
-
-        paths = rows.data.select_columns([image]).flatten()[f"{image}.path"][:]
-        files = hashlib.sha256(repr([_facts(path) for path in paths]).encode()).hexdigest()
-        identity = repr((__version__, PIL.__version__, FORMATS, image, known, files))
-        encoded, report = rows.mapped(lambda batch, _: each(read, batch), {"labels": "int64"}, identity, self.num_proc)
-        report.n_tokens = 0
-        usable = np.delete(rows.numbers, list(report.unusable))
-        labels = np.full(len(rows.data), IGNORE_INDEX)
-        labels[usable] = encoded.with_format("numpy")["labels"][:]
-        data = rows.data.select_columns([image]).rename_columns({image: "image"}).add_column("labels", labels)
-        return data.select(usable).with_transform(_decoded), report
+        return Pictures(self.image_processor, image, self.class_reader(rows, label))
 
     def augment(self, row: dict[str, Any], seed: int) -> dict[str, Any]:
         """A training row with its picture cropped and flipped at random, by the seed."""
@@ -189,11 +203,6 @@ class ImageDataModule(LabelledDataModule):
 
             picture = ImageOps.mirror(picture)
         return {**row, "image": picture}
-
-    @override
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        pixels = self.image_processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
 
 
 # ---------------------------------------------------------------------- pictures in folders and rows

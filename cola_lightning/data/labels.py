@@ -2,9 +2,10 @@
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from cola_lightning.constants import WHOLE_NUMBER
+from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
@@ -167,6 +168,36 @@ def class_index(row: Row, field: str, indices: Mapping[str, int], *, are_names_g
     raise UnusableRow(f"{name!r} in the field {field!r} is none of the labels {listed}{hint}")
 
 
+@dataclass(frozen=True)
+class ClassReader:
+    """Reads the index of a row's class, or -100 for none.
+
+    Attributes:
+        field: the field with the label.
+        names: the classes' names; none: no row has a label.
+        are_names_given: whether the user gave the names and thus their order.
+        may_lack: whether a label may be missing, as in rows to be predicted.
+    """
+
+    field: str
+    names: tuple[str, ...]
+    are_names_given: bool
+    may_lack: bool
+
+    @functools.cached_property
+    def _indices(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.names)}
+
+    def __call__(self, row: Row) -> int:
+        """The index.
+
+        Raises:
+            UnusableRow: if the label is not known, or missing where it must not be.
+        """
+        index = class_index(row, self.field, self._indices, are_names_given=self.are_names_given)
+        return IGNORE_INDEX if index is None else index
+
+
 def find_classes(rows: Rows, field: str) -> list[str]:
     """The names of the classes: in the data's order if it has class names, else sorted, numbers by value.
 
@@ -176,12 +207,12 @@ def find_classes(rows: Rows, field: str) -> list[str]:
     """
     if names := rows.class_names.get(field):
         return list(names)
-    values = rows.values(field)
+    values = rows.data.unique(field)
     found = each(lambda value: class_name(Row({field: value}, rows.place), field), values)
-    names = {name for name in found if isinstance(name, str)}
-    if names == {"1"}:  # of the labels -1 and 1, both are classes
-        names |= {"-1"}.intersection(str(plain_label(value)) for value in values)
-    return sorted_labels(names)
+    classes = {name for name in found if isinstance(name, str)}
+    if classes == {"1"}:  # of the labels -1 and 1, both are classes
+        classes |= {"-1"}.intersection(str(plain_label(value)) for value in values)
+    return sorted_labels(classes)
 
 
 def count_classes(counts: Mapping[str, int]) -> str:

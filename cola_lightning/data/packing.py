@@ -22,19 +22,21 @@ class Packs:
         lengths: the rows' lengths, in tokens.
         max_length: the length of a pack.
         seed: which of several rows of one length is packed first: their order in the data may be by subject.
+        pad: the token of padding.
 
     Example:
         >>> import datasets
         >>> rows = datasets.Dataset.from_list([{"input_ids": [k] * n} for k, n in enumerate([5, 3, 2, 4])])
-        >>> [[row["input_ids"] for row in pack] for pack in Packs(rows, [5, 3, 2, 4], 7, seed=0)]
+        >>> [[row["input_ids"] for row in pack] for pack in Packs(rows, [5, 3, 2, 4], 7, seed=0, pad=9)]
         [[[0, 0, 0, 0, 0], [2, 2]], [[3, 3, 3, 3], [1, 1, 1]]]
     """
 
-    def __init__(self, rows: Any, lengths: Sequence[int], max_length: int, seed: int) -> None:
+    def __init__(self, rows: Any, lengths: Sequence[int], max_length: int, seed: int, pad: int) -> None:
         order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).numpy()
         shuffled = np.asarray(lengths)[order]
         packs = best_fit(shuffled.tolist(), max_length)
-        self.rows, self.ends = rows, np.cumsum([len(pack) for pack in packs])  # arrays: there may be millions of rows
+        self.rows, self.pad = rows, pad
+        self.ends = np.cumsum([len(pack) for pack in packs])  # arrays: there may be millions of rows
         self.places = order[np.fromiter(chain.from_iterable(packs), dtype=np.int64, count=len(order))]
 
     def __len__(self) -> int:
@@ -48,6 +50,10 @@ class Packs:
         places = [self.places[self.ends[pack - 1] if pack else 0 : self.ends[pack]].tolist() for pack in packs]
         rows = iter(self.rows.__getitems__(list(chain.from_iterable(places))))
         return [[next(rows) for _ in places_of_pack] for places_of_pack in places]
+
+    def collate(self, packs: Sequence[Sequence[LanguageRow]]) -> dict[str, Tensor]:
+        """A batch of packs."""
+        return collate_packs(packs, self.pad)
 
 
 def best_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:

@@ -2,29 +2,56 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from typing_extensions import override
 
 from cola_lightning.data.chat import encode_preferences
-from cola_lightning.data.columns import Columns, Kind, Reading, find_columns, find_pairs
-from cola_lightning.data.conversations import Question, preference, preference_question, preference_texts
+from cola_lightning.data.columns import Reading, find_columns, find_pairs
+from cola_lightning.data.conversations import preference, preference_texts
 from cola_lightning.data.encoding import (
     TOO_LONG,
     LanguageRow,
     Pair,
-    PromptRow,
     TooLong,
-    collate_language,
     encode_responses,
     n_common,
     room_for_prompt,
     truncate_left,
 )
-from cola_lightning.data.rows import Row, Rows, each, together
+from cola_lightning.data.preprocessing import Preprocessor, Size
+from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.data.source import Source
-from cola_lightning.data.text import TextDataModule
+from cola_lightning.data.text import TOKENS, LanguageRows, TextDataModule
 from cola_lightning.errors import UnusableRow, UserError
+
+SIDE: dict[str, Any] = {**TOKENS, "lost": "int32"}
+
+
+class PreferencePairs(LanguageRows):
+    """Two responses to one prompt, with the loss on both: as turns, or as texts that follow their prompt."""
+
+    features = {"chosen": SIDE, "rejected": SIDE}  # noqa: RUF012
+
+    @override
+    def read(self, row: Row) -> Any:
+        return preference_texts(row, self.columns) if self.template is None else preference(row, self.kind, self.columns)
+
+    @override
+    def encode(self, items: Sequence[Any], notes: set[str]) -> list[list[dict[str, LanguageRow]] | UnusableRow]:
+        max_length, too_long = self.max_length, self.too_long
+        if self.template is None:
+            return each(paired, encode_texts(self.tokenizer, items, max_length, too_long))
+        return each(paired, encode_preferences(self.template, items, max_length, notes, too_long))
+
+    @override
+    def size(self, example: Any) -> Size:
+        return Size(*map(sum, zip(*map(super().size, example.values()), strict=True)))
+
+    @override
+    def collate(self, examples: list[dict[str, LanguageRow]]) -> dict[str, Any]:
+        sides = [example[side] for side in ("chosen", "rejected") for example in examples]
+        return {**super().collate(sides), "n_pairs": len(examples)}
 
 
 class PreferenceDataModule(TextDataModule):
@@ -47,13 +74,11 @@ class PreferenceDataModule(TextDataModule):
         subset: Name of a configuration of a data set on the hub.
         columns: Which columns to use, as ``{chosen: good, rejected: bad}``. The keys are ``chosen`` and ``rejected``, and
             ``prompt`` (with ``input``, ``system`` and ``tools``). ``null`` finds them by their names.
-        **rows: the other arguments of ``TextDataModule``, except ``packing`` and ``loss``.
+        **rows: the other arguments of ``TextDataModule``, except ``text_unit``, ``packing`` and ``loss``.
 
     Raises:
         UserError: for invalid files, rows and sizes, and for a model that does not train pairs.
     """
-
-    features: ClassVar[dict[str, Any]] = TextDataModule.features | {"n_chosen": "int32"}
 
     def __init__(
         self,
@@ -63,7 +88,7 @@ class PreferenceDataModule(TextDataModule):
         columns: dict[str, str] | None = None,
         **rows: Any,
     ) -> None:
-        super().__init__(source, subset, columns=columns, packing=False, loss="last", **rows)
+        super().__init__(source, subset, columns=columns, text_unit="paragraph", packing=False, loss="last", **rows)
 
     @override
     def setup(self, stage: str) -> None:
@@ -76,7 +101,7 @@ class PreferenceDataModule(TextDataModule):
         super().setup(stage)
 
     @override
-    def _read_columns(self, rows: Rows, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:
+    def read_columns(self, rows: Rows, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:
         try:
             return find_pairs(rows.columns, rows.lists, chosen)
         except UserError:
@@ -85,27 +110,8 @@ class PreferenceDataModule(TextDataModule):
             return find_columns(rows.columns, rows.lists, chosen, has_response=False)  # rows with prompts alone, to predict
 
     @override
-    def _question(self, row: Row, kind: Kind, columns: Columns) -> Question:
-        return preference_question(row, kind, columns) if "chosen" in columns else super()._question(row, kind, columns)
-
-    @override
-    def _encode(
-        self, kind: Kind, columns: Columns, rows: Sequence[Row], notes: set[str]
-    ) -> Sequence[list[LanguageRow] | UnusableRow]:
-        encoded: Sequence[tuple[LanguageRow, LanguageRow] | UnusableRow]
-        max_length, too_long = self.max_length, self.too_long
-        if kind == "prompt" and not self.applies_chat_template:
-            texts = each(lambda row: preference_texts(row, columns), rows)
-            encoded = together(lambda usable: encode_texts(self.tokenizer, usable, max_length, too_long), texts)
-        else:
-            template, pairs = self._template, each(lambda row: preference(row, kind, columns), rows)
-            encoded = together(lambda usable: encode_preferences(template, usable, max_length, notes, too_long), pairs)
-        return each(lambda pair: [joined(*pair)], encoded)
-
-    @override
-    def collate(self, rows: list[Any]) -> dict[str, Any]:
-        is_predict = isinstance(rows[0], PromptRow)
-        return super().collate(rows) if is_predict else collate_pairs(rows, self.tokenizer.pad_token_id)
+    def trained(self, **known: Any) -> Preprocessor:
+        return PreferencePairs(**known)
 
 
 def encode_texts(
@@ -144,34 +150,20 @@ def encode_texts(
     return each(lambda item: encode(item[0], item[1:]), zip(pairs, flat[::2], flat[1::2], strict=True))
 
 
-def joined(chosen: LanguageRow, rejected: LanguageRow) -> LanguageRow:
-    """A pair as one row: the tokens of the chosen response, with its prompt, and then those of the rejected one.
+def paired(pair: tuple[LanguageRow, LanguageRow]) -> list[dict[str, LanguageRow]]:
+    """The example of a pair.
 
     Where the prompts' last tokens differ, because a token spans the boundary or the template opens a thought in only one of
     them, the loss of both begins at the first different token.
 
     Example:
-        >>> joined({"input_ids": [7, 8, 5], "spans": [1, 3]}, {"input_ids": [7, 9, 4, 5], "spans": [1, 4]})
-        {'input_ids': [7, 8, 5, 7, 9, 4, 5], 'spans': [1, 3, 4, 7], 'n_chosen': 3, 'lost': 0}
+        >>> paired(({"input_ids": [7, 8, 5], "spans": [1, 3]}, {"input_ids": [7, 9, 4, 5], "spans": [2, 4]}))
+        [{'chosen': {'input_ids': [7, 8, 5], 'spans': [1, 3]}, 'rejected': {'input_ids': [7, 9, 4, 5], 'spans': [1, 4]}}]
     """
-    n, ids = len(chosen["input_ids"]), [*chosen["input_ids"], *rejected["input_ids"]]
-    if ids[:n] == ids[n:]:
+    chosen, rejected = pair
+    if chosen["input_ids"] == rejected["input_ids"]:
         raise UnusableRow("the two responses are equal up to data.max_length")
-    n_shared = max(n_common(ids[:n], ids[n:]), 1)
-    spans = [
-        start + min(place, n_shared if k == 0 else place)
-        for start, row in ((0, chosen), (n, rejected))
-        for k, place in enumerate(row["spans"])
-    ]
-    return {"input_ids": ids, "spans": spans, "n_chosen": n, "lost": chosen.get("lost", 0) + rejected.get("lost", 0)}
-
-
-def collate_pairs(rows: Sequence[LanguageRow], pad: int) -> dict[str, Any]:
-    """A language-model batch with ``n_pairs``: the chosen responses, and then the rejected ones in the same order."""
-
-    def part(row: LanguageRow, start: int, end: int) -> LanguageRow:
-        return {"input_ids": row["input_ids"][start:end], "spans": [k - start for k in row["spans"] if start < k <= end]}
-
-    chosen = [part(row, 0, row["n_chosen"]) for row in rows]
-    rejected = [part(row, row["n_chosen"], len(row["input_ids"])) for row in rows]
-    return {**collate_language([*chosen, *rejected], pad), "n_pairs": len(rows)}
+    n_shared = max(n_common(chosen["input_ids"], rejected["input_ids"]), 1)
+    for row in pair:
+        row["spans"] = [min(row["spans"][0], n_shared), *row["spans"][1:]]
+    return [{"chosen": chosen, "rejected": rejected}]

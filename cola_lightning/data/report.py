@@ -38,16 +38,18 @@ class RowReport:
     unusable: dict[int, str] = field(default_factory=dict)
     notes: set[str] = field(default_factory=set)
 
-    def skip(self, reason: str, place: str, n_rows: int = 1) -> None:
-        """Counts rows that were skipped.
+    def skip(self, reason: str, place: str, index: int | None = None) -> None:
+        """Counts a row that was skipped.
 
         Args:
             reason: why.
-            place: the first of these rows, for messages.
-            n_rows: their number.
+            place: where the row is, for messages.
+            index: the row's index; None: of a stream.
         """
         n_before, first = self.skipped.get(reason, (0, place))
-        self.skipped[reason] = n_before + n_rows, first
+        self.skipped[reason] = n_before + 1, first
+        if index is not None:
+            self.unusable[index] = reason
 
     def __iadd__(self, other: "RowReport") -> "RowReport":
         """Adds the counts of other rows, which follow these."""
@@ -55,7 +57,8 @@ class RowReport:
         for name in ("n_rows", "n_shortened", "n_lost", "n_tokens", "n_trained"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, (n_rows, place) in other.skipped.items():
-            self.skip(reason, place, n_rows)
+            n_before, first = self.skipped.get(reason, (0, place))
+            self.skipped[reason] = n_before + n_rows, first
         return self
 
     @property

@@ -10,16 +10,16 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from cola_lightning import hub
 from cola_lightning.data.rows import Rows, progress_bar_if
 from cola_lightning.errors import UserError, causes, one_line
+from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 
-S = TypeVar("S")
-Splits = Mapping[str, Callable[[], S]]  # each is read when it is called
+Splits = Mapping[str, Callable[[], Rows]]  # each is read when it is called
 TextUnit = Literal["file", "line", "paragraph"]
 
 # Of datasets, by a file's ending.
@@ -62,7 +62,7 @@ def _is_saved(folder: Path) -> bool:
 
 def load_splits(
     source: str, subset: str | None = None, revision: str | None = None, text_unit: TextUnit = "paragraph"
-) -> Splits[Rows]:
+) -> Splits:
     """The splits of a source, by the names that it has.
 
     Args:
@@ -89,7 +89,7 @@ def load_splits(
     return {split: functools.partial(Rows, rows, f"{source}, {split}") for split, rows in data.items()}
 
 
-def choose_split(splits: Splits[S], name: str | None, usual_names: Sequence[str], option: str) -> Callable[[], S] | None:
+def choose_split(splits: Splits, name: str | None, usual_names: Sequence[str], option: str) -> Callable[[], Rows] | None:
     """What reads the split that an option names or, if it is null, the first one of the usual names; None if there is none.
 
     Raises:
@@ -115,10 +115,24 @@ def files_identity(source: str) -> dict[str, Any]:
     files = files or [file for files_of_split in _files_by_split(path).values() for file in files_of_split]
     names, identities = [file.name for file in files], {}
     for file in files:
-        with file.open("rb") as opened:
-            name = file.name if names.count(file.name) == 1 else str(file)
-            identities[name] = [file.stat().st_size, hashlib.file_digest(opened, "sha256").hexdigest()]
+        name = file.name if names.count(file.name) == 1 else str(file)
+        identities[name] = [file.stat().st_size, _hash_of(file)]
     return {"files": identities}
+
+
+def _hash_of(file: Path) -> str:
+    """The SHA-256 of a file. It is computed once and stored: each process of a run, and the next run, asks for it again."""
+    import datasets
+
+    facts = str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns
+    stored = Path(datasets.config.HF_DATASETS_CACHE, "hashes", hashlib.sha256(repr(facts).encode()).hexdigest())
+    if not stored.exists():
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(stored, is_shared=True) as partial:
+            partial.write_text(digest)
+    return stored.read_text()
 
 
 # ---------------------------------------------------------------------- files

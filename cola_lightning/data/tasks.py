@@ -12,12 +12,11 @@ from typing import Any
 
 from typing_extensions import override
 
-from cola_lightning.data.examples import EncodedExample, Example, Loss, OptionBatches, generated
+from cola_lightning.data.examples import Example, Loss, OptionBatches, OptionRows, generated
 from cola_lightning.data.labels import label_index, read_answers
-from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows
-from cola_lightning.data.source import SourceDataModule
 from cola_lightning.data.splits import is_file
+from cola_lightning.data.tokenized import TokenizedDataModule
 from cola_lightning.errors import UnusableRow, UserError, nearest
 
 
@@ -156,7 +155,7 @@ def find_task(name: str) -> Task:
     raise UserError(f"data.task: there is no task {name!r}{nearest(name, TASKS)}")
 
 
-class PromptDataModule(OptionBatches, SourceDataModule):
+class PromptDataModule(OptionBatches, TokenizedDataModule):
     """One of the paper's tasks, with the prompts and splits of its protocol.
 
     Training and validation are drawn together from the train split, test from the validation split; all of them from the rows
@@ -226,10 +225,20 @@ class PromptDataModule(OptionBatches, SourceDataModule):
             val_size=n_val if val_size is None else val_size,
             test_size=n_test if test_size is None else test_size,
             length_grouped=length_grouped,
+            text_unit="paragraph",  # a text alone is no row of a task
+            num_proc=None,  # examples stay in memory
             **rows,
         )
-        self.loss, self.apply_chat_template, self.generate_rows = self.task.loss, apply_chat_template, generate_rows
+        self.apply_chat_template, self.generate_rows = apply_chat_template, generate_rows
 
     @override
-    def encode(self, rows: Rows, part: str) -> tuple[list[EncodedExample], RowReport]:
-        return self.encode_rows(rows, self.task.example, part)
+    def preprocessor_of(self, rows: Rows, part: str) -> OptionRows:
+        return OptionRows(
+            self.tokenizer,
+            self.max_length,
+            self.task.example,
+            self.task.loss,
+            is_chat=self.apply_chat_template,
+            is_trained=part == "train",
+            too_long=self.too_long,
+        )

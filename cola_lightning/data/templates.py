@@ -5,11 +5,11 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
-from cola_lightning.data.examples import EncodedExample, Example, Loss, OptionBatches, generated
+from cola_lightning.data.examples import Example, Loss, OptionBatches, OptionRows, generated
 from cola_lightning.data.labels import option_index, read_answers
-from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows
-from cola_lightning.data.source import Source, SourceDataModule
+from cola_lightning.data.source import Source
+from cola_lightning.data.tokenized import TokenizedDataModule
 from cola_lightning.errors import UnusableRow, UserError
 
 OptionMetric = Literal["accuracy", "f1", "matthews_corrcoef"]
@@ -58,7 +58,7 @@ class Template(Formatter):
         return (value if isinstance(value, int | float) else holder.text(field)), field
 
 
-class TemplateDataModule(OptionBatches, SourceDataModule):
+class TemplateDataModule(OptionBatches, TokenizedDataModule):
     """A task of your own: rows of any data set, a prompt that names their fields, and options, or an answer to be generated.
 
     Args:
@@ -108,7 +108,7 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         generate_rows: int | None = None,
         **rows: Any,
     ) -> None:
-        super().__init__(source, subset, max_length=max_length, **rows)
+        super().__init__(source, subset, max_length=max_length, num_proc=None, **rows)  # examples stay in memory
         if (options is None) is (answer is None):
             raise UserError(f"data.options, data.answer: set one of the two, not {'neither' if options is None else 'both'}")
         known = get_args(AnswerMetric if options is None else OptionMetric)
@@ -120,17 +120,28 @@ class TemplateDataModule(OptionBatches, SourceDataModule):
         self.delimiter, self.prompt = delimiter, Template(prompt, "data.prompt")
         self.options = [Template(text, "data.options") for text in options] if isinstance(options, list) else options
         self.label, self.answer, self.apply_chat_template = label, answer, apply_chat_template
-        self.loss = "answer" if options is None else loss or "options"
+        self.loss: Loss = "answer" if options is None else loss or "options"
 
     @override
-    def templates(self) -> tuple[str | None, list[str] | str | None]:
-        if not isinstance(self.options, list):
-            return self.prompt.text, self.options
-        return self.prompt.text, [self._joined(self.prompt.text, option.text) for option in self.options]
+    def preprocessor_of(self, rows: Rows, part: str) -> OptionRows:
+        return OptionRows(
+            self.tokenizer,
+            self.max_length,
+            self._example,
+            self.loss,
+            self.metric,
+            is_chat=self.apply_chat_template,
+            is_trained=part == "train",
+            too_long=self.too_long,
+        )
 
     @override
-    def encode(self, rows: Rows, part: str) -> tuple[list[EncodedExample], RowReport]:
-        return self.encode_rows(rows, self._example, part)
+    def setup(self, stage: str) -> None:
+        options: Any = self.options
+        if isinstance(options, list):
+            options = [self._joined(self.prompt.text, option.text) for option in options]
+        self.templates = self.prompt.text, options
+        super().setup(stage)
 
     def _joined(self, prompt: str, option: str) -> str:
         """An option as it follows a prompt."""

@@ -1,36 +1,163 @@
 """Plain text, instructions and conversations, with the language-model loss."""
 
-import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from typing_extensions import override
 
-from cola_lightning.chat_template import ChatTemplate, find_chat_template, unknown_tokens
+from cola_lightning.chat_template import ChatTemplate, Conversation, find_chat_template, unknown_tokens
 from cola_lightning.data.chat import encode_conversations, fit_prompt
 from cola_lightning.data.columns import Columns, Kind, Reading, check_unpaired, find_columns
-from cola_lightning.data.conversations import Question, conversation, pair, question
+from cola_lightning.data.conversations import conversation, pair, question
 from cola_lightning.data.encoding import (
     LanguageRow,
+    Pair,
     PromptRow,
+    TooLong,
     collate_language,
     collate_prompts,
     encode_prompt,
     encode_responses,
     encode_texts,
 )
-from cola_lightning.data.packing import Packs, collate_packs
-from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import Row, Rows, each, together
-from cola_lightning.data.source import Source, SourceDataModule
+from cola_lightning.data.packing import Packs
+from cola_lightning.data.preprocessing import Preprocessor, Size, TokenPreprocessor
+from cola_lightning.data.rows import MOST_VALIDATION_ROWS, Row, Rows
+from cola_lightning.data.source import Source
 from cola_lightning.data.splits import Splits, is_on_hub
-from cola_lightning.data.streaming import EncodedStream, stream_splits
+from cola_lightning.data.streaming import stream_splits
+from cola_lightning.data.tokenized import TokenizedDataModule
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import HubError, UnusableRow, UserError
 
+# ---------------------------------------------------------------------- kinds of rows
 
-class TextDataModule(SourceDataModule):
+
+TOKENS: dict[str, Any] = {"input_ids": ["int32"], "spans": ["int32"]}  # of a LanguageRow, in Arrow
+
+
+@dataclass(frozen=True)
+class TextRows(TokenPreprocessor):
+    """Base class for texts, prompts and conversations.
+
+    Attributes:
+        columns: the column in each slot.
+        kind: what rows are.
+        template: the tokenizer's chat template, if rows are formatted by it; None: they are not.
+        prompt_format: see :attr:`~cola_lightning.EpochDataModule.prompt_format`.
+    """
+
+    columns: Columns
+    kind: Kind
+    template: ChatTemplate | None = None
+    prompt_format: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class LanguageRows(TextRows):
+    """Base class for rows with the language-model loss.
+
+    Attributes:
+        too_long: whether to shorten or to skip a longer row.
+    """
+
+    too_long: TooLong = "shorten"
+    features = TOKENS
+
+    @override
+    def size(self, example: LanguageRow) -> Size:
+        spans = example["spans"]
+        return super().size(example)._replace(n_trained=sum(spans[1::2]) - sum(spans[::2]))
+
+    @override
+    def collate(self, examples: list[LanguageRow]) -> dict[str, Any]:
+        return collate_language(examples, self.tokenizer.pad_token_id)
+
+
+class Texts(LanguageRows):
+    """Texts, with the loss on all tokens."""
+
+    @override
+    def read(self, row: Row) -> str:
+        return row.words(self.columns["text"])
+
+    @override
+    def encode(self, items: Sequence[str], notes: set[str]) -> list[list[LanguageRow] | UnusableRow]:
+        return encode_texts(self.tokenizer, items, self.max_length)
+
+
+class Responses(LanguageRows):
+    """Prompts, each directly followed by its response, with the loss on the response."""
+
+    @override
+    def read(self, row: Row) -> Pair:
+        return pair(row, self.columns)
+
+    @override
+    def encode(self, items: Sequence[Pair], notes: set[str]) -> list[list[LanguageRow] | UnusableRow]:
+        return encode_responses(self.tokenizer, items, self.max_length, self.too_long)
+
+
+@dataclass(frozen=True)
+class Conversations(LanguageRows):
+    """Conversations, or prompts with their responses, in the chat template, with the loss on the assistant's turns.
+
+    Attributes:
+        loss: on ``all`` turns of the assistant, or on the ``last`` one alone.
+    """
+
+    loss: str = "all"
+
+    @override
+    def read(self, row: Row) -> Conversation:
+        return conversation(row, self.columns, self.loss)
+
+    @override
+    def encode(self, items: Sequence[Conversation], notes: set[str]) -> list[list[LanguageRow] | UnusableRow]:
+        assert self.template is not None
+        options: Any = {"too_long": self.too_long, "shortens_response": self.kind == "prompt"}
+        return encode_conversations(self.template, items, self.max_length, notes, **options)
+
+
+@dataclass(frozen=True)
+class Prompts(TextRows):
+    """Texts, prompts or conversations to be answered.
+
+    Attributes:
+        decoding: how answers are generated.
+    """
+
+    decoding: Decoding = field(default_factory=Decoding)
+
+    @override
+    def read(self, row: Row) -> PromptRow:
+        prompt, turns, target, head = question(row, self.kind, self.columns)
+        text, head = (fit_prompt(self.template, turns, self.max_length), "") if self.template else (prompt, head)
+        if not (ids := encode_prompt(self.tokenizer, text, self.max_length, head, is_whole=self.template is not None)):
+            raise UnusableRow("the prompt has no tokens")
+        return PromptRow(ids, prompt, target)
+
+    @override
+    def encode(self, items: Sequence[PromptRow], notes: set[str]) -> list[list[PromptRow]]:
+        return [[prompt] for prompt in items]
+
+    @override
+    def size(self, example: PromptRow) -> Size:
+        return Size(len(example))
+
+    @override
+    def collate(self, examples: list[PromptRow]) -> dict[str, Any]:
+        pad, template = self.tokenizer.pad_token_id, self.template
+        if template is None:
+            return collate_prompts(examples, pad, self.decoding, [])
+        return collate_prompts(examples, pad, self.decoding.stopping(template.stop_texts), template.stop_tokens)
+
+
+# ---------------------------------------------------------------------- the data module
+
+
+class TextDataModule(TokenizedDataModule):
     """Text, instructions or conversations with the language-model loss, as data sets of the hub have them.
 
     What a row is follows from its columns, in this order: a conversation (``messages``; ``conversations``; ``prompt`` and
@@ -50,10 +177,9 @@ class TextDataModule(SourceDataModule):
     Args:
         source: A file, a folder of ``train.jsonl`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
         subset: Name of a configuration of a data set on the hub.
-        streaming: Read the training rows of a data set on the hub during training, if it does not fit on the disk. A buffer
-            shuffles them. It needs ``trainer.max_steps``. Validation uses the first ``val_size`` rows (by default 1,000) of its
-            split or, if there is none, of the train split. Test uses the first ``test_size`` rows of its split (by default
-            1,000) or, if ``test_size`` asks for them, of the train split.
+        streaming: Read only as many rows of a data set on the hub as ``train_size``, ``val_size`` and ``test_size`` (by default
+            1,000 each) ask for, if the data set does not fit on the disk. ``split_seed`` draws them through a buffer of 10,000
+            rows. The rest holds as for other rows.
         columns: Which columns to use, as ``{prompt: ask, response: say}``. The keys are ``messages`` (with ``tools``),
             ``prompt`` (with ``response``, ``input`` and ``system``) or ``text``. ``null`` finds them by their names.
         chat_template: ``true`` formats instructions and conversations by the tokenizer's chat template, and ``false`` puts a
@@ -64,7 +190,6 @@ class TextDataModule(SourceDataModule):
         loss: In conversations, train on ``all`` turns of the assistant, or only on the ``last`` one.
         packing: Fill sequences of ``max_length`` with several training rows, so that there is hardly any padding. A row sees
             only itself. ``batch_size`` then counts these packs, and ``length_grouped`` has no effect.
-        max_length: Maximum length of a sequence, in tokens. The model's own limit also applies.
         max_new_tokens: Predict generates at most this many tokens per row, and at most half of the model's longest sequence.
         do_sample: ``true`` makes predict sample tokens, seeded by the run. ``false`` is greedy decoding.
         temperature: With ``do_sample``, the logits are divided by this.
@@ -77,8 +202,6 @@ class TextDataModule(SourceDataModule):
         UserError: for invalid files, rows and sizes.
     """
 
-    features: ClassVar[dict[str, Any]] = {"input_ids": ["int32"], "spans": ["int32"]}  # types of the columns of encoded rows
-
     def __init__(
         self,
         source: tuple[str | Source, ...] | str,
@@ -90,7 +213,6 @@ class TextDataModule(SourceDataModule):
         chat_template_kwargs: dict[str, Any] | None = None,
         loss: Literal["all", "last"] = "all",
         packing: bool = False,
-        max_length: int = 1024,
         max_new_tokens: int = 256,
         do_sample: bool = False,
         temperature: float = 1.0,
@@ -98,133 +220,86 @@ class TextDataModule(SourceDataModule):
         stop: Sequence[str] = (),
         **rows: Any,
     ) -> None:
-        super().__init__(source, subset, max_length=max_length, **rows)
+        super().__init__(source, subset, **rows)
         self.streaming = streaming
-        has_shares = any(isinstance(size, float) and 0 < size <= 1 for size in (self.val_size, self.test_size))
-        can_stream = isinstance(source, str) and is_on_hub(source) and self.train_size is None
-        if streaming and (packing or has_shares or not can_stream):
-            raise UserError("data.streaming needs a single hub data set. Remove data.packing, train_size and fractional sizes")
+        sizes = self.train_size, self.val_size, self.test_size
+        is_counted = self.train_size is not None and not any(isinstance(size, float) and 0 < size <= 1 for size in sizes)
+        if streaming and not (is_counted and all(is_on_hub(one.source) for one in self.sources)):
+            raise UserError("data.streaming reads data.train_size rows from the hub. Set it, and each size as a number of rows")
         self.packing, self.length_grouped = packing, self.length_grouped and not packing
         self.columns, self.chat_template = columns, chat_template
         self.chat_template_kwargs, self.loss = chat_template_kwargs, loss
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         self.decoding = Decoding(max_new_tokens, do_sample, temperature, top_p, stops)
         self.decoding.check("data.")
-        self._kind: Kind = "text"  # of the rows that were encoded
+
+    @override
+    def setup(self, stage: str) -> None:
+        self._set_chat_template()
+        super().setup(stage)
+        if self.packing and stage == "fit":
+            self.train = self._packed(self.train)
+
+    def _set_chat_template(self) -> None:
+        """Replaces the tokenizer's chat template by the one that ``data.chat_template`` names."""
+        if not isinstance(self.chat_template, str):
+            return
+        try:
+            self.tokenizer.chat_template = find_chat_template(self.chat_template, self.tokenizer)
+        except (HubError, UserError):
+            if getattr(self.trainer and self.trainer.lightning_module, "trained_template", None) is None:
+                raise
+            self._log(f"data.chat_template: {self.chat_template!r} cannot be read, so that of the checkpoint is used")
+        if unknown := unknown_tokens(self.tokenizer):
+            self._log(f"data.chat_template: not in the vocabulary, and so spelled in pieces: {', '.join(unknown)}")
 
     # ------------------------------------------------------------------ what a row is
 
-    def _find_columns(self, rows: Rows, *, has_response: bool = True) -> tuple[Kind, Columns]:
-        """The kind of the rows and their columns; logs once which were taken, and how rows are formatted."""
+    @override
+    def preprocessor_of(self, rows: Rows, part: str) -> Preprocessor:
         chosen = rows.source_columns or self.columns
-        reading = self._read_columns(rows, chosen, has_response=has_response)
+        reading = self.read_columns(rows, chosen, has_response=part != "predict")
         kind, columns = reading.kind, reading.columns
-        self._kind = self._kind if kind == "text" else kind  # of several sources, one may be of texts
         self._log_columns(str(reading), rows.columns, [*columns.values(), *reading.others])
         if kind == "messages" and self.chat_template is False:
             raise UserError("data.chat_template: conversations need a chat template. Set it to null or true.")
+        is_chat = kind == "messages" or (kind == "prompt" and self.applies_chat_template)
         if kind != "text":
-            form = "formatted by the tokenizer's" if self.applies_chat_template else "directly followed by responses, without a"
+            form = "formatted by the tokenizer's" if is_chat else "directly followed by responses, without a"
             self._log(f"prompts are {form} chat template (data.chat_template)")
-        return kind, columns
+        known: dict[str, Any] = {"tokenizer": self.tokenizer, "columns": columns, "kind": kind}
+        known["template"] = ChatTemplate(self.tokenizer, self.chat_template_kwargs or {}) if is_chat else None
+        known["prompt_format"] = self._prompt_format(kind, is_chat=is_chat)
+        if part != "predict":
+            return self.trained(max_length=self.max_length, too_long=self.too_long, **known)
+        decoding, longest = self._fitting_decoding(), int(self.tokenizer.model_max_length)
+        room = min(self._max_length, longest - decoding.max_new_tokens)  # the response has its own
+        return Prompts(max_length=room, decoding=decoding, **known)
 
-    def _read_columns(self, rows: Rows, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:
+    def _prompt_format(self, kind: Kind, *, is_chat: bool) -> dict[str, Any]:
+        variables = {"chat_template_kwargs": self.chat_template_kwargs} if is_chat and self.chat_template_kwargs else {}
+        template = {"template": self.tokenizer.chat_template} if isinstance(self.chat_template, str) else {}
+        return {"kind": "text" if kind == "text" else "response", "chat_template": is_chat, **variables, **template}
+
+    def read_columns(self, rows: Rows, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:
         """How the rows are read, by the columns that the user has chosen, or by their names."""
         reading = find_columns(rows.columns, rows.lists, chosen, has_response=has_response)
         if chosen is None and has_response:
             check_unpaired(reading, rows.booleans)
         return reading
 
-    def _question(self, row: Row, kind: Kind, columns: Columns) -> Question:
-        """The prompt of a row, for predict."""
-        return question(row, kind, columns)
+    def trained(self, **known: Any) -> Preprocessor:
+        """The preprocessor of rows in training and evaluation, by what is known of them."""
+        if known["kind"] == "text":
+            return Texts(**known)
+        if known["template"] is None:
+            return Responses(**known)
+        return Conversations(**known, loss=self.loss)
 
     @property
     def applies_chat_template(self) -> bool:
         """Whether instructions are formatted by the tokenizer's chat template."""
         return bool(self.tokenizer.chat_template if self.chat_template is None else self.chat_template)
-
-    @property
-    @override
-    def prompt_format(self) -> dict[str, Any]:
-        is_text = self._kind == "text"
-        is_chat = not is_text and self.applies_chat_template
-        variables = {"chat_template_kwargs": self.chat_template_kwargs} if is_chat and self.chat_template_kwargs else {}
-        template = {"template": self.tokenizer.chat_template} if isinstance(self.chat_template, str) else {}
-        return {"kind": "text" if is_text else "response", "chat_template": is_chat, **variables, **template}
-
-    @property
-    def _template(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer, self.chat_template_kwargs or {})
-
-    # ------------------------------------------------------------------ rows
-
-    @override
-    def set_tokenizer(self) -> None:
-        super().set_tokenizer()
-        if isinstance(self.chat_template, str):
-            try:
-                self.tokenizer.chat_template = find_chat_template(self.chat_template, self.tokenizer)
-            except (HubError, UserError):
-                if getattr(self.trainer and self.trainer.lightning_module, "trained_template", None) is None:
-                    raise
-                self._log(f"data.chat_template: {self.chat_template!r} cannot be read, so that of the checkpoint is used")
-            if unknown := unknown_tokens(self.tokenizer):
-                self._log(f"data.chat_template: not in the vocabulary, and so spelled in pieces: {', '.join(unknown)}")
-
-    @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if self.packing and stage == "fit":
-            self.train = self._packed(self.train)
-
-    @override
-    def encode(self, rows: Any, part: str) -> tuple[Any, RowReport]:
-        if part == "predict":
-            return self._encode_prompts(rows)
-        kind, columns = self._find_columns(rows)
-        options = kind, columns, self.applies_chat_template, self.chat_template_kwargs, self.loss, self.too_long
-        return self.map_rows(rows, self.features, *options, encode=functools.partial(self._encode, kind, columns))
-
-    def _packed(self, encoded: Any) -> Packs:
-        lengths = self.lengths(encoded)
-        packs = Packs(encoded, lengths, self.max_length, self.split_seed)
-        share = sum(lengths) / max(1, self.max_length * len(packs))
-        self._log(f"packing: {len(lengths)} rows in {len(packs)} packs of {self.max_length} tokens, {share:.1%} full")
-        return packs
-
-    def _encode(
-        self, kind: Kind, columns: Columns, rows: Sequence[Row], notes: set[str]
-    ) -> Sequence[list[LanguageRow] | UnusableRow]:
-        """Encodes rows for training or evaluation."""
-        tokenizer, max_length, too_long = self.tokenizer, self.max_length, self.too_long
-        if kind == "text":
-            texts = each(lambda row: _words(row.text(columns["text"])), rows)
-            return together(lambda usable: encode_texts(tokenizer, usable, max_length), texts)
-        if kind == "prompt" and not self.applies_chat_template:
-            pairs = each(lambda row: pair(row, columns), rows)
-            return together(lambda usable: encode_responses(tokenizer, usable, max_length, too_long), pairs)
-        options: Any = {"too_long": too_long, "shortens_response": kind == "prompt"}
-        template, conversations = self._template, each(lambda row: conversation(row, columns, self.loss), rows)
-        return together(lambda usable: encode_conversations(template, usable, max_length, notes, **options), conversations)
-
-    def _encode_prompts(self, rows: Rows) -> tuple[list[PromptRow], RowReport]:
-        """Encodes what is to be answered."""
-        kind, columns = self._find_columns(rows, has_response=False)
-        is_chat, template = kind != "text" and self.applies_chat_template, self._template
-        # It leaves room for the response.
-        room = min(self._max_length, int(self.tokenizer.model_max_length) - self._fitting_decoding().max_new_tokens)
-
-        def prompt_row(row: Row) -> PromptRow:
-            prompt, turns, target, head = self._question(row, kind, columns)
-            text = fit_prompt(template, turns, room) if is_chat else prompt
-            if not (ids := encode_prompt(self.tokenizer, text, room, head * (not is_chat), is_whole=is_chat)):
-                raise UnusableRow("the prompt has no tokens")
-            return PromptRow(ids, prompt, target)
-
-        prompts, report = rows.encoded(lambda some_rows: each(prompt_row, some_rows))
-        report.n_tokens = sum(map(len, prompts))
-        return prompts, report
 
     def _fitting_decoding(self) -> Decoding:
         """How predict generates: at most as many tokens as half of the model's longest sequence."""
@@ -233,41 +308,27 @@ class TextDataModule(SourceDataModule):
             self._log(f"data.max_new_tokens: {room}, half of the model's longest sequence")
         return replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))
 
-    @override
-    def collate(self, rows: list[Any]) -> dict[str, Any]:
-        pad = self.tokenizer.pad_token_id
-        if isinstance(rows[0], list):
-            return collate_packs(rows, pad)
-        if not isinstance(rows[0], PromptRow):
-            return collate_language(rows, pad)
-        template, decoding = self._template, self._fitting_decoding()
-        if not self.prompt_format["chat_template"]:
-            return collate_prompts(rows, pad, decoding, [])
-        return collate_prompts(rows, pad, decoding.stopping(template.stop_texts), template.stop_tokens)
+    # ------------------------------------------------------------------ rows that are packed or streamed
 
-    # ------------------------------------------------------------------ rows that are streamed
+    def _packed(self, encoded: Any) -> Packs:
+        lengths = self.lengths(encoded)
+        packs = Packs(encoded, lengths, self.max_length, self.split_seed, self.tokenizer.pad_token_id)
+        share = sum(lengths) / max(1, self.max_length * len(packs))
+        self._log(f"packing: {len(lengths)} rows in {len(packs)} packs of {self.max_length} tokens, {share:.1%} full")
+        return packs
 
     @override
-    def splits_of(self, source: Source) -> Splits[Any]:
-        if self.streaming:
-            return stream_splits(source.source, source.subset, source.revision)
-        return super().splits_of(source)
+    def load(self, source: Source) -> Splits:
+        if not self.streaming:
+            return super().load(source)
+        held_out = [MOST_VALIDATION_ROWS if size is None else int(size) for size in (self.val_size, self.test_size)]
 
-    @override
-    def train_dataloader(self) -> Any:
-        if not isinstance(self.train, EncodedStream):
-            return super().train_dataloader()
-        options = {"batch_size": self.batch_size, "num_workers": self.num_workers}
-        return self.train.loader(self.collate, self.order_seed, self._processes, self.check_skipped, **options)
+        def n_rows(split: str) -> int:
+            return sum((int(self.train_size or 0), *held_out)) if split == self.train_split else max(held_out)
+
+        return stream_splits(source.source, source.subset, source.revision, n_rows, self.split_seed)
 
     @override
     def _order(self) -> dict[str, Any]:
         packed = {"data.packing": self.packing} | ({"data.max_length": self.max_length} if self.packing else {})
         return {**packed, **super()._order()}
-
-
-def _words(text: str) -> str:
-    """A text, unless it is blank."""
-    if not text.strip():
-        raise UnusableRow("no text")
-    return text

@@ -1,7 +1,7 @@
 """Replay: in a later stage, a share of the rows of the stages before it is trained again."""
 
 import logging
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -28,7 +28,7 @@ class Replay(Callback):
         data: The other data, by name. Its rows must be of the kind that the fit's data module collates.
 
     Raises:
-        UserError: for data modules of other classes, rows that are streamed, and options that are trained with another loss.
+        UserError: for data modules of other classes, and options that are trained with another loss.
     """
 
     def __init__(self, share: float, data: dict[str, LightningDataModule]) -> None:
@@ -45,11 +45,11 @@ class Replay(Callback):
             data: Any = of_name
             data.trainer = trainer
             data.setup("fit")
-            is_same = isinstance(data, EpochDataModule) and type(data) is type(own) and isinstance(data.train, Sized)
-            if not is_same or (isinstance(data, OptionBatches) and data.loss != own.loss):
+            is_same = isinstance(data, EpochDataModule) and type(data) is type(own)
+            if not is_same or (isinstance(data, OptionBatches) and vars(data).get("loss") != vars(own).get("loss")):
                 raise UserError(
-                    f"replay: {name} and this stage must have one class of data, an EpochDataModule that does not stream, and "
-                    "options must have one loss"
+                    f"replay: {name} and this stage must have one class of data, an EpochDataModule, and options must have one "
+                    "loss"
                 )
             n_rows = len(data.train)
             places = sorted(draw(n_rows, [as_count(self.share, n_rows)], data.split_seed, name)[0].tolist())
