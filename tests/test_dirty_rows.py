@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cola_lightning import TextDataModule, UserError
-from cola_lightning.data.conversations import conversation
 from cola_lightning.data.encoding import Pair, encode_responses, labels_of, n_common
+from cola_lightning.data.fields import conversation
 from cola_lightning.data.rows import Row
 from cola_lightning.data.text import Texts
 from cola_lightning.errors import UnusableRow

@@ -14,10 +14,10 @@ import yaml
 from cola_lightning import ChainOfLoRA, COLACausalLM, COLAPreferenceLM, PreferenceDataModule, TextDataModule, UserError
 from cola_lightning.chat_template import ChatTemplate, Conversation
 from cola_lightning.cli import main
-from cola_lightning.data.chat import encode_conversations, encode_preferences
+from cola_lightning.data.chat_encoding import encode_conversations, encode_preferences
 from cola_lightning.data.columns import find_pairs
-from cola_lightning.data.conversations import PreferencePair
 from cola_lightning.data.encoding import labels_of
+from cola_lightning.data.fields import PreferencePair
 from cola_lightning.data.streaming import draw_rows
 from cola_lightning.hf.pretrained import Pretrained
 from tests import tiny

@@ -13,7 +13,7 @@ from typing_extensions import override
 from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.data.base import EpochDataModule, check_sizes, from_module
-from cola_lightning.data.chat import fit_prompt
+from cola_lightning.data.chat_encoding import fit_prompt
 from cola_lightning.data.encoding import TOO_LONG, TooLong, n_common, pad_left, room_for_prompt, tokenize, truncate_left
 from cola_lightning.data.labels import count_classes
 from cola_lightning.data.preprocessing import Size, TokenPreprocessor

@@ -6,9 +6,8 @@ from typing import Any
 
 from typing_extensions import override
 
-from cola_lightning.data.chat import encode_preferences
+from cola_lightning.data.chat_encoding import encode_preferences
 from cola_lightning.data.columns import Reading, find_columns, find_pairs
-from cola_lightning.data.conversations import preference, preference_texts
 from cola_lightning.data.encoding import (
     TOO_LONG,
     LanguageRow,
@@ -19,6 +18,7 @@ from cola_lightning.data.encoding import (
     room_for_prompt,
     truncate_left,
 )
+from cola_lightning.data.fields import preference, preference_texts
 from cola_lightning.data.preprocessing import Preprocessor, Size
 from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.data.source import Source

@@ -8,8 +8,8 @@ A row's way from ``--data.source`` to a batch::
     │  └─ Rows.drawn(sizes, seed)                 rows.py
     ├─ preprocessor_of(rows, part)                text.py, preferences.py, ...: the kind of row, by its columns (columns.py)
     └─ prepare(rows, preprocessor)                here: Dataset.map, which caches its result
-       ├─ Preprocessor.read(row)                  its fields: conversations.py, labels.py
-       └─ Preprocessor.encode(items)              tokens: encoding.py, chat.py
+       ├─ Preprocessor.read(row)                  its fields: fields.py, labels.py
+       └─ Preprocessor.encode(items)              tokens: encoding.py, chat_encoding.py
     SourceDataModule.train_dataloader()           base.py
     └─ SeededBatches.__getitems__(places)         examples in the order of the seed and the epoch
        └─ Preprocessor.collate(examples)          a batch
@@ -177,18 +177,23 @@ def _mapped(rows: Rows, preprocessor: Preprocessor, features: Mapping[str, Any],
     import datasets
     from datasets.fingerprint import get_temporary_cache_files_directory
 
-    sizes = dict.fromkeys(("length", "lost", "trained"), "int32")
-    stored = {**features, **sizes, "row": "int32", "reason": "string", "notes": ["string"]}
+    stored = {
+        **features,
+        **dict.fromkeys(("row", "length", "lost", "trained"), "int32"),
+        "reason": "string",
+        "notes": ["string"],
+    }
 
     def examples_of(columns: dict[str, list[Any]], places: list[int]) -> dict[str, list[Any]]:
         fields = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         notes, examples = set[str](), list[dict[str, Any]]()
         for place, outcome in zip(places, preprocessor.examples(map(rows.row, fields, places), notes), strict=True):
             if isinstance(outcome, UnusableRow):
-                examples.append({**dict.fromkeys(sizes, 0), "row": place, "reason": str(outcome)})
+                examples.append({"row": place, "length": 0, "lost": 0, "trained": 0, "reason": str(outcome)})
                 continue
             for example in outcome:
-                examples.append(example | dict(zip(sizes, preprocessor.size(example), strict=True)) | {"row": place})
+                n_tokens, n_lost, n_trained = preprocessor.size(example)
+                examples.append({**example, "row": place, "length": n_tokens, "lost": n_lost, "trained": n_trained})
         examples[0]["notes"] = sorted(notes)  # each row has at least one
         return {name: [example.get(name) for example in examples] for name in stored}
 

@@ -7,9 +7,8 @@ from typing import Any, Literal
 from typing_extensions import override
 
 from cola_lightning.chat_template import ChatTemplate, Conversation, find_chat_template, unknown_tokens
-from cola_lightning.data.chat import encode_conversations, fit_prompt
+from cola_lightning.data.chat_encoding import encode_conversations, fit_prompt
 from cola_lightning.data.columns import Columns, Kind, Reading, check_unpaired, find_columns
-from cola_lightning.data.conversations import conversation, pair, question
 from cola_lightning.data.encoding import (
     LanguageRow,
     Pair,
@@ -21,6 +20,7 @@ from cola_lightning.data.encoding import (
     encode_responses,
     encode_texts,
 )
+from cola_lightning.data.fields import conversation, pair, question
 from cola_lightning.data.packing import Packs
 from cola_lightning.data.preprocessing import Preprocessor, Size, TokenPreprocessor
 from cola_lightning.data.rows import MOST_VALIDATION_ROWS, Row, Rows
@@ -68,7 +68,7 @@ class LanguageRows(TextRows):
     @override
     def size(self, example: LanguageRow) -> Size:
         spans = example["spans"]
-        return super().size(example)._replace(n_trained=sum(spans[1::2]) - sum(spans[::2]))
+        return Size(len(example["input_ids"]), example.get("lost", 0), sum(spans[1::2]) - sum(spans[::2]))
 
     @override
     def collate(self, examples: list[LanguageRow]) -> dict[str, Any]:

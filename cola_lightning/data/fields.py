@@ -1,4 +1,4 @@
-"""What is trained of a row's fields: conversations as people store them, and prompts with their responses."""
+"""What a row's fields hold: conversations as people store them, prompts with their responses, and pairs of responses."""
 
 import json
 import re

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cola_lightning.chat_template import ChatTemplate, Conversation, Message, text_of
-from cola_lightning.data.conversations import PreferencePair
 from cola_lightning.data.encoding import TOO_LONG, LanguageRow, TooLong, n_common, room_for_prompt, tokenize_continued
+from cola_lightning.data.fields import PreferencePair
 from cola_lightning.data.rows import each, together
 from cola_lightning.errors import UnusableRow
 
