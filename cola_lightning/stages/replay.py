@@ -57,6 +57,8 @@ class Replay(Callback):
             log.info("replay: %d of %d training rows of %s", len(places), n_rows, name)
         has_columns = all(isinstance(part, list) or hasattr(part, "select") for part in parts)
         own.train = joined(parts) if has_columns else ConcatDataset(parts)
+        if hasattr(parts[0], "collate"):  # packs make their batches themselves
+            own.train.collate = parts[0].collate
 
 
 def rows_at(rows: Any, places: list[int]) -> Any:
