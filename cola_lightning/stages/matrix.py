@@ -235,7 +235,7 @@ class Matrix:
             for column in self.columns:
                 for name, one in zip(SUMMARIES, column.summaries, strict=True):
                     if one is not None:
-                        ends = ["", ""] if one.margin is None else [one.value - one.margin, one.value + one.margin]
+                        ends = [one.value - one.margin, one.value + one.margin] if one.margin else ["", ""]
                         writer.writerow([column.task, column.metric, name, one.value, *ends])
 
     def on_screen(self) -> "Table":
