@@ -64,7 +64,7 @@ def cola_module(config: OPTConfig, base: str, finished_links: str, targets: Sequ
 def learn(module: RandomCausalLM) -> None:
     """Gives the current link something to hold."""
     for layer in module.adapted.layers.values():
-        layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(module.link)) * 1e-3)
+        layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(module.n_finished)) * 1e-3)
 
 
 def random_links(width: int, weight: Tensor, size: float, n: int = 10) -> list[tuple[Tensor, Tensor]]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from cola_lightning import AdaptedModel, LoRAConfig
-from cola_lightning.chain.schedule import TrainedFactors
+from cola_lightning.lora.config import TrainedFactors
 
 HERE = Path(__file__).parent / "convergence"
 
@@ -46,8 +46,8 @@ def zero_matrix(size: int) -> nn.Module:
 
 def chain(size: int, rank: int, seed: int, trained: TrainedFactors = "both") -> AdaptedModel:
     """A chain of links from the zero matrix; alpha is the rank, so that an update is B A."""
-    config = LoRAConfig(["0"], rank=rank, alpha=rank, init="gaussian")
-    return AdaptedModel(lambda: zero_matrix(size), config, seed=seed, trained_factors=trained)
+    config = LoRAConfig(["0"], rank=rank, alpha=rank, init="gaussian", trained_factors=trained)
+    return AdaptedModel(lambda: zero_matrix(size), config, seed=seed)
 
 
 def matrix(adapted: AdaptedModel) -> Tensor:

@@ -279,7 +279,8 @@ def train(run: Run, data: Data) -> dict[str, Any]:
         if arm.alone:
             validation.append(validation_losses(adapted.model, data)[names.index(tasks[stage])])
         else:
-            adapted.tie_knot(knot=arm.knot, name="all" if arm.together else tasks[stage])
+            adapted.current.name = "all" if arm.together else tasks[stage]
+            adapted.tie_knot(knot=arm.knot)
         print(run, stage, [round(sum(losses)) for losses in matrix[-1]], round(time.perf_counter() - start), flush=True)
     if arm.alone:
         matrix = [[matrix[tasks.index(task)][k] for k, task in enumerate(names)]]

@@ -21,9 +21,9 @@ from .errors import UserError as UserError
 from .hf.causal_lm import COLACausalLM as COLACausalLM
 from .hf.classifier import COLASequenceClassifier as COLASequenceClassifier
 from .hf.image_classifier import COLAImageClassifier as COLAImageClassifier
-from .hf.language import LanguageModule as LanguageModule
-from .hf.language import StepOutput as StepOutput
 from .hf.preference import COLAPreferenceLM as COLAPreferenceLM
+from .hf.transformers_module import StepOutput as StepOutput
+from .hf.transformers_module import TransformersModule as TransformersModule
 from .lora.config import LoRAConfig as LoRAConfig
 from .lora.inject import inject_lora as inject_lora
 from .lora.inject import register_lora_layer as register_lora_layer

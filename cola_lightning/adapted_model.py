@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from cola_lightning import layout
 from cola_lightning.chain.base import base_copies, base_values, check_same_base, check_same_layers, describe_base
 from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
-from cola_lightning.chain.schedule import Knot, TrainedFactors, frozen_factor, merged_share
+from cola_lightning.chain.current import CurrentLink
+from cola_lightning.chain.schedule import Knot, frozen_factor, merged_share
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import Factor, LoRAConfig
@@ -56,7 +57,7 @@ class AdaptedModel:
         placement: returns the model's placement; None: the model is used as it is, where it is.
         around: the module that has the model as its ``model``, such as a LightningModule. What is trained in it is recorded by
             each link, as the model's fully trained modules are. None: nothing is around it.
-        trained_factors: of each link: ``both``, ``B`` alone, or one of them at ``random``; the other stays as drawn.
+        current: what is known of the current link besides its factors; None: a new one.
 
     Raises:
         UserError: for an invalid model or values.
@@ -66,14 +67,14 @@ class AdaptedModel:
         chain: the finished links.
         base_weights: the base's weights, by name, if they are stored.
         trained: what training changes besides the links.
-        live: rank and alpha of the current link; None for a model without links.
+        current: the current link's rank, alpha, start, stage and metrics.
 
     Example:
         >>> def build_model():
         ...     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
         >>> adapted = AdaptedModel(build_model, LoRAConfig(["0", "2"], rank=2, alpha=4), seed=0)
         >>> link = adapted.tie_knot()
-        >>> link.index, adapted.link, len(adapted.chain)
+        >>> link.index, adapted.n_finished, len(adapted.chain)
         (0, 1, 1)
 
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3 and algorithm 1.
@@ -89,18 +90,17 @@ class AdaptedModel:
         is_saved: bool = False,
         placement: Callable[[], Placement] | None = None,
         around: nn.Module | None = None,
-        trained_factors: TrainedFactors = "both",
+        current: CurrentLink | None = None,
     ) -> None:
         self.build_model, self._config, self.seed = build_model, config, seed
         self.placement = self._placement_of_model if placement is None else placement
-        self.trained_factors = trained_factors
         self.model = self.make_base()
         self.trained = TrainedValues(self.model, around)
         if is_saved and is_quantized_model(self.model):
             raise UserError("model.save_base: does not work with a 4-bit base")
         self.chain = Chain(base=describe_base(self.model, name))
         self.base_weights = base_copies(self.model) if is_saved else None
-        self.live: tuple[int, float] | None = None
+        self.current = CurrentLink() if current is None else current
         self._earlier: tuple[Any, list[Link], tuple[list[Stack], dict[str, Tensor]]] | None = None  # see _earlier_state
         if self.layers:
             self.begin_link(self.config.rank, self.config.alpha)
@@ -119,8 +119,8 @@ class AdaptedModel:
         return lora_layers(self.model)
 
     @property
-    def link(self) -> int:
-        """Index of the current link: how many are finished."""
+    def n_finished(self) -> int:
+        """How many links are finished, which is also the index of the current one."""
         return len(self.chain)
 
     @property
@@ -159,7 +159,7 @@ class AdaptedModel:
     @property
     def frozen_factor(self) -> Factor | None:
         """The factor that the current link does not train, ``A`` or ``B``; None if it trains both."""
-        return frozen_factor(self.trained_factors, self.seed, self.link)
+        return frozen_factor(self.config.trained_factors, self.seed, self.n_finished)
 
     def frozen_factors(self) -> list[nn.Parameter]:
         """The factors that the current link does not train; they have gradients, but are in no optimizer."""
@@ -185,8 +185,8 @@ class AdaptedModel:
         Raises:
             UserError: for a model without links, or values that no link of it can have.
         """
-        self.live = self.checked_link(rank, alpha)
-        initialize_link(self.layers, self.seed, self.link, *self.live, self.frozen_factor or "A")
+        self.current.begin(*self.checked_link(rank, alpha))
+        initialize_link(self.layers, self.seed, self.n_finished, *self.current.size, self.frozen_factor or "A")
 
     def checked_link(self, rank: int, alpha: float, knot: Knot = "cola") -> tuple[int, float]:
         """A link's rank and alpha as plain numbers: numpy's would be in checkpoints and chain folders.
@@ -201,7 +201,7 @@ class AdaptedModel:
             raise UserError(f"rank: must be between 1 and {largest} (model.rank), got {rank}")
         if not 0 < alpha < math.inf:
             raise UserError(f"alpha: must be a number above 0, got {alpha}")
-        if knot != "cola" and (rank, alpha) != self.live:
+        if knot != "cola" and (rank, alpha) != self.current.size:
             raise UserError(f"chain.knot: with {knot}, a link has the rank and alpha of the link before it")
         return int(rank), float(alpha)
 
@@ -211,29 +211,42 @@ class AdaptedModel:
         Raises:
             UserError: if a layer would have another rank or scaling in it, or the rank is above the layers'.
         """
-        self.live = self.checked_link(link.rank, link.alpha)
+        self.current.rank, self.current.alpha = self.checked_link(link.rank, link.alpha)
         layers = self.layers
         for layer in layers.values():
-            layer.rank, layer.alpha = layer.rank_and_alpha(*self.live)
-        if own_values(layers, *self.live) != link.own_values:
+            layer.rank, layer.alpha = layer.rank_and_alpha(*self.current.size)
+        if own_values(layers, *self.current.size) != link.own_values:
             raise UserError("model.rank_pattern, model.alpha_pattern, model.scaling: must be those of the chain")
 
-    def live_link(self, **metadata: Any) -> Link:
+    def live_link(self, *, has_tensors: bool = True) -> Link:
         """The current link as it is now: what a knot would record.
 
         Args:
-            **metadata: ``start_step`` and ``end_step``, and, where there are any, ``metrics`` and the stage's ``name``.
+            has_tensors: False leaves out its factors and what else is trained.
 
         Raises:
             UserError: for a model without links.
         """
-        if self.live is None:
+        if not self.layers:
             raise UserError("model.target_modules: this model has no links, because it is null")
-        metadata = {"start_step": 0, "end_step": 0} | metadata
-        layers, (rank, alpha) = self.layers, self.live
-        factors = {name: (layout.gather(layer.factors[0]), layout.gather(layer.factors[1])) for name, layer in layers.items()}
-        extras, values = self.trained.copies(), own_values(layers, rank, alpha)
-        return Link(self.link, rank, alpha, factors=factors, extras=extras, own_values=values, **metadata)
+        layers, current = self.layers, self.current
+        factors, extras = dict[str, tuple[Tensor, Tensor]](), dict[str, Tensor]()
+        if has_tensors:
+            for name, layer in layers.items():
+                lora_A, lora_B = layer.factors
+                factors[name] = layout.gather(lora_A), layout.gather(lora_B)
+            extras = self.trained.copies()
+        return Link(
+            self.n_finished,
+            *current.size,
+            start_step=current.start.global_step,
+            end_step=current.position.global_step,
+            factors=factors,
+            extras=extras,
+            metrics=current.metrics,
+            own_values=own_values(layers, *current.size),
+            name=current.name,
+        )
 
     def full_chain(self) -> Chain:
         """The finished links and, in a model with links, the current one as it is now."""
@@ -246,7 +259,6 @@ class AdaptedModel:
         *,
         knot: Knot = "cola",
         share: float | None = None,
-        **metadata: Any,
     ) -> Link:
         """Finishes the current link and begins the next. A knot of ``cola`` needs a new optimizer.
 
@@ -256,7 +268,6 @@ class AdaptedModel:
             knot: ``cola`` merges the link, draws a new A and sets B to zero. ``half`` merges a share of the link; A and the
                 rest of B go on. ``record`` only records the link.
             share: the share that ``half`` merges; None: 0.5.
-            **metadata: see :meth:`live_link`.
 
         Returns:
             The finished link.
@@ -266,9 +277,9 @@ class AdaptedModel:
 
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
-        link = self.live_link(**metadata)
+        link = self.live_link()
         following = self.checked_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha, knot)
-        link = replace(link, share=merged_share(knot, share, self.trained_factors))
+        link = replace(link, share=merged_share(knot, share, self.config.trained_factors))
         if not link.is_record:
             for layers in self.by_unit():
                 for layer in layers.values():
@@ -276,6 +287,8 @@ class AdaptedModel:
         self.chain.append(link)
         if knot == "cola":
             self.begin_link(*following)
+        else:
+            self.current.begin(*following)
         return link
 
     # ------------------------------------------------------------------ state
@@ -337,7 +350,7 @@ class AdaptedModel:
         device = self.placement().device
         for layers in self.by_unit():
             for name, layer in layers.items():
-                add_links(name, layer, chain.links[self.link :], device)
+                add_links(name, layer, chain.links[self.n_finished :], device)
         self.chain = Chain(list(chain.links), chain.base)
 
     def forget_links(self, chain: Chain) -> None:
@@ -375,7 +388,7 @@ class AdaptedModel:
             mine = {name: layout.gather(state[name]) for name in frozen}
             unchanged = {name for name, value in frozen.items() if torch.equal(mine[name], value.to(mine[name].dtype))}
             extras = {name: value for name, value in links[-1].extras.items() if name not in unchanged}
-            links[-1] = replace(links[-1], extras=extras, share=merged_share(knot, None, self.trained_factors))
+            links[-1] = replace(links[-1], extras=extras, share=merged_share(knot, None, self.config.trained_factors))
         self.replay(Chain(links, self.chain.base))
         if links:
             self.trained.load(links[-1].extras)
@@ -384,7 +397,7 @@ class AdaptedModel:
 
     def extras_after(self, chain: Chain) -> dict[str, Tensor]:
         """Fully trained parameters, and buffers, as they were after the last of these links; without links, the base's."""
-        names, extras = self.trained.values().keys(), self.trained.first | (chain.links[-1].extras if chain.links else {})
+        names, extras = self.trained.values().keys(), self.trained.initial | (chain.links[-1].extras if chain.links else {})
         if names <= extras.keys():  # nothing for which to rebuild the base
             return extras
         weights = base_copies(self.rebuild_base()) if self.base_weights is None else self.base_weights
@@ -409,10 +422,10 @@ class AdaptedModel:
         Raises:
             UserError: if there are fewer links, or the model is trained without links.
         """
-        check_links(links, self.link + 1)
-        if self.live is None:
+        check_links(links, self.n_finished + 1)
+        if not self.layers:
             raise UserError("links: a model that is trained without links (target_modules null) has no earlier state")
-        stacks, values = self._earlier_state(links) if links <= self.link else ([], {})
+        stacks, values = self._earlier_state(links) if links <= self.n_finished else ([], {})
         with ExitStack() as block:
             block.enter_context(evaluating(self.model))
             block.enter_context(torch.no_grad())
@@ -529,7 +542,7 @@ class AdaptedModel:
         Raises:
             UserError: if there are fewer links.
         """
-        total = self.link + 1
+        total = self.n_finished + 1
         links = total if links is None else links
         check_links(links, total)
         layers, placement, is_training = self.layers.values(), self.placement(), self.model.training

@@ -23,25 +23,25 @@ class TrainedValues:
         around: the module that has it as its ``model``, such as a LightningModule; None: nothing is around it.
 
     Attributes:
-        first: the values outside of the model before the first link.
+        initial: the values outside of the model before the first link.
     """
 
     def __init__(self, model: nn.Module, around: nn.Module | None = None) -> None:
         self.model, self.around = model, around
-        self.first: dict[str, Tensor] = {}
-        self.remember()
+        self.initial: dict[str, Tensor] = {}
+        self.record_trainable()
 
-    def remember(self) -> None:
+    def record_trainable(self) -> None:
         """Records which parameters are trainable now. They count as trained from here on, also while they are frozen."""
         names = layout.plain_names(name for name, _ in self.model.named_parameters(remove_duplicate=False))
         self._trained = names_of_factors(self.model) | set(names).difference(self._frozen_now())
 
-    def remember_first(self) -> None:
+    def record_initial(self) -> None:
         """Stores the values outside of the model, before training; those already stored are not replaced."""
-        self.first = {name: layout.gather(value) for name, value in self.outside().items()} | self.first
+        self.initial = {name: layout.gather(value) for name, value in self.outside().items()} | self.initial
 
     def frozen_names(self) -> list[str]:
-        """Names of the model's parameters that are not trained, each under all of its names; see :meth:`remember`."""
+        """Names of the model's parameters that are not trained, each under all of its names; see :meth:`record_trainable`."""
         return [name for name in self._frozen_now() if name not in self._trained]
 
     def _frozen_now(self) -> list[str]:
@@ -88,7 +88,7 @@ class TrainedValues:
             name: value
             for key, value in (self.state() if self.around is not None else {}).items()
             if not key.startswith("model.") and isinstance(value, Tensor) and not is_lazy(value)
-            if (name := OUTSIDE + key) in self.first or not is_frozen(value)
+            if (name := OUTSIDE + key) in self.initial or not is_frozen(value)
         }
 
     def values(self) -> dict[str, Tensor]:
@@ -98,8 +98,8 @@ class TrainedValues:
     def recorded(self) -> dict[str, Tensor]:
         """The :meth:`values` that a link records: all but buffers outside of the model that have not changed."""
         values = self.values()
-        buffers = [name for name in values.keys() & self.first.keys() if not isinstance(values[name], nn.Parameter)]
-        constant = {name for name in buffers if torch.equal(layout.gather(values[name]), self.first[name])}
+        buffers = [name for name in values.keys() & self.initial.keys() if not isinstance(values[name], nn.Parameter)]
+        constant = {name for name in buffers if torch.equal(layout.gather(values[name]), self.initial[name])}
         return {name: value for name, value in values.items() if name not in constant}
 
     def copies(self) -> dict[str, Tensor]:

@@ -40,7 +40,12 @@ class Recorder(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.place = (trainer.current_epoch, batch_idx)
-        counters = {"epoch": trainer.current_epoch, "batch": batch_idx, "global_step": trainer.global_step, "link": module.link}
+        counters = {
+            "epoch": trainer.current_epoch,
+            "batch": batch_idx,
+            "global_step": trainer.global_step,
+            "link": module.n_finished,
+        }
         rates = [group["lr"].hex() for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.begun = {**counters, "rates": rates, "rows": digest(batch)}  # now: at the batch's end they are the next step's
         self._reach("batch start")

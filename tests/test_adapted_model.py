@@ -172,7 +172,7 @@ def test_a_knot_with_an_impossible_alpha_is_refused_and_changes_nothing(alpha):
     with pytest.raises(UserError, match="alpha: must be a number above 0"):
         model.tie_knot(alpha=alpha)
     assert_bit_equal(weights(model.model), before)
-    assert model.link == 0
+    assert model.n_finished == 0
 
 
 def test_no_link_has_a_rank_above_that_of_the_layers():

@@ -107,7 +107,7 @@ def test_a_student_s_backward_pass_may_come_after_the_block(tmp_path):
         with part.at(0) as model:
             model(inputs)
             if part is toy_module:
-                assert torch.equal(part.head.weight, part.adapted.trained.first["self.head.weight"])
+                assert torch.equal(part.head.weight, part.adapted.trained.initial["self.head.weight"])
         loss.backward()
         assert all(torch.equal(p.grad, wanted) for p, wanted in zip(part.trained_parameters(), expected, strict=True))
 

@@ -74,11 +74,11 @@ def test_a_run_equals_a_hand_written_loop_to_the_bit(tmp_path, accumulate, clip,
     every = steps // 4
     expected, losses = hand_written_loop(steps, every, ranks, accumulate, clip)
     module = toy(rank=6, optimizer=lambda p: AdamW(p, lr=1e-2))
-    watch = Watch(lambda trainer, module: module.link)
+    watch = Watch(lambda trainer, module: module.n_finished)
     chain = {"every_n_train_steps": every, "ranks": ranks}
     run = trainer(tmp_path, watch, chain=chain, max_epochs=4, accumulate_grad_batches=accumulate, gradient_clip_val=clip)
     run.fit(module, batches())
-    assert module.link == 3
+    assert module.n_finished == 3
     assert sorted(set(watch.seen)) == [0, 1, 2, 3]
     assert_bit_equal(weights(module), expected)
     assert run.callback_metrics["train_loss"].item() == pytest.approx(losses[-1], abs=1e-7)
@@ -99,7 +99,7 @@ def test_manual_optimization_has_the_same_links(tmp_path):
     manual, automatic = toy(Manual), toy()
     for module in (manual, automatic):
         trainer(tmp_path, chain={"every_n_train_steps": 4}, max_epochs=2).fit(module, batches())
-    assert manual.link == 4
+    assert manual.n_finished == 4
     assert_bit_equal(weights(manual), weights(automatic))
 
 
@@ -113,7 +113,7 @@ def test_a_knot_keeps_the_function():
     link = module.tie_knot()
     after = module.model(x)
     assert ((after - before).norm() / before.norm()).item() < 1e-6
-    assert (link.index, module.link, len(module.chain)) == (0, 1, 1)
+    assert (link.index, module.n_finished, len(module.chain)) == (0, 1, 1)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-6), ("64-true", 1e-10)])
@@ -153,7 +153,7 @@ def test_the_callbacks_work_together_in_any_order(tmp_path, order):
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
     rates = [float(row["lr-SGD"]) for row in read_csv(f"{logger.log_dir}/metrics.csv") if row.get("lr-SGD")]
     assert rates == pytest.approx([0.1 * (1 - step % 20 / 20) for step in range(40)])
-    assert module.link == 1
+    assert module.n_finished == 1
 
 
 def test_early_stopping_counts_on_across_knots(tmp_path):
@@ -162,7 +162,7 @@ def test_early_stopping_counts_on_across_knots(tmp_path):
     run = trainer(tmp_path, stopping, chain={"every_n_epochs": 1}, max_epochs=20)
     run.fit(module, batches(), batches(2))
     assert run.current_epoch == 4  # one best epoch and three without improvement, knots or not
-    assert module.link == 3
+    assert module.n_finished == 3
 
 
 @pytest.mark.parametrize("factors", ["B", "random"])
@@ -284,7 +284,7 @@ class Halving(Toy):
     """Gives each link half of the finished one's rank, and notes what it was called with."""
 
     def on_knot(self, link):
-        assert self.link == link.index + 1
+        assert self.n_finished == link.index + 1
         self.restart_link(rank=link.rank // 2)
         self.log("finished_rank", float(link.rank))
 
@@ -294,7 +294,7 @@ class Listener(Callback):
         self.seen = []
 
     def on_knot(self, trainer, pl_module, link):
-        self.seen.append((trainer.global_step, link.rank, pl_module.adapted.live[0]))
+        self.seen.append((trainer.global_step, link.rank, pl_module.adapted.current.rank))
 
 
 def test_on_knot_of_the_module_and_of_callbacks_is_called_after_each_knot(tmp_path):

@@ -16,7 +16,7 @@ class Watched(Toy):
 
     def on_train_batch_start(self, batch, batch_idx):
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.__dict__.setdefault("steps", []).append((self.trainer.global_step, self.link, float(rate)))
+        self.__dict__.setdefault("steps", []).append((self.trainer.global_step, self.n_finished, float(rate)))
 
 
 class WatchedNormed(Watched, Normed):

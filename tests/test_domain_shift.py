@@ -39,7 +39,7 @@ def test_a_chain_of_the_example_trains_and_is_loaded_again(tmp_path):
     data = PythonSourceDataModule(context=8, batch_size=4, eval_size=16, train_size=32)
     run = trainer(tmp_path, chain={"every_n_train_steps": 2}, max_epochs=1)
     run.fit(module, data)
-    assert module.link == 3
+    assert module.n_finished == 3
     run.save_checkpoint(tmp_path / "run.ckpt")
     again = COLAModule.load_from_checkpoint(tmp_path / "run.ckpt")
     assert run.test(again, data, verbose=False) == run.test(module, data, verbose=False)

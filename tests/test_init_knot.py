@@ -80,7 +80,7 @@ def test_one_lora_that_goes_on_is_one_run_without_knots(tmp_path):
 
 def test_a_preference_stage_goes_on_and_its_reference_is_where_it_began(tmp_path):
     first = tiny.with_live_link(tiny.causal_lm(tmp_path))
-    first.fit_progress.link_name = "sft"
+    first.current.name = "sft"
     run = trainer(tmp_path)
     run.strategy.connect(first)
     run.save_checkpoint(tmp_path / "sft.ckpt")

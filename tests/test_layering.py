@@ -20,8 +20,9 @@ ITS_NEEDS = {"torch", "numpy", "typing_extensions", "safetensors", "cola_lightni
 
 
 def imports(path, is_top_level=False):
-    """Dotted names that a file imports, also for a type checker alone."""
+    """Dotted names that a file imports when it runs: not those that only a type checker reads."""
     tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
     nodes = tree.body if is_top_level else list(ast.walk(tree))
     plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     return plain + [f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, TemplateDataModule, TextClassificationDataModule
-from cola_lightning.hf.language import StepOutput
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
+from cola_lightning.hf.transformers_module import StepOutput
 from tests import tiny
 from tests.toy import trainer
 

@@ -13,8 +13,10 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from cola_lightning import AdaptedModel, COLAModule, LoRAConfig, UserError, inject_lora, lora_layers, strip_lora
+from cola_lightning.chain import peft
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import as_peft_weights, read_adapter
+from cola_lightning.errors import ExportError
 from cola_lightning.export.adapter import FUSED_OFF
 from cola_lightning.module.overview import frozen_kinds
 from tests.toy import assert_bit_equal, difference, trainer, with_trained_link
@@ -66,7 +68,6 @@ MODULES = {
     "": {},
     "batch_first": {"batch_first": True},
     "without bias": {"bias": False},
-    "more keys": {"add_bias_kv": True, "add_zero_attn": True, "batch_first": True},
     "kdim, vdim": {"kdim": 6, "vdim": 5},
     "kdim, no bias": {"kdim": 6, "bias": False, "batch_first": True},
 }
@@ -231,12 +232,13 @@ def test_what_is_not_a_target_stays_what_it_is_and_what_computes_otherwise_is_re
             return super().forward(x, x, x)[0]
 
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "other": Other(8, 2), "head": nn.Linear(8, 8)})
+    model["more"] = nn.MultiheadAttention(8, 2, add_bias_kv=True)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     assert inject_lora(model, LoRAConfig(["head"], rank=2, alpha=4)) == ["head"]
     assert "forward" not in vars(model["attention"])
     strip_lora(model)
     assert_bit_equal(model.state_dict(), state)
-    for name, kind in (("other", "Other"), ("other.out_proj", "NonDynamicallyQuantizableLinear")):
+    for name, kind in (("other", "Other"), ("more", "Multi"), ("other.out_proj", "NonDynamicallyQuantizableLinear")):
         with pytest.raises(UserError, match=rf"'{name}', which is a {kind}"):
             inject_lora(model, LoRAConfig([name], rank=2, alpha=4))
         assert isinstance(model["attention"].in_proj_weight, nn.Parameter)
@@ -244,7 +246,7 @@ def test_what_is_not_a_target_stays_what_it_is_and_what_computes_otherwise_is_re
     with pytest.raises(UserError, match="no layer is left"):
         inject_lora(model, config)
     assert inject_lora(model, LoRAConfig(rank=2, alpha=4)) == ["attention.out_proj", "attention.in_proj", "head"]
-    assert frozen_kinds(model) == {"Other": 1, "NonDynamicallyQuantizableLinear": 1}
+    assert frozen_kinds(model) == {"Other": 1, "MultiheadAttention": 1, "NonDynamicallyQuantizableLinear": 2}
 
 
 @modes
@@ -419,7 +421,7 @@ def fitted(folder, precision="32-true", **options):
 
 @modes
 @pytest.mark.parametrize("target_modules", ["all-linear", ["self_attn"], ["in_proj", "linear1"], ["out_proj"]], ids=str)
-def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog, target_modules, finished_links):
+def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog, monkeypatch, target_modules, finished_links):
     with caplog.at_level(logging.WARNING, "cola_lightning"):
         ours = fitted(tmp_path, target_modules=target_modules, finished_links=finished_links)
     assert "no gradient" not in caplog.text
@@ -427,31 +429,42 @@ def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog
     with torch.no_grad():
         expected, before = ours.eval()(x), encoder().eval()(x)
     assert difference(expected, before) > 0.05
-    lines = {format_: ours.export(tmp_path / format_, format_) for format_ in ("chain", "merged", "peft")}
-    assert "loaded again with peft" in lines["peft"][-1]
-    with torch.no_grad():
-        loaded = PeftModel.from_pretrained(encoder(), tmp_path / "peft").eval()
-        assert any(FUSED_OFF in line for line in lines["peft"])
-        assert torch.equal(loaded(x), before)  # torch's fused encoder layers ignore peft's links
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            torch.testing.assert_close(loaded(x), expected, rtol=0, atol=1e-5)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(True)
-        for name in ("chain", "peft"):
-            chain = read_chain(tmp_path / name) if name == "chain" else read_adapter(tmp_path / name)
-            assert len(chain) == 3
-            again = module(target_modules=target_modules, init_chain=str(tmp_path / name)).eval()
-            torch.testing.assert_close(again(x), expected, rtol=0, atol=1e-5)
-        again = module(target_modules=target_modules, init_chain=str(tmp_path / "peft"), init_links=1).eval()
-        assert difference(again(x), expected) > 0.01
+    lines = {format_: ours.export(tmp_path / format_, format_) for format_ in ("chain", "merged")}
+    chain = read_chain(tmp_path / "chain")
+    assert len(chain) == 3
+    again = module(target_modules=target_modules, init_chain=str(tmp_path / "chain")).eval()
+    torch.testing.assert_close(again(x), expected, rtol=0, atol=1e-5)
+    if any(name.endswith("out_proj") for name in chain.layers):
+        with pytest.raises(UserError, match=r"^format: peft .* adds the update of layers\.0\.self_attn\.out_proj 2 times"):
+            ours.export(tmp_path / "peft", "peft")
+        monkeypatch.setattr(peft, "out_proj_updates", lambda: 1)  # as a mended peft, for which the true B is written
+        with pytest.raises(ExportError, match="logits"):  # with which the installed one computes something else
+            ours.export(tmp_path / "peft", "peft")
+        ours.export(tmp_path / "peft", "peft", verify=False)
+    else:
+        lines = ours.export(tmp_path / "peft", "peft")
+        assert "loaded again with peft" in lines[-1]
+        assert any(FUSED_OFF in line for line in lines)
+        with torch.no_grad():
+            loaded = PeftModel.from_pretrained(encoder(), tmp_path / "peft").eval()
+            assert torch.equal(loaded(x), before)  # torch's fused encoder layers ignore peft's links
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                torch.testing.assert_close(loaded(x), expected, rtol=0, atol=1e-5)
+            finally:
+                torch.backends.mha.set_fastpath_enabled(True)
+    assert len(read_adapter(tmp_path / "peft")) == 3
+    again = module(target_modules=target_modules, init_chain=str(tmp_path / "peft")).eval()
+    torch.testing.assert_close(again(x), expected, rtol=0, atol=1e-5)
+    again = module(target_modules=target_modules, init_chain=str(tmp_path / "peft"), init_links=1).eval()
+    assert difference(again(x), expected) > 0.01
 
 
 def test_layers_of_other_ranks_are_exported(tmp_path):
-    ours = fitted(tmp_path, rank_pattern={"in_proj": 1, "1.self_attn.out_proj": 1, "linear1": 1}, scaling="rslora")
+    ours = fitted(tmp_path, rank_pattern={"in_proj": 1, "linear1": 1}, exclude_modules=["out_proj"], scaling="rslora")
     assert "loaded again with peft" in ours.export(tmp_path / "peft", "peft")[-1]
     assert "loaded again with peft" in ours.export(tmp_path / "smaller", "peft", max_rank=2)[-1]
-    again = module(init_chain=str(tmp_path / "peft")).eval()
+    again = module(init_chain=str(tmp_path / "peft"), exclude_modules=["out_proj"]).eval()
     torch.testing.assert_close(again(ours.example_input_array), ours.eval()(ours.example_input_array), rtol=0, atol=1e-5)
 
 

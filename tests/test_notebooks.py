@@ -11,7 +11,7 @@ from tests import forked
 from tests.toy import wait_for
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-PICTURES = {"anatomy_of_a_chain": 5, "digits": 4, "pictures": 1, "research": 1, "your_own_module": 3}
+PICTURES = {"anatomy_of_a_chain": 5, "digits": 4, "pictures": 1, "research": 1, "stages": 2, "your_own_module": 3}
 SLOW = ["digits", "pictures", "your_own_module"]  # test_digits.py and test_domain_shift.py train the same in small
 
 

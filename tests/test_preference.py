@@ -277,12 +277,12 @@ def test_a_run_starts_from_the_links_of_its_first_chain(tmp_path):
     first.full_chain().save(tmp_path / "chain")
     module = preference_lm(tmp_path, init_chain=str(tmp_path / "chain"))
     module.configure_model()
-    assert (module.link, module.reference_links) == (1, 1)
+    assert (module.n_finished, module.reference_links) == (1, 1)
     assert module.step(pair_batch(random_pairs())).loss.item() == LOG_2
     run = fit(module, tmp_path)
     run.save_checkpoint(tmp_path / "last.ckpt")
     again = COLAPreferenceLM.load_from_checkpoint(tmp_path / "last.ckpt")
-    assert (again.link, again.reference_links) == (1, 1)
+    assert (again.n_finished, again.reference_links) == (1, 1)
     assert again.step(pair_batch(random_pairs())).loss.item() != LOG_2
 
 
@@ -309,7 +309,7 @@ def test_a_stage_is_a_reference(tmp_path):
 def test_a_loaded_model_is_the_start_of_the_next_run(tmp_path):
     """As with init_chain: its current link is finished, and a new one begins."""
     sft = tiny.with_live_link(tiny.causal_lm(tmp_path))
-    sft.fit_progress.link_name = "sft"
+    sft.current.name = "sft"
     saved = trainer(tmp_path)
     saved.strategy.connect(sft)
     saved.save_checkpoint(tmp_path / "sft.ckpt")

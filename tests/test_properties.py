@@ -39,7 +39,7 @@ def test_links_are_those_that_a_run_step_by_step_ties(arguments, lengths, max_st
             start = now
             sizes.append(0)
         sizes[-1] += 1
-    assert schedule.links(FitPosition(0, 0), run) == sizes
+    assert schedule.link_lengths(FitPosition(0, 0), run) == sizes
 
 
 # ---------------------------------------------------------------------- templates

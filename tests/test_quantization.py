@@ -202,7 +202,7 @@ def test_a_checkpoint_holds_no_weight_of_the_base_and_goes_to_any_number_of_its_
     assert torch.equal(tiny.logits(COLAModule.load_from_checkpoint(trained.path).model), expected)
     for links in range(4):
         loaded = COLAModule.load_from_checkpoint(trained.path, links=links)
-        assert loaded.link == min(links, 2)
+        assert loaded.n_finished == min(links, 2)
         assert difference(tiny.logits(loaded.model), tiny.logits(trained.module.merged_model(links))) <= 1e-4
     module = make(base, init_chain=str(trained.path))
     module.configure_model()

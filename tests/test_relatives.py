@@ -47,7 +47,7 @@ def test_a_link_begins_with_one_factor_drawn_and_the_other_zero(drawn, init):
 
 @pytest.mark.parametrize("trained", ["both", "B", "random"])
 def test_each_link_moves_the_factors_that_it_trains(tmp_path, trained):
-    starts, watch = {}, Watch(lambda run, module: starts.setdefault(module.link, factors(module)))
+    starts, watch = {}, Watch(lambda run, module: starts.setdefault(module.n_finished, factors(module)))
     module = toy(trained_factors=trained, optimizer=lambda p: AdamW(p, lr=1e-2), seed=0)
     trainer(tmp_path, watch, chain={"every_n_train_steps": 2}, max_epochs=2).fit(module, batches())
     frozen = [frozen_factor(trained, 0, link) for link in range(10)]
@@ -65,7 +65,7 @@ def test_a_link_of_rac_lora_is_a_projected_gradient_step(tmp_path):
     x, y = next(iter(batches()))
     seen = set()
     for seed in range(4):
-        adapted = AdaptedModel(base, LoRAConfig(target_modules=["0"], rank=2, alpha=4), seed=seed, trained_factors="random")
+        adapted = AdaptedModel(base, LoRAConfig(target_modules=["0"], rank=2, alpha=4, trained_factors="random"), seed=seed)
         layer, before = adapted.layers["0"], adapted.merged_model()[0].weight.detach()
         plain = adapted.merged_model()
         F.mse_loss(plain(x), y).backward()

@@ -130,7 +130,7 @@ PLACES = {
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, name):
     options = RUNS[name]
     whole, expected, _ = fit(tmp_path / "whole", **options())
-    assert "plateau" not in name or whole.link > 1
+    assert "plateau" not in name or whole.n_finished > 1
     for stop in PLACES.get(name, FEW):
         path, done, finished = None, [{} for _ in expected.all], 0
         for k, moment in enumerate([*(stop if isinstance(stop, list) else [stop]), None]):

@@ -37,18 +37,18 @@ def test_back_to_the_best_and_on_in_one_process_equals_fresh_ones(tmp_path):
 
     module = make(Best)
     run = fit(tmp_path, module, ModelCheckpoint(tmp_path, "best", monitor="val_loss"), enable_checkpointing=True)
-    assert module.link == 3
+    assert module.n_finished == 3
     run.validate(module, batches(2), ckpt_path="best", verbose=False)
     fresh = make(Best)
     fresh_run = trainer(tmp_path, ModelCheckpoint(tmp_path, "best", monitor="val_loss"), chain={}, enable_checkpointing=True)
     fresh_run.validate(fresh, batches(2), ckpt_path=tmp_path / "best.ckpt", verbose=False)
-    assert module.link == fresh.link == 1
+    assert module.n_finished == fresh.n_finished == 1
     assert_bit_equal(weights(module), weights(fresh))
 
     fit(tmp_path / "again", module, epochs=3)
     loaded = Best.load_from_checkpoint(tmp_path / "best.ckpt", optimizer=lambda p: AdamW(p, lr=1e-2))
     fit(tmp_path / "again", loaded, epochs=3)
-    assert module.link == loaded.link == 3
+    assert module.n_finished == loaded.n_finished == 3
     assert_bit_equal(weights(module), weights(loaded))
     assert [link.start_step for link in module.chain.links] == [0, 0, 10]
 
@@ -59,7 +59,7 @@ def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_pa
 
     class Watched(ValidatedToy):
         def on_train_batch_start(self, batch, batch_idx):
-            seen.append((self.link, self.trainer.optimizers[0].param_groups[0]["lr"]))
+            seen.append((self.n_finished, self.trainer.optimizers[0].param_groups[0]["lr"]))
 
     first = second = make(Watched)
     fit(tmp_path, first, epochs=2)
@@ -115,7 +115,7 @@ def test_a_checkpoint_is_loaded_with_any_number_of_its_links(tmp_path, targets):
         for name, value in loaded.merged_model().eval().state_dict().items():
             torch.testing.assert_close(value, expected[name], msg=name)
         if targets:
-            assert loaded.link == min(links, 3)
+            assert loaded.n_finished == min(links, 3)
             for layer in lora_layers(loaded.model).values():
                 assert layer.lora_A.any()
                 assert bool(layer.lora_B.any()) == (links == 4)

@@ -32,7 +32,7 @@ def test_weights_links_stack_and_checkpoint_are_those_of_a_module(tmp_path, meth
     run = trainer(tmp_path, chain=None if is_full else {"at_steps": [1] if method.n_finished else []}, max_steps=2)
     ids = torch.randint(3, 300, (2, 2, 8))
     run.fit(module, DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=None))
-    assert module.link == method.n_finished
+    assert module.n_finished == method.n_finished
     parts, layers = scale.sizes(scale.build(tiny.config("llama"), method)), module.adapted.layers.values()
     assert parts.trained == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert parts.base + parts.links == sum(p.nbytes for p in module.parameters())

@@ -104,7 +104,7 @@ TEN_AN_EPOCH = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
 def test_the_links_of_a_run_fill_it(schedule, run, start, lengths):
     """``test_properties.py`` has the runs that start at their beginning."""
     start = start or run.epoch_start
-    assert ChainSchedule(**schedule).links(start, run) == lengths
+    assert ChainSchedule(**schedule).link_lengths(start, run) == lengths
     assert ChainSchedule(**schedule).link_steps(start, run) == lengths[0]
 
 
@@ -300,7 +300,7 @@ def test_a_schedule_of_an_unknown_length_is_refused_with_advice_that_works(tmp_p
 def test_a_link_from_a_knot_by_hand_at_the_end_of_an_epoch_has_a_schedule_of_its_length(tmp_path):
     class ByHand(ValidatedToy):
         def on_train_epoch_end(self):
-            if self.link == 0:
+            if self.n_finished == 0:
                 self.tie_knot()
 
     seen = rates(tmp_path, {"every_n_epochs": 1}, fit={"max_epochs": 3}, cls=ByHand, warmup_steps=0.2)

@@ -56,7 +56,7 @@ def test_the_head_has_a_learning_rate_of_its_own_in_every_link_and_in_full_fine_
     assert (others["initial_lr"], head["initial_lr"]) == (1e-3, 5e-3)
     names = {id(p): name for name, p in module.model.named_parameters()}
     assert {names[id(p)] for p in head["params"]} == {name for name in names.values() if name.startswith("classifier.")}
-    assert chain is None or (module.link == 1 and all(".lora_" in names[id(p)] for p in others["params"]))
+    assert chain is None or (module.n_finished == 1 and all(".lora_" in names[id(p)] for p in others["params"]))
 
 
 def test_it_learns_and_its_checkpoint_gives_the_same_head_and_predictions(tmp_path):

@@ -183,7 +183,7 @@ KINDS = {
 
 def checkpoint(data):
     """What a checkpoint says of the data of its fit."""
-    return SimpleNamespace(state=SimpleNamespace(facts={"data": data.identity, "init_chain_source": [None, None]}))
+    return SimpleNamespace(facts={"data": data.identity, "init_chain_source": [None, None]})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,27 +191,29 @@ def test_evaluation_measures_what_the_fit_held_out_and_all_rows_of_other_data_an
     make, store, columns = KINDS[kind]
     module = tiny.stub(tiny.chat_tokenizer(tiny.CHAT), trains_pairs=True, label_names=["a", "b"], num_labels=2)
 
-    def parts(source, *stages):
+    def parts(source, *stages, of=None):
         data = make(source, val_size=5, test_size=4)
+        data.checkpoint = of
         data.trainer = tiny.process(module=module)
         for stage in stages:
             data.setup(stage)
         return data
 
     own, other = (store(tmp_path / name, start, *columns) for name, start in [("own", 0), ("other", 20)])
-    module.opened_checkpoint = checkpoint(parts(own, "fit"))
+    of = checkpoint(parts(own, "fit"))
     moved = shutil.copytree(tmp_path / "own", tmp_path / "moved") / Path(own).relative_to(tmp_path / "own")
     for source, n_val, n_test in [(own, 5, 4), (str(moved), 5, 4), (other, 20, 20)]:
-        data = parts(source, "validate", "test")
+        data = parts(source, "validate", "test", of=of)
         assert [len(data.val), len(data.test)] == [n_val, n_test], source
-        assert len(parts(source, "predict").test) == 20
+        assert len(parts(source, "predict", of=of).test) == 20
 
 
 def test_another_source_is_measured_on_the_split_that_it_has_and_an_unknown_fit_asks_for_a_size(tmp_path):
     module = tiny.stub(tiny.tokenizer())
 
-    def parts(source, *stages, **options):
+    def parts(source, *stages, of=None, **options):
         data = TextDataModule(source, **options)
+        data.checkpoint = of
         data.trainer = tiny.process(module=module)
         for stage in stages:
             data.setup(stage)
@@ -221,16 +223,16 @@ def test_another_source_is_measured_on_the_split_that_it_has_and_an_unknown_fit_
     with pytest.raises(UserError, match=r"data\.test_size: .* has no test rows\. .*1\.0"):
         parts(own, "test")
     assert len(parts(own, "test", test_size=1.0).test) == 20
-    module.opened_checkpoint = checkpoint(parts(own, "fit"))
+    of = checkpoint(parts(own, "fit"))
     with pytest.raises(UserError, match=r"data\.test_size: .* has no test rows"):  # all of them were trained on
-        parts(own, "test")
+        parts(own, "test", of=of)
     write(tmp_path / "other" / "test.jsonl", lines(ROWS))
     write(tmp_path / "other" / "dev.jsonl", lines(ROWS[:3]))
-    data = parts(other, "validate", "test", test_size=0.5)
+    data = parts(other, "validate", "test", of=of, test_size=0.5)
     assert [len(data.val), len(data.test)] == [3, 3]
-    assert len(parts(other, "predict", test_size=0.5).test) == 6
+    assert len(parts(other, "predict", of=of, test_size=0.5).test) == 6
     named = {"train_split": "train_sft", "val_split": "test_sft", "test_split": "test_sft"}  # of the fit's data
-    assert len(parts(rows_file(tmp_path / "file", 40, "text"), "test", **named).test) == 20
+    assert len(parts(rows_file(tmp_path / "file", 40, "text"), "test", of=of, **named).test) == 20
 
 
 # ---------------------------------------------------------------------- several

@@ -121,7 +121,7 @@ def test_a_chain_goes_back_and_on_without_its_base_being_made_anew(trained, tmp_
     module, run = make(Counted), trainer(tmp_path, chain={})
     for epoch in (3, 0, 2, 1):
         run.validate(module, batches(2), ckpt_path=trained.paths[epoch], verbose=False)
-        assert (module.link, len(made)) == (epoch, 1)
+        assert (module.n_finished, len(made)) == (epoch, 1)
         assert torch.equal(module.model(x), ValidatedToy.load_from_checkpoint(trained.paths[epoch]).model(x))
 
 
@@ -132,7 +132,7 @@ def test_merged_models_are_those_of_a_run_that_merges_to_the_bit(trained, tmp_pa
         ours, theirs = stacking.merged_model(links), merging.merged_model(links)
         assert type(ours[0]) is nn.Linear
         assert_bit_equal(ours.state_dict(), theirs.state_dict())
-    assert (stacking.link, stacking.adapted.layers["0"].stack.rank) == (3, 6)  # as it was
+    assert (stacking.n_finished, stacking.adapted.layers["0"].stack.rank) == (3, 6)  # as it was
 
 
 def test_the_other_mode_takes_a_checkpoint_up_and_goes_on(trained, tmp_path):

@@ -39,7 +39,7 @@ def staged(module):
     """A module with two links of the stage sft, and a live one of dpo."""
     tiny.three_links(module)
     module.chain.links[:] = [replace(link, name="sft") for link in module.chain.links]
-    module.fit_progress.link_name = "dpo"
+    module.current.name = "dpo"
     return module
 
 

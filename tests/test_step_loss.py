@@ -74,7 +74,7 @@ def test_a_run_resumed_inside_a_window_is_the_run_itself(tmp_path):
     batches = Shuffled(batches_of(rows_of([LENGTHS[k % 8] + k % 3 for k in range(48)]), 2, 1, 3))
     options = {"chain": {"every_n_train_steps": 2}, "gradient_clip_val": 0.5, "arguments": {"dropout": 0.2}}
     whole, losses = fit(tmp_path, batches, 4, **options)
-    assert whole.link == 2
+    assert whole.n_finished == 2
     resumed, rest = fit(tmp_path, batches, 4, ckpt_path=tmp_path / "inside.ckpt", **options)
     assert_bit_equal(weights(resumed), weights(whole))
     assert rest[-1] == losses[-1]

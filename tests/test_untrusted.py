@@ -124,7 +124,7 @@ def test_objects_in_a_checkpoint_are_not_made(tmp_path, mark):
             trainer(tmp_path, max_epochs=1).fit(toy(Toy), batches(), batches(), ckpt_path=source)
     with pytest.raises(UserError):
         read_chain(path)
-    assert Toy.load_from_checkpoint(f"file://{honest}").link == 0
+    assert Toy.load_from_checkpoint(f"file://{honest}").n_finished == 0
     assert not mark.exists()
     Toy.load_from_checkpoint(path, weights_only=False)  # which says that the file is trusted
     assert mark.exists()

@@ -65,7 +65,7 @@ class ChainOfLoRA(Callback):
             epoch: epochs finished.
             global_step: optimizer steps taken.
         """
-        start, schedule = self.module.link_start, self.schedule
+        start, schedule = self.module.current.start, self.schedule
         if schedule.patience is not None:  # a value known at a link's first step belongs to the previous link
             known = (value for step, value in self._values.items() if start.global_step < step <= global_step)
             return is_plateau(known, schedule.patience, schedule.min_delta, schedule.mode)
@@ -91,9 +91,9 @@ class ChainOfLoRA(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         now = FitPosition(trainer.current_epoch, trainer.global_step)
         is_inside_window, self._last_step = now.global_step == self._last_step, now.global_step
-        if now.global_step == self.module.link_start.global_step:
-            if now != self.module.link_start:  # a knot tied by hand at the end of an epoch counted that epoch
-                self.module.fit_progress.link_start = now
+        if now.global_step == self.module.current.start.global_step:
+            if now != self.module.current.start:  # a knot tied by hand at the end of an epoch counted that epoch
+                self.module.current.start = now
                 self.module.link_optimization.renew(self.module, self.module.adapted)
             return
         if is_inside_window:  # of accumulated batches
@@ -119,7 +119,7 @@ class ChainOfLoRA(Callback):
         if self.schedule.has_knots:
             adapted, config = self.module.adapted, self.module.lora_config
             adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
-            merged_share(self.schedule.knot, self.schedule.share, adapted.trained_factors)
+            merged_share(self.schedule.knot, self.schedule.share, config.trained_factors)
         if self.schedule.patience is not None and not sum(trainer.num_val_batches):
             raise UserError(
                 "chain.patience: this run has no validation. It needs rows for validation, a validation_step, and a "
@@ -148,7 +148,7 @@ class ChainOfLoRA(Callback):
         """The current link's values of the monitored metric; nothing before a run has begun."""
         if not self._values:
             return {}
-        start = self.module.link_start.global_step
+        start = self.module.current.start.global_step
         values = {step: value for step, value in self._values.items() if step > start}
         return {"values": values, "monitor": self._monitored}
 

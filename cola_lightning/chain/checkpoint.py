@@ -58,7 +58,7 @@ def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool =
     return contents
 
 
-def in_run(source: Any) -> Any:
+def last_checkpoint_of(source: Any) -> Any:
     """The newest state of a run whose folder is given; anything else as it is."""
     last = Path(name_of(source)) / "checkpoints" / "last.ckpt"
     return last if last.is_file() else source
@@ -178,15 +178,11 @@ class OpenedCheckpoint:
         path: its path.
         contents: the whole checkpoint, on the CPU; empty after :meth:`take`.
         state: what this package stored in it.
-        links: how many of its links to load, the finished ones first and then the live one, or the last stage; None: all.
-        scale: factors of links' updates, see :meth:`~cola_lightning.chain.Chain.scaled`; the live link is then a finished one.
     """
 
     path: str
     contents: dict[str, Any]
     state: StoredState
-    links: int | str | None = None
-    scale: Mapping[int | str, float] | None = None
 
     @classmethod
     def open(cls, source: Any, field: str = "checkpoint", *, weights_only: bool = True) -> Self:
@@ -200,7 +196,7 @@ class OpenedCheckpoint:
         Raises:
             UserError: if there is no such file, or it is damaged, or not a COLA module's checkpoint of a known format version.
         """
-        source = in_run(source)
+        source = last_checkpoint_of(source)
         name = name_of(source)
         if os.path.isdir(name):
             raise UserError(f"{field}: {name!r} has no checkpoints/last.ckpt. Pass a run's folder or a checkpoint")
@@ -229,7 +225,7 @@ def read_chain(path: str | Path, links: int | str | None = None, field: str = "c
     Raises:
         UserError: if the path is none of these, or the files are damaged.
     """
-    path = Path(os.path.expanduser(in_run(path)))
+    path = Path(os.path.expanduser(last_checkpoint_of(path)))
     if path.is_file():
         chain = OpenedCheckpoint.open(path, field).state.all_links()
     elif (path / JSON_NAME).is_file():

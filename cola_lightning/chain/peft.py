@@ -3,6 +3,8 @@
 Each fact about PEFT's format stands here once, next to the function that reads it and the one that writes it.
 """
 
+import functools
+import importlib.metadata
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -84,10 +86,26 @@ def wrapper_names(experts: str, parameters: Sequence[str]) -> dict[str, str]:
 
 # ---------------------------------------------------------------------- nn.MultiheadAttention
 
-# PEFT has two LoRAs of the same rank and alpha in each such module: the input projection's is the module's own. It adds that of
-# out_proj twice (https://github.com/huggingface/peft/pull/3774 ends that; 0.21 is without it), so its B is half of ours.
+# PEFT has two LoRAs of the same rank and alpha in each such module: the input projection's is the module's own.
 OUT_PROJ = f"{BASE_LAYER}.out_proj"
-OUT_PROJ_UPDATES = 2
+
+
+@functools.cache
+def out_proj_updates() -> float:
+    """How many times the installed PEFT adds the update of ``out_proj``: 1 would be right.
+
+    PEFT up to 0.21 adds it twice (https://github.com/huggingface/peft/pull/3774 ends that).
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    attention = nn.MultiheadAttention(1, 1, bias=False)
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=["attention"])
+    model: Any = inject_adapter_in_model(config, nn.ModuleDict({"attention": attention}))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.fill_(float(name.endswith("in_proj_weight") or ".out_proj.lora_" in name))
+        x = torch.ones(1, 1, 1)
+        return float(model["attention"](x, x, x)[0])
 
 
 def attention_of(model: nn.Module, layer: str) -> nn.MultiheadAttention | None:
@@ -102,17 +120,23 @@ def attention_to_peft(
     """The factors of an attention module by PEFT's names: padded to the same rank, and zeros where a projection has no link.
 
     Raises:
-        UserError: for one with separate input projections.
+        UserError: for one with separate input projections, and for a link that the installed PEFT computes wrongly.
 
     Source: ``peft.tuners.lora.layer.MultiheadAttention`` (0.21).
     """
     if input_projections(attention) != ("in_proj",):
         raise UserError(f"format: PEFT has no LoRA for separate projections of queries, keys and values ({name!r}). Use merged")
+    if f"{name}.out_proj" in factors and (n_updates := out_proj_updates()) != 1:
+        version = importlib.metadata.version("peft")
+        raise UserError(
+            f"format: peft {version} adds the update of {name}.out_proj {n_updates:g} times. Use merged, or another peft, or "
+            "model.exclude_modules out_proj in the fit"
+        )
     n = attention.embed_dim
     none = {"in_proj": (torch.zeros(0, n), torch.zeros(3 * n, 0)), "out_proj": (torch.zeros(0, n), torch.zeros(n, 0))}
     pairs = [factors.get(f"{name}.{part}", pair) for part, pair in none.items()]
     inner, (lora_A, lora_B) = (padded(pair, max(len(lora_A) for lora_A, _ in pairs)) for pair in pairs)
-    return {name: inner, name + OUT_PROJ: (lora_A, lora_B / OUT_PROJ_UPDATES)}
+    return {name: inner, name + OUT_PROJ: (lora_A, lora_B)}
 
 
 def padded(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
@@ -127,7 +151,8 @@ def padded(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
 def read_adapter(folder: str | Path) -> Chain:
     """An ordinary PEFT LoRA as a chain of one link; one that was exported from a chain, as that chain (equal up to rounding).
 
-    Each layer's scaling is folded into B, and the factors are padded to the largest rank.
+    Each layer's scaling is folded into B, and the factors are padded to the largest rank. They give what the installed PEFT
+    computes with them, see :func:`out_proj_updates`.
 
     Raises:
         UserError: for an adapter of another type, or a damaged one.
@@ -168,7 +193,7 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
             if not lora_A.any():  # a projection without a link
                 continue
             layer, lora_B = (
-                (f"{target}.in_proj", lora_B) if name == target else (f"{target}.out_proj", lora_B * OUT_PROJ_UPDATES)
+                (f"{target}.in_proj", lora_B) if name == target else (f"{target}.out_proj", lora_B * out_proj_updates())
             )
         elif len(lora_A) != _value_of(config, name, "r", "rank_pattern") and (projection := _projection(config, name)):
             layer = target = projection

@@ -13,11 +13,10 @@ from typing import Literal, NamedTuple, get_args
 
 from cola_lightning.chain.chain import as_number
 from cola_lightning.errors import UserError
-from cola_lightning.lora.config import Factor, LoRAConfig, is_rank
+from cola_lightning.lora.config import Factor, LoRAConfig, TrainedFactors, is_rank
 from cola_lightning.seeding import derive_seed
 
 Mode = Literal["min", "max"]
-TrainedFactors = Literal["both", "B", "random"]
 Knot = Literal["cola", "half", "record"]
 
 KNOT_OPTIONS = ("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "knots", "patience")
@@ -239,12 +238,12 @@ class ChainSchedule:
         end = min(run.step_at(knot) if self._counts_epochs else knot, run.end_step)
         return max(0, end - start.global_step)
 
-    def links(self, start: FitPosition, run: RunLength) -> list[int]:
+    def link_lengths(self, start: FitPosition, run: RunLength) -> list[int]:
         """Optimizer steps of each remaining link of a run from ``start``, in order; the run and its links have known lengths.
 
         Example:
             >>> run = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
-            >>> ChainSchedule(every_n_epochs=2).links(FitPosition(0, 0), run)
+            >>> ChainSchedule(every_n_epochs=2).link_lengths(FitPosition(0, 0), run)
             [20, 20, 10]
         """
         lengths, run = list[int](), replace(run, max_epochs=math.inf, max_steps=run.end_step)

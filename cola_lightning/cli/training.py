@@ -18,6 +18,7 @@ from typing import Any
 import rich
 import yaml
 from jsonargparse import ArgumentError
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -34,7 +35,7 @@ from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
 from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.chain.chain import number_of_links
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, in_run
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, last_checkpoint_of
 from cola_lightning.chain.report import metrics_table
 from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule
 from cola_lightning.cli.help import (
@@ -48,10 +49,11 @@ from cola_lightning.cli.help import (
     help_formatter,
     usage,
 )
+from cola_lightning.data.source import SourceDataModule
 from cola_lightning.errors import Interruption, UserError, nearest
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
-from cola_lightning.module.state import data_facts
+from cola_lightning.module.state import AtomicCheckpointIO, data_facts
 from cola_lightning.writing import atomic_file, check_writable
 
 log = logging.getLogger(__name__)
@@ -265,7 +267,6 @@ class COLACLI(LightningCLI):
         if self.opened is not None and self.subcommand != "fit":
             self.links = 0 if self.tests_each_link else number_of_links(self.links, self.opened.state.names)
             if scale:
-                self.opened.scale = scale
                 self.opened.state.all_links(config.links).scaled(scale)
         if self.links is None or (config.ckpt_path is not None and self.subcommand != "fit"):
             return
@@ -309,6 +310,8 @@ class COLACLI(LightningCLI):
             self.watch.expect_folder(trainer.log_dir)
         if self.opened is not None:
             self._continue_metrics(trainer, run)
+            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
+                trainer.strategy.checkpoint_io = AtomicCheckpointIO(self.opened)
         return trainer
 
     @rank_zero_only
@@ -327,7 +330,9 @@ class COLACLI(LightningCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if self.opened is not None:
-            self.opened.links, self.model.opened_checkpoint = self.links, self.opened
+            self.model.expect_state(self.opened.state, self.links, self.config[self.subcommand].get("scale"))
+            if isinstance(self.datamodule, SourceDataModule):
+                self.datamodule.checkpoint = self.opened.state
         else:
             _ = self.model.first_chain  # a chain that does not exist is refused here, before the data is prepared
 
@@ -348,7 +353,7 @@ class COLACLI(LightningCLI):
         assert self.opened is not None
         rows, arguments = [], self._prepare_subcommand_kwargs("test") | {"verbose": False}
         for links, name in self.tested_states().items():
-            self.opened.links = links
+            self.model.expect_state(self.opened.state, links)
             rows.append({"links": links, "stage": name or ""})
             for metrics in self.trainer.test(**arguments):  # of each data loader
                 rows[-1] |= metrics
@@ -397,7 +402,7 @@ class COLACLI(LightningCLI):
         if path is None or not config.exists() or not self.trainer.is_global_zero:  # a fit with nothing left to do saves none
             return
         log.info("checkpoint: %s", shortest(path))
-        place = shortest(folder if Path(path) == in_run(folder) else path)
+        place = shortest(folder if Path(path) == last_checkpoint_of(folder) else path)
         config_words = ["--config", shortest(config), "--ckpt_path", place]
         words = [place, "--prompt", "TEXT"] if subcommand == "generate" else config_words
         log.info("%s: %s", what, shlex.join(["cola", subcommand, *words]))

@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset
 from typing_extensions import override
 
 from cola_lightning import __version__
-from cola_lightning.chain.checkpoint import OpenedCheckpoint
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, StoredState
 from cola_lightning.data.base import EpochDataModule, check_sizes
 from cola_lightning.data.drawing import as_count, check_shares, draw
 from cola_lightning.data.encoding import TOO_LONG, TooLong, identity_of_tokenizer
@@ -180,6 +180,7 @@ class SourceDataModule(TokenizedDataModule):
         if not 0 <= max_skipped <= 1:
             raise UserError(f"data.max_skipped must be a share of the rows, from 0 to 1, got {max_skipped}")
         self.max_skipped, self.too_long = max_skipped, too_long
+        self.checkpoint: StoredState | None = None  # the one that is evaluated, of --ckpt_path
         self._logged: set[str] = set()
         self._sizes = list[str]()  # of the parts, by source
 
@@ -209,13 +210,12 @@ class SourceDataModule(TokenizedDataModule):
     @functools.cached_property
     def _trained_on(self) -> list[Any]:
         """The contents of the sources that the run of ``--ckpt_path`` and its earlier stages used; empty if one is unknown."""
-        module: Any = self.trainer and self.trainer.lightning_module
-        opened, contents = getattr(module, "opened_checkpoint", None), list[Any]()
-        while opened is not None:
-            data, (path, *_) = opened.state.facts["data"], opened.state.facts["init_chain_source"]
+        state, contents = self.checkpoint, list[Any]()
+        while state is not None:
+            data, (path, *_) = state.facts["data"], state.facts["init_chain_source"]
             contents += map(contents_of, data.get("sources", [data] if data else []))
             try:
-                opened = path and OpenedCheckpoint.open(path)
+                state = OpenedCheckpoint.open(path).state if path else None
             except UserError:  # it was moved, or is a chain folder, which has no data
                 data = {}
             if not data:

@@ -166,7 +166,7 @@ class TextDataModule(SourceDataModule):
             try:
                 self.tokenizer.chat_template = find_chat_template(self.chat_template, self.tokenizer)
             except (HubError, UserError):
-                if not getattr(self.trainer and self.trainer.lightning_module, "has_trained_template", False):
+                if getattr(self.trainer and self.trainer.lightning_module, "trained_template", None) is None:
                     raise
                 self._log(f"data.chat_template: {self.chat_template!r} cannot be read, so that of the checkpoint is used")
             if unknown := unknown_tokens(self.tokenizer):

@@ -1,11 +1,10 @@
 """A chain as one ordinary PEFT LoRA, of rank sum(r), for the base that it names: written, loaded again and compared."""
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from cola_lightning.chain.chain import Chain, core_of_product
 from cola_lightning.chain.peft import AdapterBase, concatenate, write_adapter
 from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
-from cola_lightning.export.contract import ExportableModule, NamedBase
 from cola_lightning.export.options import ExportOptions
 from cola_lightning.export.verify import digest, loading_again, reference_logits
 from cola_lightning.lora.inject import is_in_matching_modules
@@ -26,12 +24,14 @@ from cola_lightning.merge import cast_floats, free
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.writing import atomic_folder
 
+if TYPE_CHECKING:
+    from cola_lightning.hf.named_base import TransformersBase
+    from cola_lightning.module.module import COLAModule
+
 FUSED_OFF = "torch.backends.mha.set_fastpath_enabled(False)"
 
 
-def export_adapter(
-    module: ExportableModule, adapted: AdaptedModel, chain: Chain, options: ExportOptions, card: Card
-) -> list[str]:
+def export_adapter(module: "COLAModule", adapted: AdaptedModel, chain: Chain, options: ExportOptions, card: Card) -> list[str]:
     """Writes a chain as one ordinary PEFT LoRA.
 
     Args:
@@ -80,11 +80,6 @@ def export_adapter(
         if any(isinstance(part, nn.TransformerEncoderLayer) for part in base.model.modules()):
             lines.append(f"before it is used: {FUSED_OFF}, because torch's fused encoder layers ignore PEFT's adapters")
             loading = f"{loading}\n\nimport torch\n\n{FUSED_OFF}  # torch's fused encoder layers ignore PEFT's adapters"
-        if any(isinstance(part, nn.MultiheadAttention) for part in base.model.modules()):
-            version = importlib.metadata.version("peft")
-            lines.append(
-                f"written for peft {version}, which adds an update of out_proj twice. Compare it again with another peft"
-            )
         card.write(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
         if reference is None:
             return [*lines, "not compared" + (", because no input is known" if options.verify else "")]
@@ -101,7 +96,7 @@ def export_adapter(
 
 
 def _load_base(
-    named_base: NamedBase, adapted: AdaptedModel, folder: Path | None, dtype: torch.dtype, tokenizer: Any
+    named_base: "TransformersBase", adapted: AdaptedModel, folder: Path | None, dtype: torch.dtype, tokenizer: Any
 ) -> tuple[AdapterBase, str]:
     """Loads the base as a user of the adapter does: by its name, or from a folder, to which it is written first.
 

@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,8 +13,10 @@ from cola_lightning.chain import Chain
 from cola_lightning.chat_template import n_appended
 from cola_lightning.constants import MAX_NEW_TOKENS
 from cola_lightning.decoding import Decoding
-from cola_lightning.export.contract import ExportableModule
 from cola_lightning.hub import is_repo_id
+
+if TYPE_CHECKING:
+    from cola_lightning.module.module import COLAModule
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).parent / "card.md"  # for Jinja
@@ -34,7 +36,7 @@ class Card:
         data: which data it was trained on (``EpochDataModule.identity``).
     """
 
-    module: ExportableModule
+    module: "COLAModule"
     chain: Chain
     tokenizer: Any
     license: str | None

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +14,6 @@ from cola_lightning.chat_template import ChatTemplate, end_tokens
 from cola_lightning.errors import ExportError, UserError
 from cola_lightning.export.adapter import export_adapter
 from cola_lightning.export.card import FOLDER, Card
-from cola_lightning.export.contract import ExportableModule
 from cola_lightning.export.options import ExportOptions
 from cola_lightning.export.verify import ReferenceLogits, digest, loading_again, reference_logits
 from cola_lightning.hub import quiet
@@ -22,11 +21,14 @@ from cola_lightning.lora.layer import is_quantized_model
 from cola_lightning.merge import deep_copy, free
 from cola_lightning.writing import atomic_folder
 
+if TYPE_CHECKING:
+    from cola_lightning.module.module import COLAModule
+
 STATE_DICT_NAME = "model.safetensors"
 
 
 def export_trained(
-    module: ExportableModule, options: ExportOptions, prompt_format: Mapping[str, Any], data: Mapping[str, Any]
+    module: "COLAModule", options: ExportOptions, prompt_format: Mapping[str, Any], data: Mapping[str, Any]
 ) -> list[str]:
     """Writes a module that may be in training, from a copy on the CPU; see :meth:`~cola_lightning.COLAModule.export`."""
     module.make_model()
@@ -44,7 +46,7 @@ def export_trained(
 
 
 def export_module(
-    module: ExportableModule | None,
+    module: "COLAModule | None",
     chain: Chain,
     options: ExportOptions,
     adapted: AdaptedModel | None = None,
@@ -103,7 +105,7 @@ def _export_chain(chain: Chain, options: ExportOptions) -> list[str]:
 # ---------------------------------------------------------------------- a plain model
 
 
-def _export_merged(module: ExportableModule, adapted: AdaptedModel, options: ExportOptions, card: Card) -> list[str]:
+def _export_merged(module: "COLAModule", adapted: AdaptedModel, options: ExportOptions, card: Card) -> list[str]:
     """Writes a plain model: a Hugging Face folder with its tokenizer, or else the state dict in ``model.safetensors``."""
     from transformers import PreTrainedModel
 

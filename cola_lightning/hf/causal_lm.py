@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.chat_template import end_tokens
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
-from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_loss, n_bytes
+from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_loss, chunked_token_losses, n_bytes
 from cola_lightning.hf.host_values import Array, Arrays, Batch, shape_arrays, to_device
-from cola_lightning.hf.language import BatchMetrics, LanguageModule, StepOutput
 from cola_lightning.hf.logits import (
     TOKEN_FIELDS,
     check_decoder,
@@ -32,6 +32,7 @@ from cola_lightning.hf.logits import (
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
 from cola_lightning.hf.packed import Separation, find_separation, is_packed, may_be_packed, separate
+from cola_lightning.hf.transformers_module import BatchMetrics, RowValues, StepOutput, TransformersModule
 from cola_lightning.seeding import derive_seed, seeded
 
 # What the module itself reads of a language-model batch, besides its tokens.
@@ -39,7 +40,7 @@ MODULE_FIELDS = {"references", "metric", "prompt_ids", "prompt_mask", "decoding"
 ANSWER = Decoding(max_new_tokens=MAX_NEW_TOKENS, stop=("\n",))  # of an answer that is compared with references
 
 
-class COLACausalLM(LanguageModule):
+class COLACausalLM(TransformersModule):
     """A causal language model that is fine-tuned with a chain of low-rank links.
 
     It accepts two kinds of batches:
@@ -69,7 +70,7 @@ class COLACausalLM(LanguageModule):
             of all of them never exist together. ``null`` does so if these would take more than 256 MB in float32.
         generate_in_validation: Generate answers in a fit's validations too, for as many rows as ``data.generate_rows`` says. A
             checkpoint can then be chosen by ``val_f1`` or ``val_exact_match``.
-        **pretrained: the arguments of ``LanguageModule`` (``revision``, ``dtype``, ``quantization``, ...) and of
+        **pretrained: the arguments of ``TransformersModule`` (``revision``, ``dtype``, ``quantization``, ...) and of
             :class:`~cola_lightning.COLAModule` (``target_modules``, ``rank``, ``alpha``, ``optimizer``, ...). ``help()``
             lists them all with their defaults, and ``cola fit --model.help COLACausalLM`` says what each does.
 
@@ -79,7 +80,7 @@ class COLACausalLM(LanguageModule):
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
 
-    # **pretrained: see LanguageModule.
+    # **pretrained: see TransformersModule.
     def __init__(
         self,
         model_name: str,
@@ -90,14 +91,22 @@ class COLACausalLM(LanguageModule):
     ) -> None:
         super().__init__(model_name, **pretrained)
         self.chunked_loss, self.generate_in_validation = chunked_loss, generate_in_validation
+        self._is_checked = False  # whether the base is known to be a decoder
+
+    @override
+    def expect_state(
+        self, state: StoredState, links: int | str | None = None, scale: Mapping[int | str, float] | None = None
+    ) -> None:
+        super().expect_state(state, links, scale)
+        self._is_checked = True  # when the chain began
 
     @override
     def build_model(self) -> nn.Module:
         try:
             model = super().build_model()
-            # Else it is the base of a chain, and was checked when the chain began.
-            if self.opened_checkpoint is None and not self.is_made:
+            if not self._is_checked:
                 check_decoder(model)
+            self._is_checked = True
         except UserError as error:
             if not self.pretrained.is_encoder_decoder:
                 raise
@@ -119,19 +128,23 @@ class COLACausalLM(LanguageModule):
         answer = batch["answer"]
         if batch.get("loss", "options") == "options":
             loss, size = F.cross_entropy(scores, answer), len(answer)
+            losses = F.cross_entropy(scores.detach(), answer, reduction="none")
+            row_losses = RowValues(losses, torch.ones_like(losses))
         else:  # over the right options' tokens
             right = answer.unsqueeze(1)
             lengths = (batch["option_ids"] != IGNORE_INDEX).sum(-1).gather(1, right)
             ids, rights = (self.host_values.get(batch[name]).numpy() for name in ("option_ids", "answer"))
             size = int((ids[range(len(ids)), rights] != IGNORE_INDEX).sum())
-            loss = -(scores.gather(1, right) * lengths).sum() / size
+            losses = -scores.gather(1, right) * lengths
+            loss, row_losses = losses.sum() / size, RowValues(losses.detach().squeeze(1), lengths.squeeze(1))
+        rows = None if has_router_loss(self.model) else row_losses
         loss = loss + router_loss if has_router_loss(self.model) else loss
         if "references" in batch:
-            return StepOutput(loss, size)
+            return StepOutput(loss, size, row_losses=rows)
         chosen = scores.argmax(-1)
         if "accepted" in batch:
             answer = torch.where(batch["accepted"].gather(1, chosen.unsqueeze(1)).squeeze(1), chosen, answer)
-        return StepOutput(loss, size, chosen, answer)
+        return StepOutput(loss, size, chosen, answer, row_losses=rows)
 
     @override
     def batch_metrics(self, batch: Any, output: StepOutput) -> BatchMetrics:
@@ -289,6 +302,13 @@ class COLACausalLM(LanguageModule):
             yield rows, part, places, labels
 
     def _language_step(self, batch: Batch) -> StepOutput:
+        if not torch.is_grad_enabled():
+            row_losses, n_tokens, router_loss = self.row_losses(batch)
+            size = int(n_tokens.sum())
+            loss = row_losses.sum() / max(size, 1)
+            if has_router_loss(self.model):
+                return StepOutput(loss + router_loss, size)
+            return StepOutput(loss, size, row_losses=RowValues(row_losses, torch.from_numpy(n_tokens)))
         losses = (self._language_loss(part, places, labels) for _, part, places, labels in self.language_parts(batch))
         totals, router_losses, counts = zip(*losses, strict=True)
         total, size = totals[0] if len(totals) == 1 else torch.stack(totals).sum(), sum(counts)
@@ -307,6 +327,37 @@ class COLACausalLM(LanguageModule):
         logits, router_loss = logits_and_router_loss(self.model, batch, places)
         total = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORE_INDEX, reduction="sum")
         return total, router_loss, len(indices)
+
+    def row_losses(self, batch: Batch) -> tuple[Tensor, Array, Tensor | float]:
+        """The loss of each row of a language-model batch.
+
+        Args:
+            batch: the batch.
+
+        Returns:
+            The sums over a row's tokens with a loss (rows), the numbers of these tokens (rows, on the host), and the router's
+            loss of a mixture of experts.
+        """
+        order, sums, n_tokens = list[int](), list[Tensor](), list[Array]()
+        router_loss: Tensor | float = 0.0
+        for rows, part, places, labels in self.language_parts(batch):
+            losses, router_loss = self._token_losses(part, places, labels)
+            order += rows
+            sums.append(losses.view(labels.shape).sum(-1))
+            n_tokens.append((labels != IGNORE_INDEX).sum(-1))
+        index = torch.tensor(order).argsort()
+        return torch.cat(sums)[to_device(index, sums[0].device)], np.concatenate(n_tokens)[index.numpy()], router_loss
+
+    def _token_losses(self, batch: Batch, places: Array, labels: Array) -> tuple[Tensor, Tensor | float]:
+        """The loss of each token, 0 without one, and the router's loss."""
+        device = batch["labels"].device
+        indices = to_device(torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)), device)
+        positions, targets = (to_device(torch.from_numpy(values), device) for values in (places, labels.ravel()))
+        if self.is_chunked(len(targets)):
+            losses, router_loss = chunked_token_losses(self.model, batch, positions, targets, indices)
+            return losses.new_zeros(len(targets)).index_copy(0, indices, losses), router_loss
+        logits, router_loss = logits_and_router_loss(self.model, batch, positions)
+        return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="none"), router_loss
 
     def is_chunked(self, n_positions: int) -> bool:
         """Whether the loss at these positions is computed in chunks, so that their logits never exist together."""

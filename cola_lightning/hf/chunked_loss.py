@@ -23,7 +23,7 @@ def n_bytes(model: Any, n_positions: int) -> int:
 
 
 def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor | float]:
-    """The sum of the tokens' losses, and the router's loss of a mixture of experts.
+    """The sum of the tokens' losses, for training, and the router's loss of a mixture of experts.
 
     The gradients of a chunk are computed with its loss, so that neither its logits are stored nor computed again.
 
@@ -37,13 +37,8 @@ def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, indic
     compute_logits, hidden, loss_of_router = _head_and_its_inputs(model, batch, places)
     hidden, labels = hidden.flatten(0, 1)[indices], labels[indices]
     size = max(1, CHUNK // n_bytes(model, 1))
-    if torch.is_grad_enabled():
-        trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
-        total: Tensor = _SumOfLosses.apply(compute_logits, size, labels, hidden, *trained)  # type: ignore[no-untyped-call]
-    else:
-        parts = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
-        losses = [F.cross_entropy(compute_logits(chunk).float(), targets, reduction="sum") for chunk, targets in parts]
-        total = torch.stack(losses).sum()
+    trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
+    total: Tensor = _SumOfLosses.apply(compute_logits, size, labels, hidden, *trained)  # type: ignore[no-untyped-call]
     return total, loss_of_router
 
 

@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
+from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.errors import UserError
-from cola_lightning.hf.language import BatchMetrics, LanguageModule, StepOutput
 from cola_lightning.hf.logits import check_fields, forward_parameters
 from cola_lightning.hf.metrics import METRICS
+from cola_lightning.hf.transformers_module import BatchMetrics, RowValues, StepOutput, TransformersModule
 
 
-class Classifier(LanguageModule):
+class Classifier(TransformersModule):
     """A classifier that is fine-tuned with a chain of low-rank links; its new head is fully trained.
 
     Its labels are the given ones, a checkpoint's, or the data's, which a data module with labels sets before the model is made.
@@ -35,14 +36,14 @@ class Classifier(LanguageModule):
             uses the data's class names in their order, otherwise its labels, sorted.
         metric: What is logged in addition to the loss: ``accuracy``, ``f1`` (of label 1 if there are two labels, otherwise the
             mean over the labels) or ``matthews_corrcoef``.
-        **pretrained: the arguments of ``LanguageModule`` and :class:`~cola_lightning.COLAModule`; ``modules_to_save_lr`` is the
-            head's learning rate.
+        **pretrained: the arguments of ``TransformersModule`` and :class:`~cola_lightning.COLAModule`; ``modules_to_save_lr`` is
+            the head's learning rate.
 
     Raises:
         UserError: as for :class:`~cola_lightning.COLACausalLM`.
     """
 
-    # **pretrained: see LanguageModule.
+    # **pretrained: see TransformersModule.
     def __init__(
         self,
         model_name: str,
@@ -73,9 +74,7 @@ class Classifier(LanguageModule):
             return self.labels_of_base
         if self.is_made:
             return self.chain.base.labels
-        opened = self.opened_checkpoint
-        chain = self.first_chain if opened is None else opened.state.chain  # which is about to be applied
-        return None if chain is None else chain.base.labels
+        return None if self.first_chain is None else self.first_chain.base.labels
 
     def settle_labels(self, found: Sequence[str]) -> None:
         """Sets the model's labels to the data's, unless they are known already.
@@ -109,6 +108,16 @@ class Classifier(LanguageModule):
         config.label2id = {name: place for place, name in config.id2label.items()}
 
     @override
+    def expect_state(
+        self, state: StoredState, links: int | str | None = None, scale: Mapping[int | str, float] | None = None
+    ) -> None:
+        super().expect_state(state, links, scale)
+        if self.labels_of_base is None and state.chain.base.labels is not None:
+            self._set_labels(state.chain.base.labels)
+        if not self.lora_config.modules_to_save:  # what was chosen when the chain began
+            self.lora_config = replace(self.lora_config, modules_to_save=state.facts["modules_to_save"])
+
+    @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         result = super().load_state_dict(state_dict, strict, assign)
         if self.label_names is not None:
@@ -138,9 +147,6 @@ class Classifier(LanguageModule):
     @override
     def choose_modules_to_save(self, model: Any) -> list[str]:
         """The head, and other modules that the pretrained files do not contain: frozen, they would keep their random values."""
-        opened = self.opened_checkpoint
-        if opened is not None and opened.state.facts["modules_to_save"]:
-            return list(opened.state.facts["modules_to_save"])
         children = model.named_children()
         head = [name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())]
         new = self.pretrained.new_modules(model, self.new_weights)
@@ -149,7 +155,10 @@ class Classifier(LanguageModule):
     @override
     def step(self, batch: Mapping[str, Any]) -> StepOutput:
         labels, logits = batch["labels"], self._logits(batch)
-        return StepOutput(F.cross_entropy(logits, labels), len(labels), logits.argmax(-1), labels, scores=logits.detach())
+        loss, scores = F.cross_entropy(logits, labels), logits.detach()
+        losses = F.cross_entropy(scores, labels, reduction="none")
+        rows = RowValues(losses, torch.ones_like(losses))
+        return StepOutput(loss, len(labels), logits.argmax(-1), labels, scores=scores, row_losses=rows)
 
     @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:

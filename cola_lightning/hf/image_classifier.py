@@ -8,7 +8,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from cola_lightning.hf.classifier import Classifier
-from cola_lightning.hf.language import BatchMetrics, StepOutput
+from cola_lightning.hf.transformers_module import BatchMetrics, StepOutput
 
 TOP = 5  # labels among which the right one counts as found, where there are more
 

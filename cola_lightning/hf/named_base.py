@@ -21,7 +21,7 @@ TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassificatio
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersBase(Pretrained):
-    """A pretrained model and how a module loads it: a :class:`~cola_lightning.export.contract.NamedBase`.
+    """A pretrained model and how a module loads it.
 
     Args:
         auto_class: the name of transformers' Auto class that loads it.

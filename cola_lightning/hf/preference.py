@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,13 +12,11 @@ from typing_extensions import override
 
 from cola_lightning.chain import Link
 from cola_lightning.chain.chain import number_of_links
-from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.errors import UserError
 from cola_lightning.hf.causal_lm import COLACausalLM
-from cola_lightning.hf.chunked_loss import chunked_token_losses
-from cola_lightning.hf.host_values import Array, Batch, to_device
-from cola_lightning.hf.language import StepOutput
-from cola_lightning.hf.logits import has_router_loss, logits_and_router_loss
+from cola_lightning.hf.host_values import Batch, to_device
+from cola_lightning.hf.logits import has_router_loss
+from cola_lightning.hf.transformers_module import RowValues, StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +86,7 @@ class COLAPreferenceLM(COLACausalLM):
 
     trains_pairs = True  # which PreferenceDataModule asks
 
-    # **causal: see LanguageModule.
+    # **causal: see TransformersModule.
     def __init__(
         self,
         model_name: str,
@@ -121,7 +118,10 @@ class COLAPreferenceLM(COLACausalLM):
     @property
     def reference_links(self) -> int | str:
         """How many links the reference model has, or the last stage in it."""
-        named = {"start": min(self.fit_progress.first_link, self.link), "link": self.link}  # fewer after a roll back
+        named = {
+            "start": min(self.fit_progress.first_link, self.n_finished),
+            "link": self.n_finished,
+        }  # fewer after a roll back
         return named.get(self.reference, self.reference) if isinstance(self.reference, str) else self.reference
 
     @override
@@ -140,7 +140,8 @@ class COLAPreferenceLM(COLACausalLM):
             Responses(values[part], sizes[part], None if reference is None else reference[part])
             for part in (slice(None, n), slice(n, None))
         )
-        loss = self.loss_of_pairs(chosen, rejected).mean()
+        losses = self.loss_of_pairs(chosen, rejected)
+        loss, row_losses = losses.mean(), RowValues(losses.detach(), torch.ones_like(losses))
         if weight := self.sft_weight + (self.preference_loss == "orpo"):
             loss = loss - weight * chosen.log_probabilities.sum() / chosen.sizes.sum()
         loss = loss + router_loss if has_router_loss(self.model) else loss
@@ -153,7 +154,8 @@ class COLAPreferenceLM(COLACausalLM):
             "logps/chosen": chosen.log_probabilities.detach(),
             "logps/rejected": rejected.log_probabilities.detach(),
         }
-        return StepOutput(loss, n, logged=logged)
+        is_mean = not weight and not has_router_loss(self.model)
+        return StepOutput(loss, n, logged=logged, row_losses=row_losses if is_mean else None)
 
     def loss_of_pairs(self, chosen: Responses, rejected: Responses) -> Tensor:
         """Each pair's loss; override it for one of your own.
@@ -187,28 +189,8 @@ class COLAPreferenceLM(COLACausalLM):
             The sums of a row's log-probabilities (rows), the numbers of tokens (rows), and the router's loss of a mixture of
             experts.
         """
-        order, sums, sizes = list[int](), list[Tensor](), list[Array]()
-        router_loss: Tensor | float = 0.0
-        for rows, part, places, labels in self.language_parts(batch):
-            losses, router_loss = self._token_losses(part, places, labels)
-            order += rows
-            sums.append(-losses.view(labels.shape).sum(-1))
-            sizes.append((labels != IGNORE_INDEX).sum(-1))
-        device = sums[0].device
-        index = to_device(torch.tensor(order).argsort(), device)
-        counts = to_device(torch.from_numpy(np.concatenate(sizes)), device)
-        return torch.cat(sums)[index], counts[index], router_loss
-
-    def _token_losses(self, batch: Batch, places: Array, labels: Array) -> tuple[Tensor, Tensor | float]:
-        """The loss of each token, 0 without one, and the router's loss."""
-        device = batch["labels"].device
-        indices = to_device(torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)), device)
-        positions, targets = (to_device(torch.from_numpy(values), device) for values in (places, labels.ravel()))
-        if self.is_chunked(len(targets)):
-            losses, router_loss = chunked_token_losses(self.model, batch, positions, targets, indices)
-            return losses.new_zeros(len(targets)).index_copy(0, indices, losses), router_loss
-        logits, router_loss = logits_and_router_loss(self.model, batch, positions)
-        return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="none"), router_loss
+        losses, n_tokens, router_loss = self.row_losses(batch)
+        return -losses, to_device(torch.from_numpy(n_tokens), losses.device), router_loss
 
     @override
     def on_fit_start(self) -> None:
@@ -219,15 +201,15 @@ class COLAPreferenceLM(COLACausalLM):
         if self.reference == "start" and is_new_run and not self.adapted.is_at_knot:
             log.info("the current link is finished, because the model as it is now is the reference")
             self.tie_knot()
-            self.fit_progress.first_link = self.link
-        if number_of_links(self.reference_links, self.link_names) > self.link:
+            self.fit_progress.first_link = self.n_finished
+        if number_of_links(self.reference_links, self.link_names) > self.n_finished:
             raise UserError(
                 f"model.reference: {self.reference!r} is the link that is being trained, so the loss would never change. Use "
                 "start, link, or links that are finished"
             )
         if self.global_rank == 0:
             moves = ", and each knot moves it" if self.reference == "link" else ""
-            log.info("the reference is the model after %s of %d links%s", self.reference_links, self.link + 1, moves)
+            log.info("the reference is the model after %s of %d links%s", self.reference_links, self.n_finished + 1, moves)
 
     @override
     def on_knot(self, link: Link) -> None:

@@ -89,16 +89,9 @@ def attention_forward(
         key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
     elif not attention.batch_first:
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-    if attention.bias_k is not None and attention.bias_v is not None:
-        k, v = (
-            torch.cat([x, more.to(x.dtype).expand(len(x), 1, -1)], 1)
-            for x, more in ((k, attention.bias_k), (v, attention.bias_v))
-        )
     q, k, v = (x.view(*x.shape[:2], n_heads, -1).transpose(1, 2) for x in (q, k, v))
-    if attention.add_zero_attn:
-        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     is_causal = is_causal and key_padding_mask is None and not need_weights  # else the mask itself is needed
-    mask = None if is_causal else _mask(attn_mask, key_padding_mask, q, n_keys=k.shape[-2])
+    mask = None if is_causal else _mask(attn_mask, key_padding_mask, q)
     dropout, weights = attention.dropout if attention.training else 0.0, None
     if need_weights:
         scores = q * attention.head_dim**-0.5 @ k.mT
@@ -128,8 +121,8 @@ def _project(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple
     return q, k, v
 
 
-def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, n_keys: int) -> Tensor | None:
-    """The sum of both masks, which is added to scores of batch x heads x queries x keys; 0 for keys beyond their ends."""
+def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The sum of both masks, which is added to scores of batch x heads x queries x keys."""
     if attn_mask is not None and attn_mask.dim() == 3:
         attn_mask = attn_mask.view(*q.shape[:2], *attn_mask.shape[1:])
     if key_padding_mask is not None:
@@ -139,7 +132,7 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, 
         if mask is not None and not mask.is_floating_point():
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
         if mask is not None:
-            masks.append(F.pad(mask.to(q.dtype), (0, n_keys - mask.shape[-1])))
+            masks.append(mask.to(q.dtype))
     return functools.reduce(torch.add, masks) if masks else None
 
 
@@ -244,12 +237,13 @@ def is_windows(module: nn.Module) -> bool:
 
 
 def _is_closed(module: nn.Module) -> bool:
-    """Whether a module computes as ``nn.MultiheadAttention`` does, with its weights as parameters."""
+    """Whether a module computes as ``nn.MultiheadAttention`` does, with its weights as parameters and no keys of its own."""
     if not isinstance(module, nn.MultiheadAttention) or type(module).forward is not nn.MultiheadAttention.forward:
         return False
     weights = [getattr(module, f"{name}_weight") for name in input_projections(module)]
     is_whole = all(isinstance(weight, nn.Parameter) for weight in weights)
-    return is_whole and type(module.out_proj) is NonDynamicallyQuantizableLinear
+    has_own_keys = module.bias_k is not None or module.add_zero_attn
+    return is_whole and not has_own_keys and type(module.out_proj) is NonDynamicallyQuantizableLinear
 
 
 def with_projections(model: nn.Module, names: list[str]) -> list[str]:

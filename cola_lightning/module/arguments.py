@@ -6,7 +6,6 @@ import logging
 import pydoc
 import re
 from argparse import Namespace
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import Enum
@@ -21,7 +20,7 @@ from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hpara
 
 import cola_lightning
 from cola_lightning.errors import UserError
-from cola_lightning.lora.config import LoRAConfig
+from cola_lightning.module.optimization import LinkConfig
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ class RecordsArguments:
     """
 
     constructor_arguments: dict[str, Any]
-    __signature__ = WholeSignature(LightningModule, LoRAConfig)
+    __signature__ = WholeSignature(LightningModule, LinkConfig)
 
     def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
         """Records the arguments, by name, as they are before ``__init__`` may change them."""
@@ -103,7 +102,7 @@ def _defaults(cls: type) -> dict[str, Any]:
     return defaults
 
 
-def _parameters(cls: type, lightning_class: type = LightningModule, options: type = LoRAConfig) -> list[inspect.Parameter]:
+def _parameters(cls: type, lightning_class: type = LightningModule, options: type = LinkConfig) -> list[inspect.Parameter]:
     """The arguments of a class; of this package's classes also those that they pass on: to the base, and to ``options``."""
     classes = [base for base in cls.__mro__[: cls.__mro__.index(lightning_class)] if "__init__" in vars(base)]
     found: dict[str, inspect.Parameter] = {}
@@ -135,7 +134,7 @@ def is_recorded(name: str) -> bool:
 
 
 def to_plain(value: Any, *, is_marked: bool = False) -> Any:
-    """The value in types that JSON has: numbers, texts, and lists and dicts of these. A path is a text.
+    """The value in types that JSON has: numbers, texts, and lists and dicts of these. A path is a text; secrets are left out.
 
     Args:
         value: the value.
@@ -158,7 +157,7 @@ def to_plain(value: Any, *, is_marked: bool = False) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(part, value)) if isinstance(value, tuple) else list(map(part, value))
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: part(item) for key, item in value.items()}
+        return {key: part(item) for key, item in value.items() if not SECRET.search(key)}
     if isinstance(value, Namespace):
         mark, contents = "namespace", part(vars(value))
     elif type(value).__module__.startswith("omegaconf."):
@@ -246,37 +245,22 @@ def find_class(path: str) -> type:
 def plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The hyperparameters of a checkpoint that are plain: ``torch.load(weights_only=True)`` may not read others.
 
-    Classes of hyperparameters are removed from the checkpoint, which Lightning would call to make a data module again. A
-    configuration of OmegaConf's that such a class was for is therefore stored as an argument of the data module.
+    Classes of hyperparameters are removed from the checkpoint, which Lightning would call to make a data module again. So a
+    configuration of OmegaConf's comes back to a data module as a dict.
     """
     entries: dict[str, Any] = {}
     for owner in (LightningModule, LightningDataModule):
-        stored = checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        kind = checkpoint.pop(owner.CHECKPOINT_HYPER_PARAMS_TYPE, None)
-        if kind is not None and owner is LightningDataModule and owner.CHECKPOINT_HYPER_PARAMS_NAME in checkpoint:
-            stored = {checkpoint.pop(owner.CHECKPOINT_HYPER_PARAMS_NAME): stored}
-        for name, value in stored.items():
+        checkpoint.pop(owner.CHECKPOINT_HYPER_PARAMS_TYPE, None)
+        for name, value in checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_KEY, {}).items():
             found = entries.setdefault(owner.CHECKPOINT_HYPER_PARAMS_KEY, {})
             if SECRET.search(name):
                 continue
             try:
-                is_configuration = type(value).__module__.startswith("omegaconf.")
-                found[name] = _with_attributes(to_plain(value)) if is_configuration else to_plain(value)
+                found[name] = to_plain(value)
             except TypeError:
                 kind = type(value).__name__
                 _warn_once(f"the hyperparameter {name!r} ({owner.CHECKPOINT_HYPER_PARAMS_KEY}) is of type {kind}")
     return entries
-
-
-def _with_attributes(contents: Any) -> Any:
-    """A plain configuration whose fields are also attributes, which ``torch.load(weights_only=True)`` restores in this type."""
-    if isinstance(contents, list):
-        return [_with_attributes(item) for item in contents]
-    if not isinstance(contents, dict):
-        return contents
-    found = OrderedDict((name, _with_attributes(item)) for name, item in contents.items() if not SECRET.search(name))
-    vars(found).update({name: item for name, item in found.items() if not hasattr(found, name)})
-    return found
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -23,7 +23,6 @@ from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.console import is_logging_configured, log_on_console
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
-from cola_lightning.module.contract import TrainedModule
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.overview import describe_fit
 from cola_lightning.module.progress import accumulation_schedulers, run_length
@@ -31,6 +30,9 @@ from cola_lightning.module.rewind import Rewind, resume_rewound
 from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint
 from cola_lightning.module.training_log import TrainingLog
 from cola_lightning.seeding import derive_seed, seeded
+
+if TYPE_CHECKING:
+    from cola_lightning.module.module import COLAModule
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class FitCallback(Callback):
         module: the module.
     """
 
-    def __init__(self, module: TrainedModule) -> None:
+    def __init__(self, module: "COLAModule") -> None:
         self.module = module
         self._rewind = Rewind()
         self._batch = ExitStack()  # the scope of a batch's seed
@@ -58,6 +60,7 @@ class FitCallback(Callback):
         self._modes: list[tuple[nn.Module, bool]] = []  # which parts were in training mode when the fit began
         self._is_first_step = self._is_loss_shown = False
         self._without_gradient: list[str] | None = None  # known after a backward pass
+        self._logged: dict[str, Tensor] = {}  # the metrics that the Trainer of the resumed checkpoint had logged last
 
     # ------------------------------------------------------------------ the beginning and the end of a run
 
@@ -69,36 +72,36 @@ class FitCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module = self.module
-        if pl_module is not cast(LightningModule, module):  # a later module of the Trainer's, which is not of this package
+        if pl_module is not module:  # a later module of the Trainer's, which is not of this package
             trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
             return
         check_sharding(trainer.strategy, module)
         replicate_trained(trainer.strategy)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO(module.opened_checkpoint)
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if shards(trainer.strategy):  # in a later fit FSDP2 would gather into tensors made in inference mode
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
         check_one_seed(module.seed)
         self._is_validating = False  # an earlier run of this Trainer may have failed in a validation
         if stage == "fit":
-            module.fit_progress.begin_fit(trainer, schedule_of(trainer))
+            module.fit_progress.begin_fit(trainer, schedule_of(trainer), module.current)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.module.make_model()  # which Lightning has done, except where a subclass' configure_model left super() out
         adapted, progress = self.module.adapted, self.module.fit_progress
         if not (self.module.is_sharded or is_quantized_model(adapted.model) or trainer.precision in ("bf16-true", "16-true")):
-            check_unchanged(adapted.model, adapted.chain.base, adapted.layers.keys() if adapted.link else ())
+            check_unchanged(adapted.model, adapted.chain.base, adapted.layers.keys() if adapted.n_finished else ())
         warn_of_half_precision(adapted.model)
         check_frozen(adapted, progress.schedule)
         if trainer.ckpt_path is not None:
             return
-        adapted.trained.remember_first()  # parameters that a hook has added since the model was made
+        adapted.trained.record_initial()  # parameters that a hook has added since the model was made
         if not progress.is_continued:
-            progress.first_link = adapted.link
+            progress.first_link = adapted.n_finished
         if adapted.is_at_knot:
-            progress.link_name = progress.schedule.name or progress.link_name
+            self.module.current.name = progress.schedule.name or self.module.current.name
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,11 +126,13 @@ class FitCallback(Callback):
         """Resumes the current link's optimizer, or begins the link as the schedule says."""
         module = self.module
         if is_resumed:
-            module.link_metrics.resume(trainer)
+            device = trainer.strategy.root_device
+            # Lightning does not restore them, and a rule that reads metrics may need them.
+            trainer.callback_metrics.update({name: value.to(device) for name, value in self._logged.items()})
+            module.current.begin_metrics()
             module.link_optimization.resume(trainer)
             return
-        if begin_as_scheduled(module.adapted, module.fit_progress.schedule):
-            module.link_metrics.reset(trainer)
+        begin_as_scheduled(module.adapted, module.fit_progress.schedule)
         if trainer.global_step:  # the first rate was set before the run's length was known
             trainer.strategy.setup_optimizers(trainer)
 
@@ -137,8 +142,8 @@ class FitCallback(Callback):
         if progress.schedule.has_unknown_lengths(length) or length.end_step == math.inf:
             optimization.check_without_horizon(length)
             return
-        lengths = progress.schedule.links(progress.link_start, length)
-        warn_of_lengths(progress.schedule, lengths, self.module.link)
+        lengths = progress.schedule.link_lengths(self.module.current.start, length)
+        warn_of_lengths(progress.schedule, lengths, self.module.n_finished)
         optimization.check_lengths(length)
 
     @override
@@ -151,11 +156,11 @@ class FitCallback(Callback):
     def _leave(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Cleans up at the end of a Trainer's run, and stores where it ended."""
         self._batch.close()
-        progress, metrics = self.module.fit_progress, self.module.link_metrics
+        progress, current = self.module.fit_progress, self.module.current
         if trainer.state.fn == "fit":
             progress.end = FitPosition(trainer.current_epoch, trainer.global_step)
         if trainer.state.fn in ("fit", "validate") and self.module.is_made:
-            metrics.earlier = metrics.values(trainer, progress.link_start.global_step)  # the Trainer's next run clears its own
+            current.earlier = current.metrics  # the Trainer's next run clears its own
         fitter = progress.trainer
         if fitter is not None and fitter.state.status == TrainerStatus.RUNNING and fitter.lightning_module is pl_module:
             pl_module.trainer = fitter  # inside of whose fit another Trainer has evaluated the module
@@ -239,7 +244,7 @@ class FitCallback(Callback):
         for parameter in self.module.adapted.frozen_factors():  # so that no optimizer of a subclass changes them, either
             parameter.grad = None
         self._check_loss(trainer)
-        step = f"step {trainer.global_step} (epoch {trainer.current_epoch}), in link {self.module.link}"
+        step = f"step {trainer.global_step} (epoch {trainer.current_epoch}), in link {self.module.n_finished}"
         loss = self.module.step_loss.finish(optimizer, trainer.accumulate_grad_batches, step)
         if loss is not None:
             pl_module.log("train_loss", loss)
@@ -266,14 +271,17 @@ class FitCallback(Callback):
         prepare_checkpoint(self.module, checkpoint)
         if self.module.fit_progress.trainer is trainer:  # of a fit
             self._rewind.write(checkpoint, trainer, self.state_key, is_validating=self._is_validating)
+            logged = {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()}
+            checkpoint["callbacks"][self.state_key]["logged"] = logged
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         if trainer.state.fn == "fit":
             resume_rewound(checkpoint, self.state_key)
+            self._logged = checkpoint["callbacks"].get(self.state_key, {}).get("logged", {})
 
 
-def attach(module: TrainedModule, trainer: Trainer) -> None:
+def attach(module: "COLAModule", trainer: Trainer) -> None:
     """Attaches a module's callback to its Trainer: after the user's, and before those that write checkpoints."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     fit_callback = next((c for c in callbacks if isinstance(c, FitCallback) and c.module is module), None)
@@ -318,19 +326,15 @@ def warn_of_half_precision(model: nn.Module) -> None:
         )
 
 
-def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> bool:
+def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> None:
     """Begins the current link again if it is older than the schedule, which requests another rank or alpha.
 
-    Returns:
-        Whether the link was begun again; not one that has been trained.
+    A link that has been trained stays as it is.
     """
-    planned, is_requested = schedule.rank_and_alpha(adapted.link, adapted.config), schedule.ranks or schedule.alphas
-    if adapted.live in (None, planned):
-        return False
-    if adapted.has_begun or not (is_requested or not adapted.link):
-        return False
-    adapted.begin_link(*planned)
-    return True
+    planned, is_requested = schedule.rank_and_alpha(adapted.n_finished, adapted.config), schedule.ranks or schedule.alphas
+    is_other = adapted.layers and adapted.current.size != planned
+    if is_other and not adapted.has_begun and (is_requested or not adapted.n_finished):
+        adapted.begin_link(*planned)
 
 
 def warn_of_lengths(schedule: ChainSchedule, lengths: list[int], n_finished: int) -> None:

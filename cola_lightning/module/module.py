@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
@@ -26,19 +26,17 @@ from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.chain import as_number, number_of_links
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, read_chain
-from cola_lightning.chain.schedule import FitPosition, Knot, TrainedFactors
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, StoredState, read_chain
+from cola_lightning.chain.current import CurrentLink
+from cola_lightning.chain.schedule import FitPosition, Knot
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
-from cola_lightning.export.contract import NamedBase
 from cola_lightning.export.module import export_trained
 from cola_lightning.export.options import ExportOptions, Format
-from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.module.arguments import RecordsArguments, class_path, device_of, read_arguments, rebuilt
 from cola_lightning.module.fit import attach
 from cola_lightning.module.fsdp import repeated_blocks, shard_module
-from cola_lightning.module.link_metrics import LinkMetrics
-from cola_lightning.module.optimization import DECAY_STEPS, LinkOptimization, LRSchedule, OptimizerCallable
+from cola_lightning.module.optimization import LinkConfig, LinkOptimization, OptimizerCallable
 from cola_lightning.module.progress import FitProgress, trainer_of
 from cola_lightning.module.state import (
     StateDictError,
@@ -48,6 +46,9 @@ from cola_lightning.module.state import (
     state_of,
 )
 from cola_lightning.module.step_loss import StepLoss
+
+if TYPE_CHECKING:
+    from cola_lightning.hf.named_base import TransformersBase
 
 log = logging.getLogger(__name__)
 
@@ -63,26 +64,9 @@ class COLAModule(LightningModule, RecordsArguments):
     ``__init__``. So the model is made when it is first read.
 
     Args:
-        modules_to_save_lr: Initial learning rate of ``modules_to_save``. ``null`` uses the optimizer's, as for the links.
-        lr_ratio_B: B learns this many times as fast as everything else (LoRA+ uses 2 to 16).
         seed: Seed for initialising A, for dropout, and for anything random in ``build_model``. ``null`` uses that of
             ``seed_everything``, or a random one, which is stored.
         optimizer: Called with the trainable parameters, once for each link. Default: fused AdamW with a learning rate of 1e-3.
-        lr_schedule: ``constant``, ``linear`` or ``cosine`` decay to 0, or ``stable``, which is constant and then decays
-            linearly to 0 over the last ``decay_steps``. The formulas are transformers'.
-        warmup_steps: The rate rises from 0 over this many optimizer steps. A number below 1 is a share of the schedule's
-            length.
-        decay_steps: Length of the decay of a ``stable`` schedule, in optimizer steps. A number below 1 is a share of the
-            schedule's length.
-        schedule_scope: ``link`` restarts the schedule with each link. ``run`` uses one schedule over the whole run.
-        knot_warmup_steps: With a schedule over the ``run``, the rate rises from 0 again over this many optimizer steps after
-            each knot (ReLoRA's jagged rate). A number below 1 is a share of the link's length.
-        trained_factors: ``both`` trains A and B of each link. ``B`` leaves A at its random initial values (asymmetric LoRA).
-            ``random`` trains one of the two, chosen at random for each link, and leaves the other at its initial values
-            (RAC-LoRA).
-        kept_optimizer_state: Share of the optimizer state of A and B that a knot of ``cola`` keeps, as in ReLoRA (0.001 to
-            0.1): the entries with the largest first moments. 0 starts a new optimizer, and 1 keeps everything. A state that is
-            8-bit or factored (AdamW8bit, Adafactor) is kept completely with any share above 0.
         init_chain: Start from the links of this chain folder, checkpoint, or folder of an ordinary PEFT LoRA. ``null`` starts
             from the base. Checkpoints of the run contain these links too.
         init_links: Use only the first N links of ``init_chain``, or those up to a stage's name. ``null`` uses all.
@@ -93,18 +77,19 @@ class COLAModule(LightningModule, RecordsArguments):
         compile: Apply ``torch.compile`` to the model. It compiles once per rank, for training and for validation.
         activation_checkpointing: Store only the inputs of the model's blocks and recompute the rest in the backward pass. It
             needs less memory and more time, and the gradients are the same.
-        **lora: which layers get links, and what the links are like: the arguments of :class:`~cola_lightning.LoRAConfig`, such
-            as ``target_modules``, ``rank`` and ``alpha``.
+        **link: which layers get links, what the links are like, and how they are optimized: the arguments of
+            :class:`~cola_lightning.LoRAConfig` and of :class:`~cola_lightning.module.optimization.LinkConfig`, such as
+            ``target_modules``, ``rank``, ``alpha`` and ``lr_schedule``.
 
     Attributes:
-        lora_config: the :class:`~cola_lightning.LoRAConfig` of these arguments; ``build_model`` may replace it.
+        lora_config: the :class:`~cola_lightning.LoRAConfig` of ``**link``; ``build_model`` may replace it.
         labels_of_base: a classifier's labels, which are a part of the base's identity; None: not known.
         user_seed: what the user gave, by ``seed`` or ``seed_everything``; None: nothing.
         fit_progress: where the present fit stands, or where the last one ended.
-        link_metrics: the metrics of the current link.
+        current: the current link's rank, alpha, start, stage and metrics.
         link_optimization: makes each link's optimizer.
         step_loss: weighs the losses of an optimizer step's batches.
-        opened_checkpoint: a checkpoint that is about to be loaded.
+        requested: which links of the expected state are loaded, and their factors, see :meth:`expect_state`.
 
     Raises:
         UserError: for invalid values.
@@ -120,65 +105,52 @@ class COLAModule(LightningModule, RecordsArguments):
         >>> module = Regression(target_modules=["0", "2"], rank=1, alpha=2, seed=0)
         >>> module.tie_knot()
         Link 0: rank 1, alpha 2, 2 layers, steps 0 to 0
-        >>> module.link, type(module.merged_model()[0]).__name__
+        >>> module.n_finished, type(module.merged_model()[0]).__name__
         (1, 'Linear')
 
-    Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1. ``lr_ratio_B``: Hayou et al., "LoRA+" (arXiv
-        2402.12354).
+    Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1.
     """
 
     labels_of_base: list[str] | None = None
 
-    # **lora, against our rule for constructors: jsonargparse and --help follow it into LoRAConfig, where each of its arguments
+    # **link, against our rule for constructors: jsonargparse and --help follow it into LinkConfig, where each of its arguments
     # is defined, checked and documented once.
     def __init__(
         self,
         *,
-        modules_to_save_lr: float | None = None,
-        lr_ratio_B: float = 1,
         seed: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-3, fused=True),
-        lr_schedule: LRSchedule = "linear",
-        warmup_steps: float = 0,
-        decay_steps: float = DECAY_STEPS,
-        schedule_scope: Literal["link", "run"] = "link",
-        knot_warmup_steps: float = 0,
-        trained_factors: TrainedFactors = "both",
-        kept_optimizer_state: float = 0,
         init_chain: str | None = None,
         init_links: int | str | None = None,
         init_knot: Knot = "cola",
         save_base: bool = False,
         compile: bool = False,
         activation_checkpointing: bool = False,
-        **lora: Any,
+        **link: Any,
     ) -> None:
         super().__init__()
-        self.lora_config = LoRAConfig(**lora)
+        self.lora_config = LinkConfig(**link)
         for name, value, default in (("init_links", init_links, None), ("init_knot", init_knot, "cola")):
             if value != default and init_chain is None:
                 raise UserError(f"model.{name}: needs model.init_chain")
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.user_seed = None if seed is None else int(seed)
-        self.trained_factors, self.save_base = trained_factors, save_base
+        self.save_base = save_base
         self.init_chain = None if init_chain is None else str(init_chain)
         self.init_links = None if init_links is None else as_number(init_links)
         self.init_knot = init_knot
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
-        self.fit_progress, self.link_metrics, self.step_loss = FitProgress(), LinkMetrics(), StepLoss()
+        self.fit_progress, self.step_loss = FitProgress(), StepLoss()
+        self.current = CurrentLink(self._position, self._logged)
         self.link_optimization = LinkOptimization(
             progress=self.fit_progress,
+            current=self.current,
+            config=self.lora_config,
             make_optimizer=optimizer,
-            modules_to_save_lr=modules_to_save_lr,
-            lr_ratio_B=lr_ratio_B,
-            lr_schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-            decay_steps=decay_steps,
-            schedule_scope=schedule_scope,
-            knot_warmup_steps=knot_warmup_steps,
-            kept_optimizer_state=kept_optimizer_state,
         )
-        self.opened_checkpoint: OpenedCheckpoint | None = None
+        self.requested: tuple[int | str | None, Mapping[int | str, float]] = (None, {})
+        self._stored_seed: int | None = None
+        self._is_base_stored = False
         self._adapted: AdaptedModel | None = None  # made by configure_model, or where the model is read before that
         self._is_making = self._is_configured = self.is_wrapped_by_fsdp1 = self.is_tying_knot = False
         self.register_load_state_dict_pre_hook(prepare_loading)  # type: ignore[no-untyped-call]
@@ -276,7 +248,7 @@ class COLAModule(LightningModule, RecordsArguments):
         return class_path(type(self))
 
     @property
-    def named_base(self) -> NamedBase | None:
+    def named_base(self) -> "TransformersBase | None":
         """For exports: the base that transformers and PEFT load by its name; None: they know no name of it."""
         return None
 
@@ -296,12 +268,12 @@ class COLAModule(LightningModule, RecordsArguments):
 
     @functools.cached_property
     def first_chain(self) -> Chain | None:
-        """The chain that a run begins from (``init_chain``); None if it begins from the base, or a checkpoint is loaded.
+        """The chain that a run begins from (``init_chain``); None if it begins from the base, or a state is expected.
 
         Raises:
             UserError: if there is no such chain.
         """
-        if self.init_chain is None or self.opened_checkpoint is not None:
+        if self.init_chain is None:
             return None
         chain = read_chain(self.init_chain, self.init_links, "model.init_chain")
         if not chain.links and self.init_links != 0:
@@ -317,14 +289,9 @@ class COLAModule(LightningModule, RecordsArguments):
         return Chain() if self._adapted is None else self._adapted.chain
 
     @property
-    def link(self) -> int:
-        """Index of the current link: how many are finished."""
+    def n_finished(self) -> int:
+        """How many links are finished, which is also the index of the current one."""
         return len(self.chain)
-
-    @property
-    def link_start(self) -> FitPosition:
-        """Epoch and optimizer step at which the current link began."""
-        return self.fit_progress.link_start
 
     @property
     def link_steps(self) -> float:
@@ -350,9 +317,7 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def is_base_in_checkpoint(self) -> bool:
         """For ``build_model``: whether only shapes matter, as the base's weights come from a checkpoint."""
-        opened = self.opened_checkpoint
-        is_in_opened = opened is not None and "base_weights" in opened.state.facts
-        return is_in_opened or (self._adapted is not None and self._adapted.base_weights is not None)
+        return self._is_base_stored or (self._adapted is not None and self._adapted.base_weights is not None)
 
     @property
     def init_chain_source(self) -> list[str | int | None]:
@@ -397,25 +362,16 @@ class COLAModule(LightningModule, RecordsArguments):
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
         self.step_loss.check()  # before the link is recorded
-        adapted, trainer = self.adapted, trainer_of(self)
-        schedule = self.fit_progress.schedule
-        present = adapted.live if schedule.goes_on else None
-        next_rank, next_alpha = present or schedule.rank_and_alpha(self.link + 1, self.lora_config)
-        rank, alpha = next_rank if rank is None else rank, next_alpha if alpha is None else alpha
+        adapted, schedule = self.adapted, self.fit_progress.schedule
+        planned = self.current.size if schedule.goes_on else schedule.rank_and_alpha(self.n_finished + 1, self.lora_config)
+        rank, alpha = planned[0] if rank is None else rank, planned[1] if alpha is None else alpha
         following = adapted.checked_link(rank, alpha, schedule.knot)
         self.is_tying_knot = True
-        record = self.link_steps_and_metrics()
-        link = adapted.tie_knot(*following, knot=schedule.knot, share=schedule.share, **record)
-        self._begin_optimization()
-        self.link_metrics.reset(trainer)
+        link = adapted.tie_knot(*following, knot=schedule.knot, share=schedule.share)
+        self.current.name = schedule.name
+        self.link_optimization.renew(self, adapted)
         self.is_tying_knot = False  # not in a finally: after a knot that failed halfway nothing may be written
         return link
-
-    def _begin_optimization(self) -> None:
-        """Makes the optimizer of a link that begins now."""
-        self.fit_progress.link_start = self.fit_progress.position(trainer_of(self))
-        self.fit_progress.link_name = self.fit_progress.schedule.name
-        self.link_optimization.renew(self, self.adapted)
 
     def restart_link(self, *, rank: int | None = None, alpha: float | None = None) -> None:
         """Starts the current link again, before its first step, with another rank or alpha: in :meth:`on_knot`, for example.
@@ -429,12 +385,11 @@ class COLAModule(LightningModule, RecordsArguments):
         Raises:
             UserError: if the module trains without links, the rank is above ``model.rank``, or the link has been trained.
         """
-        adapted = self.adapted
+        adapted, (old_rank, old_alpha) = self.adapted, self.current.size
         if adapted.has_begun:
             raise UserError("restart_link: the current link has been trained. Tie a knot to begin another one")
-        old_rank, old_alpha = adapted.live or (self.lora_config.rank, self.lora_config.alpha)
         adapted.begin_link(old_rank if rank is None else rank, old_alpha if alpha is None else alpha)
-        self._begin_optimization()
+        self.link_optimization.renew(self, adapted)
 
     def on_knot(self, link: Link) -> None:
         """Called after each knot that ``ChainOfLoRA`` ties, before the next link's first step. By default it does nothing.
@@ -451,18 +406,25 @@ class COLAModule(LightningModule, RecordsArguments):
         Raises:
             UserError: if the module trains without links.
         """
-        return self.adapted.live_link(**self.link_steps_and_metrics())
+        return self.adapted.live_link()
 
-    def link_steps_and_metrics(self) -> dict[str, Any]:
-        """Steps, metrics and stage of the current link, for its record."""
-        start, trainer = self.link_start.global_step, trainer_of(self)
-        end, metrics = self.fit_progress.position(trainer).global_step, self.link_metrics.values(trainer, start)
-        return {"start_step": start, "end_step": end, "metrics": metrics, "name": self.fit_progress.link_name}
+    def _position(self) -> FitPosition:
+        """The epoch and optimizer step that the fit has reached, or had reached at its end."""
+        trainer, start, end = trainer_of(self), self.current.start, self.fit_progress.end
+        if trainer is not None and trainer.state.fn == "fit":
+            return FitPosition(trainer.current_epoch, trainer.global_step)
+        return start if end is None or end.global_step < start.global_step else end
+
+    def _logged(self) -> Mapping[str, Tensor]:
+        """The metrics that the Trainer has logged last; before the current link's first step they are the last link's."""
+        trainer = trainer_of(self)
+        if trainer is None or (trainer.training and trainer.global_step == self.current.start.global_step):
+            return {}
+        return trainer.callback_metrics
 
     def full_chain(self) -> Chain:
         """The finished links and the current one as it is now: all that has been trained; ``chain`` holds the finished ones."""
-        live = [] if self.adapted.live is None else [self.live_link()]
-        return Chain([*self.chain.links, *live], self.chain.base)
+        return self.adapted.full_chain()
 
     # ------------------------------------------------------------------ the model
 
@@ -481,7 +443,7 @@ class COLAModule(LightningModule, RecordsArguments):
                 "build_model, and model.compile true compiles in place"
             )
         if not self._is_configured:  # a subclass' own configure_model may have frozen more
-            self.adapted.trained.remember()
+            self.adapted.trained.record_trainable()
         if (dtype := torch.get_default_dtype()) != torch.float32:  # what Lightning's precision will cast the model to
             self.adapted.cast(dtype)
         if (trainer := trainer_of(self)) is not None:
@@ -524,8 +486,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     def _make_model(self) -> None:
         """Builds the base, adapts it, and begins a link, ready for a precision of the default dtype."""
-        opened = self.opened_checkpoint
-        seed = self._choose_seed(None if opened is None else opened.state.facts["seed"])
+        seed = self._choose_seed()
         adapted = self._adapted = AdaptedModel(
             self._build_base,
             functools.partial(getattr, self, "lora_config"),  # in which build_model may choose modules_to_save
@@ -534,12 +495,12 @@ class COLAModule(LightningModule, RecordsArguments):
             is_saved=self.save_base,
             placement=self._placement,
             around=self,
-            trained_factors=self.trained_factors,
+            current=self.current,
         )
         if self._modules.get("model") is None:  # else one that was assigned, which configure_model refuses
             self.model = adapted.model
         adapted.cast(torch.get_default_dtype())  # now: Lightning casts only after a checkpoint's values are loaded
-        adapted.trained.remember_first()
+        adapted.trained.record_initial()
         adapted.chain.base = replace(adapted.chain.base, labels=self.labels_of_base)
         goes_on = False
         if self.first_chain is not None:
@@ -549,7 +510,7 @@ class COLAModule(LightningModule, RecordsArguments):
             adapted.start_from(self.first_chain, self.init_knot)
             self.fit_progress.first_link = len(self.first_chain)
         if adapted.layers and not goes_on:
-            adapted.begin_link(*self.fit_progress.schedule.rank_and_alpha(self.link, self.lora_config))
+            adapted.begin_link(*self.fit_progress.schedule.rank_and_alpha(self.n_finished, self.lora_config))
         if self.activation_checkpointing:
             self.checkpoint_activations()
 
@@ -566,13 +527,13 @@ class COLAModule(LightningModule, RecordsArguments):
                 f"{self.init_chain!r}, {chain[-1].rank} and {chain[-1].alpha:g}, got {rank} and {alpha:g}"
             )
 
-    def _choose_seed(self, stored: int | None) -> int:
-        """The seed that was given, that of a checkpoint which is about to be loaded, or a random one."""
+    def _choose_seed(self) -> int:
+        """The seed that was given, that of the expected state, or a random one."""
         if self.user_seed is not None:
             return self.user_seed
         text = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was given
         self.user_seed = None if text is None else int(text)
-        seed = self.user_seed if stored is None else stored
+        seed = self.user_seed if self._stored_seed is None else self._stored_seed
         if seed is None:
             seed = layout.gather_objects(secrets.randbits(31))[0]  # from no generator of torch's
             log.info("No seed given (model.seed); using %d", seed)
@@ -611,8 +572,8 @@ class COLAModule(LightningModule, RecordsArguments):
         After the block, also if it raises, everything is as it was before.
 
         Args:
-            links: how many links, the finished ones first and then the current one: ``self.link`` is the model without the
-                current link. 0 is the base. Or the name of the last stage.
+            links: how many links, the finished ones first and then the current one: ``self.n_finished`` is the model without
+                the current link. 0 is the base. Or the name of the last stage.
 
         Yields:
             The model.
@@ -637,7 +598,7 @@ class COLAModule(LightningModule, RecordsArguments):
     @property
     def link_names(self) -> list[str | None]:
         """The name of each link's stage, the current link's last."""
-        return [*(link.name for link in self.adapted.chain.links), self.fit_progress.link_name]
+        return [*(link.name for link in self.adapted.chain.links), self.current.name]
 
     def merged_model(
         self,
@@ -716,8 +677,8 @@ class COLAModule(LightningModule, RecordsArguments):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A new optimizer and learning-rate schedule for the current link; called again at each knot that merges."""
-        step = self.fit_progress.position(trainer_of(self)).global_step
-        return self.link_optimization.configure(self.named_trained_parameters(), self.lora_config.modules_to_save, step)
+        step, saved = self.current.position.global_step, self.lora_config.modules_to_save
+        return self.link_optimization.configure(self.named_trained_parameters(), saved, step)
 
     # ------------------------------------------------------------------ state
 
@@ -752,6 +713,21 @@ class COLAModule(LightningModule, RecordsArguments):
                 f"state_dict: {sorted(names.missing_keys)}. Unexpected key(s) in state_dict: {sorted(names.unexpected_keys)}"
             )
         return names
+
+    def expect_state(
+        self, state: StoredState, links: int | str | None = None, scale: Mapping[int | str, float] | None = None
+    ) -> None:
+        """Prepares the module, before its model is made, for the state that :meth:`load_state_dict` will load.
+
+        The model is made with the state's seed, without ``init_chain``, and without the base's weights if the state has them.
+
+        Args:
+            state: a checkpoint's.
+            links: how many of its links are loaded, or the name of the last stage; None: all.
+            scale: factors of the links' updates, see :meth:`load_from_checkpoint`.
+        """
+        self.requested, self.first_chain = (links, scale or {}), None
+        self._stored_seed, self._is_base_stored = state.facts["seed"], "base_weights" in state.facts
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -804,12 +780,11 @@ class COLAModule(LightningModule, RecordsArguments):
         module: Self = rebuilt(cls, opened.state.facts["module"], given | kwargs)
         if strict and not module.strict_loading:
             raise UserError(f"strict: cannot be True, because {type(module).__name__}.strict_loading is False")
-        module.opened_checkpoint = replace(opened, links=links, scale=scale)
+        module.expect_state(opened.state, links, scale)
         module.make_model()
         module.on_load_checkpoint(opened.contents)
         strict = module.strict_loading if strict is None else strict
         keys = module.load_state_dict(opened.contents["state_dict"], strict=strict)
-        module.opened_checkpoint = None
         if any(keys):
             rank_zero_warn(f"checkpoint: the module alone has {keys.missing_keys}, the checkpoint alone {keys.unexpected_keys}")
         return module if map_location is None else module.to(device_of(map_location))

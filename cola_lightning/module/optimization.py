@@ -18,8 +18,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel
+from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength
 from cola_lightning.errors import UserError
+from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.lora.inject import is_in_matching_modules
 from cola_lightning.module.progress import FitProgress, trainer_of
 
@@ -98,42 +100,44 @@ class LinkLR(LRScheduler):
         return {name: value for name, value in super().state_dict().items() if name != "factor"}
 
 
-@dataclass
-class LinkOptimization:
-    """Makes an optimizer and a learning-rate schedule for each link.
+@dataclass(frozen=True)
+class LinkConfig(LoRAConfig):
+    """Which layers get links, what the links are like, and how they are optimized.
+
+    Args:
+        modules_to_save_lr: Initial learning rate of ``modules_to_save``. ``null`` uses the optimizer's, as for the links.
+        lr_ratio_B: B learns this many times as fast as everything else (LoRA+ uses 2 to 16).
+        lr_schedule: ``constant``, ``linear`` or ``cosine`` decay to 0, or ``stable``, which is constant and then decays
+            linearly to 0 over the last ``decay_steps``. The formulas are transformers'.
+        warmup_steps: The rate rises from 0 over this many optimizer steps. A number below 1 is a share of the schedule's
+            length.
+        decay_steps: Length of the decay of a ``stable`` schedule, in optimizer steps. A number below 1 is a share of the
+            schedule's length.
+        schedule_scope: ``link`` restarts the schedule with each link. ``run`` uses one schedule over the whole run.
+        knot_warmup_steps: With a schedule over the ``run``, the rate rises from 0 again over this many optimizer steps after
+            each knot (ReLoRA's jagged rate). A number below 1 is a share of the link's length.
+        kept_optimizer_state: Share of the optimizer state of A and B that a knot of ``cola`` keeps, as in ReLoRA (0.001 to
+            0.1): the entries with the largest first moments. 0 starts a new optimizer, and 1 keeps everything. A state that is
+            8-bit or factored (AdamW8bit, Adafactor) is kept completely with any share above 0.
+        **lora: the arguments of :class:`~cola_lightning.LoRAConfig`.
 
     Raises:
         UserError: for invalid values.
 
-    Attributes:
-        make_optimizer: makes an optimizer from parameters, or from parameter groups.
-        modules_to_save_lr: the initial learning rate of fully trained modules; None: the links'.
-        lr_ratio_B: the learning rate of the links' B divided by that of A.
-        lr_schedule: see :class:`~cola_lightning.COLAModule`, as for the next two.
-        warmup_steps: a number of steps, or a share below 1.
-        decay_steps: of a stable schedule: a number of steps, or a share below 1.
-        schedule_scope: ``link`` or ``run``.
-        knot_warmup_steps: of a schedule over the run: a number of steps, or a share of the link below 1.
-        kept_optimizer_state: the share of an optimizer's state that a knot retains.
-        progress: where the fit stands, which knows the beginning and the length of the link.
+    Source: ``lr_ratio_B``: Hayou et al., "LoRA+" (arXiv 2402.12354).
     """
 
-    make_optimizer: OptimizerCallable
-    modules_to_save_lr: float | None
-    lr_ratio_B: float
-    lr_schedule: LRSchedule
-    warmup_steps: float
-    decay_steps: float
-    schedule_scope: Literal["link", "run"]
-    knot_warmup_steps: float
-    kept_optimizer_state: float
-    progress: FitProgress
-    _optimizer: Optimizer | None = None
-    _scheduler: LinkLR | None = None
-    _horizon: tuple[float, float] | None = None
-    _groups: Sequence[dict[str, Any]] = ()  # hyperparameters, as requested
+    modules_to_save_lr: float | None = None
+    lr_ratio_B: float = 1
+    lr_schedule: LRSchedule = "linear"
+    warmup_steps: float = 0
+    decay_steps: float = DECAY_STEPS
+    schedule_scope: Literal["link", "run"] = "link"
+    knot_warmup_steps: float = 0
+    kept_optimizer_state: float = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, is_valid, valid in (
             ("kept_optimizer_state", 0 <= self.kept_optimizer_state <= 1, "between 0 and 1"),
             ("lr_ratio_B", 0 < self.lr_ratio_B < math.inf, "a number above 0"),
@@ -141,6 +145,27 @@ class LinkOptimization:
         ):
             if not is_valid:
                 raise UserError(f"model.{name}: must be {valid}, got {getattr(self, name)}")
+
+
+@dataclass
+class LinkOptimization:
+    """Makes an optimizer and a learning-rate schedule for each link.
+
+    Attributes:
+        make_optimizer: makes an optimizer from parameters, or from parameter groups.
+        config: how links are optimized.
+        progress: where the fit stands, with its schedule of knots and its length.
+        current: the current link, which knows where it began.
+    """
+
+    make_optimizer: OptimizerCallable
+    config: LinkConfig
+    progress: FitProgress
+    current: CurrentLink
+    _optimizer: Optimizer | None = None
+    _scheduler: LinkLR | None = None
+    _horizon: tuple[float, float] | None = None
+    _groups: Sequence[dict[str, Any]] = ()  # hyperparameters, as requested
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the optimizer and its learning-rate schedule, which belong to a fit."""
@@ -172,15 +197,15 @@ class LinkOptimization:
             # numpy's numbers, of np.logspace for example, would make a checkpoint unreadable for torch.load(weights_only=True)
             group |= {name: value.item() for name, value in group.items() if isinstance(value, np.generic)}
             group["lr"] = copy.deepcopy(group["lr"])  # a copy: a schedule modifies a rate that is a tensor in place
-        if self.lr_ratio_B != 1:
+        if self.config.lr_ratio_B != 1:
             if optimizer.param_groups[1]["lr"] is None:
                 raise UserError(
                     f"model.lr_ratio_B: needs an optimizer with a learning rate, and {type(optimizer).__name__} has none"
                 )
-            optimizer.param_groups[1]["lr"] *= self.lr_ratio_B
+            optimizer.param_groups[1]["lr"] *= self.config.lr_ratio_B
         groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         self._groups = copy.deepcopy(groups)
-        if self.lr_schedule == "constant" and any(group["lr"] is None for group in groups):  # it sets its own rates
+        if self.config.lr_schedule == "constant" and any(group["lr"] is None for group in groups):  # it sets its own rates
             return optimizer
         for group in optimizer.param_groups:
             group["initial_lr"] = copy.deepcopy(group["lr"])
@@ -190,30 +215,30 @@ class LinkOptimization:
 
     def _parameter_groups(self, trained: Sequence[tuple[str, nn.Parameter]], modules_to_save: Sequence[str]) -> list[Any]:
         """The trained parameters: in one group, or in more if B or fully trained modules have their own learning rates."""
-        if self.modules_to_save_lr is None and self.lr_ratio_B == 1:
+        if self.config.modules_to_save_lr is None and self.config.lr_ratio_B == 1:
             return [p for _, p in trained]
         others, factors_B, saved = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
         for name, p in trained:
-            if self.modules_to_save_lr is not None and is_in_matching_modules(name, modules_to_save):
+            if self.config.modules_to_save_lr is not None and is_in_matching_modules(name, modules_to_save):
                 saved.append(p)
             else:
-                (factors_B if self.lr_ratio_B != 1 and name.endswith(".lora_B") else others).append(p)
-        groups = [{"params": others}, *([{"params": factors_B}] if self.lr_ratio_B != 1 else [])]
-        if self.modules_to_save_lr is None:
+                (factors_B if self.config.lr_ratio_B != 1 and name.endswith(".lora_B") else others).append(p)
+        groups = [{"params": others}, *([{"params": factors_B}] if self.config.lr_ratio_B != 1 else [])]
+        if self.config.modules_to_save_lr is None:
             return groups
         if not saved:
             raise UserError("model.modules_to_save_lr: needs model.modules_to_save")
-        return [*groups, {"params": saved, "lr": self.modules_to_save_lr}]
+        return [*groups, {"params": saved, "lr": self.config.modules_to_save_lr}]
 
     def _links(self) -> tuple[ChainSchedule, FitPosition]:
         """The links that have an optimizer each, and where the present one begins: one link, if it goes on over knots."""
         progress = self.progress
-        return (ChainSchedule(), START) if progress.schedule.goes_on else (progress.schedule, progress.link_start)
+        return (ChainSchedule(), START) if progress.schedule.goes_on else (progress.schedule, self.current.start)
 
     @property
     def _is_over_run(self) -> bool:
         """Whether one schedule of the learning rate lasts over the run."""
-        return self.schedule_scope == "run" or self.progress.schedule.goes_on
+        return self.config.schedule_scope == "run" or self.progress.schedule.goes_on
 
     def link_steps(self, run: RunLength) -> float:
         """Optimizer steps of the present optimizer: those of the link or, if it goes on over knots, of the run.
@@ -235,28 +260,28 @@ class LinkOptimization:
             horizon = self._horizon_in(length)
             self._horizon = horizon if length is self.progress.length else None
         if horizon is None and step == 0:  # whatever the length is
-            return 0.0 if self.warmup_steps else 1.0
-        if horizon is None and 0 < self.warmup_steps < 1:
+            return 0.0 if self.config.warmup_steps else 1.0
+        if horizon is None and 0 < self.config.warmup_steps < 1:
             raise UserError(
                 f"model.warmup_steps: must be a number of steps, because a loop without a Trainer has no known length, got the "
-                f"share {self.warmup_steps:g}"
+                f"share {self.config.warmup_steps:g}"
             )
         end, rise = horizon or (math.inf, 0)
         place = self._links()[1].global_step + step if self._is_over_run else step
-        value = lr_factor(self.lr_schedule, place, end, self.warmup_steps, self.decay_steps)
+        value = lr_factor(self.config.lr_schedule, place, end, self.config.warmup_steps, self.config.decay_steps)
         return value * step / rise if step < rise else value
 
     def _horizon_in(self, length: RunLength) -> tuple[float, float]:
         """The end of the schedule, and the steps of the warm-up after a knot; the run's first link has the run's warm-up."""
         link_steps, (_, start) = self.link_steps(length), self._links()
-        rise = phase_length(self.knot_warmup_steps, link_steps) if start.global_step else 0
+        rise = phase_length(self.config.knot_warmup_steps, link_steps) if start.global_step else 0
         return length.end_step if self._is_over_run else link_steps, rise
 
     def stable_share(self, run: RunLength) -> float | None:
         """The share of a run before its rate decays, if the schedule is a stable one over a run of known length; else None."""
-        if self.lr_schedule != "stable" or not self._is_over_run or run.end_step == math.inf:
+        if self.config.lr_schedule != "stable" or not self._is_over_run or run.end_step == math.inf:
             return None
-        return 1 - phase_length(self.decay_steps, run.end_step) / run.end_step
+        return 1 - phase_length(self.config.decay_steps, run.end_step) / run.end_step
 
     def check_lengths(self, run: RunLength) -> None:
         """Refuses a link that is shorter than its warm-up; the last one may be.
@@ -265,9 +290,12 @@ class LinkOptimization:
             run: length of the fit, of whose links the lengths are known.
         """
         schedule, start = self._links()
-        lengths = schedule.links(start, run)
-        link_warmup = 0 if self._is_over_run else self.warmup_steps
-        checks = (("warmup_steps", link_warmup, lengths[:-1]), ("knot_warmup_steps", self.knot_warmup_steps, lengths[1:-1]))
+        lengths = schedule.link_lengths(start, run)
+        link_warmup = 0 if self._is_over_run else self.config.warmup_steps
+        checks = (
+            ("warmup_steps", link_warmup, lengths[:-1]),
+            ("knot_warmup_steps", self.config.knot_warmup_steps, lengths[1:-1]),
+        )
         for name, steps, links in checks:
             shortest = min(links, default=math.inf)
             if shortest < steps:
@@ -285,16 +313,17 @@ class LinkOptimization:
         schedule, _ = self._links()
         if not self._is_over_run and schedule.has_unknown_lengths(run):
             missing.append("model.schedule_scope run")
-        needs_length = self.lr_schedule != "constant" or 0 < self.warmup_steps < 1
+        lr_schedule, warmup_steps = self.config.lr_schedule, self.config.warmup_steps
+        needs_length = lr_schedule != "constant" or 0 < warmup_steps < 1
         if needs_length and (missing or not self._is_over_run):
             raise UserError(
-                f"model.lr_schedule: {self.lr_schedule} with warmup_steps {self.warmup_steps:g} needs {' and '.join(missing)}, "
+                f"model.lr_schedule: {lr_schedule} with warmup_steps {warmup_steps:g} needs {' and '.join(missing)}, "
                 "because the length of the run or of its links is unknown. Or use constant, with model.warmup_steps in steps"
             )
-        if 0 < self.knot_warmup_steps < 1 and schedule.has_knots:
+        if 0 < self.config.knot_warmup_steps < 1 and schedule.has_knots:
             raise UserError(
                 "model.knot_warmup_steps: must be a number of steps, because the length of a link is unknown, got the share "
-                f"{self.knot_warmup_steps:g}"
+                f"{self.config.knot_warmup_steps:g}"
             )
 
     def renew(self, module: LightningModule, adapted: AdaptedModel) -> None:
@@ -328,9 +357,9 @@ class LinkOptimization:
                 "configure_optimizers: must return a new optimizer for each link, but returned the same one twice. On the "
                 "command line, use model.optimizer and not LightningCLI's optimizer"
             )
-        if is_fitting and self.kept_optimizer_state:
+        if is_fitting and self.config.kept_optimizer_state:
             for old, new in zip(before, trainer.optimizers, strict=True):
-                copy_state(old, new, self.kept_optimizer_state, _used_entries(adapted))
+                copy_state(old, new, self.config.kept_optimizer_state, _used_entries(adapted))
 
     def resume(self, trainer: Trainer) -> None:
         """Applies the present hyperparameters to a resumed link's optimizer, where they differ from the checkpoint's.

@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -17,15 +17,16 @@ from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.lora.experts import is_experts
 from cola_lightning.lora.inject import is_linear
 from cola_lightning.lora.layer import is_quantized, lora_layers
-from cola_lightning.module.contract import TrainedModule
 from cola_lightning.module.optimization import LinkLR
-from cola_lightning.module.progress import FitProgress
+
+if TYPE_CHECKING:
+    from cola_lightning.module.module import COLAModule
 
 MOST_KINDS, MOST_KNOTS = 5, 8  # that are named
 HORIZONS = ("total_steps", "T_max", "total_iters")  # the attributes in which torch's schedulers have their length
 
 
-def describe_fit(trainer: Any, module: TrainedModule, parameters: list[nn.Parameter]) -> list[str]:
+def describe_fit(trainer: Any, module: "COLAModule", parameters: list[nn.Parameter]) -> list[str]:
     """The lines of the block, at most fifteen.
 
     Args:
@@ -37,7 +38,7 @@ def describe_fit(trainer: Any, module: TrainedModule, parameters: list[nn.Parame
     lines = [*describe_model(module.adapted), describe_parameters(module, parameters)]
     described = data.describe() if hasattr(data, "describe") else None  # another package's may be for something else
     lines += described if isinstance(described, list) else [f"data: {trainer.num_training_batches} batches in an epoch"]
-    if module.adapted.live is not None:
+    if module.adapted.layers:
         lines += [describe_knots(module), *describe_schedulers(trainer, module)]
     return [*lines, describe_resume(trainer), describe_folder(trainer)]
 
@@ -45,11 +46,11 @@ def describe_fit(trainer: Any, module: TrainedModule, parameters: list[nn.Parame
 def describe_model(adapted: AdaptedModel) -> list[str]:
     """Which layers get links, and what stays frozen, by kind."""
     layers, saved = lora_layers(adapted.model), adapted.config.modules_to_save
-    if adapted.live is None:
+    if not layers:
         return ["model: all parameters are trained, without links"]
-    rank, alpha = adapted.live
+    rank, alpha = adapted.current.size
     n_linear = sum(is_linear(module) for module in adapted.model.modules()) + len(layers)
-    line = f"model: link {adapted.link} of rank {rank} and alpha {alpha:g} on {len(layers)} of {n_linear} linear layers"
+    line = f"model: link {adapted.n_finished} of rank {rank} and alpha {alpha:g} on {len(layers)} of {n_linear} linear layers"
     lines = [line + (f"; all of {', '.join(saved)} is trained" if saved else "")]
     if kinds := frozen_kinds(adapted.model):
         named = [f"{n} {kind}" for kind, n in kinds.most_common(MOST_KINDS)]
@@ -70,7 +71,7 @@ def frozen_kinds(model: nn.Module) -> Counter[str]:
     return kinds
 
 
-def describe_parameters(module: TrainedModule, parameters: list[nn.Parameter]) -> str:
+def describe_parameters(module: "COLAModule", parameters: list[nn.Parameter]) -> str:
     """How many parameters are trained."""
     if layout.has_fsdp1(module.adapted.model):  # which hides sharded parameters in flat ones
         return "parameters: sharded by FSDP"
@@ -82,23 +83,23 @@ def describe_parameters(module: TrainedModule, parameters: list[nn.Parameter]) -
     return f"parameters: {n_trained:,} of {n_all:,} are trained ({n_trained / max(1, n_all):.2%}){lazy}"
 
 
-def describe_knots(module: TrainedModule) -> str:
+def describe_knots(module: "COLAModule") -> str:
     """What the knots of the fit do, and when they fall."""
-    schedule, optimization = module.fit_progress.schedule, module.link_optimization
-    if schedule.knot == "half" and schedule.has_knots and optimization.lr_schedule != "stable":
-        advice = f"Knots of half were measured with model.lr_schedule stable, here it is {optimization.lr_schedule}"
-        return f"{_knots(module.fit_progress)}. {advice}"
-    return _knots(module.fit_progress)
+    schedule = module.fit_progress.schedule
+    if schedule.knot == "half" and schedule.has_knots and module.lora_config.lr_schedule != "stable":
+        advice = f"Knots of half were measured with model.lr_schedule stable, here it is {module.lora_config.lr_schedule}"
+        return f"{_knots(module)}. {advice}"
+    return _knots(module)
 
 
-def _knots(progress: FitProgress) -> str:
-    schedule, length = progress.schedule, progress.length
+def _knots(module: "COLAModule") -> str:
+    schedule, length, start = module.fit_progress.schedule, module.fit_progress.length, module.current.start
     if not schedule.has_knots:
         return "knots: none, so this is plain LoRA"
     if length is None or schedule.has_unknown_lengths(length) or length.end_step == math.inf:
         return f"knots ({schedule.knot}): decided while training"
-    lengths = schedule.links(progress.link_start, length)
-    steps = [progress.link_start.global_step + sum(lengths[:k]) for k in range(1, len(lengths))]
+    lengths = schedule.link_lengths(start, length)
+    steps = [start.global_step + sum(lengths[:k]) for k in range(1, len(lengths))]
     if not steps:
         return "knots: none in this run, which ends before the first"
     shown = ", ".join(map(str, steps[:MOST_KNOTS])) + (
@@ -107,7 +108,7 @@ def _knots(progress: FitProgress) -> str:
     return f"knots ({schedule.knot}): before steps {shown}, of {length.end_step:,} steps"
 
 
-def describe_schedulers(trainer: Trainer, module: TrainedModule) -> list[str]:
+def describe_schedulers(trainer: Trainer, module: "COLAModule") -> list[str]:
     """A line for each learning-rate scheduler of the user's that would not end with the link it is made for."""
     length, schedule = module.fit_progress.length, module.fit_progress.schedule
     if length is None or not schedule.has_knots or schedule.goes_on:

@@ -1,4 +1,4 @@
-"""Where a fit stands: its schedule of knots, its length, and where the current link began."""
+"""Where a fit stands: its schedule of knots, its length, and where it ended."""
 
 import math
 import weakref
@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength
 
 
@@ -16,8 +17,6 @@ class FitProgress:
 
     Attributes:
         schedule: when knots fall, and each link's rank and alpha: that of the fit's ChainOfLoRA, else one link.
-        link_start: the position at which the current link began.
-        link_name: the name of the current link's stage; None: it has none.
         end: the position at which the last fit ended, or at which the checkpoint was written that the module was loaded from; a
             next fit at the same position continues it. None before the first fit.
         first_link: index of the run's first link: how many links the model had when the run began.
@@ -28,8 +27,6 @@ class FitProgress:
 
     def __init__(self) -> None:
         self.schedule = ChainSchedule()
-        self.link_start = START
-        self.link_name: str | None = None
         self.end: FitPosition | None = None
         self.first_link = 0
         self.is_continued = False
@@ -46,32 +43,21 @@ class FitProgress:
         """The Trainer of the last fit, if it still exists."""
         return None if self._trainer is None else self._trainer()
 
-    def begin_fit(self, trainer: Trainer, schedule: ChainSchedule) -> None:
+    def begin_fit(self, trainer: Trainer, schedule: ChainSchedule, current: CurrentLink) -> None:
         """Begins a fit, or continues the Trainer's last one.
 
         Args:
             trainer: the Trainer of the fit.
             schedule: the schedule of its knots.
+            current: the current link, which a new fit begins.
         """
         self.schedule, self.length = schedule, None  # which is set when training starts
         self._trainer = weakref.ref(trainer)
         now = FitPosition(trainer.current_epoch, trainer.global_step)
         self.is_continued = now.global_step > 0 and now == self.end
         if not self.is_continued:
-            self.link_start = now
+            current.start = now
             self.n_earlier_fits += self.end is not None and self.end.global_step > 0
-
-    def position(self, trainer: Trainer | None) -> FitPosition:
-        """The epoch and optimizer step that the fit has reached, or had reached at its end.
-
-        Args:
-            trainer: the module's Trainer.
-        """
-        if trainer is not None and trainer.state.fn == "fit":
-            return FitPosition(trainer.current_epoch, trainer.global_step)
-        if self.end is None or self.end.global_step < self.link_start.global_step:
-            return self.link_start
-        return self.end
 
     def known_length(self) -> RunLength | None:
         """The length of the fit; None if there is none, or its data is not set up.
@@ -83,26 +69,17 @@ class FitProgress:
             return self.length
         return run_length(trainer, START)
 
-    def to_store(self, trainer: Trainer | None) -> dict[str, Any]:
+    def to_store(self) -> dict[str, Any]:
         """What a checkpoint stores of it, for JSON."""
         return {
-            "link_start": list(self.link_start),
-            "position": list(self.position(trainer)),
             "n_before": self.n_earlier_fits,
             "first_link": self.first_link,
             "has_knots": self.schedule.has_knots,
             "knot": [self.schedule.knot, self.schedule.merged_share],
         }
 
-    def restore(self, stored: Mapping[str, Any], link_name: str | None) -> None:
-        """Restores what :meth:`to_store` returned, except for the schedule, which is an option of each fit.
-
-        Args:
-            stored: what it returned.
-            link_name: the current link's.
-        """
-        self.link_name = link_name
-        self.link_start, self.end = FitPosition(*stored["link_start"]), FitPosition(*stored["position"])
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Restores what :meth:`to_store` returned, except for the schedule, which is an option of each fit."""
         self.n_earlier_fits, self.first_link = stored["n_before"], stored.get("first_link", 0)
 
 

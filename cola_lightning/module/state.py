@@ -5,11 +5,10 @@ Lightning's checkpoint contains the state dict, and so everything that a resume 
 
 import contextlib
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.serialization import config
@@ -17,15 +16,17 @@ from typing_extensions import override
 
 from cola_lightning import layout
 from cola_lightning.chain.base import check_same_base, weight_of
-from cola_lightning.chain.chain import METADATA, Link, describe_link, number_of_links, pack
+from cola_lightning.chain.chain import METADATA, describe_link, number_of_links, pack
 from cola_lightning.chain.checkpoint import STATE_PREFIX, OpenedCheckpoint, StoredState, read_archive
+from cola_lightning.chain.schedule import FitPosition
 from cola_lightning.errors import NonFiniteError, UserError, causes
-from cola_lightning.lora.layer import own_values
 from cola_lightning.module.arguments import plain_hyperparameters, to_plain
-from cola_lightning.module.contract import TrainedModule
 from cola_lightning.module.progress import trainer_of
 from cola_lightning.trained_values import is_frozen
 from cola_lightning.writing import atomic_file
+
+if TYPE_CHECKING:
+    from cola_lightning.module.module import COLAModule
 
 
 class StateDictError(UserError, RuntimeError):
@@ -35,7 +36,7 @@ class StateDictError(UserError, RuntimeError):
 # ---------------------------------------------------------------------- what is stored
 
 
-def state_of(module: TrainedModule, prefix: str = "") -> dict[str, Tensor]:
+def state_of(module: "COLAModule", prefix: str = "") -> dict[str, Tensor]:
     """A module's state besides its trained values: its finished links, and its :func:`facts_of`.
 
     Args:
@@ -46,18 +47,13 @@ def state_of(module: TrainedModule, prefix: str = "") -> dict[str, Tensor]:
     return {f"{prefix}{STATE_PREFIX}{name}": value for name, value in packed.items()}
 
 
-def facts_of(module: TrainedModule) -> dict[str, Any]:
+def facts_of(module: "COLAModule") -> dict[str, Any]:
     """What is stored of a module besides its trained values and its finished links; :func:`restore` reads it.
 
     A fact that a later release adds is missing in earlier files: read it with ``get``.
     """
-    adapted, progress, trainer = module.adapted, module.fit_progress, trainer_of(cast(LightningModule, module))
-    live = None
-    if adapted.live is not None:
-        rank, alpha = adapted.live
-        values = own_values(adapted.layers, rank, alpha)
-        fields = module.link_steps_and_metrics()
-        live = describe_link(Link(module.link, rank, alpha, factors={}, own_values=values, **fields))
+    adapted, current, trainer = module.adapted, module.current, trainer_of(module)
+    live = describe_link(adapted.live_link(has_tensors=False)) if adapted.layers else None
     facts = {
         "module": module.constructor_arguments,  # how it is made again
         "live": live,  # the current link, without its tensors
@@ -65,18 +61,19 @@ def facts_of(module: TrainedModule) -> dict[str, Any]:
         "dtype": str(adapted.cast_dtype).removeprefix("torch.") if live else None,  # to which a precision has cast layers
         "seed": adapted.seed,
         "init_chain_source": module.init_chain_source,
-        "first_values": adapted.trained.first,
-        "callback_metrics": module.link_metrics.to_store(trainer),
-        "scheduled": _scheduled(module, module.link + 1),
+        "initial_values": adapted.trained.initial,
+        "link_start": list(current.start),
+        "position": list(current.position),
+        "scheduled": _scheduled(module, module.n_finished + 1),
         "modules_to_save": list(module.lora_config.modules_to_save),
         "prompt_format": data_facts(trainer, "prompt_format"),
         "data": data_facts(trainer, "identity"),
-        **progress.to_store(trainer),
+        **module.fit_progress.to_store(),
     }
     return facts if adapted.base_weights is None else facts | {"base_weights": adapted.base_weights}
 
 
-def _scheduled(module: TrainedModule, n_links: int) -> list[list[float]]:
+def _scheduled(module: "COLAModule", n_links: int) -> list[list[float]]:
     """The rank and alpha that the schedule has for each of the first links."""
     return [list(module.fit_progress.schedule.rank_and_alpha(link, module.lora_config)) for link in range(n_links)]
 
@@ -97,20 +94,20 @@ def data_facts(trainer: Any, name: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the file
 
 
-def prepare_checkpoint(module: TrainedModule, checkpoint: dict[str, Any]) -> None:
+def prepare_checkpoint(module: "COLAModule", checkpoint: dict[str, Any]) -> None:
     """Completes a checkpoint, and refuses one from which no run could go on.
 
     Raises:
         NonFiniteError: for a loss or a trained value that is not finite, and after a knot that failed halfway.
     """
     module.step_loss.check()
-    named = cast(nn.Module, module).named_parameters()
+    named = module.named_parameters()
     values = ((name, value) for name, value in named if value.requires_grad and not is_lazy(value))
     reason = next((f"{name!r} is no longer finite" for name, value in values if not torch.isfinite(value).all()), None)
     if module.is_tying_knot:
         reason = "a knot failed halfway"
     if reason is not None:
-        raise NonFiniteError(f"{reason}, in link {module.link}: this checkpoint is not written")
+        raise NonFiniteError(f"{reason}, in link {module.n_finished}: this checkpoint is not written")
     current = checkpoint.get("current_model_state", {}).items()  # weight averaging has put a copy's state in the place of it
     checkpoint["state_dict"] |= {name: value for name, value in current if name.startswith(STATE_PREFIX)}
     checkpoint |= plain_hyperparameters(checkpoint)
@@ -156,7 +153,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 # ---------------------------------------------------------------------- loading
 
 
-def prepare_loading(module: TrainedModule, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+def prepare_loading(module: "COLAModule", state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Restores a module from a state dict before torch loads its values, also for a module inside another one.
 
     A hook of torch's, which may change the state dict. It takes our own entries from it, and adds what no state dict of ours
@@ -166,7 +163,6 @@ def prepare_loading(module: TrainedModule, state_dict: dict[str, Any], prefix: s
         UserError: if the chain was trained on another base, or is shorter than requested.
     """
     module.make_model()
-    as_torch = cast(nn.Module, module)
     _, _, missing_keys, *_ = args
     has_current = True
     packed = [name for name in state_dict if name.startswith(prefix + STATE_PREFIX)]
@@ -174,9 +170,9 @@ def prepare_loading(module: TrainedModule, state_dict: dict[str, Any], prefix: s
         has_current = restore(module, StoredState.of(state_dict, prefix=prefix))
         for name in packed:
             del state_dict[name]
-    elif module.adapted.live is not None or module.adapted.trained.frozen_names():  # else the values are all
+    elif module.adapted.layers or module.adapted.trained.frozen_names():  # else the values are all
         missing_keys.append(f"{prefix}{STATE_PREFIX}{METADATA}")
-    values, trained = nn.Module.state_dict(as_torch, prefix=prefix, keep_vars=True), module.adapted.trained.state(prefix)
+    values, trained = nn.Module.state_dict(module, prefix=prefix, keep_vars=True), module.adapted.trained.state(prefix)
     model_names = module.adapted.trained.aliases()
     if not has_current:  # the values of what is trained are of a later link
         state_dict.update({name: value for name, value in trained.items() if not is_frozen(value)})
@@ -188,10 +184,10 @@ def prepare_loading(module: TrainedModule, state_dict: dict[str, Any], prefix: s
             state_dict.setdefault(name, state_dict.get(prefix + model_names.get(name_in_module, name_in_module), value))
 
 
-def restore(module: TrainedModule, state: StoredState) -> bool:
+def restore(module: "COLAModule", state: StoredState) -> bool:
     """Brings a module to a state: its base, its finished links, and where the current link began.
 
-    If fewer links are requested (``links`` of the opened checkpoint), a link begins after them, and what else is trained gets
+    If fewer links are requested, a link begins after them, and what else is trained gets
     the values after the last of them. With a ``scale`` a link begins after all of them, because the current link is scaled too.
 
     Returns:
@@ -200,10 +196,11 @@ def restore(module: TrainedModule, state: StoredState) -> bool:
     Raises:
         UserError: for a state of another base, or with fewer links than requested; to resume a fit also with other options.
     """
-    trainer, adapted, facts = trainer_of(cast(LightningModule, module)), module.adapted, state.facts
-    progress, metrics, opened = module.fit_progress, module.link_metrics, module.opened_checkpoint
-    links = number_of_links(None if opened is None else opened.links, state.names)
-    scale, has_all = ({} if opened is None else opened.scale or {}), links == len(state.names)
+    trainer, adapted, facts = trainer_of(module), module.adapted, state.facts
+    progress, current = module.fit_progress, module.current
+    (requested, scale), module.requested = module.requested, (None, {})
+    links = number_of_links(requested, state.names)
+    has_all = links == len(state.names)
     has_current = has_all and not scale
     unscaled = state.chain if has_current else state.all_links(None if has_all else links)
     chain = unscaled.scaled(scale)
@@ -216,30 +213,30 @@ def restore(module: TrainedModule, state: StoredState) -> bool:
         adapted.cast(dtype)
     adapted.go_to(chain)
     if adapted.cast_dtype == torch.float64 and not module.is_sharded:  # what is trained outside of the model, too
-        cast(nn.Module, module).double()
+        module.double()
     adapted.seed = facts["seed"]
-    progress.restore(facts, state.names[-1] if has_current else None)
-    adapted.trained.first = dict(facts["first_values"])
+    progress.restore(facts)
+    progress.end = FitPosition(*facts["position"]) if has_current else None
+    current.start, current.name = FitPosition(*facts["link_start"]), state.names[-1] if has_current else None
+    current.earlier = {} if state.live is None or not has_current else state.live.metrics
+    adapted.trained.initial = dict(facts["initial_values"])
     if not has_current:
         adapted.trained.write(adapted.extras_after(unscaled))
-        progress.end = None
-        metrics.reset(trainer)
         if adapted.layers:
-            adapted.begin_link(*progress.schedule.rank_and_alpha(adapted.link, module.lora_config))
+            adapted.begin_link(*progress.schedule.rank_and_alpha(adapted.n_finished, module.lora_config))
         return False
     if state.live is not None:
         adapted.resume_link(state.live)
-    metrics.restore({} if state.live is None else state.live.metrics, facts["callback_metrics"])
     return True
 
 
-def _dtype_of(module: TrainedModule, state: StoredState) -> torch.dtype:
+def _dtype_of(module: "COLAModule", state: StoredState) -> torch.dtype:
     """The dtype to which the state's run cast adapted weights; without links, the module's own."""
     dtype: torch.dtype = getattr(torch, state.facts["dtype"]) if state.facts["dtype"] else module.adapted.cast_dtype
     return dtype
 
 
-def _check_same_choices(module: TrainedModule, state: StoredState) -> None:
+def _check_same_choices(module: "COLAModule", state: StoredState) -> None:
     """Refuses to resume a fit with options that the checkpoint's would override.
 
     Raises:

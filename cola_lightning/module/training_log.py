@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.nn.utils import get_total_norm
@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 
 from cola_lightning import layout
 from cola_lightning.module.arguments import MARK, class_path, is_recorded
-from cola_lightning.module.contract import TrainedModule
 from cola_lightning.module.state import data_facts
 from cola_lightning.module.step_loss import Late
+
+if TYPE_CHECKING:
+    from cola_lightning.module.module import COLAModule
 
 
 class TrainingLog:
@@ -25,7 +27,7 @@ class TrainingLog:
         module: the module.
     """
 
-    def __init__(self, trainer: Trainer, module: TrainedModule) -> None:
+    def __init__(self, trainer: Trainer, module: "COLAModule") -> None:
         self.module = module
         self._waiting: tuple[int, dict[str, float], Late | None] | None = None  # the present step's, if logged
         self.restart_clock()
@@ -41,7 +43,7 @@ class TrainingLog:
         every, step = trainer.log_every_n_steps, trainer.global_step  # counted from 0, as Lightning logs it
         if not trainer.loggers or not every or not ((step + 1) % every == 0 or trainer.should_stop):
             return
-        values, rate = {"link": float(self.module.link)}, optimizer.param_groups[0]["lr"]
+        values, rate = {"link": float(self.module.n_finished)}, optimizer.param_groups[0]["lr"]
         if rate is not None:  # Adafactor may choose its own
             values["lr"] = float(rate)
         if n_tokens := self.module.step_loss.n_tokens - self._n_before:  # of this process, whose others have about as many
@@ -60,7 +62,7 @@ class TrainingLog:
             logger.log_metrics(values | ({} if norm is None else {"grad_norm": norm.read()}), step=step)
 
 
-def configuration(trainer: Trainer, module: TrainedModule) -> dict[str, dict[str, Any]]:
+def configuration(trainer: Trainer, module: "COLAModule") -> dict[str, dict[str, Any]]:
     """The plain options of a fit: of model, data, chain and optimizer; no secret, and nothing that is not set."""
     arguments, optimizer = module.constructor_arguments, trainer.optimizers[0]
     data: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -5,13 +5,18 @@ Source: Lopez-Paz & Ranzato, "Gradient Episodic Memory" (arXiv 1706.08840), sect
 """
 
 import csv
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from scipy import stats
+
 from cola_lightning.study.comparison import BETTER
+from cola_lightning.study.table import CONFIDENCE
 from cola_lightning.writing import atomic_file
 
 if TYPE_CHECKING:
@@ -19,6 +24,70 @@ if TYPE_CHECKING:
 
 SHOWN = ("loss", "accuracy", "f1", "exact_match")  # the metrics that a matrix has, of those that a task logs
 SUMMARIES = ("forgetting", "backward transfer", "forward transfer")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference between two states of the model, which were measured on the same test rows.
+
+    Attributes:
+        value: the difference.
+        error: its standard error over the rows; None if the metric is no mean over rows, or if there is only one row.
+        freedom: the degrees of freedom of the error.
+    """
+
+    value: float
+    error: float | None = None
+    freedom: float = math.inf
+
+    @classmethod
+    def of(cls, value: float, ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> "Difference":
+        """The difference between two means, paired by row.
+
+        A mean is the sum of the rows' values over that of their weights. Of losses these are sums over a row's tokens and the
+        numbers of tokens, so the error is that of a ratio: a row counts by how far its values are from those that the
+        difference expects of its tokens.
+
+        Args:
+            value: the difference.
+            ours: the rows' values and weights.
+            theirs: those of the other state; the weights are the same.
+
+        Shape:
+            ``ours``, ``theirs``: 2 x rows.
+
+        Example:
+            >>> Difference.of(0.5, [[2.0, 4.0], [1, 1]], [[2.0, 3.0], [1, 1]])
+            Difference(value=0.5, error=0.5, freedom=1)
+
+        Source: Cochran, "Sampling Techniques" (3rd edition, 1977), section 2.11, for the error of a ratio.
+        """
+        (mine, weights), (others, _) = np.array(ours), np.array(theirs)
+        if len(weights) < 2:
+            return cls(value)
+        gaps = mine - others
+        rest = (gaps - gaps.sum() / weights.sum() * weights) / weights.mean()
+        return cls(value, float(stats.sem(rest)), len(rest) - 1)
+
+    @classmethod
+    def mean(cls, differences: Sequence["Difference"]) -> "Difference":
+        """The mean of the differences of several tasks, by Welch and Satterthwaite: their rows are independent."""
+        value = statistics.fmean(one.value for one in differences)
+        errors = [one.error for one in differences if one.error is not None]
+        if len(errors) < len(differences):
+            return cls(value)
+        variances = [(error**2, one.freedom) for error, one in zip(errors, differences, strict=True)]
+        total, rest = sum(one for one, _ in variances), sum(one**2 / freedom for one, freedom in variances)
+        return cls(value, math.sqrt(total) / len(differences), total**2 / rest if rest else math.inf)
+
+    @property
+    def margin(self) -> float | None:
+        """Half of the interval of 95 % by Student's t, over the rows; None without an error."""
+        return None if self.error is None else self.error * float(stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom))
+
+    def text(self, sign: str = "", separator: str = " ") -> str:
+        """The difference and half of its interval, unless all rows are equal: ``+0.1039 ± 0.053``."""
+        return f"{self.value:{sign}.4g}{f'{separator}± {self.margin:.2g}' if self.margin else ''}"
 
 
 @dataclass(frozen=True)
@@ -31,13 +100,17 @@ class Column:
         values: the metric of the base, and of the model after each stage.
         own: the place of the task's own stage among the values.
         kind: the classes of its model and data. Averages are over tasks of one kind: a loss of preferences is not one of texts.
+        rows: for each of the values, what each test row adds to it; empty if it is no mean over rows.
+
+    Shape:
+        ``rows``: states x 2 (values and weights) x rows.
 
     Example:
         >>> loss = Column("sft", "loss", [1.9, 1.2, 1.4], own=1)
-        >>> round(loss.forgetting, 6), round(loss.backward_transfer, 6), loss.forward_transfer
-        (0.2, 0.2, None)
-        >>> round(Column("sft", "accuracy", [0.5, 0.9, 0.7], own=1).forgetting, 6)
-        0.2
+        >>> loss.forgetting.text(), loss.backward_transfer.text(), loss.forward_transfer
+        ('0.2', '0.2', None)
+        >>> Column("sft", "accuracy", [0.5, 0.9, 0.7], own=1).forgetting.text()
+        '0.2'
     """
 
     task: str
@@ -45,6 +118,7 @@ class Column:
     values: Sequence[float]
     own: int
     kind: str = ""
+    rows: Sequence[Sequence[Sequence[float]]] = ()
 
     @property
     def is_lower_better(self) -> bool:
@@ -57,23 +131,29 @@ class Column:
         best = min(self.values) if self.is_lower_better else max(self.values)
         return [abs(value - best) for value in self.values]
 
+    def change(self, before: int, after: int) -> Difference:
+        """The metric of a state minus that of another one, by their places among the values."""
+        value = self.values[after] - self.values[before]
+        return Difference.of(value, self.rows[after], self.rows[before]) if self.rows else Difference(value)
+
     @property
-    def forgetting(self) -> float:
+    def forgetting(self) -> Difference:
         """How much worse the task is at the end than at its best."""
-        return self.losses[-1]
+        best, last = self.losses.index(0), len(self.values) - 1
+        return self.change(best, last) if self.is_lower_better else self.change(last, best)
 
     @property
-    def backward_transfer(self) -> float | None:
+    def backward_transfer(self) -> Difference | None:
         """The metric at the end minus that right after the task's own stage; None if no stage has followed."""
-        return None if self.own == len(self.values) - 1 else self.values[-1] - self.values[self.own]
+        return None if self.own == len(self.values) - 1 else self.change(self.own, len(self.values) - 1)
 
     @property
-    def forward_transfer(self) -> float | None:
+    def forward_transfer(self) -> Difference | None:
         """The metric right before the task's own stage minus that of the base; None if no stage came before."""
-        return None if self.own == 1 else self.values[self.own - 1] - self.values[0]
+        return None if self.own == 1 else self.change(0, self.own - 1)
 
     @property
-    def summaries(self) -> list[float | None]:
+    def summaries(self) -> list[Difference | None]:
         """The column's :data:`SUMMARIES`."""
         return [self.forgetting, self.backward_transfer, self.forward_transfer]
 
@@ -97,18 +177,26 @@ class Matrix:
         """The matrix of each task's tests.
 
         Args:
-            tests: by task, a row for each state of the model, with ``links``, ``stage`` and metrics such as ``test_loss``.
+            tests: by task, a row for each state of the model, with ``links``, ``stage``, metrics such as ``test_loss``, and
+                ``row_values``: by metric, what each test row adds.
             kinds: by task, what its metrics depend on.
         """
         rows = next(iter(tests.values()), [])
         stages = [row["stage"] for row in rows]
-        columns = [
-            Column(task, name.removeprefix("test_"), [row[name] for row in task_rows], stages.index(task), kinds[task])
-            for task, task_rows in tests.items()
-            for metric in SHOWN
-            for name in task_rows[0]
-            if name.partition("/")[0] == f"test_{metric}"
-        ]
+        columns = list[Column]()
+        for task, task_rows in tests.items():
+            for name in [name for metric in SHOWN for name in task_rows[0] if name.partition("/")[0] == f"test_{metric}"]:
+                values, of_rows = [row[name] for row in task_rows], [row["row_values"].get(name, ()) for row in task_rows]
+                columns.append(
+                    Column(
+                        task,
+                        name.removeprefix("test_"),
+                        values,
+                        stages.index(task),
+                        kinds[task],
+                        of_rows if all(of_rows) else (),
+                    )
+                )
         return cls(stages, [row["links"] for row in rows], columns)
 
     @property
@@ -118,21 +206,37 @@ class Matrix:
         for key in dict.fromkeys((column.kind, column.metric) for column in self.columns):
             columns = [column for column in self.columns if (column.kind, column.metric) == key]
             if len(columns) > 1:
-                tasks, end = ", ".join(column.task for column in columns), _mean([column.values[-1] for column in columns])
+                tasks, end = ", ".join(column.task for column in columns), statistics.fmean(c.values[-1] for c in columns)
                 earlier = [column for column in columns if column.backward_transfer is not None]  # which could be forgotten
-                means = [_mean([column.forgetting for column in earlier])]
-                means += [_mean([column.summaries[index] for column in columns], "+") for index in (1, 2)]
+                known = [[column.forgetting for column in earlier]]
+                known += [[one for column in columns if (one := column.summaries[index])] for index in (1, 2)]
+                means = [_text(Difference.mean(some) if some else None, "+" * (some is not known[0])) for some in known]
                 summaries = ", ".join(f"{name} {mean}" for name, mean in zip(SUMMARIES, means, strict=True))
-                lines.append(f"average {key[1]} of {tasks}: {end} at the end; {summaries}")
+                lines.append(f"average {key[1]} of {tasks}: {end:.4g} at the end; {summaries}")
         return lines
 
-    def write(self, path: Path) -> None:
-        """Writes the values as a CSV file, atomically: a row for each state of the model."""
-        with atomic_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    def write(self, folder: Path) -> None:
+        """Writes two CSV files, atomically.
+
+        ``matrix.csv`` has a row for each state of the model. ``summary.csv`` has forgetting and transfers, a row for each, with
+        the ends of their intervals.
+
+        Args:
+            folder: the files'.
+        """
+        with atomic_file(folder / "matrix.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["links", "stage", *(f"{column.task} {column.metric}" for column in self.columns)])
             for index, (links, stage) in enumerate(zip(self.links, self.stages, strict=True)):
                 writer.writerow([links, stage, *(column.values[index] for column in self.columns)])
+        with atomic_file(folder / "summary.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["task", "metric", "summary", "value", "low", "high"])
+            for column in self.columns:
+                for name, one in zip(SUMMARIES, column.summaries, strict=True):
+                    if one is not None:
+                        ends = ["", ""] if one.margin is None else [one.value - one.margin, one.value + one.margin]
+                        writer.writerow([column.task, column.metric, name, one.value, *ends])
 
     def on_screen(self) -> "Table":
         """The matrix as a table, with forgetting and transfers below it."""
@@ -148,7 +252,7 @@ class Matrix:
             values = [f"{column.values[index]:.4g}" for column in self.columns]
             table.add_row(escape(stage), *values, end_section=index == len(self.stages) - 1)
         for index, name in enumerate(SUMMARIES):
-            table.add_row(name, *(_number(column.summaries[index], "+" if index else "") for column in self.columns))
+            table.add_row(name, *(_text(column.summaries[index], "+" * (index > 0), "\n") for column in self.columns))
         return table
 
     def draw(self, path: Path) -> None:
@@ -185,10 +289,5 @@ def _with_arrow(column: Column) -> str:
     return f"{column.metric} {'↓' if column.is_lower_better else '↑'}"
 
 
-def _number(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.4g}"
-
-
-def _mean(values: Sequence[float | None], sign: str = "") -> str:
-    known = [value for value in values if value is not None]
-    return _number(statistics.fmean(known) if known else None, sign)
+def _text(difference: Difference | None, sign: str, separator: str = " ") -> str:
+    return "-" if difference is None else difference.text(sign, separator)

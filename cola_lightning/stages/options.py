@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from cola_lightning.chain.schedule import Knot
+from cola_lightning.errors import UserError
 
 
 @dataclass
@@ -17,6 +18,8 @@ class StagesOptions:
         knot: What happens between two stages. ``cola`` merges the last link, and a new one begins. ``half`` merges half of it;
             A and the rest of B go on. ``record`` only records it: one LoRA goes on over the stages. The optimizer and its
             schedule are new in each stage.
+        replay: Train this share of each earlier stage's training rows again in every later stage: 0.05, for example. It needs
+            the same classes of model and data: the rows of instructions cannot be replayed among preferences.
         max_forgetting: Exit with status 3 if any stage's test data is worse by more than this at the end than at its best, in
             one of its metrics: by 0.02 in the loss or in the accuracy, for example.
     """
@@ -24,7 +27,10 @@ class StagesOptions:
     config: str
     output: str
     knot: Knot = "cola"
+    replay: float | None = None
     max_forgetting: float | None = None
 
     def __post_init__(self) -> None:
         self.config, self.output = os.path.expanduser(self.config), os.path.expanduser(self.output)
+        if self.replay is not None and not 0 < self.replay <= 1:
+            raise UserError(f"replay: must be a share of the rows, above 0 and at most 1, got {self.replay}")

@@ -11,8 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from cola_lightning import layout
 from cola_lightning.chain.chain import number_of_links
 from cola_lightning.cli.training import COLACLI
+from cola_lightning.hf.transformers_module import RowValues
 from cola_lightning.module import COLAModule
 from cola_lightning.study.run import OPTIONS, RESULT, ChildWatch
 from cola_lightning.writing import atomic_file
@@ -25,14 +27,40 @@ class TestWatch(ChildWatch):
 
     Attributes:
         first_link: how many links the reference of preferences has, whatever the checkpoint's last run began from.
+        row_values: for each state that was tested, by metric, what each test row adds: values and weights.
     """
 
     first_link = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row_values: list[dict[str, list[list[float]]]] = []
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, COLAModule)
         pl_module.fit_progress.first_link = self.first_link
+        self.row_values.append({})
+
+    @override
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Collects the values of the batch's rows, of a ``test_step`` that returns them."""
+        suffix = f"/dataloader_idx_{dataloader_idx}" * (len(trainer.num_test_batches) > 1)
+        for name, rows in outputs.items() if isinstance(outputs, Mapping) else ():
+            if isinstance(rows, RowValues):
+                collected = self.row_values[-1].setdefault(f"test_{name}{suffix}", [[], []])
+                for numbers, of_batch in zip(collected, rows, strict=True):
+                    numbers += of_batch.tolist()
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Joins the rows of all processes."""
+        parts = layout.gather_objects(self.row_values[-1])
+        self.row_values[-1] = {
+            name: [[number for part in parts for number in part[name][place]] for place in (0, 1)] for name in parts[0]
+        }
 
 
 class StageTests(COLACLI):
@@ -79,7 +107,8 @@ def run(folder: str) -> int:
         words = ["test", *config, "--ckpt_path", options["checkpoint"], "--links", "all"]
         watch = TestWatch()
         with watch.listening():
-            result["rows"] = StageTests(words, watch, place, options["stages"], options["reference"]).tested
+            tested = StageTests(words, watch, place, options["stages"], options["reference"]).tested
+        result["rows"] = [row | {"row_values": values} for row, values in zip(tested, watch.row_values, strict=True)]
     else:
         fit_watch, last = ChildWatch(), place / LAST
         words = ["fit", *config, *(["--ckpt_path", str(last)] if last.exists() else [])]
@@ -97,4 +126,4 @@ def _write(folder: Path, result: dict[str, Any]) -> None:
         with result["checkpoint"].open("rb") as file:
             result["checkpoint"] = hashlib.file_digest(file, "sha256").hexdigest()
     with atomic_file(folder / RESULT) as partial:
-        partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        partial.write_text(json.dumps(result), encoding="utf-8")

@@ -20,6 +20,7 @@ from cola_lightning.errors import OutsideError, UserError, one_line
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.stages.matrix import SHOWN, Matrix
 from cola_lightning.stages.options import StagesOptions
+from cola_lightning.stages.replay import add_replay
 from cola_lightning.stages.run import CONFIG, LAST
 from cola_lightning.study.config import as_words, data_files, resolve_config
 from cola_lightning.study.methods import model_option
@@ -71,6 +72,8 @@ class Stages:
                         f"stages.{stage}: with --knot {options.knot}, all stages have one model.rank and model.alpha"
                     )
             before = sizes
+        if options.replay is not None:
+            add_replay(configs, options.replay)
         self.folder, self.max_forgetting = Path(options.output), options.max_forgetting
         self.stages = [Stage(name, self.folder / name, config, data_files(config)) for name, config in configs.items()]
 
@@ -88,7 +91,7 @@ class Stages:
         if not matrix.columns:
             log.warning("no matrix: no stage has tests that log %s", " or ".join(f"test_{name}" for name in SHOWN))
             return 0 if is_finished and self.max_forgetting is None else 1
-        matrix.write(self.folder / "matrix.csv")
+        matrix.write(self.folder)
         if find_spec("matplotlib"):
             matrix.draw(self.folder / "matrix.png")
         else:
@@ -101,12 +104,12 @@ class Stages:
 
     def _check_forgetting(self, matrix: Matrix) -> int:
         """Returns the exit status: 3 if a task was forgotten by more than the user allows."""
-        worst = max(matrix.columns, key=lambda column: column.forgetting, default=None)
-        if worst is None or self.max_forgetting is None or worst.forgetting <= self.max_forgetting:
+        worst = max(matrix.columns, key=lambda column: column.forgetting.value, default=None)
+        if worst is None or self.max_forgetting is None or worst.forgetting.value <= self.max_forgetting:
             return 0
         log.error(
             "max_forgetting: %s is worse by %.4g in %s than at its best, and %g is allowed",
-            *(worst.task, worst.forgetting, worst.metric, self.max_forgetting),
+            *(worst.task, worst.forgetting.value, worst.metric, self.max_forgetting),
         )
         return 3
 

@@ -3,19 +3,15 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from cola_lightning.chain.schedule import KNOT_OPTIONS, SIZES, START, UNTIL, ChainSchedule, RunLength
+from cola_lightning.chain.schedule import START, ChainSchedule, RunLength
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.config import LoRAConfig
 
 Config = Mapping[str, Any]
 
-SCHEDULE_OPTIONS = (*KNOT_OPTIONS, *SIZES)
-NO_CHAIN: dict[str, Any] = {f"chain.{name}": None for name in SCHEDULE_OPTIONS}
-NO_CHAIN |= {"chain.monitor": "val_loss", "chain.min_delta": 0.0, "chain.mode": "min", "chain.until": UNTIL}
-NO_CHAIN |= {"chain.knot": "cola", "chain.share": None}
 RULES: dict[str, Any] = {"trained_factors": "both", "kept_optimizer_state": 0}  # COLA's, from which the relatives differ
 
 
@@ -55,12 +51,17 @@ def method(name: str, config: Config) -> Method:
     return METHODS[kind](config, lambda: _equal_links(config, int(n_links)))
 
 
+def chain_options(**options: Any) -> dict[str, Any]:
+    """All options of a chain except its name, which replace the config's; those that are not given have their defaults."""
+    return {f"chain.{one.name}": options.get(one.name, one.default) for one in fields(ChainSchedule) if one.name != "name"}
+
+
 FindChain = Callable[[], tuple[list[int], dict[str, Any]]]
 
 
 def _lora(config: Config, chain: FindChain) -> Method:
     """One link over the whole run."""
-    return Method(1, _rank(config), NO_CHAIN | _without_rules(config))
+    return Method(1, _rank(config), chain_options() | _without_rules(config))
 
 
 def _cola(config: Config, chain: FindChain) -> Method:
@@ -77,13 +78,13 @@ def _lora_sum_rank(config: Config, chain: FindChain) -> Method:
         raise UserError("methods: lora-sum-rank takes no model.rank_pattern, model.alpha_pattern or model.scaling rslora")
     scaling = model_option(config, "alpha") / _rank(config)
     sizes = {"model.rank": sum(ranks), "model.alpha": scaling * sum(ranks)}
-    return Method(1, sum(ranks), NO_CHAIN | _without_rules(config) | sizes)
+    return Method(1, sum(ranks), chain_options() | _without_rules(config) | sizes)
 
 
 def _full(config: Config, chain: FindChain) -> Method:
     """Every parameter is trained, without links."""
     alone: dict[str, Any] = {"model.target_modules": None, "model.modules_to_save": [], "model.modules_to_save_lr": None}
-    return Method(0, None, NO_CHAIN | alone)
+    return Method(0, None, chain_options() | alone)
 
 
 def _rac(config: Config, chain: FindChain) -> Method:
@@ -111,8 +112,8 @@ def _same_A(share: float) -> Callable[[Config, FindChain], Method]:
 
     def same_A(config: Config, chain: FindChain) -> Method:
         ranks, options = chain()
-        knots = NO_CHAIN | {"chain.knots": len(ranks) - 1 or None} if options else {f"chain.{name}": None for name in SIZES}
-        half = {"chain.knot": "half", "chain.share": share}
+        half = {"chain.knot": "half", "chain.share": share, "chain.ranks": None, "chain.alphas": None}
+        knots = chain_options(knots=len(ranks) - 1 or None) if options else {}
         return Method(len(ranks), _rank(config), {**knots, **_without_rules(config), **half})
 
     return same_A
@@ -120,7 +121,7 @@ def _same_A(share: float) -> Callable[[Config, FindChain], Method]:
 
 def _asymmetric(config: Config, chain: FindChain) -> Method:
     """One link that trains only B; A stays as drawn."""
-    return Method(1, _rank(config), NO_CHAIN | _without_rules(config) | {"model.trained_factors": "B"})
+    return Method(1, _rank(config), chain_options() | _without_rules(config) | {"model.trained_factors": "B"})
 
 
 METHODS: dict[str, Callable[[Config, FindChain], Method]] = {
@@ -162,8 +163,7 @@ def _rank(config: Config) -> int:
 def _config_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]:
     """The ranks of the config's own chain; it needs no options."""
     chain = config["chain"]
-    options = {option: chain.get(option) for option in SCHEDULE_OPTIONS}
-    schedule = ChainSchedule(**options, until=chain.get("until", UNTIL))
+    schedule = ChainSchedule(**chain)
     if not schedule.has_knots:
         raise UserError(f"methods: {name!r} needs a config with knots. To set the number of links here, write {name}-4")
     epochs, steps = _length(config)
@@ -174,7 +174,7 @@ def _config_chain(name: str, config: Config) -> tuple[list[int], dict[str, Any]]
         return [max(schedule.ranks or [_rank(config)])], {}
     # In epochs of one step, both count the same.
     run = RunLength(lambda epoch: 1, float(epochs or math.inf), float(steps or math.inf))
-    n_links = schedule.knots + 1 if schedule.knots else len(schedule.links(START, run))
+    n_links = schedule.knots + 1 if schedule.knots else len(schedule.link_lengths(START, run))
     lora = LoRAConfig(rank=_rank(config))
     return [schedule.rank_and_alpha(link, lora)[0] for link in range(n_links)], {}
 
@@ -189,7 +189,7 @@ def _equal_links(config: Config, n_links: int) -> tuple[list[int], dict[str, Any
     if len({0, *knots, total}) <= n_links:
         raise UserError(f"methods: a run of {total} epochs (or steps) cannot have {n_links} links")
     ranks = [_rank(config)] * n_links
-    return ranks, NO_CHAIN | {"chain.at_steps" if steps else "chain.at_epochs": knots or None}
+    return ranks, chain_options(**{"at_steps" if steps else "at_epochs": knots or None})
 
 
 def _length(config: Config) -> tuple[int | None, int | None]:

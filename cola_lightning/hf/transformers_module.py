@@ -6,13 +6,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
+from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
 from cola_lightning.hf.host_values import HostValues
@@ -27,6 +28,23 @@ from cola_lightning.module.progress import trainer_of
 log = logging.getLogger(__name__)
 
 
+class RowValues(NamedTuple):
+    """What each row of a batch adds to a mean over rows or tokens: the mean is the sum of ``values`` over that of ``weights``.
+
+    A ``test_step`` that returns them by metric (``{"loss": ..., "accuracy": ...}``) has intervals in ``cola stages``.
+
+    Attributes:
+        values: of a row, the sum over its tokens.
+        weights: how many tokens each row has, or ones.
+
+    Shape:
+        ``values``, ``weights``: rows.
+    """
+
+    values: Tensor
+    weights: Tensor
+
+
 @dataclass(frozen=True)
 class StepOutput:
     """The result of a batch.
@@ -38,6 +56,7 @@ class StepOutput:
         targets: the correct predictions, in the same shape.
         scores: the scores of all labels, for metrics that need more than the predictions: rows x labels.
         logged: more values by name, one for each row; their means are logged under the name, in evaluation after ``val_``.
+        row_losses: what each row adds to ``loss``, in evaluation; None if the loss is no mean over rows or tokens.
     """
 
     loss: Tensor
@@ -46,13 +65,14 @@ class StepOutput:
     targets: Tensor | None = None
     scores: Tensor | None = None
     logged: Mapping[str, Tensor] = field(default_factory=dict)
+    row_losses: RowValues | None = None
 
 
 # By a metric's name: a function that creates it, and the arguments of its ``update``.
 BatchMetrics = dict[str, tuple[Callable[[], Metric], tuple[Any, ...]]]
 
 
-class LanguageModule(COLAModule, ABC):
+class TransformersModule(COLAModule, ABC):
     """A Hugging Face model that is fine-tuned with a chain of low-rank links.
 
     A subclass defines :meth:`step` and the class that loads its model.
@@ -108,7 +128,7 @@ class LanguageModule(COLAModule, ABC):
         self.new_weights: list[str] = []  # newly initialised weights of the base, once it is made
         self.random_modules: list[str] = []  # trained modules that begin with random values, until a fit has said so
         self.evaluation_metrics = nn.ModuleDict()  # by stage, name and dataloader, made when needed
-        self.has_trained_template = False  # whether the tokenizer's chat template is a checkpoint's, of data.chat_template
+        self.trained_template: str | None = None  # a checkpoint's chat template, which was that of data.chat_template
         self.host_values = HostValues()  # of the batch that was moved to the device last
 
     # ------------------------------------------------------------------ defined or overridden by a subclass
@@ -159,10 +179,8 @@ class LanguageModule(COLAModule, ABC):
         It is None for a model whose inputs are not text.
         """
         tokenizer = self.pretrained.tokenizer()
-        opened = self.opened_checkpoint
-        if opened is not None and "template" in opened.state.facts["prompt_format"]:  # of data.chat_template
-            tokenizer.chat_template = opened.state.facts["prompt_format"]["template"]
-            self.has_trained_template = True
+        if self.trained_template is not None:
+            tokenizer.chat_template = self.trained_template
         if self.pretrained.gguf_file is None:  # its configuration takes seconds; most use rotary positions, without a limit
             positions = getattr(self.pretrained.config(), "max_position_embeddings", None)
             tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
@@ -195,8 +213,15 @@ class LanguageModule(COLAModule, ABC):
         if frozen := [name for name in names if name not in trained]:
             what = "model: not in the files of %r, so it stays random, because model.modules_to_save does not name it: %s"
             log.warning(what, self.pretrained.name, ", ".join(frozen))
-        if self.opened_checkpoint is None and self.init_chain is None:
+        if self.init_chain is None:
             self.random_modules = trained
+
+    @override
+    def expect_state(
+        self, state: StoredState, links: int | str | None = None, scale: Mapping[int | str, float] | None = None
+    ) -> None:
+        super().expect_state(state, links, scale)
+        self.trained_template = state.facts["prompt_format"].get("template")
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -261,10 +286,15 @@ class LanguageModule(COLAModule, ABC):
         self._evaluate(batch, "val", batch_idx, dataloader_idx)
 
     @override
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "test", batch_idx, dataloader_idx)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, RowValues]:
+        output = self._evaluate(batch, "test", batch_idx, dataloader_idx)
+        rows = {"loss": output.row_losses}
+        if output.predictions is not None and output.targets is not None:
+            is_right = (output.predictions == output.targets).float()
+            rows["accuracy"] = RowValues(is_right, torch.ones_like(is_right))
+        return {name: values for name, values in rows.items() if values is not None}
 
-    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> None:
+    def _evaluate(self, batch: Any, stage: str, batch_idx: int, dataloader_idx: int) -> StepOutput:
         output = self.step(batch)
         self.log(f"{stage}_loss", output.loss, batch_size=output.size, prog_bar=True, sync_dist=True)
         means = {name: (Mean, (values,)) for name, values in output.logged.items()}
@@ -278,3 +308,4 @@ class LanguageModule(COLAModule, ABC):
             metric.update(*values)
             where = f"evaluation_metrics.{key}"
             self.log(f"{stage}_{name}", metric, batch_size=output.size, prog_bar=True, metric_attribute=where)
+        return output
