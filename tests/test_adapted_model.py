@@ -33,7 +33,7 @@ def new_optimizer(model):
 
 
 def train(model, links=3):
-    """The loop of docs/python.md, on the toy's batches."""
+    """The loop of examples/without_lightning.py, on the toy's batches."""
     for _ in range(links):
         train_link(model, new_optimizer(model))
         model.tie_knot()

