@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.progress import track
 
 from benchmarks.lines import Lines, show
-from tests.kills import KILLS, SETUPS, Outcome, run_kill, run_whole
+from tests.helpers.kills import KILLS, SETUPS, Outcome, run_kill, run_whole
 
 
 def run_all(folder: Path, output: Path) -> list[Outcome]:

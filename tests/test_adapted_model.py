@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from cola_lightning import AdaptedModel, Chain, LoRAConfig, UserError
-from tests.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
+from tests.helpers.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
 ARGUMENTS = {"target_modules": "all-linear", "rank": 2, "alpha": 4}
 modes = pytest.mark.parametrize("finished_links", ["merge", "stack"])

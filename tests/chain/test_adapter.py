@@ -1,0 +1,257 @@
+"""One link against peft's LoRA, the oracle that was not written here; and an ordinary adapter of peft's as a link."""
+
+import copy
+import json
+import math
+import sys
+
+import pytest
+import torch
+from peft import LoKrConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from cola_lightning import COLACausalLM, COLASequenceClassifier, LoRAConfig, UserError, inject_lora, lora_layers
+from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.chain.peft import read_adapter
+from tests.helpers import tiny
+from tests.helpers.toy import batches, difference, network, toy, trainer
+
+# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+# ---------------------------------------------------------------------- one link
+
+STEPPED = {"opt": ["q_proj", "v_proj"], "llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
+CONVOLUTIONS = {  # a network, its layers, and the shape of its images
+    "2d": (network, ["0", "2", "4"], (4, 2, 8, 8)),
+    "1d": (lambda: nn.Sequential(nn.Conv1d(3, 6, 3, padding="same"), nn.Flatten(1), nn.Linear(54, 5)), ["0", "2"], (4, 3, 9)),
+}
+
+
+@pytest.mark.parametrize("name", [*STEPPED, *CONVOLUTIONS])
+def test_one_link_equals_pefts_lora_for_50_steps(name, device):
+    torch.manual_seed(0)
+    build, targets, images = CONVOLUTIONS.get(name) or (tiny.config, STEPPED.get(name), None)
+    ours = (build() if images else AutoModelForCausalLM.from_config(build(name))).to(device)
+    options = {"target_modules": targets, "fan_in_fan_out": name == "gpt2", "lora_dropout": 0.0}
+    theirs = get_peft_model(copy.deepcopy(ours), LoraConfig(r=4, lora_alpha=8, **options))
+    assert inject_lora(ours, LoRAConfig(targets, rank=4, alpha=8)) == targets or not images
+    peft_modules = dict(theirs.base_model.model.named_modules())
+    with torch.no_grad():
+        for layer_name, layer in lora_layers(ours).items():
+            layer.lora_A.copy_(peft_modules[layer_name].lora_A["default"].weight.flatten(1))
+    for mine, other in tiny.losses_of_both(ours, theirs, 50, images):
+        assert mine == pytest.approx(other, abs=1e-6 if device == "cpu" else 1e-4)
+    assert any(layer.lora_B.any() for layer in lora_layers(ours).values())
+    merged = theirs.merge_and_unload()
+    for layer_name, layer in lora_layers(ours).items():
+        layer.finish()
+        tolerance = 1e-5 if device == "cpu" else 1e-3
+        torch.testing.assert_close(layer.weight, merged.get_submodule(layer_name).weight, rtol=1e-4, atol=tolerance)
+
+
+# ---------------------------------------------------------------------- an adapter as a link
+
+BASES = {"mlp": ["0", "2"], "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn", "attn.c_proj"], "opt": ["q_proj"]}
+
+
+def base_of(folder, architecture):
+    if architecture != "mlp":
+        return AutoModelForCausalLM.from_pretrained(tiny.folder(folder / "base", architecture))
+    return toy().merged_model(0)
+
+
+def with_adapter(base, folder, config=LoraConfig, **fields):
+    """Writes an adapter of peft's whose B are not zero, nor what else it holds."""
+    model = get_peft_model(base, config(**fields))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".lora_A." not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+def lora(folder, architecture, config=LoraConfig, **fields):
+    fields = {"r": 3, "lora_alpha": 7, "target_modules": BASES[architecture]} | fields
+    fields |= {"fan_in_fan_out": True} if architecture == "gpt2" else {}
+    return with_adapter(base_of(folder, architecture), folder / "peft", config, **fields).eval()
+
+
+def module_from(folder, architecture, **arguments):
+    """A module that begins with the adapter."""
+    options = {"target_modules": BASES[architecture], "rank": 2, "seed": 0, "init_chain": str(folder / "peft")}
+    return COLACausalLM(str(folder / "base"), **options | arguments)
+
+
+def edit(folder, **fields):
+    """Changes an adapter's configuration."""
+    path = folder / "peft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_tensors(folder, edited):
+    path = folder / "peft" / "adapter_model.safetensors"
+    save_file(edited(load_file(path)), path)
+
+
+EXPRESSION = r"^model\.layers\.[1-9]\..*q_proj"  # for layers that are to be of other ranks and alphas than the rest
+PATTERNS = {"rank_pattern": {"v_proj": 5, EXPRESSION: 2}, "alpha_pattern": {EXPRESSION: 5, "v_proj": 6}}
+KINDS = {
+    "plain": ("llama", {}),
+    "all of it": ("llama", {"use_rslora": True, "lora_dropout": 0.3} | PATTERNS),
+    "transposed": ("gpt2", {"rank_pattern": {"attn.c_proj": 5}, "alpha_pattern": {r"h\.1\.attn\.c_(attn|proj)": 5}}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_that_begins_with_an_adapter_gives_pefts_logits_and_goes_on(tmp_path, kind):
+    architecture, fields = KINDS[kind]
+    model = lora(tmp_path, architecture, **fields)
+    (link,) = read_adapter(tmp_path / "peft").links
+    layers = {name: part for name, part in model.base_model.model.named_modules() if hasattr(part, "get_delta_weight")}
+    assert sorted(link.factors) == sorted(layers)
+    for name, part in layers.items():
+        delta = part.get_delta_weight("default")
+        assert difference(link.delta(name), delta.T if part.fan_in_fan_out else delta) <= 1e-6
+    largest = 5 if "rank_pattern" in fields else 3
+    assert {A.shape[0] for A, _ in link.factors.values()} == {B.shape[1] for _, B in link.factors.values()} == {largest}
+    assert (link.rank, link.own_values, link.index, link.extras) == (largest, {}, 0, {})
+
+    expected, module = tiny.logits(model), module_from(tmp_path, architecture)
+    assert difference(tiny.logits(module.merged_model(0)), expected) > 1e-2
+    assert difference(tiny.logits(module.model), expected) <= 1e-5
+    module.tie_knot()
+    ids = torch.randint(2, 400, (2, 6))
+    run = trainer(tmp_path, chain={"every_n_train_steps": 1}, max_steps=2, limit_val_batches=0)
+    data = DataLoader([{"input_ids": ids, "labels": ids}] * 2, batch_size=None)
+    run.fit(module, data, data)
+    assert [link.rank for link in module.full_chain().links] == [largest, 2, 2, 2]
+    assert module.live_link().norm() > 0
+    assert difference(tiny.logits(module.model), tiny.logits(module.merged_model())) <= 1e-5
+
+
+def test_factors_in_half_precision_are_scaled_in_float32_as_peft_does(tmp_path):
+    lora(tmp_path, "llama", lora_alpha=10)
+    edit_tensors(tmp_path, lambda values: {name: value.bfloat16() for name, value in values.items()})
+    model = PeftModel.from_pretrained(base_of(tmp_path, "llama"), tmp_path / "peft")
+    assert difference(tiny.logits(module_from(tmp_path, "llama").model), tiny.logits(model)) <= 1e-5
+
+
+def test_a_plain_module_begins_with_an_adapter_too_and_leaves_with_it(tmp_path, monkeypatch):
+    model = lora(tmp_path, "mlp", use_rslora=True, rank_pattern={"2": 5})
+    module = toy(init_chain=str(tmp_path / "peft"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)  # which nothing needs to read one
+        module.configure_model()
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(module.model(x), model(x), rtol=0, atol=1e-5)
+    trainer(tmp_path, max_steps=2).fit(module, batches())
+    module.export(tmp_path / "again", "peft")
+    again = PeftModel.from_pretrained(toy().merged_model(0), tmp_path / "again")
+    torch.testing.assert_close(again(x), module.model.eval()(x), rtol=0, atol=1e-5)
+    assert [link.rank for link in read_chain(tmp_path / "again").links] == [5, 2]
+
+
+def test_an_exported_chain_goes_on_here_with_its_first_links_and_in_peft_as_one(tmp_path):
+    name = tiny.folder(tmp_path / "base", "bert", "AutoModel")
+    options = {"target_modules": ["query"], "rank": 4, "num_labels": 3, "seed": 0}
+    module = tiny.three_links(COLASequenceClassifier(name, **options))
+    module.export(tmp_path / "peft", "peft")
+    begun = COLASequenceClassifier(name, init_chain=str(tmp_path / "peft"), **options)
+    assert difference(tiny.logits(begun.model), tiny.logits(module.model)) <= 1e-5
+    begun = COLASequenceClassifier(name, init_chain=str(tmp_path / "peft"), init_links=1, **options)
+    expected = module.merged_model(1)
+    expected.load_state_dict({name: begun.model.state_dict()[name] for name in begun.adapted.trained.copies()}, strict=False)
+    assert difference(tiny.logits(begun.model), tiny.logits(expected)) <= 1e-5
+    model = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft", is_trainable=True)
+    model.save_pretrained(tmp_path / "on")
+    (link,) = read_chain(tmp_path / "on").links
+    assert link.rank == 9
+
+
+# ---------------------------------------------------------------------- what else an adapter holds
+
+
+def test_a_head_comes_along(tmp_path):
+    name = tiny.folder(tmp_path / "base", "roberta", "AutoModel")
+    base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=3)
+    fields = {"task_type": "SEQ_CLS", "r": 3, "target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+    model = with_adapter(base, tmp_path / "peft", **fields)
+    module = COLASequenceClassifier(name, num_labels=3, target_modules=["query", "value"], init_chain=str(tmp_path / "peft"))
+    assert difference(tiny.logits(module.model), tiny.logits(model)) <= 1e-5
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def times(factor, part):
+    return lambda folder: edit_tensors(
+        folder, lambda values: {name: value * factor if part in name else value for name, value in values.items()}
+    )
+
+
+def without(part):
+    return lambda folder: edit_tensors(folder, lambda values: {name: values[name] for name in values if part not in name})
+
+
+REFUSED = {
+    "another type": (lambda folder: lora_of(folder, LoKrConfig), "peft_type 'LOKR'"),
+    "more than a LoRA": (lambda folder: lora_of(folder, use_dora=True), "use_dora True"),
+    "an embedding": (lambda folder: lora_of(folder, target_modules=["embed_tokens"]), r"'model\.embed_tokens\.lora_emb"),
+    "a field of a later peft": (lambda folder: edit(folder, use_something={"a": 1}), "use_something "),
+    "a factor alone": (without("layers.0.self_attn.q_proj.lora_B"), r"q_proj\.lora_B"),
+    "no tensors": (lambda folder: (folder / "peft" / "adapter_model.safetensors").unlink(), "No such file"),
+}
+
+
+def lora_of(folder, config=LoraConfig, target_modules=("q_proj",), **fields):
+    with_adapter(base_of(folder, "llama"), folder / "peft", config, target_modules=list(target_modules), **fields)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_no_whole_ordinary_lora_is_named_in_one_line(tmp_path, reason):
+    lora(tmp_path, "llama")
+    edit(tmp_path, use_something=None)  # a field that is not set is no matter
+    assert len(read_adapter(tmp_path / "peft")) == 1
+    spoil, message = REFUSED[reason]
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=rf"^adapter: .*{message}.*$"):
+        read_adapter(tmp_path / "peft")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda folder: edit(folder, lora_alpha=math.nan), "q_proj"),
+        (times(math.inf, "v_proj"), "v_proj"),
+        (times(math.nan, "lm_head"), "lm_head"),
+    ],
+    ids=["alpha", "a factor", "a head"],
+)
+def test_an_adapter_or_chain_with_values_that_are_not_finite_is_refused(tmp_path, spoil, named):
+    lora(tmp_path, "llama", modules_to_save=["lm_head"])
+    spoil(tmp_path)
+    read_adapter(tmp_path / "peft").save(tmp_path / "chain")
+    for folder in ("peft", "chain"):
+        with pytest.raises(UserError, match=rf"^model\.init_chain: .*{folder}.* NaN or infinite.*{named}"):
+            read_chain(tmp_path / folder, field="model.init_chain")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields", "message"),
+    [
+        ({"target_modules": ["q_proj"]}, {}, "layers of the chain, .*'model.*v_proj'"),
+        ({}, {"modules_to_save": ["lm_head"]}, r"model\.init_chain: .*'lm_head.*\(model\.modules_to_save\)"),
+    ],
+    ids=["fewer layers", "a head"],
+)
+def test_an_adapter_that_does_not_fit_a_module_is_refused(tmp_path, arguments, fields, message):
+    lora(tmp_path, "llama", **fields)
+    with pytest.raises(UserError, match=message):
+        module_from(tmp_path, "llama", **arguments).configure_model()

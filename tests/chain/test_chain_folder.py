@@ -1,0 +1,81 @@
+"""A chain as a folder: what is in it, and that later releases keep reading it. ``test_damage.py``: a damaged one."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from cola_lightning import Chain, Link, UserError
+from cola_lightning.chain import BaseIdentity
+from cola_lightning.chain.chain import VERSION
+from cola_lightning.chain.checkpoint import read_chain
+from tests.helpers.make_fixture import FIXTURES, Fixed, Trained, inputs
+from tests.helpers.toy import assert_same_chain
+
+
+def make_link(index, rank, names=("a.b", "c"), **facts):
+    factors = {name: (torch.randn(rank, 4), torch.randn(3, rank)) for name in names}
+    return Link(index, rank, 2.0 * rank, 10 * index, 10 * index + 10, factors, **facts)
+
+
+@pytest.mark.parametrize("names", [("a.b", "c"), ("extras.0", "0.extras", "0")], ids=str)
+def test_a_folder_gives_the_chain_back_to_the_bit(tmp_path, names):
+    extras = {"lora_A.head": torch.randn(2, 2), "count": torch.tensor(3)}
+    base = BaseIdentity("a model", "f" * 64, ["float32"], {"a.b": 1.5, "c": 2.0}, labels=["no", "yes"])
+    links = [make_link(0, 3, names), make_link(1, 1, names, extras=extras, metrics={"val_loss": 0.1})]
+    for length in (2, 0):
+        chain = Chain(links[:length], base)
+        chain.save(tmp_path / "a" / f"chain-{length}")
+        assert_same_chain(Chain.load(tmp_path / "a" / f"chain-{length}"), chain)
+
+
+def test_the_two_files_can_be_read_without_this_package(tmp_path):
+    facts = {"extras": {"head": torch.ones(1)}, "metrics": {"val_loss": 0.5, "broken": math.nan}}
+    Chain([make_link(0, 2, **facts)], BaseIdentity("a model")).save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chain.json", "chain.safetensors"]
+    with safe_open(tmp_path / "chain.safetensors", "pt") as file:
+        names = sorted(file.keys())
+    assert names == ["0.a.b.lora_A", "0.a.b.lora_B", "0.c.lora_A", "0.c.lora_B", "0.extras.head"]
+    description = json.loads((tmp_path / "chain.json").read_text(), parse_constant=pytest.fail)
+    assert description["format_version"] == VERSION
+    assert description["targets"] == ["a.b", "c"]
+    link = {"index": 0, "rank": 2, "alpha": 4.0, "start_step": 0, "end_step": 10, "layers": 2}
+    assert description["links"] == [link | {"metrics": {"val_loss": 0.5, "broken": None}}]
+    assert math.isnan(Chain.load(tmp_path).links[0].metrics["broken"])
+
+
+# ---------------------------------------------------------------------- formats: what is in the fixtures is never written again
+
+
+def expected_logits(name, links):
+    return torch.tensor(json.loads((FIXTURES / f"{name}.logits.json").read_text())[links])
+
+
+@pytest.mark.parametrize("version", [1])
+@pytest.mark.parametrize("links", range(4))
+def test_a_chain_and_a_checkpoint_of_any_format_give_the_logits_that_they_gave(links, version):
+    options = {"target_modules": ["0", "2"], "modules_to_save": ["4"], "rank": 3, "alpha": 6, "seed": 0}
+    module = Fixed(**options, init_chain=str(FIXTURES / f"chain-{version}"), init_links=links)
+    torch.testing.assert_close(module.model(inputs()), expected_logits(f"chain-{version}", links), rtol=1e-5, atol=1e-6)
+    assert [link.rank for link in module.chain.links] == [3, 1, 2][:links]
+    loaded = Trained.load_from_checkpoint(FIXTURES / f"checkpoint-{version}.ckpt", links=links)
+    expected = expected_logits(f"checkpoint-{version}", links)
+    torch.testing.assert_close(loaded.merged_model()(inputs()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_of_the_first_format_is_the_chain_that_it_was():
+    chain, adapter = (read_chain(FIXTURES / f"{kind}-1") for kind in ("chain", "adapter"))
+    assert adapter.is_beginning_of(chain)
+    assert len(adapter) == len(chain)
+    assert adapter.links[-1].extras.keys() == chain.links[-1].extras.keys()
+    assert all(torch.equal(value, chain.links[-1].extras[name]) for name, value in adapter.links[-1].extras.items())
+
+
+def test_a_later_version_is_refused(tmp_path):
+    Chain([make_link(0, 2)], BaseIdentity("a")).save(tmp_path)
+    path = tmp_path / "chain.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": VERSION + 1}))
+    with pytest.raises(UserError, match=r"^chain: .* has 2"):
+        Chain.load(tmp_path)

@@ -1,0 +1,420 @@
+"""The command line as a user meets it: what it writes, what it says, and its exit status. Mistakes: test_refusals.py."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, example, given, settings, strategies
+
+from cola_lightning.chain.checkpoint import StoredState
+from cola_lightning.cli import main
+from cola_lightning.errors import causes
+from cola_lightning.study.config import resolve_config
+from tests.helpers import forked, tiny
+from tests.helpers.toy import DIGITS, FAST, LAST, read_csv, wait_for
+
+pytestmark = [
+    # Lightning's advice about folders that are used again.
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(".")
+
+
+def run(*words):
+    return main(list(words))
+
+
+def fit(*words):
+    return run("fit", "--config", DIGITS, *FAST, *words)
+
+
+def messages(capfd, start):
+    """The rest of the one line that begins so."""
+    (line,) = [line.removeprefix(start) for line in capfd.readouterr().out.splitlines() if line.startswith(start)]
+    return line
+
+
+def state_of(checkpoint):
+    return torch.load(checkpoint, weights_only=True)
+
+
+def checkpoint_of(version):
+    return ["--config", f"runs/version_{version}/config.yaml", "--ckpt_path", f"runs/version_{version}/checkpoints/last.ckpt"]
+
+
+# ---------------------------------------------------------------------- a run and what follows it
+
+
+def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(capfd):
+    assert fit() == 0
+    output = capfd.readouterr().out
+    assert "  model: link 0 of rank 1 and alpha 1 on 3 of 3 linear layers\n" in output
+    assert "  parameters: 330 of 9,300 are trained (3.55%)\n" in output
+    assert "  resume: exact, from every checkpoint\n  checkpoints: runs/version_0/checkpoints\n" in output
+    assert "link 0 finished: steps 0 to 9, rank 1, update norm" in output
+    command = next(line for line in output.splitlines() if line.startswith("use it: cola "))
+    assert run(*command.partition(" (")[0].split()[3:]) == 0
+    assert "test_accuracy" in capfd.readouterr().out
+    assert "test_accuracy" in Path("runs/version_0/test/version_0/metrics.csv").read_text()
+    header = Path("runs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train_loss", "val_loss", "val_accuracy", "link", "link_update_norm"} <= set(header)
+    assert run("validate", *checkpoint_of(0)) == 0
+    assert "no --ckpt_path" not in capfd.readouterr().out
+    assert run("validate", *checkpoint_of(0)[:2]) == 0
+    assert "validate: no --ckpt_path given; using the base" in capfd.readouterr().out
+    assert run("predict", *checkpoint_of(0)) == 0
+    (path,) = Path("runs/version_0").rglob("predictions.jsonl")
+    rows = tiny.read_rows(path)
+    assert [row["index"] for row in rows] == list(range(270))
+    assert {tuple(row) for row in rows} == {("index", "prediction", "target")}
+    assert {row["target"] for row in rows} == {5, 6, 7, 8, 9}
+
+
+def test_the_newest_run_is_resumed_and_its_configuration_holds_no_checkpoint_of_the_run_before(capfd):
+    further = ["--ckpt_path", "last", "--trainer.max_epochs", "4"]
+    assert [fit(), fit("--model.rank", "2", "--trainer.max_epochs", "1"), fit(*further)] == [0, 0, 0]
+    assert f"ckpt_path: {Path(LAST).absolute()}" in capfd.readouterr().out  # the newest of all is of another model
+    resumed = checkpoint_of(2)
+    assert state_of(resumed[-1])["global_step"] == 36
+    assert len(StoredState.of(state_of(resumed[-1])["state_dict"]).chain) == 3
+    saved = yaml.safe_load(Path(resumed[1]).read_text())
+    assert saved["ckpt_path"] is saved["links"] is None
+    assert fit(*further) == 2
+    expected = f"error: ckpt_path: {resumed[-1]} is a finished run (step 36, epoch 4), so nothing is left to train. Raise "
+    assert capfd.readouterr().err.splitlines()[-1].startswith(expected)
+    assert not Path("runs/version_3").exists()
+
+
+def test_whoever_reads_a_run_that_was_continued_elsewhere_is_told(capfd):
+    assert fit("--trainer.max_epochs", "1") == 0
+    assert fit("--ckpt_path", "runs/version_0") == 0
+    shutil.copytree("runs/version_0", "moved")
+    newer = Path("runs/version_1/checkpoints/last.ckpt").absolute()
+    for path in ("runs/version_0", "moved/checkpoints/last.ckpt"):
+        capfd.readouterr()
+        assert run("export", path, "--format", "chain", "--output", path.replace("/", "-")) == 0
+        assert f"last.ckpt: its run was continued in {newer}" in capfd.readouterr().out
+        assert run("inspect", path, "--json") == 0
+        out, err = capfd.readouterr()
+        assert f"last.ckpt: its run was continued in {newer}" in err
+        assert len(json.loads(out)) == 1
+    assert run("inspect", "runs/version_1") == 0
+    assert "continued" not in capfd.readouterr().err
+    assert str(Path(LAST).absolute()) in Path("runs/version_1/checkpoints/last.continues.txt").read_text()
+
+
+def test_a_run_goes_on_in_its_own_folder_or_from_one_that_cannot_be_written_to(capfd):
+    assert fit("--trainer.max_epochs", "1") == 0
+    notes = Path("runs/version_0/checkpoints/last.continued.txt")
+    notes.mkdir()  # in the place of the file
+    assert fit("--ckpt_path", "runs/version_0") == 0
+    assert f"cannot note in {notes.absolute()}" in capfd.readouterr().out
+    notes.rmdir()
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": ".", "name": "runs", "version": 0}}
+    notes.write_text("elsewhere")
+    assert fit("--ckpt_path", "runs/version_0", "--trainer.logger", json.dumps(logger)) == 0
+    capfd.readouterr()
+    assert run("inspect", "runs/version_0") == 0
+    assert "continued" not in capfd.readouterr().err
+
+
+def test_last_says_which_run_it_takes_and_that_a_newer_one_has_no_checkpoint(capfd):
+    assert [fit(), run("test", "--config", DIGITS, *FAST), fit(), fit("--model.rank", "2")] == [0] * 4
+    for version in (2, 3):  # as runs that were killed before their first checkpoint; version 1 is the test of the base
+        shutil.rmtree(f"runs/version_{version}/checkpoints")
+    capfd.readouterr()
+    assert fit("--ckpt_path", "last", "--trainer.max_epochs", "4") == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("ckpt_path: ")]
+    assert lines == [
+        f"ckpt_path: the newer run {Path('runs/version_2').absolute()} has no checkpoint",
+        f"ckpt_path: {Path(LAST).absolute()}",
+    ]
+
+
+@pytest.mark.parametrize("words", [["--model.init_chain", "nowhere"], ["--chain.ranks", "[99]"]], ids=["early", "late"])
+def test_a_refused_command_removes_only_the_folders_that_it_made(tmp_path, monkeypatch, words):
+    (here := tmp_path / "new" / "work").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for root in ([], ["--trainer.default_root_dir", "root/of/runs"]):
+        assert main(["fit", "--config", DIGITS, *words, *root]) == 2
+        assert list((tmp_path / "new").rglob("*")) == [here]
+
+
+def test_one_process_of_a_launcher_logs(monkeypatch, capfd):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert fit("--trainer.max_epochs", "1") == 0
+    assert "are trained" not in capfd.readouterr().out
+
+
+def test_a_failure_in_an_environment_below_a_folder_named_lightning_has_its_traceback(tmp_path):
+    """Only Lightning's own refusals are one line."""
+    folder = tmp_path / "lightning" / "site-packages"
+    folder.mkdir(parents=True)
+    (folder / "other_library.py").write_text(
+        "from benchmarks.digits_model import COLADigits\n\nclass Failing(COLADigits):\n    def setup(self, stage):\n"
+        "        raise ValueError('a bug of this library')\n"
+    )
+    program = f"""
+import sys
+sys.path.append({str(folder)!r})
+from cola_lightning.cli import main
+sys.exit(main(["fit", "--config", {DIGITS!r}, "--model", "other_library.Failing"]))
+"""
+    done = forked.run("-c", program, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" in done.stderr
+
+
+def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(capfd):
+    Path("hpmod.py").write_text(
+        "from benchmarks.digits_model import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
+        "        super().__init__(**chain)\n        self.save_hyperparameters(ignore=['optimizer'])\n"
+    )
+    further = ["--ckpt_path", LAST, "--trainer.max_epochs", "4", "--model.optimizer.lr", "0.9", "--model.dropout", "0.3"]
+    assert [fit("--model", "hpmod.Saving"), fit("--model", "hpmod.Saving", *further)] == [0, 0]
+    assert "model.optimizer: continuing with lr 0.02 -> 0.9" in capfd.readouterr().out
+    assert yaml.safe_load(Path("runs/version_1/config.yaml").read_text())["model"]["init_args"]["dropout"] == 0.3
+
+
+def test_a_run_in_the_users_home_is_in_one_folder_in_which_last_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    given = ["--trainer.logger+=CSVLogger", "--trainer.logger.save_dir=~/x", "--trainer.logger.name="]
+    assert fit(*given) == 0
+    files = {path.name: path for path in Path().rglob("*.*") if path.is_file()}
+    folder = files["last.ckpt"].parent.parent
+    assert folder.is_relative_to("home/x")
+    assert {name for name, path in files.items() if path.is_relative_to(folder)} == set(files)
+    assert run("test", "--config", DIGITS, *FAST, *given, "--ckpt_path", "last") == 0
+
+
+def logged(version, name):
+    rows = read_csv(f"runs/version_{version}/metrics.csv")
+    return {int(row["step"]): float(row[name]) for row in rows if row[name]}
+
+
+def test_a_short_fit_is_logged_ten_times_and_validates_at_its_end_and_resumes_exactly(capfd):
+    short = ["--trainer.log_every_n_steps", "null", "--chain.every_n_epochs", "null", "--trainer.max_epochs", "-1"]
+    assert fit(*short, "--trainer.max_steps", "12") == 0  # nine are an epoch
+    assert list(logged(0, "train_loss")) == list(range(12))
+    assert list(logged(0, "val_loss")) == [8, 11]
+    capfd.readouterr()
+    assert run("inspect", LAST, "--json") == 0
+    assert json.loads(capfd.readouterr().out)[0]["metrics"]["val_loss"] == pytest.approx(logged(0, "val_loss")[11])
+    assert fit(*short, "--trainer.max_steps", "15", "--ckpt_path", LAST) == 0
+    assert fit(*short, "--trainer.max_steps", "15") == 0
+    resumed, whole = (state_of(checkpoint_of(version)[-1])["state_dict"] for version in (1, 2))
+    assert logged(1, "val_loss")[14] == logged(2, "val_loss")[14]
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items() if "lora_" in name)
+
+
+def test_the_last_validation_is_not_made_twice_nor_left_out_by_epochs_without_one():
+    assert fit("--trainer.check_val_every_n_epoch", "2", "--trainer.log_every_n_steps", "5") == 0
+    assert list(logged(0, "val_loss")) == [17, 26]
+    assert list(logged(0, "train_loss")) == [4, 9, 14, 19, 24, 26]
+    assert fit() == 0
+    assert list(logged(1, "val_loss")) == [8, 17, 26]
+
+
+def test_without_a_logger_everything_goes_to_the_root_folder():
+    arguments = ["--trainer.logger", "false", "--trainer.default_root_dir", "out"]
+    assert fit(*arguments) == 0
+    before = Path("out/config.yaml").read_text()
+    assert run("predict", "--config", DIGITS, *arguments) == 0
+    assert Path("out/predictions.jsonl").exists()
+    assert run("test", "--config", "out/config.yaml", "--ckpt_path", "out/checkpoints/last.ckpt", "--links", "1") == 0
+    assert Path("out/config.yaml").read_text() == before
+    assert fit(*arguments, "--model.alpha", "3") == 0
+    assert Path("out/config.yaml").read_text() != before
+
+
+SHARED = """
+import uuid
+
+from lightning.pytorch.loggers.logger import DummyLogger
+
+
+class Shared(DummyLogger):  # as WandbLogger: one save_dir for all runs, and a version that is known once the experiment is
+    name = "project"
+    version = save_dir = None
+
+    def __init__(self, save_dir: str):
+        super().__init__()
+        self.save_dir = save_dir
+
+    @property
+    def experiment(self):
+        self.version = self.version or uuid.uuid4().hex
+        return super().experiment
+"""
+
+
+def test_runs_of_a_logger_that_gives_all_one_folder_keep_their_own_configuration(capfd):
+    Path("shared.py").write_text(SHARED)
+    logger = ["--trainer.logger=shared.Shared", "--trainer.logger.save_dir=all"]
+    logger += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=best"]
+    folders = []
+    for rank in ("1", "2"):
+        assert fit(*logger, "--model.rank", rank, "--chain.ranks", "null") == 0
+        command = messages(capfd, "use it: cola ").partition(" (")[0].split()
+        folders.append(Path(command[command.index("--config") + 1]).parent)
+        assert yaml.safe_load((folders[-1] / "config.yaml").read_text())["model"]["init_args"]["rank"] == int(rank)
+        assert (folders[-1] / "checkpoints" / "last.ckpt").is_file()
+        assert run(*command) == 0  # each run's own configuration fits its checkpoint
+    assert {folder.parent for folder in folders} == {Path("all/project")}
+    capfd.readouterr()
+    assert run("test", "--config", str(folders[1] / "config.yaml"), "--ckpt_path", "last") == 0
+    assert messages(capfd, "ckpt_path: ") == str(folders[1] / "checkpoints" / "last.ckpt")
+
+
+def test_a_fit_that_goes_on_in_its_own_folder_and_a_test_there_keep_the_metrics_so_far():
+    """As the runs of a study, whose logger writes into the run's folder itself."""
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "mine", "name": "", "version": ""}}
+    assert fit("--trainer.logger", json.dumps(logger)) == 0
+    of_fit = read_csv("mine/metrics.csv")
+    again = ["--config", "mine/config.yaml", "--ckpt_path", "mine"]
+    assert run("fit", *again, "--trainer.max_epochs", "4") == 0
+    assert run("test", *again) == 0
+    rows = [{name: value for name, value in row.items() if value} for row in read_csv("mine/metrics.csv")]
+    assert rows[: len(of_fit)] == [{name: value for name, value in row.items() if value} for row in of_fit]
+    assert {int(row["step"]) for row in rows if "val_loss" in row} == {8, 17, 26, 35}
+    assert "test_accuracy" in rows[-1]
+
+
+def test_a_fast_dev_run_writes_nothing():
+    Path("predictions.jsonl").write_text("mine\n")
+    for subcommand in ("fit", "predict"):
+        assert run(subcommand, "--config", DIGITS, "--trainer.fast_dev_run", "true") == 0
+    assert [path.read_text() for path in Path().rglob("*.*")] == ["mine\n"]
+
+
+# ---------------------------------------------------------------------- how options are read
+
+
+@example(["a\nb: \u2713", "null", "[x]"])
+@example(["{question}", "- a", ""])
+@given(
+    strategies.lists(strategies.text(strategies.characters(codec="utf-8", exclude_categories=["Cc"])), min_size=3, max_size=3)
+)
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_text_is_read_as_it_is_written_and_not_as_yaml(texts):
+    words = [f"--model.model_name={texts[0]}", "--data=TemplateDataModule", "--data.source=x", f"--data.label={texts[2]}"]
+    words += [f"--data.prompt={texts[1]}"] if texts[1].startswith("-") else ["--data.prompt", texts[1]]
+    config = resolve_config(words)
+    read = (
+        config["model"]["init_args"]["model_name"],
+        config["data"]["init_args"]["prompt"],
+        config["data"]["init_args"]["label"],
+    )
+    assert list(read) == texts
+
+
+def test_what_is_no_text_is_read_as_yaml():
+    words = ["--model.model_name=5", "--model.rank=2", "--model.target_modules=[a, 'b']", "--model.revision=null"]
+    words += ["--model.init_chain", "a: b", "--model.optimizer.lr", "1e-2", "--data.source=[x, y]", "--data.train_size=0.5"]
+    config = resolve_config(words)
+    assert config["model"]["class_path"] == "cola_lightning.COLACausalLM"
+    assert config["data"]["class_path"] == "cola_lightning.TextDataModule"
+    expected = {"model_name": "5", "rank": 2, "target_modules": ["a", "b"], "revision": None, "init_chain": "a: b"}
+    assert config["model"]["init_args"].items() >= expected.items()
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
+    assert (config["data"]["init_args"]["source"], config["data"]["init_args"]["train_size"]) == (["x", "y"], 0.5)
+
+
+def test_a_class_has_its_own_defaults_and_not_those_of_the_class_where_none_is_named():
+    Path("task.yaml").write_text("data: {class_path: PromptDataModule, init_args: {task: RTE}}\n")
+    for words in (["--config", "task.yaml"], ["-c", "task.yaml"], ["--data=PromptDataModule", "--data.task", "RTE"]):
+        data = resolve_config(words)["data"]["init_args"]
+        assert (data["max_length"], data["length_grouped"], data["test_split"]) == (2048, False, "validation")
+
+
+@pytest.mark.parametrize(("limit", "epochs"), [("", 3), ("max_time=00:00:00:01", None)])
+def test_a_fit_without_a_limit_is_of_three_epochs(limit, epochs):
+    parts = yaml.safe_load(Path(DIGITS).read_text()) | {"trainer": {"accelerator": "cpu", "limit_train_batches": 1}}
+    Path("config.yaml").write_text(yaml.safe_dump(parts | {"chain": {}}))
+    assert run("fit", "--config", "config.yaml", *([f"--trainer.{limit}"] if limit else [])) == 0
+    assert yaml.safe_load(Path("runs/version_0/config.yaml").read_text())["trainer"]["max_epochs"] == epochs
+
+
+# ---------------------------------------------------------------------- what fails, and what is stopped
+
+OWN = """
+import os
+import signal
+
+from lightning.pytorch import Callback
+
+from benchmarks.digits_model import COLADigits
+
+
+class Opens(COLADigits):
+    def training_step(self, batch, batch_idx):
+        raise PermissionError(13, "not yours", "somewhere")
+
+
+class Constructs(COLADigits):
+    def __init__(self, rank: int = 1):
+        raise TypeError("of its own")
+
+
+class Refused(COLADigits):
+    def __init__(self, rank: int = 1):
+        super().__init__(rank=0)
+
+
+class Stops(Callback):
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.fixture
+def _own():
+    Path("own_code.py").write_text(OWN)
+    yield
+    sys.modules.pop("own_code", None)
+
+
+@pytest.mark.usefixtures("_own")
+def test_an_error_of_ones_own_code_keeps_its_traceback_and_a_wrong_value_is_one_line(capfd):
+    for name, kind in {"Opens": PermissionError, "Constructs": TypeError}.items():
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            fit("--model", f"own_code.{name}")
+        assert kind in map(type, causes(caught.value))
+    capfd.readouterr()
+    assert fit("--model", "own_code.Refused") == 2
+    assert capfd.readouterr().err.startswith("error: model.rank ")
+
+
+@pytest.mark.usefixtures("_own")
+def test_a_predict_that_is_stopped_leaves_its_rows_so_far():
+    assert run("predict", "--config", DIGITS, "--trainer.callbacks+=own_code.Stops", "--data.batch_size", "20") == 130
+    path = Path("runs/version_0/predictions.partial.jsonl")
+    assert [row["index"] for row in tiny.read_rows(path)] == list(range(60))
+    assert not path.with_name("predictions.jsonl").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_of_a_module_in_the_users_folder_says_how_to_go_on(number, status):
+    Path("mine.py").write_text("from benchmarks.digits_model import COLADigits\n\nclass Mine(COLADigits):\n    pass\n")
+    endless = ["fit", "--config", DIGITS, "--model", "mine.Mine", "--trainer.max_epochs", "100000"]
+    process = forked.Command("-m", "cola_lightning", *endless, log=Path("log"))
+    wait_for(Path(LAST).exists)
+    os.kill(process.pid, number)
+    assert process.finish(timeout=60).returncode == status
+    assert state_of(LAST)["epoch"] >= 0
+    assert not list(Path("runs").rglob("*.partial"))
+    (command,) = [line for line in Path("log").read_text().splitlines() if line.startswith("resume: cola fit")]
+    assert command.endswith("--config runs/version_0/config.yaml --ckpt_path runs/version_0")

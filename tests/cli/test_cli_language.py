@@ -1,0 +1,162 @@
+"""Language models from the command line: a run and what follows it."""
+
+import json
+import shlex
+from pathlib import Path
+
+import datasets
+import pytest
+
+from cola_lightning.cli import main
+from tests.helpers import forked, tiny
+from tests.helpers.forked import as_torchrun
+from tests.helpers.tiny import LANGUAGE_CONFIG as CONFIG
+from tests.helpers.tiny import make_language_folder
+from tests.helpers.toy import read_csv
+
+OF_OWN_DATA = CONFIG.partition("data:")[0] + "trainer: {max_epochs: 1, accelerator: cpu, enable_progress_bar: false}\n"
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_language_folder(tmp_path))
+
+
+def fit(config="config.yaml"):
+    return main(["fit", "--config", config])
+
+
+def predicted():
+    """The rows of the only file of predictions, which then goes."""
+    (path,) = Path("runs").rglob("predictions.jsonl")
+    rows = tiny.read_rows(path)
+    path.unlink()
+    return rows
+
+
+# Lightning's advice about folders that are used again.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_fit_tells_where_it_began_and_each_link_and_predict_writes_scores(capfd):
+    assert fit() == 0
+    lines = capfd.readouterr().out.splitlines()
+    (before,) = [line for line in lines if line.startswith("before training: ")]
+    assert "val_accuracy 0.5" in before
+    links = [line for line in lines if line.startswith("link ")]
+    assert [line.partition(":")[0] for line in links] == ["link 0 finished", "link 1 live at the end"]
+    assert all("val_accuracy" in line and "val_loss" in line for line in links)
+    (command,) = [line for line in lines if line.startswith("use it: cola test ")]
+    arguments = command.removeprefix("use it: cola test ").partition(" (")[0].split()
+    for subcommand in ("validate", "test", "predict"):
+        assert main([subcommand, *arguments]) == 0
+    rows = predicted()
+    assert [row["index"] for row in rows] == list(range(10))
+    assert set(rows[0]) == {"index", "prediction", "target", "option", "prompt", "options", "scores", "sentence", "label"}
+    for row in rows:
+        assert row["target"] == ("great" if "great" in row["prompt"] else "terrible")
+        assert row["label"] == int("great" in row["sentence"])
+        assert row["prompt"].startswith(row["sentence"].strip())
+        assert row["prediction"] == row["options"][row["option"]].strip()
+        assert row["options"] == [" terrible", " great"]
+        assert row["scores"][row["option"]] == max(row["scores"])
+        assert all(score < 0 for score in row["scores"])
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_instructions_are_trained_and_answered(capfd):
+    """Rows to validate on are drawn where there are none, and predict takes prompts alone."""
+    own = tiny.tokenizer("opt")
+    own.chat_template = tiny.CHAT
+    own.save_pretrained("model")
+    Path("own.jsonl").write_text("".join(f'{{"prompt": "Is town {k} old? ", "response": "Yes"}}\n' for k in range(8)))
+    data = {"source": "own.jsonl", "max_new_tokens": 4, "val_size": 2}
+    Path("text.yaml").write_text(f"{OF_OWN_DATA}data: {json.dumps({'class_path': 'TextDataModule', 'init_args': data})}\n")
+    assert fit("text.yaml") == 0
+    try_ = capfd.readouterr().out.partition("\ntry it: cola ")[2].partition("\n")[0]
+    assert main(shlex.split(try_.replace("TEXT", "Old?"))) == 0
+    metrics = Path("runs/version_0/metrics.csv").read_text()
+    assert "val_loss" in metrics
+    assert "accuracy" not in metrics
+    arguments = ["--config", "runs/version_0/config.yaml", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"]
+    for subcommand in ("validate", "predict"):
+        assert main([subcommand, *arguments]) == 0
+    assert {row["target"] for row in predicted()} == {"Yes"}
+    Path("new").mkdir()
+    Path("new", "asked.jsonl").write_text('{"prompt": "Is it?"}\n{"prompt": "Old?"}\n')
+    for new in (["--data.source", "new", "--data.test_split", "asked"], ["--data.source", "new/asked.jsonl"]):
+        assert main(["predict", *arguments, *new]) == 0
+        assert [row["target"] for row in predicted()] == [None, None]
+
+
+ENDS = """
+data:
+  class_path: TemplateDataModule
+  init_args: {prompt: "{text} It was", options: [" bad", " good"]}
+chain: {every_n_epochs: 1}
+"""
+NO_VALIDATION = ["--data.val_size", "0"]
+
+
+@pytest.mark.parametrize(
+    ("source", "splits", "sizes", "command"),
+    [("own/train.jsonl", "train", [], "predict"), ("own", "train test", NO_VALIDATION, "test")],
+)
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_the_command_at_the_end_of_a_fit_works_whichever_rows_there_are(source, splits, sizes, command, capfd):
+    tiny.write_rows(Path("own"), [{"text": f"Film {k}?", "label": k % 2} for k in range(12)], splits.split())
+    Path("own.yaml").write_text(OF_OWN_DATA.replace("max_epochs: 1", "max_epochs: 2") + ENDS)
+    assert main(["fit", "--config", "own.yaml", "--data.source", source, *sizes]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    links = [line for line in lines if line.startswith("link ")]
+    assert len(links) == 2
+    assert all(("val_loss" in line) is (sizes != NO_VALIDATION) for line in links)
+    (use,) = [line.removeprefix("use it: cola ") for line in lines if line.startswith("use it: cola ")]
+    assert use.startswith(command)
+    assert main(shlex.split(use)) == 0
+    arguments = shlex.split(use)[1:]
+    without = {"test": command == "predict", "validate": sizes == NO_VALIDATION}
+    for subcommand in without:
+        capfd.readouterr()
+        assert main([subcommand, *arguments]) == 2 * without[subcommand]
+        if without[subcommand]:
+            (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert ("data.test_size" in error and "cola validate" in error) or "data.val_size" in error
+
+
+def test_two_processes_are_one():
+    """With batches of half the size; what they predict comes back once a row, in order."""
+    two = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    checkpoint = ["--config", "runs/version_0/config.yaml", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"]
+    for words in (["fit", "--config", "config.yaml", *two, "--data.batch_size", "2"], ["predict", *checkpoint]):
+        started = [forked.Command("-m", "cola_lightning", *words, env=own) for own in as_torchrun(2)]
+        for process in started:
+            done = process.finish(timeout=240)
+            assert done.returncode == 0, done.stderr
+    rows = predicted()
+    assert fit() == 0
+    assert main(["predict", *checkpoint, "--trainer.strategy", "auto", "--trainer.devices", "1"]) == 0
+    assert [row["index"] for row in rows] == list(range(10))
+    for row, alone in zip(rows, predicted(), strict=True):
+        assert row.pop("scores") == pytest.approx(alone.pop("scores"), abs=1e-5)
+        assert row == alone
+    losses = []
+    for path in sorted(Path("runs").rglob("metrics.csv")):
+        losses.append([float(row["val_loss"]) for row in read_csv(path) if row["val_loss"]])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_hub_that_is_needed_and_not_reached_is_no_mistake(monkeypatch, capfd):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # as the variable of this name does
+    assert main(["fit", "--config", "config.yaml", "--data.source", "no-such-owner/no-such-name"]) == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: data.source: ")
+
+
+@tiny.needs_smollm2
+@pytest.mark.slow
+def test_the_quickstart_gets_from_chance_to_90_percent(capfd):
+    config = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+    assert main(["fit", "--config", config, "--data.source", str(tiny.REVIEWS)]) == 0
+    messages = [line for line in capfd.readouterr().out.splitlines() if line.startswith(("before", "link"))]
+    accuracies = [float(line.rpartition("val_accuracy ")[2]) for line in messages if "val_accuracy" in line]
+    assert len(accuracies) == 4
+    assert accuracies[0] < 0.7
+    assert accuracies[-1] >= 0.9

@@ -1,0 +1,100 @@
+"""Every config is complete: it parses, and it builds its model, at tiny size, and its data, and takes a step."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule, RunLength
+from cola_lightning.cli import main
+from cola_lightning.study.config import resolve_config
+from tests.helpers import tiny
+from tests.helpers.tiny import at_tiny_size
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "configs"
+BENCHMARKS = [ROOT / "benchmarks" / f"{name}.yaml" for name in ("digits", "domain_shift")]
+NAMES = [
+    "classification",
+    "image_classification",
+    "paper",
+    "preference",
+    "qlora_8b",
+    "quickstart",
+    "roberta_glue",
+    "sft_chat",
+    "sft_instructions",
+    "smollm2",
+]
+PATHS = [*(FOLDER / f"{name}.yaml" for name in NAMES), *BENCHMARKS]
+
+
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
+@pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
+def test_a_config_runs(path, tmp_path, monkeypatch, capfd):
+    assert len(list(FOLDER.glob("*.yaml"))) == len(NAMES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLA_DATA_DIR", str(tiny.english(tmp_path / "english")))
+    words = ["--config", str(path), "--trainer.fast_dev_run", "true"]
+    assert main(["fit", *words, *at_tiny_size(path.stem, tmp_path)]) == 0, capfd.readouterr().err
+
+
+@pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
+def test_a_config_fits_a_screen_and_says_what_it_needs(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 40
+    assert any(line.startswith(f"#   cola fit --config {path.relative_to(ROOT)}") for line in lines)
+
+
+def test_the_overlay_for_several_gpus_replaces_a_configs_strategy():
+    config = resolve_config(["--config", str(FOLDER / "paper.yaml"), "--config", str(FOLDER / "overlays" / "multi_gpu.yaml")])
+    assert (config["trainer"]["strategy"], config["trainer"]["devices"]) == ("ddp", "auto")
+
+
+def test_knots_that_record_leave_a_run_its_losses(tmp_path, monkeypatch):
+    """The losses of plain LoRA, digit by digit; and there are three links to go back to."""
+    monkeypatch.chdir(tmp_path)
+    at_size = [*at_tiny_size("quickstart", tmp_path), "--trainer.max_steps", "6", "--trainer.val_check_interval", "2"]
+    losses = []
+    for given in (["--chain.knot", "record", "--chain.every_n_train_steps", "2"], ["--chain.every_n_train_steps", "null"]):
+        assert main(["fit", "--config", str(FOLDER / "quickstart.yaml"), *given, *at_size]) == 0
+        with (tmp_path / "runs" / f"version_{len(losses)}" / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        losses.append([[row[name] for row in rows if row[name]] for name in ("train_loss", "val_loss", "lr")])
+    assert losses[0] == losses[1]
+    assert len(losses[0][1]) == 3  # after each link
+    assert [link.share for link in read_chain(tmp_path / "runs" / "version_0").links] == [0, 0, 1]
+
+
+with_knots = pytest.mark.parametrize("path", [BENCHMARKS[0], FOLDER / "smollm2.yaml", FOLDER / "roberta_glue.yaml"])
+
+
+@with_knots
+@pytest.mark.parametrize("words", [["--chain.knots", "4"], ["--chain.knots=4"], ["--config", "knots.yaml"]])
+def test_other_knots_replace_a_configs_own(path, words, tmp_path, monkeypatch):
+    path = Path(path).absolute()
+    monkeypatch.chdir(tmp_path)
+    Path("knots.yaml").write_text("chain: {knots: 4}")
+    config = resolve_config(["--config", str(path), "--config", str(ROOT / "benchmarks" / "one_knot.yaml"), *words])
+    run = RunLength(lambda epoch: 20, max_epochs=4, max_steps=math.inf)
+    options = {name: config["chain"][name] for name in (*KNOT_OPTIONS, "until", "knot", "share")}
+    assert ChainSchedule(**options).in_run(run, stable_share=0.6).at_steps == [12, 24, 36, 48]
+
+
+def test_no_knots_of_one_kind_leave_a_configs_own(tmp_path):
+    (tmp_path / "knots.yaml").write_text("chain: {knots: 4, until: 0.5}")
+    words = ["--config", str(FOLDER / "quickstart.yaml"), "--config", str(tmp_path / "knots.yaml")]
+    chain = resolve_config([*words, "--chain.at_epochs", "null"])["chain"]
+    assert (chain["knots"], chain["until"], chain["every_n_train_steps"]) == (4, 0.5, None)
+
+
+@with_knots
+def test_the_overlay_of_one_knot_replaces_a_configs_own_knots(path):
+    config = resolve_config(["--config", str(path), "--config", str(ROOT / "benchmarks" / "one_knot.yaml")])
+    run = RunLength(lambda epoch: 20, max_epochs=4, max_steps=math.inf)
+    whens = {when: config["chain"][when] for when in (*KNOT_OPTIONS, "until")}
+    assert ChainSchedule(**whens).in_run(run).at_steps == [20]
+    assert config["model"]["init_args"]["schedule_scope"] == "run"

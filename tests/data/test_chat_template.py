@@ -1,0 +1,116 @@
+"""A chat template of the user's choice for a model that has none: in training, generation, checkpoints and exports."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import transformers
+
+from cola_lightning import COLAModule, TextDataModule, UserError
+from cola_lightning.chat_template import CHATML, find_chat_template, unknown_tokens
+from cola_lightning.cli import main
+from cola_lightning.data.encoding import labels_of
+from tests.helpers import tiny
+
+TALK = [
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "Al."},
+    {"role": "user", "content": "Old?"},
+    {"role": "assistant", "content": "Yes."},
+]
+CHATML_TALK = (
+    "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nAl.<|im_end|>\n"
+    "<|im_start|>user\nOld?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+)
+
+
+def encoded(folder, own, **options):
+    """The row of the conversation, and what is trained of it."""
+    data = TextDataModule(tiny.write_rows(folder, [{"messages": TALK}]), **options)
+    own.model_max_length = 1024
+    tiny.set_up(data, own, "fit")
+    (row,) = data.train
+    trained = "".join(own.decode([one]) for one in labels_of(row) if one >= 0)
+    return own.decode(row["input_ids"]), trained, data
+
+
+def test_without_special_tokens_the_last_turn_ends_with_the_end_of_text(tmp_path, caplog):
+    caplog.set_level("INFO")
+    text, trained, data = encoded(tmp_path, tiny.tokenizer(pad=True), chat_template="chatml")
+    assert text == f"<s>{CHATML_TALK}</s>"  # as this tokenizer begins all texts
+    assert trained == "Al.<|im_end|>\nYes.<|im_end|>\n</s>"
+    assert "spelled in pieces: <|im_start|>, <|im_end|>" in caplog.text
+    assert data.prompt_format == {"kind": "response", "chat_template": True, "template": "{{- bos_token }}" + CHATML}
+    again, *_ = encoded(tmp_path, tiny.tokenizer("gpt2", pad=True), chat_template="chatml")
+    assert again == f"{CHATML_TALK}</s>"
+
+
+def test_a_vocabulary_with_the_tokens_of_the_template_ends_turns_with_them(tmp_path, caplog):
+    caplog.set_level("INFO")
+    own = tiny.tokenizer("gpt2", pad=True)
+    own.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    text, trained, _ = encoded(tmp_path, own, chat_template="chatml")
+    assert (text, trained) == (CHATML_TALK, "Al.<|im_end|>Yes.<|im_end|>")
+    assert "pieces" not in caplog.text
+
+
+def test_a_template_comes_from_a_file_or_another_model_and_replaces_the_tokenizers_own(tmp_path):
+    own = tiny.tokenizer()
+    (tmp_path / "own.jinja").write_text(tiny.CHAT)
+    tiny.chat_tokenizer(tiny.CHAT).save_pretrained(tmp_path / "other")
+    for name in (tmp_path / "own.jinja", tmp_path / "other"):
+        assert find_chat_template(str(name), own) == tiny.CHAT
+    text, *_ = encoded(tmp_path / "rows", tiny.chat_tokenizer(CHATML), chat_template=str(tmp_path / "own.jinja"))
+    assert text.startswith("<s>[user]\nWho?</s>\n")
+    own.chat_template = "{{ '<|user|>' }} <think> {{ '<tool>' }} <s>"
+    assert unknown_tokens(own) == ["<|user|>", "<think>", "<tool>"]
+    own.save_pretrained(tmp_path / "none")
+    (tmp_path / "none" / "chat_template.jinja").unlink()
+    for name, message in {
+        "no.jinja": "cannot be read",
+        tmp_path / "none": "has no chat template",
+        "/no/such": "cannot",
+    }.items():
+        with pytest.raises(UserError, match=rf"^data\.chat_template: .*{message}"):
+            find_chat_template(str(name), own)
+
+
+CONFIG = """
+seed_everything: 0
+model:
+  class_path: COLACausalLM
+  init_args:
+    model_name: model
+    target_modules: null
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}
+data: {init_args: {source: talks.jsonl, chat_template: own.jinja, val_size: 0, batch_size: 4}}
+trainer: {max_epochs: 60, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
+"""
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_a_base_model_learns_to_answer_and_its_export_renders_the_same(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    tiny.folder(Path("model"), max_position_embeddings=256)
+    Path("own.jinja").write_text(CHATML)
+    Path("talks.jsonl").write_text((json.dumps({"messages": TALK[:2]}) + "\n") * 4)
+    Path("config.yaml").write_text(CONFIG)
+    assert main(["fit", "--config", "config.yaml"]) == 0
+    out = capfd.readouterr().out
+    assert "spelled in pieces" in out
+    (try_,) = [line.removeprefix("try it: cola ") for line in out.splitlines() if line.startswith("try it: cola ")]
+    checkpoint = "runs/version_0/checkpoints/last.ckpt"
+    assert main(["predict", "--config", "runs/version_0/config.yaml", "--ckpt_path", checkpoint]) == 0
+    (path,) = Path("runs").rglob("predictions.jsonl")
+    assert {row["prediction"] for row in tiny.read_rows(path)} == {"Al."}
+    Path("own.jinja").unlink()  # the checkpoint has it
+    capfd.readouterr()
+    assert main(shlex.split(try_.replace("TEXT", "Who?"))) == 0
+    assert capfd.readouterr().out == "Al.\n"
+    assert main(["predict", "--config", "runs/version_0/config.yaml", "--ckpt_path", checkpoint]) == 0
+    assert main(["export", checkpoint, "--format", "merged", "--output", "merged"]) == 0
+    exported = transformers.AutoTokenizer.from_pretrained("merged")
+    module = COLAModule.load_from_checkpoint(checkpoint)
+    assert exported.apply_chat_template(TALK, tokenize=False) == CHATML_TALK
+    assert module.tokenizer.chat_template == exported.chat_template == CHATML

@@ -1,0 +1,254 @@
+"""Rows as people have them: what can be trained is trained, as a server would show it, and the rest is counted."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cola_lightning import TextDataModule, UserError
+from cola_lightning.data.encoding import Pair, encode_responses, labels_of, n_common
+from cola_lightning.data.fields import conversation
+from cola_lightning.data.rows import Row
+from cola_lightning.data.text import Texts
+from cola_lightning.errors import UnusableRow
+from tests.helpers import tiny
+
+REAL = Path(os.environ.get("COLA_DATA_DIR", "none"), "real")
+needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs COLA_DATA_DIR with real")
+
+
+def cleaned(turns, columns=None, loss="all", **fields):
+    """A conversation as it is trained: role, text, and whether the turn has a loss."""
+    row = Row({"messages": turns, **fields}, "rows, row 1")
+    made = conversation(row, {"messages": "messages"} | (columns or {}), loss)
+    return [(turn["role"], turn["content"], place in made.trained) for place, turn in enumerate(made.messages)]
+
+
+def turns(*pairs):
+    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    return [{"role": roles[role], "content": content} for role, content in pairs]
+
+
+# ---------------------------------------------------------------------- conversations
+
+FOUND = {
+    "the assistant begins": (
+        turns(("a", "Hi!"), ("u", "Old?"), ("a", "No.")),
+        [("assistant", "Hi!", False), ("user", "Old?", False), ("assistant", "No.", True)],
+    ),
+    "the user ends": (turns(("u", "Old?"), ("a", "No."), ("u", "Ok")), [("user", "Old?", False), ("assistant", "No.", True)]),
+    "a role comes twice": (
+        turns(("u", "Old?"), ("u", "Red?"), ("a", "No."), ("a", "Yes.")),
+        [("user", "Old?\n\nRed?", False), ("assistant", "No.\n\nYes.", True)],
+    ),
+    "empty turns": (
+        turns(("s", ""), ("u", "Old?"), ("a", " "), ("u", "Red?"), ("a", "No.")),
+        [("user", "Old?\n\nRed?", False), ("assistant", "No.", True)],
+    ),
+    "no weight": (
+        [
+            {"from": "human", "value": "Old?", "weight": None},
+            {"from": "gpt", "value": "No.", "weight": 0},
+            {"from": "human", "value": "Red?"},
+            {"from": "gpt", "value": "Yes.", "weight": 1},
+        ],
+        [("user", "Old?", False), ("assistant", "No.", False), ("user", "Red?", False), ("assistant", "Yes.", True)],
+    ),
+    "pairs": ([{"input": "Old?", "output": "No."}] * 2, [("user", "Old?", False), ("assistant", "No.", True)] * 2),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_conversation_is_trained_as_it_is_found(name):
+    given_turns, expected = FOUND[name]
+    assert cleaned(given_turns) == expected
+
+
+def test_a_system_column_and_the_last_turn_alone():
+    talk, columns = turns(("u", "Old?"), ("a", "No."), ("u", "Red?"), ("a", "Yes.")), {"system": "system_prompt"}
+    made = cleaned(talk, columns, "last", system_prompt="Be brief.")
+    assert made[0] == ("system", "Be brief.", False)
+    assert [has_loss for *_, has_loss in made] == [False, False, False, False, True]
+    assert cleaned(talk, columns, system_prompt=None)[0] == ("user", "Old?", False)
+    own = turns(("s", "Be kind."))
+    assert cleaned([*own, *talk], columns, system_prompt="Be kind.")[0] == ("system", "Be kind.", False)
+    assert cleaned([*own, *talk], columns, system_prompt="Be brief.")[0] == ("system", "Be brief.\n\nBe kind.", False)
+
+
+def test_a_function_call_is_the_assistants_and_what_it_returns_the_tools():
+    call = json.dumps({"name": "weather", "arguments": {"city": "Oslo"}})
+    talk = [{"from": "human", "value": "Warm?"}, {"from": "function_call", "value": call}]
+    talk += [{"from": "observation", "value": "9"}, {"from": "gpt", "value": "No."}]
+    row = Row({"conversations": talk, "tools": '[{"name": "weather"}]'}, "rows, row 1")
+    made = conversation(row, {"messages": "conversations", "tools": "tools"})
+    assert [turn["role"] for turn in made.messages] == ["user", "assistant", "tool", "assistant"]
+    function = {"name": "weather", "arguments": {"city": "Oslo"}}
+    assert made.messages[1]["tool_calls"] == [{"type": "function", "function": function}]
+    assert (made.trained, made.tools) == ((1, 3), [{"name": "weather"}])
+    requested = Row({"query": "Warm?", "answers": f"[{call}]", "tools": "[]"}, "rows, row 1")
+    made = conversation(requested, {"prompt": "query", "response": "answers", "tools": "tools"})
+    assert made.messages[1]["tool_calls"] == [{"type": "function", "function": function}]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": []}, "no assistant turn to train"),
+        ({"messages": None}, "the field 'messages' is null, not a list of turns"),
+        ({"messages": turns(("u", "Old?"), ("a", ""))}, "no assistant turn to train"),
+        ({"messages": [{"content": "Old?"}]}, "a turn without a role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]}, "a turn that is not text"),
+        ({"messages": [{"from": "function_call", "value": "weather(Oslo)"}]}, "an unreadable function call"),
+        ({"messages": turns(("u", "Old?"), ("a", "No.")), "tools": "[{"}, "an unreadable list of tools"),
+    ],
+)
+def test_why_a_conversation_cannot_be_trained(row, reason):
+    with pytest.raises(UnusableRow) as caught:
+        conversation(Row(row, "rows, row 1"), {"messages": "messages", "tools": "tools"})
+    assert str(caught.value) == reason
+
+
+# ---------------------------------------------------------------------- any mix of dirt
+
+words = st.sampled_from(["", " ", None, "No.", "The town is old", "the river is long and the mat is old " * 4, "🏠é" * 40])
+turn = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": words},
+    optional={"weight": st.sampled_from([0, 1, None])},
+)
+
+
+@settings(
+    max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(rows=st.lists(st.one_of(st.none(), st.lists(turn, max_size=6)), min_size=1, max_size=6))
+def test_whatever_rows_are_a_run_trains_what_can_be_trained_after_what_a_server_shows(tmp_path, rows):
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    clean = turns(("u", "Old?"), ("a", "No."))  # without which no column would be a list
+    folder = tiny.write_rows(tmp_path, [{"messages": talk} for talk in [clean, *rows]])
+    data = tiny.set_up(TextDataModule(folder, max_length=60, max_skipped=1), own, "fit")
+    usable, places = [], []
+    for place, talk in enumerate([clean, *rows]):
+        try:
+            usable.append(conversation(Row({"messages": talk}, ""), {"messages": "messages"}))
+            places.append(place)
+        except UnusableRow:
+            pass
+    assert 1 <= len(data.train) <= len(usable)
+    contexts = []
+    for made in usable:
+        for first in range(len(made.messages)):  # from any exchange on, after the system prompt
+            head = [one for one in made.messages[:first] if one["role"] == "system"]
+            for last in made.trained:
+                if prompt := [*head, *made.messages[first:last]]:
+                    contexts.append((own.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True), made))
+    known = {text for text, _ in contexts}
+    for row in data.train:
+        assert len(row["input_ids"]) <= 60
+        for start in row["spans"][::2]:
+            shown = own.decode(row["input_ids"][:start])
+            # As a server shows it, or with a question that has lost its beginning.
+            assert shown in known or any(_is_shortened(shown, text) for text in known), shown
+
+
+def _is_shortened(shown, text):
+    n = n_common(shown, text)
+    return len(shown) < len(text) and text.endswith(shown[n:])
+
+
+@pytest.mark.parametrize("chat", [tiny.CHAT, None])
+def test_rows_are_skipped_by_their_reasons_and_the_second_start_says_the_same(tmp_path, caplog, chat):
+    caplog.set_level("INFO", "cola_lightning")
+    rows = [{"instruction": f"Is {k} old?", "input": "", "output": "No. " * (1 + 40 * (k == 7))} for k in range(60)]
+    rows[3]["output"], rows[5]["output"], rows[9]["instruction"] = "", " ", None
+    folder, printed = tiny.write_rows(tmp_path, rows), []
+    for _ in range(2):
+        caplog.clear()
+        data = tiny.set_up(TextDataModule(folder, max_length=64), tiny.chat_tokenizer(chat), "test")
+        printed.append([line for line in caplog.messages if "skipped" in line])
+    assert printed[0] == printed[1]
+    n_tokens = sum(len(row["input_ids"]) for row in data.test)
+    n_trained = sum(label != -100 for row in data.test for label in labels_of(row))
+    (line,) = printed[0]
+    reasons = f"2 no response: {folder}, test, row 3 (counted from 0); 1 the field 'instruction' is null"
+    assert line.startswith(f"test: 60 rows: 3 skipped ({reasons}")
+    assert "1 shortened by " in line
+    assert line.endswith(f"; {n_tokens:,} tokens, {n_trained:,} of them trained")
+    tiny.set_up(TextDataModule(folder, max_length=64, max_skipped=0.05), tiny.chat_tokenizer(chat), "test")
+    with pytest.raises(
+        UserError, match=r"3 of 60 rows cannot be used, more than data\.max_skipped 0\.04 allows \(2 no response"
+    ):
+        tiny.set_up(TextDataModule(folder, max_length=64, max_skipped=0.04), tiny.chat_tokenizer(chat), "test")
+    data = tiny.set_up(
+        TextDataModule(folder, max_length=64, too_long="skip", max_skipped=0.1), tiny.chat_tokenizer(chat), "test"
+    )
+    assert len(data.test) == 56
+
+
+def test_a_prompt_keeps_its_system_prompt_and_a_response_too_long_has_no_stop_token():
+    own = tiny.chat_tokenizer(None)
+    system, long = "Be brief.\n\n", "the river is long " * 19
+    ((row,),) = encode_responses(own, [Pair(f"{system}{long}Old?", len(system), " No.")], 40)
+    text = own.decode(row["input_ids"])
+    assert (len(row["input_ids"]), row["lost"] > 0) == (40, True)
+    assert text.startswith("<s>Be brief.")
+    assert text.endswith("Old? No.</s>")
+    ((row,),) = encode_responses(own, [Pair(f"{system}Old?", len(system), f" {long}")], 70)
+    text = own.decode(row["input_ids"])
+    assert len(row["input_ids"]) == 70
+    assert f"<s>{system}Old? {long}".startswith(text)
+    assert row["spans"][1] == 70
+
+
+# ---------------------------------------------------------------------- real files
+
+
+@needs_real
+def test_gsm8k_trains_at_a_length_that_one_answer_exceeds(caplog):
+    caplog.set_level("INFO", "cola_lightning")
+    own = tiny.chat_tokenizer(None)
+    data = tiny.set_up(TextDataModule(str(REAL / "gsm8k_test.jsonl"), max_length=512), own, "fit")
+    assert any(line.startswith("training: ") and " shortened by " in line for line in caplog.messages)
+    assert any(line.startswith("rows: question -> answer") for line in caplog.messages)
+    assert max(len(row["input_ids"]) for row in data.train.select(range(300))) <= 512
+
+
+@needs_real
+def test_function_calls_of_a_real_file_are_trained():
+    source = (REAL.parent / "chat_templates" / "qwen2_5.jinja").read_text()
+    own = tiny.chat_tokenizer(source, "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
+    data = tiny.set_up(TextDataModule(str(REAL / "glaive_toolcall.json"), max_length=8000), own, "fit")
+    trained = [own.decode([label for label in labels_of(row) if label != -100]) for row in data.train.select(range(40))]
+    assert sum("<tool_call>\n{" in text for text in trained) > 10
+    assert not any("function_call" in text or "<tool_response>" in text for text in trained)
+
+
+@dataclass(frozen=True)
+class OwnTexts(Texts):
+    """A preprocessor whose code may change without being seen."""
+
+
+class Own(TextDataModule):
+    def trained(self, **known):
+        return OwnTexts(**known)
+
+
+def test_rows_of_a_preprocessor_of_ones_own_are_not_left_in_the_cache(tmp_path, monkeypatch):
+    folder = tiny.write_rows(tmp_path / "rows", [{"text": f"It was {k}."} for k in range(20)])
+    own = tiny.chat_tokenizer(None)
+
+    def cached(kind):
+        data = tiny.set_up(kind(folder), own, "fit")
+        (file,) = data.train.cache_files
+        return Path(file["filename"])
+
+    first = cached(TextDataModule)
+    assert cached(TextDataModule) == first
+    left = {*first.parent.iterdir()}
+    one, other = cached(Own), cached(Own)
+    assert one != other
+    assert one.parent not in (first.parent, tmp_path)
+    assert {*first.parent.iterdir()} == left

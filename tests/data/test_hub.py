@@ -1,0 +1,261 @@
+"""Data sets of the hub, trained on by their names alone, as the ones with these names, columns and splits would be.
+
+What is loaded, and from where, is the libraries' own; the hub is a stand-in on this machine.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.standin_hub import StandInHub
+
+ROOT = Path(__file__).parents[2]
+N_ROWS = 40  # of each split
+
+
+# Each makes of a split and a number a row, its texts in the order in which they are rendered, and what is trained as the last.
+def columns(*names, **others):
+    """Rows of a prompt, an input that is empty in every other row if it has a name, and a response."""
+
+    def row(split, k):
+        texts = [f"Name film {split} {k}", f"It is {k}" * (k % 2), f"Film {split} {k}!"]
+        texts = texts if len(names) == 3 else texts[::2]
+        return dict(zip(names, texts, strict=True)) | others, texts
+
+    return row
+
+
+def conversations(name, role, content, user, assistant):
+    """Rows of turns, every other one after a system prompt, and of the first of the user's turns."""
+
+    def row(split, k):
+        texts = ["Be brief"] * (k % 2) + [f"Name film {split} {k}", f"Film {split} {k}!"]
+        roles = ["system"] * (k % 2) + [user, assistant]
+        turns = [{role: one, content: text} for one, text in zip(roles, texts, strict=True)]
+        return {name: turns, "prompt": texts[-2], "prompt_id": f"id{k}"}, texts
+
+    return row
+
+
+def imdb(split, k):
+    text = f"The film was {'great' if k % 2 else 'terrible'} {split} {k}"
+    return {"text": text, "label": -1 if split == "unsupervised" else k % 2}, [text, "pos" if k % 2 else "neg"]
+
+
+def asked_under(system, *names):
+    """Rows of a prompt and its response under a system prompt."""
+
+    def row(split, k):
+        texts = ["Be brief", f"Name film {split} {k}", f"Film {split} {k}!"]
+        return dict(zip((system, *names), texts, strict=True)) | {"id": f"{k}"}, texts
+
+    return row
+
+
+def dirty(row, *places, **changed):
+    """The same rows, of which some are changed so that they cannot be trained."""
+    return lambda split, k: (row(split, k)[0] | (changed if k in places else {}), row(split, k)[1])
+
+
+ALPACA = columns("instruction", "input", "output", text="Below is an instruction.")
+TLDR = columns("prompt", "completion")
+CHAT = conversations("messages", "role", "content", "user", "assistant")
+
+
+@dataclass
+class Set:
+    """A data set: its rows, the columns that a fit names, its splits (None: a file without a card), and a user's arguments."""
+
+    row: Callable
+    printed: str
+    splits: str | None = None
+    arguments: dict[str, str] = field(default_factory=dict)
+    subsets: str = "default"
+    train: str = "train"
+    validation: str = "train"  # from which rows are drawn
+
+
+OF_THREE = {"splits": "train validation test", "validation": "validation"}
+SETS = {
+    "tatsu-lab/alpaca": Set(dirty(ALPACA, 3, output=""), "instruction input output", "train"),
+    "databricks/databricks-dolly-15k": Set(
+        columns("instruction", "context", "response", category="qa"), "instruction context response"
+    ),
+    "HuggingFaceH4/no_robots": Set(CHAT, "messages", "train test"),
+    "HuggingFaceH4/ultrachat_200k": Set(
+        CHAT,
+        "messages",
+        "train_sft test_sft train_gen test_gen",
+        {"train_split": "train_sft", "val_split": "test_sft"},
+        train="train_sft",
+        validation="test_sft",
+    ),
+    "openai/gsm8k": Set(columns("question", "answer"), "question answer", "train test", {"subset": "main"}, "main socratic"),
+    "trl-lib/tldr": Set(TLDR, "prompt completion", **OF_THREE),
+    "owner/sharegpt": Set(conversations("conversations", "from", "value", "human", "gpt"), "conversations"),
+    "stanfordnlp/imdb": Set(imdb, "text label", "train test unsupervised"),
+    "EdinburghNLP/xsum": Set(columns("document", "summary", id="7"), "document summary", **OF_THREE),
+    "Open-Orca/OpenOrca": Set(asked_under("system_prompt", "question", "response"), "question response system_prompt", "train"),
+}
+# Sets that the user must choose something for, or convert first, and words of the line that says so.
+REFUSED = {
+    "GAIR/LIMO": (columns("question", "answer", solution="!"), ["response: solution", "response: answer", "--data.columns"]),
+    "glaiveai/glaive-function-calling-v2": (columns("system", "chat"), ["--data.columns", "system", "chat"]),
+    "OpenAssistant/oasst1": (columns("text", "role", parent_id="x"), ["--data.columns", "text", "parent_id"]),
+}
+
+
+def files_of(made, folder):
+    """A data set's files as they are on the hub: a card that names each split's files, and these; or one file alone."""
+    if made.splits is None:
+        return {"train.jsonl": json_lines(made.row, "train")}
+    files, configs = {}, []
+    splits = made.splits.split()
+    for subset in made.subsets.split():
+        for split in splits:
+            rows = datasets.Dataset.from_list([made.row(split, k)[0] for k in range(N_ROWS)])
+            if "label" in rows.column_names:
+                rows = rows.cast_column("label", datasets.ClassLabel(names=["neg", "pos"]))
+            rows.to_parquet(folder / "rows.parquet")
+            files[f"{subset}/{split}-00000-of-00001.parquet"] = (folder / "rows.parquet").read_bytes()
+        data_files = [{"split": split, "path": f"{subset}/{split}-*"} for split in splits]
+        configs.append({"config_name": subset, "data_files": data_files})
+    card = f"---\n{json.dumps({'configs': configs})}\n---\n# A data set\n"  # JSON is YAML
+    return {"README.md": card.encode()} | files
+
+
+def json_lines(row, split):
+    return "".join(json.dumps(row(split, k)[0]) + "\n" for k in range(N_ROWS)).encode()
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    with StandInHub() as hub:
+        tiny.folder(folder / "chat", max_position_embeddings=256)
+        tiny.chat_tokenizer(tiny.CHAT).save_pretrained(folder / "chat")
+        hub.add("models", "owner/chat", folder / "chat")
+        tiny.folder(folder / "body", "roberta", "AutoModel")
+        hub.add("models", "owner/body", folder / "body")
+        for name, made in SETS.items():
+            hub.add("datasets", name, files_of(made, folder))
+        for name, (row, _) in REFUSED.items():
+            hub.add("datasets", name, {"train.jsonl": json_lines(row, "train")})
+        hub.old = hub.add("datasets", "owner/revised", {"train.jsonl": json_lines(TLDR, "old")})
+        hub.add("datasets", "owner/revised", {"train.jsonl": json_lines(TLDR, "new")})
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def runs(hub, tmp_path_factory):
+    """What each command did: its exit status, its log, and the texts of its batches."""
+
+    def fit(source, *arguments, model="--model.model_name owner/chat --data TextDataModule"):
+        command = f"fit {model} --data.source {source} --trainer.max_steps 2 --trainer.val_check_interval 1 "
+        command += "--trainer.accelerator cpu --trainer.default_root_dir runs --trainer.enable_progress_bar false"
+        return [*command.split(), "--trainer.callbacks", "[{class_path: tests.helpers.hub_run.Texts}]", *arguments]
+
+    body = "--model COLASequenceClassifier --model.model_name owner/body --data TextClassificationDataModule"
+    streamed, each_epoch = ["--data.streaming", "true", "--data.train_size", "16"], ["--chain.every_n_epochs", "1"]
+    held_out = {"streaming": True, "train_size": 8, "val_size": 5, "test_size": 5}
+    commands = {name: {"source": name} | made.arguments for name, made in SETS.items()} | {
+        "stanfordnlp/imdb": fit("stanfordnlp/imdb", model=body),
+        "no split": {"source": "HuggingFaceH4/ultrachat_200k"},
+        "no subset": {"source": "openai/gsm8k"},
+        **{name: {"source": name} for name in REFUSED},
+        "old": {"source": "owner/revised", "revision": hub.old},
+        "new": {"source": "owner/revised"},
+        "streamed": fit("trl-lib/tldr", *streamed),
+        "streamed, another seed": fit("trl-lib/tldr", *streamed, "--data.split_seed", "1"),
+        "streamed, no validation": {"source": "tatsu-lab/alpaca"} | held_out,
+        "by names alone": ["fit", "--model.model_name", "owner/chat", "--data.source", "tatsu-lab/alpaca", *each_epoch],
+    }
+    commands = {name.replace("/", " "): command for name, command in commands.items()}
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "commands.json").write_text(json.dumps(commands))
+    command = [sys.executable, "-m", "tests.helpers.hub_run", str(folder / "commands.json")]
+    subprocess.run(command, cwd=ROOT, env=hub.environment(folder / "cache"), check=True)
+    results = {}
+    for name, status in json.loads((folder / "commands.json").read_text()).items():
+        path = folder / name / "texts.jsonl"
+        texts = tiny.read_rows(path) if path.exists() else []
+        results[name] = SimpleNamespace(status=status, log=(folder / name / "log").read_text(), texts=texts)
+    return results
+
+
+def assert_trained(run, row, train="train", validation="train"):
+    """The rows of the batches are those of a split, with all their texts in order, and the loss is on the last of these."""
+    assert run.status == 0, run.log
+    for stage, split in (("train", train), ("validation", validation)):
+        expected = [texts for _, texts in (row(split, k) for k in range(N_ROWS))]
+        found = [one for one in run.texts if one["stage"] == stage]
+        assert found
+        for one in found:
+            rendered = one["text"] + (one["trained"] if row is imdb else "")
+            assert any(
+                one["trained"].strip() == texts[-1] and re.search(".*".join(map(re.escape, texts)), rendered, re.DOTALL)
+                for texts in expected
+            ), one
+            assert "Below" not in rendered
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_data_set_of_the_hub_is_trained_on_by_its_name(runs, name):
+    run, made = runs[name.replace("/", " ")], SETS[name]
+    assert_trained(run, made.row, made.train, made.validation)
+    assert any(all(column in line for column in made.printed.split()) for line in run.log.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no split", ["data.train_split", "train_sft", "test_sft", "train_gen", "test_gen"]),
+        ("no subset", ["data.subset", "main", "socratic"]),
+        *((name, words) for name, (_, words) in REFUSED.items()),
+    ],
+)
+def test_what_a_set_has_is_listed_where_the_user_must_choose(runs, name, words):
+    run = runs[name.replace("/", " ")]
+    assert run.status == 2, run.log
+    last = run.log.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert [word for word in words if not re.search(rf"(?<!\w){word}\b", last)] == []
+
+
+@pytest.mark.parametrize("name", ["old", "new"])
+def test_a_revision_is_an_older_state_of_a_set(runs, name):
+    assert_trained(runs[name], TLDR, name, name)
+
+
+def test_one_command_by_names_alone_is_a_chain_of_three_epochs(runs):
+    run = runs["by names alone"]
+    assert run.status == 0, run.log
+    for printed in ("using max_epochs 3", "link 0 finished", "link 1 finished", "link 2 live at the end"):
+        assert printed in run.log
+
+
+def test_some_rows_of_a_data_set_are_streamed_and_some_of_them_held_out(runs):
+    assert_trained(runs["streamed"], TLDR, "train", "validation")
+    run = runs["streamed, no validation"]
+    assert_trained(run, ALPACA)
+    trained, validated = ({row["trained"].strip() for row in run.texts if row["stage"] == s} for s in ("train", "validation"))
+    assert len(trained) in (7, 8)  # one row has no response
+    assert len(validated) in (4, 5)
+    assert not trained & validated
+
+
+def test_the_rows_of_a_stream_depend_on_the_seed(runs):
+    first, other = (
+        [row["text"] for row in runs[name].texts if row["stage"] == "train"] for name in ("streamed", "streamed, another seed")
+    )
+    assert len(first) == len(other) == 16
+    assert first != other

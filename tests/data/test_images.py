@@ -1,0 +1,404 @@
+"""Classifiers of pictures: any of transformers' models and timm's, rows in four forms, and what their exports are worth."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import peft
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+
+from cola_lightning import COLAImageClassifier, ImageDataModule, UserError
+from cola_lightning.cli import main
+from cola_lightning.data.base import SeededBatches
+from tests.helpers.tiny import CLASSES, SIDE, draw, image_folder, picture
+from tests.helpers.toy import assert_bit_equal, trainer, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21, transformers 5.24
+
+TARGETS = {"vit": "all-linear", "resnet": ["convolution"], "convnext": "all-linear"}
+
+
+def classifier(path, architecture="vit", **arguments):
+    arguments = {"rank": 2, "alpha": 4, "seed": 0, "target_modules": TARGETS[architecture]} | arguments
+    return COLAImageClassifier(image_folder(path / architecture, architecture), **arguments)
+
+
+def data_of(source, **arguments):
+    return ImageDataModule(str(source), **{"batch_size": 8, "val_size": 0.25, "random_flip": False} | arguments)
+
+
+def set_up(data, path, *stages):
+    data.image_processor = transformers.AutoImageProcessor.from_pretrained(image_folder(path / "vit"))
+    for stage in stages:
+        data.setup(stage)
+    return data
+
+
+# ---------------------------------------------------------------------- models
+
+
+@pytest.mark.filterwarnings("ignore:Lightning couldn't infer the indices")
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_a_model_trains_its_new_head_and_resumes_to_the_bit_and_its_export_is_a_pipeline(tmp_path, architecture):
+    data, options = data_of(draw(tmp_path / "rows")), {"optimizer": lambda p: torch.optim.AdamW(p, lr=5e-3)}
+    module = classifier(tmp_path, architecture, **options)
+    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2)
+    run.fit(module, datamodule=data)
+    assert module.label_names == CLASSES
+    assert module.lora_config.modules_to_save == ["classifier"]
+    assert "val_accuracy" in run.callback_metrics
+    part = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2, max_steps=4)  # a step of the second epoch
+    part.fit(classifier(tmp_path, architecture, **options), datamodule=data)
+    part.save_checkpoint(tmp_path / "part.ckpt")
+    resumed = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2)
+    resumed.fit(again := classifier(tmp_path, architecture, **options), datamodule=data, ckpt_path=tmp_path / "part.ckpt")
+    assert_bit_equal(weights(again.model), weights(module.model))
+
+    (line,) = module.export(tmp_path / "merged")
+    assert "its logits differ from the module's" in line
+    pipe = transformers.pipeline("image-classification", str(tmp_path / "merged"), device="cpu")
+    picture_of_top = Image.open(tmp_path / "rows" / "top" / "0.png")
+    scores = {found["label"]: found["score"] for found in pipe(picture_of_top, top_k=4)}
+    batch = data.collate([{"image": picture_of_top, "labels": 3}])
+    module.eval()
+    expected = module.predict_step(batch, 0)["scores"].exp()[0].tolist()
+    assert scores == pytest.approx(dict(zip(CLASSES, expected, strict=True)), abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["vit", "convnext"])
+def test_pefts_loader_reads_the_adapter_on_the_base_with_its_other_head(tmp_path, architecture):
+    module = classifier(tmp_path, architecture)
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, datamodule=data_of(draw(tmp_path / "rows")))
+    *_, code, line = module.export(tmp_path / "adapter", "peft")
+    assert "loaded again with peft" in line
+    base = eval(code.removeprefix("its base: "), {"transformers": transformers})
+    loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    x = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixel_values=x).logits, module.eval().model(pixel_values=x).logits, atol=1e-5, rtol=0)
+
+
+def test_timms_models_are_read_through_transformers_and_their_head_is_trained(tmp_path):
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 4, "num_features": 32, "model_args": {}}
+    sizes = {"img_size": SIDE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    model = timm.create_model(config["architecture"], pretrained=False, num_classes=4, **sizes)
+    config["model_args"] = sizes
+    config["pretrained_cfg"] = dict(model.pretrained_cfg) | {"input_size": [3, SIDE, SIDE], "num_classes": 4}
+    wrapped = transformers.TimmWrapperConfig.from_dict(config, num_labels=4)
+    transformers.AutoModelForImageClassification.from_config(wrapped).save_pretrained(tmp_path / "timm")
+    rows = draw(tmp_path / "rows")
+    for names in (None, [*CLASSES, "other"]):  # as many as the head of the files, and more
+        module = COLAImageClassifier(str(tmp_path / "timm"), rank=2, target_modules="all-linear", label_names=names, seed=0)
+        trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, datamodule=data_of(rows))
+        assert module.lora_config.modules_to_save == ["timm_model.head"]
+        assert module.num_labels == len(names or CLASSES)
+        (line,) = module.export(tmp_path / f"merged {names}")
+        assert "its logits differ from the module's" in line
+    pipe = transformers.pipeline("image-classification", str(tmp_path / f"merged {names}"), device="cpu")
+    assert {found["label"] for found in pipe(picture("top", 0), top_k=5)} == set(names)
+
+
+def test_it_learns_and_logs_the_metric_and_top_5(tmp_path):
+    data = data_of(draw(tmp_path / "rows", 12), random_crop=1)
+    names = [*CLASSES, "back", "front"]
+    optimizer = {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2)}
+    module = classifier(tmp_path, label_names=names, metric="f1", **optimizer)
+    run = trainer(tmp_path, chain={"every_n_epochs": 4}, max_epochs=8)
+    run.fit(module, datamodule=data)
+    assert run.callback_metrics["val_f1"] > 0.6  # of six labels, two of which have no rows
+    assert run.callback_metrics["val_top5_accuracy"] == 1
+    run.predict(module, datamodule=data)
+    logits = torch.tensor([[6.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6]])
+    output = SimpleNamespace(predictions=logits.argmax(-1), scores=logits, targets=torch.tensor([4, 0]))
+    make, values = module.batch_metrics(None, output)["top5_accuracy"]
+    metric = make()
+    metric.update(*values)
+    assert metric.compute() == 0.5
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def as_folder(path):
+    return draw(path)
+
+
+def as_split_folders(path):
+    draw(path / "train")
+    draw(path / "test", 2)
+    return path
+
+
+def as_csv(path):
+    draw(path)
+    lines = [f"{name}/{k}.png,{name}" for k in range(8) for name in CLASSES]
+    (path / "rows.csv").write_text("\n".join(["path,label", *lines]) + "\n")
+    return path / "rows.csv"
+
+
+def as_jsonl(path):
+    draw(path)
+    rows = [{"image": f"{name}/{k}.png", "label": name} for k in range(8) for name in CLASSES]
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path / "rows.jsonl"
+
+
+def as_parquet(path):
+    path.mkdir()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    rows = [{"image": picture(name, 4 * k + i), "label": name} for k in range(8) for i, name in enumerate(CLASSES)]
+    datasets.Dataset.from_list(rows, features).to_parquet(path / "rows.parquet")
+    return path / "rows.parquet"
+
+
+def as_polars(path):
+    """As polars and pandas with pyarrow's strings write it: the paths are large strings."""
+    draw(path)
+    names = CLASSES * 8
+    columns = {"path": [f"{name}/{k // 4}.png" for k, name in enumerate(names)], "label": names}
+    large = {name: pa.array(values, pa.large_string()) for name, values in columns.items()}
+    pq.write_table(pa.table(large), path / "rows.parquet")
+    return path / "rows.parquet"
+
+
+def as_saved(path):
+    datasets.load_dataset("parquet", data_files=str(as_parquet(path)))["train"].save_to_disk(path / "saved")
+    return path / "saved"
+
+
+@pytest.mark.parametrize("form", [as_folder, as_split_folders, as_csv, as_jsonl, as_parquet, as_saved, as_polars])
+def test_rows_in_each_form_are_the_same_pictures_and_labels_in_parts_with_the_same_share_of_each(tmp_path, form):
+    data = set_up(data_of(form(tmp_path / "rows"), random_crop=1), tmp_path, "fit")
+    assert data.label_names == CLASSES
+    assert data._class_counts() == dict.fromkeys(CLASSES, 8)
+    assert sorted(data.val.with_format("numpy")["labels"][:].tolist()) == sorted([0, 1, 2, 3] * 2)
+    batches = [batch for loader in (data.train_dataloader(), data.val_dataloader()) for batch in loader]
+    found = torch.cat([batch["pixel_values"].flatten(1) for batch in batches])
+    labels = torch.cat([batch["labels"] for batch in batches])
+    for index, name in enumerate(CLASSES):
+        pictures = [picture(name, 4 * k + index) for k in range(8)]
+        expected = data.image_processor(pictures, return_tensors="pt")["pixel_values"].flatten(1)
+        assert sorted(found[labels == index].sum(1).tolist()) == sorted(expected.sum(1).tolist())
+    assert data.can_be_tested == (form is as_split_folders)
+    if form is as_split_folders:
+        data.setup("test")
+        assert len(data.test) == 8
+    assert data.identity
+
+
+def test_unreadable_pictures_are_skipped_and_counted_and_their_replacement_is_seen(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = as_csv(tmp_path / "rows")
+    broken, missing, cut = (path.parent / "top" / f"{k}.png" for k in range(3))
+    whole = cut.read_bytes()
+    broken.write_text("no picture")
+    missing.unlink()
+    cut.write_bytes(whole[: len(whole) // 2])
+    data = set_up(data_of(path, max_skipped=0.2, val_size=0), tmp_path, "fit")
+    assert len(data.train) == 29
+    for reason in ("there is no such file", "the picture cannot be read"):
+        assert f"{reason}" in caplog.text
+    with pytest.raises(UserError, match=r"3 of 32 rows cannot be used, more than data\.max_skipped 0\.05 allows"):
+        set_up(data_of(path, val_size=0), tmp_path, "fit")
+    cut.write_bytes(whole)  # the cache is not used for another file of the same name
+    assert len(set_up(data_of(path, max_skipped=0.2, val_size=0), tmp_path, "fit").train) == 30
+
+
+def pixels_of(path):
+    """The pixels, from 0 to 1, of a picture as it is trained on."""
+    (path.parent / "rows.csv").write_text(f"path,label\n{path.name},a\n")
+    data = data_of(path.parent / "rows.csv", labels=["a", "b"], val_size=0, random_crop=1)
+    data.image_processor = transformers.ViTImageProcessor(do_resize=False, do_normalize=False)
+    data.setup("fit")
+    return data.collate([data.augment(data.train[0], 0)])["pixel_values"][0]
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+STORED = {  # of a ramp from black to white
+    "8 bits.png": (RAMP * 255).astype(np.uint8),
+    "16 bits.png": (RAMP * 65535).astype(np.uint16),
+    "12 bits in 16.tif": (RAMP * 4095).astype(np.uint16),
+    "32 bits.tif": (RAMP * 10**6).astype(np.int32),
+    "floats to 1.tif": RAMP.astype(np.float32),
+    "floats below 0.tif": (RAMP * 100 - 50).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_picture_looks_the_same_at_any_depth(tmp_path, name):
+    Image.fromarray(STORED[name]).save(tmp_path / name)
+    expected = torch.tensor(RAMP, dtype=torch.float32).expand(3, 8, 8)
+    torch.testing.assert_close(pixels_of(tmp_path / name), expected, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["RGBA.png", "LA.png", "P.gif", "P.png"])
+def test_what_is_transparent_is_white(tmp_path, name):
+    drawn = np.zeros((8, 8, 4), dtype=np.uint8)
+    drawn[2:6, 2:6] = 200, 200, 200, 255  # a grey square on black that is transparent
+    made = Image.fromarray(drawn)
+    stored = {"P.gif": made, "P.png": made.quantize(4)}  # a GIF has a palette anyway
+    stored.get(name, made.convert(name.partition(".")[0])).save(tmp_path / name)
+    found = pixels_of(tmp_path / name)
+    assert found[:, 0, 0].tolist() == [1, 1, 1]
+    assert found[:, 3, 3].tolist() == pytest.approx([200 / 255] * 3, abs=0.02)
+
+
+def test_a_file_is_opened_as_a_picture_whatever_its_name_says(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("Ghostscript was run"))
+    draw(tmp_path / "rows")
+    (tmp_path / "rows" / "top" / "0.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    picture("top", 0).save(tmp_path / "rows" / "top" / "1.png", "BMP")
+    data = set_up(data_of(tmp_path / "rows", val_size=0), tmp_path, "fit")
+    assert len(data.train) == 31
+
+
+def folders_of(path, *names):
+    """Folders of pictures for each class, by their names."""
+    for name in names:
+        draw(path / name, 2)
+    return path
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["Train", "Test"],
+        ["training", "testing"],
+        ["data/train", "data/test"],
+        ["train", "TEST", "Val"],
+        ["a/b/TRAIN", "a/b/test"],
+    ],
+)
+def test_the_folders_of_splits_are_found_in_any_case_and_inside_a_folder_and_are_no_classes(tmp_path, names):
+    data = set_up(data_of(folders_of(tmp_path / "rows", *names)), tmp_path, "fit")
+    assert data.label_names == CLASSES
+    assert len(data.train) + len(data.val) * (len(names) == 2) == 8
+    data.setup("test")
+    assert len(data.test) == 8
+
+
+def test_a_class_named_like_a_split_is_a_class(tmp_path):
+    for name in ("Train", "Bus", "Car"):
+        (tmp_path / "rows" / name).mkdir(parents=True)
+        for k in range(4):
+            picture("top", k).save(tmp_path / "rows" / name / f"{k}.png")
+    assert set_up(data_of(tmp_path / "rows"), tmp_path, "fit").label_names == ["Bus", "Car", "Train"]
+
+
+def test_a_class_may_be_a_link_and_pictures_may_have_any_usual_ending(tmp_path):
+    draw(tmp_path / "elsewhere")
+    (tmp_path / "rows").mkdir()
+    for name in CLASSES:
+        (tmp_path / "rows" / name).symlink_to(tmp_path / "elsewhere" / name)
+    top = tmp_path / "elsewhere" / "top"
+    for k, (ending, kind) in enumerate([("jfif", "JPEG"), ("JPE", "JPEG"), ("avif", "AVIF"), ("jp2", "JPEG2000")]):
+        picture("top", k).save(top / f"{k}.{ending}", kind)
+    data = set_up(data_of(tmp_path / "rows", val_size=0), tmp_path, "fit")
+    assert data._class_counts() == dict.fromkeys(CLASSES, 8) | {"top": 12}
+    (top / "9.heic").write_bytes(b"\0\0\0 ftypheic")  # which needs a package of its own
+    assert set_up(data_of(tmp_path / "rows", val_size=0), tmp_path, "fit")._report.n_skipped == 1
+
+
+def as_rows(path, *names):
+    lines = [*(f"{name}/{k}.png,{name}" for k in range(8) for name in CLASSES), *(f"{name},top" for name in names)]
+    (path / "rows.csv").write_bytes("\n".join(["path,label", *lines, ""]).encode())
+    return path / "rows.csv"
+
+
+@pytest.mark.parametrize("form", ["folder", "rows"])
+def test_what_is_no_file_of_a_picture_is_one_row_that_is_skipped(tmp_path, form):
+    path = draw(tmp_path / "rows")
+    os.mkfifo(path / "top" / "fifo.png")
+    (path / "top" / "gone.png").symlink_to(tmp_path / "nowhere")
+    source = path
+    if form == "rows":
+        source = as_rows(path, "top/fifo.png", "top/gone.png", "top/a\0b.png")
+    else:
+        picture("top", 0).save(os.fsencode(path / "top") + b"/caf\xe9.png", "PNG")
+    data = set_up(data_of(source, max_skipped=0.2, val_size=0), tmp_path, "fit")
+    assert data._report.skipped.keys() == {"there is no such file"}
+    assert (len(data.train), data._report.n_skipped) == (32, 3)
+    assert data.identity
+
+
+def test_a_crop_and_a_flip_depend_on_the_seed_the_epoch_and_the_row_alone(tmp_path):
+    data = set_up(data_of(draw(tmp_path / "rows"), val_size=0, random_flip=True), tmp_path, "fit")
+
+    def pixels(places, seed=0, epoch=0, augment=data.augment):
+        batches = SeededBatches(data.train, data.collate, seed, augment)
+        batches.epoch = epoch
+        return batches.__getitems__(places)["pixel_values"]
+
+    assert torch.equal(pixels([3, 5, 9])[1], pixels([5, 8])[0])
+    assert not torch.equal(pixels([5]), pixels([5], seed=1))
+    assert not torch.equal(pixels([5]), pixels([5], epoch=1))
+    assert torch.equal(data.collate([data.train[k] for k in range(8)])["pixel_values"], pixels([*range(8)], augment=None))
+
+
+def test_workers_make_the_batches_of_the_main_process(tmp_path):
+    rows = draw(tmp_path / "rows")
+    batches = [[*set_up(data_of(rows, num_workers=n), tmp_path, "fit").train_dataloader()] for n in (0, 2)]
+    for mine, others in zip(*batches, strict=True):
+        assert_bit_equal(mine, others)
+
+
+def test_crops_and_flips_can_be_left_out_and_have_the_asked_size(tmp_path):
+    data = data_of(draw(tmp_path / "rows"), random_crop=0.5, random_flip=False)
+    row = {"image": Image.new("RGB", (200, 200)), "labels": 0}
+    shares = [np.prod(data.augment(row, seed)["image"].size) / 200**2 for seed in range(200)]
+    assert 0.45 < min(shares) < 0.55 < 0.95 < max(shares) <= 1
+    marked = picture("left", 0)
+    data.random_crop = 1
+    assert data.augment({"image": marked}, 3)["image"].tobytes() == marked.tobytes()
+    data.random_flip = True
+    flipped = sum(data.augment({"image": marked}, seed)["image"].tobytes() != marked.tobytes() for seed in range(200))
+    assert 70 < flipped < 130
+
+
+# ---------------------------------------------------------------------- the command
+
+FIT = [
+    "fit",
+    "--model",
+    "COLAImageClassifier",
+    "--data",
+    "ImageDataModule",
+    "--model.rank",
+    "2",
+    "--trainer.accelerator",
+    "cpu",
+]
+FIT += ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--data.batch_size", "8"]
+
+
+def test_predict_writes_labels_and_scores_of_pictures_alone_and_why_one_has_none(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    rows, alone = draw(tmp_path / "rows"), tmp_path / "alone"
+    alone.mkdir()
+    for k, name in enumerate(CLASSES):
+        picture(name, k).save(alone / f"{k}.jpg")
+    (alone / "9.jpg").write_text("no picture")
+    fit = [*FIT, "--model.model_name", image_folder(tmp_path / "vit"), "--data.source", str(rows), "--data.test_size", "0.25"]
+    assert main(fit) == 0, capfd.readouterr().err
+    run = "runs/version_0"
+    words = ["--config", f"{run}/config.yaml", "--ckpt_path", run, "--data.source", str(alone)]
+    assert main(["predict", *words]) == 0, capfd.readouterr().err
+    (path,) = tmp_path.glob("runs/**/predictions.jsonl")
+    *lines, last = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["image"] for line in lines] == [str(alone / f"{k}.jpg") for k in range(4)]
+    assert all(line["prediction"] in CLASSES and line["target"] is None for line in lines)
+    assert all(line["prediction"] == CLASSES[int(np.argmax(line["scores"]))] for line in lines)
+    assert last["prediction"] is None
+    assert last["reason"].startswith("the picture cannot be read")
+    assert main(["export", run, "--output", "merged"]) == 0, capfd.readouterr().err
+    assert transformers.pipeline("image-classification", "merged", device="cpu")(str(alone / "0.jpg"))

@@ -1,0 +1,400 @@
+"""The contract of data modules: each row once, in an order that follows from seeds and the epoch; and unusable rows."""
+
+import pickle
+import re
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+
+from cola_lightning import (
+    ImageDataModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    TemplateDataModule,
+    TextClassificationDataModule,
+    TextDataModule,
+    UserError,
+)
+from cola_lightning.chat_template import end_tokens
+from cola_lightning.data.base import EpochSampler
+from cola_lightning.data.encoding import encode_texts, labels_of
+from cola_lightning.data.examples import Example, encode_examples
+from tests.helpers import tiny
+from tests.helpers.tiny import attach
+from tests.helpers.toy import toy
+
+
+def prompts_of(part):
+    return [row.example.prompt for row in part]
+
+
+# ---------------------------------------------------------------------- the contract
+
+ROWS = [
+    {
+        "sentence": f"film number {k} is {'old ' * (7 * k % 11)}",
+        "label": k % 2,
+        "title": "T",
+        "context": "It is old. " * (k % 3),
+        "question": f"Who is {k}?",
+        "answers": {"text": [f"Al {k}"]},
+        "messages": [{"role": "user", "content": f"Who is {k}?"}, {"role": "assistant", "content": "Al " * (1 + k % 5)}],
+    }
+    for k in range(46)
+]
+SIZES = {"train_size": 23, "val_size": 23, "test_size": 23}
+MODULES = {
+    "SST2": lambda source, **settings: PromptDataModule("SST2", source, **settings),
+    "SQuAD": lambda source, **settings: PromptDataModule("SQuAD", source, **settings),
+    "answer": lambda source, **settings: TemplateDataModule(source, prompt="{sentence}?", answer="question", **settings),
+    "text": lambda source, **settings: TextDataModule(source, columns={"text": "sentence"}, **settings),
+    "conversations": lambda source, **settings: TextDataModule(source, columns={"messages": "messages"}, **settings),
+    "classifier": lambda source, **settings: TextClassificationDataModule(
+        source, text_fields=["sentence", "question"], **settings
+    ),
+}
+PAPERS = ("SST2", "SQuAD")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    tiny.write_rows(folder, ROWS, ["train"])
+    return tiny.write_rows(folder, ROWS[:23], ["validation", "test"])
+
+
+@pytest.fixture(scope="module", params=MODULES)
+def make(request, source):
+    """Makes a data module that has been set up."""
+
+    def make(*stages, **options):
+        sizes = SIZES if request.param in PAPERS else {"train_size": 23}
+        data = MODULES[request.param](source, **{"batch_size": 4, "max_length": 130} | sizes | options)
+        tokenizer = tiny.chat_tokenizer(tiny.CHAT)
+        return tiny.set_up(data, tokenizer, *stages)
+
+    make.name = request.param
+    return make
+
+
+def tokens_of_row(row):
+    return [tuple(ids) for ids in (row.prefixes if hasattr(row, "prefixes") else [row["input_ids"]])]
+
+
+def tokens_of(batches):
+    """The tokens of each sequence without its padding."""
+    return [
+        tuple(ids[mask.bool()].tolist())
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+
+def test_each_row_is_in_one_batch_with_its_tokens_and_labels(make):
+    data = make("fit", "test")
+    for part, loader in ((data.train, data.train_dataloader()), (data.val, data.val_dataloader())):
+        batches, rows = list(loader), list(part)
+        assert len(rows) == 23
+        assert len(batches) == 6
+        assert sorted(tokens_of(batches)) == sorted(ids for row in rows for ids in tokens_of_row(row))
+        if isinstance(rows[0], dict) and "spans" in rows[0]:
+            masks = [mask.bool() for batch in batches for mask in batch["attention_mask"]]
+            labels = [some for batch in batches for some in batch["labels"]]
+            found = [tuple(some[mask].tolist()) for some, mask in zip(labels, masks, strict=True)]
+            assert all((some[~mask] == -100).all() for some, mask in zip(labels, masks, strict=True))
+            assert sorted(found) == sorted(tuple(labels_of(row)) for row in rows)
+
+
+def test_a_worker_process_collates_the_same_batches_without_the_trainer(make):
+    data = make("fit")
+    data.trainer = tiny.process(module=toy())
+    rows = [data.val[k] for k in range(4)]
+    in_worker = pickle.loads(pickle.dumps(data))  # as for a process that is not forked
+    assert in_worker.trainer is None
+    assert str(in_worker.collate(rows)) == str(data.collate(rows))
+
+
+def test_the_order_of_training_follows_from_the_seeds_and_the_epoch_and_goes_on_inside_one(make):
+    def order(epoch=0, done=0, n_processes=1, rank=0, seed=3, **options):
+        data = make("fit", **options)
+        data.trainer = tiny.process(rank, n_processes, toy(seed=seed))
+        sampler = data.train_dataloader().sampler
+        sampler.set_epoch(epoch)
+        sampler.rows_done = lambda: done * data.batch_size
+        return list(sampler)
+
+    whole = order()
+    assert order() == whole
+    assert whole not in (order(epoch=1), order(seed=4), order(split_seed=1))
+    assert order(done=2) == whole[8:]
+    halves = [order(n_processes=2, rank=rank, batch_size=2) for rank in (0, 1)]
+    assert [row for pair in zip(*halves, strict=True) for row in pair] == [*whole, whole[0]]
+
+
+def test_evaluation_goes_from_the_longest_row_to_the_shortest_and_under_a_limit_takes_the_first(make):
+    data = make("fit", "test")
+    for name, part in (("val", data.val), ("test", data.test)):
+        rows, loader = list(part), getattr(data, f"{name}_dataloader")
+        lengths = [data.length(row) for row in rows]
+        data.trainer = tiny.process(**{f"limit_{name}_batches": 1.0})
+        assert [lengths[place] for place in loader().sampler] == sorted(lengths, reverse=True) != lengths
+        for limit in (1, 0.3):
+            data.trainer = tiny.process(**{f"limit_{name}_batches": limit})
+            assert list(loader().sampler) == list(range(23))
+
+
+def test_predictions_are_in_the_order_of_the_data_also_of_rows_that_are_drawn(make):
+    def numbers(stage):
+        data = make(stage, test_split="test", test_size=9)
+        assert len(list(data.predict_dataloader())) == 3
+        texts = [str(getattr(getattr(row, "example", row), "prompt", row)) for row in data.test]
+        if isinstance(data.test[0], dict):
+            texts = [data.tokenizer.decode(row["input_ids"]) for row in data.test]
+        return [int(re.search(r"(?:number|Who is) (\d+)", text)[1]) for text in texts]
+
+    drawn = numbers("test")
+    assert numbers("predict") == sorted(drawn) != drawn
+
+
+def test_batches_of_like_length_have_less_padding_and_come_by_chance():
+    lengths = torch.randint(1, 300, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def batches(**options):
+        order = list(EpochSampler(lengths, 3, **options))
+        assert sorted(order) == list(range(1003))
+        return [[lengths[row] for row in order[start : start + 8]] for start in range(0, 1003, 8)]
+
+    def padding(batches):
+        return 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
+
+    grouped = batches(lengths=lengths, batch_size=8)
+    assert padding(grouped) < 0.1 < padding(batches())
+    longest = [max(batch) for batch in grouped]
+    assert longest != sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "absent"),
+    [
+        (TextDataModule, []),
+        (PreferenceDataModule, ["packing", "loss", "text_unit"]),
+        (TemplateDataModule, ["num_proc"]),
+        (PromptDataModule, ["num_proc", "text_unit"]),
+        (TextClassificationDataModule, ["columns", "packing"]),
+        (ImageDataModule, ["max_length", "too_long", "text_unit", "length_grouped"]),
+    ],
+)
+def test_an_option_that_does_nothing_for_a_kind_of_row_is_not_offered(kind, absent):
+    parser = ArgumentParser()
+    names = [name.removeprefix("data.") for name in parser.add_class_arguments(kind, "data")]
+    assert {"source", "val_size", "max_skipped"} <= {*names}
+    assert not {*absent} & {*names}
+
+
+# ---------------------------------------------------------------------- prompts and options as tokens
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # with a beginning of sentence, which stays, and without
+def test_a_long_prompt_loses_its_beginning_and_leaves_room_for_an_answer_in_training_too(architecture):
+    tokenizer = tiny.tokenizer(architecture)
+    prompt, option = "The capital of the country is the largest town. " * 20 + "Answer:", " the town\n"
+    requested, whole = (tokenizer(text)["input_ids"] for text in (prompt, prompt + option))
+    bos = [0] if architecture == "llama" else []
+    written = Example(prompt, (option,), 0, references=("the town", "a town"))
+    for example, is_learned, room in [(Example(prompt, (option,), 0), False, 80), (written, True, 30), (written, False, 30)]:
+        short, cut = encode_examples(tokenizer, [Example("It", ("x",), 0), example], 80, is_learned=is_learned)
+        assert (short.n_lost, cut.n_lost) == (0, len(whole) - room)
+        assert cut.prefixes[0] + cut.option_ids[0][-1:] == bos + whole[len(whole) - room + len(bos) :]
+        assert cut.option_ids[0] == whole[len(requested) :]
+        is_asked = room == 30 and not is_learned
+        assert cut.prompt_ids == (bos + requested[len(requested) - 30 + len(bos) :] if is_asked else [])
+        assert short.prefixes[0] + short.option_ids[0][-1:] == tokenizer("Itx")["input_ids"]
+    n_option = len(whole) - len(requested)
+    (cut,) = encode_examples(tokenizer, [written], 50 + n_option, is_learned=True)  # the answer loses its end
+    n_kept = n_option - max(2, n_option // 4)
+    assert cut.option_ids == [whole[len(requested) : len(requested) + n_kept]]
+    assert len(cut) < n_option
+    (reason,) = encode_examples(tokenizer, [written], 50 + n_option, is_learned=True, too_long="skip")
+    assert str(reason) == "longer than data.max_length"
+
+
+def test_no_option_is_cut_and_each_adds_tokens_of_its_own():
+    tokenizer = tiny.tokenizer()
+    example = Example("It was", (" great", " one of the largest and oldest of all towns"), 0, "train, row 2")
+    n_option = max(len(ids) for ids in encode_examples(tokenizer, [example], 500)[0].option_ids)
+    assert len(encode_examples(tokenizer, [example], n_option + 1)[0]) == n_option
+    for requested, length, expected in [
+        (example, n_option, "an option is longer than data.max_length"),
+        (Example("It was", ("", " great"), 0), 500, "the prompt, or an option, adds no tokens"),
+        (Example("It was", ("Yes", "Yes "), 0), 500, "two options are equal, or differ only in spaces"),
+    ]:
+        (reason,) = encode_examples(tokenizer, [requested], length)
+        assert str(reason) == expected
+    (reason,) = encode_examples(tiny.tokenizer("gpt2"), [Example("", ("Yes", "No"), 0)], 500)
+    assert str(reason) == "the prompt, or an option, adds no tokens"
+
+
+@pytest.mark.parametrize("end", ["eos_token", "sep_token"])  # BERT's tokenizer has no end of text, and ends with [SEP]
+def test_an_end_of_text_that_a_tokenizer_adds_is_no_part_of_an_option(end):
+    example = Example("It was", (" great", " one of the largest"), 0)
+    plain, ending = tiny.tokenizer(), tiny.tokenizer(eos=True, end=end)
+    assert ending("It was")["input_ids"] == [*plain("It was")["input_ids"], 1]
+    assert encode_examples(ending, [example], 500) == encode_examples(plain, [example], 500)
+    for text in ("It was", "It was</s>"):  # what the text itself says stays, once
+        assert encode_texts(ending, [text], 8)[0][0]["input_ids"] == [*plain("It was")["input_ids"], 1]
+    assert end_tokens(None, ending) == [1]
+    endless = tiny.tokenizer(end="sep_token")
+    assert encode_texts(endless, ["It was"], 8)[0][0]["input_ids"] == endless("It was")["input_ids"]
+    assert end_tokens(None, endless) == []
+
+
+def test_white_space_around_a_prompt_is_as_in_the_protocol():
+    """A blank between prompt and option is the option's; what is before the prompt goes; a line's end stays."""
+    tokenizer = tiny.tokenizer()
+    rows = [("\n The film was long so ", "I sat. "), ("The mat\n", "Yes")]
+    (first,), (second,) = (encode_examples(tokenizer, [Example(prompt, (option,), 0)], 500) for prompt, option in rows)
+    assert tokenizer.decode(first.prefixes[0]) == "<s>The film was long so I sat"
+    assert tokenizer.decode(first.option_ids[0]) == " I sat."
+    assert tokenizer.decode(second.option_ids[0]) == "Yes"
+    assert tokenizer.decode(second.prefixes[0][: 1 - len(second.option_ids[0]) or None]) == "<s>The mat\n"
+    written = Example(" Who? ", ("Al",), 0, references=("Al",))
+    assert tokenizer.decode(encode_examples(tokenizer, [written], 500)[0].prompt_ids) == "<s>Who?"
+
+
+# ---------------------------------------------------------------------- parts of the paper's tasks
+
+
+def test_train_and_validation_are_drawn_together_from_train_and_test_from_validation(tmp_path):
+    rows = [{"sentence": f"film number {k} ", "label": k % 2} for k in range(40)]
+    sst2 = tiny.write_rows(tmp_path, rows, ["train"])
+    tiny.write_rows(tmp_path, rows[:10], ["validation"])
+
+    def parts(**sizes):
+        data = attach(PromptDataModule("SST2", sst2, **{"train_size": 25, "val_size": 12, "test_size": 9} | sizes))
+        for stage in ("fit", "test"):
+            data.setup(stage)
+        return [prompts_of(part) for part in (data.train, data.val, data.test)]
+
+    train, val, test = parts()
+    assert [len(train), len(val), len(test), len({*train, *val})] == [25, 12, 9, 37]
+    assert parts()[0] == train != parts(split_seed=1)[0]
+    assert parts(val_size=5)[0] == train  # validation comes last
+    assert set(test) <= {f"film number {k} It was" for k in range(10)}
+    with pytest.raises(UserError, match=r"train_size \+ data.val_size, of .*: 42 rows are needed, but there are only 40"):
+        parts(train_size=30)
+
+
+def test_without_a_source_the_task_is_read_from_the_folder_of_the_environment_or_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLA_DATA_DIR", str(tmp_path))
+    assert PromptDataModule("sst2").source == str(tmp_path / "sst2")
+    monkeypatch.delenv("COLA_DATA_DIR")
+    data = attach(PromptDataModule("sst2"))
+    assert (data.source, data.subset, data.train_size) == ("nyu-mll/glue", "sst2", 1000)
+    assert data.max_length == 64  # the model's own limit
+    data.tokenizer.model_max_length = 10**30
+    assert data.max_length == 2048
+
+
+# ---------------------------------------------------------------------- unusable rows
+
+RECORD = {"passage": "Al met Di.", "query": "@placeholder left", "entities": ["Di", "Al"], "answers": ["Al"]}
+TWICE = {"entities": ["Al", "Al"]}
+
+
+def drawn(tmp_path, changed):
+    """Parts of ReCoRD, of whose rows some are changed: ``changed`` takes the places of training, validation and other rows."""
+    rows = [RECORD | {"passage": f"Al met Di {k} times."} for k in range(400)]
+
+    def part_of(folder, rows):
+        tiny.write_rows(tmp_path / folder, rows[:1], ["validation"])
+        source = tiny.write_rows(tmp_path / folder, rows, ["train"])
+        return attach(PromptDataModule("ReCoRD", source, train_size=200, val_size=100))
+
+    plain = part_of("plain", rows)
+    plain.setup("fit")
+    train, val = ([int(row.example.place.split()[-4]) for row in part] for part in (plain.train, plain.val))
+    changes = changed(train, val, sorted({*range(400)} - {*train, *val}))
+    own = part_of("own", [row | changes.get(k, {}) for k, row in enumerate(rows)])
+    used = [[k for k in places if k not in changes] for places in (train, val)]
+    return own, [[f"{rows[k]['passage']}\n-" for k in places] for places in used]
+
+
+@pytest.mark.parametrize("change", [TWICE, {"query": "@placeholder left " * 40}, {"query": None}, {"answers": ["Bo"]}])
+def test_a_drawn_row_that_cannot_be_used_is_skipped_and_counted_and_another_is_not_judged(tmp_path, caplog, change):
+    caplog.set_level("INFO", "cola_lightning")
+    data, expected = drawn(tmp_path, lambda train, val, others: dict.fromkeys([*train[5:7], val[3], *others], change))
+    data.setup("fit")
+    assert [prompts_of(part) for part in (data.train, data.val)] == expected
+    log_lines = [line for line in caplog.messages if " skipped (" in line]
+    assert [line.partition(" skipped")[0] for line in log_lines] == ["validation: 100 rows: 1", "training: 200 rows: 2"]
+    assert all("train, row " in line for line in log_lines)
+
+
+def test_more_than_a_share_of_all_rows_is_an_error_and_of_one_part_alone_is_not(tmp_path):
+    changed = {"entities": "Al"}
+    data, _ = drawn(tmp_path, lambda train, val, _: dict.fromkeys(val[:6], TWICE))
+    data.setup("fit")  # 6 of 100, and of 300 together
+    data.max_skipped = 0.019
+    with pytest.raises(UserError, match=r"6 of 300 rows cannot be used, more than data.max_skipped 0.019 allows \(two options"):
+        data.setup("fit")
+    data, _ = drawn(tmp_path, lambda train, val, _: {train[7]: changed})
+    data.max_skipped = 0
+    with pytest.raises(UserError, match=r"the field 'entities' is 'Al', not a list of texts: .* row"):
+        data.setup("fit")
+
+
+UNLABELLED = {
+    "SST2": ({"sentence": "a film"}, {"label": 1}),
+    "BoolQ": ({"passage": "Tea.", "question": "is it"}, {"answer": None}),
+    "ReCoRD": ({"passage": "Al.", "query": "@placeholder left", "entities": ["Di", "Al"]}, {"answers": ["Al"]}),
+    "SQuAD": ({"title": "T", "context": "C", "question": "Q"}, {"answers": {"text": ["A"]}}),
+    "DROP": ({"passage": "P", "question": "Q"}, {"answers_spans": {"spans": ["A"]}}),
+}
+
+
+@pytest.mark.parametrize("name", UNLABELLED)
+def test_rows_without_a_label_or_an_answer_are_predicted_and_nothing_else(tmp_path, name):
+    row, target = UNLABELLED[name]
+    source = tiny.write_rows(tmp_path, [row] * 20, ["train"])
+    tiny.write_rows(tmp_path, [row | ({} if None in target.values() else target), row, row], ["validation"])
+    data = attach(PromptDataModule(name, source, test_size=3, train_size=9, val_size=2))
+    for stage, place in (("fit", "train"), ("validate", "train"), ("test", "validation")):
+        known = rf"({next(iter(target))}|label)"
+        message = rf"field '{known}' is null.*{place}, row \d+|{place}, row \d+.*: .*field '{known}'"
+        with pytest.raises(UserError, match=message):
+            data.setup(stage)
+    for place, n_rows in ((source, 3), (f"{source}/train.jsonl", 20)):  # of a file, all rows
+        data = attach(PromptDataModule(name, place, test_size=3))
+        data.setup("predict")
+        assert len(data.test) == n_rows
+        assert [row.example.answer for row in data.test].count(None) >= n_rows - 1
+        assert list(data.collate(data.test)["prompt"]) == prompts_of(data.test)
+
+
+@pytest.mark.parametrize(
+    ("row", "make", "message"),
+    [
+        ({"text": ""}, TextDataModule, "no text: .*, row 0"),
+        ({"prompt": "B", "response": ""}, TextDataModule, "no response: .*, row 0"),
+        ({"sentence": "", "label": 0}, TextClassificationDataModule, "no text: .*, row 0"),
+    ],
+)
+def test_a_row_without_anything_to_learn_is_refused(tmp_path, row, make, message):
+    data = attach(make(tiny.write_rows(tmp_path, [row])), "gpt2")
+    with pytest.raises(UserError, match=message):
+        data.setup("test")
+
+
+def test_labelled_pairs_are_cut_on_the_right_whatever_the_tokenizers_side(tmp_path):
+    rows = [{"premise": "It was old." * (k + 1), "hypothesis": "It was.", "label": k % 2} for k in range(4)]
+    source, texts = tiny.write_rows(tmp_path, rows), [[row[name] for row in rows] for name in ("premise", "hypothesis")]
+    data = attach(TextClassificationDataModule(source, max_length=12))
+    data.tokenizer.truncation_side = "left"
+    data.setup("test")
+    assert data.tokenizer.truncation_side == "left"
+    cut = tiny.tokenizer()(*texts, truncation=True, max_length=12)["input_ids"]
+    assert [row["input_ids"] for row in data.test] == cut
+    for arguments in ({"text_fields": "sentence"}, {"label_field": "gold"}):
+        with pytest.raises(UserError, match=rf"data\.{next(iter(arguments))}: .* the columns premise, hypothesis, label"):
+            attach(TextClassificationDataModule(source, **arguments)).setup("fit")

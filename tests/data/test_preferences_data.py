@@ -1,0 +1,440 @@
+"""Preference pairs: what their columns mean, their tokens and batches, and rows that people really have."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import pytest
+import torch
+import yaml
+
+from cola_lightning import ChainOfLoRA, COLACausalLM, COLAPreferenceLM, PreferenceDataModule, TextDataModule, UserError
+from cola_lightning.chat_template import ChatTemplate, Conversation
+from cola_lightning.cli import main
+from cola_lightning.data.chat_encoding import encode_conversations, encode_preferences
+from cola_lightning.data.columns import find_pairs
+from cola_lightning.data.encoding import labels_of
+from cola_lightning.data.fields import PreferencePair
+from cola_lightning.data.streaming import draw_rows
+from cola_lightning.hf.pretrained import Pretrained
+from tests.helpers import tiny
+
+FILES = Path(__file__).parents[1] / "fixtures" / "rows_of_pairs"
+DATA = Path(os.environ.get("COLA_DATA_DIR", "none"))
+REAL, TEMPLATES = DATA / "real" / "orca_dpo_pairs.jsonl", sorted((DATA / "chat_templates").glob("*.jinja"))
+REWRITING = tiny.CHAT.replace(  # as templates that drop the thoughts of earlier turns
+    "{{ eos_token }}", "{% if not loop.last and turn['role'] == 'assistant' %} (earlier){% endif %}{{ eos_token }}"
+)
+THINKING = (  # as Qwen3: the mode without thoughts opens and closes one
+    tiny.CHAT[: -len("{% endif %}")]
+    + "{% if enable_thinking is defined and not enable_thinking %}<think>\n</think>\n{% endif %}{% endif %}"
+)
+
+
+USER, ASSISTANT = {"role": "user", "content": "Old?"}, {"role": "assistant", "content": "No."}
+
+
+def chat_text(*contents, system=None):
+    """Turns in the tests' chat template, the user's first, with the generation prompt where the user has the last one."""
+    turns = [("system", system)] * bool(system) + [(("user", "assistant")[k % 2], text) for k, text in enumerate(contents)]
+    opened = "[assistant]\n" * (len(contents) % 2)
+    return "<s>" + "".join(f"[{role}]\n{text}</s>\n" for role, text in turns) + opened
+
+
+# Of each file: the prompt and both responses of the rows that are used, and why others are skipped.
+EQUAL, EMPTY, DIFFERENT = "the two responses are equal", "no response", "the prompts of the two responses differ"
+EXPECTED = {
+    "trl": (
+        [(chat_text("Is the bridge open?"), "Yes, until six.", "Who knows.")] * 2,
+        {EQUAL: 1, EMPTY: 1, "the field 'chosen' is null, not text": 1},
+    ),
+    "trl_turns": (
+        [
+            (chat_text("Is the town old?", system="Be kind."), "Yes, very.", "So what?"),
+            (chat_text("Old?", "No.", "New?"), "Yes.", "No idea."),
+        ],
+        {EQUAL: 1, EMPTY: 1},
+    ),
+    "ultrafeedback": (
+        [
+            (chat_text("Name a fish."), "A trout.", "A cow."),
+            (chat_text("Name a bird.", "A crow.", "And one more."), "A wren.", "No."),
+            (chat_text("Sing."), "La.</s>La la.", "No.</s>Never."),
+        ],
+        {EQUAL: 1, DIFFERENT: 1},
+    ),
+    "hh_rlhf": (
+        [
+            (chat_text("Is it cold?"), "A little.", "Go outside."),
+            (chat_text("Hello", "Hi!", "Is it late?\n\nIt is dark."), "It is nine.", "Sleep."),
+        ],
+        {EMPTY: 1, DIFFERENT: 1, "no prompt: neither in a column (data.columns) nor a text that begins with 'Human:'": 1},
+    ),
+    "llama_factory": (
+        [
+            (chat_text("Two plus two?", "Four.", "Times two?"), "Eight.", "Nine."),
+            (chat_text("Three plus one?", system="Count."), "Four.", "Five, I think."),
+        ],
+        {EQUAL: 1, EMPTY: 1},
+    ),
+    "llama_factory_instructions": (
+        [
+            (chat_text("Translate to French.\n\nGood day"), "Bonjour", "Guten Tag"),
+            (chat_text("Say a colour."), "Green.", "Loud."),
+        ],
+        {EMPTY: 1},
+    ),
+    "orca": (
+        [
+            (
+                chat_text("Is milk white?", system="You are brief."),
+                "Yes.",
+                "Milk is a liquid that one may call white, or not.",
+            ),
+            (chat_text("Is snow white?"), "Yes.", "No."),
+        ],
+        {EQUAL: 1},
+    ),
+    "azure": (
+        [
+            (chat_text("How many legs has an ant?", system="Be exact."), "Six.", "Eight."),
+            (chat_text("How many eyes has a bee?"), "Five.", "Two."),
+        ],
+        {EQUAL: 1, EMPTY: 1},
+    ),
+}
+
+
+def set_up(source, own, *stages, **arguments):
+    """A data module of pairs whose tests are all rows of a file or folder, or of a list of rows."""
+    return tiny.set_up(PreferenceDataModule(str(source), **{"max_skipped": 1.0} | arguments), own, *stages)
+
+
+def encoded(rows, folder, own, stage="test", **arguments):
+    data = set_up(tiny.write_rows(folder, rows), own, stage, **arguments)
+    return list(data.train if stage == "fit" else data.test), data
+
+
+class Side(NamedTuple):
+    """One of the two responses: all tokens, those with a loss, and those before them."""
+
+    ids: list[int]
+    learned: list[int]
+    prompt: list[int]
+
+
+def sides(data, rows):
+    """Of each pair, both responses in the batch."""
+    batch = data.collate(rows)
+    assert batch["labels"].shape == batch["input_ids"].shape == batch["attention_mask"].shape
+    found = []
+    for ids, mask, labels in zip(*(batch[name] for name in ("input_ids", "attention_mask", "labels")), strict=True):
+        n_padded = int((mask == 0).sum())
+        assert not mask[:n_padded].any()
+        first = int((labels != -100).nonzero()[0])
+        found.append(Side(ids[n_padded:].tolist(), labels[labels != -100].tolist(), ids[n_padded:first].tolist()))
+    assert batch["input_ids"].shape == (2 * len(rows), max(len(side.ids) for side in found))
+    return [*zip(found[: len(rows)], found[len(rows) :], strict=True)]
+
+
+def test_each_file_of_rows_has_an_expectation():
+    assert {path.stem for path in FILES.glob("*.jsonl")} == {*EXPECTED}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_pairs_of_each_format_are_found_by_their_columns(tmp_path, name):
+    expected, reasons = EXPECTED[name]
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    rows, data = encoded(tiny.read_rows(FILES / f"{name}.jsonl"), tmp_path, own)
+    assert {reason: n for reason, (n, _) in data._report.skipped.items()} == reasons
+    assert len(rows) == len(expected)
+    for pair, (prompt, *responses) in zip(sides(data, rows), expected, strict=True):
+        for side, response in zip(pair, responses, strict=True):
+            assert own.decode(side.prompt) == prompt
+            assert own.decode(side.learned) == f"{response}</s>"
+    assert data._report.n_trained == sum(len(side.learned) for pair in sides(data, rows) for side in pair)
+    requested, data = encoded(tiny.read_rows(FILES / f"{name}.jsonl")[:1], tmp_path / "asked", own, "predict")
+    batch = data.collate(requested)
+    assert own.decode(batch["prompt_ids"][0]) == expected[0][0]
+    assert batch["target"] == [expected[0][1]]
+    assert {*batch} == {"prompt_ids", "prompt_mask", "prompt", "target", "decoding", "end_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "chosen"),
+    [
+        ("trl", "Is the bridge open?", "Yes, until six."),
+        ("llama_factory_instructions", "Translate to French.\n\nGood day", "Bonjour"),
+        ("orca", "You are brief.\n\nIs milk white?", "Yes."),
+        ("hh_rlhf", "\n\nHuman: Is it cold?\n\nAssistant:", " A little."),
+    ],
+)
+def test_without_a_chat_template_a_response_follows_its_prompt_as_text(tmp_path, name, prompt, chosen):
+    own, source = tiny.chat_tokenizer(None), tiny.read_rows(FILES / f"{name}.jsonl")
+    rows, data = encoded(source, tmp_path, own)
+    assert len(rows) == len(EXPECTED[name][0])
+    side, _ = sides(data, rows[:1])[0]
+    assert (own.decode(side.prompt), own.decode(side.learned)) == (f"<s>{prompt}", f"{chosen}</s>")
+    requested, _ = encoded(source[:1], tmp_path / "asked", own, "predict")
+    assert own.decode(requested[0].prompt_ids) == f"<s>{prompt}"
+    assert requested[0].target == chosen.strip()
+
+
+@pytest.mark.parametrize("chat", [tiny.CHAT, None])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_response_has_the_tokens_that_supervised_training_gives_it(tmp_path, chat, side):
+    own = tiny.chat_tokenizer(chat)
+    for name in ["trl", "orca", *["trl_turns"] * bool(chat)]:
+        source = [row for row in tiny.read_rows(FILES / f"{name}.jsonl")[:2] if row["chosen"] != row["rejected"]]
+        rows, data = encoded(source, tmp_path / name, own)
+        prompt = {"orca": "{prompt: question, system: system, "}.get(name, "{prompt: prompt, ")
+        columns = yaml.safe_load(f"{prompt}response: {side}}}")
+        same = TextDataModule(data.source, columns=columns, loss="last")
+        expected = list(tiny.set_up(same, own, "test").test)
+        assert len(expected) == len(rows)
+        for pair, row in zip(sides(data, rows), expected, strict=True):
+            learned = [label for label in labels_of(row) if label != -100]
+            assert pair[side == "rejected"][:2] == (row["input_ids"], learned)
+
+
+def test_a_batch_has_the_chosen_responses_and_then_the_rejected_ones_and_counts_pairs(tmp_path):
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    source = [{"prompt": f"Is it {k}?", "chosen": f"Yes {k}." * k, "rejected": f"No {k}."} for k in range(1, 8)]
+    _, data = encoded(source, tmp_path, own, "fit", batch_size=3)
+    batches = [*data.train_dataloader()]
+    assert sorted(len(batch["input_ids"]) for batch in batches) == [2, 6, 6]
+    for batch in batches:
+        n = len(batch["input_ids"]) // 2
+        texts = [own.decode(row[row != -100]) for row in batch["labels"]]
+        numbers = [re.findall(r"\d", text)[0] for text in texts]
+        assert numbers[:n] == numbers[n:]
+        assert all(text.startswith("Yes") for text in texts[:n])
+        assert all(text.startswith("No") for text in texts[n:])
+        assert (batch["attention_mask"][:, -1] == 1).all()  # padded on the left
+    again = [*set_up(data.source, own, "fit", batch_size=3).train_dataloader()]
+    assert all(torch.equal(one["input_ids"], two["input_ids"]) for one, two in zip(batches, again, strict=True))
+
+
+@pytest.mark.parametrize("chat", [tiny.CHAT, None])
+def test_both_responses_keep_the_same_shortened_prompt_and_then_lose_their_ends(tmp_path, chat):
+    own, long = tiny.chat_tokenizer(chat), "The capital of the country is the largest town. "
+    end = own.eos_token_id
+    for n_prompt, n_chosen, n_rejected in [(40, 0, 1), (1, 0, 40), (40, 20, 30), (40, 30, 0), (1, 0, 0)]:
+        row = {"system": "Be kind.", "question": long * n_prompt}
+        row |= {"chosen": "Yes. " + long * n_chosen, "rejected": "No. " + long * n_rejected}
+        ((stored,), data) = encoded([row], tmp_path, own, max_length=160)
+        pair = sides(data, [stored])[0]
+        assert pair[0].prompt == pair[1].prompt
+        assert "Be kind." in own.decode(pair[0].prompt)
+        assert 150 < max(len(side.ids) for side in pair) <= 160 or n_prompt == 1
+        for side, first in zip(pair, ("Yes. ", "No. "), strict=True):
+            assert own.decode(side.learned).lstrip().startswith(first)
+        assert [side.learned[-1] == end for side in pair] == [n_chosen < 20, n_rejected < 20]
+        if n_prompt > 1 and max(n_chosen, n_rejected) > 20:  # the prompt has become short before a response loses its end
+            assert len(pair[0].prompt) <= 40
+    with pytest.raises(UserError, match=r"longer than data\.max_length"):
+        encoded([row], tmp_path / "skip", own, max_length=20, too_long="skip")
+
+
+def test_turns_of_the_assistant_without_a_prompt_are_named(tmp_path):
+    own, other = tiny.chat_tokenizer(tiny.CHAT), {"role": "assistant", "content": "Yes."}
+    with pytest.raises(UserError, match=r"can be used for test: no prompt: "):
+        encoded([{"chosen": [ASSISTANT], "rejected": [other]}], tmp_path, own)
+
+
+def test_a_prompt_with_marks_is_the_turns_that_it_marks(tmp_path):
+    prompt = "\n\nHuman: Old?\n\nAssistant: No.\n\nHuman: New?\n\nAssistant:"
+    rows, data = encoded(
+        [{"prompt": prompt, "chosen": " Yes.", "rejected": " Never."}], tmp_path, tiny.chat_tokenizer(tiny.CHAT)
+    )
+    for side in sides(data, rows)[0]:
+        assert data.tokenizer.decode(side.prompt) == chat_text("Old?", "No.", "New?")
+
+
+@pytest.mark.parametrize("store", [json.dumps, str])
+@pytest.mark.parametrize("prompt", ["Old?", [USER]])
+def test_turns_that_are_stored_as_text_are_skipped_and_told(tmp_path, store, prompt):
+    texts = {"chosen": store([ASSISTANT]), "rejected": store([ASSISTANT | {"content": "Yes."}])}
+    pairs = [{"prompt": prompt, "chosen": "No.", "rejected": "Yes."}, {"prompt": prompt, **texts}]
+    rows, data = encoded(pairs, tmp_path, tiny.chat_tokenizer(tiny.CHAT))
+    assert len(rows) == 1
+    assert [*data._report.skipped] == ["turns stored as text, not as a list"]
+
+
+def test_responses_that_differ_only_after_the_maximum_length_are_skipped(tmp_path):
+    own, long = tiny.chat_tokenizer(tiny.CHAT), "It was great. " * 40
+    rows = [{"prompt": "Is it?", "chosen": f"{long}Yes.", "rejected": f"{long}No."}]
+    rows += [{"prompt": "A", "chosen": "b", "rejected": "c"}] * 2
+    used, data = encoded(rows, tmp_path, own, max_length=64)
+    assert len(used) == 2
+    assert [*data._report.skipped] == ["the two responses are equal up to data.max_length"]
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="needs COLA_DATA_DIR with chat_templates")
+def test_in_the_templates_of_well_known_models_a_response_has_the_tokens_of_supervised_training_and_the_prompt_is_one():
+    assert len(TEMPLATES) == 25
+    answers = ([{"role": "assistant", "content": text}] for text in ("Because. It is.", "It is not. " * 20))
+    pair = PreferencePair(Conversation([USER, ASSISTANT, {"role": "user", "content": "Why? " * 1000}]), *answers)
+    for path in TEMPLATES:
+        own = tiny.chat_tokenizer(path.read_text(), "<|im_end|>", "<|im_start|>", "<|end|>", "<|return|>", "<|eot_id|>")
+        template = ChatTemplate(own)
+        (whole,), (shortened,) = (encode_preferences(template, [pair], n, set()) for n in (20000, 3000))
+        same = encode_conversations(template, pair.conversations(), 20000, set())
+        assert [[row] for row in whole] == same, path.stem
+        starts = [row["spans"][0] for row in shortened]
+        prompts = [row["input_ids"][:start] for row, start in zip(shortened, starts, strict=True)]
+        assert prompts[0] == prompts[1], path.stem
+        assert max(len(row["input_ids"]) for row in shortened) in range(2980, 3001), path.stem
+        for long, short in zip(whole, shortened, strict=True):  # the prompt alone is shorter
+            assert long["input_ids"][long["spans"][0] :] == short["input_ids"][short["spans"][0] :], path.stem
+
+
+def test_a_response_of_several_turns_that_the_template_rewrites_is_skipped(tmp_path):
+    own = tiny.chat_tokenizer(REWRITING)
+    rows, data = encoded(tiny.read_rows(FILES / "ultrafeedback.jsonl"), tmp_path, own)
+    assert len(rows) == 2
+    assert data._report.skipped["a response of several turns, of which the chat template rewrites earlier ones"][0] == 1
+
+
+def test_where_a_template_opens_a_thought_for_one_response_alone_both_follow_the_same_prompt(tmp_path):
+    own = tiny.chat_tokenizer(THINKING)
+    row = {"prompt": "Old?", "chosen": "<think>\nHm.</think>\nYes.", "rejected": "<think>\n</think>\nNo."}
+    ((stored,), data) = encoded([row], tmp_path, own)
+    chosen, rejected = sides(data, [stored])[0]
+    assert own.decode(chosen.learned).endswith("Hm.</think>\nYes.</s>")
+    assert own.decode(rejected.learned).endswith("</think>\nNo.</s>")
+    assert chosen.prompt == rejected.prompt
+
+
+def test_prompts_alone_are_predicted(tmp_path):
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    for row, target in [
+        ({"prompt": "Old?"}, None),
+        ({"prompt": "Old?", "chosen": "No.", "rejected": None}, "No."),
+        ({"prompt": "Old?", "chosen": None, "rejected": "No."}, None),
+        ({"prompt": "Old?", "chosen": "No.", "rejected": "No."}, "No."),
+        ({"chosen": [USER, ASSISTANT], "rejected": None}, "No."),
+        ({"prompt": [USER], "chosen": None, "rejected": None}, None),
+        ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": None}, "No."),
+        ({"chosen": "\n\nHuman: Old?\n\nAssistant: No.", "rejected": None}, "No."),
+        ({"chosen": [USER], "rejected": [USER]}, None),
+    ]:
+        requested, _ = encoded([row], tmp_path, own, "predict")
+        assert (own.decode(requested[0].prompt_ids), requested[0].target) == (chat_text("Old?"), target)
+
+
+# ---------------------------------------------------------------------- which columns
+
+
+def test_columns_can_be_named_and_are_listed_where_there_are_no_pairs(tmp_path):
+    own, columns = tiny.chat_tokenizer(tiny.CHAT), {"prompt": "ask", "chosen": "a", "rejected": "b"}
+    rows, data = encoded([{"ask": "Old?", "a": "Yes.", "b": "No."}], tmp_path, own, columns=columns)
+    assert own.decode(sides(data, rows)[0][0].prompt) == chat_text("Old?")
+    names = ["ask", "a", "b", "prompt", "chosen", "rejected"]
+    assert find_pairs(names, [], columns).columns == columns
+    assert find_pairs(names, [], None).columns == {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+    assert str(find_pairs(["question", *names], ["chosen"], None)) == "prompt -> chosen over rejected"
+    for wrong, message in [
+        ({"prompt": "ask"}, "name chosen and rejected"),
+        (columns | {"prompt": "no"}, "the data has no column 'no'"),
+        (columns | {"response": "a"}, "'response' is not one of prompt, input, chosen"),
+    ]:
+        with pytest.raises(UserError, match=rf"^data\.columns: {message}"):
+            find_pairs(names, [], wrong)
+    with pytest.raises(UserError, match=r"found no preference pairs among the columns prompt, response\. .* a rejected "):
+        find_pairs(["prompt", "response"], [], None)
+    with pytest.raises(UserError, match=r"KTO.*prompt: prompt, chosen: completion"):
+        find_pairs(["prompt", "completion", "label"], [], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("trl_turns", "{prompt: prompt, response: chosen}"),
+        ("llama_factory", "{prompt: conversations, response: chosen}"),
+        ("ultrafeedback", "{messages: chosen}"),
+    ],
+)
+def test_pairs_for_supervised_training_get_one_line_whose_option_works(tmp_path, name, option):
+    own, folder = tiny.chat_tokenizer(tiny.CHAT), tiny.write_rows(tmp_path, tiny.read_rows(FILES / f"{name}.jsonl"))
+    with pytest.raises(UserError, match=r"are preference pairs\..* COLAPreferenceLM with PreferenceDataModule") as caught:
+        tiny.set_up(TextDataModule(folder), own, "test")
+    assert f"--data.columns '{option}'" in str(caught.value)
+    data = tiny.set_up(TextDataModule(folder, columns=yaml.safe_load(option), loss="last"), own, "test")
+    learned = [own.decode([label for label in labels_of(row) if label != -100]) for row in data.test]
+    assert learned[0] == f"{EXPECTED[name][0][0][1]}</s>"
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_unpaired_labels_are_refused_until_columns_are_named(tmp_path, is_chat):
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    row = {"prompt": "Old?", "completion": "Yes.", "label": False}
+    if is_chat:
+        row |= {"prompt": [{"role": "user", "content": "Old?"}], "completion": [{"role": "assistant", "content": "Yes."}]}
+    folder = tiny.write_rows(tmp_path, [row] * 4)
+    with pytest.raises(UserError, match=r"^data\.columns: label says .*KTO.*'{prompt: prompt, response: completion}'$"):
+        tiny.set_up(TextDataModule(folder), own, "fit")
+    columns = {"prompt": "prompt", "response": "completion"}
+    assert len(tiny.set_up(TextDataModule(folder, columns=columns), own, "fit").train) == 4
+    assert len(tiny.set_up(TextDataModule(folder), own, "predict").test) == 4
+    labelled = tiny.write_rows(tmp_path / "class", [row | {"label": 1}] * 4)  # not true or false: a class
+    assert len(tiny.set_up(TextDataModule(labelled), own, "fit").train) == 4
+    words = ["fit", "--model.model_name", tiny.folder(tmp_path / "model"), "--data.source", folder]
+    words += ["--trainer.accelerator", "cpu"]
+    assert main([*words, "--trainer.default_root_dir", str(tmp_path)]) == 2
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def test_a_run_trains_on_pairs_and_a_module_without_pairs_refuses_them(tmp_path):
+    folder = tiny.write_rows(tmp_path / "rows", [tiny.read_rows(FILES / "trl.jsonl")[0]] * 6)
+    options = {"target_modules": ["q_proj"], "rank": 2, "alpha": 4, "seed": 0}
+    name = tiny.folder(tmp_path / "model")
+    for kind, is_refused in [(COLAPreferenceLM, False), (COLACausalLM, True)]:
+        data = PreferenceDataModule(folder, batch_size=2)
+        run = tiny.process(max_steps=2, default_root_dir=tmp_path)
+        run.callbacks.append(ChainOfLoRA())
+        if is_refused:
+            with pytest.raises(UserError, match=r"rejected responses.* COLAPreferenceLM"):
+                run.fit(kind(name, **options), data)
+        else:
+            run.fit(kind(name, **options), data)
+            assert run.global_step == 2
+            assert data.describe()[0].startswith(folder)
+            assert data.identity["source"] == folder
+            assert data.prompt_format == {"kind": "response", "chat_template": False}
+
+
+def test_pairs_of_the_hub_can_be_streamed():
+    source = [{"prompt": f"Is it {k}?", "chosen": f"Yes {k}.", "rejected": f"No {k}."} for k in range(12)]
+    rows = datasets.IterableDataset.from_generator(lambda: iter(source))
+    data = PreferenceDataModule("owner/rows", streaming=True, batch_size=4, train_size=8, val_size=4)
+    data._splits = [{"train": lambda: draw_rows(rows, 12, 0, "train", "pairs")}]
+    own = tiny.set_up(data, tiny.chat_tokenizer(tiny.CHAT), "fit").tokenizer
+    assert len(data.val) == 4
+    batches = [*data.train_dataloader()]
+    assert [len(batch["input_ids"]) for batch in batches] == [8, 8]
+    learned = [own.decode(row[row != -100]) for batch in batches for row in batch["labels"]]
+    assert len({*learned} & {f"{word} {k}.</s>" for k in range(12) for word in ("Yes", "No")}) == 16
+
+
+@tiny.needs_smollm2
+@pytest.mark.skipif(not REAL.exists(), reason="needs COLA_DATA_DIR with real")
+def test_the_pairs_of_a_real_file_are_used(tmp_path):
+    own = Pretrained(tiny.SMOLLM2["model_name"], gguf_file=tiny.SMOLLM2["gguf_file"]).tokenizer()
+    data = set_up(REAL, own, "fit", val_size=0)
+    report, source = data._report, tiny.read_rows(REAL)
+    assert (len(data.train), report.n_rows, report.n_skipped, report.n_shortened) == (284, 284, 0, 17)
+    for row, (chosen, rejected) in zip(source, sides(data, list(data.train)), strict=True):
+        assert chosen.prompt == rejected.prompt
+        assert own.decode(chosen.prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
+        for side, name in ((chosen, "preferred_output"), (rejected, "non_preferred_output")):
+            content = row[name][0]["content"].strip()
+            learned = own.decode(side.learned)
+            assert learned == f"{content}<|im_end|>" or (len(side.ids) == 1024 and content.startswith(learned))
+    skipped = set_up(REAL, own, "fit", val_size=0, too_long="skip")
+    assert skipped._report.skipped["longer than data.max_length"][0] == 284 - len(skipped.train) == 17

@@ -1,0 +1,336 @@
+"""Several sources; and sources that are a pattern of files, plain text, compressed, or saved by ``datasets``."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import fsspec
+import pytest
+from lightning.pytorch import Callback
+
+from cola_lightning import (
+    ImageDataModule,
+    PreferenceDataModule,
+    TemplateDataModule,
+    TextClassificationDataModule,
+    TextDataModule,
+    UserError,
+)
+from cola_lightning.cli import main
+from cola_lightning.data.source import Source
+from cola_lightning.data.splits import files_identity, load_splits
+from tests.helpers import tiny
+from tests.helpers.tiny import attach
+from tests.helpers.toy import assert_bit_equal, trainer, weights
+
+ROWS = [{"text": f"It was {k}."} for k in range(6)]
+
+
+def write(path, text):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with fsspec.open(str(path), "wt", compression="infer") as file:
+        file.write(text)
+    return str(path)
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def texts_of(part, data):
+    return [data.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in part]
+
+
+def read(source, **options):
+    return {split: [dict(row) for row in rows()] for split, rows in load_splits(source, **options).items()}
+
+
+# ---------------------------------------------------------------------- what a source may be
+
+
+def test_a_pattern_names_the_files_of_one_split(tmp_path):
+    for k in (2, 0, 1):
+        write(tmp_path / "logs" / f"{k}.jsonl", lines(ROWS[2 * k : 2 * k + 2]))
+    write(tmp_path / "logs" / "0.txt", "A note.")
+    assert read(f"{tmp_path}/logs/*.jsonl") == {"train": ROWS}
+    data = attach(TextDataModule(f"{tmp_path}/logs/*.jsonl", val_size=2, max_new_tokens=4))
+    data.setup("predict")  # of one split all rows, as of a file
+    assert [row.prompt for row in data.test] == [row["text"] for row in ROWS]
+    assert len(data.identity["files"]) == 3
+    with pytest.raises(UserError, match=r"the same ending, one of .*, got .*0\.jsonl' and .*0\.txt'"):
+        read(f"{tmp_path}/logs/0.*")
+    with pytest.raises(UserError, match=r"^data\.source: .* is not a file, a folder or the name of a data set"):
+        read(f"{tmp_path}/logs/*.parquet")
+
+
+TEXT = "One.\nTwo.\n\n  \n\n\nThree.\n \nFour.\n"
+
+
+@pytest.mark.parametrize(
+    ("unit", "texts"),
+    [
+        ("paragraph", ["One.\nTwo.", "Three.\n \nFour."]),
+        ("line", ["One.", "Two.", "Three.", "Four."]),
+        ("file", [TEXT.strip("\n")]),
+    ],
+)
+def test_a_text_file_has_a_row_for_each_unit_that_is_not_blank(tmp_path, unit, texts):
+    source = write(tmp_path / "notes.txt", TEXT)
+    assert read(source, text_unit=unit) == {"train": [{"text": text} for text in texts]}
+    data = attach(TextDataModule(source, text_unit=unit, val_size=0))
+    data.setup("fit")
+    assert texts_of(data.train, data) == texts
+
+
+def test_the_lines_of_a_text_file_without_an_empty_line_are_its_rows(tmp_path, caplog):
+    caplog.set_level("INFO", "cola_lightning")
+    source = write(tmp_path / "notes.txt", "One.\nTwo.\nThree.\n")
+    data = attach(TextDataModule(source, val_size=1))
+    data.setup("fit")
+    assert sorted(texts_of([*data.train, *data.val], data)) == ["One.", "Three.", "Two."]
+    assert "notes.txt is one paragraph, so each line is a row; data.text_unit file makes it one" in caplog.text
+    assert read(source, text_unit="file") == {"train": [{"text": "One.\nTwo.\nThree."}]}
+    assert read(write(tmp_path / "line.txt", "One.\n")) == {"train": [{"text": "One."}]}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.zst", "rows.csv.zst", "rows.txt.zst", "rows.txt.gz"])
+def test_a_compressed_file_is_read(tmp_path, name):
+    texts = [row["text"] for row in ROWS]
+    contents = {"csv": "\n".join(["text", *texts]), "txt": "\n\n".join(texts), "jsonl": lines(ROWS)}
+    assert read(write(tmp_path / name, contents[name.split(".")[1]])) == {"train": ROWS}
+
+
+def test_a_folder_that_datasets_has_saved_is_read(tmp_path):
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "dev": rows.select([1])}).save_to_disk(tmp_path / "splits")
+    assert read(str(tmp_path / "one")) == {"train": ROWS}
+    assert read(str(tmp_path / "splits")) == {"train": ROWS, "dev": ROWS[1:2]}
+    data = attach(TextDataModule(str(tmp_path / "splits")))
+    data.setup("fit")
+    assert [len(data.train), len(data.val), len(data.identity["files"])] == [6, 1, 2]
+
+
+def test_a_file_is_hashed_once_for_each_time_that_it_is_written(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("one")
+    first, stat = files_identity(str(path)), path.stat()
+    path.write_text("two")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as if nobody had written it
+    assert files_identity(str(path)) == first
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert files_identity(str(path)) != first
+
+
+def test_a_fit_reads_no_test_split(tmp_path):
+    folder = tmp_path / "rows"
+    for split in ("train", "validation"):
+        write(folder / f"{split}.csv", "text,label\n" + "".join(f"It was {k}.,{k % 2}\n" for k in range(20)))
+    write(folder / "test.csv", "text,label\n")  # which cannot be read
+    for data in (TextDataModule(str(folder)), TemplateDataModule(str(folder), prompt="{text}", options=["no", "yes"])):
+        attach(data).setup("fit")
+        assert [len(data.train), len(data.val)] == [20, 20]
+        assert not data.can_be_tested
+        with pytest.raises(UserError, match=r"test\.csv' cannot be read"):
+            data.setup("test")
+
+
+# ---------------------------------------------------------------------- the data of the fit, and other data
+
+TURNS = [{"role": "user", "content": "Old?"}, {"role": "assistant", "content": "No."}]
+
+
+def a_row(k):
+    """One that fits each kind of data, by the columns that are left."""
+    pair = {"prompt": f"Is {k} old?", "chosen": "Yes.", "rejected": "No."}
+    return {"text": f"It was {k}.", "label": "ab"[k % 2], "messages": [{**TURNS[0], "content": f"{k}?"}, TURNS[1]], **pair}
+
+
+def rows_file(path, start, *columns):
+    write(path / "rows.jsonl", lines([{name: a_row(k)[name] for name in columns} for k in range(start, start + 20)]))
+    return str(path / "rows.jsonl")
+
+
+def csv_file(path, start, *columns):
+    write(path / "rows.csv", "text,label\n" + "".join(f"It was {k}.,{'ab'[k % 2]}\n" for k in range(start, start + 20)))
+    return str(path / "rows.csv")
+
+
+def one_split(path, start, *columns):
+    Path(rows_file(path, start, *columns)).rename(path / "train.jsonl")
+    return str(path)
+
+
+def pictures(path, start, *columns):
+    for k in range(start, start + 20):
+        (path / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        tiny.picture("top", k).save(path / "ab"[k % 2] / f"{k}.png")
+    return str(path)
+
+
+def pictures_in_rows(path, start, *columns):
+    pictures(path, start)
+    write(
+        path / "rows.csv", "image,label\n" + "".join(f"{'ab'[k % 2]}/{k}.png,{'ab'[k % 2]}\n" for k in range(start, start + 20))
+    )
+    return str(path / "rows.csv")
+
+
+KINDS = {
+    "text": (TextDataModule, rows_file, ["text"]),
+    "chat": (TextDataModule, rows_file, ["messages"]),
+    "preferences": (PreferenceDataModule, rows_file, ["prompt", "chosen", "rejected"]),
+    "labelled": (TextClassificationDataModule, csv_file, ["text", "label"]),
+    "template": (partial(TemplateDataModule, prompt="{text}", options=["a", "b"]), csv_file, ["text", "label"]),
+    "folder": (TextDataModule, one_split, ["text"]),
+    "pictures": (ImageDataModule, pictures, []),
+    "pictures in rows": (ImageDataModule, pictures_in_rows, []),
+}
+
+
+def checkpoint(data):
+    """What a checkpoint says of the data of its fit."""
+    return SimpleNamespace(facts={"data": data.identity, "init_chain_source": [None, None]})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_measures_what_the_fit_held_out_and_all_rows_of_other_data_and_predict_all_rows(tmp_path, kind):
+    make, store, columns = KINDS[kind]
+    module = tiny.stub(tiny.chat_tokenizer(tiny.CHAT), trains_pairs=True, label_names=["a", "b"], num_labels=2)
+
+    def parts(source, *stages, of=None):
+        data = make(source, val_size=5, test_size=4)
+        data.checkpoint = of
+        data.trainer = tiny.process(module=module)
+        for stage in stages:
+            data.setup(stage)
+        return data
+
+    own, other = (store(tmp_path / name, start, *columns) for name, start in [("own", 0), ("other", 20)])
+    of = checkpoint(parts(own, "fit"))
+    moved = shutil.copytree(tmp_path / "own", tmp_path / "moved") / Path(own).relative_to(tmp_path / "own")
+    for source, n_val, n_test in [(own, 5, 4), (str(moved), 5, 4), (other, 20, 20)]:
+        data = parts(source, "validate", "test", of=of)
+        assert [len(data.val), len(data.test)] == [n_val, n_test], source
+        assert len(parts(source, "predict", of=of).test) == 20
+
+
+def test_another_source_is_measured_on_the_split_that_it_has_and_an_unknown_fit_asks_for_a_size(tmp_path):
+    module = tiny.stub(tiny.tokenizer())
+
+    def parts(source, *stages, of=None, **options):
+        data = TextDataModule(source, **options)
+        data.checkpoint = of
+        data.trainer = tiny.process(module=module)
+        for stage in stages:
+            data.setup(stage)
+        return data
+
+    own, other = rows_file(tmp_path / "own", 0, "text"), one_split(tmp_path / "other", 20, "text")
+    with pytest.raises(UserError, match=r"data\.test_size: .* has no test rows\. .*1\.0"):
+        parts(own, "test")
+    assert len(parts(own, "test", test_size=1.0).test) == 20
+    of = checkpoint(parts(own, "fit"))
+    with pytest.raises(UserError, match=r"data\.test_size: .* has no test rows"):  # all of them were trained on
+        parts(own, "test", of=of)
+    write(tmp_path / "other" / "test.jsonl", lines(ROWS))
+    write(tmp_path / "other" / "dev.jsonl", lines(ROWS[:3]))
+    data = parts(other, "validate", "test", of=of, test_size=0.5)
+    assert [len(data.val), len(data.test)] == [3, 3]
+    assert len(parts(other, "predict", of=of, test_size=0.5).test) == 6
+    named = {"train_split": "train_sft", "val_split": "test_sft", "test_split": "test_sft"}  # of the fit's data
+    assert len(parts(rows_file(tmp_path / "file", 40, "text"), "test", of=of, **named).test) == 20
+
+
+# ---------------------------------------------------------------------- several
+
+
+def two(folder):
+    """A folder with texts in two splits, and a file of instructions with other names, which has the columns of texts, too."""
+    tiny.write_rows(folder / "texts", ROWS, ["train", "validation"])
+    requested = [{"text": "unused", "ask": f"Who is {k}?", "say": f"Al {k}."} for k in range(20)]
+    return str(folder / "texts"), Source(
+        write(folder / "asked.jsonl", lines(requested)), columns={"prompt": "ask", "response": "say"}
+    )
+
+
+def test_each_source_has_its_own_splits_columns_and_share_and_one_order_mixes_them(tmp_path):
+    texts, requested = two(tmp_path)
+    half = Source(requested.source, columns=requested.columns, share=0.5)
+    data = attach(TextDataModule((texts, half), chat_template=False, batch_size=4))
+    alone = [attach(TextDataModule([one], chat_template=False)) for one in (texts, half)]
+    for one in (data, *alone):
+        one.setup("fit")
+    assert [len(data.train), len(data.val)] == [6 + 9, 6 + 1]
+    for part in ("train", "val"):
+        expected = [row for one in alone for row in getattr(one, part)]
+        assert [*getattr(data, part)] == expected
+    order = [texts_of([{"input_ids": ids} for ids in batch["input_ids"]], data) for batch in data.train_dataloader()]
+    of_texts = [sum(text.startswith("It was") for text in batch) for batch in order]
+    assert sum(of_texts) == 6
+    assert len({*of_texts}) > 1 or of_texts[0] not in (0, 4)
+    assert data.prompt_format["kind"] == "response"
+    assert [one["source"] for one in data.identity["sources"]] == [texts, requested.source]
+    assert all(one["files"] for one in data.identity["sources"])
+    assert data.identity["sources"][1]["share"] == 0.5
+
+
+def test_templates_and_classifiers_take_several_sources(tmp_path):
+    labels = ["no", "yes", "perhaps"]
+    rows = [{"text": f"Is it {k}?", "label": labels[k % 2]} for k in range(20)]
+    first = write(tmp_path / "a.jsonl", lines(rows))
+    second = write(tmp_path / "b.csv", "text,label\n" + "".join(f"Was it {k}?,{labels[1 + k % 2]}\n" for k in range(10)))
+    templated = attach(TemplateDataModule([first, second], prompt="{text} ", options=labels))
+    templated.setup("fit")
+    assert Counter(row.example.options[row.example.answer] for row in templated.train)["perhaps"] > 0
+    assert [len(templated.train), len(templated.val)] == [18 + 9, 2 + 1]
+    templated.setup("predict")
+    assert [row.example.prompt for row in templated.test[18:22]] == ["Is it 18? ", "Is it 19? ", "Was it 0? ", "Was it 1? "]
+    fields = [row["text"] for row in templated.fields_of([19, 20, 0])]  # of predicted rows, as the file of predictions has them
+    assert fields == ["Is it 19?", "Was it 0?", "Is it 0?"]
+    classified = attach(TextClassificationDataModule([first, second]))
+    classified.setup("fit")
+    assert classified.label_names == sorted(labels)
+    assert {*classified.train["labels"]} == {0, 1, 2}
+
+
+def test_a_run_on_two_sources_resumes_to_the_bit_inside_an_epoch(tmp_path):
+    texts, requested = two(tmp_path)
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "3.ckpt", weights_only=False)
+
+    def fit(*callbacks, ckpt_path=None):
+        module = tiny.causal_lm(tmp_path)
+        run = trainer(tmp_path, *callbacks, chain={"every_n_train_steps": 4}, max_steps=9)
+        run.fit(module, datamodule=TextDataModule([texts, requested], chat_template=False, batch_size=4), ckpt_path=ckpt_path)
+        return weights(module)
+
+    whole = fit(Save())
+    assert_bit_equal(fit(ckpt_path=tmp_path / "3.ckpt"), whole)
+
+
+def test_sources_are_named_on_the_command_line_and_in_yaml(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    tiny.folder(Path("model"))
+    two(Path())
+    words = ["fit", "--model.model_name", "model", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]
+    words += ["--trainer.enable_progress_bar", "false"]
+    sources = "[texts, {source: asked.jsonl, columns: {prompt: ask, response: say}, share: 0.5}]"
+    Path("two.yaml").write_text(f"data: {{class_path: TextDataModule, init_args: {{source: {sources}}}}}\n")
+    assert main([*words, "--config", "two.yaml"]) == 0
+    out = capfd.readouterr().out
+    assert "ask -> say" in out
+    assert "asked.jsonl: 9 rows for training, 1 for validation" in out
+    (use,) = [line for line in out.splitlines() if line.startswith("checkpoint: ")]
+    assert main(["predict", "--config", "runs/version_0/config.yaml", "--ckpt_path", use.partition(": ")[2]]) == 0
+    assert main([*words, "--data.source", "[texts, notes.txt]"]) == 2
+    for source in ("[texts, texts/train.jsonl]", "texts/train.jsonl"):
+        assert main([*words, "--data.source", source]) == 0

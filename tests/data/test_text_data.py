@@ -1,0 +1,316 @@
+"""Texts, instructions and conversations: what a row is follows from its columns, and it is asked as it was learned."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from cola_lightning import TextDataModule, UserError
+from cola_lightning.cli import main
+from cola_lightning.data.columns import find_columns
+from cola_lightning.data.encoding import Pair, encode_responses, labels_of
+from tests.helpers import tiny
+
+TURNS = [("system", "Be kind."), ("user", "Is it?"), ("assistant", "Yes."), ("user", "Old?"), ("assistant", "No.")]
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
+MESSAGES_WITHOUT_ANSWER = {"messages": MESSAGES[:2]}
+
+
+@pytest.mark.parametrize(
+    ("names", "lists", "found"),
+    [
+        (["prompt", "messages", "prompt_id"], ["messages"], ("messages", {"messages": "messages"})),
+        (["id", "conversations", "tools"], ["conversations"], ("messages", {"messages": "conversations", "tools": "tools"})),
+        (["prompt", "completion"], ["prompt", "completion"], ("messages", {"prompt": "prompt", "completion": "completion"})),
+        (["prompt", "completion"], [], ("prompt", {"prompt": "prompt", "response": "completion"})),
+        (["question", "answer", "system"], [], ("prompt", {"prompt": "question", "response": "answer", "system": "system"})),
+        (["instruction", "input", "output"], [], ("prompt", {"prompt": "instruction", "input": "input", "response": "output"})),
+        (["prompt", "question", "answer"], [], ("prompt", {"prompt": "question", "response": "answer"})),
+        (["text", "prompt"], [], ("text", {"text": "text"})),  # a prompt alone is not trained on
+    ],
+)
+def test_columns_are_found_by_what_people_call_them(names, lists, found):
+    reading = find_columns(names, lists, None)
+    assert (reading.kind, reading.columns) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "lists", "choices"),
+    [
+        (["messages", "conversations"], ["messages", "conversations"], ["{messages: messages}", "{messages: conversations}"]),
+        (["question", "solution", "answer"], [], ["{prompt: question, response: solution}", "response: answer}"]),
+        (["prompt", "response", "question", "answer"], [], ["response: response}", "{prompt: question, response: answer}"]),
+        (["instruction", "input", "response", "output"], [], ["response: response}", "response: output}"]),
+    ],
+)
+def test_two_readings_that_train_different_things_are_refused_with_the_option_for_each(names, lists, choices):
+    with pytest.raises(UserError, match=r"data\.columns: two columns fit") as caught:
+        find_columns(names, lists, None)
+    assert [choice for choice in choices if choice not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("names", "lists"),
+    [
+        (["messages"], []),  # as JSON
+        (["system", "chat"], []),  # glaive-function-calling-v2: a conversation as one text
+        (["message_id", "parent_id", "text", "role"], []),  # oasst1: each row is a turn
+    ],
+)
+def test_where_nothing_fits_the_columns_are_listed(names, lists):
+    with pytest.raises(UserError, match=rf"data\.columns: .* among the columns {', '.join(names)}\. .*--data\.columns '{{"):
+        find_columns(names, lists, None)
+
+
+PREFERRED, REJECTED = "Yes, it is old.", "No, go away."
+REAL_PAIRS = {
+    "TRL": ({"prompt": "Old?", "chosen": PREFERRED, "rejected": REJECTED}, "{prompt: prompt, response: chosen}"),
+    "Intel": (
+        {"system": "Be kind.", "question": "Old?", "chosen": PREFERRED, "rejected": REJECTED, "score_rejected": "1"},
+        "{prompt: question, system: system, response: chosen}",
+    ),
+    "LLaMA-Factory": (
+        {"instruction": "Is it old?", "input": "A town.", "rejected": REJECTED, "chosen": PREFERRED},
+        "{prompt: instruction, input: input, response: chosen}",
+    ),
+    "hh-rlhf": ({"chosen": f"Human: Old? Assistant: {PREFERRED}", "rejected": REJECTED}, "{text: chosen}"),
+    "argilla": (
+        {
+            "prompt": "Old?",
+            "chosen": [*MESSAGES[1:2], {"role": "assistant", "content": PREFERRED}],
+            "rejected": [*MESSAGES[1:2], {"role": "assistant", "content": REJECTED}],
+        },
+        "{messages: chosen}",
+    ),
+    "other names": ({"ask": "Old?", "good": PREFERRED, "bad": REJECTED}, "{prompt: ask, response: good}"),
+}
+
+
+@pytest.mark.parametrize("name", REAL_PAIRS)
+def test_of_preference_pairs_the_suggested_option_trains_the_preferred_answer(tmp_path, name):
+    row, option = REAL_PAIRS[name]
+    source = tiny.write_rows(tmp_path / "rows", [row] * 8, ["train"])
+    with pytest.raises(UserError, match=r"preference pairs.* COLAPreferenceLM with PreferenceDataModule") as caught:
+        encoded([row] * 8, tmp_path / "other", tiny.chat_tokenizer(tiny.CHAT), "fit")
+    (suggestion,) = re.findall(r"--data\.columns '(.*?)'", str(caught.value))
+    assert suggestion == option
+    words = ["fit", "--model.model_name", tiny.folder(tmp_path / "model", "llama"), "--trainer.max_steps", "1"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.chat_template", "false"]
+    words += ["--trainer.default_root_dir", str(tmp_path)]
+    is_chat = "messages" in suggestion
+    assert is_chat or main([*words, "--data.source", source, "--data.columns", suggestion]) == 0
+    own, columns = tiny.chat_tokenizer(tiny.CHAT if is_chat else None), yaml.safe_load(suggestion)
+    rows, _ = encoded([row], tmp_path / "preferred", own, columns=columns)
+    trained = own.decode([label for label in labels_of(rows[0]) if label != -100])
+    assert PREFERRED in trained
+    assert REJECTED not in own.decode(rows[0]["input_ids"])
+
+
+@pytest.mark.parametrize("rejected", ["non_preferred_output", "rejected_response", "Rejected", "response_rejected", "worse"])
+def test_no_suggestion_names_a_rejected_answer(rejected):
+    for names in (["ask", "say", rejected], ["ask", rejected], [rejected, "say"]):
+        with pytest.raises(UserError, match=r"^data\.columns: ") as caught:
+            find_columns(names, [], None)
+        assert [suggestion for suggestion in re.findall(r"'\{.*?\}'", str(caught.value)) if rejected in suggestion] == []
+
+
+def test_for_texts_with_labels_the_data_modules_of_classification_are_named():
+    with pytest.raises(UserError, match=r"^data\.columns: .* TextClassificationDataModule, .* TemplateDataModule, "):
+        find_columns(["headline", "section"], [], None)
+
+
+def test_columns_are_named_where_their_names_say_nothing():
+    names, given = ["document", "summary"], {"prompt": "document", "response": "summary"}
+    assert find_columns(names, [], given).columns == given
+    prompt = {"prompt": "document"}  # is enough to be answered, and not to be trained on
+    assert find_columns(names, [], prompt, has_response=False).columns == prompt
+    assert find_columns(["prompt", "id"], [], None, has_response=False).columns == {"prompt": "prompt"}
+    for wrong, message in [
+        ({"prompt": "no"}, "the data has no column 'no'; its columns are document, summary"),
+        ({"x": "summary"}, "'x' is not one of messages"),
+        (prompt, "name messages, prompt and response"),
+    ]:
+        with pytest.raises(UserError, match=rf"data\.columns: .*{message}"):
+            find_columns(names, [], wrong)
+
+
+# ---------------------------------------------------------------------- what is learned
+
+
+def encoded(rows, folder, own, stage="test", **arguments):
+    """The rows as the data module encodes them, and the data module."""
+    data = tiny.set_up(TextDataModule(tiny.write_rows(folder, rows), **arguments), own, stage)
+    return list(data.train if stage == "fit" else data.test), data
+
+
+def learned(row, folder, chat=tiny.CHAT):
+    """The text of a row, and the part with a loss."""
+    own = tiny.chat_tokenizer(chat)
+    ((row,), _) = encoded([row], folder, own)
+    return own.decode(row["input_ids"]), own.decode([label for label in labels_of(row) if label != -100])
+
+
+def test_the_turns_of_a_prompt_have_no_loss(tmp_path):
+    row = {"prompt": MESSAGES[1:4], "completion": MESSAGES[4:]}
+    text, printed = learned(row, tmp_path)
+    assert "Yes." in text
+    assert printed == "No.</s>"
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    ((requested,), _) = encoded([row], tmp_path, own, "predict")
+    assert (own.decode(requested.prompt_ids) + printed, requested.target) == (text.removesuffix("\n"), "No.")
+
+
+def test_a_system_prompt_and_an_input_are_parts_of_the_prompt_where_they_are_not_empty(tmp_path):
+    row = {"system": "Be brief.", "question": "Old?", "answer": "No."}
+    assert "[system]\nBe brief." in learned(row, tmp_path)[0]
+    assert "[system]" not in learned(row | {"system": " "}, tmp_path)[0]
+    assert learned(row, tmp_path, None) == ("<s>Be brief.\n\nOld?No.</s>", "No.</s>")
+    row = {"instruction": "Is it old?", "input": "A town.", "output": " No."}
+    assert learned(row, tmp_path, None) == ("<s>Is it old?\n\nA town. No.</s>", " No.</s>")
+    assert learned(row | {"input": ""}, tmp_path, None) == ("<s>Is it old? No.</s>", " No.</s>")
+
+
+def test_a_text_becomes_several_rows_or_none_and_their_order_stays(tmp_path):
+    texts, own = ["It was old. " * 40, "A", "A town."] * 2, tiny.chat_tokenizer(None)
+    rows, _ = encoded([{"text": text} for text in texts], tmp_path, own, max_length=64)
+    assert max(len(row["input_ids"]) for row in rows) == 64
+    assert "".join(own.decode(row["input_ids"]) for row in rows) == "".join(f"<s>{text}</s>" for text in texts)
+    own = tiny.chat_tokenizer(None, architecture="gpt2")
+    empty, _ = encoded([{"text": ""}, {"text": "It was."}], tmp_path, own, max_skipped=0.5)
+    assert len(empty) == 1
+
+
+ASKED = [("Is it old? ", "It is."), ("Is it old?", " It is."), ("2 + 2 = ", "4"), ("Old?\n", "No, נו 🏠"), ("A\n  ", "  b")]
+PAIRS = [{"prompt": prompt, "response": response} for prompt, response in ASKED]
+AS_TURNS = [
+    {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]}
+    for prompt, response in ASKED
+]
+
+
+def test_a_text_of_white_space_is_skipped_and_counted(tmp_path):
+    texts = ["The town is old.", "", " ", "\n\t \n", None, " a"]
+    rows, data = encoded([{"text": text} for text in texts], tmp_path, tiny.tokenizer(), max_skipped=1.0)
+    assert [data.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows] == [texts[0], texts[-1]]
+    assert data._report.skipped["no text"][0] == 3
+
+
+def test_a_length_above_the_models_is_its_own_and_the_log_says_so(tmp_path, caplog):
+    caplog.set_level("INFO")
+    own = tiny.tokenizer()
+    own.model_max_length = 64
+    encoded([{"text": "Old."}], tmp_path, own, max_length=64)
+    assert "data.max_length" not in caplog.text
+    encoded([{"text": "Old."}], tmp_path, own, max_length=100)
+    assert "data.max_length: 64, the model's longest sequence, and not 100" in caplog.text
+
+
+AS_JSON, AS_PYTHON = json.dumps(MESSAGES[2:3]), repr(MESSAGES[2:3])
+
+
+@pytest.mark.parametrize("text", [AS_JSON, AS_PYTHON])
+def test_turns_that_are_stored_as_text_are_skipped_and_told(tmp_path, text):
+    rows = [{"prompt": "Old?", "response": "No."}, {"prompt": "Old?", "response": text}, {"prompt": text, "response": "No."}]
+    rows, data = encoded(rows, tmp_path, tiny.chat_tokenizer(tiny.CHAT), max_skipped=1.0)
+    assert len(rows) == 1
+    assert [(reason, n) for reason, (n, _) in data._report.skipped.items()] == [("turns stored as text, not as a list", 2)]
+
+
+@pytest.mark.parametrize("chat", [tiny.CHAT, None])
+def test_a_prompt_with_marks_is_the_turns_that_it_marks(tmp_path, chat):
+    prompt = "\n\nHuman: Is it old?\n\nAssistant: Yes.\n\nHuman: And red?\n\nAssistant:"
+    (row,), data = encoded([{"prompt": prompt, "response": " No."}], tmp_path, tiny.chat_tokenizer(chat))
+    text = data.tokenizer.decode(row["input_ids"])
+    turns = "<s>[user]\nIs it old?</s>\n[assistant]\nYes.</s>\n[user]\nAnd red?</s>\n[assistant]\n"
+    assert text == (f"{turns} No.</s>\n" if chat else f"<s>{prompt} No.</s>")
+    assert data.tokenizer.decode([label for label in labels_of(row) if label != -100]).strip() == "No.</s>"
+
+
+def test_instructions_are_in_the_chat_template_where_the_tokenizer_has_one(tmp_path, caplog):
+    caplog.set_level("INFO", "cola_lightning")
+    chat, plain = tiny.chat_tokenizer(tiny.CHAT), tiny.chat_tokenizer(None)
+    turns, _ = encoded(AS_TURNS, tmp_path, chat, "fit")
+    following, _ = encoded(PAIRS, tmp_path, plain, "fit")
+    assert turns != following
+    for own, requested, is_chat in [(chat, None, True), (chat, False, False), (plain, None, False)]:
+        caplog.clear()
+        rows, data = encoded(PAIRS, tmp_path, own, "fit", chat_template=requested)
+        assert rows == (turns if is_chat else following)
+        assert data.prompt_format == {"kind": "response", "chat_template": is_chat}
+        assert len([line for line in caplog.messages if line.endswith("(data.chat_template)")]) == 1  # once, of both parts
+    with pytest.raises(UserError, match="its tokenizer has no chat template"):
+        encoded(PAIRS, tmp_path, plain, "fit", chat_template=True)
+    with pytest.raises(UserError, match=r"data\.chat_template: conversations need a chat template"):
+        encoded(AS_TURNS, tmp_path, chat, "fit", chat_template=False)
+    _, data = encoded([{"text": "It is old."}] * 4, tmp_path, chat, "fit")
+    assert data.prompt_format == {"kind": "text", "chat_template": False}
+
+
+# ---------------------------------------------------------------------- what is asked
+
+
+@pytest.mark.parametrize("chat", [tiny.CHAT, None])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_what_a_response_is_generated_from_is_what_it_was_learned_after(tmp_path, chat, architecture):
+    """Token by token: a blank at a prompt's end would else be read in one way and learned in another."""
+    own = tiny.chat_tokenizer(chat, architecture=architecture)
+    rows, _ = encoded(PAIRS, tmp_path, own)
+    requested, data = encoded(PAIRS, tmp_path, own, "predict", stop="END")
+    for row, prompt, (text, response) in zip(rows, requested, ASKED, strict=True):
+        n_before = row["spans"][0]
+        assert prompt.prompt_ids == row["input_ids"][:n_before]
+        assert own.decode(row["input_ids"][n_before:], skip_special_tokens=True).strip() == response.strip()
+        assert (prompt.prompt, prompt.target) == (text, response.strip())
+    batch = data.collate(requested)
+    assert batch["end_tokens"] == ([own.eos_token_id] if chat else [])
+    assert (batch["decoding"]["max_new_tokens"], batch["decoding"]["stop"]) == (256, ("END",))
+    assert batch["prompt_mask"].sum(-1).tolist() == [len(row.prompt_ids) for row in requested]
+
+
+def test_rows_without_a_response_are_predicted_and_not_learned(tmp_path):
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    rows = [{"prompt": "Old?"}, {"prompt": "Old?", "response": None}, {"messages": MESSAGES[:4]}, {"messages": MESSAGES}]
+    rows += [{"text": "It was "}]
+    predicted = [row for one in rows for row in encoded([one], tmp_path, own, "predict")[0]]
+    prompts = ["Old?", "Old?", MESSAGES[:4], MESSAGES[:4], "It was "]
+    assert [row.prompt for row in predicted] == prompts
+    assert [row.target for row in predicted] == [None, None, None, "No.", None]
+    assert own.decode(predicted[2].prompt_ids).endswith("Yes.</s>\n[user]\nOld?</s>\n[assistant]\n")
+    assert own.decode(predicted[4].prompt_ids) == "<s>It was"
+    for row, message in [
+        (rows[0], r"data\.columns: found no .* among the columns prompt"),
+        (rows[1], "the field 'response' is null, not text: .*row 0"),
+        (MESSAGES_WITHOUT_ANSWER, "no assistant turn to train: .*row 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            encoded([row] * 4, tmp_path, own, "fit")
+
+
+@pytest.mark.parametrize("chat", [tiny.CHAT, None])
+def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat):
+    own = tiny.chat_tokenizer(chat)
+    own.model_max_length = 64
+    long = "The capital of the country is the largest town. " * 9
+    rows = [{"prompt": long, "response": "It is."}]
+    for requested, room in (
+        ({"max_length": 40, "max_new_tokens": 8}, 40),
+        ({"max_new_tokens": 30}, 34),
+        ({"max_new_tokens": 64}, 32),
+    ):
+        ((row,), _) = encoded(rows, tmp_path, own, "predict", **requested)
+        assert room - 3 * bool(chat) <= len(row.prompt_ids) <= room  # a chat template is around a shorter text
+        assert own.decode(row.prompt_ids).startswith("<s>[user]\n" if chat else "<s>")
+        assert long.rstrip()[-20:] in own.decode(row.prompt_ids)
+    ((row,), _) = encoded(rows, tmp_path, own, max_length=30)
+    assert len(row["input_ids"]) == 30
+    assert own.decode([label for label in labels_of(row) if label != -100]).strip() == "It is.</s>"
+    assert chat or encode_responses(own, [Pair("Is it? ", 0, "It is.")], 64)[0][0]["input_ids"][-1] == own.eos_token_id
+
+
+def test_a_response_may_be_json(tmp_path):
+    """Of other lists than turns."""
+    answers = ['[{"value": 3, "unit": "m"}]', '[{"content": "old"}]', "[1, 2]", '{"role": "admin"}']
+    tiny.write_rows(tmp_path, [{"prompt": "How old?", "response": answer} for answer in answers])
+    data = tiny.set_up(TextDataModule(str(tmp_path)), tiny.tokenizer(), "fit")
+    assert len(data.train) == len(answers)

@@ -1,0 +1,533 @@
+"""Exports are the model, under plain transformers and under peft, and are there whole or not at all."""
+
+import gc
+import json
+import os
+import re
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import PyTorchModelHubMixin
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from cola_lightning import Chain, COLACausalLM, COLAModule, COLASequenceClassifier, UserError
+from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.cli import main
+from cola_lightning.errors import DiskError, ExportError
+from cola_lightning.export.verify import ReferenceLogits
+from cola_lightning.writing import atomic_file, atomic_folder
+from tests.helpers import tiny
+from tests.helpers.toy import Toy, assert_bit_equal, assert_same_chain, batches, toy, trainer
+
+# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+RANKS = [4, 2, 3]
+
+# A base: its architecture, the class whose files lie in its folder, and the module's arguments.
+MATRIX: dict[str, tuple[str, str, dict[str, Any]]] = {
+    **{name: (name, "AutoModelForCausalLM", {}) for name in ("opt", "llama", "gpt2", "qwen3", "gpt_neox", "phi3")},
+    "roberta": ("roberta", "AutoModel", {"num_labels": 3, "target_modules": "all-linear"}),
+    "bert": ("bert", "AutoModel", {"label_names": ['"mixed"', "bad", "good"]}),
+    "half precision, stacked": ("llama", "AutoModelForCausalLM", {"dtype": "bfloat16"}),
+    "half precision": ("llama", "AutoModelForCausalLM", {"dtype": "bfloat16", "finished_links": "merge"}),
+    "four bits": ("llama", "AutoModelForCausalLM", {"quantization": "nf4", "finished_links": "stack"}),
+    "norms in each layer": ("llama", "AutoModelForCausalLM", {"modules_to_save": ["input_layernorm", "norm"]}),
+    "layers of a block": ("llama", "AutoModelForCausalLM", {"target_modules": r"model\.layers\.1\..*_proj"}),
+    "experts": ("qwen2_moe", "AutoModelForCausalLM", {"target_modules": "all-linear", "experts": True}),
+    "a new head, frozen": ("llama", "AutoModel", {}),
+    "a new pooler, frozen": ("bert", "AutoModelForMaskedLM", {"num_labels": 3, "modules_to_save": ["classifier"]}),
+    "a classifier by its last token": ("llama", "AutoModel", {"num_labels": 3, "save_base": True}),
+}
+
+
+def module_of(folder, case):
+    """A module on a tiny model that lies in the folder."""
+    architecture, kind, arguments = MATRIX[case]
+    name = tiny.folder(folder, architecture, kind)
+    cls = COLASequenceClassifier if arguments.keys() & {"num_labels", "label_names"} else COLACausalLM
+    return cls(name, **{"target_modules": tiny.targets(architecture), "rank": 4, "alpha": 6, "seed": 0} | arguments)
+
+
+def saved(module, path):
+    """The module's checkpoint."""
+    run = trainer(path)
+    run.strategy.connect(module)
+    run.save_checkpoint(path / "end.ckpt")
+    return path / "end.ckpt"
+
+
+def command(path, format_, output, *more):
+    words = [path, "--format", format_, "--output", output, *more]
+    return main(["export", *map(str, words)])
+
+
+def difference(mine, theirs):
+    """Between logits, as a share of the largest."""
+    return ((mine - theirs).abs().max() / max(1, theirs.abs().max())).item()
+
+
+def contents(folder):
+    """All that is in a folder, hidden files too, by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def loaded_as_in_card(folder):
+    """The model that the code in an export's card makes."""
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(folder)), names)
+    return names["model"]
+
+
+# ---------------------------------------------------------------------- the matrix
+
+
+@pytest.fixture(scope="module", params=MATRIX)
+def exported(request, tmp_path_factory):
+    """A module with three links, and the folder of its exports."""
+    folder = tmp_path_factory.mktemp("exported")
+    path = saved(tiny.three_links(module_of(folder / "base", request.param)), folder)
+    module, chain = COLAModule.load_from_checkpoint(path), read_chain(path)
+    lines = {format_: module.export(folder / format_, format_) for format_ in ("merged", "peft", "chain")}
+    module.adapted.upcast()
+    logits = tiny.logits(module.model)
+    return SimpleNamespace(case=request.param, folder=folder, module=module, chain=chain, lines=lines, logits=logits)
+
+
+def tied(model):
+    """The groups of names under which the model has one parameter each."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return sorted(group for group in names.values() if len(group) > 1)
+
+
+def test_plain_transformers_gives_the_modules_logits(exported):
+    auto_class = getattr(transformers, exported.module.auto_class)
+    model, info = auto_class.from_pretrained(exported.folder / "merged", output_loading_info=True)
+    assert {name: len(keys) for name, keys in info.items()} == dict.fromkeys(info, 0)
+    assert difference(tiny.logits(model), exported.logits) <= (0.05 if model.dtype == torch.bfloat16 else 1e-5)
+    assert difference(exported.logits, tiny.logits(exported.module.merged_model(0))) > 1e-2
+    assert "its logits differ from the module's by at most " in " ".join(exported.lines["merged"])
+    assert torch.equal(tiny.logits(loaded_as_in_card(exported.folder / "merged")), tiny.logits(model))
+    assert tied(model) == tied(exported.module.merged_model())
+    assert bool(tied(model)) == (MATRIX[exported.case][0] in ("opt", "gpt2"))
+
+
+def test_tokenizer_and_generation_config_come_along(exported):
+    base, merged = exported.folder / "base", exported.folder / "merged"
+    for folder in (merged, exported.folder / "peft"):
+        ours, theirs = map(AutoTokenizer.from_pretrained, (folder, base))
+        assert [ours(text)["input_ids"] for text in tiny.TEXT] == [theirs(text)["input_ids"] for text in tiny.TEXT]
+    if isinstance(exported.module, COLACausalLM) and (base / "generation_config.json").exists():
+        ours, theirs = map(GenerationConfig.from_pretrained, (merged, base))
+        assert ours.to_diff_dict() == theirs.to_diff_dict()
+
+
+def name_in_chain(name, part):
+    """The name of what a LoRA layer of peft adapts, which may be one of several parameters of experts."""
+    parameter = getattr(part, "parameter_name", "weight")
+    return name if parameter == "weight" else f"{name.removesuffix('.base_layer')}.{parameter}"
+
+
+def test_peft_gives_the_modules_logits_on_the_base_that_the_adapter_names(exported):
+    folder, chain = exported.folder / "peft", exported.chain
+    torch.manual_seed(99)  # what is new in the base is drawn anew
+    if exported.case == "four bits":
+        model = PeftModel.from_pretrained(exported.module.merged_model(0), folder)
+    else:
+        model = loaded_as_in_card(folder).float()
+    assert difference(tiny.logits(model), exported.logits) <= 1e-5
+    layers = [name_in_chain(name, part) for name, part in model.base_model.model.named_modules() if hasattr(part, "lora_A")]
+    assert sorted(layers) == sorted(chain.layers)
+    if names := MATRIX[exported.case][2].get("label_names"):
+        assert model.config.id2label == dict(enumerate(names))
+    assert difference(tiny.logits(model.merge_and_unload()), exported.logits) <= 1e-5
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == sum(RANKS)
+    assert config["task_type"] == ("CAUSAL_LM" if isinstance(exported.module, COLACausalLM) else "SEQ_CLS")
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(exported.folder / "base"), None)
+
+
+def test_the_chain_comes_back_from_either_of_its_folders(exported):
+    assert_same_chain(read_chain(exported.folder / "chain"), exported.chain)
+    again = read_chain(exported.folder / "peft")
+    assert (again.base, sorted(again.layers)) == (exported.chain.base, sorted(exported.chain.layers))
+    for mine, theirs in zip(again.links, exported.chain.links, strict=True):
+        facts = ("index", "rank", "alpha", "start_step", "end_step", "metrics")
+        assert [getattr(mine, name) for name in facts] == [getattr(theirs, name) for name in facts]
+        assert all((mine.delta(name) - theirs.delta(name)).abs().max() <= 1e-6 for name in again.layers)
+    mine, theirs = again.links[-1].extras, exported.chain.links[-1].extras
+    assert_bit_equal({name: mine[name] for name in theirs}, theirs)  # beside which it holds what is new and frozen
+
+
+# ---------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize("case", ["llama", "bert"])
+def test_the_first_links_by_the_command(tmp_path, capsys, case):
+    module = tiny.three_links(module_of(tmp_path / "base", case))
+    path, whole, auto_class = saved(module, tmp_path), module.full_chain(), getattr(transformers, module.auto_class)
+    for links in (0, 2):
+        assert command(path, "chain", tmp_path / f"chain-{links}", "--links", links) == 0
+        assert_same_chain(Chain.load(tmp_path / f"chain-{links}"), whole.truncate(links))
+        assert command(path, "merged", tmp_path / f"merged-{links}", "--links", links) == 0
+        model = auto_class.from_pretrained(tmp_path / f"merged-{links}")
+        assert difference(tiny.logits(model), tiny.logits(module.merged_model(links))) <= 1e-5
+    assert command(path, "peft", tmp_path / "peft", "--links", 2) == 0
+    assert f"written: {tmp_path / 'peft'}" in capsys.readouterr().out
+    model = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")
+    assert difference(tiny.logits(model), tiny.logits(module.merged_model(2))) <= 1e-5
+    before = contents(tmp_path)
+    assert command(path, "peft", tmp_path / "none", "--links", 0) == 2
+    assert command(path, "peft", tmp_path / "peft") == 2
+    assert contents(tmp_path) == before
+    assert command(path, "peft", tmp_path / "peft", "--overwrite", "--no_verify") == 0
+    assert "not compared" in capsys.readouterr().out
+    assert len(read_chain(tmp_path / "peft")) == 3
+
+
+# ---------------------------------------------------------------------- dtypes
+
+
+@pytest.mark.parametrize(("case", "dtype"), [("llama", "bfloat16"), ("bert", "float16"), ("half precision", "float32")])
+def test_a_merged_model_leaves_in_the_dtype_asked_for(tmp_path, case, dtype):
+    module = tiny.three_links(module_of(tmp_path / "base", case))
+    module.export(tmp_path / "out", dtype=dtype)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    expected = {name: value.to(getattr(torch, dtype)) for name, value in module.merged_model().state_dict().items()}
+    model = getattr(transformers, module.auto_class).from_pretrained(tmp_path / "out", dtype="auto")
+    assert_bit_equal(model.state_dict(), expected)
+
+
+def test_weights_that_overflow_in_half_precision_are_not_kept(tmp_path):
+    module = tiny.three_links(module_of(tmp_path / "base", "llama"))
+    with torch.no_grad():
+        module.model.model.layers[0].mlp.up_proj.weight.mul_(1e7)
+    with pytest.raises(ExportError, match="at most nan"):
+        module.export(tmp_path / "half", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("mode", ["merge", "stack"])
+def test_what_a_precision_has_rounded_is_exported_as_it_was_trained_and_the_base_as_it_was(tmp_path, capsys, mode):
+    folder = tiny.folder(tmp_path, "llama")
+    module = COLACausalLM(folder, rank=2, alpha=4, seed=0, finished_links=mode, lr_schedule="constant")
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 300, (4, 2, 8)).unbind()]
+    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2, precision="bf16-true")
+    run.fit(module, *(DataLoader(rows, batch_size=None) for _ in range(2)))
+    path = saved(module, tmp_path)
+    assert command(path, "peft", tmp_path / "adapter") == 0
+    printed = capsys.readouterr().out
+    assert f", dtype='{'bfloat16' if mode == 'stack' else 'float32'}'" in printed
+    assert float(re.search(r"differ from the module's by at most ([^,]*),", printed)[1]) <= 1e-4
+    assert command(path, "merged", tmp_path / "merged") == 0
+    assert command(path, "merged", tmp_path / "base", "--links", "0") == 0
+    base, again = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "base"))
+    assert_bit_equal(again.state_dict(), base.state_dict())
+
+
+def test_a_recompressed_adapter_holds_the_closest_update_and_says_how_far_it_is(tmp_path, capsys):
+    module = tiny.three_links(module_of(tmp_path / "base", "gpt2"))
+    assert command(saved(module, tmp_path), "peft", tmp_path / "peft", "--max_rank", 5) == 0
+    printed = dict(line.split(": relative error ") for line in capsys.readouterr().out.splitlines() if ": relative" in line)
+    chain, closest = module.full_chain(), module.merged_model(0)
+    assert list(printed) == chain.layers
+    for name, error in printed.items():
+        u, values, v = torch.linalg.svd(chain.delta(name).double(), full_matrices=False)
+        assert float(error) == pytest.approx((values[5:].norm() / values.norm()).item(), rel=1e-2)
+        with torch.no_grad():
+            closest.get_submodule(name).weight.add_((u[:, :5] * values[:5] @ v[:5]).T)
+    loaded = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")
+    assert loaded.peft_config["default"].r == 5
+    assert difference(tiny.logits(loaded), tiny.logits(closest)) <= 1e-5
+    assert len(read_chain(tmp_path / "peft")) == 1  # it is the chain no longer
+    assert module.export(tmp_path / "plain", "peft") == module.export(tmp_path / "large", "peft", max_rank=9)
+    assert_bit_equal(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "large")))
+
+
+# ---------------------------------------------------------------------- modules that are not Hugging Face's
+
+
+class Odd(nn.Module, PyTorchModelHubMixin):
+    """Has one weight under two names, a batch norm, a buffer of complex numbers, and a save_pretrained of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.norm, self.up = nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 6)
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.second.weight = self.first.weight
+        self.register_buffer("rotation", torch.polar(torch.ones(6), torch.arange(6.0)))
+
+    def forward(self, x):
+        pairs = torch.view_as_complex(self.norm(self.down(x)).unflatten(-1, (6, 2))) * self.rotation
+        return self.up(self.second(self.first(torch.view_as_real(pairs).flatten(-2))))
+
+
+class OddToy(Toy):
+    def build_model(self):
+        return Odd()
+
+
+def test_a_plain_modules_export_is_a_state_dict(tmp_path, capsys):
+    module = toy(OddToy, target_modules=["down", "up"])
+    trainer(tmp_path, chain={"every_n_train_steps": 2}, max_steps=6).fit(module, batches())
+    assert command(saved(module, tmp_path), "merged", tmp_path / "merged") == 0
+    assert "no input is known" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["model.safetensors"]
+    plain = Odd()
+    plain.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
+    assert_bit_equal(plain.state_dict(), dict(module.merged_model().state_dict()))
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(plain.eval()(x), module.model.eval()(x), rtol=0, atol=1e-6)
+    module.export(tmp_path / "half", dtype="bfloat16")
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    assert torch.equal(tensors["rotation"], module.model.rotation)
+    assert tensors["up.weight"].dtype == torch.bfloat16
+    with pytest.raises(UserError, match=r"^format: .*'norm\.running_mean'"):  # which training moved, and fits no adapter
+        module.export(tmp_path / "peft", "peft")
+
+
+def test_full_fine_tuning_in_double_precision_leaves_merged_in_float32(tmp_path):
+    module = toy(target_modules=None)
+    trainer(tmp_path, max_steps=2, precision="64-true").fit(module, batches(dtype=torch.float64))
+    path = saved(module, tmp_path)
+    assert [command(path, format_, tmp_path / "out") for format_ in ("peft", "chain", "merged")] == [2, 2, 0]
+    expected = {name: value.float() for name, value in module.model.state_dict().items()}
+    assert_bit_equal(load_file(tmp_path / "out" / "model.safetensors"), expected)
+
+
+class T5Toy(Toy):
+    def build_model(self):
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        )
+
+
+X, IDS = torch.ones(3, 8), torch.arange(6)[None]
+EXAMPLES = [(Toy, X), (T5Toy, {"input_ids": IDS, "decoder_input_ids": IDS})]
+
+
+@pytest.mark.parametrize("format_", ["merged", "peft"])
+@pytest.mark.parametrize(("cls", "example"), EXAMPLES)
+def test_an_example_input_is_what_logits_are_compared_for(tmp_path, format_, cls, example):
+    module = tiny.with_live_link(toy(cls))
+    assert "because no input is known" in module.export(tmp_path / "unknown", format_)[-1]
+    module.example_input_array = example
+    line = module.export(tmp_path / "out", format_)[-1]
+    assert re.search(r"its logits differ from the module's by at most [\d.e-]+, where the largest is \d", line)
+
+
+# ---------------------------------------------------------------------- convolutions
+
+
+class ConvToy(COLAModule):
+    """A small network for images, or for rows of numbers."""
+
+    def __init__(self, dilation=1, is_2d=True, **arguments):
+        super().__init__(target_modules=["0", "3"], rank=4, alpha=6, seed=0, **arguments)
+        self.dilation, self.is_2d = dilation, is_2d
+
+    def build_model(self):
+        options = {"padding": "same", "dilation": self.dilation}
+        first = nn.Conv2d(3, 8, (3, 1), **options) if self.is_2d else nn.Conv1d(3, 8, 3, **options)
+        return nn.Sequential(first, nn.GELU(), nn.Flatten(1), nn.Linear(288 if self.is_2d else 48, 5))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"is_2d": False}, {"finished_links": "stack"}], ids=str)
+def test_exports_give_the_logits_of_a_module_with_convolutions(tmp_path, arguments):
+    module = tiny.three_links(ConvToy(**arguments))
+    path, x = saved(module, tmp_path), torch.randn(4, 3, 6, 6) if module.is_2d else torch.randn(4, 3, 6)
+    for links in (2, 3):
+        folder, expected = tmp_path / f"peft-{links}", module.merged_model(links).eval()(x)
+        assert command(path, "peft", folder, "--links", links) == 0
+        model = PeftModel.from_pretrained(module.merged_model(0), folder).eval()
+        assert difference(model(x), expected) <= 1e-5
+        assert difference(model.merge_and_unload()(x), expected) <= 1e-5
+        assert difference(ConvToy(**arguments, init_chain=str(folder)).model.eval()(x), expected) <= 1e-5
+    assert command(path, "merged", tmp_path / "merged") == 0
+    plain = ConvToy(**arguments).build_model()
+    plain.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
+    assert difference(plain.eval()(x), expected) <= 1e-5
+    assert difference(module.merged_model(0).eval()(x), expected) > 1e-3
+
+
+def test_convolutions_of_which_pefts_lora_would_be_another_are_refused(tmp_path):
+    module = tiny.three_links(ConvToy(dilation=2))
+    with pytest.raises(UserError, match=r"^format: .*'0', a Conv2d.* Use merged"):
+        module.export(tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def bytes_in_use():
+    """Of all tensors that exist, each memory once."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter) and not one.is_meta]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+@pytest.mark.parametrize("format_", ["merged", "peft"])
+def test_a_model_is_loaded_again_once_the_exported_one_is_gone(tmp_path, monkeypatch, format_):
+    module = module_of(tmp_path / "base", "llama")
+    path = saved(tiny.three_links(module), tmp_path)
+    size, found = sum(parameter.nbytes for parameter in module.model.parameters()), []
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def counting(cls, *args, **arguments):
+        found.append(bytes_in_use() - others)
+        return load(cls, *args, **arguments)
+
+    del module
+    others = bytes_in_use()
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counting))
+    assert command(path, format_, tmp_path / "out") == 0
+    assert len(found) >= 2
+    assert max(found) < size  # the chain and logits, but no second model
+
+
+# ---------------------------------------------------------------------- a base that is not what its name stands for
+
+
+class Changed(COLACausalLM):
+    """A model that is changed once it is loaded, or as it is configured."""
+
+    change, fields = staticmethod(lambda model: None), {}
+
+    def model_fields(self):
+        return self.fields
+
+    def build_model(self):
+        model = super().build_model()
+        with torch.no_grad():
+            self.change(model)
+        return model
+
+
+OTHERS = {
+    "other weights": {"change": lambda model: model.get_input_embeddings().weight.mul_(1.5)},
+    "other frequencies, which no state dict holds": {"change": lambda model: model.model.rotary_emb.inv_freq.mul_(0.5)},
+    "a configuration of its own": {"fields": {"hidden_act": "gelu"}},
+    "fewer layers": {"fields": {"num_hidden_layers": 1}},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_base_that_is_not_what_its_name_stands_for_gets_no_adapter(tmp_path, name):
+    module = Changed(tiny.folder(tmp_path / "base"), target_modules=["q_proj"], rank=4, seed=0)
+    for attribute, value in OTHERS[name].items():
+        setattr(module, attribute, value)
+    tiny.three_links(module)
+    with pytest.raises((UserError, ExportError), match=r"Use merged|logits differ"):
+        module.export(tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------- what is left behind
+
+
+@pytest.mark.parametrize("format_", ["merged", "peft"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_gives_other_logits_is_not_kept(tmp_path, format_, overwrite, monkeypatch):
+    module, output = tiny.with_live_link(toy()), tmp_path / "out"
+    module.example_input_array = torch.ones(3, 8)
+    if overwrite:
+        output.mkdir()
+        (output / "former.txt").write_text("former")
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        wrong = ReferenceLogits({"input": torch.ones(3, 8)}, torch.zeros(3, 6))
+        patch.setattr(
+            f"cola_lightning.export.{'adapter' if format_ == 'peft' else 'module'}.reference_logits", lambda *_: wrong
+        )
+        with pytest.raises(ExportError, match="deleted"):
+            module.export(output, format_, overwrite=overwrite)
+        assert contents(tmp_path) == before
+        assert output.exists() == overwrite
+    module.export(output, format_, overwrite=True)
+    assert "former.txt" not in contents(output)
+
+
+def test_what_is_loaded_again_with_other_bits_is_not_kept(tmp_path, monkeypatch):
+    module = module_of(tmp_path / "base", "opt")
+    kind = type(module.model)
+
+    def one_bit_off(model, folder, **arguments):
+        save(model, folder, **arguments)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.decoder.embed_positions.weight"][-1, -1] += 1e-3  # which the probe does not reach
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    save = kind.save_pretrained
+    monkeypatch.setattr(kind, "save_pretrained", one_bit_off)
+    with pytest.raises(ExportError, match=r"'model\.decoder\.embed_positions\.weight'"):
+        module.export(tmp_path / "merged")
+    module.tie_knot()
+    monkeypatch.setattr(Chain, "load", lambda folder: Chain(base=module.chain.base))
+    with pytest.raises(ExportError, match="other factors"):
+        module.export(tmp_path / "chain", "chain")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("format_", ["merged", "peft", "chain"])
+def test_what_cannot_be_loaded_again_is_no_full_disk(tmp_path, monkeypatch, format_):
+    module = tiny.three_links(module_of(tmp_path / "base", "llama"))
+
+    def fail(*_, **__):
+        raise OSError("no file named config.json")  # as transformers does
+
+    owners = {
+        "merged": (type(module.model), "from_pretrained"),
+        "peft": (PeftModel, "from_pretrained"),
+        "chain": (Chain, "load"),
+    }
+    monkeypatch.setattr(*owners[format_], fail)
+    with pytest.raises(ExportError, match=r"loaded again.*config\.json"):
+        module.export(tmp_path / "out", format_)
+    assert not (tmp_path / "out").exists()
+
+
+def write_file(path, text):
+    with atomic_file(path) as partial:
+        partial.write_text(text)
+
+
+def write_folder(path, text):
+    with atomic_folder(path, overwrite=True) as partial:
+        (partial / "file").write_text(text)
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_a_file_or_folder_that_cannot_be_flushed_leaves_the_old_one(tmp_path, monkeypatch, write):
+    write(tmp_path / "out", "old")
+    before = contents(tmp_path)
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError(5, "Input/output error")))
+    with pytest.raises(DiskError, match="unchanged"):
+        write(tmp_path / "out", "new")
+    assert contents(tmp_path) == before
+
+
+def test_two_writers_of_one_folder_do_not_mix_and_a_link_to_it_stays_one(tmp_path):
+    def write_late():
+        with atomic_folder(tmp_path / "out") as late:
+            write_folder(tmp_path / "out", "early")
+            (late / "late").write_text("late")
+
+    with pytest.raises(DiskError):
+        write_late()
+    assert contents(tmp_path) == {"out/file": b"early"}
+    (tmp_path / "link").symlink_to("out")
+    write_folder(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "out") == {"file": b"new"}

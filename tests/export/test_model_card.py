@@ -1,0 +1,245 @@
+"""An export is complete: a card whose lines give the library's own predictions, its tokenizer, a base that peft finds."""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+
+from cola_lightning import (
+    Chain,
+    COLACausalLM,
+    PredictionWriter,
+    PromptDataModule,
+    TemplateDataModule,
+    TextDataModule,
+    UserError,
+)
+from cola_lightning.cli import main
+from cola_lightning.export.card import Card
+from tests.helpers import tiny
+from tests.helpers.tiny import CHAT
+from tests.helpers.toy import assert_bit_equal, batches, toy, trainer, weights
+
+# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+ARGUMENTS = {"target_modules": ["q_proj", "v_proj"], "rank": 4, "alpha": 6, "seed": 0}
+
+
+@pytest.fixture
+def module(tmp_path):
+    return tiny.three_links(COLACausalLM(tiny.folder(tmp_path / "base"), **ARGUMENTS))
+
+
+def card(folder):
+    card = ModelCard.load(folder / "README.md")
+    return card.data.to_dict(), card.text
+
+
+def block(text, language):
+    (code,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return code
+
+
+# ---------------------------------------------------------------------- what it says
+
+
+@pytest.mark.parametrize(("format_", "library"), [("merged", "transformers"), ("peft", "peft")])
+def test_a_card_says_what_was_exported_and_how_it_was_trained(module, tmp_path, format_, library):
+    module.export(tmp_path / "out", format_, license="apache-2.0")
+    data, text = card(tmp_path / "out")
+    assert (data["library_name"], data["license"]) == (library, "apache-2.0")
+    assert {"lora", "chain-of-lora"} <= set(data["tags"])
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[2] for row in rows[2:]] == ["4", "2", "3"]
+    arguments = yaml.safe_load(block(text, "yaml"))
+    assert arguments["class_path"] == "cola_lightning.COLACausalLM"
+    assert (arguments["init_args"]["rank"], arguments["init_args"]["alpha"]) == (4, 6.0)
+
+
+def test_the_hubs_name_of_a_base_is_in_the_cards_metadata_and_no_other(module, tmp_path, monkeypatch):
+    Card(COLACausalLM("owner/name"), module.full_chain(), None, None, {}, {}).write(tmp_path, "PEFT adapter", "")
+    assert card(tmp_path)[0]["base_model"] == "owner/name"
+    monkeypatch.chdir(tmp_path)
+    for exported in (COLACausalLM("base", **ARGUMENTS), toy()):  # a folder of this machine, and none
+        exported.export("out", "peft", overwrite=True)
+        data, text = card(tmp_path / "out")
+        assert "base_model" not in data
+        assert f"`{exported.base_name}`" in text
+
+
+# ---------------------------------------------------------------------- its lines
+
+ROWS = [
+    {"sentence": f"film {k} with {'great' if k % 2 else 'terrible'} {word} ", "label": k % 2}
+    for k, word in enumerate(["actors", "plot", "mat", "river", "town", "cat"])
+]
+
+
+def sst2(source, **arguments):
+    return PromptDataModule("SST2", source, train_size=3, val_size=3, test_size=6, **arguments)
+
+
+def text(source):
+    return TextDataModule(source, max_new_tokens=16)
+
+
+DATA = {
+    "options": sst2,
+    "options in the chat template": lambda source: sst2(source, apply_chat_template=True),
+    "answer": lambda source: TemplateDataModule(source, prompt="A {sentence}\nIs:", answer="sentence"),
+    "response to a tokenizer that ends texts": text,
+    "response in the chat template": text,
+    "text": text,
+}
+
+
+def executed(code, **given):
+    """What the code prints and defines, with a row of the data in place of the example's."""
+    for names, value in given.items():
+        names = names.replace("_and_", ", ")
+        code = re.sub(rf"^{names} = .*$", lambda _, line=f"{names} = {value!r}": line, code, flags=re.MULTILINE)
+    out, names = io.StringIO(), {}
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "README.md", "exec"), names)
+    return out.getvalue(), names
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd):
+    architecture = "qwen3" if "ends" in kind else "llama"  # transformers gives Llama's tokenizers an end of their own
+    name = tiny.folder(tmp_path / "model", architecture, max_position_embeddings=512)
+    own = tiny.tokenizer(architecture, eos="ends" in kind)
+    own.chat_template = CHAT if "chat" in kind else None
+    own.save_pretrained(name)
+    rows = [{"prompt": row["sentence"], "response": "It is."} if kind.startswith("response") else row for row in ROWS]
+    tiny.write_rows(tmp_path, [{"text": row["sentence"]} for row in ROWS] if kind == "text" else rows)
+    module, data = tiny.three_links(COLACausalLM(name, **ARGUMENTS)), DATA[kind](str(tmp_path))
+    run = trainer(tmp_path, PredictionWriter(), max_steps=1)
+    run.fit(module, datamodule=data)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    run.predict(module, datamodule=data, return_predictions=False)
+    predictions = tiny.read_rows(tmp_path / "predictions.jsonl")
+    checkpoint, seen = str(tmp_path / "last.ckpt"), set()
+    for format_ in ("merged", "peft"):
+        folder = str(tmp_path / format_)
+        assert main(["export", checkpoint, "--format", format_, "--output", folder]) == 0
+        code = block(Path(folder, "README.md").read_text(), "python").replace("path/to/this/folder", folder)
+        code = code.replace("max_new_tokens=256", "max_new_tokens=16")
+        executed(code)  # as it stands
+        for prediction in predictions[:3]:
+            if "options" not in prediction:
+                printed, _ = executed(code, prompt=prediction["prompt"])
+                assert printed.strip() == prediction["prediction"]
+                seen.add(printed)
+                continue
+            printed, names = executed(code, prompt_and_options=(prediction["prompt"], prediction["options"]))
+            assert printed == prediction["options"][prediction["option"]] + "\n"
+            scores = [names["score"](names["prompt"], option) for option in names["options"]]
+            assert scores == pytest.approx(prediction["scores"], abs=1e-5)
+            seen |= set(scores)
+    assert len(seen) > 1
+    capfd.readouterr()
+    n_new = "50" if kind == "answer" else "16"
+    assert main(["generate", checkpoint, "--max_new_tokens", n_new, "--prompt", predictions[0]["prompt"]]) == 0
+    out, err = capfd.readouterr()
+    assert ("trained to choose among options" in err) == ("options" in predictions[0])
+    assert "options" in predictions[0] or out.strip() == predictions[0]["prediction"]
+
+
+@pytest.mark.parametrize("kind", ["chat", "response", "text", "no end"])
+def test_a_merged_model_ends_its_text_where_its_training_did(tmp_path, kind):
+    name = tiny.folder(tmp_path / "model", "llama")
+    own = tiny.tokenizer(pad=True)
+    own.add_special_tokens({"additional_special_tokens": ["<|end|>"]})  # of a turn; the base's own files end a text elsewhere
+    own.chat_template = tiny.CHAT.replace("{{ eos_token }}", "<|end|>") if kind == "chat" else None
+    own.eos_token, end = (None, None) if kind == "no end" else ("</s>", 5)
+    own.save_pretrained(name)
+    for file in ("config.json", "generation_config.json"):
+        fields = json.loads(Path(name, file).read_text()) | {"eos_token_id": end}
+        Path(name, file).write_text(json.dumps(fields))
+    tiny.write_rows(tmp_path, [{"text": "It is old."} if kind == "text" else {"prompt": "Is it old?", "response": "It is."}])
+    module = COLACausalLM(name, **ARGUMENTS)
+    trainer(tmp_path, max_steps=1).fit(module, datamodule=TextDataModule(str(tmp_path), max_new_tokens=2))
+    module.export(tmp_path / "merged")
+    expected = {1, 5} | ({own.convert_tokens_to_ids("<|end|>")} if kind == "chat" else set())
+    ends = GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id
+    assert ends is None if kind == "no end" else set(ends) == expected
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.generate(torch.tensor([[3, 4]]), max_new_tokens=3).shape[1] <= 5
+
+
+# ---------------------------------------------------------------------- where its base is, and where it goes
+
+
+def test_a_base_that_peft_cannot_name_is_written_where_it_can(tmp_path, monkeypatch):
+    tiny.folder(tmp_path / "tiny_package")
+    (tmp_path / "tiny_package" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny_package", raising=False)
+    packaged = tiny.three_links(COLACausalLM("package:tiny_package", **ARGUMENTS))
+    with pytest.raises(UserError, match=r"^base_folder must be given: peft cannot load 'package:tiny_package'"):
+        packaged.export(tmp_path / "alone", "peft")
+    written = tmp_path / "written"
+    assert str(written) in packaged.export(tmp_path / "out", "peft", base_folder=written)[-2]
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (tiny.logits(model) - tiny.logits(packaged.model)).abs().max() <= 1e-5
+    base = AutoModelForCausalLM.from_pretrained(written)
+    assert torch.equal(tiny.logits(base), tiny.logits(packaged.merged_model(0)))
+    before = {path: path.read_bytes() for path in written.iterdir()}
+    packaged.export(tmp_path / "again", "peft", base_folder=written)  # the same base serves many adapters
+    assert {path: path.read_bytes() for path in written.iterdir()} == before
+    tiny.folder(tmp_path / "other", scale=1)
+    with pytest.raises(UserError, match=r"would name '.*other' as its base"):
+        packaged.export(tmp_path / "refused", "peft", base_folder=tmp_path / "other")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_module_in_training_is_exported_and_its_training_goes_on(tmp_path):
+    module = toy()
+    trainer(tmp_path, max_steps=6, chain={"at_steps": [3]}).fit(module, batches())
+    module.example_input_array = torch.ones(3, 8)
+    module.model[0].eval()
+    before, modes = weights(module), [part.training for part in module.modules()]
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    module.export(tmp_path / "merged")
+    module.export(tmp_path / "chain", "chain")
+    assert_bit_equal(weights(module), before)
+    assert [part.training for part in module.modules()] == modes
+    assert [parameter.requires_grad for parameter in module.parameters()] == trained
+    assert Chain.load(tmp_path / "chain").is_beginning_of(module.full_chain())
+    module.train()
+    trainer(tmp_path, max_steps=3).fit(module, batches())
+
+
+def test_an_export_is_uploaded_where_that_is_asked_for(module, tmp_path, monkeypatch, capsys):
+    seen, is_private = {}, []
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            is_private.append(private)
+            return f"https://huggingface.co/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path):
+            seen[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    run = trainer(tmp_path)
+    run.strategy.connect(module)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    words = [str(tmp_path / "end.ckpt"), "--output", str(tmp_path / "out"), "--format", "merged"]
+    words += ["--license", "mit", "--push_to_hub", "me/tuned"]
+    assert main(["export", *words]) == main(["export", *words, "--public", "--overwrite"]) == 0
+    assert is_private == [True, False]
+    assert {"README.md", "config.json", "model.safetensors"} <= seen["me/tuned"]
+    assert "https://huggingface.co/me/tuned" in capsys.readouterr().out.splitlines()[-1]
+    assert card(tmp_path / "out")[0]["license"] == "mit"

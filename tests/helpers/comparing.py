@@ -1,0 +1,38 @@
+"""``cola compare`` in tests: its command, runs that take no time, and the part of a config that a method reads."""
+
+import functools
+import json
+
+from cola_lightning.cli import main
+from cola_lightning.study.config import resolve_config
+from cola_lightning.study.results import Result, write
+from tests.helpers.toy import DIGITS
+
+
+def config(chain=None, rank=4, **trainer):
+    whens = dict.fromkeys(("every_n_epochs", "every_n_train_steps", "at_epochs", "at_steps", "ranks", "alphas"))
+    return {
+        "model": {"init_args": {"rank": rank, "alpha": 8.0}},
+        "chain": whens | (chain or {}),
+        "trainer": {"max_epochs": None, "max_steps": -1} | trainer,
+    }
+
+
+def made_up(claim, requested):
+    """In the place of a run's process: it takes no time, and its metric follows from its options."""
+    given = dict(zip(requested["words"][::2], requested["words"][1::2], strict=True))
+    value = requested["result"]["learning_rate"] + requested["result"]["seed"] / 1000
+    value += len(json.loads(given.get("--chain.at_epochs", "null")) or ()) / 10
+    facts = {"steps": 10, "seconds": 1.0, "peak_memory": 9.0, "trainable_parameters": 5, "curve": [[5, 2 * value], [10, value]]}
+    write([Result(**requested["result"], **facts, validation=value, test=value)], claim.parent / "result.json")
+    return True
+
+
+@functools.cache
+def known_config(*words):
+    return resolve_config(words)
+
+
+def compare(folder, *words, methods="[lora, cola-2]", seeds=2, fit=()):
+    given = ["--config", DIGITS, "--output", str(folder), "--methods", methods, "--seeds", str(seeds), *words]
+    return main(["compare", *given, *(["--", *fit] if fit else ())])

@@ -1,0 +1,16 @@
+"""What the process that forks the commands of ``forked.py`` imports and learns; afterwards it still has one thread."""
+
+import gc
+import sys
+
+import peft  # noqa: F401
+
+import cola_lightning.cli.training  # noqa: F401
+import tests.helpers.distributed_run  # and with it transformers
+import tests.helpers.forked  # noqa: F401
+from benchmarks.digits_model import COLADigits
+
+PATH = list(sys.path)  # of a new process; the first is its script's folder
+
+COLADigits(seed=0).configure_model()  # whose base is trained, and then known
+gc.freeze()  # else each process would go through all of that: for a second

@@ -1,0 +1,150 @@
+"""Python commands in processes of their own, without the seconds in which each would import torch and train the digits' base.
+
+``forked.run("-m", "cola_lightning", "fit", ...)`` stands for ``subprocess.run([sys.executable, "-m", ...])``: the process is
+forked from one that has imported the libraries and knows that base (``fork_server.py``). Its folder, environment, arguments,
+standard streams, signals, coverage and exit status are its own. A new process it must be where a test is about what is
+imported, how long that takes, a variable that is read meanwhile, or what is said while the interpreter ends.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).parents[2]
+_PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+_BEFORE_TESTS = os.environ | {"PYTHONPATH": _PATH, "OMP_NUM_THREADS": "1"}  # with more threads it could not fork
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.helpers.fork_server"])
+
+
+class Command:
+    """A command that runs.
+
+    Args:
+        *arguments: what would follow ``python``: ``-m`` and a module, ``-c`` and a program, or a script; then its arguments.
+        cwd: the folder in which it runs; None: the current one.
+        env: its environment; None: this process' own. ``OMP_NUM_THREADS`` stays 1, and ``PYTHONPATH`` the tests'.
+        log: the path of a file that gets both of its streams; None: they are collected.
+        start_new_session: whether it has a session, and so a process group, of its own.
+    """
+
+    def __init__(self, *arguments, cwd=None, env=None, log=None, start_new_session=False):
+        self.arguments = list(map(str, arguments))
+        self._folder = tempfile.TemporaryDirectory()
+        self._streams = [Path(log or Path(self._folder.name, name)).absolute() for name in ("stdout", "stderr")]
+        for path in self._streams:
+            path.write_text("")
+        environment = dict(os.environ if env is None else env)
+        given = self.arguments, os.path.abspath(cwd or "."), environment, self._streams, start_new_session
+        self._process = SERVER.Process(target=_become, args=given)
+        with mock.patch.dict(os.environ, _BEFORE_TESTS, clear=True):  # that of the server, which the first command starts
+            self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self):
+        """As ``subprocess.Popen.poll``."""
+        return self._process.exitcode
+
+    def wait(self):
+        """As ``subprocess.Popen.wait``."""
+        self.returncode = self.finish().returncode
+
+    def finish(self, timeout=None):
+        """Waits for its end, and kills it after ``timeout`` seconds; gives what ``subprocess.run`` does, as text."""
+        try:
+            self._process.join(timeout)
+            if self._process.is_alive():
+                raise subprocess.TimeoutExpired(self.arguments, timeout)
+            texts = [path.read_text() for path in self._streams]
+            return subprocess.CompletedProcess(self.arguments, self._process.exitcode, *texts)
+        finally:  # after Ctrl-C, too
+            self._process.kill()
+            self._process.join()
+            self._folder.cleanup()
+
+
+class Popen(Command):
+    """In the place of ``subprocess.Popen``, for a command of the package that begins others, with a log."""
+
+    def __init__(self, command, stdout, stderr, start_new_session):
+        super().__init__(*command[1:], log=stdout.name, start_new_session=start_new_session)
+
+    @property
+    def returncode(self):
+        return self.poll()
+
+    def terminate(self):
+        self._process.terminate()
+
+    def wait(self):
+        self.finish()
+
+
+def run(*arguments, timeout=None, check=False, **options):
+    """A command from beginning to end; see ``Command``."""
+    done = Command(*arguments, **options).finish(timeout)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def _become(arguments, folder, environment, streams, has_own_session):
+    """Makes of a process that was just forked what ``python *arguments`` would be."""
+    from tests.helpers import fork_server
+
+    sys.path = [folder, *fork_server.PATH[1:]]
+    multiprocessing.set_start_method("fork", force=True)  # the system's
+    for number, path in enumerate(streams, start=1):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    if has_own_session:
+        os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.modules["torch"].seed()  # as a new process has one of its own
+    sys.modules["numpy"].random.seed()
+    try:
+        _run(*arguments)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+    finally:
+        atexit._run_exitfuncs()
+
+
+def _run(first, *rest):
+    if first == "-m":
+        module, *rest = rest
+        sys.argv[1:] = rest
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        program, *rest = rest
+        sys.path[0], sys.argv = "", ["-c", *rest]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(program, vars(sys.modules["__main__"]))
+    else:
+        sys.path[0], sys.argv = os.path.dirname(os.path.abspath(first)), [first, *rest]
+        runpy.run_path(first, run_name="__main__")
+
+
+def environments(n, **more):
+    """The environments of n processes that train together."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": port, **more}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
+
+
+def as_torchrun(n):
+    """The environments in which Lightning sees torchrun."""
+    return environments(n, TORCHELASTIC_RUN_ID="tests", GROUP_RANK="0", LOCAL_WORLD_SIZE=str(n))

@@ -1,0 +1,81 @@
+"""Commands one after the other in a process of their own, and a callback that writes down the texts that they train on.
+
+    python -m tests.helpers.hub_run FILE
+
+The file holds ``{name: [argument, ...]}`` in JSON, and at the end ``{name: exit status}``. Each command runs in a folder of its
+name beside the file, and writes to ``log`` there. In the place of arguments may be those of a ``TextDataModule``, as an object:
+its batches alone are read, which takes a fifth of the time of a fit.
+"""
+
+import itertools
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from lightning.pytorch import Callback
+from transformers import AutoTokenizer
+
+from cola_lightning import TextDataModule, UserError
+from cola_lightning.cli import main
+from tests.helpers import tiny
+
+
+class Texts(Callback):
+    """Appends a JSON line for each row of each batch to ``texts.jsonl``.
+
+    ``stage`` is ``train`` or ``validation``; ``text`` is the whole row and ``trained`` the part with a loss, both without
+    special tokens. Of a labelled row, ``trained`` is its label's name.
+    """
+
+    def on_train_batch_start(self, trainer, module, batch, *_):
+        self._write("train", module, batch)
+
+    def on_validation_batch_start(self, trainer, module, batch, *_):
+        self._write("validation", module, batch)
+
+    def _write(self, stage, module, batch):
+        def decoded(ids):
+            return module.tokenizer.decode(ids, skip_special_tokens=True)
+
+        with open("texts.jsonl", "a") as file:
+            for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+                trained = decoded(labels[labels != -100]) if labels.dim() else module.label_names[labels]
+                file.write(json.dumps({"stage": stage, "text": decoded(ids[mask.bool()]), "trained": trained}) + "\n")
+
+
+def read(arguments):
+    """Writes down the first batches that a fit on these rows would get, and what a command would say of them."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        data = tiny.set_up(TextDataModule(**arguments), AutoTokenizer.from_pretrained("owner/chat"), "fit")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for stage, loader in (("train", data.train_dataloader()), ("validation", data.val_dataloader())):
+        for batch in itertools.islice(loader, 2):
+            Texts()._write(stage, data, batch)
+    return 0
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1]).absolute()
+    sys.argv[1:] = []  # LightningCLI warns of arguments that are given twice
+    statuses = {}
+    for name, arguments in json.loads(path.read_text()).items():
+        folder = path.parent / name
+        folder.mkdir()
+        os.chdir(folder)
+        with open("log", "w") as log:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+        try:
+            statuses[name] = read(arguments) if isinstance(arguments, dict) else main(arguments)
+        except Exception:  # as the interpreter does
+            traceback.print_exc()
+            statuses[name] = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+    path.write_text(json.dumps(statuses))

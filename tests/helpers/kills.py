@@ -1,0 +1,220 @@
+"""Kills a run, resumes it, and compares it with the same run that nobody killed.
+
+Each run is a ``cola fit`` in a process of its own, with dropout, shuffling, two data workers, gradient accumulation, two
+validations an epoch and two knots. What a run does is written down, batch by batch, by ``kill_run.Recorder``.
+"""
+
+import json
+import re
+import subprocess
+from dataclasses import dataclass
+
+import torch
+
+from tests.helpers import forked, tiny
+from tests.helpers.run_comparison import differences_of_checkpoints, differences_of_records, too_much_done_twice, twice_done
+
+EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
+SAVED_EVERY = 2  # optimizer steps, in the runs that get no chance to save anything when they are killed
+SECONDS = 120  # a run takes ten
+
+TRAINER = """trainer:
+  max_epochs: 3
+  accelerator: cpu
+  val_check_interval: 0.5
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
+
+# Batches 0 to 6 of an epoch: windows of 0-2, 3-5 and 6, validations after 2 and 5; knots in the middle of epochs, at the
+# batches 3 of epoch 1 and 6 of epoch 2.
+DIGITS = """
+seed_everything: 0
+model:
+  class_path: benchmarks.digits_model.COLADigits
+  init_args:
+    target_modules: all-linear
+    rank: 2
+    alpha: 8
+    dropout: 0.2
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-1}}
+    lr_schedule: linear
+    save_base: true
+data:
+  class_path: benchmarks.digits_model.DigitsDataModule
+  init_args: {batch_size: 16, num_workers: 2}
+chain: {every_n_train_steps: 4, ranks: [2, 1, 2]}
+"""
+DIGITS += TRAINER + "  accumulate_grad_batches: 3\n  limit_train_batches: 7\n  limit_val_batches: 3\n"
+
+# Batches 0 to 5 of an epoch: windows of 0-1, 2-3 and 4-5, validations after 2, inside a window, and after 5; knots between
+# epochs.
+LLAMA = """
+seed_everything: 0
+model:
+  class_path: COLACausalLM
+  init_args:
+    model_name: ../model
+    target_modules: [q_proj, v_proj]
+    rank: 2
+    alpha: 4
+    dropout: 0.1
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}
+    lr_schedule: linear
+data:
+  class_path: PromptDataModule
+  init_args: {task: SST2, source: ../rows, batch_size: 4, train_size: 24, val_size: 12, test_size: 10, num_workers: 2}
+chain: {every_n_epochs: 1}
+"""
+LLAMA += TRAINER + "  accumulate_grad_batches: 2\n"
+
+# Preference tuning whose reference each knot moves; batches, validations and knots as the Llama's. A knot merges
+# half; A, the rest of B and the optimizer go on.
+PAIRS = LLAMA.replace("COLACausalLM", "COLAPreferenceLM").replace("PromptDataModule", "PreferenceDataModule")
+PAIRS = PAIRS.replace("    lr_schedule: linear", "    lr_schedule: linear\n    reference: link")
+PAIRS = PAIRS.replace("task: SST2, source", "source").replace("epochs: 1}", "epochs: 1, knot: half}")
+
+SETUPS = {"digits": DIGITS, "llama": LLAMA, "pairs": PAIRS}
+# Knots that only record, on stacked links; and knots that merge a third, in the middle of epochs.
+SETUPS["records"] = LLAMA.replace("epochs: 1}", "epochs: 1, knot: record}").replace(
+    "    rank: 2", "    rank: 2\n    dtype: bfloat16"
+)
+SETUPS["thirds"] = DIGITS.replace("ranks: [2, 1, 2]", "knot: half, share: 0.3").replace(
+    "lr_schedule: linear", "lr_schedule: stable"
+)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A moment in words, the signal that is sent then, and where that is: see ``kill_run.Recorder``."""
+
+    moment: str
+    signal: str
+    hook: str
+    digits: tuple[int, int]
+    llama: tuple[int, int]
+
+    def at(self, setup):
+        """The batch, in a set-up's run: its epoch, and its place in the epoch."""
+        return self.digits if setup in ("digits", "thirds") else self.llama
+
+    def __str__(self):
+        return f"{self.moment}, {self.signal}"
+
+
+KILLS = [
+    Kill("first batch", "SIGKILL", "backward", digits=(0, 0), llama=(0, 0)),
+    Kill("after the first step", "SIGKILL", "validation", digits=(0, 2), llama=(0, 2)),
+    Kill("before a knot", "SIGINT", "batch end", digits=(1, 2), llama=(0, 5)),
+    Kill("at a knot", "SIGINT", "batch start", digits=(1, 3), llama=(1, 0)),
+    Kill("after a knot", "SIGTERM", "batch end", digits=(1, 3), llama=(1, 0)),
+    Kill("mid-epoch", "SIGKILL", "batch end", digits=(1, 4), llama=(1, 3)),
+    Kill("inside an accumulation window: after backward", "SIGINT", "backward", digits=(0, 4), llama=(1, 4)),
+    Kill("inside an accumulation window: at a batch's end", "SIGTERM", "batch end", digits=(1, 1), llama=(1, 2)),
+    Kill("before the optimizer's step", "SIGINT", "optimizer step", digits=(1, 2), llama=(1, 3)),
+    Kill("inside validation", "SIGTERM", "validation", digits=(1, 2), llama=(1, 2)),
+    Kill("inside validation", "SIGINT", "validation", digits=(1, 5), llama=(1, 5)),
+    Kill("while a checkpoint is being written", "SIGKILL", "checkpoint", digits=(1, 1), llama=(1, 1)),
+    Kill("while a checkpoint is being written", "SIGINT", "checkpoint", digits=(1, 1), llama=(1, 1)),
+]
+
+
+@dataclass
+class Outcome:
+    """What came of a kill. ``wrong`` is empty where all is as it should be; ``resumed_from`` None where the run began anew."""
+
+    setup: str
+    moment: str
+    signal: str
+    status: int | None
+    resumed_from: int | None
+    steps_twice: int
+    batches_twice: int
+    validations_twice: int
+    wrong: list[str]
+
+
+def prepare(setup, folder):
+    """Writes what a set-up's runs share: the configuration, and for the language model its files and its data."""
+    (folder / "config.yaml").write_text(SETUPS[setup])
+    if setup not in ("digits", "thirds"):
+        tiny.folder(folder / "model", "llama", attention_dropout=0.1)
+    if setup == "pairs":
+        answers = ["It was great.", "It was terrible."]
+        rows = [{"prompt": f"Film {k}? ", "chosen": answers[k % 2], "rejected": answers[1 - k % 2]} for k in range(40)]
+        tiny.write_rows(folder / "rows", rows)
+    if setup in ("llama", "records"):
+        words = [("great", 1), ("terrible", 0)]
+        rows = [{"sentence": f"film {k} with {words[k % 2][0]} actors ", "label": words[k % 2][1]} for k in range(40)]
+        tiny.write_rows(folder / "rows", rows)
+
+
+def fit(folder, name, *arguments, **recorder):
+    """One ``cola fit`` in a folder beside the configuration; it leaves ``name.log`` and ``name.jsonl``. Its exit status."""
+    options = [f"--trainer.callbacks.{option}={value}" for option, value in {"path": f"{name}.jsonl", **recorder}.items()]
+    command = ["-m", "cola_lightning", "fit", "--config", "../config.yaml", *arguments]
+    command += ["--trainer.callbacks+=tests.helpers.kill_run.Recorder", *options]
+    given = {"cwd": folder, "log": folder / f"{name}.log", "start_new_session": True}
+    try:
+        return forked.run(*command, **given, timeout=SECONDS).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def records(folder, name):
+    """What a run has written down."""
+    path = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def last_checkpoint(folder):
+    """The newest run's ``last.ckpt``, there or not."""
+    runs = sorted((folder / "runs").glob("version_*"), key=lambda path: int(path.name.partition("_")[2]))
+    return (runs[-1] if runs else folder) / "checkpoints" / "last.ckpt"
+
+
+def run_whole(setup, folder):
+    """Prepares a set-up in a folder, and makes there the run that nobody kills: in ``whole``, whose path it returns."""
+    prepare(setup, folder)
+    whole = folder / "whole"
+    whole.mkdir()
+    status = fit(whole, "whole")
+    assert status == 0, (status, (whole / "whole.log").read_text())
+    return whole
+
+
+def run_kill(setup, whole, kill):
+    """Kills a run and resumes it, in a folder beside the whole run's."""
+    folder = whole.parent / re.sub(r"\W+", "-", str(kill))
+    folder.mkdir()
+    options = ["--last.every_n_train_steps", str(SAVED_EVERY)] if kill.signal == "SIGKILL" else []
+    at = json.dumps(kill.at(setup))
+    status = fit(folder, "killed", *options, kill=kill.hook, at=at, signal=kill.signal)
+    wrong = []
+    if status != EXIT_STATUS[kill.signal]:
+        wrong.append(f"exit status {status}: {last_line(folder / 'killed.log')}")
+    half_written = [path.name for path in folder.rglob("*.partial")]
+    if bool(half_written) != (kill.hook == "checkpoint" and kill.signal == "SIGKILL"):
+        wrong.append(f"half-written files: {half_written}")
+    checkpoint, resumed_from = last_checkpoint(folder), None
+    if checkpoint.exists():
+        options += ["--ckpt_path", str(checkpoint.relative_to(folder))]
+        resumed_from = torch.load(checkpoint, weights_only=True)["global_step"]
+    elif kill.signal != "SIGKILL":
+        wrong.append("no checkpoint was written")
+    if (again := fit(folder, "resumed", *options)) != 0:
+        wrong.append(f"resumed, exit status {again}: {last_line(folder / 'resumed.log')}")
+    expected, killed, resumed = records(whole, "whole"), records(folder, "killed"), records(folder, "resumed")
+    wrong += differences_of_records(expected, killed, resumed)
+    twice = twice_done(expected, killed, resumed)
+    wrong += too_much_done_twice(twice, SAVED_EVERY if kill.signal == "SIGKILL" else 0)
+    wrong += differences_of_checkpoints(last_checkpoint(whole), last_checkpoint(folder))
+    batches = [record for record in twice if record["event"] == "batch"]
+    steps = sum(record["has_stepped"] for record in batches)
+    return Outcome(setup, kill.moment, kill.signal, status, resumed_from, steps, len(batches), len(twice) - len(batches), wrong)
+
+
+def last_line(log):
+    """What a run said last."""
+    return (log.read_text().strip().splitlines() or ["it said nothing"])[-1]

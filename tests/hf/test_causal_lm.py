@@ -1,0 +1,285 @@
+"""Option scores, losses and gradients against a plain forward, and what a run does with them."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cola_lightning import PredictionWriter, TextDataModule, UserError
+from cola_lightning.data.encoding import Pair, collate_language, encode_responses, encode_texts, labels_of
+from cola_lightning.data.examples import Example, collate_options, encode_examples
+from tests.helpers import tiny
+from tests.helpers.tiny import assert_same_gradients, causal_lm, plain_scores, with_live_link
+from tests.helpers.toy import trainer
+
+ARCHITECTURES = ["opt", "llama", "gpt2", "qwen3", "gpt_neox"]
+# In which a mask of pairs of tokens does not keep sequences apart:
+WINDOWED = ["gpt_neo", "mistral"]
+NOT_APART = ["mistral", "gemma3", "bloom", "falcon"]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def module(request, tmp_path_factory):
+    return with_live_link(causal_lm(tmp_path_factory.mktemp("model"), request.param))
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return with_live_link(causal_lm(tmp_path))
+
+
+def option_batch(module, examples, loss="options"):
+    return collate_options(encode_examples(module.tokenizer, examples, 64), module.tokenizer.pad_token_id, loss)
+
+
+def text_batch(module, texts):
+    return collate_language([row for (row,) in encode_texts(module.tokenizer, texts, 64)], module.tokenizer.pad_token_id)
+
+
+# ---------------------------------------------------------------------- options
+
+EXAMPLES = [
+    Example("The film was long and the plot was thin. It was", (" terrible", " great"), 0),
+    Example("The cat sat. Is that old?\n", ("Yes", "No", "Maybe"), 2),
+    Example("The town", (" is the largest of the country", " is old", "!"), 1),
+    Example("Is it?", (" Yes",), 0),
+]
+
+
+def test_option_scores_losses_and_gradients_are_those_of_plain_forwards(module):
+    batch = option_batch(module, EXAMPLES)
+    plain = [plain_scores(module, example) for example in EXAMPLES]
+    for mine, theirs in zip(module.option_scores(batch), plain, strict=True):
+        assert mine[: len(theirs)].tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
+        assert torch.isneginf(mine[len(theirs) :]).all()
+    losses = [F.cross_entropy(s[None], torch.tensor([e.answer])) for s, e in zip(plain, EXAMPLES, strict=True)]
+    loss, output = torch.stack(losses).mean(), module.step(batch)
+    assert output.loss.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert output.predictions.tolist() == [int(s.argmax()) for s in plain]
+    assert_same_gradients(module, output.loss, loss)
+    lengths = [[(ids != -100).sum() for ids in row] for row in batch["option_ids"]]
+    right = [(s[e.answer], row[e.answer]) for s, e, row in zip(plain, EXAMPLES, lengths, strict=True)]
+    of_answers = -sum(score * n for score, n in right) / sum(n for _, n in right)  # the mean over the right options' tokens
+    for examples in (EXAMPLES, [example.right() for example in EXAMPLES]):  # as in validation, and in training
+        output = module.step(option_batch(module, examples, "answer"))
+        assert output.loss.item() == pytest.approx(of_answers.item(), abs=1e-5)
+        assert output.size == sum(n for _, n in right)
+
+
+MANY = [
+    Example(
+        "The town is old and the river is long. Is the town old? " * 2,
+        tuple(f" The {k} is the {'old ' * k}town" for k in range(7)),
+        3,
+    ),
+    Example("A film", (" great", " terrible plot and great actors", "."), 1),
+    Example("The capital of the country is the largest town.", (" The town", " The capital", " The country is old"), 2),
+]
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *WINDOWED])
+@torch.no_grad()
+def test_options_share_the_computation_of_a_long_prompt_where_attention_allows_it(tmp_path, architecture):
+    """In fewer tokens, and with the scores of one option at a time."""
+    module = with_live_link(causal_lm(tmp_path, architecture)).eval()
+    batch, tokens = option_batch(module, MANY), []
+    module.option_scores(batch)  # whether the model takes a mask of pairs is tried out once
+    counted = module.model.register_forward_pre_hook(
+        lambda *given: tokens.append(given[2]["input_ids"].numel()), with_kwargs=True
+    )
+    scores = module.option_scores(batch)
+    counted.remove()
+    assert architecture in WINDOWED or sum(tokens) < batch["input_ids"].numel() / 2
+    for mine, example in zip(scores, MANY, strict=True):
+        theirs = plain_scores(module, example)
+        assert mine[: len(theirs)].tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
+
+
+def responses(module, pairs):
+    """Prompts with their responses, as rows."""
+    encoded = encode_responses(module.tokenizer, [Pair(prompt, 0, response) for prompt, response in pairs], 64)
+    return [row for (row,) in encoded]
+
+
+def test_only_positions_with_a_loss_go_through_the_head_and_options_of_one_token_share_them(module):
+    seen = []
+    head = module.model.get_output_embeddings().register_forward_hook(lambda *given: seen.append(given[1][0].shape[:2]))
+    module.step(option_batch(module, [Example(prompt, (" great", " terrible"), 0) for prompt in ("The film. It was", "A")]))
+    rows = responses(module, [("Is the town old? ", "Yes"), ("Is it? ", "Yes")])
+    module.step(collate_language(rows, 1))
+    head.remove()
+    assert seen == [(2, 1), (2, sum(label != -100 for label in labels_of(rows[0])))]
+
+
+def test_any_option_that_is_accepted_counts_as_right(llama):
+    options = (" The mat is old", " The town is old", " No")
+    accepted = [(0, 1), (1, 2), (2, 0), (0,), (1,), (2,)]
+    output = llama.step(option_batch(llama, [Example("The mat\n-", options, some[0], accepted=some) for some in accepted]))
+    (chosen,) = output.predictions.unique().tolist()
+    assert (output.predictions == output.targets).tolist() == [chosen in some for some in accepted]
+
+
+# ---------------------------------------------------------------------- texts
+
+
+@pytest.mark.parametrize("loss_on", ["all", "response"])
+def test_the_language_loss_is_hugging_faces_on_whichever_side_a_batch_is_padded(module, loss_on):
+    pairs = [("Is the town old? ", "Yes"), ("Is the river long and is the mat old? ", "No"), ("A", " town")]
+    rows = responses(module, pairs)
+    if loss_on == "all":  # the first token of a row, too, which follows on padding in a batch
+        rows = [row | {"spans": [0, len(row["input_ids"])]} for row in rows]
+    assert len({len(row["input_ids"]) for row in rows}) == 3
+    pad, length = module.tokenizer.pad_token_id, max(len(row["input_ids"]) for row in rows)
+
+    def on_the_right(values, value):
+        return torch.tensor([one + [value] * (length - len(one)) for one in values])
+
+    ids, labels = [row["input_ids"] for row in rows], [labels_of(row) for row in rows]
+    right = {"input_ids": on_the_right(ids, pad), "labels": on_the_right(labels, -100)}
+    right["attention_mask"] = on_the_right([[1] * len(one) for one in ids], 0)
+    theirs = module.model(**right).loss
+    for batch in (right, collate_language(rows, pad)):
+        output = module.step(batch)
+        assert output.loss.item() == pytest.approx(theirs.item(), abs=1e-5)
+        assert output.size == int((right["labels"][:, 1:] != -100).sum())
+        assert_same_gradients(module, output.loss, module.model(**right).loss)
+    nothing = module.step({"input_ids": right["input_ids"], "labels": torch.full_like(right["labels"], -100)})  # without a mask
+    assert (nothing.loss.item(), nothing.size) == (0, 0)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
+def test_the_loss_of_a_mixture_of_experts_has_its_routers_as_hugging_faces(tmp_path, architecture, is_training):
+    losses = []
+    for changes in ({}, {"output_router_logits": True, "router_aux_loss_coef": 0.5}):
+        made = causal_lm(tmp_path, architecture, changes=changes, target_modules=".*_proj")
+        module = with_live_link(made).train(is_training)
+        batch = text_batch(module, ["The town is old and the river is long. " * 2, "It was"])
+        theirs, mine = module.model(**batch).loss, module.step(batch).loss
+        losses.append(mine.item())
+        assert mine.item() == pytest.approx(theirs.item(), abs=1e-5)
+        if is_training:
+            assert_same_gradients(module, mine, theirs, 1e-3)
+    assert losses[1] > losses[0] + 0.5  # an even load of one expert a token is 1
+
+
+def test_an_architecture_without_logits_to_keep_or_position_ids_gets_neither(llama):
+    batch = option_batch(llama, EXAMPLES[:1])
+    expected, inner = llama.option_scores(batch), llama.model.forward
+    llama.model.forward = lambda input_ids, attention_mask: inner(input_ids=input_ids, attention_mask=attention_mask)
+    torch.testing.assert_close(llama.option_scores(batch), expected, rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- packed sequences
+
+
+def packed_texts(module):
+    """Texts in one row, with a mask of pairs, and the ids of each."""
+    texts = ["The town is old and the river is long.", "It was", "A film with great actors"]
+    rows = [row["input_ids"] for (row,) in encode_texts(module.tokenizer, texts, 64)]
+    lengths = torch.tensor([len(ids) for ids in rows])
+    own = torch.repeat_interleave(torch.arange(3), lengths)
+    mask = ((own[:, None] == own) & torch.ones(len(own), len(own)).tril().bool())[None, None]
+    packed = {"input_ids": torch.tensor([[token for ids in rows for token in ids]]), "attention_mask": mask}
+    packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed["labels"] = torch.tensor([[label for ids in rows for label in [-100, *ids[1:]]]])
+    return packed, rows
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2"])
+def test_packed_sequences_with_a_mask_of_pairs_have_the_loss_of_separate_ones(tmp_path, architecture, attention):
+    module = with_live_link(causal_lm(tmp_path, architecture, attn_implementation=attention))
+    packed, rows = packed_texts(module)
+    pairs = packed["attention_mask"]
+    separate = module.step(collate_language([{"input_ids": ids, "spans": [1, len(ids)]} for ids in rows], 1))
+    with torch.autocast("cpu", torch.bfloat16):  # in which the model is tried out, too
+        assert module.step(packed).loss.item() == pytest.approx(separate.loss.item(), abs=0.05)
+    assert module.model.training
+    additive = (torch.zeros(pairs.shape, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    for mask in (pairs, pairs.long(), *(zeros.masked_fill(~pairs, torch.finfo(zeros.dtype).min) for zeros in additive)):
+        output = module.step(packed | {"attention_mask": mask})
+        assert output.size == separate.size == sum(map(len, rows)) - 3
+        assert output.loss.item() == pytest.approx(separate.loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("case", [*NOT_APART, "attention_mask", "position_ids"])
+def test_packed_sequences_are_refused_where_they_would_not_be_apart(tmp_path, case):
+    """Also in a model that ignores without a word what keeps them apart."""
+    ignored = case not in NOT_APART
+    module = causal_lm(tmp_path, "llama" if ignored else case, scale=3 if ignored else 1, target_modules=None)
+    module.configure_model()
+    inner = module.model.forward
+
+    def forward(input_ids, attention_mask=None, position_ids=None, **others):
+        given = {"attention_mask": attention_mask, "position_ids": position_ids} | others
+        if attention_mask.dim() == 4:
+            del given[case]
+        return inner(input_ids=input_ids, **given)
+
+    module.model.forward = forward if ignored else inner
+    for _ in range(2):
+        with pytest.raises(UserError, match="batch: attention_mask must be rows x length"):
+            module.step(packed_texts(module)[0])
+
+
+# ---------------------------------------------------------------------- models that are refused
+
+
+def test_a_model_for_which_padding_on_the_left_changes_the_meaning_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"model\.model_name: .* its logits change with that padding"):
+        causal_lm(tmp_path, "roberta").configure_model()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path, dtype):
+    with pytest.raises(UserError, match=r"model\.model_name: .* its logits change with a later token"):
+        causal_lm(tmp_path, "bert", scale=1, dtype=dtype).configure_model()
+    causal_lm(tmp_path, "bert", scale=1, dtype=dtype, changes={"is_decoder": True}).configure_model()
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def test_a_checkpoint_of_a_model_with_a_tied_head_holds_the_links_alone(tmp_path):
+    module = causal_lm(tmp_path, "opt")
+    run = trainer(tmp_path, chain={"every_n_train_steps": 1}, max_steps=3)
+    run.fit(module, datamodule=tiny.reviews(eval_batch_size=100))
+    assert module.model.lm_head.weight is module.model.get_input_embeddings().weight
+    run.save_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    state = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
+    factors = {name: value.numel() for name, value in state.items() if name.rpartition(".")[2] in ("lora_A", "lora_B")}
+    assert state.keys() - factors.keys() == {"chain.metadata"}
+    n_of_a_link = sum(n for name, n in factors.items() if name.startswith("model."))
+    assert sum(factors.values()) == 3 * n_of_a_link
+
+
+def test_validation_means_are_over_rows_and_tokens_whatever_the_batches(tmp_path):
+    rows = [{"prompt": "Is it? ", "response": "Yes" + ", it is" * (k % 4)} for k in range(10)]
+    source = tiny.write_rows(tmp_path / "rows", rows)
+    module = causal_lm(tmp_path)
+
+    def metrics(data):
+        (found,) = trainer(tmp_path).validate(module, datamodule=data, verbose=False)
+        return found
+
+    for make in (lambda size: TextDataModule(source, eval_batch_size=size), lambda size: tiny.reviews(eval_batch_size=size)):
+        assert metrics(make(100)) == pytest.approx(metrics(make(7)), abs=1e-5)
+
+
+def test_predictions_come_in_the_order_of_the_data_and_are_computed_by_length_where_they_are_written(tmp_path, monkeypatch):
+    module, data, lengths = causal_lm(tmp_path, "opt"), tiny.reviews(eval_batch_size=30), []
+    batches = trainer(tmp_path).predict(module, datamodule=data)
+    prompts = [row.example.prompt for row in data.test]
+    assert [prompt for batch in batches for prompt in batch["prompt"]] == prompts
+    monkeypatch.setattr(
+        module,
+        "predict_step",
+        lambda batch, batch_idx: lengths.append(batch["input_ids"].shape[1]) or {"prompt": batch["prompt"]},
+    )
+    for limit, n_rows in ((1.0, 100), (1, 30)):  # of a limit the first ones, not the longest
+        run = trainer(tmp_path, PredictionWriter(), limit_predict_batches=limit)
+        run.predict(module, datamodule=data, return_predictions=False)
+        expected = [{"index": k, "prompt": prompt} for k, prompt in enumerate(prompts[:n_rows])]
+        written = tiny.read_rows(tmp_path / "predictions.jsonl")
+        assert [{name: row[name] for name in ("index", "prompt")} for row in written] == expected
+    assert lengths[:4] == sorted(lengths[:4], reverse=True) != lengths[3::-1]

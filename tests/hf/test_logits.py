@@ -1,0 +1,85 @@
+"""A batch in several forward passes, each of rows of like length."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cola_lightning import Example
+from cola_lightning.data.encoding import collate_language, encode_texts
+from cola_lightning.data.examples import collate_options, encode_examples
+from cola_lightning.hf import logits
+from cola_lightning.hf.logits import cut_by_length, split_by_length
+from tests.helpers import tiny
+
+TEXTS = ["The town is old and the river is long. " * 2, "It was", "The film was great", "A"]
+
+
+@pytest.fixture(params=["opt", "llama", "gpt2"])
+def module(request, tmp_path):
+    module = tiny.causal_lm(tmp_path, request.param)
+    module.configure_model()
+    return module
+
+
+def batches(module):
+    """Language and option batches, of options of one token and of several."""
+    pad = module.tokenizer.pad_token_id
+    yield collate_language([row for (row,) in encode_texts(module.tokenizer, TEXTS, 64)], pad)
+    for options in ((" old", " great"), (" old", " the film was long", "."), (" one of the largest towns",)):
+        examples = [Example(text, options, 0) for text in TEXTS]
+        yield collate_options(encode_examples(module.tokenizer, examples, 64), pad, "options" if len(options) > 1 else "answer")
+
+
+def lengths_seen(module, batch, monkeypatch):
+    seen = []
+    with monkeypatch.context() as patch:
+        forward = module.model.get_input_embeddings().forward
+        patch.setattr(module.model.get_input_embeddings(), "forward", lambda ids: seen.append(tuple(ids.shape)) or forward(ids))
+        loss = module.step(batch).loss
+        trained = [p for p in module.parameters() if p.requires_grad]
+        return seen, loss, torch.autograd.grad(loss, trained)
+
+
+def test_loss_and_gradients_are_those_of_one_pass(module, monkeypatch):
+    for layer in module.model.modules():
+        if hasattr(layer, "lora_B"):
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+    for batch in batches(module):
+        monkeypatch.setattr(logits, "pass_cost", lambda device: 1e9)
+        one, expected, theirs = lengths_seen(module, batch, monkeypatch)
+        monkeypatch.setattr(logits, "pass_cost", lambda device: 1)
+        several, loss, mine = lengths_seen(module, batch, monkeypatch)
+        assert len(one) == 1 < len(several)
+        assert sum(n * length for n, length in several) < 0.8 * one[0][0] * one[0][1]
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+        for value, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(module, "should_compile", True)  # for a compiled model each shape costs time
+    assert len(lengths_seen(module, batch, monkeypatch)[0]) == 1
+
+
+def test_a_batch_that_cannot_be_split_is_one_part():
+    mask = F.pad(torch.ones(2, 1), (98, 0))
+    mask[0] = 1
+    batch = {"input_ids": torch.zeros(2, 99, dtype=torch.long), "attention_mask": mask}
+    assert len(split_by_length(batch | {"token_type_ids": None})) == 2
+    on_the_right, of_pairs = F.pad(torch.ones(2, 3), (0, 96)), torch.ones(2, 1, 99, 99)
+    changes = [{"attention_mask": mask} for mask in (None, on_the_right, of_pairs)]
+    for change in [*changes, {"position_ids": torch.arange(99)[None]}]:
+        ((rows, part),) = split_by_length(batch | change)
+        assert part.keys() == (batch | change).keys()
+        assert rows == [0, 1]
+
+
+def test_cuts_are_the_cheapest_that_there_are():
+    generator = torch.Generator().manual_seed(0)
+    for pass_cost in (0, 10, 100):
+        lengths = sorted(torch.randint(1, 99, (7,), generator=generator).tolist(), reverse=True)
+
+        def cost(cuts, lengths=lengths, pass_cost=pass_cost):
+            return sum(pass_cost + lengths[start] * (end - start) for start, end in itertools.pairwise([*cuts, len(lengths)]))
+
+        all_cuts = [(0, *some) for n in range(7) for some in itertools.combinations(range(1, 7), n)]
+        assert cost(cut_by_length(lengths, pass_cost)) == min(map(cost, all_cuts))

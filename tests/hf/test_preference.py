@@ -1,0 +1,396 @@
+"""Preference tuning: losses of the papers and of TRL, and a reference that is the chain without its last links."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
+from torch.nn import functional as F
+
+from cola_lightning import COLAPreferenceLM, EpochDataModule, UserError, lora_layers
+from cola_lightning.hf import chunked_loss
+from tests.helpers import tiny
+from tests.helpers.tiny import pair_batch, random_pairs
+from tests.helpers.toy import trainer
+
+
+class Pairs(EpochDataModule):
+    """Twelve pairs to train on, and four for validation."""
+
+    def __init__(self, batch_size=2):
+        super().__init__(batch_size=batch_size)
+
+    def setup(self, stage):
+        self.train, self.val = random_pairs(12), random_pairs(4, seed=1)
+        self.test = self.val
+
+    def collate(self, rows):
+        return pair_batch(rows)
+
+
+def preference_lm(path, architecture="llama", *, changes=(), **arguments):
+    name = tiny.folder(path / architecture, architecture, scale=3, **dict(changes))
+    options = {"target_modules": tiny.targets(architecture), "rank": 2, "alpha": 4, "seed": 0}
+    return COLAPreferenceLM(name, **options | arguments)
+
+
+@pytest.fixture
+def module(tmp_path):
+    return tiny.with_live_link(preference_lm(tmp_path))
+
+
+def log_probabilities(model, rows):
+    """Of each response, by a plain forward pass of each: sums and lengths, the chosen ones first."""
+    sums, sizes = [], []
+    for place in (1, 2):
+        for row in rows:
+            ids = torch.tensor([row[0] + row[place]])
+            logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            sums.append(logs.gather(1, ids[0, 1:, None])[-len(row[place]) :].sum())
+            sizes.append(len(row[place]))
+    return torch.stack(sums), torch.tensor(sizes)
+
+
+# ---------------------------------------------------------------------- the losses
+
+
+def test_log_probabilities_are_those_of_plain_forwards(module):
+    rows = random_pairs()
+    values, sizes, _ = module.log_probabilities({k: v for k, v in pair_batch(rows).items() if k != "n_pairs"})
+    expected, lengths = log_probabilities(module.model, rows)
+    assert torch.allclose(values, expected, atol=1e-4)
+    assert sizes.tolist() == lengths.tolist()
+
+
+def by_hand(loss, chosen, rejected, sizes, references, beta, smoothing, gamma):
+    """The papers' formulas, each in its own words."""
+    if loss == "sigmoid":
+        margin = beta * ((chosen - references[0]) - (rejected - references[1]))
+        return (-(1 - smoothing) * torch.log(torch.sigmoid(margin)) - smoothing * torch.log(torch.sigmoid(-margin))).mean()
+    means = chosen / sizes[0], rejected / sizes[1]
+    if loss == "ipo":
+        margin = (means[0] - references[0] / sizes[0]) - (means[1] - references[1] / sizes[1])
+        return ((margin - 1 / (2 * beta)) ** 2).mean()
+    if loss == "simpo":
+        margin = beta * means[0] - beta * means[1] - gamma
+        return (-(1 - smoothing) * torch.log(torch.sigmoid(margin)) - smoothing * torch.log(torch.sigmoid(-margin))).mean()
+    odds = [mean.exp() / (1 - mean.exp()) for mean in means]
+    return (-beta * torch.log(torch.sigmoid(torch.log(odds[0] / odds[1])))).mean() - chosen.sum() / sizes[0].sum()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "simpo", "orpo"])
+def test_losses_and_gradients_are_the_papers_formulas(tmp_path, loss, chunked, smoothing, monkeypatch):
+    if smoothing and loss in ("ipo", "orpo"):
+        with pytest.raises(UserError, match="label_smoothing: must be 0 unless the loss is sigmoid or simpo"):
+            preference_lm(tmp_path, loss=loss, label_smoothing=smoothing)
+        return
+    monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 3)  # three tokens
+    options = {"beta": 0.3, "label_smoothing": smoothing, "simpo_gamma": 0.7, "chunked_loss": chunked}
+    module = tiny.with_live_link(preference_lm(tmp_path, loss=loss, **options))
+    rows = random_pairs()
+    output = module.step(pair_batch(rows))
+    sums, sizes = log_probabilities(module.model, rows)
+    with torch.no_grad():
+        references, _ = log_probabilities(module.merged_model(0), rows)
+    expected = by_hand(loss, *sums.split(4), sizes.split(4), references.split(4), 0.3, smoothing, 0.7)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert output.size == 4
+    tiny.assert_same_gradients(module, output.loss, expected)
+
+
+def test_the_loss_of_the_chosen_responses_is_added(module):
+    rows = random_pairs()
+    without = module.step(pair_batch(rows)).loss
+    module.sft_weight = 0.5
+    sums, sizes = log_probabilities(module.model, rows)
+    expected = without - 0.5 * sums[:4].sum() / sizes[:4].sum()
+    assert module.step(pair_batch(rows)).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_trained_head_has_its_gradient_in_chunks_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 3)
+    options = {"modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}}
+    whole, chunked = (tiny.with_live_link(preference_lm(tmp_path, chunked_loss=way, **options)) for way in (False, True))
+    gradients = []
+    for module in (whole, chunked):
+        module.step(pair_batch(random_pairs())).loss.backward()
+        gradients.append(module.model.lm_head.weight.grad)
+    assert gradients[0].norm() > 0
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_what_is_logged_has_trls_names_and_meanings(module):
+    rows = random_pairs()
+    logged = module.step(pair_batch(rows)).logged
+    sums, _ = log_probabilities(module.model, rows)
+    references, _ = log_probabilities(module.merged_model(0), rows)
+    rewards = 0.1 * (sums - references)
+    assert torch.allclose(logged["rewards/chosen"], rewards[:4], atol=1e-5)
+    assert torch.allclose(logged["rewards/rejected"], rewards[4:], atol=1e-5)
+    assert torch.allclose(logged["rewards/margins"], rewards[:4] - rewards[4:], atol=1e-5)
+    assert logged["rewards/accuracies"].tolist() == (rewards[:4] > rewards[4:]).float().tolist()
+    assert torch.allclose(logged["logps/chosen"], sums[:4], atol=1e-4)
+    assert torch.allclose(logged["logps/rejected"], sums[4:], atol=1e-4)
+
+
+# ---------------------------------------------------------------------- against TRL
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL's own default, gradient_checkpointing
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_twenty_steps_have_the_losses_and_gradients_of_trls_trainer(tmp_path, loss):
+    trl, peft, datasets = (pytest.importorskip(name) for name in ("trl", "peft", "datasets"))
+    import transformers
+
+    module = tiny.with_live_link(preference_lm(tmp_path, loss=loss))
+    with torch.no_grad():
+        for layer in lora_layers(module.model).values():
+            layer.lora_B.zero_()
+    folder = str(tmp_path / "llama")
+    arguments = trl.DPOConfig(str(tmp_path / "trl"), loss_type=[loss], beta=0.1, report_to=[], use_cpu=True, bf16=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    theirs = trl.DPOTrainer(
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=2, lora_alpha=4, target_modules=tiny.targets("llama"), task_type="CAUSAL_LM"),
+    )
+    parameters = {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): p
+        for name, p in theirs.model.named_parameters()
+        if p.requires_grad
+    }
+    mine = {name: p for name, p in module.model.named_parameters() if p.requires_grad}
+    assert parameters.keys() == mine.keys()
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(mine[name])
+    optimizers = [torch.optim.AdamW(list(each.values()), lr=5e-3) for each in (mine, parameters)]
+    losses = []
+    for step in range(20):
+        loss_of_mine = module.step(pair_batch(random_pairs())).loss
+        loss_of_theirs = theirs.compute_loss(theirs.model, right_padded(random_pairs()))
+        assert loss_of_mine.item() == pytest.approx(loss_of_theirs.item(), abs=1e-5, rel=1e-6)
+        loss_of_mine.backward()
+        loss_of_theirs.backward()
+        for name, p in parameters.items():
+            assert torch.allclose(mine[name].grad, p.grad, atol=1e-5), (step, name)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss_of_mine.item())
+    assert losses[-1] < 0.9 * losses[0]  # so that the later steps have links
+
+
+def right_padded(rows):
+    """A batch as TRL's collator makes it."""
+    both = [(row[0], row[place]) for place in (1, 2) for row in rows]
+    longest = max(len(prompt) + len(response) for prompt, response in both)
+
+    def padded(make, value):
+        return torch.tensor([(made := make(*one)) + [value] * (longest - len(made)) for one in both])
+
+    return {
+        "input_ids": padded(lambda p, r: p + r, 1),
+        "attention_mask": padded(lambda p, r: [1] * len(p + r), 0),
+        "completion_mask": padded(lambda p, r: [0] * len(p) + [1] * len(r), 0),
+    }
+
+
+# ---------------------------------------------------------------------- the reference
+
+LOG_2 = torch.tensor(0.0).sigmoid().log().neg().item()
+
+
+def fit(module, folder, *callbacks, **options):
+    run = trainer(folder, *callbacks, max_steps=6, **options)
+    run.fit(module, Pairs())
+    return run
+
+
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+@pytest.mark.parametrize(("reference", "is_log_2_again"), [("link", True), ("start", False), (0, False)])
+def test_the_first_loss_is_log_2_and_after_a_knot_again_if_the_reference_moves(
+    tmp_path, finished_links, reference, is_log_2_again
+):
+    module = preference_lm(tmp_path, reference=reference, finished_links=finished_links, dropout=0.3)
+    module.configure_model()
+    batch = pair_batch(random_pairs())
+    assert module.step(batch).loss.item() == LOG_2 == F.softplus(torch.tensor(0.0)).item()
+    tiny.with_live_link(module)
+    assert module.step(batch).loss.item() != LOG_2
+    module.tie_knot()
+    assert (module.step(batch).loss.item() == LOG_2) is is_log_2_again
+    if not is_log_2_again:
+        with torch.no_grad():
+            references, _ = log_probabilities(module.merged_model(0), random_pairs())
+        sums, _ = log_probabilities(module.eval().model, random_pairs())
+        margins = 0.1 * ((sums - references)[:4] - (sums - references)[4:])
+        assert module.step(batch).loss.item() == pytest.approx(-F.logsigmoid(margins).mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+def test_a_knot_that_only_records_moves_the_reference_and_nothing_else(tmp_path, finished_links):
+    module = preference_lm(tmp_path, reference="link", finished_links=finished_links)
+    tiny.with_live_link(module)
+    batch, values = pair_batch(random_pairs()), [value.clone() for value in module.trained_parameters()]
+    before = module.step(batch).loss.item()
+    module.adapted.tie_knot(knot="record")
+    assert all(map(torch.equal, module.trained_parameters(), values))
+    assert module.step(batch).loss.item() == pytest.approx(LOG_2, abs=1e-6) != pytest.approx(before, abs=1e-3)
+    with torch.no_grad():
+        for layer in module.adapted.layers.values():
+            layer.lora_B.neg_()
+    assert module.step(batch).loss.item() != pytest.approx(LOG_2, abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"finished_links": "stack"}, {"modules_to_save": ["lm_head"]}])
+def test_a_number_of_links_equals_a_frozen_copy_of_the_model_after_them(tmp_path, options):
+    changes = {"tie_word_embeddings": False}
+    module = tiny.with_live_link(preference_lm(tmp_path, reference=1, changes=changes, **options))
+    module.tie_knot()
+    frozen = copy.deepcopy(module.merged_model(1))
+    tiny.with_live_link(module)
+    if "modules_to_save" in options:
+        with torch.no_grad():
+            module.model.lm_head.weight.add_(0.1)
+    rows = random_pairs()
+    with module.at(module.reference_links):
+        mine, _, _ = module.log_probabilities({k: v for k, v in pair_batch(rows).items() if k != "n_pairs"})
+    with torch.no_grad():
+        theirs, _ = log_probabilities(frozen, rows)
+    assert (mine - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+    assert not torch.allclose(module.log_probabilities(collate_only(rows))[0], theirs, atol=1e-3)
+
+
+def collate_only(rows):
+    return {name: value for name, value in pair_batch(rows).items() if name != "n_pairs"}
+
+
+def test_a_run_starts_from_the_links_of_its_first_chain(tmp_path):
+    first = tiny.with_live_link(preference_lm(tmp_path))
+    first.full_chain().save(tmp_path / "chain")
+    module = preference_lm(tmp_path, init_chain=str(tmp_path / "chain"))
+    module.configure_model()
+    assert (module.n_finished, module.reference_links) == (1, 1)
+    assert module.step(pair_batch(random_pairs())).loss.item() == LOG_2
+    run = fit(module, tmp_path)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = COLAPreferenceLM.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert (again.n_finished, again.reference_links) == (1, 1)
+    assert again.step(pair_batch(random_pairs())).loss.item() != LOG_2
+
+
+def test_a_model_that_is_taken_back_before_its_start_is_its_own_reference(tmp_path):
+    module = preference_lm(tmp_path)
+    module.configure_model()
+    module.fit_progress.first_link = 2
+    assert module.step(pair_batch(random_pairs())).loss.item() == LOG_2
+
+
+def test_a_stage_is_a_reference(tmp_path):
+    first = preference_lm(tmp_path)
+    fit(first, tmp_path, chain={"name": "sft"})
+    first.full_chain().save(tmp_path / "chain")
+    module = preference_lm(tmp_path, init_chain=str(tmp_path / "chain"), reference="sft")
+    module.configure_model()
+    assert module.step(pair_batch(random_pairs())).loss.item() == LOG_2
+    tiny.with_live_link(module)
+    with module.at("sft") as model:
+        mine = tiny.logits(model)
+    assert (mine - tiny.logits(module.merged_model(1))).abs().max() < 1e-5
+
+
+def test_a_loaded_model_is_the_start_of_the_next_run(tmp_path):
+    """As with init_chain: its current link is finished, and a new one begins."""
+    sft = tiny.with_live_link(tiny.causal_lm(tmp_path))
+    sft.current.name = "sft"
+    saved = trainer(tmp_path)
+    saved.strategy.connect(sft)
+    saved.save_checkpoint(tmp_path / "sft.ckpt")
+    module = COLAPreferenceLM.load_from_checkpoint(tmp_path / "sft.ckpt")
+    first = first_losses(module, tmp_path, chain={"name": "dpo"})
+    assert first[0] == pytest.approx(LOG_2, abs=1e-6) != pytest.approx(first[1], abs=1e-6)
+    assert [link.name for link in module.full_chain().links] == ["sft", "dpo"]
+    assert module.reference_links == 1
+    first = first_losses(module, tmp_path, chain={"name": "more"})  # another Trainer: a run of its own
+    assert first[0] == pytest.approx(LOG_2, abs=1e-6)
+    assert [link.name for link in module.full_chain().links] == ["sft", "dpo", "more"]
+
+
+def first_losses(module, folder, **options):
+    losses = []
+    watch = LambdaCallback(on_before_backward=lambda run, module, loss: losses.append(loss.item()))
+    fit(module, folder, watch, **options)
+    return losses
+
+
+@pytest.mark.parametrize("reference", [1, "dpo"])
+def test_a_reference_that_is_the_trained_link_is_refused(tmp_path, reference):
+    """Its loss would be log 2 in every step."""
+    module = preference_lm(tmp_path, reference=reference)
+    with pytest.raises(UserError, match=r"model\.reference: .* is being trained"):
+        fit(module, tmp_path, chain={"name": "dpo"})
+
+
+def test_no_tensor_of_the_base_exists_twice(tmp_path):
+    module = tiny.with_live_link(preference_lm(tmp_path, reference="start"))
+    module.tie_knot()
+    tiny.with_live_link(module)
+    before = {value.untyped_storage().data_ptr() for value in module.parameters()}
+    sizes = {value.numel() for name, value in module.named_parameters() if ".lora_" not in name and value.dim() > 1}
+    with module.at(0) as model:
+        assert {value.untyped_storage().data_ptr() for value in model.parameters()} == before
+        stored = [t for stack in module.adapted._earlier[2][0] for t in (stack.A, stack.B)]
+    assert stored
+    assert not sizes & {tensor.numel() for tensor in stored}
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def test_a_run_logs_rewards_and_learns(tmp_path):
+    module = preference_lm(tmp_path)
+    run = trainer(tmp_path, max_epochs=8)
+    run.fit(module, Pairs())
+    logged = run.callback_metrics
+    names = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"}
+    assert names | {f"val_{name}" for name in names} | {"train_loss", "val_loss"} <= set(logged)
+    assert logged["rewards/margins"] > 0.001
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "kto"}, "model.loss: must be sigmoid or ipo or simpo or orpo, got 'kto'"),
+        ({"beta": 0}, "model.beta: must be above 0, got 0"),
+        ({"sft_weight": -1}, "model.sft_weight: must be at least 0, got -1"),
+        ({"reference": -1}, "model.reference: must be start, link, a number of links, or a stage, got -1"),
+        ({"target_modules": None}, "model.target_modules: sigmoid needs links"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        preference_lm(tmp_path, **options)
+
+
+def test_rows_that_are_no_pairs_are_refused(module):
+    with pytest.raises(UserError, match="pairs of a chosen and a rejected response"):
+        module.step(collate_only(random_pairs()))
+
+
+@pytest.mark.parametrize(("reference", "message"), [(3, "links: must be between 0 and 1"), ("sfd", "no stage or link 'sfd'")])
+def test_a_reference_that_is_not_there_is_refused(tmp_path, reference, message):
+    module = preference_lm(tmp_path, reference=reference)
+    with pytest.raises(UserError, match=message):
+        fit(module, tmp_path)
+
+
+def test_a_run_without_a_reference_trains_every_parameter(tmp_path):
+    module = preference_lm(tmp_path, loss="simpo", target_modules=None)
+    assert isinstance(fit(module, tmp_path), Trainer)

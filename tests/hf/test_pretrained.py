@@ -1,0 +1,115 @@
+"""Where models come from, and what is said of names and files that are not there."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from cola_lightning import COLACausalLM, UserError
+from cola_lightning.hf.pretrained import Pretrained
+from tests.helpers import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+def test_a_folder_is_loaded_in_training_mode_and_in_the_dtype_asked_for(folder):
+    pretrained = Pretrained(folder, dtype="bfloat16", attn_implementation="eager")
+    model, _ = pretrained.model_and_new_weights(AutoModelForCausalLM)
+    empty, _ = pretrained.model_and_new_weights(AutoModelForCausalLM, is_empty=True)
+    assert model.training
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+    shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (model, empty)]
+    assert shapes[0] == shapes[1]
+    assert not torch.equal(model.lm_head.weight, empty.lm_head.weight)
+
+
+def test_a_tokenizer_pads_with_the_end_of_text_and_knows_the_models_longest_sequence(folder):
+    tokenizer = COLACausalLM(folder).tokenizer
+    assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
+    assert tokenizer.model_max_length == 64
+
+
+def test_a_padding_token_that_only_the_tokenizer_knows_is_not_used(folder, tmp_path):
+    own = shutil.copytree(folder, tmp_path / "own")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(own)
+    tokenizer.add_tokens([f"[more {n}]" for n in range(400 - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(own)
+    module = COLACausalLM(str(own), target_modules=["q_proj"])
+    assert module.tokenizer.pad_token_id >= 400
+    module.configure_model()
+    assert module.tokenizer.pad_token == "</s>"
+
+
+def test_a_package_holds_a_model_and_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "a_model_package").mkdir()
+    (tmp_path / "a_model_package" / "__init__.py").write_text("raise RuntimeError")
+    tiny.folder(tmp_path / "a_model_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    COLACausalLM("package:a_model_package", target_modules=["q_proj"]).configure_model()
+    assert "a_model_package" not in sys.modules
+
+
+def test_a_package_with_one_gguf_file_and_no_other_model_means_that_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "packed_model"
+    folder.mkdir()
+    (folder / "small.gguf").touch()
+    assert Pretrained("package:packed_model").gguf_file == "small.gguf"
+    (folder / "large.gguf").touch()
+    with pytest.raises(UserError, match=r"^model\.gguf_file: 'package:packed_model' .* large\.gguf, small\.gguf$"):
+        COLACausalLM("package:packed_model")
+    (folder / "config.json").touch()
+    assert Pretrained("package:packed_model").gguf_file is None
+
+
+def test_what_is_not_a_model_is_named_in_one_line(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "config.json").write_text("{")
+    for name in ("no/such/folder", tmp_path / "empty", tmp_path):
+        with pytest.raises(UserError, match=rf"^model\.model_name: .*{name}.*$"):
+            COLACausalLM(str(name)).configure_model()
+    with pytest.raises(UserError, match=rf"^model\.model_name: .*{folder}.*nonsense.*$"):
+        COLACausalLM(folder, attn_implementation="nonsense").configure_model()
+
+
+def test_a_weight_that_the_files_lack_and_no_fit_trains_is_told(folder, tmp_path, caplog):
+    path = shutil.copytree(folder, tmp_path / "own") / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    COLACausalLM(str(path.parent), target_modules=["q_proj"]).configure_model()
+    (line,) = [line for line in caplog.messages if "random" in line]
+    assert line.endswith("because model.modules_to_save does not name it: model.layers.1.mlp.up_proj")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    silent = Path(tiny.folder(tmp_path / "silent", "opt"))
+    for path in silent.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"^model\.model_name: .*tokenizer"):
+        COLACausalLM(str(silent)).configure_model()
+
+
+def test_a_name_that_needs_a_hub_without_a_network_is_one_line(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}  # read when huggingface_hub is imported
+    program = "import sys; from cola_lightning.cli import main; sys.exit(main())"
+    words = [sys.executable, "-c", program, "fit", "--model.model_name", "owner/mispelt", "--data.source", "rows.jsonl"]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Old?", "response": "No"}\n' * 20)
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    expected = (
+        "error: model.model_name: 'owner/mispelt' is neither a folder here nor in the local cache, and the Hugging Face hub "
+        "cannot be reached. Check the name, or use the path of a local copy"
+    )
+    assert (done.stderr.splitlines()[-1], done.returncode) == (expected, 1)

@@ -1,0 +1,270 @@
+"""A new head beside the links, with a learning rate of its own; labels, whose names and order are the data's."""
+
+import json
+import logging
+
+import datasets
+import pytest
+import torch
+
+from cola_lightning import COLASequenceClassifier, StepOutput, TextClassificationDataModule, UserError
+from tests.helpers import tiny
+from tests.helpers.toy import assert_bit_equal, trainer, weights
+
+ROWS = [{"sentence": f"It was {'great' if k % 2 else 'terrible'}{' indeed' * (k % 3)}.", "label": k % 2} for k in range(48)]
+
+
+def classifier(path, architecture="roberta", auto_class="AutoModel", **arguments):
+    """By default on a body without a head."""
+    name = tiny.folder(path / f"{architecture} {auto_class}", architecture, auto_class)
+    arguments = {"rank": 2, "alpha": 4, "seed": 0, "target_modules": tiny.targets(architecture)} | arguments
+    return COLASequenceClassifier(name, **arguments)
+
+
+def data_of(path, rows=ROWS, **arguments):
+    """The rows in one file, from which all parts are drawn."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TextClassificationDataModule(str(path), **{"batch_size": 8, "test_size": 0.1} | arguments)
+
+
+# ---------------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize(("architecture", "head"), [("roberta", "classifier"), ("llama", "score"), ("gpt2", "score")])
+def test_the_head_is_found_trained_whole_and_drawn_from_the_seed(tmp_path, architecture, head):
+    def trained(seed):
+        module = classifier(tmp_path, architecture, num_labels=3, seed=seed)
+        module.configure_model()
+        assert module.lora_config.modules_to_save == [head]
+        return {name: p for name, p in module.model.named_parameters() if p.requires_grad}
+
+    first, again, other = trained(0), trained(0), trained(1)
+    heads = [name for name in first if name.startswith(f"{head}.")]
+    assert all(".lora_" in name for name in first.keys() - set(heads))
+    assert [name for name in heads if not torch.equal(first[name], again[name])] == []
+    assert [name for name in heads if not torch.equal(first[name], other[name])] != []
+    assert first[heads[-1]].shape[0] == 3
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", None])
+def test_the_head_has_a_learning_rate_of_its_own_in_every_link_and_in_full_fine_tuning(tmp_path, target_modules):
+    module = classifier(tmp_path, target_modules=target_modules, modules_to_save_lr=5e-3)
+    chain = {"every_n_epochs": 1} if target_modules else None
+    run = trainer(tmp_path, chain=chain, max_epochs=2)
+    run.fit(module, datamodule=data_of(tmp_path / "rows.jsonl"))
+    others, head = run.optimizers[0].param_groups
+    assert (others["initial_lr"], head["initial_lr"]) == (1e-3, 5e-3)
+    names = {id(p): name for name, p in module.model.named_parameters()}
+    assert {names[id(p)] for p in head["params"]} == {name for name in names.values() if name.startswith("classifier.")}
+    assert chain is None or (module.n_finished == 1 and all(".lora_" in names[id(p)] for p in others["params"]))
+
+
+def test_it_learns_and_its_checkpoint_gives_the_same_head_and_predictions(tmp_path):
+    data, options = data_of(tmp_path / "rows.jsonl"), {"architecture": "llama", "target_modules": "all-linear"}
+    module = classifier(tmp_path, optimizer=lambda p: torch.optim.AdamW(p, lr=5e-3), metric="f1", **options)
+    run = trainer(tmp_path, chain={"every_n_epochs": 4}, max_epochs=8)
+    run.fit(module, datamodule=data)
+    assert run.callback_metrics["val_f1"] > 0.9
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    (before,) = run.test(module, datamodule=data, verbose=False)
+    predicted = run.predict(module, datamodule=data)
+    loaded = classifier(tmp_path, **options)
+    again = trainer(tmp_path).predict(loaded, datamodule=data, ckpt_path=tmp_path / "end.ckpt")
+    assert [batch["prediction"] for batch in again] == [batch["prediction"] for batch in predicted]
+    assert_bit_equal(weights(loaded.model), weights(module.model))
+    (after,) = trainer(tmp_path).test(loaded, datamodule=data, verbose=False)
+    assert after["test_loss"] == before["test_loss"]
+
+
+def test_a_head_is_called_new_by_a_fit_that_begins_with_it_and_not_where_it_is_about_to_be_loaded(tmp_path, caplog):
+    caplog.set_level("INFO")
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    data = data_of(tmp_path / "rows.jsonl")
+    try:
+        run = trainer(tmp_path, chain={}, max_epochs=1)
+        run.fit(classifier(tmp_path, "llama"), datamodule=data)
+        assert [line for line in caplog.messages if "random" in line] == [
+            f"model: not in the files of '{tmp_path / 'llama AutoModel'}', so its first values are random: score"
+        ]
+        assert "LOAD REPORT" not in caplog.text  # transformers' table of missing weights
+        run.save_checkpoint(tmp_path / "end.ckpt")
+        caplog.clear()
+        trainer(tmp_path).test(classifier(tmp_path, "llama"), datamodule=data, ckpt_path=tmp_path / "end.ckpt", verbose=False)
+        trainer(tmp_path, max_epochs=2).fit(classifier(tmp_path, "llama"), datamodule=data, ckpt_path=tmp_path / "end.ckpt")
+        loaded = COLASequenceClassifier.load_from_checkpoint(tmp_path / "end.ckpt")
+        loaded.export(tmp_path / "merged")
+        classifier(tmp_path, "llama", init_chain=str(tmp_path / "end.ckpt")).configure_model()
+        assert not [line for line in caplog.messages if "random" in line or "LOAD REPORT" in line]
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "roberta"])
+def test_a_row_means_the_same_alone_and_padded_in_a_batch(tmp_path, architecture):
+    module = classifier(tmp_path, architecture)
+    module.configure_model()
+    module.tokenizer.padding_side = "left"
+    module.eval()
+    data = tiny.set_up(data_of(tmp_path / "rows.jsonl"), module.tokenizer, "test")
+    short, long = sorted(data.test, key=data.length)[:: len(data.test) - 1]
+    logits = [module.predict_step(data.collate(rows), 0)["scores"] for rows in ([short], [long, short])]
+    assert data.length(short) < data.length(long)
+    torch.testing.assert_close(logits[0][0], logits[1][1], atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_newly_initialised_is_trained_whole_and_what_is_pretrained_is_not(tmp_path):
+    """The files of a BERT that was saved as a masked language model hold no pooler."""
+
+    def trained_whole(auto_class, **options):
+        module = classifier(tmp_path, "bert", auto_class, **options)
+        module.configure_model()
+        named = module.model.named_parameters()
+        return sorted({name.rpartition(".")[0] for name, p in named if p.requires_grad and ".lora_" not in name})
+
+    assert trained_whole("AutoModelForMaskedLM") == ["bert.pooler.dense", "classifier"]
+    assert trained_whole("AutoModelForMaskedLM", target_modules="all-linear") == ["bert.pooler.dense", "classifier"]
+    assert trained_whole("AutoModelForMaskedLM", modules_to_save=["classifier"]) == ["classifier"]
+    assert trained_whole("AutoModel") == ["classifier"]
+
+
+def test_its_checkpoint_trains_the_same_modules_again(tmp_path):
+    module = classifier(tmp_path, "bert", "AutoModelForMaskedLM", save_base=True)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=data_of(tmp_path / "rows.jsonl"))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    again = COLASequenceClassifier.load_from_checkpoint(tmp_path / "end.ckpt")
+    assert again.lora_config.modules_to_save == module.lora_config.modules_to_save == ["bert.pooler", "classifier"]
+    assert_bit_equal(weights(again.model), weights(module.model))
+
+
+# ---------------------------------------------------------------------- labels
+
+NAMES = ["great", "so so", "terrible"]
+NAMED = [{"sentence": f"It was {NAMES[-1 - k % 3]} {k}.", "label": NAMES[-1 - k % 3]} for k in range(60)]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A classifier of named labels, its data and its checkpoint."""
+    folder = tmp_path_factory.mktemp("fitted")
+    data, module = data_of(folder / "rows.jsonl", NAMED), classifier(folder, metric="f1")
+    run = trainer(folder, max_steps=2)
+    run.fit(module, datamodule=data)
+    run.save_checkpoint(folder / "end.ckpt")
+    return module, data, folder / "end.ckpt"
+
+
+def test_the_labels_are_the_datas_and_stand_in_model_checkpoint_predictions_and_metrics(tmp_path, fitted):
+    module, _, path = fitted
+    loaded = COLASequenceClassifier.load_from_checkpoint(path)
+    for one in (module, loaded):
+        assert one.label_names == NAMES
+        for config in (one.model.config, one.merged_model().config):
+            assert config.id2label == dict(enumerate(NAMES))
+            assert config.label2id == {name: place for place, name in enumerate(NAMES)}
+    assert_bit_equal(weights(loaded.model), weights(module.model))
+    unlabelled = data_of(tmp_path / "new.jsonl", [{"sentence": "It was."}, {"sentence": "It was great.", "label": "great"}] * 3)
+    batches = trainer(tmp_path).predict(loaded, datamodule=unlabelled)
+    assert [target for batch in batches for target in batch["target"]] == [None, "great"] * 3
+    best = [NAMES[place] for batch in batches for place in batch["scores"].argmax(-1)]
+    assert [name for batch in batches for name in batch["prediction"]] == best
+    # Predicted 1 0 0 0, true 1 1 0 0: F1 of label 1 = 2 * 1 * 0.5 / 1.5; with label 0's, 4/5, the mean is 11/15.
+    output = StepOutput(torch.tensor(0.0), 4, torch.tensor([1, 0, 0, 0]), torch.tensor([1, 1, 0, 0]))
+    ((name, (make, values)),) = module.batch_metrics({}, output).items()
+    metric = make()
+    metric.update(*values)
+    assert (name, metric.compute().item()) == ("f1", pytest.approx(11 / 15))
+
+
+@pytest.mark.parametrize(
+    ("values", "arguments", "names", "written"),
+    [
+        (["0", "1"], {}, ["0", "1"], [0, 1]),  # as a CSV file has them
+        ([1, 2, 10], {}, ["1", "2", "10"], [1, 2, 10]),
+        ([0, 1], {"num_labels": 3}, ["0", "1", "2"], [0, 1]),
+        (["b", "a"], {"num_labels": 2}, ["a", "b"], ["b", "a"]),
+        (["b", "a"], {"label_names": ["b", "c", "a"]}, ["b", "c", "a"], ["b", "a"]),
+        ([0, 1], {"label_names": ["bad", "good"]}, ["bad", "good"], ["bad", "good"]),  # places
+        ([True, False], {}, ["0", "1"], [1, 0]),
+    ],
+)
+def test_labels_are_names_or_numbers_in_order_unless_they_are_given(tmp_path, values, arguments, names, written):
+    rows = [{"sentence": f"It was {k}.", "label": values[k % len(values)]} for k in range(40)]
+    module = classifier(tmp_path, **arguments)
+    batches = trainer(tmp_path).predict(module, datamodule=data_of(tmp_path / "rows.jsonl", rows))
+    assert module.label_names == names
+    assert module.num_labels == len(names) == module.model.config.num_labels
+    targets = [value for batch in batches for value in batch["target"]]
+    assert [value if isinstance(value, str) else int(value) for value in targets[: len(written)]] == written
+
+
+def test_labels_keep_the_order_of_the_datas_classes_and_of_a_pretrained_head(tmp_path):
+    kind = datasets.ClassLabel(names=["not_entailment", "entailment"])
+    rows = datasets.Dataset.from_list([{"sentence": f"It was {k}.", "label": k % 2} for k in range(40)])
+    rows.cast_column("label", kind).to_parquet(tmp_path / "rows.parquet")
+    module = classifier(tmp_path)
+    trainer(tmp_path).predict(module, datamodule=TextClassificationDataModule(str(tmp_path / "rows.parquet")))
+    assert module.label_names == ["not_entailment", "entailment"]
+    own = {"id2label": {0: "terrible", 1: "so so", 2: "great"}, "num_labels": 3}
+    name = tiny.folder(tmp_path / "bert", "bert", "AutoModelForSequenceClassification", **own)
+    module = COLASequenceClassifier(name, rank=2, alpha=4, seed=0, target_modules=["query"])
+    trainer(tmp_path).predict(module, datamodule=data_of(tmp_path / "rows.jsonl", NAMED))
+    assert module.label_names == ["terrible", "so so", "great"]
+
+
+@pytest.mark.parametrize("value", [2, "2"])
+def test_a_number_is_an_index_only_among_names_that_are_given(tmp_path, fitted, value):
+    """Of names that were found as text, nobody who wrote the number knows the order."""
+    _, _, path = fitted
+    tiny.write_rows(tmp_path / "rows", NAMED, ["train"])
+    rows = TextClassificationDataModule(tiny.write_rows(tmp_path / "rows", [{"sentence": "Hm.", "label": value}], ["test"]))
+    for module in (classifier(tmp_path), COLASequenceClassifier.load_from_checkpoint(path)):
+        with pytest.raises(UserError, match=r"'2' in the field 'label' .* \(an index needs model\.label_names\)"):
+            trainer(tmp_path).test(module, datamodule=rows)
+        (batch,) = trainer(tmp_path).predict(module, datamodule=rows)
+        assert batch["target"] == [None]
+    given = classifier(tmp_path, label_names=NAMES)
+    (batch,) = trainer(tmp_path).predict(given, datamodule=rows, ckpt_path=path)
+    assert batch["target"] == ["terrible"]
+
+
+def test_rows_without_a_label_are_predicted_and_nothing_else_and_an_unknown_one_is_refused(tmp_path, fitted):
+    module, _, _ = fitted
+    for row in ({}, {"label": None}, {"label": " "}, {"label": -1}):
+        data = data_of(tmp_path / "new.jsonl", [{"sentence": "Hm."} | row] * 30)
+        for stage in ("fit", "validate", "test"):
+            with pytest.raises(UserError, match=r"the field 'label' is .*, not a label.*: .*row \d+|data\.label_field"):
+                getattr(trainer(tmp_path, max_steps=1), stage)(module, datamodule=data)
+        batches = trainer(tmp_path).predict(module, datamodule=data)
+        assert [target for batch in batches for target in batch["target"]] == [None] * 30
+    tiny.write_rows(tmp_path / "rows", NAMED, ["train"])
+    odd = tiny.write_rows(tmp_path / "rows", [*NAMED, {"sentence": "Hm.", "label": "odd"}], ["validation", "test"])
+    reason = "'odd' in the field 'label' is none of the labels great, so so, terrible"
+    for stage, split in {"fit": "validation", "validate": "validation", "test": "test"}.items():
+        data = TextClassificationDataModule(odd, max_skipped=0)
+        with pytest.raises(UserError, match=f"{reason}.*{split}, row 60"):
+            getattr(trainer(tmp_path, max_steps=1), stage)(classifier(tmp_path), datamodule=data)
+
+
+def test_labels_are_refused_where_they_are_not_those_of_the_checkpoint(tmp_path, fitted):
+    """A fresh module takes them from the data, and the checkpoint's must be the same, in the same order."""
+    module, data, path = fitted
+    expected = trainer(tmp_path).test(module, datamodule=data, verbose=False)
+    assert trainer(tmp_path).test(classifier(tmp_path, metric="f1"), datamodule=data, ckpt_path=path, verbose=False) == expected
+    assert classifier(tmp_path, init_chain=str(path)).label_names == NAMES
+    order = {"label_names": NAMES[::-1]}
+    for use in (
+        lambda: trainer(tmp_path).test(classifier(tmp_path, **order), datamodule=data, ckpt_path=path, verbose=False),
+        lambda: COLASequenceClassifier.load_from_checkpoint(path, **order).configure_model(),
+        lambda: trainer(tmp_path, max_steps=1).fit(classifier(tmp_path, **order, init_chain=str(path)), datamodule=data),
+    ):
+        with pytest.raises(UserError, match=r"model\.label_names: must be \['great', .*\], on which the chain was trained"):
+            use()
+
+
+def test_another_number_of_labels_than_the_datas_is_refused(tmp_path):
+    made = classifier(tmp_path)
+    made.configure_model()  # with two labels, for nobody has said how many there are
+    for module in (classifier(tmp_path, num_labels=2), made):
+        with pytest.raises(UserError, match=r"model\.num_labels: is \d, but the data has 3: .*great"):
+            trainer(tmp_path, max_steps=1).fit(module, datamodule=data_of(tmp_path / "rows.jsonl", NAMED))

@@ -1,0 +1,258 @@
+"""Which layers of a model are adapted, that a layer stays what it is, and what is refused because a link would be another."""
+
+import copy
+import io
+
+import pytest
+import torch
+import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from cola_lightning import LoRAConfig, LoRALinear, UserError, inject_lora, lora_layers, strip_lora
+from cola_lightning.module.overview import frozen_kinds
+from tests.helpers.toy import with_trained_link
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.norm = nn.LayerNorm(4)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(4, 3)
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "expected"),
+    [
+        (["q_proj", "v_proj"], ["layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.v_proj"]),
+        (["0.q_proj", "head"], ["layers.0.q_proj", "head"]),
+        (r".*\.1\.[qk]_proj", ["layers.1.q_proj", "layers.1.k_proj"]),
+        ("all-linear", [f"layers.{i}.{p}_proj" for i in (0, 1) for p in "qkv"]),
+    ],
+)
+def test_targets_follow_pefts_rule(target_modules, expected):
+    model = Model()
+    assert inject_lora(model, LoRAConfig(target_modules, rank=2, alpha=4)) == expected == list(lora_layers(model))
+    if target_modules != "all-linear":  # PEFT knows output embeddings of its own models only
+        peft_model = get_peft_model(Model(), LoraConfig(target_modules=target_modules, r=2)).base_model.model
+        assert [name for name, part in peft_model.named_modules() if hasattr(part, "lora_A")] == expected
+
+
+def view_of(kind):
+    """A layer ``query`` whose weight is also that of another, in whole or in part, and one of its own."""
+    model = nn.ModuleDict({"query": nn.Linear(6, 6, bias=False), "own": nn.Linear(4, 4), "other": nn.Linear(6, 12)})
+    weight = model["query"].weight.detach()
+    if kind == "a part":
+        model["query"].weight = nn.Parameter(model["other"].weight.detach()[:6])
+    elif kind == "a buffer":
+        model.register_buffer("start", weight)
+    else:
+        model["other"] = nn.Embedding(6, 6)
+        model["other"].weight = model["query"].weight if kind == "tied" else nn.Parameter(weight.T)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["tied", "a part", "transposed", "a buffer"])
+def test_a_weight_that_is_another_is_refused(kind):
+    model = view_of(kind)
+    with pytest.raises(UserError, match=r"^model\.target_modules: .*'.*query' is shared"):
+        inject_lora(model, LoRAConfig(["query"], rank=2, alpha=4))
+    with pytest.raises(UserError, match=r"^model\.modules_to_save: .*'.*query' is shared"):
+        inject_lora(model, LoRAConfig(["own"], rank=2, alpha=4, modules_to_save=["query"]))
+    assert inject_lora(model, LoRAConfig(["own"], rank=2, alpha=4)) == ["own"]
+
+
+# ---------------------------------------------------------------------- adapting changes nothing else of a layer
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def itself(model):
+    return model
+
+
+twins = pytest.mark.parametrize("twin", [itself, copy.deepcopy, pickled])
+modes = pytest.mark.parametrize("finished_links", ["merge", "stack"])
+
+
+def doubled(module, args, output):
+    return output * 2
+
+
+def shifted(module, args):
+    return (args[0] + module.shift,)
+
+
+def adorned():
+    """A model whose first layer has all that can hang on one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+    layer = model[0]
+    layer.register_buffer("shift", torch.full((6,), 0.5))
+    layer.register_buffer("calls", torch.zeros(()), persistent=False)
+    layer.note = "of the user's"
+    layer.register_forward_pre_hook(shifted)
+    layer.register_forward_hook(doubled)
+    return model
+
+
+@modes
+@twins
+def test_what_hangs_on_a_layer_stays_on_it(twin, finished_links):
+    model, x = adorned(), torch.randn(3, 6)
+    expected, state = model(x), {name: value.clone() for name, value in model.state_dict().items()}
+    inject_lora(model, LoRAConfig(["0"], rank=2, alpha=4, finished_links=finished_links))
+    model = twin(model)
+    for is_stripped in (False, True):
+        layer = model[0]
+        assert torch.equal(model(x), expected)
+        assert (layer.note, layer.calls.item()) == ("of the user's", 0)
+        kept = {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
+        assert kept.keys() == state.keys()  # a buffer that is not persistent stays so
+        assert all(torch.equal(kept[name], state[name]) for name in state)
+        if not is_stripped:
+            strip_lora(model)
+    assert type(model[0]) is nn.Linear
+    assert vars(model[0]).keys() == vars(adorned()[0]).keys()
+
+
+def own_forward(linear):
+    linear.forward = lambda x: nn.functional.linear(x, linear.weight)
+    return linear
+
+
+CHANGED = {
+    "own forward": own_forward,
+    "accelerate": lambda linear: add_hook_to_module(linear, ModelHook()),
+}
+
+
+@pytest.mark.parametrize("target_modules", [["1"], "all-linear"], ids=["named", "all-linear"])
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_layer_that_could_not_be_adapted_as_it_is_is_refused_before_anything_is_changed(change, target_modules):
+    model, x = nn.Sequential(nn.Linear(4, 4), CHANGED[change](nn.Linear(4, 4))).eval(), torch.randn(2, 4)
+    expected, types = model(x), [type(module) for module in model.modules()]
+    with pytest.raises(UserError, match="'1', which"):
+        inject_lora(model, LoRAConfig(target_modules, rank=2, alpha=4))
+    assert [type(module) for module in model.modules()] == types
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(x), expected)
+
+
+# ---------------------------------------------------------------------- torch's fused encoder layers
+
+
+def encoder(nested=True):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+
+
+def with_links(model):
+    for seed, layer in enumerate(lora_layers(model).values()):
+        with_trained_link(layer, seed)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@modes
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_an_encoder_layer_of_torchs_evaluates_with_its_links(is_padded, finished_links):
+    """Its fused path, of nested tensors where rows are padded, would read the weights and leave the links out."""
+    model, x = encoder(nested=is_padded), torch.randn(2, 5, 8)
+    pads = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if is_padded else None
+
+    def outputs(*, is_fused):
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(is_fused)
+        try:
+            with torch.no_grad():
+                y = model(x, src_key_padding_mask=pads)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+        return y if pads is None else y[~pads]
+
+    base = outputs(is_fused=True)
+    inject_lora(model, LoRAConfig(["linear1", "linear2"], rank=2, alpha=4, finished_links=finished_links))
+    model = copy.deepcopy(with_links(model))
+    expected = outputs(is_fused=False)
+    assert (expected - base).abs().max() > 0.1
+    torch.testing.assert_close(outputs(is_fused=True), expected)
+    for layer in lora_layers(model).values():
+        layer.finish()
+    with_links(model)
+    expected = outputs(is_fused=False)
+    torch.testing.assert_close(outputs(is_fused=True), expected)
+    strip_lora(model)
+    torch.testing.assert_close(outputs(is_fused=True), expected, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- kin of Linear, and weights that no Linear holds
+
+
+def test_a_subclass_that_computes_as_linear_does_is_adapted():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bias=True)).eval()
+    ids = torch.arange(12).view(2, 6)
+    parts = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    names = inject_lora(model, LoRAConfig("all-linear", rank=2, alpha=4))
+    assert names == [f"transformer.h.{k}.{part}" for k in (0, 1) for part in parts]
+    assert {type(layer) for layer in lora_layers(model).values()} == {LoRALinear}
+    expected = with_links(model)(ids).logits
+    strip_lora(model)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+class Plain(nn.Linear):
+    """Inherits all."""
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.softmax(-1)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_refused_or_counted_as_frozen():
+    model = nn.Sequential(Plain(4, 4), Router(4, 4))
+    with pytest.raises(UserError, match=r"^model\.target_modules: .*'1', which is a Router"):
+        inject_lora(model, LoRAConfig(["1"], rank=1, alpha=1))
+    assert inject_lora(model, LoRAConfig("all-linear", rank=1, alpha=1)) == ["0"]
+    assert frozen_kinds(model) == {"Router": 1}
+    strip_lora(model)
+    assert type(model[0]) is Plain
+
+
+def test_what_stays_frozen_is_counted_by_kind():
+    model = encoder()
+    inject_lora(model, LoRAConfig("all-linear", rank=1, alpha=1))
+    assert frozen_kinds(model) == {"LayerNorm": 4}
+    parts = {"conv": nn.Conv2d(3, 8, 3), "body": nn.Linear(8, 8), "head": Router(8, 8), "place": nn.Embedding(9, 8)}
+    model = nn.ModuleDict(parts)
+    inject_lora(model, LoRAConfig("all-linear", rank=1, alpha=1, modules_to_save=["head"]))
+    assert frozen_kinds(model) == {"Conv2d": 1, "Embedding": 1}
+
+
+def test_a_model_that_is_adapted_already_is_refused_as_its_links_would_be_frozen():
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 6))
+    inject_lora(model, LoRAConfig(["0"]))
+    with pytest.raises(UserError, match="already has LoRA layers"):
+        inject_lora(model, LoRAConfig(["1"]))
+    assert model[0].lora_A.requires_grad

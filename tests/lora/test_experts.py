@@ -1,0 +1,246 @@
+"""Links on mixtures of experts: against peft's LoRA and a loop over experts, through transformers' architectures, in a run."""
+
+import copy
+import importlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from cola_lightning import AdaptedModel, COLACausalLM, LoRAConfig, inject_lora, lora_layers, strip_lora
+from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.lora.experts import LoRAExpertsProjection
+from cola_lightning.module.overview import describe_model, frozen_kinds
+from tests.helpers import tiny
+from tests.helpers.toy import assert_near, difference, trainer, with_trained_link
+
+# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+PROJECTIONS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def base(architecture, **changes):
+    torch.manual_seed(0)
+    config = tiny.config(architecture)
+    config.update(changes)
+    return AutoModelForCausalLM.from_config(config)
+
+
+# ---------------------------------------------------------------------- oracles
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_one_link_equals_pefts_lora_of_parameters_for_20_steps(architecture):
+    ours = base(architecture)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=PROJECTIONS)
+    theirs = get_peft_model(copy.deepcopy(ours), config)
+    assert inject_lora(ours, LoRAConfig(PROJECTIONS, rank=4, alpha=8))
+    wrappers = {f"{name}.lora_A": part for name, part in theirs.base_model.model.named_modules() if hasattr(part, "lora_A")}
+    with torch.no_grad():
+        for name, layer in lora_layers(ours).items():
+            experts, _, projection = name.rpartition(".")
+            wrapper = wrappers[f"{experts}{'' if projection == 'down_proj' else '.base_layer'}.lora_A"]
+            layer.lora_A.copy_(wrapper.lora_A["default"].weight.view_as(layer.lora_A))
+    for mine, other in tiny.losses_of_both(ours, theirs, steps=20):
+        assert mine == pytest.approx(other, abs=1e-5)
+    strip_lora(ours)
+    merged, before = theirs.merge_and_unload().state_dict(), base(architecture).state_dict()
+    for name, value in ours.state_dict().items():
+        assert difference(value, merged[name]) <= 1e-5, name
+        assert torch.equal(value, before[name]) == (".experts." not in name)
+
+
+FIELDS = {  # all that experts classes read of their configurations
+    **dict.fromkeys(["hidden_act", "hidden_activation", "mlp_hidden_act"], "silu"),
+    **dict.fromkeys(["hidden_size", "moe_hidden_size"], 32),
+    **dict.fromkeys(["intermediate_size", "moe_intermediate_size"], 16),
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
+    **dict.fromkeys(["swiglu_limit", "swiglu_alpha", "mlp_gate_softcap", "mlp_up_softcap"], 7.0),
+    **{"moe_latent_size": None, "post_norm_eps": 1e-6, "_experts_implementation": "eager"},
+}
+
+
+def test_every_experts_class_of_transformers_computes_the_same_with_new_links_and_merged_ones():
+    """Those without a gate, with biases, with norms after the experts, ...: against their own loops over experts."""
+    inputs = torch.randn(9, 32), torch.stack([torch.randperm(4)[:2] for _ in range(9)]), torch.rand(9, 2)
+    found = [
+        getattr(importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}"), name)
+        for path in sorted(Path(transformers.models.__file__).parent.glob("*/modeling_*.py"))
+        for name in re.findall(r"@use_experts_implementation.*\nclass (\w+)", path.read_text(encoding="utf-8"))
+    ]
+    assert len(found) >= 68
+    for cls in found:
+        experts = cls(SimpleNamespace(**FIELDS))
+        with torch.no_grad():
+            for parameter in experts.parameters():
+                parameter.normal_(std=0.3)
+        model, before = nn.ModuleDict({"experts": experts}), experts(*inputs)
+        assert len(inject_lora(model, LoRAConfig(r".*_proj", rank=2, alpha=2))) == 2
+        assert_near(experts(*inputs), before, 1e-6)
+        for layer in lora_layers(model).values():
+            with_trained_link(layer)
+        expected = experts(*inputs)
+        strip_lora(model)
+        assert_near(experts(*inputs), expected, 1e-5)
+
+
+# ---------------------------------------------------------------------- architectures
+
+
+ALWAYS = ["qwen3_moe", "gpt_oss", "nemotron_h"]  # the experts of all are in the test above
+
+
+@pytest.mark.parametrize(
+    "architecture", [*ALWAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in tiny.MIXTURES if name not in ALWAYS)]
+)
+def test_an_architecture_trains_and_knots_and_exports_and_generates(tmp_path, architecture):
+    """With links on all linear layers and experts. PEFT itself refuses a Mamba layer's output projection."""
+    targets = r".*(experts\..*|[qkvo])_proj" if architecture == "nemotron_h" else "all-linear"
+    options = {"target_modules": targets, "experts": True, "rank": 4, "seed": 0, "optimizer": lambda p: AdamW(p, lr=3e-2)}
+    module = COLACausalLM(tiny.folder(tmp_path / "base", architecture), **options)
+    ids = torch.randint(2, 400, (2, 12), generator=torch.Generator().manual_seed(1))
+    data = DataLoader([{"input_ids": ids, "labels": ids}] * 4, batch_size=None)
+    run = trainer(tmp_path, chain={"every_n_train_steps": 2, "ranks": [4, 3]}, max_steps=4, limit_val_batches=0)
+    run.fit(module, data, data)
+    assert [link.rank for link in module.full_chain().links] == [4, 3]
+    experts = {name: layer for name, layer in module.adapted.layers.items() if isinstance(layer, LoRAExpertsProjection)}
+    assert experts
+    assert all(link.delta(name).any() for link in module.full_chain().links for name in experts)
+    expected = tiny.logits(module.model)
+    assert difference(tiny.logits(module.merged_model(0)), expected) > 1e-2
+    for format_ in ("merged", "peft"):
+        module.export(tmp_path / format_, format_)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    largest = expected.abs().max().item()
+    assert difference(tiny.logits(merged), expected) <= 1e-5 * largest
+    with_adapter = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")
+    assert difference(tiny.logits(with_adapter), expected) <= 1e-5 * largest
+    words = [model.generate(ids[:1], max_new_tokens=6, do_sample=False) for model in (module.model.eval(), merged.eval())]
+    assert torch.equal(*words)
+    chain, again = module.full_chain(), read_chain(tmp_path / "peft")
+    for name in experts:
+        assert difference(again.delta(name), chain.delta(name)) <= 1e-5 * chain.delta(name).abs().max()
+
+
+def test_the_documents_count_these_architectures():
+    page = " ".join(Path("docs/python.md").read_text(encoding="utf-8").split())
+    assert f"a tiny model of each of {len(tiny.MIXTURES)} architectures" in page
+
+
+# ---------------------------------------------------------------------- which experts, and by what
+
+
+def test_a_change_of_the_models_implementation_of_experts_removes_no_link():
+    model = base("qwen3_moe")
+    inject_lora(model, LoRAConfig("all-linear", rank=2, alpha=2, experts=True))
+    for layer in lora_layers(model).values():
+        with_trained_link(layer)
+    expected = tiny.logits(model)
+    for implementation in ("eager", "batched_mm"):
+        model.set_experts_implementation(implementation)
+        assert torch.equal(tiny.logits(model), expected)
+    strip_lora(model)
+    assert difference(tiny.logits(model), expected) <= 1e-5
+
+
+def test_all_linear_leaves_experts_unless_asked_and_a_fit_says_so(caplog):
+    adapted = AdaptedModel(lambda: base("qwen3_moe"), LoRAConfig("all-linear", rank=2, alpha=2))
+    assert not [name for name in adapted.layers if ".experts." in name]
+    _, frozen = describe_model(adapted)
+    assert re.search(r"\d Qwen3MoeExperts.* \(model\.experts true adapts experts\)$", frozen)
+    model = base("qwen3_moe")
+    next(part for part in model.modules() if hasattr(part, "has_post_expert_norm"))._is_expert_parallel = True
+    names = inject_lora(model, LoRAConfig("all-linear", rank=2, alpha=2, experts=True))
+    assert [name for name in names if ".experts." in name] == [f"model.layers.1.mlp.{name}" for name in PROJECTIONS]
+    assert frozen_kinds(model)["Qwen3MoeExperts"] == 1
+
+
+def test_a_projection_alone_is_adapted_by_name_and_the_others_stay_parameters():
+    model = base("deepseek_v3")
+    before, expected = dict(model.named_parameters()), tiny.logits(model)
+    names = inject_lora(model, LoRAConfig(["down_proj"], rank=2, alpha=2))
+    assert [name for name in names if ".experts." in name] == ["model.layers.1.mlp.experts.down_proj"]
+    assert model.get_parameter("model.layers.1.mlp.experts.gate_up_proj") is before["model.layers.1.mlp.experts.gate_up_proj"]
+    assert torch.equal(tiny.logits(model), expected)
+    strip_lora(model)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == {
+        name: id(parameter) for name, parameter in before.items()
+    }
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match any targeted module")  # but a parameter
+def test_a_module_begins_with_an_adapter_of_pefts_on_experts_and_goes_on_with_it(tmp_path):
+    name = tiny.folder(tmp_path / "base", "mixtral")
+    pattern = {"experts.down_proj": 5}
+    config = LoraConfig(
+        r=3, lora_alpha=7, target_modules=["q_proj"], target_parameters=["down_proj", "gate_up_proj"], rank_pattern=pattern
+    )
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(name), config)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if ".lora_B." in key:
+                parameter.normal_().mul_(0.1)
+    theirs.save_pretrained(tmp_path / "peft")
+    options = {"target_modules": ["q_proj", *PROJECTIONS], "rank": 2, "seed": 0}
+    module = COLACausalLM(name, init_chain=str(tmp_path / "peft"), **options)
+    assert difference(tiny.logits(module.model), tiny.logits(theirs)) <= 1e-5
+    assert difference(tiny.logits(module.merged_model(0)), tiny.logits(theirs)) > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match any targeted module")  # as above
+def test_an_adapter_has_the_ranks_that_a_pattern_gives_experts(tmp_path):
+    options = {"target_modules": ["q_proj", *PROJECTIONS], "rank": 4, "rank_pattern": {"experts.down_proj": 2}}
+    module = COLACausalLM(tiny.folder(tmp_path / "base", "mixtral"), seed=0, **options)
+    for layer in module.adapted.layers.values():
+        with_trained_link(layer)
+    assert "loaded again with peft" in module.export(tmp_path / "peft", "peft")[-1]
+    (link,) = read_chain(tmp_path / "peft").links
+    assert {A.shape[-2] for name, (A, _) in link.factors.items() if name.endswith("down_proj")} == {2}
+    assert link.rank == 4
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's, where a graph ends
+@pytest.mark.parametrize(("mode", "part"), [pytest.param("merge", "", marks=pytest.mark.slow), ("stack", "model.layers.0")])
+def test_a_compiled_and_a_checkpointed_model_compute_the_same(mode, part):
+    def build():
+        return base("qwen3_moe", num_hidden_layers=1)
+
+    adapted = AdaptedModel(build, LoRAConfig(experts=True, rank=2, alpha=2, finished_links=mode))
+    for layer in adapted.layers.values():
+        with_trained_link(layer)
+    adapted.tie_knot()
+    for layer in adapted.layers.values():
+        with_trained_link(layer, seed=3)
+    ids, gradients = torch.randint(2, 400, (2, 10)), []
+    compiled = copy.deepcopy(adapted.model)
+    compiled.get_submodule(part).compile(backend="eager")
+    checkpointed = copy.deepcopy(adapted.model)
+    checkpointed.train().activation_checkpointing_enable()
+    for model in (adapted.model, compiled, checkpointed):
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([layer.lora_A.grad for layer in lora_layers(model).values()])
+    for mine in gradients[1:]:
+        torch.testing.assert_close(mine, gradients[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # as above
+@pytest.mark.parametrize(
+    ("dtype", "is_one_graph"), [pytest.param(torch.float32, False, marks=pytest.mark.slow), (torch.bfloat16, True)]
+)
+def test_links_on_experts_end_a_compiled_graph_in_float32_alone(dtype, is_one_graph):
+    model = base("qwen3_moe", num_hidden_layers=1).to(dtype)
+    inject_lora(model, LoRAConfig(["q_proj", *PROJECTIONS], rank=2, alpha=2, finished_links="stack"))
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model.model)(input_ids=torch.randint(2, 400, (2, 10)), use_cache=False)
+    assert (found.graph_break_count == 0) == is_one_graph
+    assert all("torch.compiler.disable" in one.reason for one in found.break_reasons)

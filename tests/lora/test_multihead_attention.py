@@ -1,0 +1,585 @@
+"""Links on nn.MultiheadAttention: against torch's module with merged weights, against peft, in a run, and in other models."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, TensorDataset
+
+from cola_lightning import AdaptedModel, COLAModule, LoRAConfig, UserError, inject_lora, lora_layers, strip_lora
+from cola_lightning.chain import peft
+from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.chain.peft import as_peft_weights, read_adapter
+from cola_lightning.errors import ExportError
+from cola_lightning.export.adapter import FUSED_OFF
+from cola_lightning.module.overview import frozen_kinds
+from tests.helpers.toy import assert_bit_equal, difference, trainer, with_trained_link
+
+nested_is_new = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+modes = pytest.mark.parametrize("finished_links", ["merge", "stack"])
+
+
+class Attention(nn.Module):
+    """An attention module in another, as all are."""
+
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(8, 2, **options)
+        for parameter in self.parameters():  # its biases would begin at zero
+            nn.init.normal_(parameter, std=0.4)
+
+    def forward(self, *inputs, **options):
+        return self.attention(*inputs, **options)
+
+
+def with_links(model):
+    for seed, layer in enumerate(lora_layers(model).values()):
+        with_trained_link(layer, seed)
+    return model
+
+
+def adapted(model, target_modules="all-linear", links=1, **options):
+    """The model with a link that is trained, and with finished ones before it."""
+    inject_lora(model, LoRAConfig(target_modules, **{"rank": 2, "alpha": 4} | options))
+    for _ in range(links - 1):
+        for layer in lora_layers(with_links(model)).values():
+            layer.finish()
+    return with_links(model)
+
+
+def plain(model):
+    """A copy whose links are merged: torch's own module."""
+    model = copy.deepcopy(model)
+    strip_lora(model)
+    assert not lora_layers(model)
+    return model
+
+
+# ---------------------------------------------------------------------- what it computes
+
+MODULES = {
+    "": {},
+    "batch_first": {"batch_first": True},
+    "without bias": {"bias": False},
+    "kdim, vdim": {"kdim": 6, "vdim": 5},
+    "kdim, no bias": {"kdim": 6, "bias": False, "batch_first": True},
+}
+causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+CALLS = {
+    "weights": {},
+    "weights of each head": {"average_attn_weights": False},
+    "no weights": {"need_weights": False},
+    "mask": {"attn_mask": causal},
+    "added mask": {"attn_mask": torch.linspace(-2, 1, 25).view(5, 5), "need_weights": False},
+    "mask of each head": {"attn_mask": torch.linspace(-2, 1, 150).view(6, 5, 5)},
+    "padding": {"key_padding_mask": padding, "need_weights": False},
+    "both": {"key_padding_mask": padding, "attn_mask": causal},
+    "both, causal": {"key_padding_mask": padding, "attn_mask": causal, "is_causal": True, "need_weights": False},
+    "causal": {"attn_mask": causal, "is_causal": True, "need_weights": False},
+    "causal, weights": {"attn_mask": causal, "is_causal": True},
+}
+
+
+def inputs(options, kind="self"):
+    """Query, key and value: the same, a query and a memory, or three."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = 8, options.get("kdim", 8), options.get("vdim", 8)
+    query, key, value = (torch.randn(3, 5, size, generator=generator) for size in sizes)
+    if "kdim" not in options and kind != "three":
+        key, value = (query, query) if kind == "self" else (key, key)
+    return (query, key, value) if options.get("batch_first") else transposed(query, key, value)
+
+
+def transposed(*tensors):
+    one = {id(tensor): tensor.transpose(0, 1) for tensor in tensors}  # the same tensor stays one
+    return tuple(one[id(tensor)] for tensor in tensors)
+
+
+def assert_same_outputs(mine, theirs):
+    """Up to rounding: to 2e-6 of the largest value."""
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert one.shape == other.shape
+            assert difference(one, other) <= 2e-6 * max(1.0, other.abs().max().item())
+
+
+@modes
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("call", CALLS)
+def test_it_computes_what_torchs_module_does_with_the_links_merged(module, call, finished_links):
+    options = MODULES[module]
+    ours = adapted(Attention(**options), links=2, finished_links=finished_links)
+    merged, base = plain(ours), Attention(**options)
+    for kind in ("self", "memory", "three"):
+        x = inputs(options, kind)
+        expected = merged(*x, **CALLS[call])
+        assert difference(expected[0], base(*x, **CALLS[call])[0]) > 0.1
+        assert_same_outputs(ours(*x, **CALLS[call]), expected)
+        for model in (ours.eval(), merged.eval()):  # torch's may use its fused kernel
+            with torch.no_grad():
+                assert_same_outputs(model(*x, **CALLS[call]), expected)
+        ours.train()
+        merged.train()
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_new_link_changes_nothing_with_dropout_and_one_sequence_without_a_batch(need_weights):
+    ours, x = Attention(dropout=0.3), torch.randn(5, 8)
+    base = copy.deepcopy(ours)
+    inject_lora(ours, LoRAConfig(rank=2, alpha=4))
+    for inputs, masks in ((x, {}), (x[:, None], {}), (x, {"attn_mask": causal, "key_padding_mask": padding[1]})):
+        torch.manual_seed(3)
+        expected = base(inputs, inputs, inputs, need_weights=need_weights, **masks)
+        torch.manual_seed(3)
+        assert_same_outputs(ours(inputs, inputs, inputs, need_weights=need_weights, **masks), expected)
+    with pytest.raises(ValueError, match="attn_mask"):  # as torch does
+        ours(x, x, x, is_causal=True)
+
+
+def test_dropout_of_links_drops_inputs_of_both_projections():
+    """Exact, and not ignored: peft merges its weights for each forward pass, and so drops nothing."""
+    model, x = adapted(Attention(), dropout=0.5), inputs({})
+    assert difference(model(*x)[0], model(*x)[0]) > 0.01
+    assert_same_outputs(model.eval()(*x), plain(model)(*x))
+    one = adapted(Attention(), ["out_proj"], dropout=0.5)
+    assert torch.equal(one(*x)[1], one(*x)[1])
+    assert difference(one(*x)[0], one(*x)[0]) > 0.01
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 5}], ids=str)
+def test_gradients_are_those_of_the_merged_weights(options):
+    model, x = adapted(Attention(**options)), inputs(options, "three")
+    merged = plain(model).requires_grad_()
+    model(*x)[0].square().sum().backward()
+    merged(*x)[0].square().sum().backward()
+    weights = dict(merged.attention.named_parameters())
+    for name, layer in lora_layers(model).items():
+        weight = weights["out_proj.weight" if name.endswith("out_proj") else f"{name.rpartition('.')[2]}_weight"]
+        expected = weight.grad @ layer.lora_A.T * layer.scaling
+        torch.testing.assert_close(layer.lora_B.grad, expected.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            layer.lora_A.grad, (layer.lora_B.T @ weight.grad * layer.scaling).detach(), rtol=1e-4, atol=1e-4
+        )
+        assert layer.weight.grad is None
+
+
+def test_links_are_stacked_on_a_base_in_half_precision_whose_weights_stay():
+    model, x = Attention(batch_first=True).bfloat16(), torch.randn(3, 5, 8)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    adapted(model, links=3)
+    assert all(layer.stack.rank == 4 for layer in lora_layers(model).values())
+    assert torch.equal(model.attention.in_proj.weight, before["attention.in_proj_weight"])
+    assert torch.equal(model.attention.out_proj.weight, before["attention.out_proj.weight"])
+    y, weights = model(*[x.bfloat16()] * 3)
+    assert y.dtype == weights.dtype == torch.bfloat16
+    exact = plain(copy.deepcopy(model).float())(x, x, x)[0]
+    assert torch.linalg.vector_norm(y.float() - exact) <= 0.05 * torch.linalg.vector_norm(exact)
+
+
+def test_links_are_computed_under_autocast():
+    model, x = adapted(Attention(batch_first=True), links=3), torch.randn(3, 5, 8)
+    exact = plain(model)(x, x, x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x, x, x, key_padding_mask=padding & False)[0]
+    assert torch.linalg.vector_norm(y.float() - exact) <= 0.05 * torch.linalg.vector_norm(exact)
+
+
+# ---------------------------------------------------------------------- what is adapted, and plain again
+
+SEPARATE = ["attention.q_proj", "attention.k_proj", "attention.v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("options", "target_modules", "expected"),
+    [
+        ({}, "all-linear", ["attention.in_proj", "attention.out_proj"]),
+        ({}, ["attention"], ["attention.in_proj", "attention.out_proj"]),
+        ({}, ["out_proj"], ["attention.out_proj"]),
+        ({}, r".*in_proj", ["attention.in_proj"]),
+        ({"kdim": 6}, ["attention"], [*SEPARATE, "attention.out_proj"]),
+        ({"kdim": 6}, ["q_proj", "v_proj"], ["attention.q_proj", "attention.v_proj"]),
+    ],
+    ids=str,
+)
+def test_a_module_is_adapted_by_its_name_or_by_those_of_its_projections(options, target_modules, expected):
+    model, x = Attention(**options), inputs(options)
+    names, parameters, before = list(model.state_dict()), dict(model.named_parameters()), model(*x)
+    assert sorted(inject_lora(model, LoRAConfig(target_modules, rank=2, alpha=4))) == sorted(expected)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{name}.lora_{factor}" for name in expected for factor in "AB"}
+    assert_same_outputs(model(*x), before)
+    assert difference(with_links(model)(*x)[0], before[0]) > 0.1
+    strip_lora(model)
+    assert type(model.attention) is nn.MultiheadAttention
+    assert type(model.attention.out_proj) is NonDynamicallyQuantizableLinear
+    assert list(model.state_dict()) == names
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == {n: id(p) for n, p in parameters.items()}
+    assert vars(model.attention).keys() == vars(Attention(**options).attention).keys()
+
+
+def test_what_is_not_a_target_stays_what_it_is_and_what_computes_otherwise_is_refused():
+    class Other(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)[0]
+
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "other": Other(8, 2), "head": nn.Linear(8, 8)})
+    model["more"] = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert inject_lora(model, LoRAConfig(["head"], rank=2, alpha=4)) == ["head"]
+    assert "forward" not in vars(model["attention"])
+    strip_lora(model)
+    assert_bit_equal(model.state_dict(), state)
+    for name, kind in (("other", "Other"), ("more", "Multi"), ("other.out_proj", "NonDynamicallyQuantizableLinear")):
+        with pytest.raises(UserError, match=rf"'{name}', which is a {kind}"):
+            inject_lora(model, LoRAConfig([name], rank=2, alpha=4))
+        assert isinstance(model["attention"].in_proj_weight, nn.Parameter)
+    config = LoRAConfig(rank=2, alpha=4, exclude_modules=["attention"], modules_to_save=["head"])
+    with pytest.raises(UserError, match="no layer is left"):
+        inject_lora(model, config)
+    assert inject_lora(model, LoRAConfig(rank=2, alpha=4)) == ["attention.out_proj", "attention.in_proj", "head"]
+    assert frozen_kinds(model) == {"Other": 1, "MultiheadAttention": 1, "NonDynamicallyQuantizableLinear": 2}
+
+
+@modes
+def test_merged_models_and_copies_have_torchs_module_again(finished_links):
+    def build_model():
+        return Attention(batch_first=True)
+
+    model = AdaptedModel(build_model, LoRAConfig(rank=2, alpha=4, finished_links=finished_links), seed=0)
+    x = inputs({"batch_first": True})
+    before = model.model(*x)
+    with_links(model.model)
+    model.tie_knot()
+    with_links(model.model)
+    expected = model.model(*x)
+    twin = copy.deepcopy(model.model)
+    with_links(twin)
+    assert_same_outputs(twin(*x), expected)
+    for links, outputs in ((None, expected), (0, before)):
+        merged = model.merged_model(links)
+        assert type(merged.attention) is nn.MultiheadAttention
+        assert merged.state_dict().keys() == build_model().state_dict().keys()
+        assert_same_outputs(merged(*x), outputs)
+    assert_same_outputs(model.model(*x), expected)
+    state = model.state_dict()
+    model.go_to(model.chain.truncate(0))
+    model.begin_link(2, 4)
+    assert_same_outputs(model.model(*x), before)
+    model.load_state_dict(state)
+    assert_same_outputs(model.model(*x), expected)
+
+
+def test_a_compiled_module_computes_the_same_in_one_graph():
+    model, x = adapted(Attention(batch_first=True)), inputs({"batch_first": True})
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for options in ({}, {"need_weights": False, "key_padding_mask": padding}):
+        assert_same_outputs(compiled(*x, **options), model(*x, **options))
+
+
+# ---------------------------------------------------------------------- torch's encoders
+
+
+def encoder(nested=True, norm=None):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, norm, enable_nested_tensor=nested)
+
+
+@nested_is_new
+@modes
+@pytest.mark.parametrize("target_modules", ["all-linear", ["self_attn"]], ids=str)
+@pytest.mark.parametrize("nested", [True, False])
+def test_an_encoder_evaluates_as_its_merged_model_also_where_rows_are_padded(target_modules, finished_links, nested):
+    """torch's fused encoder layers, and nested tensors, would read the weights without the links."""
+    norm = nn.LayerNorm(8)
+    nn.init.normal_(norm.bias)
+    model = adapted(encoder(nested, norm), target_modules, links=2, finished_links=finished_links)
+    model, x = copy.deepcopy(model), torch.randn(3, 5, 8)
+    merged = plain(model).requires_grad_(True)  # as merged_model has it
+    left, none = padding.flip(1), torch.zeros_like(padding)
+    masks = {"padded": padding, "added": torch.zeros(3, 5).masked_fill_(padding, -torch.inf), "left": left, "none": none}
+    for name, mask in {**masks, "whole": None}.items():
+        for is_training, has_gradients in ((True, True), (False, True), (False, False)):
+            with torch.set_grad_enabled(has_gradients):
+                mine, theirs = (one.train(is_training)(x, src_key_padding_mask=mask) for one in (model, merged))
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=f"{name} {is_training} {has_gradients}")
+    assert merged.use_nested_tensor is nested
+    assert merged.layers[0].activation_relu_or_gelu == 1
+    assert not any("forward" in vars(part) for part in merged.modules())
+
+
+def test_a_decoder_and_nn_transformer_are_adapted():
+    torch.manual_seed(0)
+    model = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True)
+    names = inject_lora(model, LoRAConfig(["self_attn", "multihead_attn"], rank=2, alpha=4))
+    assert len(names) == 6
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    with_links(model)
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    expected = model(x, y, tgt_mask=mask, tgt_is_causal=True)
+    assert_same_outputs([model.eval()(x, y, tgt_mask=mask)], [expected])
+    strip_lora(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, y, tgt_mask=mask), expected, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- peft
+
+
+def with_adapter(base, folder=None, **fields):
+    """A base with peft's LoRA, whose B are not zero."""
+    model = get_peft_model(base, LoraConfig(**{"r": 2, "lora_alpha": 6} | fields))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_rslora": True}, {"alpha_pattern": {"1.self_attn": 9}, "rank_pattern": {"1.self_attn": 4}}], ids=str
+)
+def test_pefts_adapter_is_one_link_that_computes_the_same(tmp_path, fields):
+    theirs, x = (
+        with_adapter(encoder(), tmp_path / "peft", target_modules=["self_attn", "linear1"], **fields),
+        torch.randn(3, 5, 8),
+    )
+    (link,) = read_adapter(tmp_path / "peft").links
+    ours = encoder()
+    inject_lora(ours, LoRAConfig(["self_attn", "linear1"], rank=link.rank, alpha=link.alpha))
+    layers = lora_layers(ours)
+    assert link.factors.keys() == layers.keys()
+    assert link.factors["layers.0.self_attn.in_proj"][1].shape == (24, link.rank)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.lora_A.copy_(link.factors[name][0])
+            layer.lora_B.copy_(link.factors[name][1])
+    expected = theirs(x)
+    assert difference(expected, encoder()(x)) > 0.1
+    assert difference(ours(x), expected) <= 1e-6
+    expected.square().sum().backward()
+    ours(x).square().sum().backward()
+    parts = {name.partition("base_model.model.")[2]: part for name, part in theirs.named_modules()}
+    for k in (0, 1):  # peft adds out_proj's update twice, and has the gradient of one
+        layer, other = layers[f"layers.{k}.self_attn.in_proj"], parts[f"layers.{k}.self_attn"]
+        rank, scaling = other.r["default"], other.scaling["default"]
+        expected = other.lora_B["default"].weight.grad / scaling  # which is folded into B here
+        torch.testing.assert_close(layer.lora_B.grad[:, :rank], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.lora_A.grad[:rank], other.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-4)
+
+
+class Module(COLAModule):
+    """A regression of a token's mean with a small encoder."""
+
+    def build_model(self):
+        return encoder()
+
+    @property
+    def example_input_array(self):
+        return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(5))
+
+    def forward(self, x):
+        return self.model(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.mse_loss(self.model(x), y)
+
+
+def loader():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(24, 5, 8, generator=generator)
+    return DataLoader(TensorDataset(x, x.roll(1, 1)), batch_size=4)
+
+
+def adam(parameters):
+    return AdamW(parameters, lr=0.03)
+
+
+def module(**options):
+    return Module(**{"target_modules": "all-linear", "rank": 2, "alpha": 4, "seed": 0, "optimizer": adam} | options)
+
+
+def fitted(folder, precision="32-true", **options):
+    """A module after a run of three links."""
+    ours = module(**options)
+    trainer(folder, chain={"every_n_epochs": 1}, max_epochs=3, precision=precision).fit(ours, loader())
+    return ours
+
+
+@modes
+@pytest.mark.parametrize("target_modules", ["all-linear", ["self_attn"], ["in_proj", "linear1"], ["out_proj"]], ids=str)
+def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog, monkeypatch, target_modules, finished_links):
+    with caplog.at_level(logging.WARNING, "cola_lightning"):
+        ours = fitted(tmp_path, target_modules=target_modules, finished_links=finished_links)
+    assert "no gradient" not in caplog.text
+    x = ours.example_input_array
+    with torch.no_grad():
+        expected, before = ours.eval()(x), encoder().eval()(x)
+    assert difference(expected, before) > 0.05
+    lines = {format_: ours.export(tmp_path / format_, format_) for format_ in ("chain", "merged")}
+    chain = read_chain(tmp_path / "chain")
+    assert len(chain) == 3
+    again = module(target_modules=target_modules, init_chain=str(tmp_path / "chain")).eval()
+    torch.testing.assert_close(again(x), expected, rtol=0, atol=1e-5)
+    if any(name.endswith("out_proj") for name in chain.layers):
+        with pytest.raises(UserError, match=r"^format: peft .* adds the update of layers\.0\.self_attn\.out_proj 2 times"):
+            ours.export(tmp_path / "peft", "peft")
+        monkeypatch.setattr(peft, "out_proj_updates", lambda: 1)  # as a mended peft, for which the true B is written
+        with pytest.raises(ExportError, match="logits"):  # with which the installed one computes something else
+            ours.export(tmp_path / "peft", "peft")
+        ours.export(tmp_path / "peft", "peft", verify=False)
+    else:
+        lines = ours.export(tmp_path / "peft", "peft")
+        assert "loaded again with peft" in lines[-1]
+        assert any(FUSED_OFF in line for line in lines)
+        with torch.no_grad():
+            loaded = PeftModel.from_pretrained(encoder(), tmp_path / "peft").eval()
+            assert torch.equal(loaded(x), before)  # torch's fused encoder layers ignore peft's links
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                torch.testing.assert_close(loaded(x), expected, rtol=0, atol=1e-5)
+            finally:
+                torch.backends.mha.set_fastpath_enabled(True)
+    assert len(read_adapter(tmp_path / "peft")) == 3
+    again = module(target_modules=target_modules, init_chain=str(tmp_path / "peft")).eval()
+    torch.testing.assert_close(again(x), expected, rtol=0, atol=1e-5)
+    again = module(target_modules=target_modules, init_chain=str(tmp_path / "peft"), init_links=1).eval()
+    assert difference(again(x), expected) > 0.01
+
+
+def test_layers_of_other_ranks_are_exported(tmp_path):
+    ours = fitted(tmp_path, rank_pattern={"in_proj": 1, "linear1": 1}, exclude_modules=["out_proj"], scaling="rslora")
+    assert "loaded again with peft" in ours.export(tmp_path / "peft", "peft")[-1]
+    assert "loaded again with peft" in ours.export(tmp_path / "smaller", "peft", max_rank=2)[-1]
+    again = module(init_chain=str(tmp_path / "peft"), exclude_modules=["out_proj"]).eval()
+    torch.testing.assert_close(again(ours.example_input_array), ours.eval()(ours.example_input_array), rtol=0, atol=1e-5)
+
+
+def test_separate_projections_have_no_place_in_a_peft_adapter(tmp_path):
+    class Pooling(Attention):
+        def forward(self, x):
+            return self.attention(x, x, x[..., :6])[0]
+
+    class Separate(Module):
+        def build_model(self):
+            return Pooling(vdim=6, batch_first=True)
+
+    ours = Separate(target_modules="all-linear", rank=2, alpha=4, seed=0)
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(ours, loader())
+    ours.export(tmp_path / "merged", "merged")
+    with pytest.raises(UserError, match=r"^format: PEFT has no LoRA for separate .* \('attention'\)"):
+        ours.export(tmp_path / "peft", "peft")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_run_goes_back_to_its_first_links(tmp_path, precision):
+    ours, x = fitted(tmp_path, precision), module().example_input_array
+    assert (ours.adapted.layers["layers.0.self_attn.in_proj"].stack is not None) == (precision == "bf16-true")
+    chain = ours.full_chain()
+    assert [link.index for link in chain.links] == [0, 1, 2]
+    norms = [link.norm() for link in chain.links]
+    assert min(norms) > 0
+    with torch.no_grad():
+        whole, one, none = (ours.merged_model(n).float().eval()(x) for n in (None, 1, 0))
+    ours.adapted.go_to(chain.truncate(1))
+    ours.adapted.begin_link(2, 4)
+    with torch.no_grad():
+        dtype = ours.adapted.layers["layers.0.self_attn.in_proj"].dtype
+        outputs = ours.eval().model(x.to(dtype)).float()
+    torch.testing.assert_close(outputs, one, rtol=0, atol=5e-2 if precision == "bf16-true" else 1e-5)
+    assert difference(one, whole) > 0.01
+    assert difference(one, none) > 0.01
+
+
+# ---------------------------------------------------------------------- models of other packages
+
+
+def assert_adapted(model, x, target_modules, names):
+    """Links change the model, have gradients, compute in evaluation what they do in training, and can be merged."""
+    torch.manual_seed(0)
+    before = model.eval()(x)
+    found = inject_lora(model, LoRAConfig(target_modules, rank=2, alpha=4))
+    assert {name for name in names if any(f".{one}".endswith(f".{name}") for one in found)} == set(names)
+    assert difference(model(x), before) <= 1e-5 * before.abs().max()
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.2)
+    expected = model(x)
+    expected.square().sum().backward()
+    assert [
+        name for name, layer in lora_layers(model).items() if layer.lora_A.grad is None or not layer.lora_A.grad.any()
+    ] == []
+    assert difference(expected, before) > 1e-3 * before.abs().max()
+    with torch.no_grad():
+        assert difference(model(x), expected) <= 1e-5 * expected.abs().max()
+    strip_lora(model)
+    with torch.no_grad():
+        assert difference(model(x), expected) <= 1e-4 * expected.abs().max()
+
+
+def vit():
+    options = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32, "num_classes": 5}
+    model = pytest.importorskip("torchvision", reason="models for images").models.VisionTransformer(32, 8, **options)
+    nn.init.normal_(model.heads.head.weight)  # begins at zero
+    return model
+
+
+def swin(block="SwinTransformerBlock"):
+    swin = pytest.importorskip("torchvision", reason="models for images").models.swin_transformer
+    merging = swin.PatchMergingV2 if block.endswith("V2") else swin.PatchMerging
+    sizes = {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4], "num_classes": 5}
+    return swin.SwinTransformer([2, 2], **sizes, block=getattr(swin, block), downsample_layer=merging)
+
+
+def tower():
+    options = {"image_size": 32, "patch_size": 8, "width": 16, "layers": 2, "heads": 2, "mlp_ratio": 2.0, "output_dim": 8}
+    return pytest.importorskip("open_clip", reason="CLIP's towers").transformer.VisionTransformer(**options)
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", ["self_attention"]], ids=str)
+def test_torchvisions_vision_transformer(target_modules):
+    names = ["self_attention.in_proj", "self_attention.out_proj"]
+    assert_adapted(vit(), torch.randn(2, 3, 32, 32), target_modules, names)
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", ["qkv", "proj"]], ids=str)
+@pytest.mark.parametrize("block", ["SwinTransformerBlock", "SwinTransformerBlockV2"])
+def test_torchvisions_swin_transformer_which_reads_the_weights_of_its_linear_layers(block, target_modules):
+    torch.manual_seed(0)
+    model = swin(block)
+    assert_adapted(model, torch.randn(2, 3, 32, 32), target_modules, ["qkv", "proj"])
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_links_on_swin_are_compiled():
+    torch.manual_seed(0)
+    model, x = swin().eval(), torch.randn(2, 3, 32, 32)
+    adapted(model, ["qkv", "proj"])
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_links_on_swin_have_no_place_in_a_peft_adapter():
+    model = swin()
+    name = "features.1.0.attn.qkv"
+    with pytest.raises(UserError, match=rf"^format: PEFT's LoRA has no effect in '{name}'"):
+        as_peft_weights(model, {name: (torch.ones(1, 8), torch.ones(24, 1))})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target_modules", ["all-linear", ["attn"]], ids=str)
+def test_a_tower_of_openclip(target_modules):
+    torch.manual_seed(0)
+    names = ["attn.in_proj", "attn.out_proj"]
+    assert_adapted(tower(), torch.randn(2, 3, 32, 32), target_modules, names)

@@ -1,0 +1,184 @@
+"""Finished links beside the weights: no weight is written, the chain is the one of a run that merges, and it goes back."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import Callback
+from torch import nn
+from torch.optim import AdamW
+
+from cola_lightning import LastCheckpoint, UserError
+from cola_lightning.chain.checkpoint import StoredState
+from cola_lightning.lora.stack import Stack
+from tests.helpers.resuming import last
+from tests.helpers.toy import ValidatedToy, assert_bit_equal, assert_near, batches, toy, trainer, weights
+
+MODES = ["merge", "stack"]
+
+
+def make(cls=ValidatedToy, **arguments):
+    return toy(cls, **{"finished_links": "stack", "optimizer": lambda parameters: AdamW(parameters, lr=1e-2)} | arguments)
+
+
+def fit(folder, module=None, *callbacks, epochs=4, ckpt_path=None, data=None, chain=None, **options):
+    module = module or make()
+    options = {"enable_checkpointing": bool(callbacks), "max_epochs": epochs} | options
+    run = trainer(folder, *callbacks, chain=chain or {"every_n_epochs": 1}, **options)
+    run.fit(module, *data or [batches(), batches(2)], ckpt_path=ckpt_path)
+    return module
+
+
+def assert_close_chains(mine, theirs, tolerance):
+    assert len(mine) == len(theirs)
+    for ours, other in zip(mine.links, theirs.links, strict=True):
+        for name, pair in ours.factors.items():
+            for factor, expected in zip(pair, other.factors[name], strict=True):
+                assert_near(factor, expected, tolerance)
+
+
+class SaveEachEpoch(Callback):
+    def on_train_epoch_end(self, trainer, module):
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/{trainer.current_epoch}.ckpt")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A stacking run of four epochs and links, its checkpoint after each, and its base as it was."""
+    folder, module = tmp_path_factory.mktemp("trained"), make()
+    module.configure_model()
+    base = {name: value for name, value in weights(module).items() if ".lora_" not in name}
+    fit(folder, module, SaveEachEpoch(), enable_checkpointing=False)
+    paths = [folder / f"{epoch}.ckpt" for epoch in range(4)]
+    return SimpleNamespace(module=module, base=base, paths=paths)
+
+
+@settings(derandomize=True, deadline=None, database=None)  # the same inputs on each machine
+@given(st.sampled_from([torch.bfloat16, torch.float16]), st.sampled_from([0, 1e-6, 1e-3, 1.0]), st.floats(0.1, 10))
+def test_in_half_precision_a_link_is_rounded_once_however_small_it_is(dtype, size, scaling):
+    """A size of 1e-6 is subnormal in fp16."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(2, 6, generator=generator), size * torch.randn(5, 2, generator=generator)
+    stack = Stack(6, 5, dtype, "cpu")
+    stack.push(A, B, scaling)
+    ours, theirs = stack.factors[1].double() @ stack.factors[0].double(), scaling * B.double() @ A.double()
+    assert stack.factors[0].isfinite().all()
+    assert (ours - theirs).norm() <= 2 * torch.finfo(dtype).eps * theirs.norm()
+
+
+# ---------------------------------------------------------------------- the run
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-5), ("64-true", 1e-12)])
+def test_four_links_are_those_of_a_run_that_merges(tmp_path, precision, tolerance):
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    chain, data = {"every_n_epochs": 1, "ranks": [4, 2, 6, 3]}, [batches(dtype=dtype), batches(2, dtype=dtype)]
+    options = {"chain": chain, "data": data, "precision": precision, "accumulate_grad_batches": 3}
+    merged, stacked = (fit(tmp_path, make(finished_links=mode, rank=6), **options) for mode in MODES)
+    assert_close_chains(stacked.chain, merged.chain, tolerance)
+    for mine, theirs in zip(stacked.merged_model().parameters(), merged.merged_model().parameters(), strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * theirs.norm().item())
+
+
+def test_no_weight_is_written_and_none_is_in_a_checkpoint(trained):
+    assert_bit_equal({name: value for name, value in weights(trained.module).items() if name in trained.base}, trained.base)
+    checkpoint = torch.load(trained.paths[-1], weights_only=True)
+    assert all(".lora_" in name for name in checkpoint["state_dict"] if not name.startswith("chain."))
+    assert not list(trained.module.buffers())  # which DDP would send at each step
+
+
+class Watched(ValidatedToy):
+    """Remembers for how many ranks its first stack has had room, in order."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        stack = self.adapted.layers["0"].stack
+        self.rooms = {**getattr(self, "rooms", {}), (len(stack.A), len(stack.B)): None}
+
+
+def test_a_stack_has_room_for_a_power_of_two_of_ranks_also_on_resume(tmp_path):
+    chain = {"every_n_epochs": 1, "ranks": [2, 1, 2, 1]}
+    module = fit(tmp_path, make(Watched), LastCheckpoint(), chain=chain)
+    assert [*module.rooms] == [(0, 0), (2, 2), (4, 4), (8, 8)]
+    assert module.adapted.layers["0"].stack.rank == 2 + 1 + 2
+    resumed = fit(tmp_path, make(Watched), ckpt_path=last(tmp_path), epochs=6, chain=chain)
+    assert [*resumed.rooms] == [(8, 8)]
+
+
+# ---------------------------------------------------------------------- back, and in the other mode
+
+
+def test_a_chain_goes_back_and_on_without_its_base_being_made_anew(trained, tmp_path):
+    made, x = [], torch.randn(5, 8)
+
+    class Counted(ValidatedToy):
+        def build_model(self):
+            made.append(1)
+            return super().build_model()
+
+    module, run = make(Counted), trainer(tmp_path, chain={})
+    for epoch in (3, 0, 2, 1):
+        run.validate(module, batches(2), ckpt_path=trained.paths[epoch], verbose=False)
+        assert (module.n_finished, len(made)) == (epoch, 1)
+        assert torch.equal(module.model(x), ValidatedToy.load_from_checkpoint(trained.paths[epoch]).model(x))
+
+
+def test_merged_models_are_those_of_a_run_that_merges_to_the_bit(trained, tmp_path):
+    trained.module.chain.save(tmp_path / "chain")
+    merging, stacking = (make(finished_links=mode, init_chain=str(tmp_path / "chain")) for mode in MODES)
+    for links in range(5):
+        ours, theirs = stacking.merged_model(links), merging.merged_model(links)
+        assert type(ours[0]) is nn.Linear
+        assert_bit_equal(ours.state_dict(), theirs.state_dict())
+    assert (stacking.n_finished, stacking.adapted.layers["0"].stack.rank) == (3, 6)  # as it was
+
+
+def test_the_other_mode_takes_a_checkpoint_up_and_goes_on(trained, tmp_path):
+    merging = fit(tmp_path, make(finished_links="merge"), ckpt_path=trained.paths[1])
+    assert merging.adapted.layers["0"].stack is None
+    assert_close_chains(merging.chain, trained.module.chain, 1e-5)
+
+
+# ---------------------------------------------------------------------- precisions and bases
+
+
+@pytest.mark.parametrize("targets", [["0"], "all-linear"])
+def test_a_checkpoint_is_evaluated_in_the_precision_of_its_run(tmp_path, targets):
+    losses, run = [], trainer(tmp_path, chain={})
+    for precision in ("32-true", "bf16-true"):
+        module = fit(tmp_path / precision, make(target_modules=targets), LastCheckpoint(), precision=precision)
+        (trained,) = module.trainer.validate(module, batches(2), verbose=False)
+        module = make(target_modules=targets)
+        (loaded,) = run.validate(module, batches(2), ckpt_path=last(tmp_path / precision), verbose=False)
+        assert loaded["val_loss"] == pytest.approx(trained["val_loss"], rel=2**-8)
+        losses.append(loaded["val_loss"])
+    assert losses[0] != losses[1]
+    for mode in MODES:
+        with pytest.raises(UserError, match=r"^trainer\.precision, model\.finished_links"):
+            fit(tmp_path, make(target_modules=targets, finished_links=mode), ckpt_path=last(tmp_path / "bf16-true"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_base_that_is_kept_is_as_it_was_before_it_was_cast_and_taken_from_the_checkpoint(tmp_path, mode):
+    class Elsewhere(ValidatedToy):
+        def build_model(self):
+            model = super().build_model()
+            nn.init.zeros_(model[0].weight)
+            return model
+
+    module = fit(tmp_path, make(finished_links=mode, save_base=True), LastCheckpoint(), precision="bf16-true")
+    base = toy().merged_model(0).state_dict()
+    assert_bit_equal(module.merged_model(0).state_dict(), base)
+    state = StoredState.of(torch.load(last(tmp_path), weights_only=True)["state_dict"])
+    assert_bit_equal(state.facts["base_weights"], base)
+    other, x = make(Elsewhere, finished_links=mode, save_base=True), torch.randn(3, 8)
+    trainer(tmp_path, chain={}).validate(other, batches(2), ckpt_path=last(tmp_path), verbose=False)
+    assert torch.equal(other.merged_model()(x), module.merged_model()(x))
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["2"], "target_modules": ["0"]}, {"target_modules": None}])
+def test_fully_trained_parameters_in_half_precision_are_told_of(tmp_path, caplog, options):
+    trainer(tmp_path, max_epochs=1, precision="bf16-true").fit(toy(**options), batches())
+    assert caplog.text.count("fully trained parameters are in half precision") == 1

@@ -1,0 +1,165 @@
+"""The model as it was after its first links, inside a block: no second model, and nothing that training needs changes."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+
+from cola_lightning import UserError, lora_layers
+from tests.helpers import tiny
+from tests.helpers.tiny import causal_lm, logits, three_links
+from tests.helpers.toy import ValidatedToy, toy
+
+
+def changed(module):
+    """All that training needs, with its bits: values, gradients, modes, and what the layers have."""
+    values = {name: value.clone() for name, value in module.named_parameters()}
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+    modes = {name: part.training for name, part in module.named_modules()}
+    earlier = [layer.earlier for layer in lora_layers(module.model).values()]
+    return values, gradients, modes, earlier, torch.is_grad_enabled()
+
+
+def assert_same(before, after):
+    for mine, theirs in zip(before[:2], after[:2], strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(mine.values(), theirs.values(), strict=True))
+    assert before[2:] == after[2:]
+
+
+OPTIONS = {
+    "merged": {},
+    "stacked": {"finished_links": "stack"},
+    "head": {"modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}},
+    "all-linear": {"target_modules": "all-linear"},
+    "dropout": {"dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_an_earlier_state_has_the_outputs_of_the_merged_model_and_leaves_nothing_behind(tmp_path, case):
+    module = three_links(causal_lm(tmp_path, **{"rank": 4} | OPTIONS[case]))
+    module.train()
+    logits(module.model)
+    loss = module.model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss
+    loss.backward()
+    before = changed(module)
+    ids = torch.randint(2, 400, (2, 10), generator=torch.Generator().manual_seed(6))
+    mask = torch.tensor([[1] * 10, [1] * 7 + [0] * 3])
+    for links in range(4):
+        with module.at(links) as model:
+            assert model is module.model
+            assert not torch.is_grad_enabled()
+            mine = model(input_ids=ids, attention_mask=mask).logits.float()
+        expected = logits(module.merged_model(links))
+        assert (mine - expected).abs().max() <= 1e-6 * expected.abs().max().clamp(min=1), links
+        assert_same(before, changed(module))
+    with pytest.raises(KeyError), module.at(1):
+        raise KeyError("of the user's")
+    assert_same(before, changed(module))
+
+
+HEAD = {"rank": 4, "modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}}
+
+
+@pytest.mark.parametrize("reference_first", [True, False])
+def test_a_fully_trained_module_is_another_under_autocast_too(tmp_path, reference_first):
+    """Autocast keeps what it has cast for as long as the tensor lives, whatever is written into it."""
+    module, ids = three_links(causal_lm(tmp_path, **HEAD)), torch.arange(10)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = [module.model(input_ids=ids).logits]
+    with module.at(1) as model, torch.autocast("cpu", torch.bfloat16):
+        expected.append(model(input_ids=ids).logits)
+    mine = dict[int, torch.Tensor]()
+    with torch.autocast("cpu", torch.bfloat16):
+        for k in (1, 0) if reference_first else (0, 1):
+            with module.at(1) if k else contextlib.nullcontext(module.model) as model:
+                mine[k] = model(input_ids=ids).logits
+    assert all(torch.equal(mine[k], expected[k]) for k in (0, 1))
+    assert not torch.equal(*expected)
+
+
+class WithHead(ValidatedToy):
+    """A toy with a trained layer outside of its model."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(6, 6)
+
+
+def test_a_student_s_backward_pass_may_come_after_the_block(tmp_path):
+    module, ids = three_links(causal_lm(tmp_path, **HEAD)), torch.arange(10)[None]
+    toy_module, x = toy(WithHead), torch.randn(3, 8)
+    toy_module.configure_model()
+    with torch.no_grad():
+        toy_module.head.weight.mul_(2)
+    toy_module.tie_knot()
+    for part, inputs, student in (
+        (module, ids, lambda: module.model(input_ids=ids).logits.square().mean()),
+        (toy_module, x, lambda: toy_module.head(toy_module.model(x)).square().mean()),
+    ):
+        student().backward()
+        expected = [p.grad.clone() for p in part.trained_parameters()]
+        part.zero_grad()
+        loss = student()
+        with part.at(0) as model:
+            model(inputs)
+            if part is toy_module:
+                assert torch.equal(part.head.weight, part.adapted.trained.initial["self.head.weight"])
+        loss.backward()
+        assert all(torch.equal(p.grad, wanted) for p, wanted in zip(part.trained_parameters(), expected, strict=True))
+
+
+def test_blocks_can_be_nested(tmp_path):
+    module = three_links(causal_lm(tmp_path, rank=4))
+    with module.at(1) as model:
+        first = logits(model)
+        with module.at(0) as base:
+            assert not torch.equal(logits(base), first)
+        assert torch.equal(logits(model), first)
+
+
+def test_the_stored_state_is_that_of_the_present_chain(tmp_path):
+    module = three_links(causal_lm(tmp_path, rank=4))
+    with module.at(0) as model:
+        base = logits(model)
+    module.tie_knot(rank=4)
+    with module.at(0) as model:
+        assert torch.allclose(logits(model), base, atol=1e-5)
+    with module.at(3) as model:
+        assert torch.allclose(logits(model), logits(module.merged_model(3)), atol=1e-5)
+
+
+@pytest.mark.parametrize("base", [{}, {"dtype": "bfloat16"}, {"quantization": "nf4"}])
+def test_of_stacked_links_the_first_are_used_to_the_bit(tmp_path, base):
+    options = {"rank": 4, "finished_links": "stack"} | base
+    module = three_links(causal_lm(tmp_path, **options))
+    links = module.chain.truncate(1)
+    with module.at(1) as model:
+        mine = logits(model)
+    other = causal_lm(tmp_path / "other", **options)
+    other.configure_model()
+    other.adapted.replay(links)
+    assert torch.equal(mine, logits(other.model))
+
+
+def test_the_module_s_own_copies_have_no_earlier_state(tmp_path):
+    module = three_links(causal_lm(tmp_path, rank=4))
+    with module.at(0):
+        pass
+    assert torch.equal(logits(copy.deepcopy(module.model)), logits(module.model))
+    assert not hasattr(module.merged_model().model.layers[0].self_attn.q_proj, "earlier")
+
+
+@pytest.mark.parametrize("links", [-1, 5])
+def test_links_that_are_not_there_are_refused(tmp_path, links):
+    with pytest.raises(UserError, match="links: must be between 0 and 3"), three_links(causal_lm(tmp_path, rank=4)).at(links):
+        pass
+
+
+def test_full_fine_tuning_has_no_earlier_state(tmp_path):
+    module = tiny.causal_lm(tmp_path, target_modules=None)
+    with pytest.raises(UserError, match="target_modules null"), module.at(0):
+        pass

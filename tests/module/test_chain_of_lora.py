@@ -1,0 +1,324 @@
+"""The chain under the Trainer, against a hand-written loop and closed forms."""
+
+import json
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW
+
+from cola_lightning import ChainOfLoRA, UserError, lora_layers
+from cola_lightning.callbacks.chain_of_lora import check_strategy
+from cola_lightning.chain.schedule import frozen_factor
+from cola_lightning.errors import NonFiniteError
+from cola_lightning.lora.layer import initialize_link
+from tests.helpers.toy import Toy, ValidatedToy, Watch, assert_bit_equal, batches, read_csv, toy, trainer, weights
+
+
+def hand_written_loop(steps, every, ranks, accumulate=1, clip=None, lr=1e-2, seed=0, max_rank=6, alpha=4):
+    """COLA in plain torch: what the Trainer must compute, to the bit. Returns the parameters and each step's loss."""
+    module = toy(rank=max_rank, alpha=alpha, seed=seed)
+    module.configure_model()  # for its base and its first A alone
+    named = dict(module.model.named_parameters())
+    base = {name: (named[f"{name}.weight"], named[f"{name}.bias"]) for name in ("0", "2")}
+    lora = {name: (named[f"{name}.lora_A"], named[f"{name}.lora_B"]) for name in ("0", "2")}
+    data = list(batches())
+    losses, link, done = [], -1, 0
+    while done < steps:
+        for start in range(0, len(data), accumulate):
+            if done % every == 0:
+                with torch.no_grad():
+                    for name, (A, B) in lora.items() if link >= 0 else ():
+                        r = ranks[link]
+                        base[name][0].add_(alpha / r * (B[:, :r].contiguous() @ A[:r].contiguous()))
+                link += 1
+                initialize_link(lora_layers(module.model), seed, link, ranks[link], alpha)  # draws A, zeroes B
+                parameters = [p for pair in lora.values() for p in pair]
+                optimizer = AdamW(parameters, lr=lr)
+            r = ranks[link]
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - done % every / every)
+            for x, y in data[start : start + accumulate]:
+                for name in ("0", "2"):
+                    (W, b), (A, B) = base[name], lora[name]
+                    x = F.linear(x, W, b) + F.linear(F.linear(x, A[:r]) * (alpha / r), B[:, :r])
+                    x = torch.tanh(x) if name == "0" else x
+                loss = F.mse_loss(x, y)
+                losses.append(loss.item())
+                (loss / accumulate).backward()
+            if clip:
+                nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+    return weights(module), losses
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "clip", "ranks"),
+    [(1, None, [6, 6, 6, 6]), (3, 0.05, [4, 2, 6, 3])],
+    ids=["plain", "accumulation, clipping, ranks"],
+)
+def test_a_run_equals_a_hand_written_loop_to_the_bit(tmp_path, accumulate, clip, ranks):
+    steps = 4 * math.ceil(10 / accumulate)
+    every = steps // 4
+    expected, losses = hand_written_loop(steps, every, ranks, accumulate, clip)
+    module = toy(rank=6, optimizer=lambda p: AdamW(p, lr=1e-2))
+    watch = Watch(lambda trainer, module: module.n_finished)
+    chain = {"every_n_train_steps": every, "ranks": ranks}
+    run = trainer(tmp_path, watch, chain=chain, max_epochs=4, accumulate_grad_batches=accumulate, gradient_clip_val=clip)
+    run.fit(module, batches())
+    assert module.n_finished == 3
+    assert sorted(set(watch.seen)) == [0, 1, 2, 3]
+    assert_bit_equal(weights(module), expected)
+    assert run.callback_metrics["train_loss"].item() == pytest.approx(losses[-1], abs=1e-7)
+
+
+class Manual(Toy):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+        self.lr_schedulers().step()
+
+
+def test_manual_optimization_has_the_same_links(tmp_path):
+    manual, automatic = toy(Manual), toy()
+    for module in (manual, automatic):
+        trainer(tmp_path, chain={"every_n_train_steps": 4}, max_epochs=2).fit(module, batches())
+    assert manual.n_finished == 4
+    assert_bit_equal(weights(manual), weights(automatic))
+
+
+def test_a_knot_keeps_the_function():
+    module = toy(rank=3)
+    module.configure_model()
+    x = next(iter(batches()))[0]
+    for layer in lora_layers(module.model).values():
+        nn.init.normal_(layer.lora_B)
+    before = module.model(x)
+    link = module.tie_knot()
+    after = module.model(x)
+    assert ((after - before).norm() / before.norm()).item() < 1e-6
+    assert (link.index, module.n_finished, len(module.chain)) == (0, 1, 1)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-6), ("64-true", 1e-10)])
+def test_the_weights_move_by_the_sum_of_the_links(tmp_path, precision, tolerance):
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    module = toy(rank=2, optimizer=lambda p: AdamW(p, lr=3e-2))
+    module.configure_model()
+    base = {name: layer.weight.detach().double().clone() for name, layer in lora_layers(module.model).items()}
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=5, precision=precision).fit(module, batches(dtype=dtype))
+    module.tie_knot()
+    assert len(module.chain) == 5
+    for name, layer in lora_layers(module.model).items():
+        moved = layer.weight.detach().double() - base[name]
+        delta = module.chain.delta(name).double()
+        scale = delta.norm() if precision == "64-true" else base[name].norm()
+        assert (moved - delta).norm() / scale < tolerance
+        ranks = [torch.linalg.matrix_rank(link.delta(name)).item() for link in module.chain.links]
+        assert max(ranks) <= 2 < torch.linalg.matrix_rank(delta) <= module.chain.total_rank(name) == 10
+
+
+def test_without_knots_and_without_the_callback_it_is_lora(tmp_path):
+    with_callback, without = toy(), toy()
+    trainer(tmp_path, chain={}, max_epochs=2).fit(with_callback, batches())
+    trainer(tmp_path, max_epochs=2).fit(without, batches())
+    assert_bit_equal(weights(with_callback), weights(without))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_callbacks_work_together_in_any_order(tmp_path, order):
+    logger = CSVLogger(tmp_path)
+    checkpoint = ModelCheckpoint(monitor="val_loss", save_top_k=-1, dirpath=tmp_path / "checkpoints")
+    monitor = LearningRateMonitor(logging_interval="step")
+    callbacks = [ChainOfLoRA(every_n_epochs=2), checkpoint, EarlyStopping("val_loss", patience=10), monitor][::order]
+    run = trainer(tmp_path, *callbacks, logger=logger, enable_checkpointing=True, max_epochs=4, log_every_n_steps=1)
+    module = toy(ValidatedToy, optimizer=lambda p: SGD(p, lr=0.1), lr_schedule="linear")
+    run.fit(module, batches(), batches(2))
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+    rates = [float(row["lr-SGD"]) for row in read_csv(f"{logger.log_dir}/metrics.csv") if row.get("lr-SGD")]
+    assert rates == pytest.approx([0.1 * (1 - step % 20 / 20) for step in range(40)])
+    assert module.n_finished == 1
+
+
+def test_early_stopping_counts_on_across_knots(tmp_path):
+    module = toy(ValidatedToy, lr_schedule="constant", optimizer=lambda p: SGD(p, lr=0.0))
+    stopping = EarlyStopping("val_loss", patience=3)
+    run = trainer(tmp_path, stopping, chain={"every_n_epochs": 1}, max_epochs=20)
+    run.fit(module, batches(), batches(2))
+    assert run.current_epoch == 4  # one best epoch and three without improvement, knots or not
+    assert module.n_finished == 3
+
+
+@pytest.mark.parametrize("factors", ["B", "random"])
+def test_an_optimizer_of_ones_own_with_all_factors_trains_those_of_the_rule(tmp_path, factors):
+    class Own(Toy):
+        def configure_optimizers(self):
+            return AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    module, drawn = toy(Own, trained_factors=factors), toy(Own, trained_factors=factors)
+    trainer(tmp_path, chain={}, max_epochs=1, accumulate_grad_batches=2).fit(module, batches())
+    frozen = f"lora_{frozen_factor(factors, 0, 0)}"
+    for name, value in drawn.model.state_dict().items():
+        if ".lora_" in name:
+            assert torch.equal(value, module.model.state_dict()[name]) == name.endswith(frozen)
+
+
+def test_a_chain_beside_weights_that_are_trained_is_refused(tmp_path):
+    module = toy()
+    module.configure_model()
+    module.freeze()
+    module.unfreeze()
+    with pytest.raises(UserError, match=r"model: .* trainable"):
+        trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
+
+
+@pytest.mark.parametrize("next_is", ["a step", "a checkpoint", "a knot", "the end"])
+def test_a_nan_stops_the_run_names_its_step_and_is_never_written(tmp_path, next_is):
+    class Poisoned(Toy):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * math.nan if self.trainer.global_step == 13 else loss
+
+    module = toy(Poisoned)
+    every = 1 if next_is == "a checkpoint" else 5
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_on_exception=True, save_last=True, every_n_train_steps=every)
+    knots, max_steps = 7 if next_is == "a knot" else 5, 14 if next_is == "the end" else -1
+    chain, settings = {"every_n_train_steps": knots}, {"max_epochs": 3, "max_steps": max_steps, "enable_checkpointing": True}
+    with pytest.raises(NonFiniteError, match=rf"loss is nan at step 13 \(epoch 1\), in link {13 // knots}"):
+        trainer(tmp_path, checkpoint, chain=chain, **settings).fit(module, batches())
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.isfinite(value).all() for name, value in state.items() if not name.startswith("chain."))
+    assert all(torch.isfinite(factor).all() for link in module.chain.links for pair in link.factors.values() for factor in pair)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_other_tools_that_would_break_a_chain_are_refused(tmp_path):
+    for rule in ({"at_steps": [3]}, {"patience": 1}):
+        with pytest.raises(UserError, match=r"trainer\.callbacks: EMAWeightAveraging cannot be combined with knots"):
+            trainer(tmp_path, EMAWeightAveraging(), chain=rule, max_epochs=1).fit(toy(), batches())
+    trainer(tmp_path, EMAWeightAveraging(), chain={}, max_epochs=1).fit(toy(), batches())  # one link
+    with pytest.raises(UserError, match=r"trainer\.strategy: "):
+        check_strategy(trainer(tmp_path, strategy="ddp_fork", devices=1).strategy)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_next_to_averaged_weights_a_checkpoint_has_the_runs_own_position_and_metrics(tmp_path):
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="5", every_n_train_steps=5)
+    trainer(tmp_path, EMAWeightAveraging(), saving, max_steps=5, enable_checkpointing=True).fit(toy(), batches())
+    checkpoint = torch.load(tmp_path / "5.ckpt", weights_only=True)
+    assert json.loads(bytes(checkpoint["state_dict"]["chain.metadata"].tolist()))["facts"]["position"] == [0, 5]
+
+
+def test_what_a_run_never_reaches_is_a_warning(tmp_path, caplog):
+    trainer(tmp_path, chain={"every_n_epochs": 3}, max_epochs=2).fit(toy(), batches())
+    assert "ends before its first knot" in caplog.text
+    trainer(tmp_path, chain={"every_n_train_steps": 9}, max_epochs=1).fit(toy(), batches())
+    assert "the last link has 1 optimizer steps, the others at least 9" in caplog.text
+
+
+# ---------------------------------------------------------------------- a link that gets no gradient
+
+
+class Net(nn.Module):
+    """Calls one layer, reads the weights of the next, and takes one of two experts, by the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(8, 12), nn.Linear(12, 12)
+        self.experts = nn.ModuleList([nn.Linear(12, 6), nn.Linear(12, 6)])
+        self.n_calls = 0
+
+    def forward(self, x):
+        self.n_calls += 1
+        h = F.linear(self.called(x), self.read.weight, self.read.bias)
+        return self.experts[self.n_calls % 2](h.tanh())
+
+
+class NetToy(Toy):
+    def build_model(self):
+        return Net()
+
+
+def warnings_of_a_fit(folder, module, caplog, **options):
+    caplog.clear()
+    trainer(folder, chain={}, **{"max_steps": 3} | options).fit(module, batches())
+    return [message for message in caplog.messages if "got no gradient" in message]
+
+
+def test_a_layer_that_is_not_called_is_named_once_a_fit(tmp_path, caplog):
+    module = toy(NetToy)
+    for _ in range(2):
+        (message,) = warnings_of_a_fit(tmp_path, module, caplog, accumulate_grad_batches=2)  # and so with both experts
+        assert message.startswith("model.target_modules: 1 of 4 ")
+        assert "(read)" in message
+
+
+def test_where_all_is_trained_or_frozen_by_the_user_nothing_is_named(tmp_path, caplog):
+    module = toy(NetToy)
+    module.model.read.requires_grad_(False)
+    assert warnings_of_a_fit(tmp_path, module, caplog, accumulate_grad_batches=2) == []
+    for settings in ({"dropout": 0.1}, {"target_modules": None}):
+        assert warnings_of_a_fit(tmp_path, toy(**settings), caplog) == []
+
+
+# ---------------------------------------------------------------------- on_knot
+
+
+class Halving(Toy):
+    """Gives each link half of the finished one's rank, and notes what it was called with."""
+
+    def on_knot(self, link):
+        assert self.n_finished == link.index + 1
+        self.restart_link(rank=link.rank // 2)
+        self.log("finished_rank", float(link.rank))
+
+
+class Listener(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_knot(self, trainer, pl_module, link):
+        self.seen.append((trainer.global_step, link.rank, pl_module.adapted.current.rank))
+
+
+def test_on_knot_of_the_module_and_of_callbacks_is_called_after_each_knot(tmp_path):
+    listener, module = Listener(), toy(Halving, rank=4)
+    run = trainer(tmp_path, listener, chain={"every_n_train_steps": 4}, max_steps=12)
+    run.fit(module, batches())
+    assert listener.seen == [(4, 4, 2), (8, 2, 1)]
+    assert [link.rank for link in module.full_chain().links] == [4, 2, 1]
+    assert run.callback_metrics["finished_rank"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty", "ignore:You're resuming from a checkpoint")
+def test_a_link_begun_again_in_on_knot_is_the_one_of_that_rank_and_resumes_exactly(tmp_path):
+    by_schedule, whole, resumed = toy(rank=4), toy(Halving, rank=4), toy(Halving, rank=4)
+    chain = {"every_n_train_steps": 4}
+    trainer(tmp_path, chain=chain | {"ranks": [4, 2, 1]}, max_steps=12).fit(by_schedule, batches(3))
+
+    def fit(module, **settings):
+        saving = ModelCheckpoint(
+            tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}", enable_version_counter=False
+        )
+        trainer(tmp_path, saving, chain=chain, max_steps=12, enable_checkpointing=True).fit(module, batches(3), **settings)
+
+    fit(whole)
+    assert_bit_equal(weights(whole), weights(by_schedule))
+    fit(resumed, ckpt_path=tmp_path / "step=6.ckpt")
+    assert_bit_equal(weights(resumed), weights(whole))

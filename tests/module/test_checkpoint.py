@@ -1,0 +1,259 @@
+"""What a checkpoint holds, and which module it makes again."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import Callback
+from torch import nn
+from torch.optim import AdamW
+
+from cola_lightning import ChainOfLoRA, UserError, lora_layers
+from cola_lightning.chain.checkpoint import StoredState
+from cola_lightning.errors import DiskError, NonFiniteError
+from tests.helpers.resuming import Data, Normed, Outside
+from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
+
+CHAIN = {"every_n_train_steps": 8, "ranks": [4, 2, 6, 3]}
+
+
+def make(cls=Toy, **arguments):
+    return toy(cls, rank=6, dropout=0.2, lr_schedule="cosine", optimizer=lambda p: AdamW(p, lr=1e-2), **arguments)
+
+
+class SaveEachStep(Callback):
+    """Writes ``step=N.ckpt`` after each batch, when ModelCheckpoint would, and nothing about itself."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt", weights_only=False)
+
+
+def run(path, module, ckpt_path=None, chain=CHAIN, loader=None, **arguments):
+    fit = trainer(path, SaveEachStep(path / "resumed" if ckpt_path else path), chain=chain, **{"max_epochs": 3} | arguments)
+    val = batches(2) if isinstance(module, ValidatedToy | Normed) else None
+    fit.fit(module, batches() if loader is None else loader, val, ckpt_path=ckpt_path)
+    return module
+
+
+def test_a_checkpoint_is_the_chain_and_not_the_model(tmp_path):
+    whole = run(tmp_path, make())
+    checkpoint = torch.load(tmp_path / "step=20.ckpt", weights_only=True)
+    factors = [f"{part}.{n}.lora_{f}" for part in ("chain.0", "chain.1", "model") for n in (0, 2) for f in "AB"]
+    assert sorted(checkpoint["state_dict"]) == sorted([*factors, "chain.metadata"])
+    state = StoredState.of(checkpoint["state_dict"])
+    assert [(link.rank, link.start_step, link.end_step) for link in state.chain.links] == [(4, 0, 8), (2, 8, 16)]
+    live = state.live
+    assert (live.rank, live.alpha, list(live.metrics)) == (6, 4.0, ["train_loss"])
+    resumed = run(tmp_path, make(), tmp_path / "step=20.ckpt")
+    assert_bit_equal(weights(resumed), weights(whole))
+    assert resumed.chain.is_beginning_of(whole.chain)
+    assert resumed.n_finished == whole.n_finished == 3
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_no_checkpoint_holds_values_that_are_not_finite(tmp_path, weights_only):
+    class Poisoning(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 10:
+                module.model[0].lora_B.detach().fill_(torch.nan)
+            trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=weights_only)
+
+    with pytest.raises(NonFiniteError, match=r"model\.0\.lora_B.* in link 1"):
+        trainer(tmp_path, Poisoning(), chain=CHAIN, max_epochs=3).fit(make(), batches())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 9
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    own = type("Own", (TorchCheckpointIO,), {})()
+    fit = trainer(tmp_path, ChainOfLoRA(), plugins=[own], max_epochs=1)
+    fit.fit(toy(), batches())
+    assert fit.strategy.checkpoint_io is own  # a user's own stays
+    fit = trainer(tmp_path, chain={}, max_epochs=1)
+    fit.fit(toy(), batches())
+    path = tmp_path / "a" / "x.ckpt"
+    fit.save_checkpoint(path)
+    before = path.read_bytes()
+
+    def fail(checkpoint, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(DiskError, match="disk full"):
+        fit.save_checkpoint(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["x.ckpt"]
+
+
+# ---------------------------------------------------------------------- modules that are made again
+
+
+class WithoutRanges(BaseHTTPRequestHandler):
+    """Sends whole files, as they say how long they are or not."""
+
+    def do_GET(self):
+        contents = Path(self.path.removeprefix("/sized")).read_bytes()
+        self.send_response(200)
+        if self.path.startswith("/sized"):
+            self.send_header("Content-Length", str(len(contents)))
+        self.end_headers()
+        self.wfile.write(contents if self.command == "GET" else b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_checkpoint_is_read_from_a_server_that_sends_only_whole_files(tmp_path):
+    module = run(tmp_path, make(), max_epochs=1)
+    with ThreadingHTTPServer(("127.0.0.1", 0), WithoutRanges) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        for start in ("/sized", ""):
+            url = f"http://127.0.0.1:{server.server_port}{start}{tmp_path}/step=10.ckpt"
+            assert_bit_equal(weights(Toy.load_from_checkpoint(url)), weights(module))
+            assert run(tmp_path / "more", make(), url, max_steps=11, max_epochs=-1).fit_progress.end.global_step == 11
+        server.shutdown()
+
+
+def test_a_module_goes_back_and_forth_between_checkpoints_of_its_run(tmp_path):
+    module = run(tmp_path, make(ValidatedToy))
+    expected, loaded = weights(module), [ValidatedToy.load_from_checkpoint(tmp_path / f"step={n}.ckpt") for n in (10, 30)]
+    assert_bit_equal(weights(loaded[1]), expected)
+    assert {(layer.rank, layer.scaling) for layer in lora_layers(loaded[1].model).values()} == {(3, 4 / 3)}
+    for step, other in ((10, weights(loaded[0])), (30, expected), (30, expected)):
+        trainer(tmp_path).validate(module, batches(2), ckpt_path=tmp_path / f"step={step}.ckpt", verbose=False)
+        assert_bit_equal(weights(module), other)
+
+
+@pytest.mark.parametrize("calls_super", [True, False])
+def test_a_subclass_or_a_mixin_that_forgets_super_keeps_the_chain(tmp_path, calls_super):
+    class Notes:
+        def on_save_checkpoint(self, checkpoint):
+            if calls_super:
+                super().on_save_checkpoint(checkpoint)
+            checkpoint["notes"] = 1
+
+        def on_load_checkpoint(self, checkpoint):
+            self.notes = checkpoint["notes"]
+
+    class Forgetful(Notes, ValidatedToy):
+        def on_train_start(self):
+            pass
+
+        def configure_callbacks(self):
+            return [*super().configure_callbacks(), Callback()] if calls_super else Callback()
+
+    module, loaded = run(tmp_path, make(Forgetful)), make(Forgetful)
+    trainer(tmp_path).validate(loaded, batches(2), ckpt_path=tmp_path / "step=30.ckpt", verbose=False)
+    for other in (Forgetful.load_from_checkpoint(tmp_path / "step=30.ckpt", rank=6), loaded):
+        assert other.notes == 1
+        assert_bit_equal(weights(other), weights(module))
+    resumed = run(tmp_path, make(Forgetful), tmp_path / "step=20.ckpt")
+    assert_bit_equal(weights(resumed), weights(module))
+    module.trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    written = torch.load(tmp_path / "weights.ckpt", weights_only=True)
+    assert (written["notes"], "chain.metadata" in written["state_dict"]) == (1, True)
+    nn.init.constant_(module.model[0].lora_B, torch.nan)
+    with pytest.raises(NonFiniteError):
+        module.trainer.save_checkpoint(tmp_path / "run.ckpt", weights_only=False)
+
+
+class Wider(Toy):
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, 14), nn.Tanh(), nn.Linear(14, 6))
+
+
+class Double(Toy):
+    def build_model(self):
+        return super().build_model().double()
+
+
+@pytest.mark.parametrize("save_base", [False, True])
+def test_another_base_is_refused_and_so_are_other_layers_and_no_chain(tmp_path, save_base):
+    run(tmp_path, make(save_base=save_base), max_epochs=1, chain={"every_n_train_steps": 4})
+    path = tmp_path / "step=10.ckpt"
+    others = [(make(target_modules=["2"]), r"model\.target_modules"), (make(seed=7), r"model\.seed" if save_base else "base")]
+    if not save_base:
+        others += [(make(Wider), "base"), (make(Double), "base")]
+    for module, field in others:
+        with pytest.raises(UserError, match=rf"^{field}\b.*: "):
+            run(tmp_path, module, ckpt_path=path)
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["state_dict"]["chain.metadata"]
+    torch.save(checkpoint, tmp_path / "plain.ckpt")
+    with pytest.raises(UserError, match="contains no chain"):
+        run(tmp_path, make(), ckpt_path=tmp_path / "plain.ckpt")
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", None])
+def test_a_saved_base_is_whole_and_not_made_again(tmp_path, target_modules):
+    class Costly(Toy):
+        made = 0
+
+        def build_model(self):
+            model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 6))
+            if not self.is_base_in_checkpoint:
+                type(self).made += 1
+                torch.manual_seed(self.made)  # as if it could not be made again
+                model[0].reset_parameters()
+                model.train()(torch.randn(32, 8))  # moves the buffers
+            return model
+
+    module, chain = make(Costly, target_modules=target_modules, save_base=True), CHAIN if target_modules else {}
+    module.configure_model()
+    base = weights(module.merged_model().eval())
+    run(tmp_path, module, chain=chain)
+    path = tmp_path / "step=20.ckpt"
+    resumed = Costly.load_from_checkpoint(path, optimizer=lambda p: AdamW(p, lr=1e-2))
+    run(tmp_path, resumed, ckpt_path=path, chain=chain)
+    assert Costly.made == 1
+    assert not torch.equal(module.model[1].running_mean, base["1.running_mean"])
+    for one in (module, resumed):
+        assert_bit_equal(weights(one), weights(module))
+        assert_bit_equal(weights(one.merged_model(0)), base)
+    again = run(tmp_path, make(Costly, target_modules=target_modules), ckpt_path=path, chain=chain)
+    assert_bit_equal(weights(again), weights(module))
+    assert Costly.made == 2  # without being told, it is made, and then replaced by what the checkpoint holds
+    if target_modules is None:
+        with pytest.raises(UserError, match=r"model\.target_modules"):
+            run(tmp_path, make(Costly), ckpt_path=path, chain={})
+        with pytest.raises(UserError, match="got null"):
+            module.tie_knot()
+
+
+def test_what_is_trained_outside_of_the_model_is_loaded_in_the_runs_precision(tmp_path):
+    module, double = toy(Outside), trainer(tmp_path, max_epochs=1, precision="64-true")
+    double.fit(module, datamodule=Data(batch_size=4))
+    double.save_checkpoint(tmp_path / "one.ckpt")
+    loaded = Outside.load_from_checkpoint(tmp_path / "one.ckpt")
+    assert loaded.outside.weight.dtype == torch.float64
+    assert_bit_equal(weights(loaded), weights(module))
+
+
+class Evaluated(ValidatedToy):
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.training_step(batch, batch_idx))
+
+
+def test_a_test_between_leaves_the_links_steps_and_a_checkpoint_after_it_resumes_inside_the_epoch(tmp_path):
+    def run(steps):
+        return trainer(tmp_path, chain={"every_n_train_steps": 4}, max_epochs=2, max_steps=steps, limit_val_batches=0)
+
+    whole, module, resumed = (toy(Evaluated, lr_schedule="constant") for _ in range(3))
+    run(-1).fit(whole, datamodule=Data(batch_size=4))
+    stopped = run(5)
+    stopped.fit(module, datamodule=Data(batch_size=4))
+    stopped.test(module, batches(1), verbose=False)
+    stopped.save_checkpoint(tmp_path / "run.ckpt")
+    for one in (module, Evaluated.load_from_checkpoint(tmp_path / "run.ckpt")):
+        trainer(tmp_path).test(one, batches(1), verbose=False)
+        assert [(link.start_step, link.end_step) for link in one.full_chain().links] == [(0, 4), (4, 5)]
+    run(-1).fit(resumed, datamodule=Data(batch_size=4), ckpt_path=tmp_path / "run.ckpt")
+    assert_bit_equal(weights(resumed), weights(whole))

@@ -1,0 +1,619 @@
+"""What Lightning's users do with any module, done with a COLA module."""
+
+import inspect
+import json
+import math
+import pickle
+import pydoc
+import sys
+from argparse import Namespace
+from collections import OrderedDict, UserString
+from datetime import timedelta
+from pathlib import PurePosixPath
+
+import numpy as np
+import omegaconf
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.model_summary import ModelSummary
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.optim import AdamW
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from cola_lightning import (
+    COLACausalLM,
+    COLAModule,
+    COLASequenceClassifier,
+    LastCheckpoint,
+    LoRAConfig,
+    PredictionWriter,
+    UserError,
+)
+from cola_lightning.chain.checkpoint import read_chain
+from tests.helpers import tiny
+from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
+
+
+def fitted(tmp_path, module, *callbacks, **arguments):
+    run = trainer(tmp_path, *callbacks, **{"max_epochs": 1} | arguments)
+    run.fit(module, batches(), batches(1) if isinstance(module, ValidatedToy) else None)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    return module
+
+
+# ---------------------------------------------------------------------- the model is there when it is asked for
+
+
+class InInit(Toy):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.width = self.model[0].out_features
+
+
+class NeedsSetup(Toy):
+    """Needs its ``setup`` before its model can be made."""
+
+    def setup(self, stage):
+        self.width = 12
+
+    def build_model(self):
+        assert self.width == 12
+        return super().build_model()
+
+
+class InConfigureModel(Toy):
+    def configure_model(self):
+        self.width = self.model[0].out_features
+        super().configure_model()
+
+
+@pytest.mark.parametrize("cls", [InInit, NeedsSetup, InConfigureModel])
+def test_a_model_that_is_asked_for_early_or_late_is_the_one_that_a_fit_makes(tmp_path, cls):
+    module = fitted(tmp_path, toy(cls))
+    assert module.width == 12
+    assert_bit_equal(weights(module), weights(fitted(tmp_path, toy())))
+
+
+def test_a_configure_model_that_forgets_super_is_refused_in_one_line(tmp_path):
+    class Forgetful(Toy):
+        def configure_model(self):
+            self.width = self.model[0].out_features
+
+    for make_use in (lambda module: fitted(tmp_path, module), Toy.merged_model, Toy.state_dict):
+        with pytest.raises(UserError, match=r"^Forgetful\.configure_model must call super\(\)\.configure_model\(\)"):
+            make_use(toy(Forgetful))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda module: sum(isinstance(one, nn.Linear) for one in module.modules()),
+        lambda module: len(list(next(module.children()))) - 1,
+        lambda module: len(list(module.double().model.parameters())) // 4,
+        lambda module: (
+            sum(line.split("|")[1].strip() == "model" for line in str(ModelSummary(module)).splitlines() if "|" in line) * 2
+        ),
+    ],
+)
+def test_a_module_that_is_gone_through_before_a_fit_has_its_model(look):
+    assert look(toy()) == 2
+
+
+def test_a_module_is_called_like_its_model_and_a_double_one_is_double(tmp_path):
+    module, x = toy().double(), torch.ones(3, 8, dtype=torch.float64)
+    assert module(x).dtype == torch.float64
+    assert torch.equal(module(x), module.model(x))
+    counted = []
+    assert toy().apply(lambda part: counted.append(type(part))) is not None
+    assert len(counted) == 7  # the module, its model, two layers with dropouts, and an activation
+    module = toy()
+    module.example_input_array = torch.ones(3, 8)
+    fitted(tmp_path, module, enable_model_summary=True)
+
+
+def test_whatever_goes_through_a_module_finds_its_model():
+    names = {name for name, _ in toy(target_modules=["0"]).named_parameters()}
+    assert {"model.0.weight", "model.0.lora_A", "model.2.weight"} <= names
+    assert sum(p.numel() for p in toy().parameters() if p.requires_grad) == 2 * (8 + 12) + 2 * (12 + 6)
+    assert toy().state_dict().keys() == {f"model.{n}.lora_{factor}" for n in (0, 2) for factor in "AB"} | {"chain.metadata"}
+    assert not toy().eval().model.training
+    module = toy()
+    module.load_state_dict(toy().state_dict() | {"model.0.lora_B": torch.ones(12, 2)})
+    assert module.model[0].lora_B.all()
+    assert_bit_equal(weights(pickle.loads(pickle.dumps(toy()))), weights(toy()))
+
+
+def test_another_model_in_the_place_of_the_one_that_was_adapted_is_refused(tmp_path):
+    class Wrapping(Toy):
+        def setup(self, stage):
+            self.model = nn.Sequential(self.model)
+
+    with pytest.raises(UserError, match=r"^model: "):
+        fitted(tmp_path, toy(Wrapping), chain={"every_n_epochs": 1})
+
+
+def test_a_module_inside_another_is_refused_in_a_fit(tmp_path):
+    class Around(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = toy(), nn.Linear(6, 6)
+
+        def training_step(self, batch, batch_idx):
+            return mse_loss(self.head(self.inner.model(batch[0])), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    with pytest.raises(UserError, match=r"^Toy: .*inside another"):
+        trainer(tmp_path, max_epochs=1).fit(Around(), batches())
+
+
+def test_processes_that_drew_seeds_of_their_own_are_refused(tmp_path, monkeypatch):
+    module = toy(seed=None)
+    assert list(module.parameters())
+    monkeypatch.setattr("cola_lightning.layout.gather_objects", lambda value: [value, value + 1])
+    with pytest.raises(UserError, match=r"^model\.seed"):
+        fitted(tmp_path, module)
+
+
+class Scaled(Toy):
+    """Has a scale of its own, and counts its batches; both are made with the base."""
+
+    def build_model(self):
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("count", torch.zeros(()))
+        return super().build_model()
+
+    def training_step(self, batch, batch_idx):
+        self.count += 1
+        return super().training_step((batch[0] * self.scale, batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["0"], "modules_to_save": ["2"]}, {"target_modules": None}], ids=str)
+def test_what_was_trained_is_stored_also_if_it_is_frozen_since(tmp_path, options):
+    module = fitted(tmp_path, toy(Scaled, **options))
+    names = module.state_dict().keys()
+    module.freeze()
+    assert module.state_dict().keys() == names
+    module.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    assert_bit_equal(weights(Scaled.load_from_checkpoint(tmp_path / "run.ckpt")), weights(module))
+    if options["target_modules"] is not None:
+        (link,) = read_chain(tmp_path / "run.ckpt").links
+        assert torch.equal(link.extras["2.weight"], module.model[2].weight)
+        assert torch.equal(module.live_link().extras["self.scale"], module.scale)
+
+
+def test_what_build_model_assigns_to_the_module_stays_when_the_base_is_rebuilt(tmp_path):
+    module = fitted(tmp_path, toy(Scaled), chain={"every_n_train_steps": 5})
+    scale, before = module.scale, weights(module)
+    module.merged_model(1)
+    assert module.scale is scale
+    assert before["count"] == 10
+    assert_bit_equal(weights(module), before)
+
+
+def test_what_configure_model_makes_is_made_once(tmp_path):
+    class Headed(Toy):
+        def configure_model(self):
+            super().configure_model()
+            self.head = nn.Linear(6, 6)
+
+        def training_step(self, batch, batch_idx):
+            return mse_loss(self.head(self.model(batch[0])), batch[1])
+
+    module = fitted(tmp_path, toy(Headed))
+    head, before = module.head, weights(module)
+    module.merged_model()
+    module.load_state_dict(module.state_dict())
+    assert module.head is head
+    assert_bit_equal(weights(module), before)
+
+
+def test_a_subclass_may_call_its_own_attributes_what_it_likes(tmp_path):
+    class Own(Toy):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.run, self.schedule, self.pending, self.optimization = "wandb's", "mine", [], "adam"
+
+    module = fitted(tmp_path, toy(Own), chain={"every_n_train_steps": 5})
+    assert (module.run, module.schedule, module.pending, module.optimization) == ("wandb's", "mine", [], "adam")
+    assert_bit_equal(weights(Own.load_from_checkpoint(tmp_path / "run.ckpt")), weights(module))
+    assert_bit_equal(weights(module), weights(fitted(tmp_path, toy(), chain={"every_n_train_steps": 5})))
+
+
+def test_a_state_dict_is_tensors_that_other_tools_take_as_they_are(tmp_path):
+    module = fitted(tmp_path, toy(), chain={"every_n_train_steps": 4})
+    state = module.state_dict()
+    save_file(state, tmp_path / "state.safetensors")
+    averaged, again = AveragedModel(module), AveragedModel(toy())
+    averaged.update_parameters(module)
+    again.load_state_dict(averaged.state_dict())
+    assert_bit_equal(weights(again.module), weights(module))
+    for received in ({name: value.cpu() for name, value in state.items()}, load_file(tmp_path / "state.safetensors")):
+        loaded = toy()
+        loaded.load_state_dict(received)
+        assert_bit_equal(weights(loaded), weights(module))
+        assert (loaded.n_finished, loaded.current.start, len(loaded.chain)) == (2, module.current.start, 2)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_module_is_exported_by_torch(tmp_path):
+    module, x = fitted(tmp_path, toy(), chain={"every_n_train_steps": 4}).eval(), torch.ones(3, 8)
+    assert torch.equal(torch.export.export(module, (x,)).module()(x), module(x))
+    graph, _ = torch.jit._get_trace_graph(module, (x,), strict=False)  # as to_onnx(dynamo=False) does, which needs onnx
+    assert len(list(graph.inputs())) == 1 + len(module.state_dict())
+
+
+# ---------------------------------------------------------------------- what is asked of a checkpoint counts
+
+
+class WithHead(ValidatedToy):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.head = nn.Linear(6, 2)
+
+
+def test_strict_counts(tmp_path):
+    expected, path = fitted(tmp_path, toy(ValidatedToy), chain={"every_n_train_steps": 5}), tmp_path / "run.ckpt"
+    with pytest.raises(UserError, match=r"head\.bias.*head\.weight"):
+        WithHead.load_from_checkpoint(path)
+    with pytest.warns(UserWarning, match=r"head\.weight"):
+        loaded = WithHead.load_from_checkpoint(path, strict=False)
+    assert_bit_equal(weights(loaded.model), weights(expected.model))
+    assert loaded.n_finished == 1
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | {"state_dict": checkpoint["state_dict"] | {"other": torch.zeros(1)}}, tmp_path / "other.ckpt")
+    with pytest.warns(UserWarning, match="'other'"):
+        ValidatedToy.load_from_checkpoint(tmp_path / "other.ckpt", strict=False)
+    with pytest.raises(UserError, match=r"^strict: "):
+        type("Lenient", (WithHead,), {"strict_loading": False}).load_from_checkpoint(path, strict=True)
+    module = toy(WithHead)
+    module.strict_loading = False
+    trainer(tmp_path).validate(module, batches(2), ckpt_path=path, verbose=False)
+    assert_bit_equal(weights(module.model), weights(expected.model))
+    missing, unknown = module.load_state_dict({"model.0.lora_B": torch.zeros(12, 2), "other": torch.zeros(1)}, strict=False)
+    assert set(missing) >= {"head.weight", "model.0.lora_A"}
+    assert unknown == ["other"]
+
+
+@pytest.mark.parametrize("where", ["cpu", torch.device("cpu"), lambda storage, _: storage, lambda *_: None, {"cuda:0": "cpu"}])
+def test_a_checkpoint_is_loaded_to_where_map_location_says(tmp_path, where):
+    module = fitted(tmp_path, toy())
+    assert_bit_equal(weights(Toy.load_from_checkpoint(tmp_path / "run.ckpt", where)), weights(module))
+
+
+def test_a_file_of_hyperparameters_counts_more_than_the_checkpoint(tmp_path):
+    fitted(tmp_path, toy())
+    (tmp_path / "hparams.yaml").write_text("dropout: 0.5\nunknown: 1\n")
+    loaded = Toy.load_from_checkpoint(tmp_path / "run.ckpt", hparams_file=tmp_path / "hparams.yaml")
+    assert loaded.model[0].lora_dropout.p == 0.5
+    loaded = Toy.load_from_checkpoint(tmp_path / "run.ckpt", hparams_file=tmp_path / "hparams.yaml", dropout=0.2)
+    assert (loaded.lora_config.rank, loaded.lora_config.dropout) == (2, 0.2)
+
+
+def test_weights_only_counts(tmp_path):
+    class Pickling(ValidatedToy):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["where"] = PurePosixPath("here")
+
+        def on_load_checkpoint(self, checkpoint):
+            self.where = checkpoint["where"]
+
+    module, path = fitted(tmp_path, toy(Pickling)), tmp_path / "run.ckpt"
+    for options in ({}, {"weights_only": True}):
+        with pytest.raises(UserError, match="weights_only=False"):
+            Pickling.load_from_checkpoint(path, **options)
+    loaded = Pickling.load_from_checkpoint(path, "cpu", weights_only=False, rank=2)
+    assert_bit_equal(weights(loaded), weights(module))
+    assert loaded.where == PurePosixPath("here")
+    trainer(tmp_path).validate(loaded, batches(2), ckpt_path=path, weights_only=False, verbose=False)
+
+
+# ---------------------------------------------------------------------- arguments and hyperparameters
+
+
+@pytest.mark.parametrize(("since", "plugins"), [(timedelta(1), []), (UserString("one"), [AsyncCheckpointIO()])])
+def test_hyperparameters_are_stored_plain_or_left_out_with_one_warning(tmp_path, since, plugins, caplog):
+    class Saving(Toy):
+        def __init__(self, where, sizes, since, rank=2):
+            super().__init__(rank=rank, seed=0)
+            self.save_hyperparameters()
+            self.where = where
+
+    sizes = OrderedDict(a=[1, (2.5,)])
+    module = fitted(tmp_path, Saving(tmp_path, sizes, since), plugins=plugins)
+    module.trainer.save_checkpoint(tmp_path / "again.ckpt")
+    module.trainer.strategy.teardown()  # which waits for the file
+    (warning,) = [record.getMessage() for record in caplog.records if "hyperparameter" in record.getMessage()]
+    assert "'since'" in warning
+    stored = torch.load(tmp_path / "again.ckpt", weights_only=True)["hyper_parameters"]
+    assert {name: type(value) for name, value in stored.items()} == {"where": str, "sizes": dict, "rank": int}
+    loaded = Saving.load_from_checkpoint(tmp_path / "again.ckpt", since=None)
+    assert (loaded.where, loaded.hparams.sizes) == (str(tmp_path), {"a": [1, [2.5]]})
+    assert_bit_equal(weights(loaded), weights(module))
+
+
+@pytest.mark.parametrize("library", ["argparse", "omegaconf"])
+def test_a_configuration_comes_back_as_one(tmp_path, library):
+    class Configured(Toy):
+        def __init__(self, config, dtype=None):
+            super().__init__(target_modules=list(config.targets), rank=config.size.rank, seed=0)
+            self.save_hyperparameters()
+            self.dtype_given = dtype
+
+    if library == "omegaconf":
+        config = omegaconf.OmegaConf.create({"n": 2, "targets": ["0"], "size": {"rank": "${n}"}})
+    else:
+        config = Namespace(targets=["0"], size=Namespace(rank=2))
+    module = fitted(tmp_path, Configured(config, torch.bfloat16))
+    loaded = Configured.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert type(loaded.hparams.config) is type(config)
+    assert type(loaded.hparams.config.size) is type(config.size)
+    assert (loaded.hparams.config.size.rank, loaded.dtype_given) == (2, torch.bfloat16)
+    assert_bit_equal(weights(loaded), weights(module))
+
+
+def test_a_data_module_comes_back_with_its_configuration_as_a_dict(tmp_path):
+    class Configured(LightningDataModule):
+        def __init__(self, config, size=1):
+            super().__init__()
+            self.save_hyperparameters()
+            self.width = config["shape"]["width"] + config["layers"][0]["n"]
+
+        def train_dataloader(self):
+            return batches()
+
+    config = omegaconf.OmegaConf.create({"n": 2, "shape": {"width": "${n}"}, "layers": [{"n": 3}], "token": "hf_1"})
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(toy(), datamodule=Configured(config))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    assert b"hf_1" not in (tmp_path / "run.ckpt").read_bytes()
+    torch.load(tmp_path / "run.ckpt", weights_only=True)
+    for options in ({}, {"weights_only": False}):
+        assert Configured.load_from_checkpoint(tmp_path / "run.ckpt", **options).width == 2 + 3
+
+
+def test_a_secret_is_not_stored(tmp_path):
+    class Named(Toy):
+        def __init__(self, rank, token=None, api_key="", pad_token="<pad>", hub=None):
+            super().__init__(rank=rank, seed=0)
+            self.save_hyperparameters()
+
+    module = Named(2, token="hf_1234", api_key="hf_1234", pad_token="<end>", hub={"name": "a/b", "token": "hf_1234"})
+    fitted(tmp_path, module)
+    assert b"hf_1234" not in (tmp_path / "run.ckpt").read_bytes()
+    assert "hf_1234" not in str(module.constructor_arguments)
+    assert module.constructor_arguments["init_args"]["pad_token"] == "<end>"
+    assert_bit_equal(weights(Named.load_from_checkpoint(tmp_path / "run.ckpt")), weights(module))
+
+
+def test_help_shows_all_options_of_a_module_with_their_defaults():
+    for cls in (COLACausalLM, COLASequenceClassifier, COLAModule):
+        shown = inspect.signature(cls).parameters
+        assert shown.keys() >= {"optimizer", "seed", *inspect.signature(LoRAConfig).parameters}
+        assert all(one.default is not one.empty for name, one in shown.items() if name != "model_name")
+        assert "rank: int = 8" in pydoc.render_doc(cls)
+
+    class Own(Toy):
+        def __init__(self, width, **options):
+            super().__init__(**options)
+
+    assert inspect.signature(Toy) == inspect.signature(COLAModule)
+    assert list(inspect.signature(Own).parameters) == ["width", "options"]
+    assert list(inspect.signature(toy()).parameters) == ["args", "kwargs"]  # of a call
+
+
+def test_the_defaults_of_this_package_are_recorded(tmp_path):
+    """A later version may have others."""
+    for module in (toy(), COLACausalLM(tiny.folder(tmp_path / "lm"), rank=2)):
+        recorded = module.constructor_arguments["defaults"]
+        assert (recorded["init"], recorded["dropout"], recorded["trained_factors"]) == ("kaiming", 0.0, "both")
+        assert not {"optimizer", "compile", "trust_remote_code", "rank", "model_name"} & recorded.keys()
+
+
+# ---------------------------------------------------------------------- a Trainer's uses
+
+
+def test_the_command_line_of_lightning_makes_an_optimizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fit.py"])
+
+    class Fed(Toy):
+        def __init__(self, rank: int = 2):
+            super().__init__(rank=rank, seed=0)
+
+        def train_dataloader(self):
+            return batches()
+
+    args = ["fit", "--optimizer=torch.optim.AdamW", "--optimizer.lr=0.001", "--optimizer.fused=true", "--trainer.max_epochs=2"]
+    args += [f"--trainer.{what}=false" for what in ("logger", "enable_checkpointing", "enable_progress_bar")]
+    with pytest.warns(UserWarning, match="will be overridden"):
+        module = LightningCLI(Fed, args=args, seed_everything_default=3, save_config_callback=None).model
+    by_hand = fitted(tmp_path, toy(rank=2, alpha=16, lr_schedule="constant"), max_epochs=2)
+    assert_bit_equal(weights(module), weights(by_hand))
+
+
+def test_the_batch_size_finder_leaves_a_run_as_it_would_be_without(tmp_path):
+    class Sized(Toy):
+        def train_dataloader(self):
+            return DataLoader(batches(40).dataset, batch_size=self.batch_size)
+
+    def fit(batch_size, *callbacks, is_tuned=False):
+        module, run = toy(Sized), trainer(tmp_path, *callbacks, max_epochs=1, chain={"every_n_train_steps": 4})
+        module.batch_size = batch_size
+        if is_tuned:
+            Tuner(run).scale_batch_size(module, max_trials=2)
+        run.fit(module)
+        assert module.batch_size == 4
+        return weights(module)
+
+    expected = fit(4)
+    assert_bit_equal(fit(2, is_tuned=True), expected)
+    assert_bit_equal(fit(2, BatchSizeFinder(max_trials=2)), expected)
+
+
+def test_a_search_for_a_learning_rate_leaves_a_run_as_it_would_be_with_that_rate(tmp_path):
+    class Tuned(Toy):
+        def configure_optimizers(self):
+            return AdamW(self.trained_parameters(), lr=self.lr)
+
+    def fit(rate, *callbacks, is_tuned=False):
+        module, run = toy(Tuned, dropout=0.3), trainer(tmp_path, *callbacks, max_epochs=1, chain={"every_n_train_steps": 12})
+        module.lr = rate
+        if is_tuned:
+            Tuner(run).lr_find(module, batches(30), num_training=25)
+        run.fit(module, batches(30))
+        assert [link.end_step for link in module.chain.links] == [12, 24]
+        return weights(module), module.lr
+
+    for found, rate in (fit(1e-5, is_tuned=True), fit(1e-5, LearningRateFinder(num_training_steps=25))):
+        assert rate != 1e-5
+        assert_bit_equal(found, fit(rate)[0])
+
+
+def test_weights_alone_are_saved_inside_an_accumulation_window(tmp_path):
+    saving = ModelCheckpoint(tmp_path, "{step}", save_weights_only=True, save_top_k=-1)
+    arguments = {"accumulate_grad_batches": 4, "val_check_interval": 3, "max_epochs": 1, "enable_checkpointing": True}
+    trainer(tmp_path, saving, **arguments).fit(toy(ValidatedToy), batches(), batches(1))
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=1.ckpt", "step=2.ckpt"]
+    assert ValidatedToy.load_from_checkpoint(tmp_path / "step=1.ckpt").model[0].lora_B.any()
+
+
+def test_a_knot_keeps_a_parameter_group_that_was_added_and_the_run_is_resumed(tmp_path):
+    class Freezing(BaseFinetuning):
+        def freeze_before_training(self, module):
+            self.freeze(module.head)
+
+        def finetune_function(self, module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(module.head, optimizer, lr=0.05)
+
+        def on_fit_start(self, trainer, module):
+            super().on_fit_start(trainer, module)
+            for group in trainer.optimizers[0].param_groups:
+                for parameter in group["params"]:
+                    parameter.requires_grad_()  # Lightning leaves it frozen in a resumed fit
+
+    class Headed(Toy):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.head = nn.Linear(6, 6)
+
+        def training_step(self, batch, batch_idx):
+            return mse_loss(self.head(self.model(batch[0])), batch[1])
+
+    def fit(path, n_epochs, ckpt_path=None):
+        torch.manual_seed(0)
+        module = toy(Headed, lr_schedule="constant")
+        run = trainer(
+            path, Freezing(), LastCheckpoint(), chain={"every_n_epochs": 2}, max_epochs=n_epochs, enable_checkpointing=True
+        )
+        run.fit(module, batches(), ckpt_path=ckpt_path)
+        return module, run
+
+    whole, run = fit(tmp_path / "whole", 4)
+    assert whole.n_finished == 1
+    assert [len(group["params"]) for group in run.optimizers[0].param_groups] == [4, 2]
+    assert run.optimizers[0].param_groups[1]["lr"] == 0.05
+    fit(tmp_path / "part", 3)
+    resumed, _ = fit(tmp_path / "resumed", 4, tmp_path / "part" / "checkpoints" / "last.ckpt")
+    assert_bit_equal(weights(resumed), weights(whole))
+
+
+def test_a_second_fit_draws_another_dropout_also_of_a_module_from_a_checkpoint(tmp_path):
+    class Drawing(Toy):
+        def training_step(self, batch, batch_idx):
+            draws.append(torch.rand(()).item())
+            return super().training_step(batch, batch_idx)
+
+    def fit(module):
+        draws.clear()
+        fitted(tmp_path, module)
+        return list(draws)
+
+    draws, module = [], toy(Drawing)
+    first, loaded = fit(module), Drawing.load_from_checkpoint(tmp_path / "run.ckpt")
+    second = fit(module)
+    assert set(first).isdisjoint(second)
+    assert second == fit(loaded)
+    assert set(second).isdisjoint(fit(loaded))
+    assert fit(toy(Drawing)) == first
+
+
+# ---------------------------------------------------------------------- predictions
+
+
+def lines_of(path):
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def test_predictions_are_json_whatever_they_hold(tmp_path):
+    class Predicting(Toy):
+        def predict_step(self, batch, batch_idx):
+            return {
+                "prediction": np.arange(4),
+                "scores": [{"all": torch.ones(2), "best": np.float32(1)}] * 4,
+                "undefined": [math.nan, -math.inf, torch.tensor(math.inf), np.float32("nan")],
+                "tensor": torch.tensor([[0.0, math.nan]] * 4),
+            }
+
+    trainer(tmp_path, PredictionWriter()).predict(toy(Predicting), batches(1))
+    same = {"scores": {"all": [1.0, 1.0], "best": 1.0}, "undefined": None, "tensor": [0.0, None]}
+    assert lines_of(tmp_path / "predictions.jsonl") == [{"index": k, "prediction": k} | same for k in range(4)]
+
+
+def test_a_predict_that_fails_leaves_the_rows_so_far_beside_where_all_would_be(tmp_path):
+    class Failing(Toy):
+        fails_at = 2
+
+        def predict_step(self, batch, batch_idx):
+            if batch_idx == self.fails_at:
+                raise RuntimeError("no memory")
+            return {"prediction": batch[0].sum(-1)}
+
+    module, run = toy(Failing), trainer(tmp_path, PredictionWriter())
+    with pytest.raises(RuntimeError, match="no memory"):
+        run.predict(module, batches(4))
+    partial = lines_of(tmp_path / "predictions.partial.jsonl")
+    assert [line["index"] for line in partial] == list(range(8))
+    assert not (tmp_path / "predictions.jsonl").exists()
+    module.fails_at = None
+    run.predict(module, batches(4))
+    assert lines_of(tmp_path / "predictions.jsonl")[:8] == partial
+    module.fails_at = 0  # no row is finished: those of before stay
+    with pytest.raises(RuntimeError, match="no memory"):
+        run.predict(module, batches(4))
+    assert lines_of(tmp_path / "predictions.partial.jsonl") == partial
+
+
+@pytest.mark.parametrize("again", ["fit", "validate"])
+def test_a_module_whose_validation_failed_inside_a_fit_is_used_by_another_trainer(tmp_path, again):
+    class Interrupted(Callback):
+        def on_validation_batch_start(self, trainer, *_):
+            if trainer.state.fn == "fit" and not trainer.sanity_checking:
+                raise KeyError("stopped")
+
+    module = toy(ValidatedToy)
+    with pytest.raises(KeyError, match="stopped"):
+        trainer(tmp_path, Interrupted(), max_epochs=1).fit(module, batches(), batches())
+    other = trainer(tmp_path, max_epochs=1)
+    other.validate(module, batches()) if again == "validate" else other.fit(module, batches(), batches())
+    assert "val_loss" in other.callback_metrics
+
+
+def test_weights_that_are_loaded_after_the_base_was_built_are_refused_before_the_first_step(tmp_path):
+    class Loading(Toy):
+        def setup(self, stage):
+            torch.nn.init.ones_(self.model[0].weight)
+
+    module = toy(Loading)
+    with pytest.raises(UserError, match=r"'0\.weight' has other values .* load them in build_model\(\)"):
+        trainer(tmp_path, max_epochs=1).fit(module, batches())

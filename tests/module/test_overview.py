@@ -1,0 +1,167 @@
+"""Before its first step a fit says what it will do: what is trained, when knots fall, and whether a resume is exact."""
+
+import logging
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from tests.helpers.resuming import Data
+from tests.helpers.toy import Toy, batches, toy, trainer
+
+
+class Normed(Toy):
+    """The toy with a layer that stays frozen, and a parameter outside of any layer."""
+
+    def build_model(self):
+        model = nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 6))
+        model.position = nn.Parameter(torch.zeros(3))
+        return model
+
+
+class OneCycle(Toy):
+    """Has a schedule of its own, over ``horizon(self)`` steps."""
+
+    horizon = None
+
+    def configure_optimizers(self):
+        optimizer = AdamW(self.trained_parameters(), lr=1e-2)
+        scheduler = OneCycleLR(optimizer, 1e-2, total_steps=type(self).horizon(self))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def block(caplog):
+    """The lines of each block that was logged."""
+    blocks = [message for message in caplog.messages if message.startswith("before the first step")]
+    return [[line.strip() for line in message.splitlines()[1:]] for message in blocks]
+
+
+def lines_of_fit(tmp_path, caplog, module, data=None, **arguments):
+    caplog.set_level(logging.INFO)
+    arguments = {"max_epochs": 3, "enable_model_summary": True} | arguments
+    trainer(tmp_path, **arguments).fit(module, batches() if data is None else data)
+    (lines,) = block(caplog)
+    assert len(lines) <= 15
+    return lines
+
+
+def test_the_block_says_what_is_trained_and_when_knots_fall_and_comes_once(tmp_path, caplog):
+    module = toy(Normed)
+    lines = lines_of_fit(tmp_path, caplog, module, chain={"every_n_epochs": 1})
+    module.merged_model()
+    assert len(block(caplog)) == 1
+    assert lines == [
+        "model: link 0 of rank 2 and alpha 4 on 2 of 2 linear layers",
+        "frozen, without links: 1 Sequential, 1 LayerNorm",
+        "parameters: 76 of 289 are trained (26.30%)",
+        "data: 10 batches in an epoch",
+        "knots (cola): before steps 10, 20, of 30 steps",
+        "resume: exact only from the end of an epoch. EpochDataModule makes it exact everywhere",
+        "no checkpoint is written",
+    ]
+
+
+@pytest.mark.parametrize(("knot", "lr_schedule"), [("half", "linear"), ("half", "stable"), ("record", "linear")])
+def test_the_block_says_under_which_schedule_half_was_measured(tmp_path, caplog, knot, lr_schedule):
+    lines = lines_of_fit(tmp_path, caplog, toy(lr_schedule=lr_schedule), chain={"every_n_epochs": 1, "knot": knot})
+    (line,) = [line for line in lines if line.startswith("knots")]
+    advice = ". Knots of half were measured with model.lr_schedule stable, here it is linear"
+    assert line == f"knots ({knot}): before steps 10, 20, of 30 steps{advice * ((knot, lr_schedule) == ('half', 'linear'))}"
+
+
+def test_without_a_model_summary_there_is_no_block(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    trainer(tmp_path, max_epochs=1).fit(toy(), batches())
+    assert block(caplog) == []
+
+
+class Described(LightningDataModule):
+    """Another package's, whose ``describe`` is for something else."""
+
+    def describe(self):
+        pass
+
+    def train_dataloader(self):
+        return batches()
+
+
+class Lazy(Normed):
+    """With a head whose size its first batch decides."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.head = nn.LazyLinear(2)
+
+    def training_step(self, batch, batch_idx):
+        return self.head(self.model(batch[0])).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:The total number of parameters detected may be inaccurate")  # Lightning's summary
+def test_the_block_stops_no_fit_whatever_others_modules_are_like(tmp_path, caplog):
+    lines = lines_of_fit(tmp_path, caplog, toy(Lazy), Described())
+    assert "data: 10 batches in an epoch" in lines
+    assert "parameters: 76 of 289 are trained (26.30%), and those of lazy modules" in lines
+
+
+def test_a_run_without_knots_and_links_says_so_and_where_it_is_written(tmp_path, caplog):
+    lines = lines_of_fit(tmp_path, caplog, toy(target_modules=None), enable_checkpointing=True)
+    assert lines[0] == "model: all parameters are trained, without links"
+    assert not [line for line in lines if line.startswith("knots")]
+    assert lines[-1].startswith("checkpoints: ")
+    assert lines[-1].endswith("checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("horizon", "is_warned"),
+    [(lambda module: module.trainer.estimated_stepping_batches, True), (lambda module: module.link_steps, False)],
+)
+def test_a_schedule_over_the_run_is_named_where_each_link_has_its_own(tmp_path, caplog, horizon, is_warned):
+    module = toy(type("Scheduled", (OneCycle,), {"horizon": horizon}))
+    lines = lines_of_fit(tmp_path, caplog, module, chain={"every_n_epochs": 1})
+    warnings = [line for line in lines if line.startswith("WARNING")]
+    assert warnings == is_warned * [
+        "WARNING: OneCycleLR takes 30 steps, but each link has 10, and a scheduler of its own. "
+        "Use self.link_steps in configure_optimizers"
+    ]
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from batches().dataset
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+@pytest.mark.filterwarnings("ignore:You passed in a .val_dataloader. but have no .validation_step")
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: Data(batch_size=4), "exact, from every checkpoint"),
+        (
+            lambda: StatefulDataLoader(batches().dataset, batch_size=4),
+            "exact after the first step of an epoch (StatefulDataLoader)",
+        ),
+        (
+            lambda: DataLoader(batches().dataset, batch_size=4, shuffle=True),
+            "not exact, because a DataLoader does not store its order. EpochDataModule makes it exact",
+        ),
+        (
+            lambda: DataLoader(Endless(), batch_size=4),
+            "not exact, because a DataLoader does not store its order. EpochDataModule makes it exact",
+        ),
+    ],
+    ids=["epoch", "stateful", "shuffled", "iterable"],
+)
+def test_the_block_says_whether_a_resume_is_exact(tmp_path, caplog, make, expected):
+    limits = {"max_steps": 3, "max_epochs": 1, "limit_val_batches": 0}
+    lines = lines_of_fit(tmp_path, caplog, toy(lr_schedule="constant"), make(), **limits)
+    assert f"resume: {expected}" in lines
+
+
+def test_more_knots_than_fit_are_counted_and_unknown_ones_are_said(tmp_path, caplog):
+    lines = lines_of_fit(tmp_path, caplog, toy(), chain={"every_n_train_steps": 2})
+    assert "knots (cola): before steps 2, 4, 6, 8, 10, 12, 14, 16 and 6 more, of 30 steps" in lines

@@ -1,0 +1,168 @@
+"""Every precision of Lightning's with links merged and stacked: what is kept in which dtype, and what a knot changes."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.optim import AdamW
+
+from cola_lightning import AdaptedModel, LastCheckpoint, LoRAConfig
+from tests.helpers.toy import (
+    Toy,
+    ValidatedToy,
+    adapt_layer,
+    assert_bit_equal,
+    assert_near,
+    batches,
+    toy,
+    trainer,
+    weights,
+    with_trained_link,
+)
+
+MODES = ["merge", "stack"]
+# precision, the dtype of a stacked-upon weight, of A, B and a merged-into weight, and the relative step of what is computed
+PRECISIONS = [
+    ("32-true", torch.float32, torch.float32, 1e-6),
+    ("64-true", torch.float64, torch.float64, 1e-12),
+    ("bf16-mixed", torch.float32, torch.float32, 2**-8),
+    ("16-mixed", torch.float32, torch.float32, 2**-11),
+    ("bf16-true", torch.bfloat16, torch.float32, 2**-8),
+    ("16-true", torch.float16, torch.float32, 2**-11),
+]
+
+
+def options(precision):
+    """Lightning makes bf16-mixed of 16-mixed on a CPU, but for its plugin, with its gradient scaler, given by hand."""
+    return {"plugins": [MixedPrecision(precision, "cpu")]} if precision == "16-mixed" else {"precision": precision}
+
+
+class Watched(ValidatedToy):
+    """Remembers by how much of the loss each knot has changed it."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.changes = []
+
+    @torch.no_grad()
+    def loss(self):
+        plugin, was_training = self.trainer.precision_plugin, self.model.training
+        x, y = (part.to(plugin.convert_input(part).dtype) for part in next(iter(batches(1, 32))))
+        with plugin.forward_context():
+            loss = mse_loss(self.model.eval()(x).double(), y.double()).item()
+        self.model.train(was_training)
+        return loss
+
+    def tie_knot(self, *settings, **named):
+        before = self.loss()
+        link = super().tie_knot(*settings, **named)
+        self.changes.append(abs(self.loss() - before) / before)
+        return link
+
+
+def make(mode, cls=Watched, **arguments):
+    return toy(cls, finished_links=mode, **{"dropout": 0.1, "optimizer": lambda p: AdamW(p, lr=1e-2)} | arguments)
+
+
+def fit(folder, module, precision, epochs=3, ckpt_path=None):
+    dtype = {"64-true": torch.float64}.get(precision, torch.float32)
+    chain = {"every_n_epochs": 1, "ranks": [2, 1, 2]}
+    run = trainer(folder, LastCheckpoint(), chain=chain, max_epochs=epochs, enable_checkpointing=True, **options(precision))
+    run.fit(module, batches(4, dtype=dtype), batches(2, dtype=dtype), ckpt_path=ckpt_path)
+    return module
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("precision", "base", "wide", "step"), PRECISIONS, ids=lambda value: str(value))
+def test_a_chain_keeps_its_dtypes_and_its_loss_at_knots_and_resumes_to_the_bit(tmp_path, precision, base, wide, step, mode):
+    def one_layer():
+        return make(mode, target_modules=["0"])
+
+    module = fit(tmp_path / "whole", one_layer(), precision)
+    for layer in module.adapted.layers.values():
+        adapted = wide if mode == "merge" else base
+        assert {layer.weight.dtype, layer.bias.dtype, layer.dtype} == {adapted}
+        assert {layer.lora_A.dtype, layer.lora_B.dtype} == {wide}
+        assert (layer.stack is None) == (mode == "merge")
+        assert mode == "merge" or {layer.stack.A.dtype, layer.stack.B.dtype} == {base}
+    assert {factor.dtype for link in module.chain.links for pair in link.factors.values() for factor in pair} == {wide}
+    assert {parameter.dtype for parameter in module.merged_model().parameters()} == {wide}
+    assert len(module.changes) == 2
+    assert max(module.changes) <= step
+
+    fit(tmp_path, one_layer(), precision, epochs=2)
+    resumed = fit(tmp_path / "resumed", one_layer(), precision, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert_bit_equal(weights(resumed), weights(module))
+    x = next(iter(batches()))[0].to(module.model[2].weight.dtype)
+    assert torch.equal(resumed.eval().model(x), module.eval().model(x))
+
+
+# ---------------------------------------------------------------------- fused optimizers
+
+
+class Clipped(Toy):
+    """Remembers the norm of the gradients with which the optimizer stepped."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.norm = nn.utils.get_total_norm([parameter.grad for parameter in self.trained_parameters()])
+
+
+def test_gradients_of_the_default_optimizer_are_clipped_under_16_mixed(tmp_path):
+    """Torch's GradScaler has a fused optimizer unscale its gradients in its step, and Lightning then refuses to clip them."""
+    module = toy(Clipped)
+    trainer(tmp_path, max_steps=2, gradient_clip_val=1e-3, **options("16-mixed")).fit(module, batches(2))
+    assert module.trainer.optimizers[0].param_groups[0]["fused"]
+    assert module.norm == pytest.approx(1e-3, rel=1e-3)
+
+
+# ---------------------------------------------------------------------- by default
+
+
+@pytest.mark.parametrize(
+    ("precision", "is_read_early"), [("32-true", True), ("bf16-mixed", False), ("bf16-true", True), ("16-true", False)]
+)
+def test_by_default_links_are_merged_into_float32_and_stacked_on_half_precision(tmp_path, precision, is_read_early):
+    expected = fit(tmp_path / "expected", make("stack" if precision.endswith("6-true") else "merge"), precision)
+    module = make("auto")
+    if is_read_early:
+        assert len(list(module.parameters())) == 8
+    fit(tmp_path, module, precision)
+    assert_bit_equal(weights(module), weights(expected))
+    loaded = Watched.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert_bit_equal(weights(loaded), weights(expected))
+    x = next(iter(batches()))[0].to(loaded.model[0].weight.dtype)
+    assert torch.equal(loaded.eval()(x), expected.eval()(x))
+    assert_bit_equal(loaded.merged_model().state_dict(), expected.merged_model().state_dict())
+    resumed = fit(tmp_path / "resumed", make("auto"), precision, epochs=3, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert_bit_equal(weights(resumed), weights(expected))
+
+
+@pytest.mark.parametrize(("dtype", "is_stacked"), [(torch.float32, False), (torch.bfloat16, True), (torch.float64, False)])
+def test_by_default_the_dtype_of_the_base_decides(dtype, is_stacked):
+    adapted = AdaptedModel(lambda: nn.Sequential(nn.Linear(4, 3, dtype=dtype)), LoRAConfig(rank=2, alpha=4))
+    assert (adapted.model[0].stack is not None) == is_stacked
+    assert adapted.model[0].weight.dtype == dtype
+
+
+def test_half_precision_loses_no_link():
+    """Ten links, each of 1e-3 of a bf16 weight's size: added to the weight itself, most of them would be lost."""
+    torch.manual_seed(0)
+    base = nn.Linear(256, 256, bias=False).bfloat16().requires_grad_(False)
+    before, rounded, exact = base.weight.double(), base.weight.clone(), 0
+    merged, stacked = (adapt_layer(copy.deepcopy(base), 4, 4, finished_links=mode) for mode in MODES)
+    for link in range(10):
+        for layer in (merged, stacked):
+            layer.reset(torch.Generator().manual_seed(link))
+            with_trained_link(layer, seed=link)
+            layer.alpha *= 1e-3 * before.norm().item() / layer.delta_weight().norm().item()
+        rounded += layer.delta_weight().bfloat16()
+        exact = exact + layer.delta_weight().double()
+        merged.finish()
+        stacked.finish()
+    A, B = stacked.stack.factors
+    assert_near(merged.weight - before, exact, 1e-4)
+    assert_near(B.double() @ A.double(), exact, 1e-2)
+    assert (rounded - before - exact).norm() > 0.5 * exact.norm()

@@ -1,0 +1,190 @@
+"""A chain goes back, goes on, and starts from another one: in one process as in a fresh one."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.optim import AdamW
+
+from cola_lightning import COLAModule, UserError, lora_layers
+from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
+
+ARGUMENTS = {"target_modules": "all-linear", "rank": 3, "alpha": 4, "seed": 0}
+
+
+def make(cls=ValidatedToy, **arguments):
+    return cls(**ARGUMENTS | arguments, optimizer=lambda p: AdamW(p, lr=1e-2))
+
+
+def fit(folder, module, *callbacks, epochs=4, **options):
+    run = trainer(folder, *callbacks, chain={"every_n_epochs": 1}, max_epochs=epochs, **options)
+    run.fit(module, batches(), batches(2))
+    return run
+
+
+def saved(folder, module, chain):
+    """The checkpoint of the module after a fit of four epochs."""
+    run = trainer(folder, chain=chain, max_epochs=4)
+    run.fit(module, batches())
+    run.save_checkpoint(folder / "run.ckpt")
+    return folder / "run.ckpt"
+
+
+def test_back_to_the_best_and_on_in_one_process_equals_fresh_ones(tmp_path):
+    class Best(ValidatedToy):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", abs(self.current_epoch - 1.0))  # the best is in link 1
+
+    module = make(Best)
+    run = fit(tmp_path, module, ModelCheckpoint(tmp_path, "best", monitor="val_loss"), enable_checkpointing=True)
+    assert module.n_finished == 3
+    run.validate(module, batches(2), ckpt_path="best", verbose=False)
+    fresh = make(Best)
+    fresh_run = trainer(tmp_path, ModelCheckpoint(tmp_path, "best", monitor="val_loss"), chain={}, enable_checkpointing=True)
+    fresh_run.validate(fresh, batches(2), ckpt_path=tmp_path / "best.ckpt", verbose=False)
+    assert module.n_finished == fresh.n_finished == 1
+    assert_bit_equal(weights(module), weights(fresh))
+
+    fit(tmp_path / "again", module, epochs=3)
+    loaded = Best.load_from_checkpoint(tmp_path / "best.ckpt", optimizer=lambda p: AdamW(p, lr=1e-2))
+    fit(tmp_path / "again", loaded, epochs=3)
+    assert module.n_finished == loaded.n_finished == 3
+    assert_bit_equal(weights(module), weights(loaded))
+    assert [link.start_step for link in module.chain.links] == [0, 0, 10]
+
+
+@pytest.mark.parametrize("settings", ["second fit", "init_chain", "by hand"])
+def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_path, settings):
+    seen = []
+
+    class Watched(ValidatedToy):
+        def on_train_batch_start(self, batch, batch_idx):
+            seen.append((self.n_finished, self.trainer.optimizers[0].param_groups[0]["lr"]))
+
+    first = second = make(Watched)
+    fit(tmp_path, first, epochs=2)
+    if settings == "by hand":
+        first.tie_knot(rank=2)
+    if settings == "init_chain":
+        first.full_chain().save(tmp_path / "chain")
+        second = make(Watched, init_chain=str(tmp_path / "chain"))
+    seen.clear()
+    run = fit(tmp_path / "more", second, epochs=2)
+    base = 1 if settings == "second fit" else 2
+    links, rates = zip(*seen, strict=True)
+    assert list(links) == [base] * 10 + [base + 1] * 10
+    assert rates == pytest.approx([1e-2 * (1 - step % 10 / 10) for step in range(20)])
+    assert [(link.start_step, link.end_step) for link in second.chain.links[base:]] == [(0, 10)]
+    moved = lora_layers(second.model)["0"].weight - make(Toy).merged_model(0)[0].weight
+    torch.testing.assert_close(moved, second.chain.delta("0"))
+    if settings == "init_chain":  # which its checkpoint needs no more
+        run.save_checkpoint(tmp_path / "more.ckpt")
+        (tmp_path / "chain").rename(tmp_path / "elsewhere")
+        loaded = Watched.load_from_checkpoint(tmp_path / "more.ckpt")
+        assert loaded.init_chain is None
+        assert_bit_equal(weights(loaded), weights(second))
+
+
+def test_init_chain_merges_what_the_chain_holds(tmp_path):
+    first = make(Toy)
+    path = saved(tmp_path, first, {"every_n_epochs": 1})
+    x = next(iter(batches()))[0]
+    for links, expected in ((None, 4), (4, 4), (1, 1), (0, 0)):
+        module = make(Toy, init_chain=str(path), init_links=links)
+        module.configure_model()
+        assert len(module.chain) == expected
+        torch.testing.assert_close(module.model(x), first.merged_model(expected)(x))
+        assert torch.equal(module.merged_model(0)[0].weight, first.merged_model(0)[0].weight)
+    with pytest.raises(UserError, match=r"^links: .* got 5$"):
+        make(init_chain=str(path), init_links=5).configure_model()
+
+
+class WithHead(Toy):
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 6))
+
+
+@pytest.mark.parametrize("targets", [["0"], None])
+def test_a_checkpoint_is_loaded_with_any_number_of_its_links(tmp_path, targets):
+    module = make(WithHead, target_modules=targets, modules_to_save=["3"] if targets else [])
+    path = saved(tmp_path, module, {"every_n_epochs": 1} if targets else {})
+    most = 4 if targets else 1  # full fine-tuning is one link to go back from
+    for links in range(most + 1):
+        loaded = WithHead.load_from_checkpoint(path, links=links)
+        expected = module.merged_model(links).eval().state_dict()
+        for name, value in loaded.merged_model().eval().state_dict().items():
+            torch.testing.assert_close(value, expected[name], msg=name)
+        if targets:
+            assert loaded.n_finished == min(links, 3)
+            for layer in lora_layers(loaded.model).values():
+                assert layer.lora_A.any()
+                assert bool(layer.lora_B.any()) == (links == 4)
+    with pytest.raises(UserError, match=r"^links: .* got 5"):
+        WithHead.load_from_checkpoint(path, links=5)
+
+
+class Seedless(Toy):
+    """Its layers' width is an argument, and its seed is drawn."""
+
+    def __init__(self, width, function=len, **chain):
+        super().__init__(**chain, seed=None)
+        self.width, self.function = width, function
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, self.width), nn.Tanh(), nn.Linear(self.width, 6))
+
+
+def test_class_arguments_and_seed_come_from_the_checkpoint(tmp_path, caplog):
+    module = Seedless(20, max, target_modules="all-linear", rank=2)
+    path = saved(tmp_path, module, {})
+    loaded = COLAModule.load_from_checkpoint(path)
+    assert type(loaded) is Seedless
+    assert loaded.seed == module.seed
+    assert_bit_equal(weights(loaded), weights(module))
+    assert loaded.function is len
+    assert "'function'" in caplog.text  # which was no plain value, and is not given
+    caplog.clear()
+    assert Seedless.load_from_checkpoint(path, function=max).function is max
+    assert not caplog.text
+
+
+# ---------------------------------------------------------------------- state_dict() is all that training changed
+
+
+def trained(tmp_path, **arguments):
+    module = toy(**arguments)
+    trainer(tmp_path, chain={"every_n_epochs": 1, "ranks": [2, 1, 2]}, max_epochs=3).fit(module, batches())
+    return module
+
+
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+@pytest.mark.parametrize("source", ["state_dict", "checkpoint"])
+def test_loading_it_into_a_new_module_gives_the_same_outputs(tmp_path, finished_links, source):
+    module = trained(tmp_path, finished_links=finished_links)
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "run.ckpt")
+    if source == "checkpoint":  # which has no other copy
+        module.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    fresh = toy(finished_links=finished_links)
+    fresh.load_state_dict(torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"])
+    assert_bit_equal(weights(fresh), weights(module))
+    x = next(iter(batches()))[0]
+    assert torch.equal(fresh.model(x), module.model(x))
+    assert fresh.live_link().start_step == module.live_link().start_step == 20
+    assert fresh.live_link().metrics == module.live_link().metrics
+
+
+def test_where_all_is_trained_the_values_are_enough():
+    class PartlyFrozen(Toy):
+        def configure_model(self):
+            self.model[0].requires_grad_(False)
+            super().configure_model()
+
+    state = toy(target_modules=None).state_dict()
+    changed = {name: value + 1 for name, value in state.items() if name != "chain.metadata"}
+    for received in (changed, state | changed):
+        fresh = toy(target_modules=None)
+        fresh.load_state_dict(received)
+        assert_bit_equal(weights(fresh), changed)
+    for other in (toy(), toy(PartlyFrozen, target_modules=None)):
+        with pytest.raises(UserError):
+            other.load_state_dict(changed)

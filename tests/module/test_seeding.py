@@ -1,0 +1,200 @@
+"""What is drawn while training follows from seeds, and the global generators go on as if nothing had been drawn."""
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from cola_lightning import EpochDataModule, LastCheckpoint, UserError, seeding
+from tests.helpers.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
+
+
+def draws():
+    """One draw from each of the global generators."""
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def seed_all(seed):
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+
+
+class Noisy(Toy):
+    """Writes down its inputs, and draws from all three generators in training, and once more in validation."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.rows, self.noise, self.validated = [], [], []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.rows.append(batch[0].numpy().tobytes())
+
+    def training_step(self, batch, batch_idx):
+        self.noise.append(sum(draws()))
+        return super().training_step(batch, batch_idx) * (1 + self.noise[-1])
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(batch[0].sum().item() + sum(draws()))
+        self.log("val_loss", self.validated[-1])
+
+
+def test_seed_everything_decides_the_shuffle_of_every_epoch(tmp_path):
+    orders = []
+    for seed in (1, 2, 1):
+        seed_everything(seed, verbose=False)
+        module = toy(Noisy)
+        loader = DataLoader(batches(6).dataset, batch_size=4, shuffle=True)
+        trainer(tmp_path, chain={}, max_epochs=3, limit_val_batches=0).fit(module, loader, loader)
+        orders.append([module.rows[6 * epoch : 6 * epoch + 6] for epoch in range(3)])
+    first, other, again = orders
+    assert first == again
+    assert [mine != theirs for mine, theirs in zip(first, other, strict=True)] == [True] * 3
+    assert first[0] != first[1]
+
+
+def test_draws_of_a_batch_do_not_depend_on_what_was_drawn_before(tmp_path):
+    noise = []
+    for seed in (1, 2):
+        seed_all(seed)
+        module = toy(Noisy)
+        trainer(tmp_path, chain={}, max_epochs=2).fit(module, batches(), batches(2))
+        noise.append(module.noise)
+    assert noise[0] == noise[1]
+    assert len(set(noise[0])) == 20
+
+
+def test_each_process_draws_its_own(tmp_path, monkeypatch):
+    noise = []
+    for rank in (0, 1):
+        monkeypatch.setattr(Trainer, "global_rank", rank)
+        module = toy(Noisy)
+        trainer(tmp_path, chain={}, max_epochs=1).fit(module, batches(), batches(2))
+        noise.append(set(module.noise))
+    assert len(noise[0] | noise[1]) == 20
+
+
+class Square(Toy):
+    def build_model(self):
+        return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+
+def test_A_is_a_function_of_the_seed_the_link_and_the_layers_name():
+    def drawn(layer, *layers, seed=0, knots=0):
+        module = toy(Square, target_modules=[layer, *layers], seed=seed)
+        module.configure_model()
+        for _ in range(knots):
+            module.tie_knot()
+        return tuple(module.model[int(layer)].lora_A.flatten().tolist())
+
+    different = {drawn("2"), drawn("0"), drawn("2", seed=1), drawn("2", knots=1)}
+    assert len(different) == 4
+    assert drawn("2", "0") == drawn("2")
+
+
+class Unlucky(Noisy):
+    def training_step(self, batch, batch_idx):
+        draws()
+        raise RuntimeError("in the middle of a batch")
+
+
+@pytest.mark.parametrize("cls", [Noisy, Unlucky])
+def test_a_fit_leaves_the_global_generators_as_they_were(tmp_path, cls):
+    seed_all(5)
+    expected = draws()
+    seed_all(5)
+    loaders = [DataLoader(batches(n).dataset, batch_size=4, generator=torch.Generator()) for n in (10, 2)]  # which draw nothing
+    with pytest.raises(RuntimeError, match="in the middle") if cls is Unlucky else contextlib.nullcontext():
+        trainer(tmp_path, chain={}, max_epochs=1).fit(toy(cls), *loaders)
+    assert draws() == expected
+
+
+class Augmented(Dataset):
+    """Rows with noise from all three generators, as augmentation draws it."""
+
+    def __init__(self):
+        self.rows = TensorDataset(*(torch.randn(24, size, generator=torch.Generator().manual_seed(3)) for size in (8, 6)))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, place):
+        x, y = self.rows[place]
+        return x + sum(draws()), y
+
+
+class AugmentedData(EpochDataModule):
+    """24 rows in 6 batches; collating them draws, too."""
+
+    def setup(self, stage):
+        self.train = self.val = Augmented()
+
+    def collate(self, rows):
+        x, y = super().collate(rows)
+        return x + draws()[2], y
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_augmentation_is_the_same_in_a_resumed_run(tmp_path, workers):
+    def fit(folder, workers=0, ckpt_path=None, **options):
+        module, data = toy(Noisy), AugmentedData(batch_size=4, num_workers=workers)
+        run = trainer(folder, LastCheckpoint(), chain={"at_steps": [8]}, enable_checkpointing=True, max_epochs=3, **options)
+        run.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return module
+
+    whole = fit(tmp_path / "whole")
+    assert len(set(whole.rows)) == 18
+    fit(tmp_path, workers, max_steps=9)
+    resumed = fit(tmp_path / "resumed", workers, tmp_path / "checkpoints" / "last.ckpt")
+    assert resumed.rows == whole.rows[9:]
+    assert resumed.validated[-6:] == whole.validated[-6:]
+    assert_bit_equal(weights(resumed), weights(whole))
+
+
+def test_a_base_may_draw_from_any_generator(tmp_path):
+    class Drawn(Toy):
+        def build_model(self):
+            model = super().build_model()
+            with torch.no_grad():
+                model[0].weight.add_(sum(draws()))
+            return model
+
+    made = []
+    for seed in (1, 2):
+        seed_all(seed)
+        made.append(toy(Drawn).merged_model(0).state_dict())
+    assert_bit_equal(*made)
+
+
+def test_a_base_that_cannot_be_made_again_is_refused_when_it_is_needed_again(tmp_path):
+    class Unseeded(Toy):
+        made = 0
+
+        def build_model(self):
+            model = super().build_model()
+            self.made += 1
+            with torch.no_grad():
+                model[2].bias.add_(self.made)  # as from a file that has changed since
+            return model
+
+    module = toy(Unseeded, target_modules=["0"])
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
+    with pytest.raises(UserError, match=r"^base: .*'2\.bias'"):
+        module.merged_model(1)
+
+
+def test_the_generator_of_another_accelerator_is_seeded_and_restored(monkeypatch):
+    generator = torch.Generator().manual_seed(7)  # stands for that of a Mac's GPU
+    monkeypatch.setattr(seeding, "_accelerator", lambda: "mps")
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device: generator.get_state())
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state, device: generator.set_state(state))
+    monkeypatch.setattr(torch.mps, "manual_seed", generator.manual_seed)
+    before = generator.get_state()
+    with seeding.seeded(1):
+        first = torch.rand(2, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+    assert torch.equal(first, torch.rand(2, generator=torch.Generator().manual_seed(1)))

@@ -1,0 +1,340 @@
+"""Stages: a run names its links, and a stage is found, scaled, left out and measured by that name."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from cola_lightning import COLACausalLM, COLAModule, UserError
+from cola_lightning.chain import Chain
+from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.chain.peft import AdapterBase, concatenate, write_adapter
+from cola_lightning.cli import main
+from tests.helpers import forked, tiny
+from tests.helpers.toy import Toy, assert_bit_equal, batches, read_csv, toy, trainer
+
+# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+NAMES = ["sft", "sft", "dpo"]
+RUN = ["--config", "runs/version_1/config.yaml", "--ckpt_path", "runs/version_1"]
+
+
+def saved(module, path):
+    """The module's checkpoint."""
+    run = trainer(path)
+    run.strategy.connect(module)
+    run.save_checkpoint(path / "end.ckpt")
+    return path / "end.ckpt"
+
+
+def staged(module):
+    """A module with two links of the stage sft, and a live one of dpo."""
+    tiny.three_links(module)
+    module.chain.links[:] = [replace(link, name="sft") for link in module.chain.links]
+    module.current.name = "dpo"
+    return module
+
+
+def language_module(folder, **arguments):
+    name = tiny.folder(folder / "base", "llama")
+    arguments = {"target_modules": ["q_proj", "v_proj"], "rank": 4, "alpha": 6, "seed": 0} | arguments
+    return staged(COLACausalLM(name, **arguments))
+
+
+def difference(mine, theirs):
+    """Between logits, as a share of the largest."""
+    return ((mine - theirs).abs().max() / theirs.abs().max()).item()
+
+
+# ---------------------------------------------------------------------- names
+
+
+def names(chain):
+    return [link.name for link in chain.links]
+
+
+def test_a_runs_links_have_its_name_in_every_file(tmp_path):
+    first = toy()
+    run = trainer(tmp_path, chain={"every_n_epochs": 1, "name": "sft"}, max_epochs=2)
+    run.fit(first, batches())
+    run.save_checkpoint(tmp_path / "sft.ckpt")
+    second = toy(init_chain=str(tmp_path / "sft.ckpt"))
+    run = trainer(tmp_path, chain={"name": "dpo"}, max_epochs=1)
+    run.fit(second, batches())
+    run.save_checkpoint(tmp_path / "dpo.ckpt")
+    assert names(read_chain(tmp_path / "dpo.ckpt")) == names(second.full_chain()) == NAMES
+    loaded = COLAModule.load_from_checkpoint(tmp_path / "dpo.ckpt")
+    assert names(loaded.full_chain()) == NAMES
+    again = toy()
+    again.load_state_dict(loaded.state_dict())
+    assert names(again.full_chain()) == NAMES
+    for kind in ("chain", "peft"):
+        loaded.export(tmp_path / kind, kind)
+        assert names(read_chain(tmp_path / kind)) == NAMES
+    assert [repr(link).partition(":")[0] for link in loaded.full_chain().links] == [
+        "Link 0 (sft)",
+        "Link 1 (sft)",
+        "Link 2 (dpo)",
+    ]
+    loaded.tie_knot()
+    assert names(loaded.full_chain()) == [*NAMES, None]  # outside of a run there is no stage
+
+
+@pytest.mark.parametrize("is_resumed", [True, False], ids=["resumed", "loaded"])
+@pytest.mark.parametrize("name", ["dpo", None])
+def test_another_name_is_that_of_the_next_link_and_renames_none(tmp_path, name, is_resumed):
+    run = trainer(tmp_path, chain={"name": "sft"}, max_epochs=1)
+    run.fit(toy(), batches())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    module = toy() if is_resumed else Toy.load_from_checkpoint(tmp_path / "run.ckpt")
+    run = trainer(tmp_path, chain={"at_epochs": [2], "name": name}, max_epochs=3)
+    run.fit(module, batches(), ckpt_path=tmp_path / "run.ckpt" if is_resumed else None)
+    assert names(module.full_chain()) == ["sft", name]
+
+
+@pytest.mark.parametrize("name", ["2", "-1", "all", " ", "start", "link"])
+def test_a_name_that_links_would_misread_is_refused(name):
+    with pytest.raises(UserError, match=r"^chain\.name: "):
+        trainer(Path(), chain={"name": name})
+
+
+def test_a_stage_is_its_links_and_those_before_them(tmp_path):
+    module = staged(toy(rank=4))
+    path = saved(module, tmp_path)
+    module.export(tmp_path / "chain", "chain")
+    for links, n in {"sft": 2, "dpo": 3, "1": 1, 0: 0}.items():
+        expected = module.merged_model(n).state_dict()
+        assert_bit_equal(module.merged_model(links).state_dict(), expected)
+        for source in (path, tmp_path / "chain"):
+            assert len(read_chain(source, links)) == n
+            begun = toy(init_chain=str(source), init_links=links)
+            begun.configure_model()
+            assert len(begun.chain) == n
+        loaded = COLAModule.load_from_checkpoint(path, links=links).merged_model().state_dict()
+        for name, value in loaded.items():
+            torch.testing.assert_close(value, expected[name])
+    calls = [lambda: read_chain(path, "pdo"), lambda: COLAModule.load_from_checkpoint(path, links="pdo")]
+    calls.append(toy(init_chain=str(path), init_links="pdo").configure_model)
+    for call in calls:
+        with pytest.raises(UserError, match=r"^links: .*'pdo'.* sft, dpo$"):
+            call()
+
+
+# ---------------------------------------------------------------------- factors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"scaling": "rslora", "alpha_pattern": {"v_proj": 3}, "rank_pattern": {"v_proj": 2}},
+        {"finished_links": "stack"},
+        {"finished_links": "stack", "quantization": "nf4"},
+    ],
+    ids=str,
+)
+def test_a_scaled_chain_is_pefts_weighted_adapter(tmp_path, monkeypatch, arguments):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    module = language_module(tmp_path, **arguments)
+    path, chain = saved(module, tmp_path), module.full_chain()
+    for k, link in enumerate(chain.links):
+        alone, folder = Chain([link], chain.base), tmp_path / f"link-{k}"
+        folder.mkdir()
+        write_adapter(folder, alone, AdapterBase(module.merged_model(0), "base", []), concatenate(alone))
+    weighted = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "link-0", "0")
+    for k in (1, 2):
+        weighted.load_adapter(tmp_path / f"link-{k}", str(k))
+    factors = {"dpo": 0.5, "0": -1.5}
+    weighted.add_weighted_adapter(["0", "1", "2"], [-1.5, 1.0, 0.5], "weighted", combination_type="cat")
+    weighted.set_adapter("weighted")
+    expected = tiny.logits(weighted)
+    scaled = COLAModule.load_from_checkpoint(path, scale=factors)
+    assert difference(tiny.logits(scaled.model), expected) <= 1e-6
+    assert difference(tiny.logits(scaled.merged_model()), expected) <= 1e-6
+    assert difference(tiny.logits(module.model), expected) > 1e-2
+
+    weighted.add_weighted_adapter(["0", "2"], [1.0, 2.0], "without", combination_type="cat")
+    weighted.set_adapter("without")
+    without = COLAModule.load_from_checkpoint(path, scale={1: 0, "dpo": 2})
+    assert len(without.chain) == 2
+    assert difference(tiny.logits(without.model), tiny.logits(weighted)) <= 1e-6
+    for links, scale in {None: {"sft": 1, "dpo": 1}, "sft": {"dpo": 0}}.items():
+        ours, theirs = (COLAModule.load_from_checkpoint(path, **options) for options in ({"scale": scale}, {"links": links}))
+        assert difference(tiny.logits(ours.model), tiny.logits(theirs.model)) <= 1e-6
+
+
+def test_what_is_trained_whole_is_not_scaled(tmp_path):
+    module = language_module(tmp_path, modules_to_save=["norm", "input_layernorm"])
+    path, whole = saved(module, tmp_path), module.merged_model()
+    trained = {name: value for name, value in whole.state_dict().items() if "norm" in name and "post" not in name}
+    assert len(trained) == 3
+    for scale in ({"dpo": 0.5}, {"dpo": 0}, {"sft": 0, "dpo": 0}):
+        loaded = COLAModule.load_from_checkpoint(path, scale=scale)
+        values = loaded.merged_model().state_dict()
+        assert_bit_equal({name: values[name] for name in trained}, trained)
+    assert_bit_equal(values, module.merged_model(0).state_dict() | trained)  # then there is nothing else
+    assert_bit_equal(read_chain(path).scaled({"dpo": 0}).links[-1].extras, trained)  # which a chain folder or an adapter gets
+
+
+def test_an_export_is_the_scaled_model(tmp_path, capsys):
+    module = language_module(tmp_path, modules_to_save=["norm"])
+    path = saved(module, tmp_path)
+    scale = {"dpo": 0.5, "0": 0}
+    words = ["export", str(path), "--scale", yaml.safe_dump(scale, default_flow_style=True).strip()]
+    expected = tiny.logits(COLAModule.load_from_checkpoint(path, scale=scale).model)
+    for kind in ("merged", "peft", "chain"):
+        assert main([*words, "--format", kind, "--output", str(tmp_path / kind)]) == 0
+    assert "differ from the module's by at most " in capsys.readouterr().out
+    assert difference(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected) <= 1e-6
+    adapter = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")
+    assert adapter.peft_config["default"].r == 2 + 3  # without link 0's
+    assert difference(tiny.logits(adapter), expected) <= 1e-6
+    options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["norm"], "seed": 0}
+    begun = COLACausalLM(str(tmp_path / "base"), **options, init_chain=str(tmp_path / "chain"))
+    assert difference(tiny.logits(begun.model), expected) <= 1e-6
+    for kind in ("peft", "chain"):
+        chain = read_chain(tmp_path / kind)
+        facts = [(link.index, link.name, link.alpha, link.metrics) for link in chain.links]
+        assert facts == [(0, "sft", 5.0, {}), (1, "dpo", 3.5, {})]
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| 0 (sft) | 0 | 2 | 5 |" in card
+    assert "| 1 (dpo) | 0 | 3 | 3.5 |" in card
+
+
+def test_text_is_generated_with_the_scaled_model(tmp_path, capfd):
+    path = saved(language_module(tmp_path), tmp_path)
+    words = ["generate", str(path), "--prompt", "Is the town old?", "--max_new_tokens", "8"]
+    printed = []
+    for more in ([], ["--links", "0"], ["--scale", "{sft: 0, dpo: 0}"], ["--links", "sft"], ["--scale", "{dpo: 0}"]):
+        assert main([*words, *more]) == 0
+        printed.append(capfd.readouterr().out)
+    assert printed[1] == printed[2] != printed[0]
+    assert printed[3] == printed[4] != printed[0]
+
+
+def test_metrics_from_the_first_scaled_link_on_are_of_another_model_and_go():
+    chain = staged(toy(rank=4)).full_chain()
+    for link in chain.links:
+        link.metrics["val_loss"] = 1.0
+    assert [link.metrics for link in chain.scaled({1: 0.5}).links] == [{"val_loss": 1.0}, {}, {}]
+
+
+# ---------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def _two_runs(tmp_path_factory):
+    """Two runs of a language model: two links named sft, and on them one named dpo; layer norms are trained whole."""
+    folder = tiny.make_language_folder(tmp_path_factory.mktemp("staged"))
+    words = ["fit", "--config", "config.yaml", "--model.modules_to_save", "[final_layer_norm]"]
+    for name, epochs, more in (("sft", "2", []), ("dpo", "1", ["--model.init_chain", "runs/version_0"])):
+        named = ["--chain.name", name, "--trainer.max_epochs", epochs]
+        forked.run("-m", "cola_lightning", *words, *named, *more, cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture
+def _folder(_two_runs, tmp_path, monkeypatch):
+    shutil.copytree(_two_runs, tmp_path / "own")
+    monkeypatch.chdir(tmp_path / "own")
+
+
+def measured(*words, command="test"):
+    """The metrics that a test of the second run writes."""
+    before = set(Path().rglob("metrics.csv"))
+    assert main([command, *RUN, *words]) == 0
+    (path,) = set(Path().rglob("metrics.csv")) - before
+    return [{name: row[name] for name in row if name.startswith(("test_", "val_"))} for row in read_csv(path)], path.parent
+
+
+@pytest.mark.usefixtures("_folder")
+def test_a_table_shows_what_each_link_did_to_the_data(capfd):
+    rows, folder = measured("--links", "all")
+    out = capfd.readouterr().out
+    table = read_csv(folder / "links.csv")
+    assert [(row["links"], row["stage"]) for row in table] == [("0", "base"), ("1", "sft"), ("2", "sft"), ("3", "dpo")]
+    assert [{name: row[name] for name in rows[0]} for row in table] == rows
+    for links, row in enumerate(rows):
+        ((alone,), _) = measured("--links", str(links))
+        assert alone == row  # to the last digit, and so is the last row what a test without links gives
+    assert len({row["test_loss"] for row in rows}) == 4
+    lines = [line.split() for line in out.splitlines()]
+    header = lines.index([name.removeprefix("test_") for name in table[0]])
+    assert [line[:2] for line in lines[header + 2 : header + 6]] == [["0", "base"], ["1", "sft"], ["2", "sft"], ["3", "dpo"]]
+    assert lines[header + 5][2:] == [f"{float(table[3][name]):.4g}" for name in list(table[3])[2:]]
+
+
+@pytest.mark.usefixtures("_folder")
+def test_evaluations_by_stage_and_scaled():
+    for command in ("test", "validate"):
+        by_name, by_number, scaled, halved = (
+            measured(*words, command=command)[0]
+            for words in (["--links", "sft"], ["--links", "2"], ["--scale", "{dpo: 0}"], ["--scale", "{dpo: 0.5}"])
+        )
+        assert by_name == by_number
+        assert by_name != halved
+        assert scaled != halved
+    saved = yaml.safe_load(max(Path().rglob("validate/*/config.yaml")).read_text())
+    assert saved["scale"] is saved["links"] is None  # else a later command with this file would scale its own checkpoint
+
+
+@pytest.mark.usefixtures("_folder")
+def test_inspect_shows_the_stages_and_older_runs_have_none(capsys):
+    assert main(["inspect", "runs/version_1"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines if line and line[0] in ("0", "1", "2")] == NAMES
+    assert main(["inspect", "runs/version_1", "--links", "sft", "--json"]) == 0
+    assert [link["name"] for link in json.loads(capsys.readouterr().out)] == NAMES[:2]
+    fixtures = Path(__file__).parents[1] / "fixtures"
+    for older in ("chain-1", "adapter-1", "checkpoint-1.ckpt"):
+        assert main(["inspect", str(fixtures / older), "--json"]) == 0
+        assert {link["name"] for link in json.loads(capsys.readouterr().out)} == {None}
+        assert main(["inspect", str(fixtures / older)]) == 0
+        assert "stage" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_folder")
+def test_a_run_whose_configuration_has_no_name_is_resumed():
+    path = Path("runs/version_1/config.yaml")
+    shutil.rmtree("runs/version_0")
+    config = yaml.safe_load(path.read_text())
+    del config["chain"]["name"], config["model"]["init_args"]["init_chain"]
+    path.write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(path), "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
+
+
+@pytest.mark.usefixtures("_folder")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["test", *RUN, "--links", "pdo"], "links: .*'pdo'.* sft, dpo"),
+        (["predict", *RUN, "--links", "all"], "links: .*'all'"),
+        (["inspect", "runs/version_1", "--links", "pdo"], "links: .*'pdo'.* sft, dpo"),
+        (["export", "runs/version_1", "--format", "chain", "--output", "out", "--links", "pdo"], "links: .*'pdo'"),
+        (["test", *RUN, "--scale", "{pdo: 1}"], "scale: .*'pdo'.* sft, dpo"),
+        (["test", *RUN, "--scale", "{3: 1}"], "scale: .*3.* sft, dpo"),
+        (["test", *RUN, "--scale", "{dpo: x}"], "scale: .*must be float, got 'x'"),
+        (["test", *RUN, "--scale", "{1: .nan}"], "scale: .*1 must be a finite number, got nan"),
+        (["test", *RUN, "--scale", "{1: null}"], "scale: "),
+        (["test", *RUN, "--scale", "{1.5: 0.5}"], r"scale: .*1\.5"),
+        (["export", "runs/version_1", "--format", "chain", "--output", "out", "--scale", "{0.5: 0.5}"], r"scale: .*0\.5"),
+        (["export", "runs/version_1", "--format", "chain", "--output", "out", "--scale", "{true: 0.5}"], "scale: .*True"),
+        (["test", *RUN[:2], "--scale", "{dpo: 1}"], "links, scale: .*--ckpt_path"),
+        (["test", *RUN, "--links", "all", "--scale", "{dpo: 1}"], "links, scale: "),
+        (["fit", *RUN, "--scale", "{dpo: 1}"], "unrecognized arguments: --scale"),
+    ],
+)
+def test_a_mistake_is_one_line(words, message, capfd):
+    before = sorted(Path().rglob("*"))
+    assert main(words) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.match(f"error: {message}", line), line
+    assert sorted(Path().rglob("*")) == before

@@ -1,0 +1,106 @@
+"""The loss of an optimizer step is the mean over all of its tokens, however they are spread over batches and processes."""
+
+import pytest
+import torch
+import transformers
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader, SequentialSampler
+
+from cola_lightning import COLACausalLM
+from cola_lightning.data.encoding import collate_language
+from cola_lightning.data.examples import Example, collate_options, encode_examples
+from tests.helpers import tiny
+from tests.helpers.tiny import LENGTHS, Shuffled, batches_of, rows_of
+from tests.helpers.toy import assert_bit_equal, assert_near, trainer, weights
+
+
+class Noted(COLACausalLM):
+    """Notes the gradients of each step before they are clipped."""
+
+    def on_before_optimizer_step(self, optimizer):
+        found = {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
+        self.gradients = [*getattr(self, "gradients", []), found]
+
+
+class Losses(Callback):
+    """Notes the logged loss of each step, and saves a checkpoint inside the third window."""
+
+    def __init__(self, path):
+        self.path, self.losses = path, []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if len(self.losses) < trainer.global_step:
+            self.losses.append(float(trainer.callback_metrics["train_loss"]))
+        if batch_idx == 9:
+            trainer.save_checkpoint(self.path / "inside.ckpt")
+
+
+def fit(path, batches, window=1, *, ckpt_path=None, arguments=None, **options):
+    given = {"target_modules": "all-linear", "rank": 4, "seed": 0} | (arguments or {})
+    module, noted = Noted(tiny.folder(path / "model"), **given), Losses(path)
+    options = {"max_epochs": 1, "accumulate_grad_batches": window, "limit_val_batches": 0} | options
+    loaders = (DataLoader(batches, batch_size=None), [1]) if isinstance(batches, list) else (batches,)
+    trainer(path, noted, **options).fit(module, *loaders, ckpt_path=ckpt_path, weights_only=True)
+    return module, noted.losses
+
+
+def assert_same_step(module, losses, whole, expected, relative):
+    assert losses == pytest.approx(expected, rel=relative)
+    ((mine,), (theirs,)) = module.gradients, whole.gradients
+    for name, gradient in theirs.items():
+        assert_near(mine[name], gradient, relative) if gradient.any() else None  # A's is 0, since B is
+
+
+@pytest.mark.parametrize(("precision", "relative"), [("32-true", 1e-6), ("bf16-mixed", 2e-2)])
+def test_a_window_of_unequal_batches_is_one_batch_of_all_its_rows(tmp_path, precision, relative):
+    rows = rows_of(LENGTHS)
+    whole = fit(tmp_path, batches_of(rows, 8), precision=precision)
+    for sizes in [(1, 4, 2, 1), (5, 3)]:  # the second is the rest of an epoch, shorter than the window
+        assert_same_step(*fit(tmp_path, batches_of(rows, *sizes), 4, precision=precision), *whole, relative)
+    _, alike = fit(tmp_path, batches_of(rows, 1, 7), 2, arguments={"loss_average": "batch"}, precision=precision)
+    assert alike != pytest.approx(whole[1], rel=1e-3)
+
+
+def test_rows_of_options_weigh_alike(tmp_path):
+    tokenizer = tiny.tokenizer()
+    made = [Example(f"The town {k}", (" is old", " long", "!"), k % 3) for k in range(4)]
+    encoded = encode_examples(tokenizer, made, 64)
+    batches = [collate_options(encoded[a:b], 0) for a, b in ((0, 1), (1, 4), (0, 4))]
+    assert_same_step(*fit(tmp_path, batches[:2], 2), *fit(tmp_path, batches[2:]), 1e-5)
+
+
+def test_a_run_resumed_inside_a_window_is_the_run_itself(tmp_path):
+    """With knots, clipping and dropout."""
+    batches = Shuffled(batches_of(rows_of([LENGTHS[k % 8] + k % 3 for k in range(48)]), 2, 1, 3))
+    options = {"chain": {"every_n_train_steps": 2}, "gradient_clip_val": 0.5, "arguments": {"dropout": 0.2}}
+    whole, losses = fit(tmp_path, batches, 4, **options)
+    assert whole.n_finished == 2
+    resumed, rest = fit(tmp_path, batches, 4, ckpt_path=tmp_path / "inside.ckpt", **options)
+    assert_bit_equal(weights(resumed), weights(whole))
+    assert rest[-1] == losses[-1]
+
+
+class Ordered(transformers.Trainer):
+    """Transformers' own, with the rows in their order."""
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+def test_a_run_is_that_of_transformers_trainer(tmp_path):
+    """Twenty steps of full fine-tuning with accumulation, of which clipping changes some: the same losses and weights."""
+    rows = rows_of([LENGTHS[k % 8] + k % 3 for k in range(160)])
+    arguments = {"target_modules": None, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}
+    module, losses = fit(tmp_path, batches_of(rows, 2), 4, arguments=arguments, gradient_clip_val=1.3)
+    settings = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4, learning_rate=0.1, optim="sgd",
+        max_grad_norm=1.3, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+        max_steps=20, use_cpu=True,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    theirs = Ordered(model, settings, lambda some: collate_language(some, 0), rows)
+    theirs.train()
+    assert losses == pytest.approx([line["loss"] for line in theirs.state.log_history if "loss" in line], abs=1e-5)
+    assert len(losses) == 20
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(module.model.get_parameter(name), value, rtol=0, atol=1e-5)

@@ -1,0 +1,153 @@
+"""What a run tells its loggers: its configuration, and for each logged step its rate, gradient norm, speed and link."""
+
+import importlib
+import math
+import time
+from argparse import Namespace
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
+from transformers import Adafactor
+
+from cola_lightning import COLACausalLM
+from tests.helpers import forked, tiny
+from tests.helpers.tiny import LENGTHS, Shuffled, batches_of, rows_of
+from tests.helpers.toy import batches, read_csv, toy, trainer
+
+OPTIONS = {
+    "model/rank": 4,
+    "data/batch_size": 1,
+    "chain/every_n_train_steps": 2,
+    "optimizer/class_path": "torch.optim.adamw.AdamW",
+}
+VALUES = {"lr", "grad_norm", "tokens_per_second", "link"}
+
+
+class Norms(Callback):
+    """Notes the norm of all gradients at each step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        gradients = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        self.found.append(float(torch.cat(gradients).norm()))
+
+
+class Secretive(COLACausalLM):
+    """With an argument that no file may hold, and two that JSON has no type for."""
+
+    def __init__(self, model_name, hub_token=None, sizes=None, kind=None, **others):
+        super().__init__(model_name, **others)
+
+
+def fit(folder, logger):
+    """Four steps with a knot and clipping, of which every second is logged."""
+    module = Secretive(
+        tiny.folder(folder / "model"), hub_token="hf_secret", sizes=Namespace(hidden=[8]), kind=torch.half, rank=4, seed=0
+    )
+    data = Shuffled(batches_of(rows_of(LENGTHS[:4]), 1))
+    options = {"max_epochs": 1, "log_every_n_steps": 2, "gradient_clip_val": 1e-3, "limit_val_batches": 0}
+    norms = Norms()
+    trainer(folder, norms, logger=logger, chain={"every_n_train_steps": 2}, **options).fit(module, data)
+    return module, norms.found
+
+
+def rows_of_csv(folder):
+    rows = read_csv(folder / "metrics.csv")
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
+
+
+def test_a_step_is_logged_with_its_rate_norm_and_speed_and_links_do_not_store_them(tmp_path):
+    start = time.perf_counter()
+    module, norms = fit(tmp_path, CSVLogger(tmp_path, name="run"))
+    seconds = time.perf_counter() - start
+    folder = tmp_path / "run" / "version_0"
+    logged = {row["step"]: row for row in rows_of_csv(folder) if "grad_norm" in row}
+    assert logged.keys() == {1, 3}
+    assert [row["grad_norm"] for row in logged.values()] == pytest.approx([norms[1], norms[3]], rel=1e-4)  # not clipped
+    assert [row["link"] for row in logged.values()] == [0, 1]
+    assert [row["lr"] for row in logged.values()] == pytest.approx([5e-4, 5e-4])  # linear, over two steps
+    assert all(row["tokens_per_second"] > sum(LENGTHS[2:4]) / seconds for row in logged.values())
+    assert not VALUES & module.chain[0].metrics.keys()
+    text = (folder / "hparams.yaml").read_text()
+    assert "secret" not in text
+    messages = yaml.safe_load(text)
+    assert {name: messages[name.split("/")[0]][name.split("/")[1]] for name in OPTIONS} == OPTIONS
+    assert messages["optimizer"]["lr"] == 1e-3
+    assert (messages["model"]["sizes"], messages["model"]["kind"]) == ({"hidden": [8]}, "torch.float16")
+
+
+def test_a_module_of_ones_own_is_logged_without_tokens(tmp_path):
+    trainer(tmp_path, logger=CSVLogger(tmp_path, name="run"), max_steps=3, log_every_n_steps=2).fit(toy(), batches())
+    rows = rows_of_csv(tmp_path / "run" / "version_0")
+    assert [sorted(row) for row in rows if "lr" in row] == [["grad_norm", "link", "lr", "step"]]
+
+
+def test_an_optimizer_without_a_rate_is_logged_without_one(tmp_path):
+    module = toy(optimizer=Adafactor, lr_schedule="constant")
+    trainer(tmp_path, logger=CSVLogger(tmp_path, name="run"), max_steps=3, log_every_n_steps=2).fit(module, batches())
+    rows = rows_of_csv(tmp_path / "run" / "version_0")
+    assert [sorted(row) for row in rows if "link" in row] == [["grad_norm", "link", "step"]]
+
+
+def of_tensorboard(folder):
+    loader = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    logger = TensorBoardLogger(folder / "board")
+    fit(folder, logger)
+    found = loader.EventAccumulator(logger.log_dir).Reload()
+    values = {name: [event.value for event in found.Scalars(name)] for name in found.Tags()["scalars"]}
+    hparams = importlib.import_module("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData
+    content = found._plugin_to_tag_to_content["hparams"]["_hparams_/session_start_info"]
+    return values, hparams.FromString(content).session_start_info.hparams
+
+
+def of_mlflow(folder):
+    mlflow = importlib.import_module("mlflow")
+    store = f"file:{folder}/mlruns"
+    logger = MLFlowLogger(tracking_uri=store)
+    fit(folder, logger)
+    client = mlflow.MlflowClient(store)
+    names = client.get_run(logger.run_id).data.metrics
+    values = {name: [one.value for one in client.get_metric_history(logger.run_id, name)] for name in names}
+    return values, client.get_run(logger.run_id).data.params
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("read", [of_tensorboard, of_mlflow], ids=["TensorBoard", "MLflow"])
+def test_loggers_hold_the_values_and_the_options(tmp_path, monkeypatch, read):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    values, options = read(tmp_path)
+    logged = VALUES - {"link"} | {"train_loss"}  # a knot is logged with its link, too
+    assert {name: len(values[name]) for name in logged} == dict.fromkeys(logged, 2)
+    assert max(values["link"]) == 1
+    assert all(math.isfinite(value) for name in VALUES for value in values[name])
+    assert OPTIONS.keys() <= options.keys()
+    assert "hf_secret" not in str(options)
+
+
+PROGRAM = """
+import logging
+
+from tests.helpers.toy import batches, toy, trainer
+
+{configure}
+trainer(".", chain={{"every_n_epochs": 1}}, max_epochs=2).fit(toy(), batches())
+logging.getLogger("cola_lightning").info("after the fit")
+"""
+
+
+@pytest.mark.parametrize(
+    ("configure", "is_shown"),
+    [("", True), ("logging.basicConfig()", False), ("logging.getLogger('cola_lightning').setLevel('ERROR')", False)],
+    ids=["nothing", "the root logger", "a level"],
+)
+def test_a_fit_in_a_plain_script_shows_its_links_where_nobody_has_configured_logging(tmp_path, configure, is_shown):
+    done = forked.run("-c", PROGRAM.format(configure=configure), cwd=tmp_path, check=True)
+    lines = [line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("link ") or "after" in line]
+    assert lines == ["link 0 finished", "link 1 live at the end"] * is_shown
+    assert "link 0 finished" not in done.stderr

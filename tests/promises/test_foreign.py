@@ -1,0 +1,400 @@
+"""Other people's LightningModules as chains: a stand-in for them, and the real ones of their packages (``pytest -m slow``)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from lightning.pytorch import LightningModule
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from cola_lightning import AdaptedModel, COLACausalLM, COLAModule, EpochDataModule, LoRAConfig, UserError
+from cola_lightning.cli import main
+from tests.helpers import foreign_tasks, tiny
+from tests.helpers.foreign_tasks import Pictures, fit
+from tests.helpers.forked import as_torchrun
+from tests.helpers.toy import assert_bit_equal, toy, trainer, weights
+
+
+class Task(LightningModule):
+    """Written as torchgeo's are, and knows nothing of chains."""
+
+    def __init__(self, width=8, lr=0.1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.configure_models()
+        self.criterion = nn.CrossEntropyLoss()
+        self.train_metrics = MetricCollection({"accuracy": MulticlassAccuracy(3, average="micro")}, prefix="train_")
+        self.val_metrics = self.train_metrics.clone(prefix="val_")
+        self.sizes = []
+
+    def configure_models(self):
+        width = self.hparams["width"]
+        self.model = nn.Sequential(nn.Linear(8, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, 3))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+    def forward(self, *args):
+        return self.model(*args)
+
+    def training_step(self, batch, batch_idx):
+        return self.evaluate(batch, self.train_metrics, "train_loss")
+
+    def validation_step(self, batch, batch_idx):
+        self.evaluate(batch, self.val_metrics, "val_loss")
+
+    def evaluate(self, batch, metrics, name):
+        logits = self(batch["image"])
+        loss = self.criterion(logits, batch["label"])
+        self.sizes.append(len(logits))
+        self.log(name, loss, batch_size=len(logits))
+        metrics(logits, batch["label"])
+        self.log_dict(metrics, batch_size=len(logits))
+        return loss
+
+
+class ChainedTask(Task, COLAModule):
+    __init__ = COLAModule.__init__
+
+    def build_model(self):
+        return self.adopt(Task(width=64)).model
+
+
+class Rows(EpochDataModule):
+    def setup(self, stage):
+        generator = torch.Generator().manual_seed(3)
+        images, labels = torch.randn(56, 8, generator=generator), torch.randint(3, (56,), generator=generator)
+        rows = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
+        self.train, self.val = rows[:40], rows[40:]
+
+
+def chained(cls=ChainedTask, **arguments):
+    return toy(cls, **{"target_modules": ["0"], "modules_to_save": ["4"]} | arguments)
+
+
+def last(folder):
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def test_only_the_links_of_a_foreign_module_are_trained_by_its_own_optimizer_and_measured_by_its_own_metrics(tmp_path):
+    module, rows = chained(), Rows(4)
+    before = weights(module)
+    run = fit(tmp_path, module, rows)
+    changed = {name for name, value in weights(module).items() if name not in before or not torch.equal(value, before[name])}
+    statistics = {f"model.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert changed == {"model.0.weight", "model.0.lora_A", "model.0.lora_B", "model.4.weight", "model.4.bias", *statistics}
+    (optimizer,) = run.optimizers
+    assert (type(optimizer), optimizer.defaults["momentum"]) == (torch.optim.SGD, 0.9)
+    assert type(run.lr_scheduler_configs[0].scheduler) is torch.optim.lr_scheduler.ReduceLROnPlateau
+    assert (len(module.chain), module.hparams, len(module.sizes)) == (1, {"width": 64, "lr": 0.1}, 2 * (10 + 4))
+    images, labels = (torch.stack([row[name] for row in rows.val]) for name in ("image", "label"))
+    expected = multiclass_accuracy(module.eval()(images), labels, 3, average="micro")
+    assert run.callback_metrics["val_accuracy"] == expected
+    assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy"} == run.callback_metrics.keys()
+
+
+def test_a_chain_of_a_foreign_module_trains_as_the_plain_loop_does(tmp_path):
+    """The same links by a loop of one's own, with the foreign module's optimizer."""
+    rows = Rows(4)
+    rows.setup("fit")
+    loader = DataLoader(rows.train, batch_size=4)
+    task = Task(width=64)
+    base = {name: value.clone() for name, value in chained().merged_model(0).state_dict().items()}
+
+    def build():
+        task.model.load_state_dict(base)
+        return task.model.eval()
+
+    class Still(ChainedTask):
+        def on_train_start(self):
+            self.model.eval()
+
+    module = chained(Still)
+    trainer(tmp_path, max_epochs=1).fit(module, loader, loader)
+    config = LoRAConfig(["0"], rank=2, alpha=4, modules_to_save=["4"])
+    adapted = AdaptedModel(build, config, seed=0)
+    optimizer = task.configure_optimizers()["optimizer"]
+    for batch in loader:
+        optimizer.zero_grad()
+        task.criterion(task(batch["image"]), batch["label"]).backward()
+        optimizer.step()
+    assert_bit_equal(weights(module.model), weights(adapted.model))
+
+
+def test_a_checkpoint_of_a_foreign_module_has_no_frozen_weight_and_gives_it_back(tmp_path):
+    module = chained()
+    run = fit(tmp_path, module, Rows(4))
+    state = torch.load(last(tmp_path), weights_only=True)["state_dict"]
+    factors = {f"model.0.lora_{factor}" for factor in "AB"}
+    assert {name for name in state if not name.startswith("chain.")} == {
+        *factors,
+        *(f"model.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")),
+        *(f"model.4.{name}" for name in ("weight", "bias")),
+    }
+    loaded = ChainedTask.load_from_checkpoint(last(tmp_path))
+    assert_bit_equal(weights(loaded), weights(module))
+    assert (loaded.hparams, loaded.lora_config) == (module.hparams, module.lora_config)
+    assert run.validate(loaded, datamodule=Rows(4), verbose=False)[0]["val_loss"] == run.callback_metrics["val_loss"]
+    merged = loaded.merged_model()
+    assert {type(part) for part in merged} == {nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Dropout}
+    rows = torch.ones(3, 8)
+    torch.testing.assert_close(merged.eval()(rows), module.eval()(rows))
+    theirs = Task(width=64)
+    theirs.model.load_state_dict(merged.state_dict())  # as it was before there was a chain
+
+
+@pytest.mark.parametrize("n_steps", [4, 13])
+def test_a_foreign_module_resumes_to_the_bit(tmp_path, n_steps):
+    whole = chained()
+    run = fit(tmp_path / "whole", whole, Rows(4))
+    fit(tmp_path / "part", chained(), Rows(4), stop=n_steps)
+    resumed = chained()
+    again = fit(tmp_path / "again", resumed, Rows(4), ckpt_path=last(tmp_path / "part"))
+    assert_bit_equal(weights(resumed), weights(whole))
+    assert again.callback_metrics["val_loss"] == run.callback_metrics["val_loss"]
+    assert again.optimizers[0].param_groups[0]["lr"] == run.optimizers[0].param_groups[0]["lr"]
+
+
+class Parts(Task):
+    """Has its network in two parts, none of which is called ``model``."""
+
+    def configure_models(self):
+        self.backbone, self.head = nn.Sequential(nn.Linear(8, 6), nn.Tanh()), nn.Linear(6, 3)
+
+    def forward(self, *args):
+        return self.head(self.backbone(*args))
+
+
+class ChainedParts(Parts, COLAModule):
+    __init__ = COLAModule.__init__
+
+    def build_model(self):
+        return self.adopt(Parts()).backbone
+
+
+def test_a_part_of_a_foreign_module_is_the_base_and_the_rest_is_fully_trained(tmp_path):
+    module = chained(ChainedParts, modules_to_save=[])
+    before = weights(module)
+    fit(tmp_path, module, Rows(4))
+    assert module.backbone is module.model
+    after = weights(module)
+    assert not torch.equal(after["head.weight"], before["head.weight"])
+    assert torch.equal(module.merged_model(0)[0].weight, before["model.0.weight"])
+    names = {name for name in module.state_dict() if not name.startswith("chain.")}
+    assert names == {"model.0.lora_A", "model.0.lora_B", "head.weight", "head.bias"}
+    loaded = ChainedParts.load_from_checkpoint(last(tmp_path))
+    assert_bit_equal(weights(loaded), after)
+
+
+class LateTask(Task):
+    """Makes its model in ``configure_model``, as for FSDP."""
+
+    def configure_models(self):
+        self.model = None
+
+    def configure_model(self):
+        if self.model is None:
+            Task.configure_models(self)
+
+
+class ChainedLate(LateTask, COLAModule):
+    __init__ = COLAModule.__init__
+    configure_model = COLAModule.configure_model
+    configure_optimizers = COLAModule.configure_optimizers
+
+    def build_model(self):
+        task = LateTask(width=64)
+        task.configure_model()
+        return self.adopt(task).model
+
+
+def test_a_line_chooses_this_packages_method_in_place_of_the_foreign_one(tmp_path):
+    module = chained(ChainedLate)
+    run = fit(tmp_path, module, Rows(4))
+    assert type(run.optimizers[0]) is torch.optim.AdamW
+    assert module.model[0].lora_B.any()
+    loaded = ChainedLate.load_from_checkpoint(last(tmp_path))
+    assert_bit_equal(weights(loaded), weights(module))
+
+
+def test_a_foreign_module_is_trained_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", f"{__name__}.ChainedTask", "--model.rank", "2", "--model.target_modules", "['0']"]
+    data = ["--data", f"{__name__}.Rows", "--data.batch_size", "4"]
+    assert main(["fit", *model, *data, "--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false"]) == 0
+    assert main(["export", "runs/version_0", "--format", "merged", "--output", "merged"]) == 0
+    names = Task(width=64).model.state_dict().keys()
+    assert load_file("merged/model.safetensors").keys() == names
+
+
+def test_a_class_in_which_this_packages_optimizer_would_replace_the_foreign_one_is_refused():
+    class Reversed(COLAModule, Task):
+        def build_model(self):
+            return self.adopt(Task()).model
+
+    with pytest.raises(UserError, match=r"^adopt: Reversed must be a class \(Task, COLAModule\), with Task first"):
+        chained(Reversed).configure_model()
+
+
+@pytest.mark.parametrize("name", ["seed", "step_loss"])
+def test_an_attribute_that_both_have_is_named(name):
+    class Named(ChainedTask):
+        def build_model(self):
+            task = Task()
+            setattr(task, name, nn.MSELoss() if name == "step_loss" else 3)
+            return self.adopt(task).model
+
+    with pytest.raises(UserError, match=rf"^adopt: Task has an attribute {name!r}, which is COLAModule's own"):
+        chained(Named).configure_model()
+
+
+def test_a_part_of_the_part_that_is_called_model_is_adapted_by_name():
+    class Backbone(ChainedTask):
+        def build_model(self):
+            return self.adopt(Task()).model[:2]
+
+    with pytest.raises(UserError, match=r"^model: .*target_modules and modules_to_save choose its parts"):
+        chained(Backbone, target_modules="all-linear", modules_to_save=[]).configure_model()
+
+
+# ---------------------------------------------------------------------- encoder-decoders
+
+
+SIZES = {"vocab_size": 400, "d_model": 32, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+ATTENTION = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+ENCODER_DECODERS = {
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**SIZES, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    ),
+    "bart": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(**SIZES, **ATTENTION, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64)
+    ),
+    "whisper": lambda: transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(**SIZES, **ATTENTION, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8)
+    ),
+}
+
+
+def encoder_decoder(folder, name):
+    """The folder of a tiny one with random weights."""
+    ENCODER_DECODERS[name]().save_pretrained(folder)
+    tiny.tokenizer("gpt2", pad=True).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_an_encoder_decoder_as_a_causal_model_is_refused_in_one_line_that_names_it(tmp_path, name):
+    with pytest.raises(UserError) as caught:
+        COLACausalLM(encoder_decoder(tmp_path / name, name), rank=2).configure_model()
+    message = str(caught.value)
+    assert message.startswith(f"model.model_name: {str(tmp_path / name)!r} is an encoder-decoder")
+    assert len(message) < 300
+
+
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
+def test_the_example_of_an_encoder_decoder_trains_a_t5_and_exports_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, folder = {"__name__": __name__}, encoder_decoder(tmp_path / "t5", "t5")
+    exec((foreign_tasks.ROOT / "examples" / "encoder_decoder.py").read_text().replace("google-t5/t5-small", folder), names)
+    module = names["module"]
+    assert len(module.chain) == 1
+    assert all(link.norm() > 0 for link in module.full_chain().links)
+    assert {name.rpartition(".")[2] for name in module.adapted.layers} == {"q", "v"}
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained("my_t5")
+    batch = next(iter(names["loader"]))
+    module.eval()
+    torch.testing.assert_close(model(**batch).logits, module(**batch).logits, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(**batch).logits, module.merged_model(0).eval()(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- the real ones
+
+
+@pytest.fixture(scope="module", params=foreign_tasks.TASKS)
+def trained(request, tmp_path_factory):
+    """A real module's name, its chain after a fit, and the fit."""
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    module = foreign_tasks.TASKS[name]()
+    before = weights(module)
+    return SimpleNamespace(name=name, module=module, before=before, run=fit(folder, module, Pictures(name, 2)), folder=folder)
+
+
+OPTIMIZERS = {"segmentation": "AdamW", "classification": "AdamW", "unet": "Adam", "finetuning": "SGD"}
+METRICS = {
+    "segmentation": "val_MulticlassJaccardIndex",
+    "classification": "val_F1Score",
+    "unet": "val_iou",
+    "finetuning": "val_top1",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_real_module_trains_its_links_with_its_own_optimizer_and_metrics(trained):
+    module, after = trained.module, weights(trained.module)
+    changed = {name for name in after if not torch.equal(after[name], trained.before[name])}
+    adapted = {f"model.{name}.weight" for name in module.adapted.layers}  # changed by the knot
+    assert changed - adapted <= module.state_dict().keys()
+    assert {f"model.{name}.lora_B" for name in module.adapted.layers} <= changed
+    assert len(module.chain) == 1
+    assert type(trained.run.optimizers[0]).__name__ == OPTIMIZERS[trained.name]
+    assert METRICS[trained.name] in trained.run.callback_metrics
+    n_all, n_trained = (sum(p.numel() for p in module.parameters() if p.requires_grad >= only) for only in (False, True))
+    n_bytes = last(trained.folder).stat().st_size
+    print(f"{trained.name}: {n_trained:,} of {n_all:,} parameters are trained; checkpoint {n_bytes / 1e6:.1f} MB")
+    assert n_bytes < 4 * n_all * (1 if trained.name in ("segmentation", "unet") else 0.2)
+    loaded = type(module).load_from_checkpoint(last(trained.folder))
+    assert_bit_equal(weights(loaded), after)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_real_module_resumes_to_the_bit(trained, tmp_path):
+    name = trained.name
+    fit(tmp_path / "part", foreign_tasks.TASKS[name](), Pictures(name, 2), stop=6)
+    resumed = foreign_tasks.TASKS[name]()
+    again = fit(tmp_path / "again", resumed, Pictures(name, 2), ckpt_path=last(tmp_path / "part"))
+    assert_bit_equal(weights(resumed), weights(trained.module))
+    assert again.callback_metrics["val_loss"] == trained.run.callback_metrics["val_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_real_module_is_trained_by_two_processes(trained, tmp_path):
+    command = [sys.executable, foreign_tasks.__file__, str(tmp_path), trained.name]
+    processes = [subprocess.Popen(command, env=environment) for environment in as_torchrun(2)]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    names = [name for name in first if name in dict(trained.module.named_parameters())]
+    assert_bit_equal({name: first[name] for name in names}, {name: second[name] for name in names})
+
+
+@pytest.mark.slow
+def test_the_example_of_optuna_finds_a_learning_rate(tmp_path, monkeypatch):
+    pytest.importorskip("optuna", reason="needs pip install optuna")
+    monkeypatch.chdir(foreign_tasks.ROOT)  # where the config's class paths begin
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    shorter = {
+        "studies/optuna": str(tmp_path),
+        "n_trials=6": "n_trials=2",
+        '"benchmarks/digits.yaml"': '"benchmarks/digits.yaml", "--trainer.max_epochs=10"',
+    }
+    example, names = (foreign_tasks.ROOT / "examples" / "rates_by_optuna.py").read_text(), {"__name__": __name__}
+    for stated, short in shorter.items():
+        assert stated in example
+        example = example.replace(stated, short)
+    exec(example, names)
+    assert [trial.state.name for trial in names["study"].trials] == ["COMPLETE"] * 2
+    assert 0.2 < names["study"].best_value <= 1

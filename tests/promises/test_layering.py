@@ -1,0 +1,74 @@
+"""The arrows between the package's files are those of CONTRIBUTING.md, and a command imports what it needs."""
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "cola_lightning"
+PATHS = {path: path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")}
+FILES = {f"cola_lightning.{name}".replace("/", ".").removesuffix(".__init__"): name for name in PATHS.values()}
+BLOCK = (ROOT / "CONTRIBUTING.md").read_text().split("\n## How the package is built\n")[1].split("```")[1]
+ROWS = [["__init__"]]  # from the bottom up
+ROWS += [re.split("  +", line)[0].split(", ") for line in reversed(BLOCK.splitlines()[1:])]
+TORCH_ONLY = {"adapted_model", "chain", "contexts", "errors", "layout", "lora", "merge", "seeding", "trained_values", "writing"}
+BY_NAME = {"lora/conv1d", "lora/linear4bit"}  # layers of other packages, imported once a model has one
+ITS_NEEDS = {"torch", "numpy", "typing_extensions", "safetensors", "cola_lightning"} | sys.stdlib_module_names
+
+
+def imports(path, is_top_level=False):
+    """Dotted names that a file imports when it runs: not those that only a type checker reads."""
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    nodes = tree.body if is_top_level else list(ast.walk(tree))
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return plain + [f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
+
+
+def row_of(name):
+    """The row of a file, and the entry in it that stands for the file."""
+    return next((k, entry) for k, row in enumerate(ROWS) for entry in row if f"{name}/".startswith(f"{entry}/"))
+
+
+def test_imports_point_downwards_and_not_in_a_circle_and_the_engine_needs_torch_alone():
+    arrows = {}
+    for path, name in PATHS.items():
+        found = {FILES.get(one, FILES.get(one.rpartition(".")[0])) for one in imports(path)} - {None, name}
+        row, entry = row_of(name)
+        assert not [one for one in found if row_of(one)[0] >= row and row_of(one)[1] != entry], name
+        arrows[name] = found
+        assert not found & BY_NAME, name
+        if entry in TORCH_ONLY and name not in BY_NAME:
+            assert {one.partition(".")[0] for one in imports(path, is_top_level=True)} <= ITS_NEEDS, name
+    graphlib.TopologicalSorter(arrows).prepare()
+    assert len({row_of(name) for name in arrows}) == sum(map(len, ROWS))
+
+
+# What each command leaves alone of the libraries that nothing before it has imported; a fit, of those that Lightning does not.
+LEFT_ALONE = {
+    "--help": {"torch", "lightning", "transformers"},
+    "inspect --help": {"lightning", "transformers", "datasets", "peft", "matplotlib", "sklearn", "scipy"},
+    "fit --help": {"transformers", "datasets", "peft", "matplotlib", "sklearn", "scipy"},
+}
+
+
+def test_a_command_imports_what_it_needs():
+    program = f"""
+import sys
+from cola_lightning.cli import main
+for words in {[*LEFT_ALONE]}:
+    if words == "fit --help":
+        import lightning.pytorch.cli
+    known = set(sys.modules)
+    status = main(words.split())
+    print("imported:", status, *set(sys.modules) - known)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("imported:")]
+    assert len(found) == len(LEFT_ALONE), done.stderr
+    for (status, *names), left_alone in zip(found, LEFT_ALONE.values(), strict=True):
+        assert status == "0"
+        assert not {name.partition(".")[0] for name in names} & left_alone

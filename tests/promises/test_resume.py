@@ -1,0 +1,324 @@
+"""A run that is stopped anywhere and goes on from its last checkpoint is the run itself, to the bit."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from cola_lightning import LastCheckpoint, LoRALayer, UserError
+from tests.helpers import tiny
+from tests.helpers.resuming import ARGUMENTS, Data, Normed, Outside, fit, last, make
+from tests.helpers.run_comparison import first_difference
+from tests.helpers.toy import assert_bit_equal, toy, trainer, weights
+
+
+class Stateful(LightningDataModule):
+    """The same rows by torchdata's loader, whose state Lightning stores."""
+
+    def __init__(self):
+        super().__init__()
+        seed_everything(5)  # its order comes from the global generator
+
+    setup = Data.setup
+
+    def train_dataloader(self):
+        return StatefulDataLoader(self.train, batch_size=4, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.val, batch_size=4)
+
+
+class Beside(Data):
+    """The rows beside those of a longer loader, which decides when an epoch ends: they come again from their first on."""
+
+    def train_dataloader(self):
+        longer = StatefulDataLoader(TensorDataset(torch.zeros(80, 8)), batch_size=4)
+        return {"rows": super().train_dataloader(), "longer": longer}
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch["rows"] if isinstance(batch, dict) else batch
+
+
+class Mixture(Normed):
+    """With experts."""
+
+    def build_model(self):
+        return tiny.mixture()
+
+
+STOPS = [("batch_start", k) for k in (0, 1, 9, 12, 23)]
+STOPS += [("forward", k) for k in (0, 4, 11)] + [("backward", k) for k in (1, 5, 7, 13, 16)]
+STOPS += [("batch_end", k) for k in (0, 2, 3, 7, 10, 12, 23)]
+STOPS += [("validation", k) for k in (0, 1, 4, 5, 11, 17)] + [("validation_end", k) for k in (0, 1, 3)]
+STOPS += [("epoch_end", k) for k in (0, 1)] + [("epoch_start", k) for k in (0, 1, 2)]
+# Around knot, window, validation and epoch.
+MAIN = [("batch_start", 12), ("backward", 13), ("batch_end", 2), ("validation", 1), ("epoch_end", 0), ("epoch_start", 1)]
+FEW = [("backward", 13), ("batch_end", 7)]
+
+
+def own(configure):
+    """A module whose own ``configure_optimizers`` is the given function of it."""
+    return make(type("Own", (Normed,), {"configure_optimizers": configure}))
+
+
+def scheduled(module):
+    optimizer = AdamW([parameter for parameter in module.parameters() if parameter.requires_grad], lr=1e-2)
+    return [optimizer], [StepLR(optimizer, 1, 0.5)]
+
+
+def ours(module):
+    return Normed.configure_optimizers(module)["optimizer"]
+
+
+EXPERTS = {"target_modules": "all-linear", "experts": True, "modules_to_save": ["4"], "kept_optimizer_state": 0.5}
+ONE = {"accumulate_grad_batches": 1}
+
+# What a run is like: the options of fit, made anew for each.
+RUNS = {
+    "windows of three batches": dict,
+    "windows of three batches, everywhere": dict,
+    "windows of one": lambda: ONE,
+    "windows of one, everywhere": lambda: ONE,
+    "another window in each epoch": lambda: ONE | {"callbacks": [GradientAccumulationScheduler({0: 1, 1: 3, 2: 2})]},
+    "an end in steps": lambda: {"max_epochs": -1, "max_steps": 8},
+    "validation every five batches": lambda: {"check_val_every_n_epoch": None, "val_check_interval": 5},
+    "no validation": lambda: {"limit_val_batches": 0},
+    "early stopping": lambda: {"callbacks": [EarlyStopping("val_loss", patience=3, min_delta=10.0)]},
+    "early stopping, windows of one": lambda: ONE | RUNS["early stopping"](),
+    "bf16, stacked": lambda: {"precision": "bf16-true"},
+    "experts, bf16, stacked": lambda: {"module": make(Mixture, **EXPERTS, finished_links="stack"), "precision": "bf16-true"},
+    "float64, a layer outside": lambda: {"module": make(Outside), "precision": "64-true"},
+    "torchdata's loader": lambda: {"data": Stateful()},
+    "beside a longer loader": lambda: {"data": Beside(batch_size=4), "max_epochs": 2},
+    "its own optimizer and scheduler": lambda: {"module": own(scheduled)},
+    "a schedule over ours": lambda: {"module": own(lambda module: ([one := ours(module)], [CosineAnnealingLR(one, 3)]))},
+    "B alone": lambda: {"module": make(trained_factors="B")},
+    "either factor, by chance": lambda: {"module": make(trained_factors="random")},
+    "a part of the moments": lambda: {"module": make(kept_optimizer_state=0.1)},
+    "the run's schedule": lambda: {"module": make(schedule_scope="run", warmup_steps=2, knot_warmup_steps=3)},
+    "knots at a plateau": lambda: {"module": make(schedule_scope="run"), "chain": {"patience": 1, "min_delta": 0.02}},
+}
+# Where it is stopped, if not at the few; a list is of stops of one run.
+PLACES = {
+    "windows of three batches": MAIN,
+    "windows of one": [("batch_start", 9), *FEW],
+    **dict.fromkeys(["windows of three batches, everywhere", "windows of one, everywhere"], STOPS),
+    "another window in each epoch": [("backward", 12), ("batch_end", 18)],
+    "validation every five batches": [*FEW, ("validation", 4), ("batch_end", 4)],
+    # In a validation, and in the batch after it was repeated: one that counted it twice would end the run too early.
+    "early stopping": [("forward", 4)],
+    "early stopping, windows of one": [[("validation", 1), ("batch_start", 0)], [("validation_end", 1), ("batch_start", 0)]],
+    "torchdata's loader": [("batch_end", 2), *FEW],  # its order is drawn anew at an epoch's end, and before its first step
+    "beside a longer loader": [("batch_end", 32)],
+    "its own optimizer and scheduler": [("batch_end", 15)],
+    "a schedule over ours": [("batch_end", 15)],
+    "knots at a plateau": [("validation", 4), ("validation_end", 1)],
+}
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "everywhere" in name else name for name in RUNS]
+)
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, name):
+    options = RUNS[name]
+    whole, expected, _ = fit(tmp_path / "whole", **options())
+    assert "plateau" not in name or whole.n_finished > 1
+    for stop in PLACES.get(name, FEW):
+        path, done, finished = None, [{} for _ in expected.all], 0
+        for k, moment in enumerate([*(stop if isinstance(stop, list) else [stop]), None]):
+            module, recorder, run = fit(tmp_path / f"{stop} {k}", moment, path, **options())
+            assert all(expected.steps[place] == finished for place in recorder.rows.keys() & done[2].keys())  # done twice
+            finished = run.global_step
+            for before, now, all_ in zip(done, recorder.all, expected.all, strict=True):
+                assert now == {place: all_[place] for place in now}, stop
+                before |= now
+            if last(tmp_path / f"{stop} {k}").exists():  # else nothing was left to be done, and so to be written
+                path = last(tmp_path / f"{stop} {k}")
+        assert done == list(expected.all), stop
+        assert_bit_equal(weights(module), weights(whole))
+        assert_same_state(path, last(tmp_path / "whole"))
+
+
+def assert_same_state(ours, theirs):
+    """The two checkpoints hold the same run: weights, chain, optimizer, schedule, counters."""
+    ours, theirs = (torch.load(path, weights_only=True) for path in (ours, theirs))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
+        assert first_difference(ours[part], theirs[part], part) is None
+    for part in ("epoch_progress", "epoch_loop.batch_progress"):
+        progress = [one["callbacks"]["FitCallback"]["progress"][part] for one in (ours, theirs)]
+        assert first_difference(*progress, part) is None
+
+
+STOPPED = []  # runs with workers: torch waits five seconds for each of them when the run is collected as garbage
+
+
+def test_workers_prepare_the_same_batches_and_a_validation_starts_over_in_the_same_process_too(tmp_path):
+    _, expected, _ = fit(tmp_path / "whole")
+    module, before, run = fit(tmp_path, ("validation", 4), data=Data(batch_size=4, num_workers=2))
+    STOPPED.append(run)
+    _, after, _ = fit(tmp_path / "on", ckpt_path=last(tmp_path), module=module, data=Data(batch_size=4, num_workers=1))
+    for first, second, all_ in zip(before.all, after.all, expected.all, strict=True):
+        assert first | second == all_
+
+
+def test_an_optimizer_step_that_failed_halfway_is_not_written(tmp_path):
+    class Failing(AdamW):
+        def step(self, closure=None):
+            closure()
+            group = self.param_groups[0]
+            if self.state and self.state[group["params"][0]]["step"] == 3:
+                group["params"][0].detach().fill_(1e3)
+                raise RuntimeError("halfway")
+            return super().step()
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        fit(tmp_path, module=toy(Normed, **ARGUMENTS, optimizer=lambda p: Failing(p, lr=1e-2)))
+    written = torch.load(last(tmp_path), weights_only=True)  # at the end of the epoch
+    assert written["global_step"] == 3
+    assert all(value.abs().max() < 1e3 for name, value in written["state_dict"].items() if not name.startswith("chain."))
+
+
+def test_a_knot_that_fails_halfway_leaves_the_last_checkpoint_as_it_was(tmp_path, monkeypatch):
+    arguments = {"target_modules": ["0", "3"], "modules_to_save": []}
+    whole, _, _ = fit(tmp_path / "whole", module=make(**arguments))
+    finished, finish = [], LoRALayer.finish
+
+    def fail_on_the_second(layer, *settings):
+        finished.append(layer)
+        if len(finished) == 2:
+            raise RuntimeError("in the knot")
+        finish(layer, *settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoRALayer, "finish", fail_on_the_second)
+        with pytest.raises(RuntimeError, match="in the knot"):
+            fit(tmp_path, module=make(**arguments))
+    assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 3
+    module, _, _ = fit(tmp_path / "resumed", ckpt_path=last(tmp_path), module=make(**arguments))
+    assert_bit_equal(weights(module), weights(whole))
+
+
+class Saves(Callback):
+    """Notes after how many batches a checkpoint is written."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_save_checkpoint(self, trainer, *_):
+        self.batches.append(trainer.fit_loop.total_batch_idx + 1)
+
+
+def test_last_is_written_once_at_the_end_of_an_epoch_that_ends_with_a_validation(tmp_path):
+    saves = Saves()
+    fit(tmp_path, callbacks=[saves])
+    assert saves.batches == [3, 4, 8, 12, 16, 20, 24]  # and after the first optimizer step
+
+
+class WrittenSteps(Callback):
+    """Notes at each batch the run's step, and that of a checkpoint that is there."""
+
+    def __init__(self, path):
+        self.path, self.seen = path, []
+
+    def on_train_batch_start(self, trainer, *_):
+        written = torch.load(self.path, weights_only=True)["global_step"] if self.path.exists() else 0
+        self.seen.append((trainer.global_step, written))
+
+
+def test_last_is_the_newest_beside_a_checkpoint_that_keeps_the_best(tmp_path):
+    watch = WrittenSteps(last(tmp_path))
+    kept = {"monitor": "val_loss", "mode": "max", "save_top_k": 1, "filename": "best"}  # the first is the best
+    each = {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}
+    _, _, run = fit(tmp_path, callbacks=[watch, ModelCheckpoint(**kept), ModelCheckpoint(**each)])
+    assert all(written >= step - 1 for step, written in watch.seen)
+    best, newest = (
+        torch.load(path, weights_only=True)["global_step"] for path in (run.checkpoint_callback.best_model_path, last(tmp_path))
+    )
+    assert best < newest == 9
+    assert run.checkpoint_callback.monitor == "val_loss"  # which ckpt_path="best" asks
+
+
+@pytest.mark.parametrize(
+    ("callback", "expected"),
+    [
+        (LastCheckpoint(), [0, *[1] * 7]),
+        (LastCheckpoint(every_n_train_steps=2), [0, 1, 2, 2, 4, 4, 6, 6]),
+        (LastCheckpoint(train_time_interval=timedelta(0)), list(range(8))),
+    ],
+    ids=["by default", "steps", "time"],
+)
+def test_last_is_written_after_the_first_step_and_also_every_n_steps_and_after_a_time(
+    tmp_path, monkeypatch, callback, expected
+):
+    monkeypatch.chdir(tmp_path)
+    watch = WrittenSteps(last(Path()))
+    run = trainer(".", watch, callback, chain={}, enable_checkpointing=True, max_epochs=1, limit_val_batches=0)
+    run.fit(toy(Normed, target_modules=["0"]), datamodule=Data(batch_size=4))
+    assert [written for _, written in watch.seen] == expected
+
+
+# ---------------------------------------------------------------------- what is changed beside a checkpoint
+
+
+def test_another_learning_rate_or_decay_is_used_from_there_on_and_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    fit(tmp_path, ("batch_end", 12))  # in the second epoch, after the knot, at its 6th batch
+    stopped = last(tmp_path)
+    _, same, _ = fit(tmp_path / "same", ckpt_path=stopped)
+    assert "continuing with" not in caplog.text
+    _, other, run = fit(tmp_path / "other", ckpt_path=stopped, module=make(lr=2e-2, weight_decay=0.5))
+    assert other.rates.keys() == same.rates.keys()
+    assert [rate for (rate,) in other.rates.values()] == pytest.approx([2 * rate for (rate,) in same.rates.values()], rel=1e-12)
+    assert run.optimizers[0].param_groups[0]["weight_decay"] == 0.5
+    assert "continuing with lr 0.01 -> 0.02, weight_decay 0.01 -> 0.5" in caplog.text
+    _, flat, _ = fit(tmp_path / "flat", ckpt_path=stopped, module=make(lr_schedule="constant"))
+    assert {rate for (rate,) in flat.rates.values()} == {1e-2}
+    _, longer, _ = fit(tmp_path / "longer", ckpt_path=stopped, max_epochs=5)
+    assert longer.rates[2, 7] > same.rates[2, 7]
+    assert len(longer.rates) == len(same.rates) + 16
+
+
+REFUSED = {
+    "chain.alphas": lambda: {"module": make(alpha=8)},
+    "chain.ranks": lambda: {"chain": {"at_steps": [4], "ranks": [2, 2]}},
+    "chain": lambda: {"chain": {"at_steps": []}},
+    "trainer.precision": lambda: {"precision": "64-true"},
+    "data.batch_size": lambda: {"data": Data(batch_size=2)},
+}
+
+
+def test_a_choice_that_the_checkpoint_would_overrule_is_refused_and_nothing_is_written(tmp_path):
+    fit(tmp_path, ("batch_end", 12))
+    for field, options in REFUSED.items():
+        with pytest.raises(UserError, match=rf"^[^:]*{field}\b"):
+            fit(tmp_path / "other", ckpt_path=last(tmp_path), **options())
+    assert not list((tmp_path / "other").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("stop", "change", "n_left", "n_done"),
+    [
+        (("epoch_end", 0), {"accumulate_grad_batches": 2}, 12, 8),
+        (("epoch_end", 2), {"batch_size": 6}, 6, 24),  # 24 steps are also a number of epochs of 6
+        (("batch_end", 11), {"limit_train_batches": 6}, 14, 12),
+    ],
+)
+def test_a_run_may_go_on_with_other_batches_and_windows_and_decays_until_its_end(tmp_path, stop, change, n_left, n_done):
+    def run(folder, stop, path=None, batch_size=4, **changes):
+        options = {"accumulate_grad_batches": 1, "limit_val_batches": 0, "max_epochs": 4, "chain": {"at_epochs": [9]}} | changes
+        return fit(folder, stop, path, module=make(lr_schedule="linear"), data=Data(batch_size=batch_size), **options)
+
+    run(tmp_path, stop)
+    _, recorder, fitted = run(tmp_path / "other", None, last(tmp_path), **change)
+    assert fitted.global_step == n_done + n_left
+    rates = [rate / 1e-2 for (rate,) in recorder.rates.values()]
+    window = change.get("accumulate_grad_batches", 1)
+    assert rates[::window] == pytest.approx([1 - step / (n_done + n_left) for step in range(n_done, n_done + n_left)])

@@ -1,0 +1,480 @@
+"""``cola stages``: runs in a sequence, skipped, resumed and trained again as they must be."""
+
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from lightning.pytorch import Callback
+from scipy import stats
+
+from cola_lightning import COLACausalLM, EpochDataModule, TextDataModule, UserError
+from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.cli import main
+from cola_lightning.stages.matrix import Column, Difference, Matrix
+from cola_lightning.stages.replay import Replay
+from cola_lightning.stages.stages import Stages
+from cola_lightning.study import run
+from tests.helpers import forked, tiny
+from tests.helpers.toy import assert_same_chain, read_csv
+
+PAIRS = [
+    {"prompt": f"Film {k}? ", "chosen": f"It was {('great', 'terrible')[k % 2]}.", "rejected": "It was."} for k in range(40)
+]
+STAGES = {
+    "good": {"chain": {"knots": 1}},
+    "flipped": {"data": {"init_args": {"source": "flipped"}}, "trainer": {"max_steps": 3}},
+    "pairs": {
+        "model": {"class_path": "COLAPreferenceLM"},
+        "data": {"class_path": "PreferenceDataModule", "init_args": {"source": "pairs", "val_size": 8, "test_size": 8}},
+    },
+}
+
+
+class KillOnce(Callback):
+    """Kills a stage's fit, or the command that waits for it, in the middle or at the end of the fit; once, for which it has a
+    file."""
+
+    def __init__(self, marker: str, name: str, whom: str = "fit", when: str = "inside"):
+        self.marker, self.name, self.whom, self.when = Path(marker), name, whom, when
+
+    def _kill(self, module, when):
+        if self.when == when and module.current.name == self.name and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid() if self.whom == "fit" else os.getppid(), signal.SIGKILL)
+            time.sleep(0.5)  # until its end is known
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step == 2:
+            self._kill(module, "inside")
+
+    def on_train_end(self, trainer, module):
+        self._kill(module, "at the end")
+
+
+class Fork:
+    """In the place of ``subprocess.Popen``, in a process that may be killed: its runs are forked from it."""
+
+    def __init__(self, command, stdout, stderr, start_new_session):
+        self.returncode, self.pid = None, os.fork()
+        if self.pid == 0:
+            os.setsid()
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            os._exit(main(command[3:]))
+
+    def poll(self):
+        pid, status = os.waitpid(self.pid, os.WNOHANG) if self.returncode is None else (0, 0)
+        self.returncode = os.waitstatus_to_exitcode(status) if pid else self.returncode
+        return self.returncode
+
+    def terminate(self):
+        assert self.poll() is not None
+
+    wait = terminate
+
+
+COMMAND = """
+import sys, types
+from cola_lightning.cli import main
+from cola_lightning.stages.stages import Stages
+from cola_lightning.study import run
+from tests.stages.test_stages_command import Fork
+
+run.subprocess, run.TOUCH_EVERY = types.SimpleNamespace(Popen=Fork, STDOUT=None), 0.1
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch):
+    """Runs of stages are forked."""
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=forked.Popen, STDOUT=None))
+    monkeypatch.setattr(run, "TOUCH_EVERY", 0.1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with the rows of three tasks, a model and a config of three stages."""
+    folder = tiny.make_language_folder(tmp_path_factory.mktemp("stages"))
+    flipped = [row | {"label": 1 - row["label"]} for row in tiny.read_rows(folder / "rows" / "train.jsonl")]
+    tiny.write_rows(folder / "flipped", flipped)
+    tiny.write_rows(folder / "pairs", PAIRS)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["trainer"] |= {"max_epochs": 1}
+    del config["chain"]
+    (folder / "stages.yaml").write_text(yaml.safe_dump(config | {"stages": STAGES}, sort_keys=False))
+    return folder
+
+
+@pytest.fixture
+def config(made, tmp_path, monkeypatch):
+    """The config, in a folder of its own with what it names."""
+    shutil.copytree(made, tmp_path / "own")
+    monkeypatch.chdir(tmp_path / "own")
+    return yaml.safe_load(Path("stages.yaml").read_text())
+
+
+def stages(*words, output="out", fit=()):
+    return main(["stages", "--config", "stages.yaml", "--output", output, *words, *(["--", *fit] if fit else ())])
+
+
+def write(config):
+    Path("stages.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def chain(name, output="out"):
+    return read_chain(f"{output}/{name}")
+
+
+def trained(capfd):
+    """The stages that the last call has trained."""
+    return [line.split()[1] for line in capfd.readouterr().out.splitlines() if ": training, see " in line]
+
+
+def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd):
+    assert stages() == 0
+    assert trained(capfd) == list(STAGES)
+    assert [link.name for link in chain("pairs").links] == ["good", "good", "flipped", "pairs"]
+    for name, n in {"good": 2, "flipped": 3}.items():
+        assert_same_chain(chain("pairs").truncate(n), chain(name))
+    assert [link.end_step for link in chain("pairs").links] == [4, 6, 3, 6]
+    assert [row["stage"] for row in read_csv("out/matrix.csv")] == ["base", *STAGES]
+    for name in STAGES:
+        files = {path.name for path in Path("out", name).iterdir()}
+        assert {"config.yaml", "metrics.csv", "checkpoints", "log.txt"} <= files
+        assert not any(file.startswith("claim") for file in files)
+    assert main(["test", "--config", "out/flipped/config.yaml", "--ckpt_path", "out/pairs", "--links", "flipped"]) == 0
+    assert Path("out/flipped/metrics.csv").exists()
+    before = {name: Path("out", name, "checkpoints", "last.ckpt").stat().st_mtime_ns for name in STAGES}
+
+    capfd.readouterr()
+    Path("out").rename("moved")
+    assert stages(output="moved") == 0
+    assert trained(capfd) == []
+    assert {name: Path("moved", name, "checkpoints", "last.ckpt").stat().st_mtime_ns for name in STAGES} == before
+
+    pairs = config["stages"].pop("pairs")
+    write(config)
+    assert stages(output="moved") == 0  # the matrix so far, and nothing is lost
+    assert trained(capfd) == []
+    assert [row["stage"] for row in read_csv("moved/matrix.csv")] == ["base", "good", "flipped"]
+    config["stages"]["pairs"] = pairs
+
+    config["stages"]["flipped"]["trainer"]["max_steps"] = 4
+    write(config)
+    assert stages(output="moved") == 0
+    out = capfd.readouterr().out
+    assert out.count("trainer.max_steps has changed, so this stage and the later ones are trained again") == 1
+    assert [line.split()[1] for line in out.splitlines() if ": training, see " in line] == ["flipped", "pairs"]
+    assert [link.end_step for link in chain("pairs", "moved").links] == [4, 6, 4, 6]
+
+
+def measured(config, links, *words):
+    """What ``cola test`` writes of the last stage's checkpoint."""
+    before = set(Path("out/pairs").rglob("metrics.csv"))
+    assert main(["test", "--config", config, "--ckpt_path", "out/pairs", "--links", links, *words]) == 0
+    (path,) = set(Path("out/pairs").rglob("metrics.csv")) - before
+    return read_csv(path)[-1]
+
+
+def test_the_matrix_is_what_tests_of_the_last_checkpoint_give(config, capfd):
+    config["stages"]["flipped"]["model"] = {"init_args": {"rank": 3, "alpha": 5}}  # above that of the last stage
+    config["model"]["init_args"]["alpha"] = 4
+    write(config)
+    assert stages("--max_forgetting", "1e-9") == 3
+    printed = capfd.readouterr()
+    rows = read_csv("out/matrix.csv")
+    assert [(row["links"], row["stage"]) for row in rows] == [("0", "base"), ("2", "good"), ("3", "flipped"), ("4", "pairs")]
+    assert list(rows[0])[2:] == ["good loss", "good accuracy", "flipped loss", "flipped accuracy", "pairs loss"]
+    for row in rows:
+        alone = measured("out/good/config.yaml", row["links"])
+        assert [row[f"good {name}"] for name in ("loss", "accuracy")] == [
+            alone[f"test_{name}"] for name in ("loss", "accuracy")
+        ]
+        if row["stage"] in ("base", "good", "flipped"):  # the reference of the preferences is where their stage began
+            assert float(row["pairs loss"]) == pytest.approx(0.693147, abs=1e-6)
+    assert rows[-1]["pairs loss"] == measured("out/pairs/config.yaml", "4")["test_loss"] != rows[0]["pairs loss"]
+    assert Path("out/matrix.png").read_bytes().startswith(b"\x89PNG")
+    tested = {name: json.loads(Path(f"out/{name}/matrix/result.json").read_text())["rows"] for name in STAGES}
+    for name, states in tested.items():
+        for state, row in zip(states, rows, strict=True):
+            for metric, (values, weights) in state["row_values"].items():
+                assert sum(values) / sum(weights) == pytest.approx(
+                    float(row[f"{name} {metric.removeprefix('test_')}"]), abs=1e-6
+                )
+                assert len(values) == len(weights) == {"good": 10, "flipped": 10, "pairs": 8}[name]
+    summaries = {(row["task"], row["metric"], row["summary"]): row for row in read_csv("out/summary.csv")}
+    assert len(summaries) == 5 * 3 - 3  # no backward transfer of the last task, no forward transfer of the first's two metrics
+    for row in summaries.values():  # a difference of the same predictions has no interval
+        assert (row["low"] == "") == (float(row["value"]) == 0)
+        assert not row["low"] or float(row["low"]) < float(row["value"]) < float(row["high"])
+    forgotten = summaries["good", "loss", "forgetting"]
+    assert float(forgotten["low"]) < float(forgotten["value"])
+    margin = float(forgotten["high"]) - float(forgotten["value"])
+    assert f"± {margin:.2g}" in printed.out
+    assert "max_forgetting: " in printed.err + printed.out
+
+    config["stages"] |= {"again": {"trainer": {"max_steps": 2}}}
+    write(config)
+    assert stages() == 0
+    assert trained(capfd) == ["again"]
+    after = read_csv("out/matrix.csv")
+    for row, known in zip(after, rows, strict=False):  # of another checkpoint, in which a link that was current is merged
+        for name in list(known)[2:]:
+            assert float(row[name]) == pytest.approx(float(known[name]), abs=1e-6)
+    changed = Path("out/good/matrix/result.json").stat().st_mtime_ns
+    assert stages("--max_forgetting", "9") == 0
+    assert Path("out/good/matrix/result.json").stat().st_mtime_ns == changed
+
+
+def test_forgetting_and_transfers_are_means_over_tasks_of_one_kind():
+    columns = [
+        Column("a", "loss", [3.0, 1.0, 2.0, 1.5], 1, "text"),
+        Column("b", "loss", [4.0, 3.0, 1.0, 2.0], 2, "text"),
+        Column("b", "accuracy", [0.25, 0.5, 1.0, 0.75], 2, "text"),
+        Column("c", "loss", [0.7, 0.7, 0.7, 0.5], 3, "pairs"),
+    ]
+    summaries = [[one and one.value for one in column.summaries] for column in columns]
+    assert summaries == [[0.5, 0.5, None], [1.0, 1.0, -1.0], [0.25, -0.25, 0.25], [0.0, None, 0.0]]
+    (line,) = Matrix(["base", "a", "b", "c"], [0, 1, 2, 3], columns).averages
+    assert line == "average loss of a, b: 1.75 at the end; forgetting 0.75, backward transfer +0.75, forward transfer -1"
+
+
+def measured_rows(states, n_rows, seed, weights=None):
+    """A loss or an accuracy of each state, and its rows."""
+    random = np.random.default_rng(seed)
+    weights = np.ones(n_rows) if weights is None else weights
+    difficulty = random.normal(size=n_rows)  # of a row, in every state
+    rows = [
+        [((state + difficulty + 0.3 * random.normal(size=n_rows)) * weights).tolist(), weights.tolist()] for state in states
+    ]
+    return [sum(values) / sum(counts) for values, counts in rows], rows
+
+
+def test_an_interval_is_that_of_a_paired_t_test_and_of_a_ratio_of_sums():
+    values, rows = measured_rows([3.0, 1.0, 1.2, 1.4], 30, seed=0)
+    column = Column("a", "loss", values, 2, rows=rows)
+    for one, before, after in zip(column.summaries, (1, 2, 0), (3, 3, 1), strict=True):
+        expected = stats.ttest_rel(rows[after][0], rows[before][0]).confidence_interval(0.95)
+        assert (one.value - one.margin, one.value + one.margin) == pytest.approx(tuple(expected))
+    opposite = Column("a", "accuracy", [-one for one in values], 2, rows=[[[-x for x in one[0]], one[1]] for one in rows])
+    assert opposite.forgetting.text() == column.forgetting.text()
+
+    random = np.random.default_rng(1)
+    weights = random.integers(1, 200, size=40).astype(float)  # tokens
+    values, rows = measured_rows([3.0, 2.0, 2.2], 40, seed=2, weights=weights)
+    found = Column("a", "loss", values, 1, rows=rows).backward_transfer
+    arrays = np.array(rows)
+    drawn = arrays[:, :, random.integers(0, 40, size=(4000, 40))].sum(-1)  # a bootstrap of the ratio
+    ratios = drawn[2, 0] / drawn[2, 1] - drawn[1, 0] / drawn[1, 1]
+    assert found.margin == pytest.approx(stats.t.ppf(0.975, 39) * ratios.std(), rel=0.08)
+    assert found.value == pytest.approx(values[2] - values[1])
+
+
+def test_the_interval_of_an_average_is_welchs():
+    columns = []
+    for k, (name, n_rows) in enumerate({"a": 20, "b": 50}.items()):
+        values, rows = measured_rows([3.0, 1.0, 1.2, 1.3], n_rows, seed=k)
+        columns.append(Column(name, "loss", values, 1, rows=rows))
+    mean = Difference.mean([column.backward_transfer for column in columns])
+    gaps = [np.array(column.rows[3][0]) - np.array(column.rows[1][0]) for column in columns]
+    expected = stats.ttest_ind(gaps[0], -gaps[1], equal_var=False).confidence_interval(0.95)  # of their sum
+    assert mean.margin == pytest.approx((expected.high - expected.low) / 4)
+    (line,) = Matrix(["base", "a", "x", "b"], [0, 1, 2, 3], columns).averages
+    assert f"backward transfer {mean.text('+')}, forward transfer -" in line
+    assert Difference.mean([Difference(1.0), columns[0].forgetting]).margin is None  # one is of an F1, say
+
+
+def test_other_rows_in_the_same_file_are_another_stage(config, capfd, monkeypatch):
+    monkeypatch.setattr(Stages, "_test", lambda *_: [])
+    config["stages"] = {name: config["stages"][name] for name in ("good", "flipped")}
+    write(config)
+    assert stages("--knot", "record") == 0
+    assert [link.share for link in chain("flipped").links] == [1, 0, 1]
+    rows = tiny.read_rows("rows/train.jsonl")
+    tiny.write_rows(Path("flipped"), rows)
+    capfd.readouterr()
+    assert stages("--knot", "record") == 0
+    out = capfd.readouterr().out
+    assert "its data has changed" in out
+    assert out.count(": training, see ") == 1
+    assert stages("--knot", "half") == 0
+    assert trained(capfd) == ["flipped"]
+    assert [link.share for link in chain("flipped").links] == [1, 0.5, 1]
+    Path("out/flipped/result.json").unlink()  # as if it had been stopped
+    assert stages("--knot", "record") == 0
+    assert "model.init_knot has changed" in capfd.readouterr().out
+    Path("out/flipped").rename("out/other")
+    Path("out/other/run.json").unlink()  # as in a fit's folder
+    config["stages"]["other"] = config["stages"].pop("flipped")
+    write(config)
+    assert stages("--knot", "half") == 2
+    assert "has another run" in capfd.readouterr().err
+    assert chain("other")
+    config["stages"]["other"]["model"] = {"init_args": {"rank": 1}}
+    write(config)
+    assert stages("--knot", "half") == 2
+    assert "stages.other: with --knot half" in capfd.readouterr().err
+
+
+def test_a_later_stage_trains_a_share_of_earlier_rows_again(config, capfd, monkeypatch):
+    monkeypatch.setattr(Stages, "_test", lambda *_: [])
+    assert stages("--replay", "2") == 2
+    assert "error: replay: must be a share" in capfd.readouterr().err
+    config["stages"]["again"] = {}
+    write(config)
+    assert stages("--replay", "0.25") == 0
+    assert "stage pairs: replays no rows of good, flipped (" in capfd.readouterr().out
+    logs = {name: Path("out", name, "log.txt").read_text() for name in config["stages"]}
+    found = {name: re.findall(r"replay: (\d+) of (\d+) training rows of (\w+)", log) for name, log in logs.items()}
+    of_good, of_flipped = (("6", "24", name) for name in ("good", "flipped"))
+    assert found == {"good": [], "flipped": [of_good], "pairs": [], "again": [of_good, of_flipped]}
+    assert [link.end_step for link in chain("again").links if link.name in ("good", "again")] == [4, 24 // 4, 36 // 4]
+    callback = yaml.safe_load(Path("out/again/config.yaml").read_text())["trainer"]["callbacks"][-1]
+    assert callback["init_args"]["data"]["flipped"]["init_args"]["source"] == "flipped"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_replayed_rows_are_training_rows_of_any_data(tmp_path, packing):
+    for name in ("old", "new"):
+        tiny.write_rows(tmp_path / name, [{"text": f"{name} {k} " * (1 + k % 3)} for k in range(40)])
+    module = COLACausalLM(tiny.folder(tmp_path / "model", "llama"), target_modules=["q_proj"], rank=2)
+    run = SimpleNamespace(lightning_module=module, world_size=1, global_rank=0, training=False)
+    old, new, alone = (
+        TextDataModule(str(tmp_path / name), test_size=10, val_size=2, packing=packing, max_length=16)
+        for name in ("old", "new", "old")
+    )
+    run.datamodule = new
+    for data in (new, alone):
+        data.trainer = run
+        data.setup("fit")
+    own = len(new.train)
+    Replay(0.5, {"old": old}).setup(run, module, "fit")
+    assert len(new.train) == own + round(len(alone.train) / 2)
+    known = {str(row) for row in alone.train}
+    assert all(str(new.train[k]) in known for k in range(own, len(new.train)))
+    n_rows = sum(len(batch["labels"]) for batch in new.train_dataloader())
+    assert n_rows == len(new.train)
+    with pytest.raises(UserError, match=r"^replay: old and this stage must have one class of data"):
+        Replay(0.5, {"old": Squares(2)}).setup(run, module, "fit")
+
+
+class Squares(EpochDataModule):
+    """Rows that are a list."""
+
+    def setup(self, stage):
+        self.train = [(x, x**2) for x in range(8)]
+
+
+def test_replayed_rows_may_be_a_list():
+    own = Squares(2)
+    own.setup("fit")
+    Replay(0.25, {"old": Squares(2)}).setup(SimpleNamespace(datamodule=own), None, "fit")
+    assert own.train[:8] == [(x, x**2) for x in range(8)]
+    assert len(own.train) == 10
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """Gives what two stages leave that nobody kills, by options of the command; it is made when it is first asked for."""
+
+    @functools.cache
+    def whole_run(*words):
+        folder = tmp_path_factory.mktemp("whole")
+        assert two_stages(made, folder, words).finish().returncode == 0
+        return Path(folder, "matrix.csv").read_text(), read_chain(folder / "flipped")
+
+    return whole_run
+
+
+def two_stages(made, output, words, *fit):
+    """The command, with the first two stages of the config, in a process of its own."""
+    config = yaml.safe_load((made / "stages.yaml").read_text())
+    config["stages"] = {name: config["stages"][name] for name in ("good", "flipped")}
+    (made / "two.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    words = ["stages", "--config", "two.yaml", "--output", str(output), *words, *(["--", *fit] if fit else [])]
+    return forked.Command("-c", COMMAND, *words, cwd=made)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("whom", "name", "when", "words"),
+    [
+        ("command", "flipped", "inside", ["--replay", "0.3"]),
+        pytest.param("command", "good", "at the end", [], marks=SLOW),  # between two stages
+        pytest.param("command", "good", "inside", [], marks=SLOW),
+        pytest.param("fit", "flipped", "inside", ["--knot", "half"], marks=SLOW),
+        pytest.param("fit", "flipped", "at the end", ["--knot", "record"], marks=SLOW),
+    ],
+    ids=str,
+)
+def test_stages_that_were_killed_leave_what_others_do(made, whole, tmp_path, whom, name, when, words):
+    given = {"marker": str(tmp_path / "killed"), "name": name, "whom": whom, "when": when}
+    stop = {"class_path": "tests.stages.test_stages_command.KillOnce", "init_args": given}
+    fit = ["--trainer.callbacks+", json.dumps(stop)]
+    killed = two_stages(made, tmp_path / "out", words, *fit).finish()
+    assert killed.returncode == (1 if whom == "fit" else -9), killed.stderr
+    assert (tmp_path / "killed").exists()
+    assert not (tmp_path / "out" / "flipped" / "result.json").exists()
+    if whom == "fit":  # the command shows what is finished
+        assert [row["stage"] for row in read_csv(tmp_path / "out" / "matrix.csv")] == ["base", "good"]
+    again = two_stages(made, tmp_path / "out", words, *fit).finish()
+    assert again.returncode == 0, again.stderr
+    is_resumed = "Restored all states" in (tmp_path / "out" / name / "log.txt").read_text()
+    assert is_resumed or (whom, when) == ("command", "at the end")
+    matrix, chain = whole(*words)
+    assert (tmp_path / "out" / "matrix.csv").read_text() == matrix
+    assert_same_chain(read_chain(tmp_path / "out" / "flipped"), chain)
+
+
+@SLOW  # the second process of each run is a new one
+def test_two_processes_leave_the_matrix_of_one(config):
+    """With batches of half the size."""
+    config["stages"] = {name: config["stages"][name] for name in ("good", "pairs")}
+    config["stages"]["again"] = {}
+    write(config)
+    assert stages("--replay", "0.25", output="one") == 0
+    two = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accelerator", "cpu", "--data.batch_size", "2"]
+    assert stages("--replay", "0.25", output="two", fit=two) == 0
+    for file in ("matrix.csv", "summary.csv"):
+        for mine, theirs in zip(*(read_csv(Path(output, file)) for output in ("two", "one")), strict=True):
+            assert mine.keys() == theirs.keys()
+            for name, value in theirs.items():
+                is_number = re.fullmatch(r"[-+.e\d]+", value)
+                assert float(mine[name]) == pytest.approx(float(value), abs=1e-5) if is_number else mine[name] == value
+    assert "distributed_backend=gloo" in Path("two/again/log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  flipped:", "  good:", "stages: there are two stages 'good'"),
+        ("  flipped:", "  all:", "stages: .* got 'all'"),
+        ("  flipped:", "  2:", "stages: .* got '2'"),
+        ("source: flipped", "sauce: flipped", r"stages\.flipped: .*'sauce'.*data\.source"),
+        ("COLAPreferenceLM", "COLAPreferencLM", r"stages\.pairs: .*COLAPreferencLM"),
+        ("stages:", "stags:", "stages: "),
+        ("seed_everything: 0", "seed_everything: 0\nckpt_path: runs", r"stages\.good: ckpt_path "),
+        ("seed_everything: 0", "seed_everything: [", "config: "),
+    ],
+)
+@pytest.mark.usefixtures("config")
+def test_a_mistake_is_one_line_before_anything_is_trained(old, new, message, capfd):
+    text = Path("stages.yaml").read_text()
+    assert old in text
+    Path("stages.yaml").write_text(text.replace(old, new))
+    assert stages() == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.match(f"error: {message}", line), line
+    assert not Path("out").exists()

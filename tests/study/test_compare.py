@@ -1,0 +1,468 @@
+"""``cola compare``: methods on one config, at equal numbers of optimizer steps."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from lightning.pytorch import Callback
+from scipy import stats
+
+from cola_lightning.cli import main
+from cola_lightning.errors import Interruption, UserError
+from cola_lightning.study import study
+from cola_lightning.study.comparison import Comparison
+from cola_lightning.study.config import as_words, check_same, resolve_config
+from cola_lightning.study.figures import mean_curve
+from cola_lightning.study.methods import method
+from cola_lightning.study.results import Result, at_best_rates, best_rates, write
+from cola_lightning.study.run import run
+from cola_lightning.study.table import summarize
+from tests.helpers import forked
+from tests.helpers.comparing import compare, config, known_config, made_up
+from tests.helpers.tiny import draw, picture
+from tests.helpers.toy import DIGITS, read_csv, wait_for
+
+ROOT = Path(__file__).parents[2]
+
+
+def result(method="lora", seed=0, rate=1e-2, validation=1.0, test=None, **facts):
+    facts = {"rank": 1, "links": 1, "steps": 10, "seconds": 1.0, "peak_memory": 9.0, "trainable_parameters": 5} | facts
+    return Result(method, seed, rate, validation=validation, test=validation if test is None else test, **facts)
+
+
+# ---------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "links", "rank"),
+    [
+        ("lora", config({"every_n_epochs": 5}, max_epochs=20), 1, 4),
+        ("cola", config({"every_n_epochs": 5}, max_epochs=20), 4, 4),
+        ("cola", config({"at_steps": [7, 30]}, max_steps=20, max_epochs=-1), 2, 4),
+        ("cola-5", config({"every_n_epochs": 1, "ranks": [4, 2]}, max_epochs=20), 5, 4),
+        ("lora-sum-rank", config({"at_epochs": [3], "ranks": [4, 2]}, max_epochs=5), 1, 6),
+        ("lora-sum-rank-5", config(max_steps=20), 1, 20),
+        ("full", config(), 0, None),
+    ],
+)
+def test_a_method_is_options_of_a_fit(name, given, links, rank):
+    found = method(name, given)
+    assert (found.links, found.rank) == (links, rank)
+    if name.startswith("lora-sum-rank"):
+        assert found.options["model.alpha"] / found.options["model.rank"] == 8 / 4
+    if name == "full":
+        assert found.options["model.target_modules"] is None
+
+
+def test_a_chain_in_steps_is_compared_over_epochs_and_no_method_changes_a_runs_length():
+    words = ["--config", str(ROOT / "configs" / "smollm2.yaml")]
+    given = resolve_config(words)
+    for name in ("cola", "relora", "full", "lora-sum-rank-4"):
+        found = method(name, given)
+        mine = resolve_config([*words, *as_words(found.options)])
+        assert mine["trainer"] == given["trainer"]
+        if name in ("cola", "relora"):
+            assert (found.rank, found.links) == (8, 1)  # as many as are known before the run
+            assert mine["chain"] == given["chain"]
+    assert method("cola-3", config(max_steps=20)).options["chain.at_steps"] == [7, 13]  # links of equal length
+    assert method("cola-2", config(max_epochs=5, max_steps=300)).options["chain.at_steps"] == [150]
+
+
+# ---------------------------------------------------------------------- what is read off the results
+
+
+def test_a_rate_is_chosen_on_validation_by_the_tuning_seeds_alone():
+    results = [result(rate=1e-2, validation=3.0, test=0.0), result(rate=1e-1, validation=2.0, test=9.0)]
+    results += [result(rate=1e-2, seed=1, validation=0.0)]
+    assert best_rates(results, "min", [0]) == {"lora": 1e-1}
+    assert best_rates(results, "max", [0]) == {"lora": 1e-2}
+    assert best_rates(results, "min", [0, 1]) == {"lora": 1e-1}  # the seed that all rates have
+    assert best_rates([*results, result(rate=1e-1, seed=1, validation=9.0)], "min", [0]) == {"lora": 1e-1}
+    assert [r.seed for r in at_best_rates(results, "max", [0])["lora"]] == [0, 1]
+    for mode in ("min", "max"):
+        lost = result(rate=1.0, validation=None)
+        assert best_rates([lost, result(rate=1e-2, validation=50.0)], mode, [0]) == {"lora": 1e-2}
+        assert best_rates([lost], mode, [0]) == {"lora": 1.0}
+    for value in (math.nan, math.inf):
+        assert result(test=value).validation is result(validation=value).test is None
+
+
+def test_a_lower_metric_is_better_where_its_name_or_the_user_says_so(tmp_path):
+    def better(metric, mode=None):
+        return Comparison(DIGITS, str(tmp_path), ["lora"], metric=metric, mode=mode).better
+
+    assert {better(name) for name in ("val_loss", "val_perplexity", "val_loss/dataloader_idx_1")} == {"min"}
+    assert {better(name) for name in ("val_accuracy", "val_f1", "val_exact_match", "val_matthews_corrcoef")} == {"max"}
+    assert (better("val_loss", "max"), better("val_mse", "min")) == ("max", "min")
+    for name in ("val_mse", "val_lossless_rate"):  # no direction is guessed
+        with pytest.raises(UserError, match=r"^mode: "):
+            better(name)
+
+
+def test_differences_to_lora_are_paired_by_seed_and_no_interval_is_made_up():
+    def rows(**values):
+        return summarize({name: [result(name, k, validation=v) for k, v in enumerate(given)] for name, given in values.items()})
+
+    lora, cola = rows(lora=[1.0, 2.0, 4.0], cola=[0.9, 1.7, 3.4, 100.0])
+    assert (lora.difference, lora.low, lora.seeds, cola.seeds) == (None, None, 3, 4)
+    assert cola.difference == pytest.approx(sum([-0.1, -0.3, -0.6]) / 3)
+    interval = stats.ttest_rel([0.9, 1.7, 3.4], [1.0, 2.0, 4.0]).confidence_interval(0.95)
+    assert (cola.low, cola.high) == pytest.approx((interval.low, interval.high))
+    one = rows(lora=[1.0], cola=[0.5])[1]
+    assert (one.difference, one.low, one.deviation) == (-0.5, None, None)
+    alone, lost = rows(cola=[1.0], full=[None])
+    assert (alone.difference, lost.test, lost.diverged) == (None, None, 1)
+    curves = [result(curve=[[5, 1.0], [10, 2.0]]), result(seed=1, curve=[[5, 3.0]]), result(seed=2, validation=None)]
+    assert mean_curve(curves) == {5: 2.0}
+    assert mean_curve([result(curve=[], steps=9, validation=v) for v in (1.0, 3.0, None)]) == {9: 2.0}  # validated at their end
+
+
+# ---------------------------------------------------------------------- a study whose runs are made up
+
+
+class Runs:
+    """Made-up runs: ``asked`` are their names, ``changes`` fields of some results, ``failing`` the names of those that fail."""
+
+    def __init__(self):
+        self.requested, self.words, self.failing, self.changes, self.stop_at = [], [], set(), {}, None
+
+    def __call__(self, claim, requested):
+        name = claim.parent.name
+        if self.stop_at == len(self.requested):
+            raise KeyboardInterrupt
+        self.requested.append(name)
+        self.words.append(requested["words"])
+        if name in self.failing:
+            return False
+        made_up(claim, requested)
+        path = claim.parent / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | self.changes.get(name, {})))
+        return True
+
+
+@pytest.fixture
+def _without_figures(monkeypatch):
+    """They take longer than all else."""
+    for name in ("draw_curves", "draw_points"):
+        monkeypatch.setattr(study, name, lambda *_: None)
+
+
+@pytest.fixture
+def runs(_without_figures, monkeypatch):
+    """Each config is resolve_config once."""
+    made = Runs()
+    monkeypatch.setattr(study, "execute", made)
+    monkeypatch.setattr(study, "resolve_config", lambda words: known_config(*words))
+    return made
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_study_leaves_lines_and_tables(tmp_path, runs, capsys):
+    assert compare(tmp_path, "--learning_rates", "[1e-2, 2e-2]") == 0
+    assert [(r["method"], r["learning_rate"], r["seed"]) for r in lines(tmp_path)] == [
+        (name, rate, seed) for seed in (0, 1) for name in ("lora", "cola-2") for rate in (1e-2, 2e-2)
+    ]
+    lora, cola = read_csv(tmp_path / "table.csv")
+    assert (lora["method"], lora["links"], lora["learning_rate"]) == ("lora", "1", "0.01")
+    assert (cola["method"], cola["links"], cola["learning_rate"]) == ("cola-2", "2", "0.01")
+    assert float(cola["difference"]) == pytest.approx(0.1)
+    assert "| cola-2 | 1 | 2 | 0.01 | 2 |" in (tmp_path / "table.md").read_text()
+    assert "cola-2" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(runs.requested)
+    assert not list(tmp_path.rglob("claim*"))
+
+
+@pytest.mark.parametrize(("field", "values"), [("base", ["of this machine", "of another"]), ("steps", [10, 7])])
+def test_runs_that_differ_in_more_than_their_method_are_said_to(tmp_path, runs, capsys, field, values):
+    names = [f"{name}-lr0.02-seed2" for name in ("lora", "cola-2")]
+    runs.changes = {name: {field: value} for name, value in zip(names, values, strict=True)}
+    assert compare(tmp_path) == 0
+    assert "The runs of" not in capsys.readouterr().out
+    assert compare(tmp_path, seeds=3) == 0
+    assert "The runs of seed 2 did not " in capsys.readouterr().out
+    assert "The runs of seed 2 did not " in (tmp_path / "table.md").read_text()
+
+
+def test_a_second_call_does_only_what_is_missing(tmp_path, runs):
+    for _ in range(2):
+        assert compare(tmp_path) == 0
+        assert len(runs.requested) == 4
+    assert compare(tmp_path, methods="[lora, cola-2, full]", seeds=3) == 0
+    assert [name.split("-lr")[0] + name[-1] for name in runs.requested[4:]] == ["full0", "full1", "lora2", "cola-22", "full2"]
+    assert compare(tmp_path, methods="[full]", seeds=1) == 0
+    before = lines(tmp_path)
+    assert len(before) == 9  # a smaller question forgets nothing
+    shutil.rmtree(tmp_path / "runs")  # as in a clone
+    assert compare(tmp_path) == 0
+    assert len(runs.requested) == 9
+    assert lines(tmp_path) == before
+
+
+def test_seeds_that_compare_no_rates_run_at_the_best_alone_and_a_failed_run_stops_no_other_method(tmp_path, runs, capsys):
+    words = ["--learning_rates", "{lora: [1e-2, 2e-2], cola-2: [3e-2]}", "--tuning_seeds", "1"]
+    runs.failing = {"cola-2-lr0.03-seed0"}
+    assert compare(tmp_path, *words, seeds=3) == 1
+    assert runs.requested[:3] == ["lora-lr0.01-seed0", "lora-lr0.02-seed0", "cola-2-lr0.03-seed0"]
+    assert runs.requested[3:] == ["lora-lr0.01-seed1", "lora-lr0.01-seed2"]
+    assert "cola-2-lr0.03-seed0/log.txt" in capsys.readouterr().out.replace("\n", "")
+    runs.failing, runs.stop_at = set(), 6
+    assert compare(tmp_path, *words, seeds=3) == 130  # Ctrl-C: the run in hand is lost
+    assert len(lines(tmp_path)) == 5
+    runs.stop_at = None
+    assert compare(tmp_path, *words, seeds=3) == 0
+    assert runs.requested[5:] == [f"cola-2-lr0.03-seed{seed}" for seed in range(3)]
+
+
+def test_options_of_a_fit_and_seeds_of_splits_are_every_runs(tmp_path, runs):
+    words = ["--also_seeded", "[data.split_seed]"]
+    assert compare(tmp_path, *words, methods="[lora]", fit=["--trainer.max_epochs", "7"]) == 0
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["max_epochs"] == 7
+    for seed, given in enumerate(map(resolve_config, runs.words)):
+        assert (given["trainer"]["max_epochs"], given["seed_everything"]) == (7, seed)
+        assert given["data"]["init_args"]["split_seed"] == seed
+
+
+# ---------------------------------------------------------------------- a study is of one config
+
+
+def test_another_config_or_metric_is_another_study(tmp_path, runs, capsys):
+    assert compare(tmp_path) == 0
+    for words in (["--metric", "val_accuracy"], ["--also_seeded", "[data.split_seed]"], ["--", "--model.rank", "2"]):
+        assert compare(tmp_path, *words) == 2
+        assert "Use another --output" in capsys.readouterr().err
+    assert len(lines(tmp_path)) == len(runs.requested) == 4
+    (tmp_path / "config.yaml").write_text("trainer: {max_epochs: 50}\n")  # another program's
+    assert compare(tmp_path) == 2
+    assert (tmp_path / "config.yaml").read_text() == "trainer: {max_epochs: 50}\n"
+
+
+def test_the_rows_of_a_study_may_be_a_folder_of_pictures_and_other_pictures_are_another_study(tmp_path, runs, capsys):
+    pictures = draw(tmp_path / "pictures", 1)
+    fit = [
+        "--model",
+        "COLAImageClassifier",
+        "--model.model_name",
+        "vit",
+        "--data",
+        "ImageDataModule",
+        "--data.source",
+        str(pictures),
+    ]
+    (tmp_path / "config.yaml").write_text("trainer: {max_epochs: 1}\n")
+    words = ["compare", "--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "study"), "--methods", "[lora]"]
+    assert main([*words, "--seeds", "1", "--", *fit]) == 0, capsys.readouterr().err
+    picture("top", 9).save(pictures / "top" / "9.png")
+    assert main([*words, "--seeds", "1", "--", *fit]) == 2
+    assert "Use another --output" in capsys.readouterr().err
+
+
+def test_an_option_introduced_since_then_or_one_that_was_off_is_no_other_config():
+    for known, mine in ({"a": {"b": 1}}, {"a": {"b": 1, "new": 2}, "new": 3}), ({"a": {"b": 0, "old": False}}, {"a": {"b": 0}}):
+        check_same(mine, known, "it")
+    known = {"a": {"class_path": "C"}}
+    for mine, differs in ({"a": None}, "a"), ({"a": {"class_path": "C", "dict_kwargs": {"b": 1}}}, r"a\.dict_kwargs"):
+        with pytest.raises(UserError, match=f"^config: {differs} is "):
+            check_same(mine, known, "it")
+
+
+# ---------------------------------------------------------------------- several processes, and those that are killed
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from cola_lightning.study import study
+from tests.helpers.comparing import compare, made_up
+
+output = Path(sys.argv[1])
+
+def execute(claim, asked):
+    with (output / "asked.txt").open("a") as file:
+        file.write(claim.parent.name + " ")
+    time.sleep(0.3)
+    return made_up(claim, asked)
+
+study.execute, study.WAIT = execute, 0.1
+study.draw_curves = study.draw_points = lambda *_: None
+sys.exit(compare(output))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_runs(tmp_path):
+    both = [forked.Command("-c", SLOW, tmp_path, cwd=ROOT) for _ in range(2)]
+    for done in [one.finish(timeout=300) for one in both]:
+        assert done.returncode == 0, done.stderr
+        assert "cola-2" in done.stdout
+    requested = (tmp_path / "asked.txt").read_text().split()
+    assert len(requested) == len(set(requested)) == len(lines(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_a_run_of_another_machine_is_left_to_it_while_that_lives(tmp_path, runs, monkeypatch, is_alive):
+    claim = tmp_path / "runs" / "lora-lr0.02-seed0" / "claim.1"
+    claim.parent.mkdir(parents=True)
+    claim.write_text("elsewhere 1")
+    if not is_alive:
+        os.utime(claim, (0, 0))
+
+    def end_elsewhere(_):
+        write([result(rate=0.02, validation=0.5)], claim.parent / "result.json")
+        claim.unlink()
+
+    monkeypatch.setattr(study.time, "sleep", end_elsewhere)
+    assert compare(tmp_path) == 0
+    assert len(runs.requested) == (3 if is_alive else 4)
+    assert (lines(tmp_path)[-1 if is_alive else 0]["validation"] == 0.5) == is_alive
+
+
+# ---------------------------------------------------------------------- runs that are run
+
+SHORT = ["--trainer.max_epochs", "2", "--chain.every_n_epochs", "1"]
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs are executed in this process, which has imported everything."""
+
+    def execute(claim, requested):
+        (claim.parent / "run.json").write_text(json.dumps(requested))
+        return run(str(claim.parent)) == 0
+
+    monkeypatch.setattr(study, "execute", execute)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_is_the_fit_of_the_same_values(tmp_path):
+    assert compare(tmp_path / "study", "--metric", "val_accuracy", methods="[cola, full]", seeds=1, fit=SHORT) == 0
+    for name in ("curves.png", "points.png"):
+        assert (tmp_path / "study" / name).read_bytes().startswith(b"\x89PNG")
+    line, of_full = lines(tmp_path / "study")
+    assert line["base"] == of_full["base"] is not None
+    fit = ["--config", DIGITS, *SHORT, "--trainer.default_root_dir", str(tmp_path / "fit"), "--seed_everything", "0"]
+    assert main(["fit", *fit]) == 0
+    assert main(["test", *fit, "--ckpt_path", str(tmp_path / "fit/runs/version_0/checkpoints/last.ckpt")]) == 0
+    folder = tmp_path / "study" / "runs" / "cola-lr0.02-seed0"
+    of_fit = tmp_path / "fit/runs/version_0"
+    fitted, tested, mine = (read_csv(path / "metrics.csv") for path in (of_fit, of_fit / "test/version_0", folder))
+    val = [float(row["val_accuracy"]) for row in fitted if row.get("val_accuracy")]
+    assert [value for _, value in line["curve"]] == pytest.approx(val, abs=0)
+    assert line["validation"] == val[-1]
+    assert line["test"] == float(tested[-1]["test_accuracy"]) == float(mine[-1]["test_accuracy"])
+    assert (line["links"], line["rank"], line["knots"], line["steps"]) == (2, 1, [9], 18)
+    assert (line["trainable_parameters"], of_full["links"]) == (330, 0)
+    assert line["peak_memory"] > 100
+    assert yaml.safe_load((folder / "config.yaml").read_text())["seed_everything"] == 0
+    assert not list(folder.rglob("*.ckpt"))
+
+
+@pytest.mark.usefixtures("here", "_without_figures")
+def test_the_weights_that_the_config_keeps_are_the_ones_that_are_measured(tmp_path):
+    keeping = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val_accuracy", "mode": "min"}}  # of the first epoch
+    fit = [*SHORT, "--model.optimizer.lr", "0.1", "--trainer.callbacks+", json.dumps(keeping)]
+    assert compare(tmp_path, "--metric", "val_accuracy", methods="[cola]", seeds=1, fit=fit) == 0
+    (line,) = lines(tmp_path)
+    values = [value for _, value in line["curve"]]
+    assert values[0] < values[1]
+    assert line["validation"] == values[0]
+    assert line["links"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "fit", "message"),
+    [
+        ([], ["--trainer.max_steps", "1000"], "trainer.max_steps: "),
+        (["--metric", "val_acuracy", "--mode", "max"], [], "metric: .*val_accuracy"),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_what_cannot_be_measured_or_divided_is_refused(tmp_path, capsys, words, fit, message):
+    assert compare(tmp_path, *words, methods="[lora]", seeds=1, fit=[*SHORT, *fit]) == 2
+    assert re.search(f"^error: {message}", capsys.readouterr().err, re.MULTILINE)
+    assert not (tmp_path / "results.jsonl").exists()
+    assert not list(tmp_path.rglob("*.ckpt"))  # before the first step
+
+
+@pytest.mark.usefixtures("here", "_without_figures")
+def test_a_run_that_diverges_has_a_line(tmp_path):
+    diverging = [*SHORT, "--trainer.check_val_every_n_epoch", "9", "--model.optimizer.weight_decay", "3"]
+    assert compare(tmp_path, "--learning_rates", "[1e6]", methods="[full]", seeds=1, fit=diverging) == 0
+    (line,) = lines(tmp_path)
+    assert (line["validation"], line["test"], line["links"]) == (None, None, 0)
+    assert "diverged" in (tmp_path / "table.md").read_text()
+
+
+@pytest.fixture
+def _forked(_without_figures, monkeypatch):
+    """Runs of studies in this process are forked."""
+    module = sys.modules["cola_lightning.study.run"]
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=forked.Popen, STDOUT=None))
+    monkeypatch.setattr(module, "TOUCH_EVERY", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+@pytest.mark.usefixtures("_forked")
+def test_a_study_that_is_stopped_or_killed_ends_its_run_and_goes_on(tmp_path, capsys, number, status):
+    """Also with other options: there is no result yet that binds it. What its run refuses, the study says."""
+    words = ["--config", DIGITS, "--output", tmp_path, "--methods", "[lora]", "--seeds", "1", "--", "--trainer.max_epochs"]
+
+    def processes():
+        commands = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # of a process that has just ended
+                commands.append(path.read_bytes())
+        return [command for command in commands if str(tmp_path).encode() in command and b"--run" in command]
+
+    stopped = forked.Command("-m", "cola_lightning", "compare", *words, "5000", cwd=tmp_path)
+    wait_for((tmp_path / "runs" / "lora-lr0.02-seed0" / "metrics.csv").exists)
+    assert processes()
+    os.kill(stopped.pid, number)
+    done = stopped.finish(timeout=60)
+    assert done.returncode == status, done.stderr
+    wait_for(lambda: not processes(), 20)
+    (tmp_path / "config.yaml").unlink(missing_ok=True)  # which a killed study leaves
+    assert compare(tmp_path, methods="[lora]", seeds=1, fit=["--model.target_modules", "[nosuch]"]) == 2  # said by its process
+    assert "error: model.target_modules: " in capsys.readouterr().err
+
+
+class StopOnce(Callback):
+    """Stops the first fit after ten steps, as a signal does."""
+
+    def __init__(self, marker: str):
+        self.marker = Path(marker)
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 10 and not self.marker.exists():
+            self.marker.touch()
+            raise Interruption(143)
+
+
+@pytest.mark.usefixtures("_forked")
+def test_a_run_that_was_stopped_resumes(tmp_path):
+    marker = tmp_path / "stopped"
+    stop = {"class_path": "tests.study.test_compare.StopOnce", "init_args": {"marker": str(marker)}}
+
+    def line(name):
+        compare(tmp_path / name, methods="[cola]", seeds=1, fit=[*SHORT, "--trainer.callbacks+", json.dumps(stop)])
+        return [one | {"seconds": 0, "peak_memory": 0} for one in lines(tmp_path / name)]
+
+    assert line("resumed") == []
+    stopped = tmp_path / "resumed" / "runs" / "cola-lr0.02-seed0"
+    assert line("resumed") == line("whole")
+    assert "Restored all states" in (stopped / "log.txt").read_text()
+    whole = tmp_path / "whole" / "runs" / stopped.name / "metrics.csv"
+    assert [row["train_loss"] for row in read_csv(stopped / "metrics.csv")] == [row["train_loss"] for row in read_csv(whole)]
