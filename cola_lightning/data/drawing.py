@@ -31,6 +31,8 @@ def as_count(size: float, n_rows: int) -> int:
 def draw(n_rows: int, sizes: Sequence[int], seed: int, what: str, groups: Sequence[object] | None = None) -> list[Any]:
     """The indices of disjoint parts of rows, drawn together by one seeded permutation.
 
+    ``datasets`` has ``train_test_split(stratify_by_column)``: it makes two parts, not three, and fails if a class has one row.
+
     Args:
         n_rows: the number of rows to draw from.
         sizes: the parts' sizes.

@@ -345,9 +345,15 @@ class OptionDataModule(OptionBatches):
 
     Attributes:
         tokenizer: the trained module's. To use the rows without a Trainer, set it before ``setup``.
+        loss: over all ``options``, or the language-model loss on the right ``answer`` only.
+        metric: the metric; None: accuracy of options, F1 and exact match of generated answers.
+        apply_chat_template: whether prompts are a user's turn in the tokenizer's chat template.
     """
 
     tokenizer: Any = from_module("tokenizer")
+    loss: Loss = "options"
+    metric: str | None = None
+    apply_chat_template = False
 
     def __init__(
         self,
@@ -365,8 +371,8 @@ class OptionDataModule(OptionBatches):
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Encodes examples; one that cannot be used is an error."""
         max_length = int(min(self.max_length, self.tokenizer.model_max_length))
-        before, self.preprocessor = self.preprocessor, OptionRows(self.tokenizer, max_length, _no_row)
-        self.preprocessor.seen.update(before.seen if before else ())
+        known: Any = {"is_chat": self.apply_chat_template, "seen": self.preprocessor.seen if self.preprocessor else set()}
+        self.preprocessor = OptionRows(self.tokenizer, max_length, _no_row, self.loss, self.metric, **known)
         encoded = list[EncodedExample]()
         for example, outcome in zip(examples, self.preprocessor.encode(examples, set()), strict=True):
             if isinstance(outcome, UnusableRow):

@@ -211,6 +211,9 @@ class ImageDataModule(LabelledDataModule):
 def _folders_by_split(source: str, train_split: str, names: set[str | None]) -> dict[str, Path]:
     """The folder of each split of a folder with pictures; empty for another source.
 
+    ``datasets`` has ``load_dataset("imagefolder")``: it also finds splits in the names of files, such as ``cat_test.jpg``, and
+    a class is then the last folder on the path, not the first one.
+
     Args:
         source: as the user has named it.
         train_split: the split of a folder that has no folders of splits.

@@ -201,6 +201,8 @@ class ClassReader:
 def find_classes(rows: Rows, field: str) -> list[str]:
     """The names of the classes: in the data's order if it has class names, else sorted, numbers by value.
 
+    ``class_encode_column`` of ``datasets`` would also make classes of null, of a blank text and of -1.
+
     Args:
         rows: the rows. A row whose label cannot be used has no class; it is skipped when it is encoded.
         field: the field with the label.
