@@ -10,6 +10,7 @@ import pytest
 from tests.helpers import forked
 from tests.helpers.toy import wait_for
 
+pytestmark = pytest.mark.docs
 FOLDER = Path(__file__).parents[2] / "notebooks"
 PICTURES = {"anatomy_of_a_chain": 5, "digits": 4, "pictures": 1, "research": 1, "stages": 2, "your_own_module": 3}
 SLOW = ["digits", "pictures", "your_own_module"]  # test_digits.py and test_domain_shift.py train the same in small

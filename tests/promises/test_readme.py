@@ -21,6 +21,7 @@ from cola_lightning.cli import main
 from tests.helpers import tiny
 from tests.helpers.tiny import at_tiny_size
 
+pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 README = (ROOT / "README.md").read_text()
