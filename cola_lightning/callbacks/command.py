@@ -171,7 +171,7 @@ class ChainProgressBar(RichProgressBar):
     @override
     def _get_train_description(self, current_epoch: int) -> str:
         """Replaces Lightning's, whose last epoch is -2 if ``max_steps`` limits the run."""
-        link, max_epochs = getattr(self.trainer.lightning_module, "link", 0), self.trainer.max_epochs
+        link, max_epochs = getattr(self.trainer.lightning_module, "n_finished", 0), self.trainer.max_epochs
         last = f"/{max_epochs - 1}" if max_epochs is not None and max_epochs > 0 else ""
         return f"link {link}, epoch {current_epoch}{last}"
 
