@@ -57,6 +57,7 @@ def test_five_links_take_as_long_as_one(speed):
     assert speed.ratio(seconds, "5 links", "1 link") <= SLACK * speed.LINKS_LIMIT
 
 
+@pytest.mark.timing
 def test_a_step_needs_less_memory_than_pefts(speed):
     cola, peft = (speed.peak_mib(name, speed.SMALL, length=256) for name in ("cola", "peft"))
     assert 10 < cola <= SLACK * speed.MEMORY_LIMITS[256] * peft
@@ -68,6 +69,7 @@ def test_a_step_on_experts_needs_less_memory_than_pefts_and_no_more_time(speed):
         assert speed.ratio(values, mine, other) <= SLACK * limit
 
 
+@pytest.mark.timing
 def test_a_large_vocabulary_needs_a_part_of_the_memory_of_all_its_logits(speed):
     vocabulary = importlib.import_module("benchmarks.vocabulary")
     with ProcessPoolExecutor(1, mp_context=SERVER) as pool:  # one new process for both

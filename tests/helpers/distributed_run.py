@@ -53,17 +53,19 @@ IS_ON_GPU = os.environ.get("TEST_DEVICE") == "cuda"
 SAME = {
     "mlp-stack-ddp": STACK | {"precision": "64-true"},
     "llama-ddp": LLAMA_64,
-    "kept-fsdp2": KEPT,
     "share-fsdp2": SHARE,
     "whole-fsdp2": WHOLE,
+    "llama-fsdp1": {"model": "llama"},
+    "llama-fsdp2": {"model": "llama"},
+    "mlp-stack-fsdp2": STACK,
+}
+SLOW = {  # by pytest -m slow
+    "kept-fsdp2": KEPT,
     "idle-fsdp2": {"model": "idle", "arguments": {"modules_to_save": ["3"]}},
     "experts-stack-fsdp2": EXPERTS | {"arguments": {"experts": True, "finished_links": "stack"}},
     "experts-fsdp1": EXPERTS,
     "cnn-fsdp1": {"model": "cnn"},
-    "llama-fsdp1": {"model": "llama"},
-    "llama-fsdp2": {"model": "llama"},
     "gpt2-fsdp2": {"model": "gpt2"},
-    "mlp-stack-fsdp2": STACK,
 }
 
 # Those that run on one process, too.
@@ -290,6 +292,12 @@ def same(folder):
     for name, settings in SAME.items():
         fit(folder, name, strategy=name.rpartition("-")[2], **settings)
     fit(folder, "dropped", strategy="ddp", arguments={"dropout": 0.2})
+
+
+def same_slow(folder):
+    """The slow ones of them."""
+    for name, settings in SLOW.items():
+        fit(folder, name, strategy=name.rpartition("-")[2], **settings)
 
 
 def alone(folder):

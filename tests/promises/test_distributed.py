@@ -1,5 +1,6 @@
 """One chain on many processes: the same as on one."""
 
+import functools
 import signal
 import subprocess
 import sys
@@ -80,17 +81,25 @@ def n_processes(device):
 
 @pytest.fixture(scope="module")
 def same(device, n_processes, request, tmp_path_factory):
-    """A folder with what these processes leave: four links by every strategy, under gloo or NCCL."""
-    if device == "cpu":
-        return request.getfixturevalue("trained")
-    folder = tmp_path_factory.mktemp("same")
-    torchrun_on_gpus(folder, "same", n=n_processes)
-    return folder
+    """Gives the folder with what these processes leave of a job: four links by strategies, under gloo or NCCL."""
+
+    @functools.cache
+    def folder_of(job):
+        if device == "cpu" and job == "same":
+            return request.getfixturevalue("trained")
+        folder = tmp_path_factory.mktemp(job)
+        if device == "cpu":
+            forked_torchrun(folder, job, n=n_processes)
+        else:
+            torchrun_on_gpus(folder, job, n=n_processes)
+        return folder
+
+    return folder_of
 
 
-@pytest.mark.parametrize("name", run.SAME)
+@pytest.mark.parametrize("name", [*run.SAME, *(pytest.param(name, marks=pytest.mark.slow) for name in run.SLOW)])
 def test_processes_are_equal_to_the_bit_and_the_single_process_to_rounding(same, device, n_processes, tmp_path, name):
-    options = run.SAME[name]
+    options, same = (run.SAME | run.SLOW)[name], same("same" if name in run.SAME else "same_slow")
     run.fit(tmp_path, "single", **options)
     first, *others = left_by(same, name, n_processes)
     for other in others:
