@@ -330,7 +330,8 @@ class COLACLI(LightningCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if self.opened is not None:
-            self.model.expect_state(self.opened.state, self.links, self.config[self.subcommand].get("scale"))
+            scale = self.config[self.subcommand].get("scale")
+            self.model.expect_state(self.opened.state, links=self.links, scale=scale)
             if isinstance(self.datamodule, SourceDataModule):
                 self.datamodule.checkpoint = self.opened.state
         else:
@@ -353,7 +354,7 @@ class COLACLI(LightningCLI):
         assert self.opened is not None
         rows, arguments = [], self._prepare_subcommand_kwargs("test") | {"verbose": False}
         for links, name in self.tested_states().items():
-            self.model.expect_state(self.opened.state, links)
+            self.model.expect_state(self.opened.state, links=links)
             rows.append({"links": links, "stage": name or ""})
             for metrics in self.trainer.test(**arguments):  # of each data loader
                 rows[-1] |= metrics

@@ -94,10 +94,8 @@ class COLACausalLM(TransformersModule):
         self._is_checked = False  # whether the base is known to be a decoder
 
     @override
-    def expect_state(
-        self, state: StoredState, links: int | str | None = None, scale: Mapping[int | str, float] | None = None
-    ) -> None:
-        super().expect_state(state, links, scale)
+    def expect_state(self, state: StoredState, **requested: Any) -> None:
+        super().expect_state(state, **requested)
         self._is_checked = True  # when the chain began
 
     @override

@@ -108,10 +108,8 @@ class Classifier(TransformersModule):
         config.label2id = {name: place for place, name in config.id2label.items()}
 
     @override
-    def expect_state(
-        self, state: StoredState, links: int | str | None = None, scale: Mapping[int | str, float] | None = None
-    ) -> None:
-        super().expect_state(state, links, scale)
+    def expect_state(self, state: StoredState, **requested: Any) -> None:
+        super().expect_state(state, **requested)
         if self.labels_of_base is None and state.chain.base.labels is not None:
             self._set_labels(state.chain.base.labels)
         if not self.lora_config.modules_to_save:  # what was chosen when the chain began

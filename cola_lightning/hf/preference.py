@@ -118,10 +118,8 @@ class COLAPreferenceLM(COLACausalLM):
     @property
     def reference_links(self) -> int | str:
         """How many links the reference model has, or the last stage in it."""
-        named = {
-            "start": min(self.fit_progress.first_link, self.n_finished),
-            "link": self.n_finished,
-        }  # fewer after a roll back
+        start = min(self.fit_progress.first_link, self.n_finished)  # fewer after a roll back
+        named = {"start": start, "link": self.n_finished}
         return named.get(self.reference, self.reference) if isinstance(self.reference, str) else self.reference
 
     @override

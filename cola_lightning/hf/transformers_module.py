@@ -217,10 +217,8 @@ class TransformersModule(COLAModule, ABC):
             self.random_modules = trained
 
     @override
-    def expect_state(
-        self, state: StoredState, links: int | str | None = None, scale: Mapping[int | str, float] | None = None
-    ) -> None:
-        super().expect_state(state, links, scale)
+    def expect_state(self, state: StoredState, **requested: Any) -> None:
+        super().expect_state(state, **requested)
         self.trained_template = state.facts["prompt_format"].get("template")
 
     @override

@@ -715,7 +715,7 @@ class COLAModule(LightningModule, RecordsArguments):
         return names
 
     def expect_state(
-        self, state: StoredState, links: int | str | None = None, scale: Mapping[int | str, float] | None = None
+        self, state: StoredState, *, links: int | str | None = None, scale: Mapping[int | str, float] | None = None
     ) -> None:
         """Prepares the module, before its model is made, for the state that :meth:`load_state_dict` will load.
 
@@ -780,7 +780,7 @@ class COLAModule(LightningModule, RecordsArguments):
         module: Self = rebuilt(cls, opened.state.facts["module"], given | kwargs)
         if strict and not module.strict_loading:
             raise UserError(f"strict: cannot be True, because {type(module).__name__}.strict_loading is False")
-        module.expect_state(opened.state, links, scale)
+        module.expect_state(opened.state, links=links, scale=scale)
         module.make_model()
         module.on_load_checkpoint(opened.contents)
         strict = module.strict_loading if strict is None else strict
