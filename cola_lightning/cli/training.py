@@ -58,6 +58,11 @@ from cola_lightning.writing import atomic_file, check_writable
 
 log = logging.getLogger(__name__)
 CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextDataModule"}  # where none is named
+DATA_OF_MODEL = {  # likewise, for a model that only one data module fits
+    "COLAPreferenceLM": "cola_lightning.PreferenceDataModule",
+    "COLASequenceClassifier": "cola_lightning.TextClassificationDataModule",
+    "COLAImageClassifier": "cola_lightning.ImageDataModule",
+}
 GROUPS = {  # titles and descriptions in `--help`
     "model": (
         "The model (`--model.help CLASS` lists the options of a class)",
@@ -65,8 +70,8 @@ GROUPS = {  # titles and descriptions in `--help`
     ),
     "data": (
         "The data (`--data.help CLASS` lists the options of a class)",
-        "TextDataModule (the default), PreferenceDataModule, TemplateDataModule,\n"
-        "TextClassificationDataModule, ImageDataModule, PromptDataModule, or a class of your own.",
+        "By default, the one that fits --model: TextDataModule, PreferenceDataModule,\n"
+        "TextClassificationDataModule or ImageDataModule. Or TemplateDataModule,\nPromptDataModule, or a class of your own.",
     ),
     "chain": ("Knots: when a link ends and the next one begins", "Without these options, one link is trained: plain LoRA."),
     "last": ("When last.ckpt, the newest state, is written", "After the first step, epochs and validations. Also:"),
@@ -152,7 +157,7 @@ class COLACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         words = as_texts(replacing_knots(self.words))
         if words[0] in self.subcommands():  # not as defaults: theirs would stay with another class
-            words[1:1] = [f"--{group}={name}" for group, name in CLASSES.items()]
+            words[1:1] = [f"--model={CLASSES['model']}", f"--data={data_class(words)}"]
         try:
             self.config = parser.parse_args(words)
         except ArgumentError as error:
@@ -463,7 +468,7 @@ def replacing_knots(words: Sequence[str]) -> list[str]:
         n_words = 1 if "=" in words[place] or not words[place].startswith("-") else 2
         value = " ".join(words[place + 1 : place + n_words]) or value
         if is_file := option in ("--config", "-c"):
-            sources.append((place, _chain_options(value)))
+            sources.append((place, _group_of(value, "chain")))
         elif is_after_file:
             sources.append((place, {}))
         if option.startswith("--chain."):
@@ -479,10 +484,28 @@ def replacing_knots(words: Sequence[str]) -> list[str]:
     return [*words[:place], *resets, *words[place:]]
 
 
-def _chain_options(path: str) -> dict[str, Any]:
-    """What a configuration file sets of ``chain``; nothing where it cannot be read, which jsonargparse says."""
+def data_class(words: Sequence[str]) -> str:
+    """The data module of a command line that names none: the only one that fits its model, or TextDataModule.
+
+    Example:
+        >>> data_class(["fit", "--model", "COLAImageClassifier", "--data.source", "pictures"])
+        'cola_lightning.ImageDataModule'
+    """
+    model = ""
+    for word, following in itertools.pairwise([*words, ""]):
+        option, has_value, value = word.partition("=")
+        value = value if has_value else following
+        if option in ("--config", "-c"):
+            model = _group_of(value, "model").get("class_path", model)
+        elif option in ("--model", "--model.class_path"):
+            model = value
+    return DATA_OF_MODEL.get(model.rpartition(".")[2], CLASSES["data"])
+
+
+def _group_of(path: str, group: str) -> dict[str, Any]:
+    """What a configuration file sets of a group; nothing where it cannot be read, which jsonargparse says."""
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):
-        return dict(yaml.safe_load(Path(os.path.expanduser(path)).read_text(encoding="utf-8")).get("chain") or {})
+        return dict(yaml.safe_load(Path(os.path.expanduser(path)).read_text(encoding="utf-8")).get(group) or {})
     return {}
 
 
