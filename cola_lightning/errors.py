@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import os
 import re
 import sysconfig
 import traceback
@@ -70,6 +71,15 @@ def nearest(word: str, names: Iterable[str], full_name: Callable[[str], str] = s
     near = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)
     shown = dict.fromkeys(full_name(by_lower[name]) for name in near or list(by_lower)[:3])
     return f"; {'the nearest' if near else 'some'} that exist: {', '.join(shown)}" if shown else ""
+
+
+def nearest_path(path: str | Path) -> str:
+    """What is most similar to a mistyped file, or to its first folder that does not exist, as the end of a message."""
+    path = Path(os.path.expanduser(path))
+    while not path.parent.is_dir():
+        path = path.parent
+    similar = [] if path.exists() else difflib.get_close_matches(path.name, os.listdir(path.parent))
+    return nearest(path.name, similar, lambda name: str(path.parent / name))
 
 
 def shortened_text(text: str, length: int = 40) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cola_lightning.chain.chain import JSON_NAME, METADATA, OUTSIDE, Chain, Link, link_fields, unpack
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, nearest_path
 
 log = logging.getLogger(__name__)
 STATE_PREFIX = "chain."  # begins the names in a module's state dict of all that is not a trained value, see StoredState
@@ -54,7 +54,8 @@ def read_archive(source: Any, field: str = "checkpoint", *, weights_only: bool =
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:120]
         if weights_only and isinstance(error, pickle.UnpicklingError):
             reason += "; weights_only=False reads one that holds objects, if you trust it"
-        raise UserError(f"{field}: {name_of(source)!r} cannot be read as a checkpoint ({reason})") from error
+        near = nearest_path(name_of(source)) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"{field}: {name_of(source)!r} cannot be read as a checkpoint ({reason}){near}") from error
     return contents
 
 
@@ -234,7 +235,7 @@ def read_chain(path: str | Path, links: int | str | None = None, field: str = "c
         chain = read_adapter(path)
     else:
         what = "is no run's folder, checkpoint, chain folder or PEFT adapter" if path.is_dir() else "does not exist"
-        raise UserError(f"{field}: {str(path)!r} {what}")
+        raise UserError(f"{field}: {str(path)!r} {what}{nearest_path(path)}")
     chain = chain if links is None else chain.truncate(links)
     if (name := _not_finite(chain)) is not None:
         raise UserError(f"{field}: {str(path)!r} contains NaN or infinite values (in {name!r})")

@@ -50,7 +50,7 @@ from cola_lightning.cli.help import (
     usage,
 )
 from cola_lightning.data.source import SourceDataModule
-from cola_lightning.errors import Interruption, UserError, nearest
+from cola_lightning.errors import Interruption, UserError, nearest, nearest_path
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.state import AtomicCheckpointIO, data_facts
@@ -58,6 +58,11 @@ from cola_lightning.writing import atomic_file, check_writable
 
 log = logging.getLogger(__name__)
 CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextDataModule"}  # where none is named
+DATA_OF_MODEL = {  # likewise, for a model that only one data module fits
+    "COLAPreferenceLM": "cola_lightning.PreferenceDataModule",
+    "COLASequenceClassifier": "cola_lightning.TextClassificationDataModule",
+    "COLAImageClassifier": "cola_lightning.ImageDataModule",
+}
 GROUPS = {  # titles and descriptions in `--help`
     "model": (
         "The model (`--model.help CLASS` lists the options of a class)",
@@ -65,18 +70,21 @@ GROUPS = {  # titles and descriptions in `--help`
     ),
     "data": (
         "The data (`--data.help CLASS` lists the options of a class)",
-        "TextDataModule (the default), PreferenceDataModule, TemplateDataModule,\n"
-        "TextClassificationDataModule, ImageDataModule, PromptDataModule, or a class of your own.",
+        "By default, the one that fits --model: TextDataModule, PreferenceDataModule,\n"
+        "TextClassificationDataModule or ImageDataModule. Or TemplateDataModule,\nPromptDataModule, or a class of your own.",
     ),
     "chain": ("Knots: when a link ends and the next one begins", "Without these options, one link is trained: plain LoRA."),
     "last": ("When last.ckpt, the newest state, is written", "After the first step, epochs and validations. Also:"),
     "trainer": ("Lightning's Trainer", None),
 }
 EPOCHS = 3  # of a fit without a limit: Lightning's default is 1000
+IN_CLASS = {"class_path", "init_args", "dict_kwargs"}  # what a class has in a configuration file
 CLASS_OPTION = re.compile(
     r"\A--(?P<group>model|data)\.(?!(?:help|class_path|init_args|dict_kwargs)\b)(?P<name>\w+)(?:=(?P<value>.*))?\Z", re.DOTALL
 )
-UNKNOWN_OPTION = re.compile(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)")  # in jsonargparse's messages
+FORGOTTEN_CONFIG = re.compile(r"unrecognized arguments: (?!-)(\S+\.ya?ml)\b")  # in jsonargparse's messages
+MISSING_FILE = re.compile(r"File does not exist: '(.+)'")
+UNKNOWN_OPTION = re.compile(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)")
 PARSER_KEY = re.compile(r'Parser key "([\w.]+)"')
 WHEN_OPTIONS = (*KNOT_OPTIONS, "until", "monitor", "min_delta", "mode")  # which say when knots fall
 CLASS_IN_MESSAGE = re.compile(r"Parser key \"(model|data)\":.*?class_path '([\w.]+)'", re.DOTALL)
@@ -152,11 +160,11 @@ class COLACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         words = as_texts(replacing_knots(self.words))
         if words[0] in self.subcommands():  # not as defaults: theirs would stay with another class
-            words[1:1] = [f"--{group}={name}" for group, name in CLASSES.items()]
+            words[1:1] = [f"--model={CLASSES['model']}", f"--data={data_class(words)}"]
         try:
             self.config = parser.parse_args(words)
         except ArgumentError as error:
-            error.add_note(self._nearest_option(str(error)))
+            error.add_note(self._what_is_meant(str(error)))
             raise
         self.subcommand = self.config["subcommand"]
         config = self.config[self.subcommand]
@@ -175,8 +183,12 @@ class COLACLI(LightningCLI):
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written to a file
 
-    def _nearest_option(self, message: str) -> str:
-        """The end of jsonargparse's message about an unknown option: what other tools' option is here, or similar names."""
+    def _what_is_meant(self, message: str) -> str:
+        """The end of jsonargparse's message about an unknown option or file: what the user most likely meant."""
+        if file := FORGOTTEN_CONFIG.search(message):
+            return f"; type --config {file[1]}"
+        if file := MISSING_FILE.search(message):
+            return nearest_path(file[1])
         if logger := re.search(r'key "trainer.logger".*?(\w+)\W*\Z', message, re.DOTALL):
             return f"; {LOGGERS[logger[1]]} is one" if logger[1] in LOGGERS else ""
         if not (unknown := UNKNOWN_OPTION.search(message)):
@@ -464,7 +476,7 @@ def replacing_knots(words: Sequence[str]) -> list[str]:
         n_words = 1 if "=" in words[place] or not words[place].startswith("-") else 2
         value = " ".join(words[place + 1 : place + n_words]) or value
         if is_file := option in ("--config", "-c"):
-            sources.append((place, _chain_options(value)))
+            sources.append((place, dict(read_groups(value).get("chain", {}))))
         elif is_after_file:
             sources.append((place, {}))
         if option.startswith("--chain."):
@@ -480,11 +492,49 @@ def replacing_knots(words: Sequence[str]) -> list[str]:
     return [*words[:place], *resets, *words[place:]]
 
 
-def _chain_options(path: str) -> dict[str, Any]:
-    """What a configuration file sets of ``chain``; nothing where it cannot be read, which jsonargparse says."""
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):
-        return dict(yaml.safe_load(Path(os.path.expanduser(path)).read_text(encoding="utf-8")).get("chain") or {})
-    return {}
+def data_class(words: Sequence[str]) -> str:
+    """The data module of a command line that names none: the only one that fits its model, or TextDataModule.
+
+    Example:
+        >>> data_class(["fit", "--model", "COLAImageClassifier", "--data.source", "pictures"])
+        'cola_lightning.ImageDataModule'
+    """
+    model = ""
+    for word, following in itertools.pairwise([*words, ""]):
+        option, has_value, value = word.partition("=")
+        value = value if has_value else following
+        if option in ("--config", "-c"):
+            model = str(read_groups(value).get("model", {}).get("class_path", model))
+        elif option in ("--model", "--model.class_path"):
+            model = value
+    return DATA_OF_MODEL.get(model.rpartition(".")[2], CLASSES["data"])
+
+
+def read_groups(path: str) -> dict[str, dict[str, Any]]:
+    """The groups of options in a configuration file; none where it cannot be read, which jsonargparse says.
+
+    Raises:
+        UserError: for mistakes of which jsonargparse's message names neither the file nor the place.
+    """
+    try:
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.reader.ReaderError):
+        return {}
+    except yaml.MarkedYAMLError as error:
+        number = error.problem_mark.line if error.problem_mark is not None else 0
+        line = [*text.splitlines(), ""][number].strip()
+        raise UserError(
+            f"config: {path} is not valid YAML at line {number + 1} ({line!r}): {error.problem}. Is it indented by spaces, "
+            "like the options next to it?"
+        ) from error
+    groups = {name: group for name, group in config.items() if isinstance(group, dict)} if isinstance(config, dict) else {}
+    for group in CLASSES:
+        names = groups.get(group, {}).keys()
+        if names & IN_CLASS and (outside := sorted(map(str, names - IN_CLASS))):
+            name = outside[0]
+            raise UserError(f"{group}.{name}: {path} has it next to init_args. Move it inside: {group}.init_args.{name}")
+    return groups
 
 
 def _inside_init_args(option: re.Match[str]) -> str:

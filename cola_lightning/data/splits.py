@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from cola_lightning import hub
 from cola_lightning.data.rows import Rows, progress_bar_if
-from cola_lightning.errors import UserError, causes, one_line
+from cola_lightning.errors import UserError, causes, nearest_path, one_line
 from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
@@ -237,10 +237,12 @@ def hub_data(source: str, subset: str | None, revision: str | None, *, streaming
     """The splits of a data set on the hub, as ``datasets`` has them; see :func:`load_splits`."""
     import datasets
 
+    near = nearest_path(source)
     if _ending(source) is not None or not hub.is_repo_id(source):
-        raise UserError(f"data.source: {source!r} is not a file, a folder or the name of a data set on the hub (owner/name)")
+        kinds = "a file, a folder or the name of a data set on the hub (owner/name)"
+        raise UserError(f"data.source: {source!r} is not {kinds}{near}")
     try:
         with hub.needed_for(f"data.source: {source!r}"):
             return datasets.load_dataset(source, subset, revision=revision, streaming=streaming)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"data.source, data.subset: {source!r} cannot be loaded: {one_line(str(error))}") from error
+        raise UserError(f"data.source, data.subset: {source!r} cannot be loaded: {one_line(str(error))}{near}") from error

@@ -339,6 +339,24 @@ def test_a_class_has_its_own_defaults_and_not_those_of_the_class_where_none_is_n
         assert (data["max_length"], data["length_grouped"], data["test_split"]) == (2048, False, "validation")
 
 
+def test_the_data_follows_from_the_model_unless_a_class_is_named():
+    model = "model: {class_path: COLAPreferenceLM, init_args: {model_name: x}}\n"
+    Path("pairs.yaml").write_text(model + "data: {init_args: {source: y}}\n")
+    Path("rows.yaml").write_text("data: {class_path: TextDataModule}\n")
+    given = ["--data.source=y", "--model.model_name=x"]
+    for words, data in {
+        ("--model", "COLAPreferenceLM", *given): "PreferenceDataModule",
+        ("--model=COLAImageClassifier", *given): "ImageDataModule",
+        ("--model.class_path", "cola_lightning.COLASequenceClassifier", *given): "TextClassificationDataModule",
+        ("--config", "pairs.yaml"): "PreferenceDataModule",
+        ("-c=pairs.yaml", "--model=COLACausalLM"): "TextDataModule",
+        ("--config", "pairs.yaml", "--config", "rows.yaml"): "TextDataModule",
+        ("--data", "TemplateDataModule", "--data.prompt={a}", "--model", "COLAPreferenceLM", *given): "TemplateDataModule",
+    }.items():
+        config = resolve_config(words)["data"]
+        assert (config["class_path"], config["init_args"]["source"]) == (f"cola_lightning.{data}", "y")
+
+
 @pytest.mark.parametrize(("limit", "epochs"), [("", 3), ("max_time=00:00:00:01", None)])
 def test_a_fit_without_a_limit_is_of_three_epochs(limit, epochs):
     parts = yaml.safe_load(Path(DIGITS).read_text()) | {"trainer": {"accelerator": "cpu", "limit_train_batches": 1}}
