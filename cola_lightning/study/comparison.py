@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, nearest
 from cola_lightning.study.results import Mode
 
 # The metrics whose direction is known by their name.
@@ -66,6 +66,9 @@ class Comparison:
             raise UserError("learning_rates: a list is empty. Pass at least one rate, or omit the option to use the config's")
         quantity = self.metric.partition("/")[0]  # Lightning distinguishes several loaders by val_loss/dataloader_idx_0
         if self.mode is None and quantity not in BETTER:
-            raise UserError(f"mode: is a lower or a higher {self.metric} better? Add --mode min or --mode max")
+            raise UserError(
+                f"metric: is a lower or a higher {self.metric} better? Add --mode min or --mode max, or choose a metric "
+                f"of which this is known{nearest(quantity, BETTER)}"
+            )
         self.better = self.mode or BETTER[quantity]
         self.rate_seeds = range(min(self.tuning_seeds or self.seeds, self.seeds))  # the seeds by which rates are compared

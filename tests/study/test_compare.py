@@ -104,7 +104,7 @@ def test_a_lower_metric_is_better_where_its_name_or_the_user_says_so(tmp_path):
     assert {better(name) for name in ("val_accuracy", "val_f1", "val_exact_match", "val_matthews_corrcoef")} == {"max"}
     assert (better("val_loss", "max"), better("val_mse", "min")) == ("max", "min")
     for name in ("val_mse", "val_lossless_rate"):  # no direction is guessed
-        with pytest.raises(UserError, match=r"^mode: "):
+        with pytest.raises(UserError, match=r"^metric: .*--mode"):
             better(name)
 
 
