@@ -243,8 +243,10 @@ def stage_configs(path: str, fit_words: Sequence[str]) -> dict[str, Config]:
             try:
                 configs[name] = resolve_config([*words, *fit_words, *as_words({"chain.name": name})])
             except (ArgumentError, UserError) as error:
-                notes = "".join(getattr(error, "__notes__", []))
-                raise UserError(f"stages.{name}: {one_line(str(error))}{notes}") from error
+                message = one_line(str(error)) + "".join(getattr(error, "__notes__", []))
+                for file in files:
+                    message = message.replace(str(file), path)
+                raise UserError(f"stages.{name}: {message}") from error
             if configs[name]["ckpt_path"] is not None:
                 raise UserError(f"stages.{name}: ckpt_path must be left out. A stage that was stopped is resumed by itself")
     return configs

@@ -464,6 +464,7 @@ def test_two_processes_leave_the_matrix_of_one(config):
         ("  flipped:", "  2:", "stages: .* got '2'"),
         ("source: flipped", "sauce: flipped", r"stages\.flipped: .*'sauce'.*data\.source"),
         ("COLAPreferenceLM", "COLAPreferencLM", r"stages\.pairs: .*COLAPreferencLM"),
+        ("COLAPreferenceLM", "COLAPreferenceLM\n      rank: 3", r"stages\.pairs: model\.rank: stages\.yaml "),
         ("stages:", "stags:", "stages: "),
         ("seed_everything: 0", "seed_everything: 0\nckpt_path: runs", r"stages\.good: ckpt_path "),
         ("seed_everything: 0", "seed_everything: [", "config: "),
