@@ -316,9 +316,9 @@ def test_a_sentence_has_its_benchmarks_numbers(monkeypatch):
     time, memory = ([min(values), max(values)] for values in zip(*ratios, strict=True))
     of_base, of_scope = domain_shift.rows_of_one_base()[-1], domain_shift.rows_of_scopes()[1]
     for page, sentence in [
-        ("/README", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} interruptions end with the same bits"),
+        ("/README", f"In {sum(not kill['wrong'] for kill in kills)} of {len(kills)} interruptions"),
         ("/README", f"{signals['SIGKILL']} by SIGKILL, {signals['SIGINT']} by SIGINT, {signals['SIGTERM']} by SIGTERM"),
-        ("/README", f"[{time[0]} to {time[1]} and {memory[0]} to {memory[1]}](docs/speed.md)"),
+        ("/README", f"[{time[0]} to {time[1]} of the time and {memory[0]} to {memory[1]} of the memory](docs/speed.md)"),
         ("guarantees", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} by `python -m benchmarks.kills`"),
         ("scaling", "{module, bfloat16} (the module), {merged, bfloat16} (merged, with".format_map(half)),
         ("scaling", "{adapter, bfloat16} (adapter, with peft) of the {module, float32} predictions".format_map(half)),
