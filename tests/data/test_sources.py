@@ -280,6 +280,17 @@ def test_each_source_has_its_own_splits_columns_and_share_and_one_order_mixes_th
     assert data.identity["sources"][1]["share"] == 0.5
 
 
+def test_the_share_of_a_source_is_drawn_from_all_of_its_rows_by_the_seed(tmp_path):
+    tiny.write_rows(tmp_path / "rows", [{"text": f"It was {k}."} for k in range(100)])
+    drawn = []
+    for seed in (0, 0, 1):
+        data = attach(TextDataModule([Source(str(tmp_path / "rows"), share=0.5)], val_size=0, split_seed=seed))
+        data.setup("fit")
+        drawn.append({str(row["input_ids"]) for row in data.train})
+    assert [len(rows) for rows in drawn] == [50] * 3
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_templates_and_classifiers_take_several_sources(tmp_path):
     labels = ["no", "yes", "perhaps"]
     rows = [{"text": f"Is it {k}?", "label": labels[k % 2]} for k in range(20)]
