@@ -8,7 +8,7 @@ from cola_lightning.chain.schedule import START, FitPosition
 
 
 class CurrentLink:
-    """The link that is being trained: what its record will say of it. Its factors are in the model's layers.
+    """What is known of the link that is being trained, for its record; its factors are in the model's layers.
 
     Args:
         position: returns the epoch and the optimizer step that training has reached; None: nobody counts them.
@@ -59,5 +59,5 @@ class CurrentLink:
         self.rank, self.alpha, self.start = rank, alpha, now
 
     def begin_metrics(self) -> None:
-        """Notes that what has been logged so far is not new."""
+        """Records what was logged before, which is not the link's."""
         self._of_last_link = dict(self._logged())
