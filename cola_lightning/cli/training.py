@@ -83,6 +83,7 @@ CLASS_OPTION = re.compile(
     r"\A--(?P<group>model|data)\.(?!(?:help|class_path|init_args|dict_kwargs)\b)(?P<name>\w+)(?:=(?P<value>.*))?\Z", re.DOTALL
 )
 FORGOTTEN_CONFIG = re.compile(r"unrecognized arguments: (?!-)(\S+\.ya?ml)\b")  # in jsonargparse's messages
+CHECKPOINT = re.compile(r"--ckpt_path[ =](\S+)")
 MISSING_FILE = re.compile(r"File does not exist: '(.+)'")
 UNKNOWN_OPTION = re.compile(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)")
 PARSER_KEY = re.compile(r'Parser key "([\w.]+)"')
@@ -187,6 +188,9 @@ class COLACLI(LightningCLI):
         """The end of jsonargparse's message about an unknown option or file: what the user most likely meant."""
         if file := FORGOTTEN_CONFIG.search(message):
             return f"; type --config {file[1]}"
+        if "arguments are required: model_name" in message and (run := CHECKPOINT.search(" ".join(self.words))):
+            files = [folder / "config.yaml" for folder in [Path(run[1]), *Path(run[1]).parents]]
+            return next((f"; type --config {file}" for file in files if file.exists()), "")
         if file := MISSING_FILE.search(message):
             return nearest_path(file[1])
         if logger := re.search(r'key "trainer.logger".*?(\w+)\W*\Z', message, re.DOTALL):

@@ -55,7 +55,7 @@ class TransformersBase(Pretrained):
                 cast_floats(base, getattr(torch, self.dtype))
                 base.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
-        return replace(self, model_name=str(folder.absolute()), revision=None, gguf_file=None)
+        return replace(self, model_name=str(folder.absolute()), revision=None, gguf_file=None, weights=None)
 
     def adapter_base(self, model: nn.Module, modules_to_save: Sequence[str]) -> AdapterBase:
         """The base as an adapter names it, around the loaded model."""

@@ -2,17 +2,21 @@
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from cola_lightning import hub
+from cola_lightning.chain.checkpoint import STATE_PREFIX, read_archive
 from cola_lightning.constants import Dtype
-from cola_lightning.errors import UserError, one_line
+from cola_lightning.errors import UserError, nearest_path, one_line
 
 PACKAGE_PREFIX = "package:"
 
@@ -33,6 +37,49 @@ def package_folder(model_name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def load_weights(model: Any, path: str) -> list[str]:
+    """Gives a model the weights of a file, in which their names may have a prefix: that of the model in a LightningModule.
+
+    Args:
+        model: a model of transformers.
+        path: a checkpoint of Lightning, or a state dict by ``torch.save`` or safetensors.
+
+    Returns:
+        The names of the weights outside of the model's body that the file does not have, or has in another shape: a new head's.
+
+    Raises:
+        UserError: if the file cannot be read, or does not have all weights of the body.
+    """
+    stored = _read_weights(path)
+    own = model.state_dict()
+    starts = ((key, start) for key in stored for start in range(len(key)) if start == 0 or key[start - 1] == ".")
+    prefixes = Counter(key[:start] for key, start in starts if key[start:] in own)
+    prefix = max(prefixes, key=prefixes.__getitem__, default="")
+    found = {name: stored[prefix + name] for name in own if prefix + name in stored}
+    found = {name: value for name, value in found.items() if value.shape == own[name].shape}
+    with_value = {own[name].data_ptr() for name in found}  # tied weights are stored once, or under each name
+    missing = [name for name in own if own[name].data_ptr() not in with_value]
+    if lacking := [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]:
+        has_chain = any(key.startswith(STATE_PREFIX) for key in stored)
+        raise UserError(
+            f"model.weights: {path!r} does not have {len(lacking)} of the model's {len(own)} weights in their shapes, such as "
+            f"{lacking[0]!r}{'. It has a chain: model.init_chain begins with that' if has_chain else ''}"
+        )
+    model.load_state_dict(found, strict=False)
+    return missing
+
+
+def _read_weights(path: str) -> Mapping[str, Any]:
+    """The state dict of a file."""
+    if not path.endswith(".safetensors"):
+        contents = read_archive(path, "model.weights")
+        return contents.get("state_dict", contents) if isinstance(contents, Mapping) else {}
+    try:
+        return load_file(os.path.expanduser(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.weights: cannot read {path!r}: {one_line(str(error))}{nearest_path(path)}") from error
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """The files of a pretrained model.
@@ -46,6 +93,7 @@ class Pretrained:
         trust_remote_code: run the Python files that come with the model.
         gguf_file: name of a GGUF file among the model's files, whose weights transformers de-quantises. A package that holds
             nothing but one GGUF file needs no name.
+        weights: a file with other weights for the model, see :func:`load_weights`; None: those of the model's files.
 
     Raises:
         UserError: if a package has several GGUF files, and none is named.
@@ -57,6 +105,7 @@ class Pretrained:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     gguf_file: str | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         """Finds the GGUF file of a package that has no other model."""
@@ -70,13 +119,14 @@ class Pretrained:
 
     @property
     def name(self) -> str:
-        """The name, and the revision if one is requested."""
-        return self.model_name + (f"@{self.revision}" if self.revision else "")
+        """The name, with the revision and the file of other weights, if these are requested."""
+        name = self.model_name + (f"@{self.revision}" if self.revision else "")
+        return name + (f" with {self.weights}" if self.weights else "")
 
     @property
     def is_found_by_name(self) -> bool:
         """Whether transformers and PEFT find the model by its name alone."""
-        return not self.gguf_file and not self.model_name.startswith(PACKAGE_PREFIX)
+        return not (self.gguf_file or self.weights or self.model_name.startswith(PACKAGE_PREFIX))
 
     def load(self, auto_class: Any, **arguments: Any) -> Any:
         """The result of ``auto_class.from_pretrained`` on the files.
@@ -142,9 +192,10 @@ class Pretrained:
             number of labels; none if ``is_empty``.
         """
         options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
-        if is_empty:
+        if is_empty or self.weights is not None:
             options["trust_remote_code"] = self.trust_remote_code
-            return auto_class.from_config(self.config(**fields), **options).train(), []
+            model = auto_class.from_config(self.config(**fields), **options).train()
+            return model, [] if is_empty or self.weights is None else load_weights(model, self.weights)
         with hub.without_load_report():
             options |= {"ignore_mismatched_sizes": "num_labels" in fields}
             model, info = self.load(auto_class, output_loading_info=True, **options, **fields)

@@ -89,6 +89,8 @@ class TransformersModule(COLAModule, ABC):
         trust_remote_code: Run the Python files that come with the model.
         gguf_file: Name of a GGUF file among the model's files, which is then dequantized. It needs the extra ``gguf``. ``null``
             uses the GGUF file of a package that contains no other model.
+        weights: Take the model's weights from this file: a checkpoint of a LightningModule that has the model, or a state dict
+            in a file of torch or safetensors. ``model_name`` says which model it is. ``null`` takes those of its files.
         loss_average: ``step`` averages the training loss over all rows of an optimizer step (or tokens, if the loss is of
             tokens), with its accumulated batches and all processes. ``batch`` averages over those of a batch, and weighs all
             batches and processes alike.
@@ -112,12 +114,13 @@ class TransformersModule(COLAModule, ABC):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         gguf_file: str | None = None,
+        weights: str | None = None,
         loss_average: Literal["step", "batch"] = "step",
         **chain: Any,
     ) -> None:
         super().__init__(**chain)
         self.loss_average = loss_average
-        self.pretrained = Pretrained(model_name, revision, dtype, attn_implementation, trust_remote_code, gguf_file)
+        self.pretrained = Pretrained(model_name, revision, dtype, attn_implementation, trust_remote_code, gguf_file, weights)
         self.quantization = quantization
         if quantization is not None:
             importlib.import_module("bitsandbytes")  # an error now, not once the base has been read

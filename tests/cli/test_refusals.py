@@ -43,6 +43,7 @@ MISTAKES = [
     ("fit", ".*the following arguments are required: model_name"),
     ("fit --config no.yaml", "data.options: must be str, got 'False'"),
     (FIT + "--chain.every_n_epoch 5", "unrecognized arguments: --chain.every_n_epoch 5; .*every_n_epochs"),
+    (f"test --ckpt_path {LAST}", r".*: model_name; type --config .*config\.yaml"),
     ("fit config.yaml", "unrecognized arguments: config.yaml; type --config config.yaml"),
     ("fit --config confg.yaml", r".*confg\.yaml'; the nearest that exist: .*/config\.yaml"),
     (FIT + "--config indent.yaml", r"config: indent\.yaml is not valid YAML at line 4 \('rank: 3'\)"),
