@@ -28,6 +28,7 @@ READERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
 COMPRESSIONS = (".gz", ".zst")
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # in a folder of DatasetDict.save_to_disk, or of Dataset.save_to_disk
 SHARD = re.compile(r"-\d+-of-\d+$")  # the end of the name of a file that has a part of a split
+SPLIT = re.compile("train|val|dev|eval|test")  # in the name of a file that is not just the only one
 WORTH_A_BAR_BYTES = 10**8  # of files, whose preparation takes seconds
 
 
@@ -154,7 +155,10 @@ def _ending(name: str) -> str | None:
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split in a folder: ``train.csv``, or ``train-00000-of-00002.parquet`` and so on."""
+    """The files of each split in a folder: ``train.csv``, or ``train-00000-of-00002.parquet`` and so on.
+
+    The only one is ``train``, unless its name is a split's: ``metadata.csv``, ``data.jsonl``.
+    """
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and (ending := _ending(path.name)) is not None:
@@ -162,7 +166,8 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
             files.setdefault(SHARD.sub("", name), []).append(path)
     if not files:
         raise UserError(f"data.source: the folder {str(folder)!r} has no file such as train.csv or train.jsonl")
-    return files
+    (name, *others) = files
+    return {"train": files[name]} if not others and SPLIT.search(name) is None else files
 
 
 def _reader(files: list[Path], place: str, text_unit: TextUnit) -> Callable[[], Rows]:

@@ -151,6 +151,14 @@ def as_jsonl(path):
     return path / "rows.jsonl"
 
 
+def as_metadata(path):
+    """As Hugging Face's imagefolder has it."""
+    draw(path)
+    lines = [f"{name}/{k}.png,{name}" for k in range(8) for name in CLASSES]
+    (path / "metadata.csv").write_text("\n".join(["file_name,label", *lines]) + "\n")
+    return path
+
+
 def as_parquet(path):
     path.mkdir()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
@@ -174,7 +182,7 @@ def as_saved(path):
     return path / "saved"
 
 
-@pytest.mark.parametrize("form", [as_folder, as_split_folders, as_csv, as_jsonl, as_parquet, as_saved, as_polars])
+@pytest.mark.parametrize("form", [as_folder, as_split_folders, as_csv, as_metadata, as_jsonl, as_parquet, as_saved, as_polars])
 def test_rows_in_each_form_are_the_same_pictures_and_labels_in_parts_with_the_same_share_of_each(tmp_path, form):
     data = set_up(data_of(form(tmp_path / "rows"), random_crop=1), tmp_path, "fit")
     assert data.label_names == CLASSES
@@ -237,6 +245,21 @@ def test_a_picture_looks_the_same_at_any_depth(tmp_path, name):
     Image.fromarray(STORED[name]).save(tmp_path / name)
     expected = torch.tensor(RAMP, dtype=torch.float32).expand(3, 8, 8)
     torch.testing.assert_close(pixels_of(tmp_path / name), expected, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["1.png", "L.png", "P.png", "L.gif", "RGB.webp", "CMYK.jpg", "YCbCr.jpg", "CMYK.tif"])
+def test_a_picture_of_any_mode_is_trained_as_it_is_shown_and_the_right_way_up(tmp_path, name):
+    """The upper half of the file is white, the lower one black, and its EXIF entry says that the right half is the top."""
+    drawn = Image.new("RGB", (16, 16))
+    drawn.paste((255, 255, 255), (0, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    rotated = {"exif": exif} if name.endswith(("jpg", "webp", "tif")) else {}
+    drawn.convert(name.partition(".")[0]).save(tmp_path / name, **rotated)
+    found = pixels_of(tmp_path / name).mean(0)
+    white, black = (found[:, 8:], found[:, :8]) if rotated else (found[:8], found[8:])
+    assert white.mean() > 0.97
+    assert black.mean() < 0.03
 
 
 @pytest.mark.parametrize("name", ["RGBA.png", "LA.png", "P.gif", "P.png"])
