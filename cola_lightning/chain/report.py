@@ -189,7 +189,7 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for name, value in rows[-1].items():
-        head = name.removeprefix("test_").replace("/", "\n")  # of two lines: rewards/chosen
+        head = name.removeprefix("test_").removeprefix("val_").replace("/", "\n")  # of two lines: rewards/chosen
         table.add_column(escape(head), justify="left" if isinstance(value, str) else "right", overflow="fold")
     for row in rows:
         cells = [f"{value:.4g}" if isinstance(value, float) else f"{value}" for value in row.values()]

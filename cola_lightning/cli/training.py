@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import rich
 import yaml
@@ -98,6 +98,20 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"formatter_class": help_formatter()} | kwargs)
 
 
+class TestedState(NamedTuple):
+    """A state of a checkpoint's model that is measured.
+
+    Attributes:
+        links: how many links it has.
+        name: its name; None: its last link has none.
+        scale: factors of its links' updates.
+    """
+
+    links: int
+    name: str | None
+    scale: Mapping[int | str, float] | None = None
+
+
 class COLACLI(LightningCLI):
     """LightningCLI with the group ``chain``, metrics in a CSV file, and predictions in a JSONL file.
 
@@ -143,8 +157,8 @@ class COLACLI(LightningCLI):
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
         parser.add_lightning_class_args(ChainOfLoRA, "chain")
         parser.add_class_arguments(LastCheckpoint, "last")
-        is_test, is_fit = self.words[:1] == ["test"], self.words[:1] == ["fit"]
-        every = " Type `all` to test the base and the model after each link, and to print a table." if is_test else ""
+        is_fit, measures = self.words[:1] == ["fit"], self.words[:1] in (["validate"], ["test"])
+        every = " Type `all` to measure the base and the model after each link, and to print a table." if measures else ""
         whose = "--model.init_chain" if is_fit else "--ckpt_path or, without it, of --model.init_chain"
         links = f"{LINKS}{every} The links are those of {whose}."
         parser.add_argument("--links", type=int | str | None, default=None, help=links)
@@ -276,7 +290,7 @@ class COLACLI(LightningCLI):
             UserError: for these, and for links, stages and factors that the checkpoint does not have.
         """
         config = self.config[self.subcommand]
-        self.links, self.tests_each_link = config.links, self.subcommand == "test" and config.links == "all"
+        self.links, self.tests_each_link = config.links, self.subcommand in ("validate", "test") and config.links == "all"
         scale = config.get("scale")
         if (scale or self.tests_each_link) and (config.ckpt_path is None or (scale and self.tests_each_link)):
             raise UserError("links, scale: --links all and --scale need --ckpt_path, and cannot be combined")
@@ -366,13 +380,15 @@ class COLACLI(LightningCLI):
             raise
 
     def _test_each_link(self) -> None:
-        """Tests the base, and the model after each link: a table, which is also written to ``links.csv``."""
+        """Measures the base, and the model after each link: a table, which is also written to ``links.csv``."""
         assert self.opened is not None
-        rows, arguments = [], self._prepare_subcommand_kwargs("test") | {"verbose": False}
-        for links, name in self.tested_states().items():
-            self.model.expect_state(self.opened.state, links=links)
-            rows.append({"links": links, "stage": name or ""})
-            for metrics in self.trainer.test(**arguments):  # of each data loader
+        assert self.subcommand is not None
+        rows, measure = [], getattr(self.trainer, self.subcommand)
+        arguments = self._prepare_subcommand_kwargs(self.subcommand) | {"verbose": False}
+        for state in self.tested_states():
+            self.model.expect_state(self.opened.state, links=state.links, scale=state.scale)
+            rows.append({"links": state.links, "stage": state.name or ""})
+            for metrics in measure(**arguments):  # of each data loader
                 rows[-1] |= metrics
         self.tested = rows
         path = Path(run_folder(self.trainer), "links.csv")  # on all processes: run_folder broadcasts
@@ -385,10 +401,10 @@ class COLACLI(LightningCLI):
             rich.print(metrics_table(rows))
             log.info("written: %s", shortest(path))
 
-    def tested_states(self) -> Mapping[int, str | None]:
-        """The states that ``--links all`` tests: a name for each, by how many links the state has."""
+    def tested_states(self) -> Sequence[TestedState]:
+        """What ``--links all`` measures."""
         assert self.opened is not None
-        return dict(enumerate(["base", *self.opened.state.names]))
+        return [TestedState(links, name) for links, name in enumerate(["base", *self.opened.state.names])]
 
     def check_trained(self) -> None:
         """Refuses a fit that trained nothing, because the run that it resumes is finished."""

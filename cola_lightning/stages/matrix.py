@@ -285,6 +285,27 @@ class Matrix:
             figure.savefig(partial, format="png", dpi=150)
 
 
+def scales_table(last: str, columns: Sequence[Column]) -> "Table":
+    """What factors change, as a table.
+
+    Args:
+        last: the last stage.
+        columns: their last two values are those of the model after that stage, and of the same with factors.
+    """
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.add_column("model after")
+    for column in columns:
+        table.add_column(f"{escape(column.task)}\n{_with_arrow(column)}", justify="right")
+    table.add_row(escape(last), *(f"{column.values[-2]:.4g}" for column in columns))
+    table.add_row("the same, scaled", *(f"{column.values[-1]:.4g}" for column in columns), end_section=True)
+    table.add_row("change", *(column.change(-2, -1).text("+", "\n") for column in columns))
+    return table
+
+
 def _with_arrow(column: Column) -> str:
     return f"{column.metric} {'↓' if column.is_lower_better else '↑'}"
 

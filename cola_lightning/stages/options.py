@@ -20,6 +20,9 @@ class StagesOptions:
             schedule are new in each stage.
         replay: Train this share of each earlier stage's training rows again in every later stage: 0.05, for example. It needs
             the same classes of model and data: the rows of instructions cannot be replayed among preferences.
+        fit_scales: Choose a factor for what each stage changed, of 0.5, 0.75, 1 and 1.25, by the validation rows of all tasks.
+            Nothing is trained. It shows the test data before and after, writes ``scales.yaml``, and says how to export the
+            model. It needs ``--knot cola``.
         max_forgetting: Exit with status 3 if any stage's test data is worse by more than this at the end than at its best, in
             one of its metrics: by 0.02 in the loss or in the accuracy, for example.
     """
@@ -28,9 +31,12 @@ class StagesOptions:
     output: str
     knot: Knot = "cola"
     replay: float | None = None
+    fit_scales: bool = False
     max_forgetting: float | None = None
 
     def __post_init__(self) -> None:
         self.config, self.output = os.path.expanduser(self.config), os.path.expanduser(self.output)
         if self.replay is not None and not 0 < self.replay <= 1:
             raise UserError(f"replay: must be a share of the rows, above 0 and at most 1, got {self.replay}")
+        if self.fit_scales and self.knot != "cola":
+            raise UserError(f"fit_scales: needs --knot cola, by which a stage's links are its own, got {self.knot}")

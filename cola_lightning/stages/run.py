@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from cola_lightning import layout
 from cola_lightning.chain.chain import number_of_links
-from cola_lightning.cli.training import COLACLI
+from cola_lightning.cli.training import COLACLI, TestedState
 from cola_lightning.hf.transformers_module import RowValues
 from cola_lightning.module import COLAModule
 from cola_lightning.study.run import OPTIONS, RESULT, ChildWatch
@@ -37,9 +37,13 @@ class TestWatch(ChildWatch):
         self.row_values: list[dict[str, list[list[float]]]] = []
 
     @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, COLAModule)
         pl_module.fit_progress.first_link = self.first_link
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_start(trainer, pl_module)
         self.row_values.append({})
 
     @override
@@ -64,37 +68,46 @@ class TestWatch(ChildWatch):
 
 
 class StageTests(COLACLI):
-    """``cola test --links all``, but of the base and of the model after each stage alone.
+    """``cola test --links all`` (or ``cola validate``), but of some states of the model.
 
     Args:
         words: the arguments of ``cola``.
         watch: handles signals.
         folder: the tests'.
-        stages: the stages' names.
+        states: by their names, factors of the stages' updates. A state whose name is ``base`` or a stage's is the model without
+            the later stages, and another one has all stages.
         reference: of preferences, as a number of links or a stage.
     """
 
-    def __init__(self, words: list[str], watch: TestWatch, folder: Path, stages: Sequence[str], reference: int | str) -> None:
-        self.stages, self.reference = stages, reference
+    def __init__(
+        self,
+        words: list[str],
+        watch: TestWatch,
+        folder: Path,
+        states: Mapping[str, Mapping[int | str, float]],
+        reference: int | str,
+    ) -> None:
+        self.states, self.reference = states, reference
         super().__init__(words, watch, folder)
 
     @override
-    def tested_states(self) -> Mapping[int, str | None]:
+    def tested_states(self) -> Sequence[TestedState]:
         assert self.opened is not None
         assert isinstance(self.watch, TestWatch)
         names = self.opened.state.names
         self.watch.first_link = number_of_links(self.reference, names)
-        return {0: "base"} | {number_of_links(stage, names): stage for stage in self.stages}
+        links = {"base": 0} | {name: number_of_links(name, names) for name in names if name}
+        return [TestedState(links.get(name, len(names)), name, scale) for name, scale in self.states.items()]
 
 
 def run(folder: str) -> int:
-    """Trains or resumes a stage, or tests the model after each stage on a task, and writes the result.
+    """Trains or resumes a stage, or tests states of the model on a task, and writes the result.
 
     The result of a stage has a hash of its last checkpoint, that of tests their rows.
 
     Args:
-        folder: the run's. It has its ``config.yaml``, and ``run.json``, which for tests has the ``checkpoint``, the ``stages``
-            and the ``reference``.
+        folder: the run's. It has its ``config.yaml``, and ``run.json``, which for tests has the ``checkpoint``, the ``command``
+            (``test`` or ``validate``), the ``states`` and the ``reference``.
 
     Returns:
         The exit status.
@@ -104,11 +117,12 @@ def run(folder: str) -> int:
     warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # the log is in it
     config, result = ["--config", str(place / CONFIG)], dict[str, Any]()
     if "checkpoint" in options:
-        words = ["test", *config, "--ckpt_path", options["checkpoint"], "--links", "all"]
+        words = [options["command"], *config, "--ckpt_path", options["checkpoint"], "--links", "all"]
         watch = TestWatch()
         with watch.listening():
-            tested = StageTests(words, watch, place, options["stages"], options["reference"]).tested
-        result["rows"] = [row | {"row_values": values} for row, values in zip(tested, watch.row_values, strict=True)]
+            tested = StageTests(words, watch, place, options["states"], options["reference"]).tested
+        of_rows = watch.row_values or [{}] * len(tested)  # a validation has none
+        result["rows"] = [row | {"row_values": values} for row, values in zip(tested, of_rows, strict=True)]
     else:
         fit_watch, last = ChildWatch(), place / LAST
         words = ["fit", *config, *(["--ckpt_path", str(last)] if last.exists() else [])]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,10 +19,11 @@ from cola_lightning.chain.schedule import RESERVED, is_stage_name
 from cola_lightning.cli.training import differences
 from cola_lightning.errors import OutsideError, UserError, one_line
 from cola_lightning.lora.config import LoRAConfig
-from cola_lightning.stages.matrix import SHOWN, Matrix
+from cola_lightning.stages.matrix import SHOWN, Matrix, scales_table
 from cola_lightning.stages.options import StagesOptions
 from cola_lightning.stages.replay import add_replay
 from cola_lightning.stages.run import CONFIG, LAST
+from cola_lightning.stages.scales import Scale, fit_scales
 from cola_lightning.study.config import as_words, data_files, resolve_config
 from cola_lightning.study.methods import model_option
 from cola_lightning.study.run import LOG, OPTIONS, RESULT, claim_run, execute
@@ -74,7 +76,7 @@ class Stages:
             before = sizes
         if options.replay is not None:
             add_replay(configs, options.replay)
-        self.folder, self.max_forgetting = Path(options.output), options.max_forgetting
+        self.folder, self.max_forgetting, self.fits_scales = Path(options.output), options.max_forgetting, options.fit_scales
         self.stages = [Stage(name, self.folder / name, config, data_files(config)) for name, config in configs.items()]
 
     def run(self) -> int:
@@ -100,6 +102,8 @@ class Stages:
         for sentence in matrix.averages:
             log.info("%s", sentence)
         log.info("written: %s", self.folder / "matrix.csv")
+        if self.fits_scales and is_finished:
+            self._fit_scales(tests, kinds)
         return self._check_forgetting(matrix) if is_finished else 1
 
     def _check_forgetting(self, matrix: Matrix) -> int:
@@ -114,10 +118,7 @@ class Stages:
         return 3
 
     def _test(self, stage: Stage, finished: Sequence[Stage]) -> list[dict[str, Any]]:
-        """Tests the base and the model after each finished stage on a stage's test data, from the last checkpoint alone.
-
-        The module's class and data are those of the stage, and its links those of the checkpoint. Tests of the same checkpoint
-        are not repeated.
+        """Tests the base and the model after each finished stage on a stage's test data.
 
         Returns:
             A row of metrics for each state of the model; empty if `cola test` refuses the stage.
@@ -125,9 +126,72 @@ class Stages:
         Raises:
             OutsideError: if the tests failed.
         """
-        last, folder, model = finished[-1], stage.folder / "matrix", stage.config["model"]
-        names, checkpoint = [other.name for other in finished], read(last.folder / RESULT)["checkpoint"]
-        asked = {"config": stage.config, "files": stage.files, "stages": names, "checkpoint": checkpoint}
+        try:
+            states = ["base", *(other.name for other in finished)]
+            return self._measure(stage, finished[-1], "test", {name: {} for name in states}, "matrix")
+        except UserError as error:  # no test rows, for example
+            if self.max_forgetting is not None:
+                raise
+            log.warning("stage %s: is not in the matrix (%s)", stage.name, error)
+            return []
+
+    def _fit_scales(self, tests: Mapping[str, Sequence[Mapping[str, Any]]], kinds: Mapping[str, str]) -> None:
+        """Chooses a factor for each stage, shows the tests with these factors, and writes ``scales.yaml``.
+
+        Args:
+            tests: each task's tests without factors.
+            kinds: see :class:`Matrix`.
+        """
+        last, names = self.stages[-1], [stage.name for stage in self.stages]
+
+        def losses_of(name: str, tried: Sequence[Scale]) -> list[list[float]]:
+            states = {str(number): scale for number, scale in enumerate(tried)}
+            log.info("fit_scales: stage %s (%d of %d)", name, names.index(name) + 1, len(names))
+            tasks = [self._measure(stage, last, "validate", states, f"scales/{name}") for stage in self.stages]
+            return [
+                [sum(row[key] for key in row if key.startswith("val_loss")) for row in rows]
+                for rows in zip(*tasks, strict=True)
+            ]
+
+        scale = fit_scales(names, losses_of)
+        with atomic_file(self.folder / "scales.yaml") as partial:
+            partial.write_text(yaml.safe_dump(dict(scale), sort_keys=False), encoding="utf-8")
+        log.info("written: %s", self.folder / "scales.yaml")
+        factors = {name: factor for name, factor in scale.items() if factor != 1}
+        if not factors:
+            log.info("fit_scales: no other factor is better than 1")
+            return
+        of_tasks = [stage for stage in self.stages if stage.name in tests]
+        scaled = {stage.name: self._measure(stage, last, "test", {"scaled": scale}, "scaled") for stage in of_tasks}
+        columns = Matrix.of({name: [*tests[name], *rows] for name, rows in scaled.items()}, kinds).columns
+        rich.print(scales_table(last.name, columns))
+        factor_text = yaml.safe_dump(factors, default_flow_style=True).strip()
+        log.info("export it: %s", shlex.join(["cola", "export", str(last.folder), "--scale", factor_text, "--output", "DIR"]))
+
+    def _measure(
+        self, stage: Stage, last: Stage, command: str, states: Mapping[str, Mapping[str, float]], name: str
+    ) -> list[dict[str, Any]]:
+        """Measures states of the model on a stage's data, from the last checkpoint alone.
+
+        The module's class and data are those of the stage, and its links those of the checkpoint. What was measured of the
+        same checkpoint is not measured again.
+
+        Args:
+            stage: the stage.
+            last: the one with the checkpoint.
+            command: ``test``, or ``validate`` for the validation data.
+            states: see :class:`~cola_lightning.stages.run.StageTests`.
+            name: of the folder in the stage's folder.
+
+        Returns:
+            A row of metrics for each state.
+
+        Raises:
+            UserError: if the command refuses the stage.
+            OutsideError: if it failed.
+        """
+        folder, model, checkpoint = stage.folder / name, stage.config["model"], read(last.folder / RESULT)["checkpoint"]
+        asked = {"config": stage.config, "files": stage.files, "states": states, "checkpoint": checkpoint}
         known = read(folder / RESULT)
         if known and read(folder / OPTIONS)["asked"] == asked:
             return list(known["rows"])
@@ -144,18 +208,12 @@ class Stages:
             "config": stage.config | {"model": model | {"init_args": init_args}, "trainer": trainer},
             "asked": asked,
             "checkpoint": str(last.folder / LAST),
-            "stages": names,
+            "command": command,
+            "states": states,
             "reference": start_of(stage.name, last) if reference in ("start", "link") else reference,
         }
-        try:
-            is_tested = execute_in(folder, options)
-        except UserError as error:  # no test rows, for example
-            if self.max_forgetting is not None:
-                raise
-            log.warning("stage %s: is not in the matrix (%s)", stage.name, error)
-            return []
-        if not is_tested:
-            raise OutsideError(f"stage {stage.name}: its tests failed, see {folder / LOG}")
+        if not execute_in(folder, options):
+            raise OutsideError(f"stage {stage.name}: {command} failed, see {folder / LOG}")
         return list(read(folder / RESULT)["rows"])
 
     def _train(self, stage: Stage, before: Stage | None) -> bool:

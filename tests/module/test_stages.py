@@ -270,6 +270,9 @@ def test_a_table_shows_what_each_link_did_to_the_data(capfd):
     header = lines.index([name.removeprefix("test_") for name in table[0]])
     assert [line[:2] for line in lines[header + 2 : header + 6]] == [["0", "base"], ["1", "sft"], ["2", "sft"], ["3", "dpo"]]
     assert lines[header + 5][2:] == [f"{float(table[3][name]):.4g}" for name in list(table[3])[2:]]
+    validated, folder = measured("--links", "all", command="validate")
+    assert [row["val_loss"] for row in validated] == [row["val_loss"] for row in read_csv(folder / "links.csv")]
+    assert len({row["val_loss"] for row in validated}) == 4
 
 
 @pytest.mark.usefixtures("_folder")

@@ -479,3 +479,36 @@ def test_a_mistake_is_one_line_before_anything_is_trained(old, new, message, cap
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.match(f"error: {message}", line), line
     assert not Path("out").exists()
+
+
+def test_fitted_scales_are_the_best_by_validation_and_are_not_measured_again(config, capfd):
+    config["stages"] = {name: config["stages"][name] for name in ("good", "pairs")}
+    write(config)
+    assert stages("--fit_scales", "true") == 0
+    printed = capfd.readouterr().out
+    scale = yaml.safe_load(Path("out/scales.yaml").read_text())
+    tried = {name: [tasks(name, "scales/pairs")[number] for number in range(4)] for name in ("good", "pairs")}
+    factors = [1.0, 0.5, 0.75, 1.25]
+    first = {name: tasks(name, "scales/good")[0] for name in tried}
+    sums = [sum(tried[name][number] / first[name] for name in tried) for number in range(4)]
+    assert scale["pairs"] == factors[int(np.argmin(sums))]
+    assert scale["good"] in factors
+    words = ["--ckpt_path", "out/pairs", "--scale", json.dumps(scale)]
+    assert main(["validate", "--config", "out/good/config.yaml", *words]) == 0
+    (path,) = Path("out/pairs/validate").rglob("metrics.csv")
+    assert float(read_csv(path)[-1]["val_loss"]) == pytest.approx(tried["good"][int(np.argmin(sums))], abs=1e-6)
+    assert scale != {"good": 1.0, "pairs": 1.0}  # so that a table is shown
+    assert "the same, scaled" in printed
+    assert "cola export out/pairs --scale" in printed
+    results = {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")}
+    assert len(results) == 2 + 2 + 2 * 2 + 2  # stages, their tests, the factors that were tried, the tests with the best
+    assert stages("--fit_scales", "true") == 0
+    assert results == {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")}
+    assert stages("--fit_scales", "true", "--knot", "half") == 2
+    assert "fit_scales: needs --knot cola" in capfd.readouterr().err
+
+
+def tasks(name, folder):
+    """The validation losses of a task, for each of the factors that were tried."""
+    rows = json.loads(Path("out", name, folder, "result.json").read_text())["rows"]
+    return [row["val_loss"] for row in rows]
