@@ -66,6 +66,14 @@ def test_the_block_says_what_is_trained_and_when_knots_fall_and_comes_once(tmp_p
     ]
 
 
+@pytest.mark.parametrize(("knot", "lr_schedule"), [("half", "linear"), ("half", "stable"), ("record", "linear")])
+def test_the_block_says_under_which_schedule_half_was_measured(tmp_path, caplog, knot, lr_schedule):
+    lines = lines_of_fit(tmp_path, caplog, toy(lr_schedule=lr_schedule), chain={"every_n_epochs": 1, "knot": knot})
+    (line,) = [line for line in lines if line.startswith("knots")]
+    advice = ". Knots of half were measured with model.lr_schedule stable, here it is linear"
+    assert line == f"knots ({knot}): before steps 10, 20, of 30 steps{advice * ((knot, lr_schedule) == ('half', 'linear'))}"
+
+
 class Described(LightningDataModule):
     """Another package's, whose ``describe`` is for something else."""
 
