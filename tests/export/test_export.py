@@ -470,24 +470,6 @@ def test_what_is_loaded_again_with_other_bits_is_not_kept(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-@pytest.mark.parametrize("format_", ["merged", "peft", "chain"])
-def test_what_cannot_be_loaded_again_is_no_full_disk(tmp_path, monkeypatch, format_):
-    module = tiny.three_links(module_of(tmp_path / "base", "llama"))
-
-    def fail(*_, **__):
-        raise OSError("no file named config.json")  # as transformers does
-
-    owners = {
-        "merged": (type(module.model), "from_pretrained"),
-        "peft": (PeftModel, "from_pretrained"),
-        "chain": (Chain, "load"),
-    }
-    monkeypatch.setattr(*owners[format_], fail)
-    with pytest.raises(ExportError, match=r"loaded again.*config\.json"):
-        module.export(tmp_path / "out", format_)
-    assert not (tmp_path / "out").exists()
-
-
 def write_file(path, text):
     with atomic_file(path) as partial:
         partial.write_text(text)
