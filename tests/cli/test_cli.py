@@ -158,25 +158,6 @@ def test_one_process_of_a_launcher_logs(monkeypatch, capfd):
     assert "are trained" not in capfd.readouterr().out
 
 
-def test_a_failure_in_an_environment_below_a_folder_named_lightning_has_its_traceback(tmp_path):
-    """Only Lightning's own refusals are one line."""
-    folder = tmp_path / "lightning" / "site-packages"
-    folder.mkdir(parents=True)
-    (folder / "other_library.py").write_text(
-        "from benchmarks.digits_model import COLADigits\n\nclass Failing(COLADigits):\n    def setup(self, stage):\n"
-        "        raise ValueError('a bug of this library')\n"
-    )
-    program = f"""
-import sys
-sys.path.append({str(folder)!r})
-from cola_lightning.cli import main
-sys.exit(main(["fit", "--config", {DIGITS!r}, "--model", "other_library.Failing"]))
-"""
-    done = forked.run("-c", program, cwd=tmp_path)
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" in done.stderr
-
-
 def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(capfd):
     Path("hpmod.py").write_text(
         "from benchmarks.digits_model import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
@@ -368,11 +349,6 @@ def test_a_fit_without_a_limit_is_of_three_epochs(limit, epochs):
 # ---------------------------------------------------------------------- what fails, and what is stopped
 
 OWN = """
-import os
-import signal
-
-from lightning.pytorch import Callback
-
 from benchmarks.digits_model import COLADigits
 
 
@@ -389,12 +365,6 @@ class Constructs(COLADigits):
 class Refused(COLADigits):
     def __init__(self, rank: int = 1):
         super().__init__(rank=0)
-
-
-class Stops(Callback):
-    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        if batch_idx == 3:
-            os.kill(os.getpid(), signal.SIGINT)
 """
 
 
@@ -414,14 +384,6 @@ def test_an_error_of_ones_own_code_keeps_its_traceback_and_a_wrong_value_is_one_
     capfd.readouterr()
     assert fit("--model", "own_code.Refused") == 2
     assert capfd.readouterr().err.startswith("error: model.rank ")
-
-
-@pytest.mark.usefixtures("_own")
-def test_a_predict_that_is_stopped_leaves_its_rows_so_far():
-    assert run("predict", "--config", DIGITS, "--trainer.callbacks+=own_code.Stops", "--data.batch_size", "20") == 130
-    path = Path("runs/version_0/predictions.partial.jsonl")
-    assert [row["index"] for row in tiny.read_rows(path)] == list(range(60))
-    assert not path.with_name("predictions.jsonl").exists()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

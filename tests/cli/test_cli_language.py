@@ -1,6 +1,5 @@
 """Language models from the command line: a run and what follows it."""
 
-import json
 import shlex
 from pathlib import Path
 
@@ -59,32 +58,6 @@ def test_fit_tells_where_it_began_and_each_link_and_predict_writes_scores(capfd)
         assert row["options"] == [" terrible", " great"]
         assert row["scores"][row["option"]] == max(row["scores"])
         assert all(score < 0 for score in row["scores"])
-
-
-@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
-def test_instructions_are_trained_and_answered(capfd):
-    """Rows to validate on are drawn where there are none, and predict takes prompts alone."""
-    own = tiny.tokenizer("opt")
-    own.chat_template = tiny.CHAT
-    own.save_pretrained("model")
-    Path("own.jsonl").write_text("".join(f'{{"prompt": "Is town {k} old? ", "response": "Yes"}}\n' for k in range(8)))
-    data = {"source": "own.jsonl", "max_new_tokens": 4, "val_size": 2}
-    Path("text.yaml").write_text(f"{OF_OWN_DATA}data: {json.dumps({'class_path': 'TextDataModule', 'init_args': data})}\n")
-    assert fit("text.yaml") == 0
-    try_ = capfd.readouterr().out.partition("\ntry it: cola ")[2].partition("\n")[0]
-    assert main(shlex.split(try_.replace("TEXT", "Old?"))) == 0
-    metrics = Path("runs/version_0/metrics.csv").read_text()
-    assert "val_loss" in metrics
-    assert "accuracy" not in metrics
-    arguments = ["--config", "runs/version_0/config.yaml", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"]
-    for subcommand in ("validate", "predict"):
-        assert main([subcommand, *arguments]) == 0
-    assert {row["target"] for row in predicted()} == {"Yes"}
-    Path("new").mkdir()
-    Path("new", "asked.jsonl").write_text('{"prompt": "Is it?"}\n{"prompt": "Old?"}\n')
-    for new in (["--data.source", "new", "--data.test_split", "asked"], ["--data.source", "new/asked.jsonl"]):
-        assert main(["predict", *arguments, *new]) == 0
-        assert [row["target"] for row in predicted()] == [None, None]
 
 
 ENDS = """

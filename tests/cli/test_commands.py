@@ -1,6 +1,5 @@
 """``cola inspect``, ``--links``, and what is damaged: one line, status 2, and nothing changed on disk."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -44,35 +43,9 @@ def test_inspect_tells_the_same_of_a_checkpoint_and_of_its_chain(capsys):
     assert messages[0] == messages[1]
     assert [(link["rank"], link["steps"], link["total_rank"]) for link in messages[0]] == [(1, 9, 1), (1, 9, 2), (1, 9, 3)]
     assert all("val_accuracy" in link["metrics"] for link in messages[0])
-    assert Path("chain.png").read_bytes().startswith(b"\x89PNG")
     assert main([*INSPECT, "--links", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.lstrip()[:1] in "0123456789" and line.strip()]) == 2
-
-
-def test_a_run_is_named_by_its_folder(capsys):
-    messages = []
-    for words in (["inspect", "runs/version_0"], ["inspect", LAST], ["inspect", "chain"]):
-        assert main(words) == 0
-        messages.append(capsys.readouterr().out)
-    assert messages[0] == messages[1] == messages[2]
-    assert main(["export", "runs/version_0", "--format", "chain", "--output", "again"]) == 0
-    assert Path("again/chain.json").read_bytes() == Path("chain/chain.json").read_bytes()
-    assert main(["test", "--config", DIGITS, "--ckpt_path", "runs/version_0"]) == 0
-
-
-def accuracy(capfd, *arguments):
-    assert main(["test", "--config", DIGITS, *arguments, "--trainer.enable_progress_bar", "false"]) == 0
-    out = capfd.readouterr().out
-    return float(next(line for line in out.splitlines() if "test_accuracy" in line).split()[-2])
-
-
-def test_links_go_back_from_a_checkpoint_and_from_a_chain(capfd):
-    of_checkpoint = [accuracy(capfd, "--ckpt_path", LAST, "--links", str(links)) for links in range(4)]
-    assert of_checkpoint[3] == accuracy(capfd, "--ckpt_path", LAST)
-    assert of_checkpoint[0] == accuracy(capfd) == 0.0  # it has never seen a digit from 5 to 9
-    assert len(set(of_checkpoint[1:])) == 3
-    assert accuracy(capfd, "--model.init_chain", "chain", "--links", "2") == of_checkpoint[2]
 
 
 def test_a_new_run_from_some_links_saves_a_config_that_tests_it():
@@ -92,20 +65,6 @@ def truncate(path):
     Path(path).write_bytes(Path(path).read_bytes()[:-200])
 
 
-def flip_a_byte(path):
-    data = bytearray(Path(path).read_bytes())
-    data[-10] ^= 1
-    Path(path).write_bytes(data)
-
-
-def another_base(path):
-    description = json.loads(Path(path).read_text())
-    del description["sha256_of_json"]
-    description["base"]["values"] = {}
-    description["sha256_of_json"] = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
-    Path(path).write_text(json.dumps(description))
-
-
 def edit_checkpoint(change):
     def edit(path):
         checkpoint = torch.load(path, weights_only=True)
@@ -118,19 +77,11 @@ def edit_checkpoint(change):
     return edit
 
 
-def set_base(**facts):
-    return edit_checkpoint(lambda metadata: metadata["base"].update(facts))
-
-
 DAMAGE = [
     (truncate, LAST, TEST, "ckpt_path: "),
     (edit_checkpoint(lambda metadata: metadata.update(format_version=5)), LAST, TEST, "chain: .*reads format version 1"),
-    (set_base(values={}), LAST, TEST, "base: "),
-    (set_base(dtypes=["float64"]), LAST, FIT, "base: .*in float32 and not in float64"),
-    (set_base(weight_norms={"0": 1.0}), LAST, TEST, "model.target_modules: .*'2'"),
-    (flip_a_byte, "chain/chain.safetensors", FROM_CHAIN, "chain: "),
+    (edit_checkpoint(lambda metadata: metadata["base"].update(values={})), LAST, FIT, "base: "),
     (truncate, "chain/chain.json", INSPECT, "chain: "),
-    (another_base, "chain/chain.json", FROM_CHAIN, "base: "),
 ]
 
 

@@ -1,12 +1,10 @@
 """Every config is complete: it parses, and it builds its model, at tiny size, and its data, and takes a step."""
 
-import csv
 import math
 from pathlib import Path
 
 import pytest
 
-from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule, RunLength
 from cola_lightning.cli import main
 from cola_lightning.study.config import resolve_config
@@ -42,31 +40,9 @@ def test_a_config_runs(path, tmp_path, monkeypatch, capfd):
     assert main(["fit", *words, *at_tiny_size(path.stem, tmp_path)]) == 0, capfd.readouterr().err
 
 
-@pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
-def test_a_config_fits_a_screen_and_says_what_it_needs(path):
-    lines = path.read_text().splitlines()
-    assert len(lines) <= 40
-    assert any(line.startswith(f"#   cola fit --config {path.relative_to(ROOT)}") for line in lines)
-
-
 def test_the_overlay_for_several_gpus_replaces_a_configs_strategy():
     config = resolve_config(["--config", str(FOLDER / "paper.yaml"), "--config", str(FOLDER / "overlays" / "multi_gpu.yaml")])
     assert (config["trainer"]["strategy"], config["trainer"]["devices"]) == ("ddp", "auto")
-
-
-def test_knots_that_record_leave_a_run_its_losses(tmp_path, monkeypatch):
-    """The losses of plain LoRA, digit by digit; and there are three links to go back to."""
-    monkeypatch.chdir(tmp_path)
-    at_size = [*at_tiny_size("quickstart", tmp_path), "--trainer.max_steps", "6", "--trainer.val_check_interval", "2"]
-    losses = []
-    for given in (["--chain.knot", "record", "--chain.every_n_train_steps", "2"], ["--chain.every_n_train_steps", "null"]):
-        assert main(["fit", "--config", str(FOLDER / "quickstart.yaml"), *given, *at_size]) == 0
-        with (tmp_path / "runs" / f"version_{len(losses)}" / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        losses.append([[row[name] for row in rows if row[name]] for name in ("train_loss", "val_loss", "lr")])
-    assert losses[0] == losses[1]
-    assert len(losses[0][1]) == 3  # after each link
-    assert [link.share for link in read_chain(tmp_path / "runs" / "version_0").links] == [0, 0, 1]
 
 
 with_knots = pytest.mark.parametrize("path", [BENCHMARKS[0], FOLDER / "smollm2.yaml", FOLDER / "roberta_glue.yaml"])

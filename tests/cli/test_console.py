@@ -65,15 +65,6 @@ def test_help_of_an_evaluation_shows_neither_knots_nor_learning_rates(capfd):
     )
 
 
-def test_help_of_an_option_is_a_sentence(capfd):
-    assert not [text for text in MAIN_OPTIONS.values() if not text.endswith(".")]
-    for command in ("generate", "inspect", "export", "stages", "compare", "configs"):
-        text = "\n".join(messages(capfd, command, "--help"))
-        options = text.partition("show this help message and exit")[2].partition("\n\nexample:")[0]
-        for shown in re.split(r"\n  (?=-)", options)[1:]:
-            assert re.search(r"\.( \((default: .*|required)\))?\Z", " ".join(shown.split())), shown
-
-
 @pytest.mark.parametrize("option", ["--model.help=COLACausalLM", "--data.help=TextDataModule"])
 def test_help_of_a_class_is_plain_text(option, capfd):
     text = "\n".join(messages(capfd, "fit", option))

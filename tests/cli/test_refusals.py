@@ -90,8 +90,6 @@ MISTAKES = [
     (COMPARE + '--learning_rates {"cola":[0.1]}', "learning_rates: each of lora needs a list"),
     (COMPARE + "--metric val_acuracy", "metric: .*val_acuracy.* --mode.*; the nearest that exist: val_accuracy"),
     (COMPARE + "--seeds 0", "seeds: must be at least 1, got 0"),
-    (COMPARE + "--tuning_seeds 0", "tuning_seeds: must be at least 1, got 0"),
-    (COMPARE + "--learning_rates []", "learning_rates: "),
     (COMPARE + '--learning_rates {"lora":[]}', "learning_rates: "),
     (COMPARE + "-- --model.seed 3", "model.seed: "),
 ]

@@ -80,11 +80,6 @@ CONVERSATIONS = {
 
 
 @needs_templates
-def test_all_templates_are_tried():
-    assert sorted(TRAINED) == [path.stem for path in TEMPLATES]
-
-
-@needs_templates
 @pytest.mark.parametrize("kind", CONVERSATIONS)
 @pytest.mark.parametrize("name", TRAINED)
 def test_each_turn_of_a_known_template_is_trained_once_after_its_generation_prompt(name, kind):

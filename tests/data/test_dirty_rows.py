@@ -207,16 +207,6 @@ def test_a_prompt_keeps_its_system_prompt_and_a_response_too_long_has_no_stop_to
 
 
 @needs_real
-def test_gsm8k_trains_at_a_length_that_one_answer_exceeds(caplog):
-    caplog.set_level("INFO", "cola_lightning")
-    own = tiny.chat_tokenizer(None)
-    data = tiny.set_up(TextDataModule(str(REAL / "gsm8k_test.jsonl"), max_length=512), own, "fit")
-    assert any(line.startswith("training: ") and " shortened by " in line for line in caplog.messages)
-    assert any(line.startswith("rows: question -> answer") for line in caplog.messages)
-    assert max(len(row["input_ids"]) for row in data.train.select(range(300))) <= 512
-
-
-@needs_real
 def test_function_calls_of_a_real_file_are_trained():
     source = (REAL.parent / "chat_templates" / "qwen2_5.jinja").read_text()
     own = tiny.chat_tokenizer(source, "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")

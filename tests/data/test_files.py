@@ -122,8 +122,6 @@ def test_minus_one_is_no_label_in_any_format_unless_it_is_one(tmp_path, name, is
         ("comma.csv", "text,label\nwell, bad,neg\nfine, good,pos\n"),  # without quotes, it makes one more cell
         ("twice.csv", "text,text\nfine,pos\n"),  # of two columns of one name, a row would have the last
         ("quote.tsv", 'label\ttext\n1\t"I loved it.\n0\tAnd so will you."\n'),  # which joins two rows
-        ("broken.jsonl", '{"text": "a"}\n{"text\n'),
-        ("empty.csv", ""),
         ("rows.xlsx", ""),
         ("no_such.csv", None),  # which is not asked for on the hub
     ],

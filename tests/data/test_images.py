@@ -390,18 +390,8 @@ def test_crops_and_flips_can_be_left_out_and_have_the_asked_size(tmp_path):
 
 # ---------------------------------------------------------------------- the command
 
-FIT = [
-    "fit",
-    "--model",
-    "COLAImageClassifier",
-    "--data",
-    "ImageDataModule",
-    "--model.rank",
-    "2",
-    "--trainer.accelerator",
-    "cpu",
-]
-FIT += ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--data.batch_size", "8"]
+FIT = "fit --model COLAImageClassifier --data ImageDataModule --model.rank 2 --trainer.accelerator cpu"
+FIT += " --trainer.max_epochs 1 --trainer.enable_progress_bar false --data.batch_size 8"
 
 
 def test_predict_writes_labels_and_scores_of_pictures_alone_and_why_one_has_none(tmp_path, monkeypatch, capfd):
@@ -411,8 +401,8 @@ def test_predict_writes_labels_and_scores_of_pictures_alone_and_why_one_has_none
     for k, name in enumerate(CLASSES):
         picture(name, k).save(alone / f"{k}.jpg")
     (alone / "9.jpg").write_text("no picture")
-    fit = [*FIT, "--model.model_name", image_folder(tmp_path / "vit"), "--data.source", str(rows), "--data.test_size", "0.25"]
-    assert main(fit) == 0, capfd.readouterr().err
+    words = ["--model.model_name", image_folder(tmp_path / "vit"), "--data.source", str(rows), "--data.test_size", "0.25"]
+    assert main([*FIT.split(), *words]) == 0, capfd.readouterr().err
     run = "runs/version_0"
     words = ["--config", f"{run}/config.yaml", "--ckpt_path", run, "--data.source", str(alone)]
     assert main(["predict", *words]) == 0, capfd.readouterr().err

@@ -69,20 +69,6 @@ def test_minus_one_and_one_are_two_classes(path):
     assert len(data.train) + len(data.val) == 40
 
 
-def test_a_column_of_lists_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"data\.label_field: the column 'label' holds lists, but a row needs one label"):
-        fitted(tmp_path / "rows.jsonl", [[k % 2] for k in range(20)])
-
-
-@pytest.mark.parametrize(("label", "place"), [("-1", 0), (-1, 0), (1, 2), ("1", 2)])
-def test_minus_one_may_be_an_option_of_a_template(path, label, place):
-    options = ["-1", "0", "1"] if label in ("-1", -1) else ["no", "perhaps", "yes"]
-    place = place if label in ("-1", -1) else 1
-    data = TemplateDataModule(write(path, [label] * 20), prompt="{sentence}", options=options)
-    tiny.set_up(data, tiny.chat_tokenizer(None), "fit", "predict")
-    assert {row.example.answer for row in [*data.train, *data.test]} == {place}
-
-
 def test_minus_one_is_no_label_of_a_task(path):
     data = PromptDataModule("SST2", write(path, [-1] * 20))
     tiny.set_up(data, tiny.chat_tokenizer(None), "predict")

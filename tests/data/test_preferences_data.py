@@ -140,10 +140,6 @@ def sides(data, rows):
     return [*zip(found[: len(rows)], found[len(rows) :], strict=True)]
 
 
-def test_each_file_of_rows_has_an_expectation():
-    assert {path.stem for path in FILES.glob("*.jsonl")} == {*EXPECTED}
-
-
 @pytest.mark.parametrize("name", EXPECTED)
 def test_pairs_of_each_format_are_found_by_their_columns(tmp_path, name):
     expected, reasons = EXPECTED[name]
@@ -237,12 +233,6 @@ def test_both_responses_keep_the_same_shortened_prompt_and_then_lose_their_ends(
             assert len(pair[0].prompt) <= 40
     with pytest.raises(UserError, match=r"longer than data\.max_length"):
         encoded([row], tmp_path / "skip", own, max_length=20, too_long="skip")
-
-
-def test_turns_of_the_assistant_without_a_prompt_are_named(tmp_path):
-    own, other = tiny.chat_tokenizer(tiny.CHAT), {"role": "assistant", "content": "Yes."}
-    with pytest.raises(UserError, match=r"can be used for test: no prompt: "):
-        encoded([{"chosen": [ASSISTANT], "rejected": [other]}], tmp_path, own)
 
 
 def test_a_prompt_with_marks_is_the_turns_that_it_marks(tmp_path):

@@ -1,7 +1,6 @@
 """Several sources; and sources that are a pattern of files, plain text, compressed, or saved by ``datasets``."""
 
 import json
-import os
 import shutil
 from collections import Counter
 from functools import partial
@@ -23,7 +22,7 @@ from cola_lightning import (
 )
 from cola_lightning.cli import main
 from cola_lightning.data.source import Source
-from cola_lightning.data.splits import files_identity, load_splits
+from cola_lightning.data.splits import load_splits
 from tests.helpers import tiny
 from tests.helpers.tiny import attach
 from tests.helpers.toy import assert_bit_equal, trainer, weights
@@ -114,17 +113,6 @@ def test_a_folder_that_datasets_has_saved_is_read(tmp_path):
     data = attach(TextDataModule(str(tmp_path / "splits")))
     data.setup("fit")
     assert [len(data.train), len(data.val), len(data.identity["files"])] == [6, 1, 2]
-
-
-def test_a_file_is_hashed_once_for_each_time_that_it_is_written(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("one")
-    first, stat = files_identity(str(path)), path.stat()
-    path.write_text("two")
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as if nobody had written it
-    assert files_identity(str(path)) == first
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert files_identity(str(path)) != first
 
 
 def test_a_fit_reads_no_test_split(tmp_path):

@@ -60,6 +60,7 @@ def test_a_row_becomes_a_prompt_with_options_or_an_answer(tmp_path, arguments, p
         (2.0, [" 1", " 2", " 3"], None),
         (True, [" True", " False"], None),
         ("0", [" 1", " 2"], None),  # in a CSV file
+        (-1, [" -1", " 0", " 1"], 0),  # which elsewhere is no label
     ],
 )
 def test_a_number_is_an_index_unless_it_is_the_text_of_another_option(tmp_path, label, options, place):

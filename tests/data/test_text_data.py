@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from cola_lightning import TextDataModule, UserError
-from cola_lightning.cli import main
 from cola_lightning.data.columns import find_columns
 from cola_lightning.data.encoding import Pair, encode_responses, labels_of
 from tests.helpers import tiny
@@ -75,36 +74,20 @@ REAL_PAIRS = {
         "{prompt: instruction, input: input, response: chosen}",
     ),
     "hh-rlhf": ({"chosen": f"Human: Old? Assistant: {PREFERRED}", "rejected": REJECTED}, "{text: chosen}"),
-    "argilla": (
-        {
-            "prompt": "Old?",
-            "chosen": [*MESSAGES[1:2], {"role": "assistant", "content": PREFERRED}],
-            "rejected": [*MESSAGES[1:2], {"role": "assistant", "content": REJECTED}],
-        },
-        "{messages: chosen}",
-    ),
     "other names": ({"ask": "Old?", "good": PREFERRED, "bad": REJECTED}, "{prompt: ask, response: good}"),
 }
 
 
 @pytest.mark.parametrize("name", REAL_PAIRS)
 def test_of_preference_pairs_the_suggested_option_trains_the_preferred_answer(tmp_path, name):
-    row, option = REAL_PAIRS[name]
-    source = tiny.write_rows(tmp_path / "rows", [row] * 8, ["train"])
+    """Of pairs of texts; test_preferences_data.py has those of turns."""
+    (row, option), own = REAL_PAIRS[name], tiny.chat_tokenizer(None)
     with pytest.raises(UserError, match=r"preference pairs.* COLAPreferenceLM with PreferenceDataModule") as caught:
-        encoded([row] * 8, tmp_path / "other", tiny.chat_tokenizer(tiny.CHAT), "fit")
-    (suggestion,) = re.findall(r"--data\.columns '(.*?)'", str(caught.value))
-    assert suggestion == option
-    words = ["fit", "--model.model_name", tiny.folder(tmp_path / "model", "llama"), "--trainer.max_steps", "1"]
-    words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.chat_template", "false"]
-    words += ["--trainer.default_root_dir", str(tmp_path)]
-    is_chat = "messages" in suggestion
-    assert is_chat or main([*words, "--data.source", source, "--data.columns", suggestion]) == 0
-    own, columns = tiny.chat_tokenizer(tiny.CHAT if is_chat else None), yaml.safe_load(suggestion)
-    rows, _ = encoded([row], tmp_path / "preferred", own, columns=columns)
-    trained = own.decode([label for label in labels_of(rows[0]) if label != -100])
-    assert PREFERRED in trained
-    assert REJECTED not in own.decode(rows[0]["input_ids"])
+        encoded([row] * 8, tmp_path, own, "fit")
+    assert re.findall(r"--data\.columns '(.*?)'", str(caught.value)) == [option]
+    (found, *_), _ = encoded([row], tmp_path, own, columns=yaml.safe_load(option))
+    assert PREFERRED in own.decode([label for label in labels_of(found) if label != -100])
+    assert REJECTED not in own.decode(found["input_ids"])
 
 
 @pytest.mark.parametrize("rejected", ["non_preferred_output", "rejected_response", "Rejected", "response_rejected", "worse"])

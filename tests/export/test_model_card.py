@@ -27,7 +27,7 @@ from cola_lightning.cli import main
 from cola_lightning.export.card import Card
 from tests.helpers import tiny
 from tests.helpers.tiny import CHAT
-from tests.helpers.toy import assert_bit_equal, batches, toy, trainer, weights
+from tests.helpers.toy import assert_bit_equal, batches, saved, toy, trainer, weights
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -233,10 +233,7 @@ def test_an_export_is_uploaded_where_that_is_asked_for(module, tmp_path, monkeyp
             seen[repo_id] = {path.name for path in Path(folder_path).iterdir()}
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    run = trainer(tmp_path)
-    run.strategy.connect(module)
-    run.save_checkpoint(tmp_path / "end.ckpt")
-    words = [str(tmp_path / "end.ckpt"), "--output", str(tmp_path / "out"), "--format", "merged"]
+    words = [str(saved(module, tmp_path)), "--output", str(tmp_path / "out"), "--format", "merged"]
     words += ["--license", "mit", "--push_to_hub", "me/tuned"]
     assert main(["export", *words]) == main(["export", *words, "--public", "--overwrite"]) == 0
     assert is_private == [True, False]

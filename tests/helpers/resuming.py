@@ -8,7 +8,7 @@ from torch.optim import AdamW
 from torch.utils.data import TensorDataset
 
 from cola_lightning import EpochDataModule, LastCheckpoint
-from tests.helpers.toy import Toy, toy, trainer
+from tests.helpers.toy import ValidatedToy, toy, trainer
 
 
 class Data(EpochDataModule):
@@ -21,15 +21,11 @@ class Data(EpochDataModule):
         self.test = self.val
 
 
-class Normed(Toy):
+class Normed(ValidatedToy):
     """The toy with dropout, a head that is trained whole, and running statistics that move in training."""
 
     def build_model(self):
         return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 6))
-
-    def validation_step(self, batch, batch_idx):
-        x, y = batch
-        self.log("val_loss", F.mse_loss(self.model(x), y), batch_size=len(x))
 
 
 class Outside(Normed):

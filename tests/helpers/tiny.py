@@ -266,6 +266,11 @@ def logits(model):
     return output.logits.float()
 
 
+def relative_difference(mine, theirs):
+    """Between logits, as a share of the largest."""
+    return ((mine - theirs).abs().max() / max(1, theirs.abs().max())).item()
+
+
 BYTE_GPT = ["--model.depth", "1", "--model.width", "16", "--model.heads", "2", "--model.pretrain_steps", "1"]
 
 

@@ -65,6 +65,14 @@ def trainer(tmp_path, *callbacks, chain=None, **arguments):
     return Trainer(default_root_dir=tmp_path, callbacks=callbacks, **quiet | arguments)
 
 
+def saved(module, folder):
+    """The checkpoint of a module that no Trainer has fitted."""
+    run = trainer(folder)
+    run.strategy.connect(module)
+    run.save_checkpoint(folder / "end.ckpt")
+    return folder / "end.ckpt"
+
+
 def weights(module):
     """The module's parameters and buffers by name, as copies."""
     return {name: tensor.detach().clone() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}

@@ -240,19 +240,6 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path, dtype):
 # ---------------------------------------------------------------------- runs
 
 
-def test_a_checkpoint_of_a_model_with_a_tied_head_holds_the_links_alone(tmp_path):
-    module = causal_lm(tmp_path, "opt")
-    run = trainer(tmp_path, chain={"every_n_train_steps": 1}, max_steps=3)
-    run.fit(module, datamodule=tiny.reviews(eval_batch_size=100))
-    assert module.model.lm_head.weight is module.model.get_input_embeddings().weight
-    run.save_checkpoint(tmp_path / "end.ckpt", weights_only=True)
-    state = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
-    factors = {name: value.numel() for name, value in state.items() if name.rpartition(".")[2] in ("lora_A", "lora_B")}
-    assert state.keys() - factors.keys() == {"chain.metadata"}
-    n_of_a_link = sum(n for name, n in factors.items() if name.startswith("model."))
-    assert sum(factors.values()) == 3 * n_of_a_link
-
-
 def test_validation_means_are_over_rows_and_tokens_whatever_the_batches(tmp_path):
     rows = [{"prompt": "Is it? ", "response": "Yes" + ", it is" * (k % 4)} for k in range(10)]
     source = tiny.write_rows(tmp_path / "rows", rows)

@@ -1,7 +1,5 @@
 """A batch in several forward passes, each of rows of like length."""
 
-import itertools
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,7 +8,7 @@ from cola_lightning import Example
 from cola_lightning.data.encoding import collate_language, encode_texts
 from cola_lightning.data.examples import collate_options, encode_examples
 from cola_lightning.hf import logits
-from cola_lightning.hf.logits import cut_by_length, split_by_length
+from cola_lightning.hf.logits import split_by_length
 from tests.helpers import tiny
 
 TEXTS = ["The town is old and the river is long. " * 2, "It was", "The film was great", "A"]
@@ -71,15 +69,3 @@ def test_a_batch_that_cannot_be_split_is_one_part():
         ((rows, part),) = split_by_length(batch | change)
         assert part.keys() == (batch | change).keys()
         assert rows == [0, 1]
-
-
-def test_cuts_are_the_cheapest_that_there_are():
-    generator = torch.Generator().manual_seed(0)
-    for pass_cost in (0, 10, 100):
-        lengths = sorted(torch.randint(1, 99, (7,), generator=generator).tolist(), reverse=True)
-
-        def cost(cuts, lengths=lengths, pass_cost=pass_cost):
-            return sum(pass_cost + lengths[start] * (end - start) for start, end in itertools.pairwise([*cuts, len(lengths)]))
-
-        all_cuts = [(0, *some) for n in range(7) for some in itertools.combinations(range(1, 7), n)]
-        assert cost(cut_by_length(lengths, pass_cost)) == min(map(cost, all_cuts))

@@ -296,7 +296,7 @@ def encoder(nested=True, norm=None):
 
 @nested_is_new
 @modes
-@pytest.mark.parametrize("target_modules", ["all-linear", ["self_attn"]], ids=str)
+@pytest.mark.parametrize("target_modules", ["all-linear", ["self_attn"], ["linear1", "linear2"]], ids=str)
 @pytest.mark.parametrize("nested", [True, False])
 def test_an_encoder_evaluates_as_its_merged_model_also_where_rows_are_padded(target_modules, finished_links, nested):
     """torch's fused encoder layers, and nested tensors, would read the weights without the links."""
@@ -309,6 +309,8 @@ def test_an_encoder_evaluates_as_its_merged_model_also_where_rows_are_padded(tar
     masks = {"padded": padding, "added": torch.zeros(3, 5).masked_fill_(padding, -torch.inf), "left": left, "none": none}
     for name, mask in {**masks, "whole": None}.items():
         for is_training, has_gradients in ((True, True), (False, True), (False, False)):
+            if target_modules == ["linear1", "linear2"] and nested and has_gradients:
+                continue  # torch's own attention takes no nested tensors then, and says so
             with torch.set_grad_enabled(has_gradients):
                 mine, theirs = (one.train(is_training)(x, src_key_padding_mask=mask) for one in (model, merged))
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=f"{name} {is_training} {has_gradients}")
@@ -484,26 +486,6 @@ def test_separate_projections_have_no_place_in_a_peft_adapter(tmp_path):
         ours.export(tmp_path / "peft", "peft")
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-def test_a_run_goes_back_to_its_first_links(tmp_path, precision):
-    ours, x = fitted(tmp_path, precision), module().example_input_array
-    assert (ours.adapted.layers["layers.0.self_attn.in_proj"].stack is not None) == (precision == "bf16-true")
-    chain = ours.full_chain()
-    assert [link.index for link in chain.links] == [0, 1, 2]
-    norms = [link.norm() for link in chain.links]
-    assert min(norms) > 0
-    with torch.no_grad():
-        whole, one, none = (ours.merged_model(n).float().eval()(x) for n in (None, 1, 0))
-    ours.adapted.go_to(chain.truncate(1))
-    ours.adapted.begin_link(2, 4)
-    with torch.no_grad():
-        dtype = ours.adapted.layers["layers.0.self_attn.in_proj"].dtype
-        outputs = ours.eval().model(x.to(dtype)).float()
-    torch.testing.assert_close(outputs, one, rtol=0, atol=5e-2 if precision == "bf16-true" else 1e-5)
-    assert difference(one, whole) > 0.01
-    assert difference(one, none) > 0.01
-
-
 # ---------------------------------------------------------------------- models of other packages
 
 
@@ -543,11 +525,6 @@ def swin(block="SwinTransformerBlock"):
     return swin.SwinTransformer([2, 2], **sizes, block=getattr(swin, block), downsample_layer=merging)
 
 
-def tower():
-    options = {"image_size": 32, "patch_size": 8, "width": 16, "layers": 2, "heads": 2, "mlp_ratio": 2.0, "output_dim": 8}
-    return pytest.importorskip("open_clip", reason="CLIP's towers").transformer.VisionTransformer(**options)
-
-
 @pytest.mark.parametrize("target_modules", ["all-linear", ["self_attention"]], ids=str)
 def test_torchvisions_vision_transformer(target_modules):
     names = ["self_attention.in_proj", "self_attention.out_proj"]
@@ -563,23 +540,8 @@ def test_torchvisions_swin_transformer_which_reads_the_weights_of_its_linear_lay
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_links_on_swin_are_compiled():
-    torch.manual_seed(0)
-    model, x = swin().eval(), torch.randn(2, 3, 32, 32)
-    adapted(model, ["qkv", "proj"])
-    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x), rtol=1e-4, atol=1e-4)
-
-
 def test_links_on_swin_have_no_place_in_a_peft_adapter():
     model = swin()
     name = "features.1.0.attn.qkv"
     with pytest.raises(UserError, match=rf"^format: PEFT's LoRA has no effect in '{name}'"):
         as_peft_weights(model, {name: (torch.ones(1, 8), torch.ones(24, 1))})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target_modules", ["all-linear", ["attn"]], ids=str)
-def test_a_tower_of_openclip(target_modules):
-    torch.manual_seed(0)
-    names = ["attn.in_proj", "attn.out_proj"]
-    assert_adapted(tower(), torch.randn(2, 3, 32, 32), target_modules, names)

@@ -238,16 +238,6 @@ def test_a_merged_model_is_plain_and_gives_the_logits(trained):
     assert torch.equal(tiny.logits(trained.module.model), expected)
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_merged_by_the_command(trained, tmp_path, capsys, dtype):
-    export(trained.path, "merged", tmp_path / "out", *(["--dtype", dtype] if dtype else []))
-    assert f"de-quantised, to {dtype or 'float32'}\n" in capsys.readouterr().out
-    model, expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), trained.module.merged_model()
-    assert not hasattr(model.config, "quantization_config")
-    assert_bit_equal(model.state_dict(), expected.to(getattr(torch, dtype or "float32")).state_dict())
-    assert difference(tiny.logits(model), tiny.logits(trained.module.model)) <= (0.1 if dtype else 1e-4)
-
-
 def nf4(**settings):
     return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **settings)
 

@@ -90,23 +90,6 @@ def test_no_weight_is_written_and_none_is_in_a_checkpoint(trained):
     assert not list(trained.module.buffers())  # which DDP would send at each step
 
 
-class Watched(ValidatedToy):
-    """Remembers for how many ranks its first stack has had room, in order."""
-
-    def on_train_batch_start(self, batch, batch_idx):
-        stack = self.adapted.layers["0"].stack
-        self.rooms = {**getattr(self, "rooms", {}), (len(stack.A), len(stack.B)): None}
-
-
-def test_a_stack_has_room_for_a_power_of_two_of_ranks_also_on_resume(tmp_path):
-    chain = {"every_n_epochs": 1, "ranks": [2, 1, 2, 1]}
-    module = fit(tmp_path, make(Watched), LastCheckpoint(), chain=chain)
-    assert [*module.rooms] == [(0, 0), (2, 2), (4, 4), (8, 8)]
-    assert module.adapted.layers["0"].stack.rank == 2 + 1 + 2
-    resumed = fit(tmp_path, make(Watched), ckpt_path=last(tmp_path), epochs=6, chain=chain)
-    assert [*resumed.rooms] == [(8, 8)]
-
-
 # ---------------------------------------------------------------------- back, and in the other mode
 
 

@@ -153,12 +153,6 @@ def test_the_module_s_own_copies_have_no_earlier_state(tmp_path):
     assert not hasattr(module.merged_model().model.layers[0].self_attn.q_proj, "earlier")
 
 
-@pytest.mark.parametrize("links", [-1, 5])
-def test_links_that_are_not_there_are_refused(tmp_path, links):
-    with pytest.raises(UserError, match="links: must be between 0 and 3"), three_links(causal_lm(tmp_path, rank=4)).at(links):
-        pass
-
-
 def test_full_fine_tuning_has_no_earlier_state(tmp_path):
     module = tiny.causal_lm(tmp_path, target_modules=None)
     with pytest.raises(UserError, match="target_modules null"), module.at(0):

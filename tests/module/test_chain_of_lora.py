@@ -9,20 +9,18 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
-    LearningRateMonitor,
     ModelCheckpoint,
 )
-from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
-from cola_lightning import ChainOfLoRA, UserError, lora_layers
+from cola_lightning import UserError, lora_layers
 from cola_lightning.callbacks.chain_of_lora import check_strategy
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.lora.layer import initialize_link
-from tests.helpers.toy import Toy, ValidatedToy, Watch, assert_bit_equal, batches, read_csv, toy, trainer, weights
+from tests.helpers.toy import Toy, ValidatedToy, Watch, assert_bit_equal, batches, toy, trainer, weights
 
 
 def hand_written_loop(steps, every, ranks, accumulate=1, clip=None, lr=1e-2, seed=0, max_rank=6, alpha=4):
@@ -139,21 +137,6 @@ def test_without_knots_and_without_the_callback_it_is_lora(tmp_path):
     trainer(tmp_path, chain={}, max_epochs=2).fit(with_callback, batches())
     trainer(tmp_path, max_epochs=2).fit(without, batches())
     assert_bit_equal(weights(with_callback), weights(without))
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_the_callbacks_work_together_in_any_order(tmp_path, order):
-    logger = CSVLogger(tmp_path)
-    checkpoint = ModelCheckpoint(monitor="val_loss", save_top_k=-1, dirpath=tmp_path / "checkpoints")
-    monitor = LearningRateMonitor(logging_interval="step")
-    callbacks = [ChainOfLoRA(every_n_epochs=2), checkpoint, EarlyStopping("val_loss", patience=10), monitor][::order]
-    run = trainer(tmp_path, *callbacks, logger=logger, enable_checkpointing=True, max_epochs=4, log_every_n_steps=1)
-    module = toy(ValidatedToy, optimizer=lambda p: SGD(p, lr=0.1), lr_schedule="linear")
-    run.fit(module, batches(), batches(2))
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
-    rates = [float(row["lr-SGD"]) for row in read_csv(f"{logger.log_dir}/metrics.csv") if row.get("lr-SGD")]
-    assert rates == pytest.approx([0.1 * (1 - step % 20 / 20) for step in range(40)])
-    assert module.n_finished == 1
 
 
 def test_early_stopping_counts_on_across_knots(tmp_path):

@@ -9,7 +9,7 @@ from cola_lightning import COLACausalLM, COLAPreferenceLM, UserError
 from tests.helpers import tiny
 from tests.helpers.resuming import Data
 from tests.helpers.tiny import pair_batch, random_pairs
-from tests.helpers.toy import ValidatedToy, assert_bit_equal, assert_near, batches, toy, trainer, weights
+from tests.helpers.toy import ValidatedToy, assert_bit_equal, assert_near, batches, saved, toy, trainer, weights
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -81,12 +81,9 @@ def test_one_lora_that_goes_on_is_one_run_without_knots(tmp_path):
 def test_a_preference_stage_goes_on_and_its_reference_is_where_it_began(tmp_path):
     first = tiny.with_live_link(tiny.causal_lm(tmp_path))
     first.current.name = "sft"
-    run = trainer(tmp_path)
-    run.strategy.connect(first)
-    run.save_checkpoint(tmp_path / "sft.ckpt")
     name, batch = str(tmp_path / "llama"), pair_batch(random_pairs())
     options = {"target_modules": tiny.targets("llama"), "rank": 2, "alpha": 4, "seed": 0}
-    options |= {"init_chain": str(tmp_path / "sft.ckpt"), "init_knot": "record"}
+    options |= {"init_chain": str(saved(first, tmp_path)), "init_knot": "record"}
     module = COLAPreferenceLM(name, **options)
     module.configure_model()
     pairs = torch.utils.data.DataLoader([batch], batch_size=None)

@@ -74,12 +74,6 @@ def test_the_block_says_under_which_schedule_half_was_measured(tmp_path, caplog,
     assert line == f"knots ({knot}): before steps 10, 20, of 30 steps{advice * ((knot, lr_schedule) == ('half', 'linear'))}"
 
 
-def test_without_a_model_summary_there_is_no_block(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    trainer(tmp_path, max_epochs=1).fit(toy(), batches())
-    assert block(caplog) == []
-
-
 class Described(LightningDataModule):
     """Another package's, whose ``describe`` is for something else."""
 
@@ -106,14 +100,6 @@ def test_the_block_stops_no_fit_whatever_others_modules_are_like(tmp_path, caplo
     lines = lines_of_fit(tmp_path, caplog, toy(Lazy), Described())
     assert "data: 10 batches in an epoch" in lines
     assert "parameters: 76 of 289 are trained (26.30%), and those of lazy modules" in lines
-
-
-def test_a_run_without_knots_and_links_says_so_and_where_it_is_written(tmp_path, caplog):
-    lines = lines_of_fit(tmp_path, caplog, toy(target_modules=None), enable_checkpointing=True)
-    assert lines[0] == "model: all parameters are trained, without links"
-    assert not [line for line in lines if line.startswith("knots")]
-    assert lines[-1].startswith("checkpoints: ")
-    assert lines[-1].endswith("checkpoints")
 
 
 @pytest.mark.parametrize(

@@ -18,21 +18,13 @@ from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import AdapterBase, concatenate, write_adapter
 from cola_lightning.cli import main
 from tests.helpers import forked, tiny
-from tests.helpers.toy import Toy, assert_bit_equal, batches, read_csv, toy, trainer
+from tests.helpers.toy import Toy, assert_bit_equal, batches, read_csv, saved, toy, trainer
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 NAMES = ["sft", "sft", "dpo"]
 RUN = ["--config", "runs/version_1/config.yaml", "--ckpt_path", "runs/version_1"]
-
-
-def saved(module, path):
-    """The module's checkpoint."""
-    run = trainer(path)
-    run.strategy.connect(module)
-    run.save_checkpoint(path / "end.ckpt")
-    return path / "end.ckpt"
 
 
 def staged(module):
@@ -47,11 +39,6 @@ def language_module(folder, **arguments):
     name = tiny.folder(folder / "base", "llama")
     arguments = {"target_modules": ["q_proj", "v_proj"], "rank": 4, "alpha": 6, "seed": 0} | arguments
     return staged(COLACausalLM(name, **arguments))
-
-
-def difference(mine, theirs):
-    """Between logits, as a share of the largest."""
-    return ((mine - theirs).abs().max() / theirs.abs().max()).item()
 
 
 # ---------------------------------------------------------------------- names
@@ -157,18 +144,18 @@ def test_a_scaled_chain_is_pefts_weighted_adapter(tmp_path, monkeypatch, argumen
     weighted.set_adapter("weighted")
     expected = tiny.logits(weighted)
     scaled = COLAModule.load_from_checkpoint(path, scale=factors)
-    assert difference(tiny.logits(scaled.model), expected) <= 1e-6
-    assert difference(tiny.logits(scaled.merged_model()), expected) <= 1e-6
-    assert difference(tiny.logits(module.model), expected) > 1e-2
+    assert tiny.relative_difference(tiny.logits(scaled.model), expected) <= 1e-6
+    assert tiny.relative_difference(tiny.logits(scaled.merged_model()), expected) <= 1e-6
+    assert tiny.relative_difference(tiny.logits(module.model), expected) > 1e-2
 
     weighted.add_weighted_adapter(["0", "2"], [1.0, 2.0], "without", combination_type="cat")
     weighted.set_adapter("without")
     without = COLAModule.load_from_checkpoint(path, scale={1: 0, "dpo": 2})
     assert len(without.chain) == 2
-    assert difference(tiny.logits(without.model), tiny.logits(weighted)) <= 1e-6
+    assert tiny.relative_difference(tiny.logits(without.model), tiny.logits(weighted)) <= 1e-6
     for links, scale in {None: {"sft": 1, "dpo": 1}, "sft": {"dpo": 0}}.items():
         ours, theirs = (COLAModule.load_from_checkpoint(path, **options) for options in ({"scale": scale}, {"links": links}))
-        assert difference(tiny.logits(ours.model), tiny.logits(theirs.model)) <= 1e-6
+        assert tiny.relative_difference(tiny.logits(ours.model), tiny.logits(theirs.model)) <= 1e-6
 
 
 def test_what_is_trained_whole_is_not_scaled(tmp_path):
@@ -193,13 +180,13 @@ def test_an_export_is_the_scaled_model(tmp_path, capsys):
     for kind in ("merged", "peft", "chain"):
         assert main([*words, "--format", kind, "--output", str(tmp_path / kind)]) == 0
     assert "differ from the module's by at most " in capsys.readouterr().out
-    assert difference(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected) <= 1e-6
+    assert tiny.relative_difference(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected) <= 1e-6
     adapter = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")
     assert adapter.peft_config["default"].r == 2 + 3  # without link 0's
-    assert difference(tiny.logits(adapter), expected) <= 1e-6
+    assert tiny.relative_difference(tiny.logits(adapter), expected) <= 1e-6
     options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["norm"], "seed": 0}
     begun = COLACausalLM(str(tmp_path / "base"), **options, init_chain=str(tmp_path / "chain"))
-    assert difference(tiny.logits(begun.model), expected) <= 1e-6
+    assert tiny.relative_difference(tiny.logits(begun.model), expected) <= 1e-6
     for kind in ("peft", "chain"):
         chain = read_chain(tmp_path / kind)
         facts = [(link.index, link.name, link.alpha, link.metrics) for link in chain.links]
@@ -290,18 +277,12 @@ def test_evaluations_by_stage_and_scaled():
 
 
 @pytest.mark.usefixtures("_folder")
-def test_inspect_shows_the_stages_and_older_runs_have_none(capsys):
+def test_inspect_shows_the_stages(capsys):
     assert main(["inspect", "runs/version_1"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[1] for line in lines if line and line[0] in ("0", "1", "2")] == NAMES
     assert main(["inspect", "runs/version_1", "--links", "sft", "--json"]) == 0
     assert [link["name"] for link in json.loads(capsys.readouterr().out)] == NAMES[:2]
-    fixtures = Path(__file__).parents[1] / "fixtures"
-    for older in ("chain-1", "adapter-1", "checkpoint-1.ckpt"):
-        assert main(["inspect", str(fixtures / older), "--json"]) == 0
-        assert {link["name"] for link in json.loads(capsys.readouterr().out)} == {None}
-        assert main(["inspect", str(fixtures / older)]) == 0
-        assert "stage" not in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("_folder")
@@ -320,19 +301,13 @@ def test_a_run_whose_configuration_has_no_name_is_resumed():
     [
         (["test", *RUN, "--links", "pdo"], "links: .*'pdo'.* sft, dpo"),
         (["predict", *RUN, "--links", "all"], "links: .*'all'"),
-        (["inspect", "runs/version_1", "--links", "pdo"], "links: .*'pdo'.* sft, dpo"),
-        (["export", "runs/version_1", "--format", "chain", "--output", "out", "--links", "pdo"], "links: .*'pdo'"),
         (["test", *RUN, "--scale", "{pdo: 1}"], "scale: .*'pdo'.* sft, dpo"),
         (["test", *RUN, "--scale", "{3: 1}"], "scale: .*3.* sft, dpo"),
         (["test", *RUN, "--scale", "{dpo: x}"], "scale: .*must be float, got 'x'"),
         (["test", *RUN, "--scale", "{1: .nan}"], "scale: .*1 must be a finite number, got nan"),
-        (["test", *RUN, "--scale", "{1: null}"], "scale: "),
         (["test", *RUN, "--scale", "{1.5: 0.5}"], r"scale: .*1\.5"),
-        (["export", "runs/version_1", "--format", "chain", "--output", "out", "--scale", "{0.5: 0.5}"], r"scale: .*0\.5"),
-        (["export", "runs/version_1", "--format", "chain", "--output", "out", "--scale", "{true: 0.5}"], "scale: .*True"),
         (["test", *RUN[:2], "--scale", "{dpo: 1}"], "links, scale: .*--ckpt_path"),
         (["test", *RUN, "--links", "all", "--scale", "{dpo: 1}"], "links, scale: "),
-        (["fit", *RUN, "--scale", "{dpo: 1}"], "unrecognized arguments: --scale"),
     ],
 )
 def test_a_mistake_is_one_line(words, message, capfd):

@@ -203,7 +203,6 @@ def test_the_matrix_is_what_tests_of_the_last_checkpoint_give(config, capfd):
     for row in rows[:3]:  # the reference of the preferences is where their stage began
         assert float(row["pairs loss"]) == pytest.approx(0.693147, abs=1e-6)
     assert rows[-1]["pairs loss"] == measured("out/pairs/config.yaml", "4")["test_loss"] != rows[0]["pairs loss"]
-    assert Path("out/matrix.png").read_bytes().startswith(b"\x89PNG")
     tested = {name: json.loads(Path(f"out/{name}/matrix/result.json").read_text())["rows"] for name in STAGES}
     for name, states in tested.items():
         for state, row in zip(states, rows, strict=True):
