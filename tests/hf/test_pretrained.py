@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,6 +152,14 @@ def test_a_weight_that_the_files_lack_and_no_fit_trains_is_told(folder, tmp_path
     COLACausalLM(str(path.parent), target_modules=["q_proj"]).configure_model()
     (line,) = [line for line in caplog.messages if "random" in line]
     assert line.endswith("because model.modules_to_save does not name it: model.layers.1.mlp.up_proj")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    silent = Path(tiny.folder(tmp_path / "silent", "opt"))
+    for path in silent.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"^model\.model_name: .*tokenizer"):
+        COLACausalLM(str(silent)).configure_model()
 
 
 def test_a_name_that_needs_a_hub_without_a_network_is_one_line(tmp_path):
