@@ -23,7 +23,7 @@ BENCHMARKS = [
     ["benchmarks.commands"],
     ["benchmarks.speed"],
     ["benchmarks.speed", "--experts"],
-    ["benchmarks.preference.speed"],
+    ["benchmarks.dpo"],
     ["benchmarks.images"],
 ]
 COLUMNS = ["what", "time / theirs", "memory / theirs", "by `python -m`"]
@@ -57,8 +57,8 @@ def rows() -> Iterator[list[str]]:
         for length in (64, 256):
             found = [steps[f"{unit}: {mine} / {theirs}", length][unit] for unit in ("seconds", memory)]
             yield [f"{kind}, {length} tokens a row", *(cell(values[mine], values[theirs]) for values in found), module]
-    of_pairs = {line["unit"]: cell(line["cola"], line["trl"]) for line in lines_of("preference/speed")}
-    yield ["a step of DPO (TRL)", of_pairs["seconds"], of_pairs["MiB"], "benchmarks.preference.speed"]
+    of_pairs = {line["unit"]: cell(line["cola"], line["trl"]) for line in lines_of("dpo")}
+    yield ["a step of DPO (TRL)", of_pairs["seconds"], of_pairs["MiB"], "benchmarks.dpo"]
     (pictures,) = lines_of("images")
     yield ["a step on pictures", cell(pictures["cola"], pictures["peft"]), "", "benchmarks.images"]
 

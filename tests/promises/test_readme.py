@@ -19,6 +19,7 @@ from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
 from tests.helpers import tiny
+from tests.helpers.kills import KILLS, SETUPS
 from tests.helpers.tiny import at_tiny_size
 
 pytestmark = pytest.mark.docs
@@ -147,7 +148,7 @@ def small_quickstart(tmp_path):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/interruption.md"])
 def test_a_run_that_ends_early_goes_on_with_the_next_line(page, tmp_path, capsys):
-    """The lines of README's first screen. A kill is an earlier end here; benchmarks/kills.py kills."""
+    """The lines of README's first screen. A kill is an earlier end here; test_kills.py kills."""
     quickstart, (first, second, *others) = small_quickstart(tmp_path), commands(page)[:4]
     assert [*first, "--ckpt_path", "last"] == second
     first, second = (["fit", *quickstart, *words[3:]] for words in (first, second))
@@ -281,7 +282,6 @@ PRODUCED = {
     ("benchmarks/README.md", "| base | links |"): rows_of("bases"),
     ("docs/scaling.md", "| model | full"): lambda: scale.rows_of_options(lines_of("scale")),
     ("docs/speed.md", "| what | time / theirs |"): lambda: list(peft_table.rows()),
-    ("benchmarks/README.md", "| | start |"): lambda: [row for row in rows_of("rows")() if row[1] == "first"],
     ("benchmarks/README.md", "| rank | 3e-4 |"): rows_of_rates,
     ("benchmarks/README.md", "| paper's task |"): paper_table.rows,
     ("benchmarks/README.md", "| | method | rate |"): rows_of_splits,
@@ -306,34 +306,24 @@ def test_a_sentence_has_its_benchmarks_numbers(monkeypatch):
     monkeypatch.chdir(ROOT)
     speed = {(line["what"], line["length"]): line["ratio"] for line in lines_of("speed")}
     floor = [speed["seconds: cola / floor", length] for length in (256, 64)]
-    kills, half = lines_of("kills"), {line["model"]: line["same"] for line in lines_of("half")}
+    interruptions = len(SETUPS) * len(KILLS)  # all of which test_kills.py resumes
     packing = {row[0]: row[2] for row in rows_of("packing")()}
     (wide,) = (row for row in rows_of("vocabulary")() if row[:2] == ["152,000", "8 x 1,024"])
-    launched = {(row[0], row[1].split(",")[0].strip("`")): (row[2], row[4]) for row in rows_of("launches")()}
-    mine, theirs, plain = (launched["1", side] for side in ("cola", "peft", "the frozen model alone"))
-    signals = Counter(kill["signal"] for kill in kills)
+    signals = Counter(kill.signal for kill in KILLS for _ in SETUPS)
     ratios = [(row[1].split()[0], row[2].split()[0]) for row in peft_table.rows() if "command" in row[0]]
     time, memory = ([min(values), max(values)] for values in zip(*ratios, strict=True))
     of_base, of_scope = domain_shift.rows_of_one_base()[-1], domain_shift.rows_of_scopes()[1]
     for page, sentence in [
-        ("/README", f"In {sum(not kill['wrong'] for kill in kills)} of {len(kills)} interruptions"),
+        ("/README", f"In {interruptions} of {interruptions} interruptions"),
         ("/README", f"{signals['SIGKILL']} by SIGKILL, {signals['SIGINT']} by SIGINT, {signals['SIGTERM']} by SIGTERM"),
         ("/README", f"[{time[0]} to {time[1]} of the time and {memory[0]} to {memory[1]} of the memory](docs/speed.md)"),
-        ("guarantees", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} by `python -m benchmarks.kills`"),
-        ("scaling", "{module, bfloat16} (the module), {merged, bfloat16} (merged, with".format_map(half)),
-        ("scaling", "{adapter, bfloat16} (adapter, with peft) of the {module, float32} predictions".format_map(half)),
+        ("guarantees", f"{interruptions} of {interruptions} by `pytest"),
         ("speed", f"shape takes {floor[0]:.2f} to {floor[1]:.2f} times the forward pass of the frozen model"),
         ("speed", f"a run with five links {speed['seconds: 5 links / 1 link', 32]:.2f} times as long"),
         ("speed", f"trains {packing['grouped']} tokens a second in batches of 8 rows of similar length"),
         ("speed", f"and {packing['packed, 1,024']} in packs of 1,024 tokens"),
         ("speed", f"needs {wide[4]} MiB above the model, and {wide[2]} with the loss that transformers computes"),
         ("speed", f"in {wide[5]} and {wide[3]} seconds (`python -m benchmarks.vocabulary`)"),
-        ("benchmarks/README", f"launches {mine[0]} operations, and peft under transformers' Trainer {theirs[0]}"),
-        (
-            "benchmarks/README",
-            f"The host waits {mine[1]} times, and there {theirs[1]}, of which {plain[1]} are the model's own",
-        ),
-        ("benchmarks/README", f"With 4 accumulated batches it is {launched['4', 'cola'][1]} and {launched['4', 'peft'][1]}"),
         ("benchmarks/README", f"{of_scope[3]} instead of {of_scope[4]} with {of_scope[1]} of rank 1 in 800 steps"),
         ("benchmarks/README", f"{of_base[1]} of rank 8 differ from LoRA by {of_base[-1]} in 3,200 steps"),
     ]:

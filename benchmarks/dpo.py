@@ -1,13 +1,17 @@
 """What a step of preference tuning costs: this package next to TRL's DPOTrainer with peft, on the same pairs.
 
-    python -m benchmarks.preference.speed
+    python -m benchmarks.dpo
 
-takes DPO steps of SmolLM2-135M-Instruct on pairs of GSM8K (``rows.py``), on one CPU thread. Both sides take turns: a ratio of
-times is the median over rounds. A peak of memory is that of a process of its own, above what it holds once the model is
-loaded. Neither side recomputes activations. It needs ``pip install trl``, takes about ten minutes, and writes ``speed.jsonl``.
+takes DPO steps of SmolLM2-135M-Instruct on solutions of GSM8K and the same with wrong numbers, on one CPU thread. Both sides
+take turns: a ratio of times is the median over rounds. A peak of memory is that of a process of its own, above what it holds
+once the model is loaded. Neither side recomputes activations. It needs ``pip install trl``, takes about ten minutes, and writes
+``dpo.jsonl``. The wrong solutions of the lines that are there had one wrong step (``benchmarks/preference/rows.py`` of commit
+70821ab).
 """
 
+import json
 import os
+import re
 import statistics
 import tempfile
 import warnings
@@ -22,11 +26,10 @@ import torch
 
 from benchmarks.lines import Lines, show
 from benchmarks.memory import mib
-from benchmarks.preference.rows import read_pairs
 from cola_lightning import COLAPreferenceLM
 from cola_lightning.data.encoding import Pair, collate_language, encode_responses
 
-FILE = Path(__file__).parent / "speed.jsonl"
+FILE = Path(__file__).with_suffix(".jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, PAIRS, ROUNDS, MAX_LENGTH = 8, 2, 7, 512
 LIMITS = {"seconds": 0.9, "MiB": 0.8}  # ours over TRL's
@@ -37,9 +40,11 @@ Step = Callable[[], None]
 def batches() -> list[dict[str, Any]]:
     """Batches of pairs as the package makes them; each step takes one."""
     module = COLAPreferenceLM(**MODEL)  # for its tokenizer
-    pairs = read_pairs("test")[: PAIRS * ROUNDS]
-    both = [[Pair(f"{row['prompt']}\n", 0, row[name]) for row in pairs] for name in ("chosen", "rejected")]
-    encoded: Any = [encode_responses(module.tokenizer, side, MAX_LENGTH) for side in both]
+    lines = (Path(os.environ["COLA_DATA_DIR"]) / "real" / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[: PAIRS * ROUNDS]]
+    right = [Pair(f"{row['question']}\n", 0, row["answer"]) for row in rows]
+    wrong = [Pair(pair.prompt, 0, re.sub(r"\d(?=\D)", "7", pair.response)) for pair in right]
+    encoded: Any = [encode_responses(module.tokenizer, side, MAX_LENGTH) for side in (right, wrong)]
     chosen, rejected = ([rows[0] for rows in side] for side in encoded)
     places = [slice(k, k + PAIRS) for k in range(0, len(chosen), PAIRS)]
     pad = module.tokenizer.pad_token_id
