@@ -21,9 +21,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, PreTrainedConfig
 
 from benchmarks.lines import Lines, show
-from benchmarks.random_model import RandomCausalLM, build
 from benchmarks.scale import MODELS, TARGETS
-from benchmarks.speed import Work, take_turns, training_step
+from benchmarks.steps import RandomCausalLM, Work, build, take_turns, training_step
 from cola_lightning.lora.quantization import quantize
 
 SIDES = ("cola", "peft")
@@ -63,7 +62,7 @@ def measure(config: PreTrainedConfig, base: str, length: int, device: str) -> di
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        seconds |= take_turns({side: step_of(side, config, base, length, device)}, repeats=7, warm_up=3)
+        seconds |= take_turns({side: step_of(side, config, base, length, device)}, warm_up=3)
         peaks[side] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
     return {"seconds": seconds, "gib": peaks}
 

@@ -7,7 +7,6 @@ import functools
 import importlib
 import time
 import timeit
-from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -22,10 +21,10 @@ SLACK = 1.25
 @pytest.fixture(scope="module")
 def speed():
     """The benchmark; it is imported here because its imports take seconds."""
-    module = importlib.import_module("benchmarks.speed")
+    module, steps = (importlib.import_module(f"benchmarks.{name}") for name in ("speed", "steps"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "timeit", functools.partial(timeit.timeit, timer=time.process_time))
-        patch.setattr(module, "multiprocessing", SimpleNamespace(get_context=lambda _: SERVER))
+        patch.setattr(steps, "timeit", functools.partial(timeit.timeit, timer=time.process_time))
+        patch.setattr(steps, "multiprocessing", SimpleNamespace(get_context=lambda _: SERVER))
         yield module
 
 
@@ -65,7 +64,7 @@ def test_a_step_has_few_operations_above_the_models_and_waits_once(speed, accumu
         speed.Trainer(accelerator="cpu", **options).fit(module, torch.utils.data.DataLoader(rows, batch_size=None))
 
     def model_alone(steps):
-        step = speed.floor_step(speed.SMALL, batch)
+        step = speed.floor_step(speed.SMALL, 8)
         for _ in range(steps * accumulation):
             step()
 
@@ -75,53 +74,48 @@ def test_a_step_has_few_operations_above_the_models_and_waits_once(speed, accumu
     assert my_waits == least_waits + 1
 
 
-@pytest.fixture(scope="module")
-def bases(speed):
-    return importlib.import_module("benchmarks.bases")
-
-
 @pytest.mark.timing
 def test_a_step_costs_less_than_pefts_and_little_more_than_the_least_and_a_knot_less_than_a_step(speed):
     config = speed.shape(layers=12, width=192, vocabulary=12_500)  # the head's share of the work is OPT-125m's
-    seconds = speed.step_seconds(config, length=64, repeats=7)
-    assert speed.ratio(seconds, "cola", "peft") <= SLACK * speed.TIME_LIMITS[64]
-    assert speed.ratio(seconds, "cola", "floor") <= SLACK * speed.FLOOR_LIMIT
-    assert speed.ratio(seconds, "knot", "cola") < speed.KNOT_LIMIT
+    seconds = speed.measure_step(config, length=64)["seconds"]
+    assert speed.ratio(seconds, "cola", "peft") <= SLACK * 0.72
+    assert speed.ratio(seconds, "cola", "floor") <= SLACK * 1.05
+    assert speed.ratio(seconds, "knot", "cola") < 1
 
 
 @pytest.mark.timing
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")  # which is so
 def test_five_links_take_as_long_as_one(speed):
-    seconds = speed.chain_seconds(speed.shape(layers=2, width=128, vocabulary=1000), length=16, repeats=3, steps=25)
-    assert speed.ratio(seconds, "5 links", "1 link") <= SLACK * speed.LINKS_LIMIT
+    found = speed.measure_links(speed.shape(layers=2, width=128, vocabulary=1000), length=16, repeats=3, steps=25)
+    assert speed.ratio(found["seconds"], "5 links", "1 link") <= SLACK * 1.05
 
 
 @pytest.mark.timing
 def test_a_step_needs_less_memory_than_pefts(speed):
-    cola, peft = (speed.peak_mib(name, speed.SMALL, length=256) for name in ("cola", "peft"))
-    assert 10 < cola <= SLACK * speed.MEMORY_LIMITS[256] * peft
+    cola, peft = (speed.peak_mib(make_step, speed.SMALL, 256) for make_step in (speed.cola_step, speed.peft_step))
+    assert 10 < cola <= SLACK * 0.62 * peft
 
 
 @pytest.mark.timing
 def test_a_step_on_experts_needs_less_memory_than_pefts_and_no_more_time(speed):
-    for _, mine, other, _, limit, values in speed.measure_experts(speed.mixture(1, 512), [64], 1):
-        assert speed.ratio(values, mine, other) <= SLACK * limit
+    found = speed.measure_experts(speed.mixture(1, 512), 64, repeats=1)
+    assert speed.ratio(found["mib"], "cola", "peft") <= SLACK * 0.6
+    assert speed.ratio(found["seconds"], "cola", "peft") <= SLACK
 
 
 @pytest.mark.timing
 def test_a_large_vocabulary_needs_a_part_of_the_memory_of_all_its_logits(speed):
-    vocabulary = importlib.import_module("benchmarks.vocabulary")
-    with ProcessPoolExecutor(1, mp_context=SERVER) as pool:  # one new process for both
-        cola, whole = (
-            pool.submit(vocabulary.peak_above_model, name, 32_000, 300, 64).result() for name in ("cola", "transformers")
-        )
-    assert 64 < cola <= SLACK * vocabulary.MEMORY_LIMIT * whole
+    make_step = importlib.import_module("benchmarks.vocabulary").make_step
+    of = (32_000, 300, 64)  # tokens, positions, width
+    cola, whole = (speed.peak_mib(make_step, name, *of, is_above_model=True) for name in ("cola", "transformers"))
+    assert 64 < cola <= SLACK * whole / 3
 
 
 @pytest.mark.timing
-def test_64_finished_ranks_cost_little_and_a_knot_as_much_memory_as_computed(bases, speed):
+def test_64_finished_ranks_cost_little_and_a_knot_as_much_memory_as_computed(speed):
+    bases = importlib.import_module("benchmarks.bases")
     width, layers, targets, mode = 384, 1, 2, ("bfloat16", "stack")
     results = bases.measure_steps(speed.shape(layers, width, 500), speed.TARGETS, 3, [mode], length=8)
-    assert speed.ratio(results["seconds"], "bfloat16 stack, 64 ranks", "bfloat16 stack, one link") <= SLACK * bases.STEP_LIMIT
+    assert speed.ratio(results["seconds"], "bfloat16 stack, 64 ranks", "bfloat16 stack, one link") <= SLACK * 1.1
     computed = layers * targets * bases.RANK * (width + width) * 2 / 1e6
     assert results["sizes"]["bfloat16 stack"]["knot_mb"] == pytest.approx(computed, rel=1e-9)
