@@ -19,11 +19,13 @@ class Lines:
         is_new: what is there goes, with the first line that is added.
 
     Attributes:
+        path: the file.
+        is_new: whether nothing that was measured before counts.
         results: what the lines hold, in their order.
     """
 
     def __init__(self, path: Path, *, is_new: bool = False) -> None:
-        self.path = path
+        self.path, self.is_new = path, is_new
         self.results: list[dict[str, Any]] = []
         if path.exists() and not is_new:
             self.results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -55,6 +56,8 @@ def run(lines: Lines, studies: Iterable[Study], more: Callable[[Path], Mapping[s
         SystemExit: with the status of a call, unless it is 0.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
+    if lines.is_new:
+        shutil.rmtree(FOLDER / lines.path.stem, ignore_errors=True)
     for study in studies:
         folder = FOLDER / lines.path.stem / study.name
         folder.mkdir(parents=True, exist_ok=True)
