@@ -2,7 +2,7 @@
 
     python -m benchmarks.digits_splits
 
-runs ``cola compare`` on ``benchmarks/digits.yaml`` (about an hour on a CPU core) and prints the table. The chain is the
+runs ``cola compare`` on ``examples/digits.yaml`` (about an hour on a CPU core) and prints the table. The chain is the
 config's, ten links; in plateau-rank-1 a link ends where the validation loss has not fallen for two epochs. Rates are chosen by
 the validation accuracy of three seeds.
 """
@@ -40,7 +40,7 @@ def studies() -> Iterator[Study]:
         ("plateau-rank-1", 1, {"cola": CHAIN}, PLATEAU),
     ]:
         options: dict[str, Any] = {
-            "config": "benchmarks/digits.yaml",
+            "config": "examples/digits.yaml",
             "metric": "val_accuracy",
             "methods": [*rates],
             "learning_rates": rates,

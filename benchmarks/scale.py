@@ -98,7 +98,6 @@ class Sizes:
 
     trained: int
     base: int  # the model's own weights
-    root: int  # those outside of blocks: embeddings, last norm, head
     links: int  # A and B
     stack: int
     in_4_bits: int = 0  # the base, where the linear layers of its blocks are in nf4
@@ -107,11 +106,6 @@ class Sizes:
     def gradients(self) -> int:
         """Of what is trained, which is in float32."""
         return 4 * self.trained
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the base itself is trained."""
-        return not self.links
 
 
 def sizes(model: nn.Module) -> Sizes:
@@ -127,7 +121,6 @@ def sizes(model: nn.Module) -> Sizes:
     return Sizes(
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         base=base,
-        root=base - own(blocks.named_parameters()),
         links=sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers),
         stack=sum(layer.stack.A.nbytes + layer.stack.B.nbytes for layer in layers if layer.stack is not None),
         in_4_bits=base + sum(round(weight.numel() * BYTES_IN_4_BITS) - weight.nbytes for weight in linear),
@@ -191,25 +184,6 @@ def activations(config: PretrainedConfig, method: Method, rows: int = ROWS, leng
     copies = 2 * everything - of_twice
     held = copies - (2 * inputs - inputs_of_twice) if method.finished_links is None else 0
     return {"all": everything, "copies": copies, "checkpointed": inputs + max(block, held)}
-
-
-def all_gather_bytes(payload: float, processes: int) -> float:
-    """What a process receives to have all of what is in parts, or, of a reduce-scatter, to have its part of a sum."""
-    return payload * (processes - 1) / processes
-
-
-def all_reduce_bytes(payload: float, processes: int) -> float:
-    """What a process receives so that each has the whole sum: a reduce-scatter, then an all-gather (a ring)."""
-    return 2 * all_gather_bytes(payload, processes)
-
-
-def bytes_a_step(parts: Sizes, layout: Literal["DDP", "FSDP2"], processes: int) -> int:
-    """What a process receives in a training step: weights that are in parts, and gradients."""
-    if layout != "FSDP2":
-        return round(all_reduce_bytes(parts.gradients, processes))
-    weights = 2 * (parts.base - parts.root) + parts.root  # blocks for the forward and for the backward pass; the root stays
-    reduce = all_gather_bytes if parts.is_full else all_reduce_bytes
-    return round(all_gather_bytes(weights, processes) + reduce(parts.gradients, processes))
 
 
 def memory(parts: Sizes) -> dict[str, int]:

@@ -35,8 +35,6 @@ def test_weights_links_and_stack_are_those_of_a_module(tmp_path, method):
     assert parts.base + parts.links == sum(p.nbytes for p in module.parameters())
     assert parts.links == sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers)
     assert parts.stack == sum(layer.stack.A.nbytes + layer.stack.B.nbytes for layer in layers if layer.stack is not None)
-    own = [sum(p.nbytes for name, p in b.named_parameters() if "lora_" not in name) for b in module.model.model.layers]
-    assert parts.root == parts.base - sum(own)
 
 
 @pytest.mark.parametrize(

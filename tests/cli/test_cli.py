@@ -163,7 +163,7 @@ def test_a_failure_in_an_environment_below_a_folder_named_lightning_has_its_trac
     folder = tmp_path / "lightning" / "site-packages"
     folder.mkdir(parents=True)
     (folder / "other_library.py").write_text(
-        "from benchmarks.digits_model import COLADigits\n\nclass Failing(COLADigits):\n    def setup(self, stage):\n"
+        "from examples.digits import COLADigits\n\nclass Failing(COLADigits):\n    def setup(self, stage):\n"
         "        raise ValueError('a bug of this library')\n"
     )
     program = f"""
@@ -179,7 +179,7 @@ sys.exit(main(["fit", "--config", {DIGITS!r}, "--model", "other_library.Failing"
 
 def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(capfd):
     Path("hpmod.py").write_text(
-        "from benchmarks.digits_model import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
+        "from examples.digits import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
         "        super().__init__(**chain)\n        self.save_hyperparameters(ignore=['optimizer'])\n"
     )
     further = ["--ckpt_path", LAST, "--trainer.max_epochs", "4", "--model.optimizer.lr", "0.9", "--model.dropout", "0.3"]
@@ -373,7 +373,7 @@ import signal
 
 from lightning.pytorch import Callback
 
-from benchmarks.digits_model import COLADigits
+from examples.digits import COLADigits
 
 
 class Opens(COLADigits):
@@ -426,7 +426,7 @@ def test_a_predict_that_is_stopped_leaves_its_rows_so_far():
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_of_a_module_in_the_users_folder_says_how_to_go_on(number, status):
-    Path("mine.py").write_text("from benchmarks.digits_model import COLADigits\n\nclass Mine(COLADigits):\n    pass\n")
+    Path("mine.py").write_text("from examples.digits import COLADigits\n\nclass Mine(COLADigits):\n    pass\n")
     endless = ["fit", "--config", DIGITS, "--model", "mine.Mine", "--trainer.max_epochs", "100000"]
     process = forked.Command("-m", "cola_lightning", *endless, log=Path("log"))
     wait_for(Path(LAST).exists)

@@ -127,9 +127,7 @@ def test_configs_and_commands_parse(monkeypatch, capsys):
     for words in map(list, dict.fromkeys(map(tuple, found))):
         if words[0] in ("inspect", "export", "generate") or any("stages" in word for word in words):  # run below
             continue
-        words = [
-            re.sub(r"runs/version_\d/config.yaml", "benchmarks/digits.yaml", word) for word in words if word not in written
-        ]
+        words = [re.sub(r"runs/version_\d/config.yaml", "examples/digits.yaml", word) for word in words if word not in written]
         assert main(words if words[0] == "compare" else [*words, "--print_config"]) == 0, words
         assert not capsys.readouterr().err
 
