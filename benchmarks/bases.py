@@ -2,20 +2,18 @@
 
     python -m benchmarks.bases
 
-measures on one CPU thread, writes each result to ``bases.jsonl``, one a line, and prints a table (about ten minutes):
+measures on one CPU thread (about ten minutes):
 
 * ``error``: ten links of 1e-3 of the weight's size each, on a layer 1024 wide: how far what the layer then adds is from the sum
   of the links in float64, relative to it. ``merged as it is``: added to the bf16 weight, which this package refuses to do.
-* ``knot``: the largest relative change of the loss at eight knots of a model of two layers of OPT-125m's size.
 * ``weights_mb``: weights and links of a model of OPT-125m's shape, and ``knot_mb``: what a finished link of rank 8 adds to them
   (beside its float32 copy in the chain, in the CPU's memory).
 * ``seconds``: training steps of that model (8 rows of 64 tokens), with one link and with 64 finished ranks. All of them take
   turns: a ratio is the median over rounds of two times of one round.
 """
 
-import argparse
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig
 
-from benchmarks.lines import Lines, show
-from benchmarks.random_model import RandomCausalLM, build
-from benchmarks.speed import FULL, SMALL, TARGETS, cola_step, make_batch, ratio, shape, take_turns
+from benchmarks.lines import Lines, Rows, main
+from benchmarks.speed import FULL, TARGETS, cola_step
+from benchmarks.steps import RandomCausalLM, build, ratio, take_turns
 from cola_lightning import COLACausalLM, LoRAConfig
 from cola_lightning.lora.inject import lora_class
 from cola_lightning.lora.quantization import quantize
@@ -39,11 +37,9 @@ MODES: list[Mode] = [
     ("nf4", "stack"),
 ]
 PLAIN: Mode = ("bfloat16", "merged as it is")
+FILE = Path(__file__).with_suffix(".jsonl")
 LINKS, RANK = 8, 8
-PAIR = shape(2, 768, 2000)
 BASELINE = "float32 merge, one link"
-ERROR_LIMITS = {"merge": 1e-4, "stack": 1e-2}
-STEP_LIMIT = 1.10  # of a bf16 step with 64 finished ranks on queries and values, over one with one link
 
 
 def cola_module(config: OPTConfig, base: str, finished_links: str, targets: Sequence[str] | str = TARGETS) -> RandomCausalLM:
@@ -109,18 +105,6 @@ def error_of_update(mode: Mode, width: int = 1024, size: float = 1e-3) -> float:
     return float((update - expected).norm() / expected.norm())
 
 
-@torch.no_grad()
-def change_at_knots(mode: Mode, config: OPTConfig) -> float:
-    """The largest relative change of the loss at a knot."""
-    module, batch, changes = cola_module(config, *mode), make_batch(config, 32), []
-    for _ in range(LINKS):
-        learn(module)
-        before = float(module.step(batch).loss)
-        module.tie_knot()
-        changes.append(abs(float(module.step(batch).loss) - before) / before)
-    return max(changes)
-
-
 def megabytes(module: COLACausalLM) -> float:
     """Weights, links and what is stacked, in 1e6 bytes."""
     stacks = [layer.stack for layer in module.adapted.layers.values() if layer.stack is not None]
@@ -129,13 +113,13 @@ def megabytes(module: COLACausalLM) -> float:
 
 
 def measure_steps(
-    config: OPTConfig, targets: Sequence[str] | str, repeats: int, modes: Sequence[Mode] = MODES, length: int = 64
+    config: OPTConfig, targets: Sequence[str] | str, repeats: int = 7, modes: Sequence[Mode] = MODES, length: int = 64
 ) -> dict[str, Any]:
     """Sizes and seconds of the modes, with one link and with eight finished ones beside it, on rows of so many tokens."""
-    batch, works, sizes = make_batch(config, length), {}, {}
+    works, sizes = {}, {}
     for mode in modes:
         module = cola_module(config, *mode, targets)
-        works[f"{' '.join(mode)}, one link"] = cola_step(config, batch, module)
+        works[f"{' '.join(mode)}, one link"] = cola_step(config, length, module)
         before = megabytes(module)
         if mode[1] == "merge":  # nothing grows
             sizes[" ".join(mode)] = {"weights_mb": before, "knot_mb": 0.0}
@@ -144,15 +128,15 @@ def measure_steps(
         for _ in range(LINKS):
             learn(chained)
             chained.tie_knot()
-        works[f"{' '.join(mode)}, 64 ranks"] = cola_step(config, batch, chained)
+        works[f"{' '.join(mode)}, 64 ranks"] = cola_step(config, length, chained)
         sizes[" ".join(mode)] = {"weights_mb": before, "knot_mb": (megabytes(chained) - before) / LINKS}
     return {"sizes": sizes, "seconds": take_turns(works, repeats)}
 
 
-COLUMNS = ["base", "links", "lost of ten", "MB", "MB a knot", "step", "step, 64 ranks"]
+COLUMNS = ("base", "links", "error of ten links", "MB", "MB per knot", "step", "step, rank 64")
 
 
-def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def rows(results: list[dict[str, Any]]) -> Rows:
     """The table's rows; where two choices of targets were measured, a cell holds both."""
     errors = {result["mode"]: result["error"] for result in results if "error" in result}
     steps = [result for result in results if "seconds" in result]
@@ -173,26 +157,15 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return table
 
 
-def main() -> None:
-    """Measures, writes each result, then prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count (default: 7)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the results, written anew")
-    parser.add_argument("--small", action="store_true", help="small models, to see it run")
-    options = parser.parse_args()
+def run(lines: Lines) -> None:
+    """Measures what no line has."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    full, pair = (SMALL, SMALL) if options.small else (FULL, PAIR)
-    lines = Lines(options.output, is_new=True)
     for mode in [*MODES, PLAIN]:
-        knot = None if mode == PLAIN else change_at_knots(mode, pair)
-        lines.add({"mode": " ".join(mode), "error": error_of_update(mode), "knot": knot})
-    for targets in (TARGETS, "all-linear"):
-        lines.add({"targets": targets, **measure_steps(full, targets, options.repeats)})
-    show(COLUMNS, rows(lines.results), title="targets: q_proj and v_proj / all linear layers")
-    knots = {result["mode"]: result["knot"] for result in lines.results if result.get("knot") is not None}
-    print(f"the loss at a knot: {knots}")
+        for one in lines.missing([{"mode": " ".join(mode)}]):
+            lines.add(one | {"error": error_of_update(mode)})
+    for one in lines.missing([{"targets": TARGETS}, {"targets": "all-linear"}]):
+        lines.add(one | measure_steps(FULL, one["targets"]))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, FILE, run, [(COLUMNS, rows)])

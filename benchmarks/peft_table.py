@@ -3,35 +3,21 @@
     python -m benchmarks.peft_table
     python -m benchmarks.peft_table --measure
 
-The first prints the table from the lines of the benchmarks that ``BENCHMARKS`` names. The second first runs them all, one after
+The first prints the table from the lines of the benchmarks that it names. The second first measures all of them anew, one after
 the other (about an hour on a machine without other work), so that the table is of one machine and one day.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from benchmarks.lines import show
+from benchmarks import commands, dpo, images, speed
+from benchmarks.lines import Lines, Rows, show
 
-HERE = Path(__file__).parent
-BENCHMARKS = [
-    ["benchmarks.commands"],
-    ["benchmarks.speed"],
-    ["benchmarks.speed", "--experts"],
-    ["benchmarks.preference.speed"],
-    ["benchmarks.images"],
-]
-COLUMNS = ["what", "time / theirs", "memory / theirs", "by `python -m`"]
-
-
-def lines_of(name: str) -> list[dict[str, Any]]:
-    """The results of a benchmark."""
-    return [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]
+BENCHMARKS = ["commands", "speed", "dpo", "images"]
+COLUMNS = ("what", "time / theirs", "memory / theirs", "by `python -m`")
 
 
 def cell(mine: Sequence[float], theirs: Sequence[float]) -> str:
@@ -41,36 +27,36 @@ def cell(mine: Sequence[float], theirs: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f}{spread}"
 
 
-def rows() -> Iterator[list[str]]:
+def rows() -> Rows:
     """What is compared, the two ratios with their spread over the rounds, and what measures them."""
-    for line in lines_of("commands"):
-        rounds = line["rounds"]
+    table = []
+    for line in Lines(commands.FILE).results:
         cells = [
-            cell([one["cola"][unit] for one in rounds], [one["peft"][unit] for one in rounds]) for unit in ("by_clock", "mib")
+            cell([one["cola"][unit] for one in line["rounds"]], [one["peft"][unit] for one in line["rounds"]])
+            for unit in ("by_clock", "mib")
         ]
-        yield [f"a whole command: {line['task']}", *cells, "benchmarks.commands"]
-    steps = {(line["what"], line["length"]): line for line in lines_of("speed")}
-    for kind, module, (mine, theirs), memory in (
-        ("a step", "benchmarks.speed", ("cola", "peft"), "peak_mib"),
-        ("a step with experts", "benchmarks.speed --experts", ("cola experts", "peft experts"), "mib_above_model"),
-    ):
-        for length in (64, 256):
-            found = [steps[f"{unit}: {mine} / {theirs}", length][unit] for unit in ("seconds", memory)]
-            yield [f"{kind}, {length} tokens a row", *(cell(values[mine], values[theirs]) for values in found), module]
-    of_pairs = {line["unit"]: cell(line["cola"], line["trl"]) for line in lines_of("preference/speed")}
-    yield ["a step of DPO (TRL)", of_pairs["seconds"], of_pairs["MiB"], "benchmarks.preference.speed"]
-    (pictures,) = lines_of("images")
-    yield ["a step on pictures", cell(pictures["cola"], pictures["peft"]), "", "benchmarks.images"]
+        table.append([f"a whole command: {line['task']}", *cells, "benchmarks.commands"])
+    names = {"step": "a step", "experts": "a step with experts"}
+    for line in Lines(speed.FILE).results:
+        if line["what"] in names:
+            cells = [cell(line[unit]["cola"], line[unit]["peft"]) for unit in ("seconds", "mib")]
+            table.append([f"{names[line['what']]}, {line['length']} tokens a row", *cells, "benchmarks.speed"])
+    for line in Lines(dpo.FILE).results:
+        cells = [cell(line[unit]["cola"], line[unit]["trl"]) for unit in ("seconds", "mib")]
+        table.append(["a step of DPO (TRL)", *cells, "benchmarks.dpo"])
+    for line in Lines(images.FILE).results:
+        table.append(["a step on pictures", cell(line["seconds"]["cola"], line["seconds"]["peft"]), "", "benchmarks.images"])
+    return table
 
 
 def main() -> None:
     """Measures, if asked to, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="run all of its benchmarks first")
+    parser.add_argument("--measure", action="store_true", help="measure all of its benchmarks anew first")
     if parser.parse_args().measure:
-        for words in BENCHMARKS:
-            subprocess.run([sys.executable, "-m", *words], check=True)
-    show(COLUMNS, rows(), width=120)
+        for name in BENCHMARKS:
+            subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--anew"], check=True)
+    show(COLUMNS, rows())
 
 
 if __name__ == "__main__":

@@ -2,28 +2,23 @@
 
     python -m benchmarks.scale
 
-plans LoRA, chains and full fine-tuning on one GPU and on eight in a minute, without weights and without a GPU, writes each
-result to ``scale.jsonl``, one a line, and prints the tables of docs/scaling.md. Links of rank 8 on
-the queries and values, two in a chain; 8 rows of 512 tokens a GPU, padded on the left, with a loss at one position a row;
-AdamW; a base in bf16, but weights that something is added to in float32, under bf16-mixed: the adapted ones with
-``finished_links: merge``, all in full fine-tuning. ``COLA float32`` is a base in float32 under bf16-mixed.
+plans LoRA, chains and full fine-tuning on one GPU in a minute, without weights and without a GPU. Links of rank 8 on the
+queries and values, two in a chain; 8 rows of 512 tokens, padded on the left, with a loss at one position a row; AdamW; a base
+in bf16, but weights that something is added to in float32, under bf16-mixed: the adapted ones with ``finished_links: merge``,
+all in full fine-tuning. ``COLA float32`` is a base in float32 under bf16-mixed.
 
 * ``memory``, bytes on a GPU: ``base``: the model's weights; ``links``: A and B in float32; ``stack``: the finished link beside
-  the weights in bf16, as will be each further one; ``gradients`` and ``optimizer``: 4 and 8 bytes a trained parameter;
-  ``buffers``: what is all-reduced once more, in one piece (DDP's buckets), and what FSDP2 gathers: two blocks, the second ahead
-  of time, and the root; also the gradients of a block and of the root, where those are trained. What kernels need for a moment
-  is not counted.
+  the weights in bf16, as will be each further one; ``gradients`` and ``optimizer``: 4 and 8 bytes a trained parameter. What
+  kernels need for a moment is not counted.
 * ``base_in_4_bits``: those of the base where its linear layers, but for the head, are in nf4.
 * ``activations``, bytes that autograd keeps from the forward to the backward pass: each storage once, counted in a forward pass
   on fake tensors, which have shapes and dtypes but no memory. ``copies``, among them: what does not grow with the batch, copies
   of weights in bf16. ``checkpointed``: with activation checkpointing, and what one block keeps, or, where they are more, the
   copies of trained weights, which autocast holds until the forward pass ends.
-* ``step_bytes``, ``knot_bytes``: what a process receives. ``checkpoint_bytes``: tensors of a checkpoint at the end.
 """
 
-import argparse
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,13 +31,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, OPTConfig, PretrainedConfig
 
-from benchmarks import random_model
-from benchmarks.lines import Lines, show
+from benchmarks import steps
+from benchmarks.lines import Lines, Rows, main
 from cola_lightning import LoRAConfig, inject_lora, lora_layers
 from cola_lightning.hf.logits import logits_at
 
-Layout = Literal["1 GPU", "DDP", "FSDP2"]
-PROCESSES: dict[Layout, int] = {"1 GPU": 1, "DDP": 8, "FSDP2": 8}
+FILE = Path(__file__).with_suffix(".jsonl")
 TARGETS, RANK, ALPHA, ROWS, LENGTH = ["q_proj", "v_proj"], 8, 16, 8, 512
 
 # From the config.json of facebook/opt-1.3b, and in meta-llama of Llama-3.2-1B, Llama-3.2-3B, Llama-2-7b-hf and Meta-Llama-3-8B.
@@ -88,7 +82,7 @@ METHODS += [Method("COLA float32", "merge", 1, torch.float32), Method("full fine
 def build(config: PretrainedConfig, method: Method, device: str = "meta") -> nn.Module:
     """The model as it is trained, with its finished links; on the meta device it takes no memory."""
     with torch.device(device):
-        model: nn.Module = random_model.build(config, dtype=method.dtype, attn_implementation="sdpa").train()
+        model: nn.Module = steps.build(config, dtype=method.dtype, attn_implementation="sdpa").train()
     if method.finished_links is not None:
         inject_lora(model, LoRAConfig(TARGETS, rank=RANK, alpha=ALPHA, finished_links=method.finished_links))
     for layer in lora_layers(model).values():
@@ -104,8 +98,6 @@ class Sizes:
 
     trained: int
     base: int  # the model's own weights
-    block: int  # those of the largest block; FSDP2 gathers block by block
-    root: int  # those outside of blocks: embeddings, last norm, head
     links: int  # A and B
     stack: int
     in_4_bits: int = 0  # the base, where the linear layers of its blocks are in nf4
@@ -114,11 +106,6 @@ class Sizes:
     def gradients(self) -> int:
         """Of what is trained, which is in float32."""
         return 4 * self.trained
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the base itself is trained."""
-        return not self.links
 
 
 def sizes(model: nn.Module) -> Sizes:
@@ -134,8 +121,6 @@ def sizes(model: nn.Module) -> Sizes:
     return Sizes(
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         base=base,
-        block=max(own(block.named_parameters()) for block in blocks),
-        root=base - own(blocks.named_parameters()),
         links=sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers),
         stack=sum(layer.stack.A.nbytes + layer.stack.B.nbytes for layer in layers if layer.stack is not None),
         in_4_bits=base + sum(round(weight.numel() * BYTES_IN_4_BITS) - weight.nbytes for weight in linear),
@@ -201,87 +186,27 @@ def activations(config: PretrainedConfig, method: Method, rows: int = ROWS, leng
     return {"all": everything, "copies": copies, "checkpointed": inputs + max(block, held)}
 
 
-def all_gather_bytes(payload: float, processes: int) -> float:
-    """What a process receives to have all of what is in parts, or, of a reduce-scatter, to have its part of a sum."""
-    return payload * (processes - 1) / processes
+def memory(parts: Sizes) -> dict[str, int]:
+    """Bytes on one GPU, without activations."""
+    held = {"base": parts.base, "links": parts.links, "stack": parts.stack}
+    return held | {"gradients": parts.gradients, "optimizer": 2 * parts.gradients}
 
 
-def all_reduce_bytes(payload: float, processes: int) -> float:
-    """What a process receives so that each has the whole sum: a reduce-scatter, then an all-gather (a ring)."""
-    return 2 * all_gather_bytes(payload, processes)
+def plan(name: str, method: Method) -> dict[str, Any]:
+    """The result of a model and a method."""
+    config = MODELS[name]
+    parts = sizes(build(config, method))
+    found: dict[str, Any] = {"model": name, "method": method.name, "trained": parts.trained, "memory": memory(parts)}
+    return found | {"base_in_4_bits": parts.in_4_bits, "activations": activations(config, method)}
 
 
-def bytes_a_step(parts: Sizes, layout: Layout, processes: int) -> int:
-    """What a process receives in a training step: weights that are in parts, and gradients."""
-    if layout != "FSDP2":
-        return round(all_reduce_bytes(parts.gradients, processes))
-    weights = 2 * (parts.base - parts.root) + parts.root  # blocks for the forward and for the backward pass; the root stays
-    reduce = all_gather_bytes if parts.is_full else all_reduce_bytes
-    return round(all_gather_bytes(weights, processes) + reduce(parts.gradients, processes))
+COLUMNS = ["model", "full fine-tuning", "float32", "a chain", "`stack`", "`stack`, one row"]
+COLUMNS += ["`stack`, checkpointing", "nf4, checkpointing"]
 
 
-def bytes_a_knot(parts: Sizes, layout: Layout, processes: int) -> int:
-    """What a process receives at a knot: nothing, for it has A and B, and adds to its own part of each weight."""
-    return 0
-
-
-def memory(parts: Sizes, layout: Layout, processes: int) -> dict[str, int]:
-    """Bytes on each GPU, without activations."""
-    n_base = processes if layout == "FSDP2" else 1
-    n_trained = n_base if parts.is_full else 1
-    gradients = parts.gradients // n_trained
-    buffers = parts.gradients if processes > 1 and n_trained == 1 else 0
-    if layout == "FSDP2":
-        buffers += 2 * parts.block + parts.root + (parts.block + parts.root if parts.is_full else 0)
-    held = {"base": parts.base // n_base, "links": parts.links, "stack": parts.stack}
-    return held | {"gradients": gradients, "optimizer": 2 * gradients, "buffers": buffers}
-
-
-def checkpoint_bytes(parts: Sizes, n_finished: int) -> int:
-    """What is trained and its two moments, and A and B of each finished link, all in float32; nothing of a frozen base."""
-    return 4 * parts.trained * (3 + n_finished)
-
-
-def plan(name: str, config: PretrainedConfig, method: Method) -> Iterator[dict[str, Any]]:
-    """The results of a model and a method, one for each layout."""
-    parts, kept = sizes(build(config, method)), activations(config, method)
-    for layout, processes in PROCESSES.items():
-        result = {"model": name, "method": method.name, "layout": layout, "processes": processes, "trained": parts.trained}
-        yield result | {
-            "memory": memory(parts, layout, processes),
-            "base_in_4_bits": parts.in_4_bits,
-            "activations": kept,
-            "step_bytes": bytes_a_step(parts, layout, processes),
-            "knot_bytes": bytes_a_knot(parts, layout, processes),
-            "checkpoint_bytes": checkpoint_bytes(parts, method.n_finished),
-        }
-
-
-COLUMNS = ["model, method", "trained", "weights, links", "gradients, AdamW", "activations", *PROCESSES]
-COLUMNS += ["DDP: a step", "FSDP2: a step", "checkpoint"]
-
-
-def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The table's rows in GB (1e9 bytes); activations and totals without / with activation checkpointing."""
-    table = []
-    for model, method in dict.fromkeys((result["model"], result["method"]) for result in results):
-        found = {result["layout"]: result for result in results if (result["model"], result["method"]) == (model, method)}
-        one, kept = found["1 GPU"], [found["1 GPU"]["activations"][which] for which in ("all", "checkpointed")]
-        held = [sum(one["memory"][part] for part in some) for some in (("base", "links", "stack"), ("gradients", "optimizer"))]
-        cells = [f"{model}, {method}", f"{one['trained'] / 1e6:,.1f} M", *map(_gb, held), _gb(*kept)]
-        cells += [_gb(*(sum(result["memory"].values()) + some for some in kept)) for result in found.values()]
-        cells += [_gb(found["DDP"]["step_bytes"]), _gb(found["FSDP2"]["step_bytes"]), _gb(one["checkpoint_bytes"])]
-        table.append(cells)
-    return table
-
-
-OPTIONS = ["model", "full fine-tuning", "float32", "a chain", "`stack`", "`stack`, one row"]
-OPTIONS += ["`stack`, checkpointing", "nf4, checkpointing"]
-
-
-def rows_of_options(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A table of docs/scaling.md: GB of training on one GPU, by the options that save memory."""
-    found = {(result["model"], result["method"]): result for result in results if result["layout"] == "1 GPU"}
+def rows(results: list[dict[str, Any]]) -> Rows:
+    """GB of training on one GPU, by the options that save memory."""
+    found = {(result["model"], result["method"]): result for result in results}
     table = []
     for model in dict.fromkeys(model for model, _ in found):
         full, wide, merge, stack = (
@@ -296,23 +221,17 @@ def rows_of_options(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return table
 
 
-def _gb(*sizes: int) -> str:
-    return " / ".join(f"{size / 1e9:.{2 if size < 1e9 else 1}f}" for size in sizes)
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.{2 if size < 1e9 else 1}f}"
 
 
-def main() -> None:
-    """Computes, writes each result, then prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="the results, written anew")
-    options = parser.parse_args()
+def run(lines: Lines) -> None:
+    """Computes what no line has."""
     torch.set_num_threads(1)
-    lines = Lines(options.output, is_new=True)
-    for result in (result for name in MODELS for method in METHODS for result in plan(name, MODELS[name], method)):
-        lines.add(result)
-    title = f"GB; {ROWS} rows of {LENGTH} tokens a GPU; {PROCESSES['FSDP2']} GPUs for DDP and FSDP2"
-    show(COLUMNS, rows(lines.results), width=180, title=title)
-    show(OPTIONS, rows_of_options(lines.results), width=180, title=f"GB on one GPU; {ROWS} rows of {LENGTH} tokens")
+    for method in METHODS:
+        for one in lines.missing({"model": name, "method": method.name} for name in MODELS):
+            lines.add(plan(one["model"], method))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, FILE, run, [(COLUMNS, rows)])

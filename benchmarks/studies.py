@@ -1,71 +1,74 @@
-"""A benchmark that consists of studies: calls of ``cola compare`` on one CPU thread, and the tables of their lines."""
+"""Benchmarks that consist of studies: calls of ``cola compare`` on one CPU thread, whose results are lines of one file."""
 
-import argparse
 import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from benchmarks.lines import Lines
 from cola_lightning.cli import main as cola
 from cola_lightning.study.config import as_words
+from cola_lightning.study.results import Mode, Result, at_best_rates, read, write
+
+FOLDER = Path("build", "benchmarks")  # for what the runs leave
+Results = list[dict[str, Any]]
 
 
-def compare(options: Mapping[str, object], of_fit: Mapping[str, object]) -> list[str]:
-    """The words of a call, after ``cola``.
+@dataclass(frozen=True)
+class Study:
+    """A call of ``cola compare``. Calls with the same name go on with one study.
 
-    Args:
+    Attributes:
+        name: of the study, in each of its lines.
         options: those of ``cola compare``.
         of_fit: those of ``cola fit``, for each run.
     """
-    return ["compare", *as_words(options), "--", *as_words(of_fit)]
+
+    name: str
+    options: Mapping[str, Any]
+    of_fit: Mapping[str, Any]
 
 
-def run(words: list[str]) -> None:
-    """Prints a call, and runs what its study lacks.
-
-    Raises:
-        SystemExit: with the call's status, unless it is 0.
-    """
-    os.environ["OMP_NUM_THREADS"] = "1"
-    print(shlex.join(["cola", *words]), flush=True)
-    if (status := cola(words)) != 0:
-        raise SystemExit(status)
+def results_of(results: Results, name: str) -> list[Result]:
+    """What the lines of a study say of its runs."""
+    known = {field.name for field in fields(Result)}
+    lines = (line for line in results if line["study"] == name)
+    return [Result(**{field: value for field, value in line.items() if field in known}) for line in lines]
 
 
-def grouped(rows: Iterable[Sequence[str]]) -> list[list[str]]:
-    """Rows whose first cell is empty if it repeats the one above."""
-    table, above = list[list[str]](), ""
-    for first, *cells in rows:
-        table.append(["" if first == above else first, *cells])
-        above = first
-    return table
+def best_of(results: Results, name: str, mode: Mode = "min", tuning_seeds: int = 1) -> dict[str, list[Result]]:
+    """The results of each method of a study at its best rate."""
+    return at_best_rates(results_of(results, name), mode, range(tuning_seeds))
 
 
-def main(
-    description: str | None,
-    folder: Path,
-    calls: Callable[[Path], Iterable[list[str]]],
-    tables: Sequence[Callable[[Path], Iterable[list[str]]]],
-    draw: Callable[[Path], None] | None = None,
-) -> None:
-    """The command of such a benchmark: runs what is missing, then prints its tables in README.md of this folder.
+def run(lines: Lines, studies: Iterable[Study], more: Callable[[Path], Mapping[str, Any]] = lambda folder: {}) -> None:
+    """Prints each call, runs what its study lacks, and adds the lines.
 
     Args:
-        description: shown by ``--help``.
-        folder: of the studies, by default.
-        calls: what :func:`run` gets, for studies in a folder.
-        tables: rows, made of the lines in a folder.
-        draw: draws a figure of these lines.
+        lines: of these studies.
+        studies: the calls, in their order.
+        more: what a line also holds, from the folder of its run.
+
+    Raises:
+        SystemExit: with the status of a call, unless it is 0.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="run nothing: only print the tables")
-    parser.add_argument("--output", type=Path, default=folder, help="folder of the studies (default: %(default)s)")
-    options = parser.parse_args()
-    if not options.table:
-        for words in calls(options.output):
-            run(words)
-    for table in tables:
-        for row in table(options.output):
-            print(f"| {' | '.join(row)} |")
-    if draw is not None:
-        draw(options.output)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if lines.is_new:
+        shutil.rmtree(FOLDER / lines.path.stem, ignore_errors=True)
+    for study in studies:
+        folder = FOLDER / lines.path.stem / study.name
+        folder.mkdir(parents=True, exist_ok=True)
+        known = {result.key: result for result in results_of(lines.results, study.name)}
+        write(({result.key: result for result in read(folder / "results.jsonl")} | known).values(), folder / "results.jsonl")
+        words = ["compare", *as_words({**study.options, "output": str(folder)}), "--", *as_words(study.of_fit)]
+        print(shlex.join(["cola", *words]), flush=True)
+        status = cola(words)
+        for result in read(folder / "results.jsonl"):
+            if result.key not in known:
+                name = f"{result.method}-lr{result.learning_rate}-seed{result.seed}"
+                lines.add({"study": study.name, **asdict(result), **more(folder / "runs" / name)})
+        if status != 0:
+            raise SystemExit(status)

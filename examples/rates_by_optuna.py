@@ -19,7 +19,7 @@ def objective(trial: optuna.Trial) -> float:
     epochs = trial.suggest_categorical("epochs_per_link", [5, 10, 25])
     folder = f"studies/optuna/{trial.number}"
     options = [f"--model.optimizer.lr={lr}", f"--chain.every_n_epochs={epochs}", f"--trainer.default_root_dir={folder}"]
-    subprocess.run(["cola", "fit", "--config", "benchmarks/digits.yaml", *options], check=True)
+    subprocess.run(["cola", "fit", "--config", "examples/digits.yaml", *options], check=True)
     with Path(folder, "runs", "version_0", "metrics.csv").open() as file:
         return max(float(row["val_accuracy"]) for row in csv.DictReader(file) if row["val_accuracy"])
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.digits_model import COLADigits, DigitsDataModule
+from examples.digits import COLADigits, DigitsDataModule
 from tests.helpers.toy import trainer
 
 

@@ -10,8 +10,7 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import stages
-from benchmarks.gsm8k import study as gsm8k
+from benchmarks import gsm8k, stages
 from benchmarks.lines import Lines
 from tests.helpers import tiny
 

@@ -160,7 +160,7 @@ def test_one_process_of_a_launcher_logs(monkeypatch, capfd):
 
 def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(capfd):
     Path("hpmod.py").write_text(
-        "from benchmarks.digits_model import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
+        "from examples.digits import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
         "        super().__init__(**chain)\n        self.save_hyperparameters(ignore=['optimizer'])\n"
     )
     further = ["--ckpt_path", LAST, "--trainer.max_epochs", "4", "--model.optimizer.lr", "0.9", "--model.dropout", "0.3"]
@@ -349,7 +349,7 @@ def test_a_fit_without_a_limit_is_of_three_epochs(limit, epochs):
 # ---------------------------------------------------------------------- what fails, and what is stopped
 
 OWN = """
-from benchmarks.digits_model import COLADigits
+from examples.digits import COLADigits
 
 
 class Opens(COLADigits):
@@ -388,7 +388,7 @@ def test_an_error_of_ones_own_code_keeps_its_traceback_and_a_wrong_value_is_one_
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_of_a_module_in_the_users_folder_says_how_to_go_on(number, status):
-    Path("mine.py").write_text("from benchmarks.digits_model import COLADigits\n\nclass Mine(COLADigits):\n    pass\n")
+    Path("mine.py").write_text("from examples.digits import COLADigits\n\nclass Mine(COLADigits):\n    pass\n")
     endless = ["fit", "--config", DIGITS, "--model", "mine.Mine", "--trainer.max_epochs", "100000"]
     process = forked.Command("-m", "cola_lightning", *endless, log=Path("log"))
     wait_for(Path(LAST).exists)

@@ -13,7 +13,7 @@ from tests.helpers.tiny import at_tiny_size
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs"
-BENCHMARKS = [ROOT / "benchmarks" / f"{name}.yaml" for name in ("digits", "domain_shift")]
+BENCHMARKS = [ROOT / "examples" / "digits.yaml", ROOT / "benchmarks" / "domain_shift.yaml"]
 NAMES = [
     "classification",
     "image_classification",

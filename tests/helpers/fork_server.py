@@ -8,7 +8,7 @@ import peft  # noqa: F401
 import cola_lightning.cli.training  # noqa: F401
 import tests.helpers.distributed_run  # and with it transformers
 import tests.helpers.forked  # noqa: F401
-from benchmarks.digits_model import COLADigits
+from examples.digits import COLADigits
 
 PATH = list(sys.path)  # of a new process; the first is its script's folder
 

@@ -32,7 +32,7 @@ TRAINER = """trainer:
 DIGITS = """
 seed_everything: 0
 model:
-  class_path: benchmarks.digits_model.COLADigits
+  class_path: examples.digits.COLADigits
   init_args:
     target_modules: all-linear
     rank: 2
@@ -42,7 +42,7 @@ model:
     lr_schedule: linear
     save_base: true
 data:
-  class_path: benchmarks.digits_model.DigitsDataModule
+  class_path: examples.digits.DigitsDataModule
   init_args: {batch_size: 16, num_workers: 2}
 chain: {every_n_train_steps: 4, ranks: [2, 1, 2]}
 """

@@ -16,7 +16,7 @@ from cola_lightning.lora import quantization
 from cola_lightning.lora.inject import lora_class
 
 # Of commands: a run of three links on the digits, and where its checkpoint is.
-DIGITS = str(Path(__file__).parents[2] / "benchmarks" / "digits.yaml")
+DIGITS = str(Path(__file__).parents[2] / "examples" / "digits.yaml")
 FAST = ["--trainer.max_epochs", "3", "--chain.every_n_epochs", "1", "--trainer.enable_progress_bar", "false"]
 LAST = "runs/version_0/checkpoints/last.ckpt"
 

@@ -354,7 +354,7 @@ def test_the_example_of_optuna_finds_a_learning_rate(tmp_path, monkeypatch):
     shorter = {
         "studies/optuna": str(tmp_path),
         "n_trials=6": "n_trials=2",
-        '"benchmarks/digits.yaml"': '"benchmarks/digits.yaml", "--trainer.max_epochs=10"',
+        '"examples/digits.yaml"': '"examples/digits.yaml", "--trainer.max_epochs=10"',
     }
     example, names = (foreign_tasks.ROOT / "examples" / "rates_by_optuna.py").read_text(), {"__name__": __name__}
     for stated, short in shorter.items():

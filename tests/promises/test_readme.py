@@ -1,6 +1,5 @@
-"""What README and the pages of docs/ say is true: examples run, commands parse, tables are the benchmarks'."""
+"""What README and the pages of docs/ say is true: examples run, commands parse."""
 
-import importlib
 import json
 import re
 import shlex
@@ -12,21 +11,18 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import digits_splits, domain_shift, knots, paper_table, peft_table, scale, stages, studies
-from benchmarks.gsm8k import study
-from benchmarks.lines import Lines
 from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
 from tests.helpers import tiny
+from tests.helpers.kills import KILLS, SETUPS
 from tests.helpers.tiny import at_tiny_size
 
 pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ROOT / "benchmarks"
 README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
-PAGES["benchmarks/README.md"] = (BENCHMARKS / "README.md").read_text()
+PAGES["benchmarks/README.md"] = (ROOT / "benchmarks" / "README.md").read_text()
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
@@ -131,9 +127,7 @@ def test_configs_and_commands_parse(monkeypatch, capsys):
     for words in map(list, dict.fromkeys(map(tuple, found))):
         if words[0] in ("inspect", "export", "generate") or any("stages" in word for word in words):  # run below
             continue
-        words = [
-            re.sub(r"runs/version_\d/config.yaml", "benchmarks/digits.yaml", word) for word in words if word not in written
-        ]
+        words = [re.sub(r"runs/version_\d/config.yaml", "examples/digits.yaml", word) for word in words if word not in written]
         assert main(words if words[0] == "compare" else [*words, "--print_config"]) == 0, words
         assert not capsys.readouterr().err
 
@@ -147,7 +141,7 @@ def small_quickstart(tmp_path):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/interruption.md"])
 def test_a_run_that_ends_early_goes_on_with_the_next_line(page, tmp_path, capsys):
-    """The lines of README's first screen. A kill is an earlier end here; benchmarks/kills.py kills."""
+    """The lines of README's first screen. A kill is an earlier end here; test_kills.py kills."""
     quickstart, (first, second, *others) = small_quickstart(tmp_path), commands(page)[:4]
     assert [*first, "--ckpt_path", "last"] == second
     first, second = (["fit", *quickstart, *words[3:]] for words in (first, second))
@@ -249,115 +243,13 @@ def test_the_notebook_on_pictures_works_line_by_line():
     assert all(" ".join(words) in "\n".join(code) for words in commands("docs/images.md") if words[0] == "export")
 
 
-# ---------------------------------------------------------------------- tables
+# ---------------------------------------------------------------------- interruptions
 
 
-def lines_of(name):
-    return [json.loads(line) for line in (BENCHMARKS / f"{name}.jsonl").read_text().splitlines()]
-
-
-def rows_of(name):
-    return lambda: importlib.import_module(f"benchmarks.{name}").rows(lines_of(name))
-
-
-def rows_of_splits():
-    """LoRA and the chain at each rank, and what is trained with more parameters at rank 1."""
-    shown = {"LoRA": "124", "10 links": "124", "LoRA of the summed rank": "1", "full fine-tuning": "1"}
-    return studies.grouped(row for row in digits_splits.rows() if row[0].removeprefix("rank ") in shown.get(row[1], ""))
-
-
-def rows_of_rates():
-    """The test loss of LoRA on GSM8K in 150 steps: a row for each rank, a column for each learning rate."""
-    folders = (BENCHMARKS / "gsm8k" / f"rank-{rank}-steps-150" for rank in (1, 8))
-    lines = [line for folder in folders for line in lines_of((folder / "results").relative_to(BENCHMARKS))]
-    found = {
-        (line["rank"], line["learning_rate"]): f"{line['test']:.4f}" for line in lines if line["method"].startswith("lora")
-    }
-    return [[str(rank), *(found.get((rank, rate), "") for rate in (3e-4, 1e-3, 3e-3, 1e-2))] for rank in (1, 4, 8, 32)]
-
-
-# Those of domain_shift are printed by `python -m benchmarks.domain_shift --table`.
-PRODUCED = {
-    ("benchmarks/README.md", "| base | links |"): rows_of("bases"),
-    ("docs/scaling.md", "| model | full"): lambda: scale.rows_of_options(lines_of("scale")),
-    ("docs/speed.md", "| what | time / theirs |"): lambda: list(peft_table.rows()),
-    ("benchmarks/README.md", "| | start |"): lambda: [row for row in rows_of("rows")() if row[1] == "first"],
-    ("benchmarks/README.md", "| rank | 3e-4 |"): rows_of_rates,
-    ("benchmarks/README.md", "| paper's task |"): paper_table.rows,
-    ("benchmarks/README.md", "| | method | rate |"): rows_of_splits,
-    ("benchmarks/README.md", "| one knot |"): domain_shift.rows_of_one_knot,
-    ("benchmarks/README.md", "| domain shift |"): domain_shift.rows,
-    ("benchmarks/README.md", "| GSM8K, Zig |"): lambda: study.table()[1:],
-    ("benchmarks/README.md", "| small GPT |"): knots.table,
-    ("docs/results.md", "| between two stages |"): lambda: stages.table_of_rates(Lines(stages.FILE))[1:],
-    ("docs/results.md", "| at its best rate |"): lambda: stages.table(Lines(stages.FILE))[1:],
-}
-
-
-@pytest.mark.parametrize(("page", "header"), PRODUCED, ids=str)
-def test_a_table_is_its_benchmarks(page, header, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    tables = re.findall(r"^(\|.*\|)\n\|[ -|]+\|\n((?:\|.*\|\n)+)", PAGES[page], re.MULTILINE)
-    (found,) = [body.splitlines() for first, body in tables if first.startswith(header)]
-    assert found == [f"| {' | '.join(row)} |" for row in PRODUCED[page, header]()]
-
-
-def test_a_sentence_has_its_benchmarks_numbers(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    speed = {(line["what"], line["length"]): line["ratio"] for line in lines_of("speed")}
-    floor = [speed["seconds: cola / floor", length] for length in (256, 64)]
-    kills, half = lines_of("kills"), {line["model"]: line["same"] for line in lines_of("half")}
-    packing = {row[0]: row[2] for row in rows_of("packing")()}
-    (wide,) = (row for row in rows_of("vocabulary")() if row[:2] == ["152,000", "8 x 1,024"])
-    launched = {(row[0], row[1].split(",")[0].strip("`")): (row[2], row[4]) for row in rows_of("launches")()}
-    mine, theirs, plain = (launched["1", side] for side in ("cola", "peft", "the frozen model alone"))
-    signals = Counter(kill["signal"] for kill in kills)
-    ratios = [(row[1].split()[0], row[2].split()[0]) for row in peft_table.rows() if "command" in row[0]]
-    time, memory = ([min(values), max(values)] for values in zip(*ratios, strict=True))
-    of_base, of_scope = domain_shift.rows_of_one_base()[-1], domain_shift.rows_of_scopes()[1]
-    for page, sentence in [
-        ("/README", f"In {sum(not kill['wrong'] for kill in kills)} of {len(kills)} interruptions"),
-        ("/README", f"{signals['SIGKILL']} by SIGKILL, {signals['SIGINT']} by SIGINT, {signals['SIGTERM']} by SIGTERM"),
-        ("/README", f"[{time[0]} to {time[1]} of the time and {memory[0]} to {memory[1]} of the memory](docs/speed.md)"),
-        ("guarantees", f"{sum(not kill['wrong'] for kill in kills)} of {len(kills)} by `python -m benchmarks.kills`"),
-        ("scaling", "{module, bfloat16} (the module), {merged, bfloat16} (merged, with".format_map(half)),
-        ("scaling", "{adapter, bfloat16} (adapter, with peft) of the {module, float32} predictions".format_map(half)),
-        ("speed", f"shape takes {floor[0]:.2f} to {floor[1]:.2f} times the forward pass of the frozen model"),
-        ("speed", f"a run with five links {speed['seconds: 5 links / 1 link', 32]:.2f} times as long"),
-        ("speed", f"trains {packing['grouped']} tokens a second in batches of 8 rows of similar length"),
-        ("speed", f"and {packing['packed, 1,024']} in packs of 1,024 tokens"),
-        ("speed", f"needs {wide[4]} MiB above the model, and {wide[2]} with the loss that transformers computes"),
-        ("speed", f"in {wide[5]} and {wide[3]} seconds (`python -m benchmarks.vocabulary`)"),
-        ("benchmarks/README", f"launches {mine[0]} operations, and peft under transformers' Trainer {theirs[0]}"),
-        (
-            "benchmarks/README",
-            f"The host waits {mine[1]} times, and there {theirs[1]}, of which {plain[1]} are the model's own",
-        ),
-        ("benchmarks/README", f"With 4 accumulated batches it is {launched['4', 'cola'][1]} and {launched['4', 'peft'][1]}"),
-        ("benchmarks/README", f"{of_scope[3]} instead of {of_scope[4]} with {of_scope[1]} of rank 1 in 800 steps"),
-        ("benchmarks/README", f"{of_base[1]} of rank 8 differ from LoRA by {of_base[-1]} in 3,200 steps"),
-    ]:
-        assert sentence in " ".join(PAGES[f"{page.removeprefix('/')}.md" if "/" in page else f"docs/{page}.md"].split())
-
-
-@pytest.mark.parametrize(
-    ("header", "whole", "n_rows"),
-    [("| | 4 links |", domain_shift.rows, 4), ("| | 4 links of COLA |", lambda: study.table()[1:], 7)],
-    ids=["small GPT", "GSM8K, Zig"],
-)
-def test_a_table_in_short_has_the_differences_of_the_whole_one(header, whole, n_rows, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    place, cells = "", set()
-    for row in whole():
-        place = row[0] or place
-        cells.add((place, row[-1]))
-    (body,) = re.findall(rf"^{re.escape(header)}.*\n.*\n((?:\|.*\|\n)+)", PAGES["docs/results.md"], re.MULTILINE)
-    found = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in body.splitlines()]
-    assert len(found) == n_rows
-    assert all((place, cell) in cells for place, *differences in found for cell in differences if cell)
-
-
-def test_the_results_on_digits_have_their_tables_numbers(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    difference = next(row for row in digits_splits.rows() if row[:2] == ["rank 1", "10 links"])[-1]
-    assert f"ten links of rank 1 are {difference.replace('+', '')} better" in " ".join(PAGES["docs/results.md"].split())
+def test_as_many_interruptions_as_stated_are_tested():
+    """What else the pages state in numbers is compared with its lines in tests/benchmarks/test_pages.py."""
+    n, signals = len(SETUPS) * len(KILLS), Counter(kill.signal for kill in KILLS for _ in SETUPS)
+    words = "{SIGKILL} by SIGKILL, {SIGINT} by SIGINT, {SIGTERM} by SIGTERM".format_map(signals)
+    readme, guarantees = (" ".join(PAGES[page].split()) for page in ("README.md", "docs/guarantees.md"))
+    assert f"In {n} of {n} interruptions ({words}) the resumed run" in readme
+    assert f'{n} of {n} by `pytest -m "" tests/promises/test_kills.py`: {words}' in guarantees

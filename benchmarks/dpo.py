@@ -1,0 +1,111 @@
+"""What a step of preference tuning costs: this package next to TRL's DPOTrainer with peft, on the same pairs.
+
+    python -m benchmarks.dpo
+
+takes DPO steps of SmolLM2-135M-Instruct on solutions of GSM8K and the same with wrong numbers, on one CPU thread. Both sides
+take turns: a ratio of times is the median over rounds. A peak of memory is that of a process of its own, above what it holds
+once the model is loaded. Neither side recomputes activations. It needs ``pip install trl`` and takes about ten minutes. The
+wrong solutions of the line that is there had one wrong step (``benchmarks/preference/rows.py`` of commit 70821ab).
+"""
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.lines import Lines, Rows, main
+from benchmarks.steps import SMOLLM2, Work, peak_mib, ratio, take_turns
+from cola_lightning import COLAPreferenceLM
+from cola_lightning.data.encoding import Pair, collate_language, encode_responses
+
+FILE = Path(__file__).with_suffix(".jsonl")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK, PAIRS, ROUNDS, MAX_LENGTH = 8, 2, 7, 512
+
+
+def batches() -> list[dict[str, Any]]:
+    """Batches of pairs as the package makes them; each step takes one."""
+    module = COLAPreferenceLM(**SMOLLM2)  # for its tokenizer
+    lines = (Path(os.environ["COLA_DATA_DIR"]) / "real" / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[: PAIRS * ROUNDS]]
+    right = [Pair(f"{row['question']}\n", 0, row["answer"]) for row in rows]
+    wrong = [Pair(pair.prompt, 0, re.sub(r"\d(?=\D)", "7", pair.response)) for pair in right]
+    encoded: Any = [encode_responses(module.tokenizer, side, MAX_LENGTH) for side in (right, wrong)]
+    chosen, rejected = ([rows[0] for rows in side] for side in encoded)
+    places = [slice(k, k + PAIRS) for k in range(0, len(chosen), PAIRS)]
+    pad = module.tokenizer.pad_token_id
+    return [{**collate_language([*chosen[place], *rejected[place]], pad), "n_pairs": PAIRS} for place in places]
+
+
+def cola_step() -> Work:
+    """A step of this package, as its training loop takes it; each call takes the next batch."""
+    module = COLAPreferenceLM(**SMOLLM2, target_modules=TARGETS, rank=RANK, alpha=2 * RANK, seed=0)
+    module.configure_model()
+    return _steps(lambda batch: module.step(batch).loss, module.trained_parameters(), batches())
+
+
+def trl_step() -> Work:
+    """The loss of TRL's DPOTrainer, whose reference is the model without its adapter."""
+    import datasets
+    import peft
+    import trl
+
+    base = COLAPreferenceLM(**SMOLLM2, seed=0)
+    tokenizer: Any = base.tokenizer
+    library: Any = trl  # it has no types
+    trainer = library.DPOTrainer(
+        base.build_model(),
+        args=library.DPOConfig(tempfile.mkdtemp(), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, task_type="CAUSAL_LM"),
+    )
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    return _steps(lambda batch: trainer.compute_loss(trainer.model, batch), trained, [*map(_right_padded, batches())])
+
+
+def _steps(loss: Callable[[Any], torch.Tensor], parameters: list[Any], inputs: list[dict[str, Any]]) -> Work:
+    """Steps of AdamW, on one batch after the other."""
+    optimizer, place = torch.optim.AdamW(parameters, lr=1e-4), iter(inputs * 2)
+
+    def step() -> None:
+        torch.autograd.backward(loss(next(place)))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _right_padded(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A batch as TRL's collator makes it: the same tokens, padded on the right."""
+    ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    moved = {"input_ids": ids, "attention_mask": mask, "completion_mask": (labels != -100).long()}
+    return {name: value.gather(1, order) for name, value in moved.items()}
+
+
+SIDES: dict[str, Callable[[], Work]] = {"cola": cola_step, "trl": trl_step}
+
+
+def run(lines: Lines) -> None:
+    """Measures both sides, if there is no line."""
+    warnings.simplefilter("ignore")
+    if lines.missing([{}]):
+        peaks = {side: [peak_mib(make_step, is_above_model=True)] for side, make_step in SIDES.items()}
+        steps = {side: make_step() for side, make_step in SIDES.items()}
+        lines.add({"seconds": take_turns(steps, ROUNDS, warm_up=0), "mib": peaks})
+
+
+def rows(results: list[dict[str, Any]]) -> Rows:
+    """The ratio of each unit."""
+    return [[unit, f"{ratio(line[unit], 'cola', 'trl'):.2f}"] for line in results for unit in ("seconds", "mib")]
+
+
+if __name__ == "__main__":
+    main(__doc__, FILE, run, [(("a step", "cola / TRL"), rows)])

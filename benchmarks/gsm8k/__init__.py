@@ -1,1 +1,0 @@
-"""A chain on a real language model: GSM8K and Zig."""
