@@ -3,6 +3,7 @@
 import gc
 import sys
 
+import coverage  # noqa: F401
 import peft  # noqa: F401
 
 import cola_lightning.cli.training  # noqa: F401

@@ -21,6 +21,8 @@ from unittest import mock
 ROOT = Path(__file__).parents[2]
 _PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 _BEFORE_TESTS = os.environ | {"PYTHONPATH": _PATH, "OMP_NUM_THREADS": "1"}  # with more threads it could not fork
+for _name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):  # it only imports, which takes half as long unmeasured
+    _BEFORE_TESTS.pop(_name, None)
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.helpers.fork_server"])
 
@@ -110,6 +112,7 @@ def _become(arguments, folder, environment, streams, has_own_session):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    sys.modules["coverage"].process_startup()  # if the environment says so
     sys.modules["torch"].seed()  # as a new process has one of its own
     sys.modules["numpy"].random.seed()
     try:

@@ -140,7 +140,7 @@ def trained(capfd):
     return [line.split()[1] for line in capfd.readouterr().out.splitlines() if ": training, see " in line]
 
 
-def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd):
+def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd, monkeypatch):
     assert stages() == 0
     assert trained(capfd) == list(STAGES)
     assert [link.name for link in chain("pairs").links] == ["good", "good", "flipped", "pairs"]
@@ -171,6 +171,7 @@ def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd
 
     config["stages"]["flipped"]["trainer"]["max_steps"] = 4
     write(config)
+    monkeypatch.setattr(Stages, "_test", lambda *_: [])
     assert stages(output="moved") == 0
     out = capfd.readouterr().out
     assert out.count("trainer.max_steps has changed, so this stage and the later ones are trained again") == 1
