@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import digits_splits, domain_shift, knots, paper_table, peft_table, scale, stages, studies
+from benchmarks import digits_splits, domain_shift, knots, paper_table, peft_table, scale, studies
 from benchmarks.gsm8k import study
 from benchmarks.lines import Lines
+from benchmarks.stages import tables
+from benchmarks.stages.language import LANGUAGE
 from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
@@ -289,8 +291,8 @@ PRODUCED = {
     ("benchmarks/README.md", "| domain shift |"): domain_shift.rows,
     ("benchmarks/README.md", "| GSM8K, Zig |"): lambda: study.table()[1:],
     ("benchmarks/README.md", "| small GPT |"): knots.table,
-    ("docs/results.md", "| between two stages |"): lambda: stages.table_of_rates(Lines(stages.FILE))[1:],
-    ("docs/results.md", "| at its best rate |"): lambda: stages.table(Lines(stages.FILE))[1:],
+    ("docs/results.md", "| between two stages |"): lambda: tables.table_of_rates(LANGUAGE, Lines(LANGUAGE.file))[1:],
+    ("docs/results.md", "| at its best rate |"): lambda: tables.table(LANGUAGE, Lines(LANGUAGE.file))[1:],
 }
 
 
