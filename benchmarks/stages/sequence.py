@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +18,28 @@ Run = dict[str, Any]  # the arm, the order's index, the seed and the learning ra
 
 @dataclass(frozen=True)
 class TaskSequence(ABC):
-    """Tasks that are trained one after another, in several orders.
+    """Tasks that are trained one after another, in several orders."""
 
-    Attributes:
-        name: that of its file of lines.
-        tasks: the tasks' titles, by name.
-        orders: the orders of the tasks.
-        seeds: how many there are.
-        rates: the learning rates that each arm tries first.
-        steps: of each stage.
-        batch_size: rows of a step.
-        eval_batch_size: rows that are evaluated at once.
-        n_test: rows of each task for test.
-        n_validation: rows of each task for validation.
-        n_rows: all rows of a task that are used, at most.
-        max_tokens: of a row.
-        targets: the names of the layers that are adapted.
-        model: where the model's files are.
-        autocast: the dtype in which the model computes; None: float32.
-        decimals: of a row's losses in the lines.
-        chains: the folder with the chains of finished runs, for the scales; it is not in git.
-        more_scores: the titles of what the lines have besides the losses, by name: a mean for each stage and task.
-    """
-
-    name: str
-    tasks: Mapping[str, str]
+    name: str  # that of its file of lines
+    tasks: Mapping[str, str]  # their titles by their names
     orders: Sequence[Sequence[str]]
-    seeds: int
-    rates: Sequence[float]
-    steps: int
+    seeds: int  # how many
+    rates: Sequence[float]  # the learning rates that each arm tries first
+    steps: int  # of a stage
     batch_size: int
     eval_batch_size: int
-    n_test: int
+    n_test: int  # rows of each task
     n_validation: int
-    n_rows: int
-    max_tokens: int
-    targets: Sequence[str]
-    model: Mapping[str, Any]
-    chains: Path
+    n_rows: int  # all rows of a task that are used, at most
+    max_tokens: int  # of a row
+    targets: Sequence[str]  # names of the layers that are adapted
+    model: Mapping[str, Any]  # where its files are
+    chains: Path  # the folder of the chains of finished runs, for the scales; not in git
     rank: int = 8
     alpha: float = 16
-    autocast: torch.dtype | None = torch.bfloat16
-    decimals: int = 4
-    more_scores: Mapping[str, str] | None = None
+    autocast: torch.dtype | None = torch.bfloat16  # None: float32
+    decimals: int = 4  # of a row's losses in the lines
+    more_scores: Mapping[str, str] = field(default_factory=dict)  # titles of what the lines have besides losses
 
     @property
     def file(self) -> Path:

@@ -23,7 +23,7 @@ def table(sequence: TaskSequence, lines: Lines) -> list[list[str]]:
     """The head, and a row for each arm at its best rate; differences are over the runs that both arms have."""
     measures: dict[str, Measure] = {"loss at the end": at_the_end, "forgetting": forgetting}
     measures["after its own stage"] = after_own_stage
-    measures |= {title: score_at_the_end(name) for name, title in (sequence.more_scores or {}).items()}
+    measures |= {title: score_at_the_end(name) for name, title in sequence.more_scores.items()}
     found = [["arm", "rate", "runs", *(cell for title in measures for cell in (title, "to one LoRA"))]]
     if not (tokens := _tokens(lines)).size:
         return found
