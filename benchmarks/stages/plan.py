@@ -22,6 +22,7 @@ def missing_runs(sequence: TaskSequence, lines: Lines) -> Iterator[Run]:
     yield from _tuned(sequence, lines, ("link-orthogonal", "joint", "alone"))
     yield from _repeated(sequence, lines, ("link-orthogonal",), orders)
     yield from _repeated(sequence, lines, ("joint", "alone"), orders[:1])
+    yield from _repeated(sequence, lines, ("lora",), orders, like="link")  # which of the two is it, the knot or the rate?
 
 
 def _tuned(sequence: TaskSequence, lines: Lines, arms: Sequence[str]) -> Iterator[Run]:
@@ -33,11 +34,13 @@ def _tuned(sequence: TaskSequence, lines: Lines, arms: Sequence[str]) -> Iterato
             yield {"arm": arm, "order": 0, "seed": 0, "rate": best / 2 if best == rates[0] else best * 2}
 
 
-def _repeated(sequence: TaskSequence, lines: Lines, arms: Sequence[str], orders: Sequence[int]) -> Iterator[Run]:
-    """Each arm at its best rate, with these orders and all seeds."""
+def _repeated(
+    sequence: TaskSequence, lines: Lines, arms: Sequence[str], orders: Sequence[int], like: str | None = None
+) -> Iterator[Run]:
+    """Each arm at its best rate, or at that of another arm, with these orders and all seeds."""
     wanted = [(order, seed, arm) for seed in range(sequence.seeds) for order in orders for arm in arms]
     for order, seed, arm in wanted:
-        yield from lines.missing([{"arm": arm, "order": order, "seed": seed, "rate": best_rate(lines, arm)}])
+        yield from lines.missing([{"arm": arm, "order": order, "seed": seed, "rate": best_rate(lines, like or arm)}])
 
 
 def tuning(lines: Lines, arm: str) -> list[dict[str, Any]]:

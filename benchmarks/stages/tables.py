@@ -20,20 +20,26 @@ from benchmarks.stages.sequence import TaskSequence
 
 
 def table(sequence: TaskSequence, lines: Lines) -> list[list[str]]:
-    """The head, and a row for each arm at its best rate; differences are over the runs that both arms have."""
+    """The head, and a row for each arm at its best rate; differences are over the runs that both arms have.
+
+    The last row is one LoRA at the best rate of a new link, if there are several such runs.
+    """
     measures: dict[str, Measure] = {"loss at the end": at_the_end, "forgetting": forgetting}
     measures["after its own stage"] = after_own_stage
     measures |= {title: score_at_the_end(name) for name, title in sequence.more_scores.items()}
     found = [["arm", "rate", "runs", *(cell for title in measures for cell in (title, "to one LoRA"))]]
     if not (tokens := _tokens(lines)).size:
         return found
-    runs = {arm: _at_best_rate(lines, arm) for arm in ARMS if tuning(lines, ARMS[arm].scaled or arm)}
-    loras = runs.get("lora", {})
-    for arm, of_arm in runs.items():
-        if not of_arm:
+    rows = [(ARMS[arm].title, arm, best_rate(lines, arm)) for arm in ARMS if tuning(lines, ARMS[arm].scaled or arm)]
+    best = {arm: rate for _, arm, rate in rows}
+    loras = _at_rate(lines, "lora", best.get("lora"))
+    if best.keys() >= {"lora", "link"} and best["lora"] != best["link"] and len(_at_rate(lines, "lora", best["link"])) > 1:
+        rows.append(("one LoRA, at the rate of a new link", "lora", best["link"]))
+    for title, arm, rate in rows:
+        if not (of_arm := _at_rate(lines, arm, rate)):
             continue
-        cells = [ARMS[arm].title, f"{best_rate(lines, arm):g}", str(len(of_arm))]
-        pairs = [(line, loras[key]) for key, line in of_arm.items() if key in loras and arm != "lora"]
+        cells = [title, f"{rate:g}", str(len(of_arm))]
+        pairs = [(line, loras[key]) for key, line in of_arm.items() if key in loras and line is not loras[key]]
         for measure in measures.values():
             is_of_end = measure not in (forgetting, after_own_stage)
             has_measure = is_of_end or len(next(iter(of_arm.values()))["matrix"]) == len(sequence.tasks)
@@ -43,7 +49,8 @@ def table(sequence: TaskSequence, lines: Lines) -> list[list[str]]:
                 cells.append("")
                 continue
             ours, theirs = ([measure(sequence, line, tokens) for line in side] for side in zip(*pairs, strict=True))
-            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference_of(ours, theirs, tokens)))
+            mean, low, high = difference_of(ours, theirs, tokens)
+            cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if low < high else f"{mean:+.3f}")
         found.append(cells)
     return found
 
@@ -66,9 +73,8 @@ def table_of_rates(sequence: TaskSequence, lines: Lines) -> list[list[str]]:
     return found
 
 
-def _at_best_rate(lines: Lines, arm: str) -> dict[tuple[int, int], dict[str, Any]]:
-    """The lines of an arm at its best rate, by order and seed."""
-    rate = best_rate(lines, arm)
+def _at_rate(lines: Lines, arm: str, rate: float | None) -> dict[tuple[int, int], dict[str, Any]]:
+    """The lines of an arm with a rate, by order and seed."""
     return {(line["order"], line["seed"]): line for line in lines.results if (line["arm"], line.get("rate")) == (arm, rate)}
 
 

@@ -214,6 +214,7 @@ def test_rates_are_tuned_until_the_best_is_between_two_and_a_second_call_repeats
     assert len(done) == n
     head, *rows = tables.table(language, again)
     assert {len(row) for row in rows} == {len(head)}
+    assert rows[-1][:3] == ["one LoRA, at the rate of a new link", "0.004", "6"]
     assert [row[:3] for row in rows[:2]] == [["one LoRA that goes on", "0.001", "6"], ["a new link per stage", "0.004", "6"]]
     assert len(tables.table_of_rates(language, again)) == 1 + 1 + sum(not run["seed"] + run["order"] for run in done)
 

@@ -16,6 +16,7 @@ from benchmarks import digits_splits, domain_shift, knots, paper_table, peft_tab
 from benchmarks.gsm8k import study
 from benchmarks.lines import Lines
 from benchmarks.stages import tables
+from benchmarks.stages.encoder import ENCODER
 from benchmarks.stages.language import LANGUAGE
 from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import StoredState
@@ -293,6 +294,7 @@ PRODUCED = {
     ("benchmarks/README.md", "| small GPT |"): knots.table,
     ("docs/results.md", "| between two stages |"): lambda: tables.table_of_rates(LANGUAGE, Lines(LANGUAGE.file))[1:],
     ("docs/results.md", "| at its best rate |"): lambda: tables.table(LANGUAGE, Lines(LANGUAGE.file))[1:],
+    ("docs/results.md", "| an encoder |"): lambda: tables.table(ENCODER, Lines(ENCODER.file))[1:],
 }
 
 
