@@ -11,8 +11,8 @@ are 20 times the cosines, as this model was pre-trained. So everything that is l
 language model, whose output embeddings are frozen.
 
 The task of a row is known: its loss, in training and test, is among the classes of its own task. With a loss over all classes,
-each stage teaches that the answer is one of its own classes, and no arm could show anything: with a trained head the accuracy
-on all earlier tasks was 0 after the next stage, and with this one the loss at the end was as high as before training.
+a stage mostly teaches that the answer is one of its own classes. With a trained head, the accuracy on all earlier tasks was 0
+after the next stage; with this one, the loss at the end was 2.45 to 4.69 in four runs, and 2.65 before training.
 ``open_accuracy`` is over the classes of all tasks.
 
 Only the upper two of six layers have links. The lower ones compute once for each row, which makes a run several times faster.

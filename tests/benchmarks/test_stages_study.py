@@ -285,6 +285,7 @@ def test_an_encoder_is_trained_and_its_table_has_its_other_scores(texts):
     assert lines.results[0]["matrix"] != lines.results[2]["matrix"]
     assert lines.results[0]["matrix"][0] == lines.results[2]["matrix"][0]  # the first stage is the same
     head, of_lora, of_link = tables.table(sequence, lines)
-    ends = [np.mean(line["accuracy"][-1]) for line in lines.results[:2]]
-    assert of_lora[head.index("accuracy")] == f"{np.mean(ends):.3f}"
-    assert of_link[head.index("accuracy over all classes") + 1].count(", ") == 1
+    for name, title in sequence.more_scores.items():
+        loras, links = (np.mean([line[name][-1] for line in lines.results[k : k + 2]]) for k in (0, 2))
+        assert of_lora[head.index(title)] == f"{loras:.3f}"
+        assert float(of_link[head.index(title) + 1].split()[0]) == pytest.approx(links - loras, abs=1e-3)
