@@ -21,10 +21,13 @@ from benchmarks import (
     peft_table,
     scale,
     speed,
-    stages,
     vocabulary,
 )
 from benchmarks.lines import Lines, Rows
+from benchmarks.stages import tables
+from benchmarks.stages.encoder import ENCODER
+from benchmarks.stages.language import LANGUAGE
+from benchmarks.stages.sequence import TaskSequence
 
 ROOT = Path(__file__).parent.parent
 ALL = "benchmarks/README.md"
@@ -34,6 +37,11 @@ Quote = Callable[[list[dict[str, Any]]], Rows]
 def of(module: Any, rows: Quote) -> Callable[[], Rows]:
     """The rows that a benchmark makes of its lines."""
     return lambda: rows(Lines(module.FILE).results)
+
+
+def of_stages(table: Callable[[TaskSequence, Lines], Rows], sequence: TaskSequence) -> Callable[[], Rows]:
+    """The rows of a sequence of tasks, without their head."""
+    return lambda: table(sequence, Lines(sequence.file))[1:]
 
 
 def in_short(rows: Rows, methods: Sequence[str]) -> Rows:
@@ -66,8 +74,9 @@ TABLES: dict[tuple[str, str], Callable[[], Rows]] = {
     ("docs/results.md", "| | 4 links of COLA |"): lambda: in_short(
         of(gsm8k, gsm8k.rows)(), ["4 links", "half merged at 4 knots", "LoRA of rank"]
     ),
-    ("docs/results.md", "| between two stages |"): lambda: stages.table_of_rates(Lines(stages.FILE))[1:],
-    ("docs/results.md", "| at its best rate |"): lambda: stages.table(Lines(stages.FILE))[1:],
+    ("docs/results.md", "| between two stages |"): of_stages(tables.table_of_rates, LANGUAGE),
+    ("docs/results.md", "| at its best rate |"): of_stages(tables.table, LANGUAGE),
+    ("docs/results.md", "| an encoder |"): of_stages(tables.table, ENCODER),
 }
 
 
@@ -77,6 +86,12 @@ def sentences() -> Iterator[tuple[str, str, Sequence[str]]]:
     ratios = [[cell.split()[0] for cell in row[1:3]] for row in compared if "command" in row[0]]
     ends = [end(values) for values in zip(*ratios, strict=True) for end in (min, max)]
     yield "README.md", "[{} to {} of the time and {} to {} of the memory](docs/speed.md)", ends
+    gains = [row[4].split()[0].removeprefix("-") for of in (ENCODER, LANGUAGE) for row in of_stages(tables.table, of)()[1:2]]
+    yield (
+        "README.md",
+        "encoder ended {} nats lower than one LoRA trained through all four (3 orders, 3 seeds), and SmolLM2 {}",
+        gains,
+    )
     (dpo,) = (row for row in compared if "DPO" in row[0])
     yield "docs/preferences.md", "takes [{} of the time and {} of the memory]", [cell.split()[0] for cell in dpo[1:3]]
 

@@ -1,0 +1,83 @@
+"""The tables of a sequence's lines."""
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.lines import Lines
+from benchmarks.stages.arms import ARMS
+from benchmarks.stages.measures import (
+    Array,
+    Measure,
+    after_own_stage,
+    at_the_end,
+    difference_of,
+    forgetting,
+    score_at_the_end,
+)
+from benchmarks.stages.plan import best_rate, tuning
+from benchmarks.stages.sequence import TaskSequence
+
+
+def table(sequence: TaskSequence, lines: Lines) -> list[list[str]]:
+    """The head, and a row for each arm at its best rate; differences are over the runs that both arms have.
+
+    The last row is one LoRA at the best rate of a new link, if there are several such runs.
+    """
+    measures: dict[str, Measure] = {"loss at the end": at_the_end, "forgetting": forgetting}
+    measures["after its own stage"] = after_own_stage
+    measures |= {title: score_at_the_end(name) for name, title in sequence.more_scores.items()}
+    found = [["arm", "rate", "runs", *(cell for title in measures for cell in (title, "to one LoRA"))]]
+    if not (tokens := _tokens(lines)).size:
+        return found
+    rows = [(ARMS[arm].title, arm, best_rate(lines, arm)) for arm in ARMS if tuning(lines, ARMS[arm].scaled or arm)]
+    best = {arm: rate for _, arm, rate in rows}
+    loras = _at_rate(lines, "lora", best.get("lora"))
+    if best.keys() >= {"lora", "link"} and best["lora"] != best["link"] and len(_at_rate(lines, "lora", best["link"])) > 1:
+        rows.append(("one LoRA, at the rate of a new link", "lora", best["link"]))
+    for title, arm, rate in rows:
+        if not (of_arm := _at_rate(lines, arm, rate)):
+            continue
+        cells = [title, f"{rate:g}", str(len(of_arm))]
+        pairs = [(line, loras[key]) for key, line in of_arm.items() if key in loras and line is not loras[key]]
+        for measure in measures.values():
+            is_of_end = measure not in (forgetting, after_own_stage)
+            has_measure = is_of_end or len(next(iter(of_arm.values()))["matrix"]) == len(sequence.tasks)
+            means = [float(measure(sequence, line, tokens).sum()) for line in of_arm.values()] if has_measure else []
+            cells.append(f"{np.mean(means):.3f}" if means else "")
+            if not has_measure or not pairs:
+                cells.append("")
+                continue
+            ours, theirs = ([measure(sequence, line, tokens) for line in side] for side in zip(*pairs, strict=True))
+            mean, low, high = difference_of(ours, theirs, tokens)
+            cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if low < high else f"{mean:+.3f}")
+        found.append(cells)
+    return found
+
+
+def table_of_rates(sequence: TaskSequence, lines: Lines) -> list[list[str]]:
+    """The head, the base, and a row for each run of the first order and seed: its losses at the end, and its measures."""
+    found = [["arm", "rate", "validation", *sequence.tasks.values(), "mean", "forgetting", "after its own stage"]]
+    tokens, order = _tokens(lines), list(ARMS)
+    ends = [line for line in lines.results if line["arm"] == "base"]
+    of_rates = [line for arm in ARMS for line in tuning(lines, arm)]
+    for line in ends + sorted(of_rates, key=lambda line: (order.index(line["arm"]), line["rate"])):
+        losses = at_the_end(sequence, line, tokens)
+        cells = [ARMS[line["arm"]].title, f"{line['rate']:g}"] if line["arm"] in ARMS else ["before training", ""]
+        if "scales" in line:
+            cells[0] += f" ({', '.join(f'{scale:g}' for scale in line['scales'])})"
+        cells.append(f"{np.mean(line['validation']):.3f}")
+        cells += [f"{loss * len(sequence.tasks):.3f}" for loss in losses.sum(1)] + [f"{losses.sum():.3f}"]
+        measures = (forgetting, after_own_stage) if len(line["matrix"]) == len(sequence.tasks) else ()
+        found.append(cells + ([f"{measure(sequence, line, tokens).sum():.3f}" for measure in measures] or [""] * 2))
+    return found
+
+
+def _at_rate(lines: Lines, arm: str, rate: float | None) -> dict[tuple[int, int], dict[str, Any]]:
+    """The lines of an arm with a rate, by order and seed."""
+    return {(line["order"], line["seed"]): line for line in lines.results if (line["arm"], line.get("rate")) == (arm, rate)}
+
+
+def _tokens(lines: Lines) -> Array:
+    """How many tokens with a loss each test row has: tasks x rows; empty without the base's line."""
+    return np.array(next((line["tokens"] for line in lines.results if line["arm"] == "base"), []), dtype=float)
