@@ -1,5 +1,7 @@
 """What the pages quote of the benchmarks is what the files of lines give."""
 
+import re
+
 import pytest
 
 from benchmarks import pages
@@ -14,8 +16,10 @@ def test_a_number_that_the_lines_do_not_give_is_written_anew(tmp_path, monkeypat
     page = tmp_path / "docs" / "speed.md"
     page.parent.mkdir()
     text = (pages.ROOT / "docs" / "speed.md").read_text()
-    changed = text.replace("1.03 to 1.04 times the forward", "0.93 to 1.04 times the forward").replace("| 0.79 (", "| 0.69 (")
-    assert changed != text
-    page.write_text(changed)
-    monkeypatch.setattr(pages, "ROOT", tmp_path)
-    assert pages.written("docs/speed.md") == text
+    for number in (r"(?<=SST2 \| )[\d.]+", r"[\d.]+(?= times the forward)"):
+        changed, n = re.subn(number, "9.99", text)
+        assert n == 1
+        page.write_text(changed)
+        with monkeypatch.context() as patch:
+            patch.setattr(pages, "ROOT", tmp_path)
+            assert pages.written("docs/speed.md") == text
