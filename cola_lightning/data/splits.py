@@ -28,7 +28,7 @@ READERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
 COMPRESSIONS = (".gz", ".zst")
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # in a folder of DatasetDict.save_to_disk, or of Dataset.save_to_disk
 SHARD = re.compile(r"-\d+-of-\d+$")  # the end of the name of a file that has a part of a split
-SPLIT = re.compile("train|val|dev|eval|test")  # in the name of a file that is not just the only one
+SPLIT = re.compile("train|val|dev|eval|test")  # in a file's name, which then says its split
 WORTH_A_BAR_BYTES = 10**8  # of files, whose preparation takes seconds
 
 
@@ -157,7 +157,7 @@ def _ending(name: str) -> str | None:
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     """The files of each split in a folder: ``train.csv``, or ``train-00000-of-00002.parquet`` and so on.
 
-    The only one is ``train``, unless its name is a split's: ``metadata.csv``, ``data.jsonl``.
+    A folder's only file, such as ``metadata.csv`` or ``data.jsonl``, is ``train``, unless its name says another split.
     """
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):

@@ -145,7 +145,7 @@ class Stages:
         last, names = self.stages[-1], [stage.name for stage in self.stages]
 
         def losses_of(name: str, tried: Sequence[Scale]) -> list[list[float]]:
-            states = {str(number): scale for number, scale in enumerate(tried)}
+            states = {str(number): scale for number, scale in enumerate(tried)}  # no stage can have a number as its name
             log.info("fit_scales: stage %s (%d of %d)", name, names.index(name) + 1, len(names))
             tasks = [self._measure(stage, last, "validate", states, f"scales/{name}") for stage in self.stages]
             return [
@@ -162,7 +162,7 @@ class Stages:
             log.info("fit_scales: no other factor is better than 1")
             return
         of_tasks = [stage for stage in self.stages if stage.name in tests]
-        scaled = {stage.name: self._measure(stage, last, "test", {"scaled": scale}, "scaled") for stage in of_tasks}
+        scaled = {stage.name: self._measure(stage, last, "test", {"0": scale}, "scaled") for stage in of_tasks}
         columns = Matrix.of({name: [*tests[name], *rows] for name, rows in scaled.items()}, kinds).columns
         rich.print(scales_table(last.name, columns))
         factor_text = yaml.safe_dump(factors, default_flow_style=True).strip()
