@@ -15,6 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import datasets
 from lightning.pytorch import Callback
 from transformers import AutoTokenizer
 
@@ -61,6 +62,7 @@ def read(arguments):
 
 
 if __name__ == "__main__":
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # after each stream it waits 5 s for Arrow's threads
     path = Path(sys.argv[1]).absolute()
     sys.argv[1:] = []  # LightningCLI warns of arguments that are given twice
     statuses = {}

@@ -85,7 +85,7 @@ class Recorder(Callback):
                 os.killpg(os.getpgid(0), self.signal)
             else:
                 os.kill(os.getpid(), self.signal)
-            time.sleep(1)  # what becomes of the workers is felt here, as it would be in a step that takes its time
+            time.sleep(0.3)  # what becomes of the workers is felt here, as it would be in a step that takes its time
 
     def _saving_by_halves(self, save):
         def save_by_halves(obj, file, *arguments, **keywords):
