@@ -210,11 +210,6 @@ class COLAByteGPT(COLAModule):
     def _evaluate(self, batch: Tensor, name: str) -> None:
         self.log(name, next_byte_loss(self.model, batch), batch_size=len(batch), prog_bar=True, sync_dist=True)
 
-    @override
-    def predict_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
-        windows = batch.long()
-        return {"prediction": self.model(windows[:, :-1])[:, -1].argmax(-1), "target": windows[:, -1]}
-
 
 class PythonSourceDataModule(EpochDataModule):
     """Python's standard library as non-overlapping windows of bytes.
@@ -224,33 +219,20 @@ class PythonSourceDataModule(EpochDataModule):
 
     Args:
         context: bytes of a window, without the target of its last byte.
-        batch_size: windows per training batch.
-        eval_batch_size: windows per batch in validation and test; None: as in training.
         eval_size: number of validation windows, and of test windows.
-        train_size: number of training windows; None: all.
-        split_seed: seed of the training order, together with the module's seed.
-        num_workers: worker processes that prepare batches; 0: the main process prepares them.
+        arguments: the arguments of :class:`~cola_lightning.EpochDataModule`.
     """
 
-    def __init__(
-        self,
-        context: int = 128,
-        batch_size: int = 16,
-        eval_batch_size: int | None = 64,
-        eval_size: int = 512,
-        train_size: int | None = None,
-        split_seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(batch_size, eval_batch_size, split_seed, num_workers)
-        check_sizes(context=context, eval_size=eval_size, train_size=train_size)
-        self.context, self.eval_size, self.train_size = context, eval_size, train_size
+    def __init__(self, context: int = 128, eval_size: int = 512, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        check_sizes(context=context, eval_size=eval_size)
+        self.context, self.eval_size = context, eval_size
 
     @override
     def setup(self, stage: str) -> None:
         text = python_sources()
         cut = len(text) * 9 // 10
-        self.train = windows(text[:cut], self.context)[: self.train_size]
+        self.train = windows(text[:cut], self.context)
         rest = windows(text[cut:], self.context)
         self.val, self.test = (self._evenly(part) for part in (rest[::2], rest[1::2]))
 

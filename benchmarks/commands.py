@@ -10,7 +10,6 @@ time, ``by_clock`` needs a machine without other programs, and ``mib`` is the pe
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from benchmarks.lines import Lines, Rows, main
-from benchmarks.steps import SMOLLM2
+from benchmarks.steps import BESIDE, SMOLLM2, beside
 from cola_lightning.data.splits import load_splits
 from cola_lightning.data.tasks import TASKS as PAPER_TASKS
 from cola_lightning.hf.pretrained import Pretrained
@@ -112,20 +111,17 @@ def run(lines: Lines) -> None:
             lines.add(one | {"rounds": [{side: measure(command) for side, command in both.items()} for _ in range(3)]})
 
 
-COLUMNS = ("task", "seconds", "peft's", "ratio", "MiB", "peft's", "ratio")
-
-
 def rows(results: list[dict[str, Any]]) -> Rows:
-    """Medians over the rounds of both sides, and of their ratio within a round."""
+    """The ratios of each task, in seconds by the clock and in memory."""
     table = []
-    for result in results:
-        cells = [result["task"]]
-        for unit in ("by_clock", "mib"):
-            cells += [f"{statistics.median(one[side][unit] for one in result['rounds']):,.0f}" for side in ("cola", "peft")]
-            cells.append(f"{statistics.median(one['cola'][unit] / one['peft'][unit] for one in result['rounds']):.2f}")
-        table.append(cells)
+    for line in results:
+        units = {
+            unit: {side: [one[side][name] for one in line["rounds"]] for side in ("cola", "peft")}
+            for unit, name in (("seconds", "by_clock"), ("mib", "mib"))
+        }
+        table.append(beside(f"a whole command: {line['task']}", units))
     return table
 
 
 if __name__ == "__main__":
-    main(__doc__, FILE, run, [(COLUMNS, rows)])
+    main(__doc__, FILE, run, [(BESIDE, rows)])

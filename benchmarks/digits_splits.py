@@ -20,7 +20,6 @@ COLUMNS = ("", "method", "rate", "splits", "test accuracy", "difference to LoRA"
 NAMES = {"lora": "LoRA", "cola": "10 links", "lora-sum-rank": "LoRA of the summed rank", "full": "full fine-tuning"}
 NAMES |= {"rac": "RAC-LoRA, 10 links", "relora": "ReLoRA, 10 links"}
 NAMES |= {"asymmetric": "LoRA, B alone trained", "plateau": "links until a plateau"}
-ON_PAGE = {"lora": (1, 2, 4), "cola": (1, 2, 4), "lora-sum-rank": (1,), "full": (1,)}  # at which ranks
 TUNING_SEEDS = 3
 
 CHAIN = [1e-2, 2e-2, 4e-2]
@@ -49,7 +48,7 @@ def studies() -> Iterator[Study]:
         yield Study(name, options, {"model.rank": rank, "model.alpha": rank, **more})
 
 
-def all_rows(results: Results) -> Rows:
+def rows(results: Results) -> Rows:
     """A row for each method at each rank."""
     table = []
     for rank in (1, 2, 4):
@@ -57,14 +56,8 @@ def all_rows(results: Results) -> Rows:
         if rank == 1:
             chosen["plateau"] = best_of(results, "plateau-rank-1", "max", TUNING_SEEDS)["cola"]
         table += [[f"rank {rank}", *short_cells(row, NAMES[row.method])] for row in summarize(chosen)]
-    return table
-
-
-def rows(results: Results) -> Rows:
-    """The rows of the page: LoRA and the chain at each rank, and what trains more parameters at rank 1."""
-    shown = {(f"rank {rank}", NAMES[method]) for method, ranks in ON_PAGE.items() for rank in ranks}
-    return grouped(row for row in all_rows(results) if (row[0], row[1]) in shown)
+    return grouped(table)
 
 
 if __name__ == "__main__":
-    main(__doc__, FILE, lambda lines: run(lines, studies()), [(COLUMNS, lambda results: grouped(all_rows(results)))])
+    main(__doc__, FILE, lambda lines: run(lines, studies()), [(COLUMNS, rows)])

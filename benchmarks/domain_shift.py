@@ -9,14 +9,13 @@ A run of 800 steps takes two to three minutes, one of 3,200 eight to twelve; the
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from benchmarks.lines import Rows, grouped, main
-from benchmarks.studies import Results, Study, best_of, results_of, run
+from benchmarks.studies import Results, Study, best_of, run
 from cola_lightning.study.figures import plot_curves
 from cola_lightning.study.table import short_cells, summarize
 
@@ -95,28 +94,16 @@ def rows(results: Results) -> Rows:
     return grouped(table)
 
 
-def rows_of_one_knot(results: Results) -> Rows:
-    """The chain with one early knot, and LoRA on the same seeds."""
+def rows_of_variants(results: Results) -> Rows:
+    """Each variant and what it is compared with, on the same seeds: one knot and LoRA, a decay in each link and one decay."""
     table = []
-    for setting in ONE_KNOT:
-        one_knot = best_of(results, setting.name)
-        seeds = {result.seed for result in one_knot["cola"]}
-        both = {"lora": best_of(results, replace(setting, variant="").name)["lora"]} | one_knot
-        same = {name: [result for result in of_method if result.seed in seeds] for name, of_method in both.items()}
-        table += [[setting.place, *short_cells(row, NAMES[row.method])] for row in summarize(same)]
-    return grouped(table)
-
-
-def rows_of_scopes(results: Results) -> Rows:
-    """The same runs with one decay over the run, and with one in each link: the means on test, and their difference."""
-    table = []
-    for setting in IN_EACH_LINK:
-        over_run = {result.key: result.test for result in results_of(results, replace(setting, variant="").name)}
-        for name, of_method in best_of(results, setting.name).items():
-            tests = [(over_run.get(one.key), one.test) for one in of_method]
-            pairs = [(run, link) for run, link in tests if run is not None and link is not None]
-            run, link = (fmean(values) for values in zip(*pairs, strict=True))
-            table.append([setting.place, NAMES[name], str(len(pairs)), f"{run:.3f}", f"{link:.3f}", f"{link - run:+.3f}"])
+    for setting in ONE_KNOT + IN_EACH_LINK:
+        plain = best_of(results, replace(setting, variant="").name)
+        for method, runs in best_of(results, setting.name).items():
+            other, seeds = "lora" if method == "cola" else method, {result.seed for result in runs}
+            both = {"lora": [result for result in plain[other] if result.seed in seeds], "variant": runs}
+            names = {"lora": NAMES[other], "variant": NAMES[method] + (", a decay in each" if other == method else "")}
+            table += [[setting.place, *short_cells(row, names[row.method])] for row in summarize(both)]
     return grouped(table)
 
 
@@ -151,9 +138,8 @@ def draw(results: Results, path: Path) -> None:
 COLUMNS = ("method", "rate", "seeds", "test loss", "difference to LoRA")
 TABLES = [
     (("domain shift", *COLUMNS), rows),
-    (("one knot", *COLUMNS), rows_of_one_knot),
+    (("a variant", *COLUMNS), rows_of_variants),
     (("from the same weights", *COLUMNS), rows_of_one_base),
-    (("decay", "method", "seeds", "over the run", "in each link", "difference"), rows_of_scopes),
 ]
 
 if __name__ == "__main__":

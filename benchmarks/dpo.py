@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.lines import Lines, Rows, main
-from benchmarks.steps import SMOLLM2, Work, peak_mib, ratio, take_turns
+from benchmarks.steps import BESIDE, SMOLLM2, Work, beside, peak_mib, take_turns, training_step
 from cola_lightning import COLAPreferenceLM
 from cola_lightning.data.encoding import Pair, collate_language, encode_responses
 
@@ -47,7 +47,8 @@ def cola_step() -> Work:
     """A step of this package, as its training loop takes it; each call takes the next batch."""
     module = COLAPreferenceLM(**SMOLLM2, target_modules=TARGETS, rank=RANK, alpha=2 * RANK, seed=0)
     module.configure_model()
-    return _steps(lambda batch: module.step(batch).loss, module.trained_parameters(), batches())
+    inputs = iter(batches() * 2)
+    return training_step(module, lambda: module.step(next(inputs)).loss)
 
 
 def trl_step() -> Work:
@@ -66,20 +67,8 @@ def trl_step() -> Work:
         processing_class=tokenizer,
         peft_config=peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, task_type="CAUSAL_LM"),
     )
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    return _steps(lambda batch: trainer.compute_loss(trainer.model, batch), trained, [*map(_right_padded, batches())])
-
-
-def _steps(loss: Callable[[Any], torch.Tensor], parameters: list[Any], inputs: list[dict[str, Any]]) -> Work:
-    """Steps of AdamW, on one batch after the other."""
-    optimizer, place = torch.optim.AdamW(parameters, lr=1e-4), iter(inputs * 2)
-
-    def step() -> None:
-        torch.autograd.backward(loss(next(place)))
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    inputs = map(_right_padded, batches() * 2)
+    return training_step(trainer.model, lambda: trainer.compute_loss(trainer.model, next(inputs)))
 
 
 def _right_padded(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -104,8 +93,8 @@ def run(lines: Lines) -> None:
 
 def rows(results: list[dict[str, Any]]) -> Rows:
     """The ratio of each unit."""
-    return [[unit, f"{ratio(line[unit], 'cola', 'trl'):.2f}"] for line in results for unit in ("seconds", "mib")]
+    return [beside("a step of DPO (TRL)", line, "trl") for line in results]
 
 
 if __name__ == "__main__":
-    main(__doc__, FILE, run, [(("a step", "cola / TRL"), rows)])
+    main(__doc__, FILE, run, [(BESIDE, rows)])

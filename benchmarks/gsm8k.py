@@ -9,7 +9,6 @@ linked from ``$COLA_DATA_DIR/real``. Zig's are its standard library (MIT): ``pip
 
 import importlib.util
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from typing_extensions import override
 
 from benchmarks import studies
 from benchmarks.lines import Lines, Rows, grouped, main
+from benchmarks.stages.measures import difference_of
 from benchmarks.studies import Results, Study, best_of, results_of
 from cola_lightning import COLACausalLM
 from cola_lightning.cli import main as cola
@@ -209,36 +208,20 @@ def run(lines: Lines) -> None:
 # ---------------------------------------------------------------------- the tables
 
 
-def difference_of(ours: Sequence[Losses], theirs: Sequence[Losses]) -> tuple[float, float, float]:
-    """The mean difference of the loss per token, and its interval of 95 %, over the rows and over the seeds.
-
-    Both models score the same rows, so what makes a row hard for both cancels. The variance of the mean over rows and, of
-    several seeds, that over seeds are added; the interval is Student's, with the degrees of freedom of Welch and Satterthwaite.
-    Of one seed, it does not contain how much a difference varies from seed to seed.
+def difference(ours: Sequence[Losses], theirs: Sequence[Losses]) -> tuple[float, float, float]:
+    """The mean difference of the loss per token, and its interval of 95 % over the rows and the seeds.
 
     Args:
         ours: the rows of a model, for each seed.
         theirs: those of the other model, for the same seeds.
-
-    Returns:
-        The difference, and the interval's lower and upper end; of a ratio of sums, because rows have different lengths.
     """
-    sizes = np.array([size for _, size in ours[0]])
-    if any([size for _, size in rows] != sizes.tolist() for rows in [*ours, *theirs]):
+    tokens = np.array([[size for _, size in ours[0]]], dtype=float)
+    if any([size for _, size in rows] != tokens[0].tolist() for rows in [*ours, *theirs]):
         raise ValueError("the models have scored different rows")
-    mine, other = (np.array([[loss for loss, _ in rows] for rows in seeds]) for seeds in (ours, theirs))
-    gaps, shares = mine - other, sizes / sizes.sum()  # seeds x rows; rows
-    n_seeds, n_rows = gaps.shape
-    of_seeds = gaps @ shares
-    mean = of_seeds.mean()
-    of_rows = ((shares * (gaps.mean(0) - mean)) ** 2).sum() * n_rows / (n_rows - 1)
-    variances = [(of_rows, n_rows - 1)]
-    if n_seeds > 1:
-        variances.append((of_seeds.var(ddof=1) / n_seeds, n_seeds - 1))
-    total = sum(variance for variance, _ in variances)
-    freedom = total**2 / sum(variance**2 / degrees for variance, degrees in variances) if total else math.inf
-    margin = math.sqrt(total) * stats.t.ppf(0.975, freedom)
-    return float(mean), float(mean - margin), float(mean + margin)
+    mine, other = (
+        [np.array([[loss for loss, _ in rows]]) * tokens / tokens.sum() for rows in seeds] for seeds in (ours, theirs)
+    )
+    return difference_of(mine, other, tokens)
 
 
 COLUMNS = ("GSM8K, Zig", "method", "rate", "seeds", "test loss", "to LoRA")
@@ -253,7 +236,7 @@ def rows(results: Results) -> Rows:
             mean = sum(loss * size for loss, size in line["rows"]) / total
             table.append([TASKS[line["task"]], "before training", "", "", f"{mean:.4f}", ""])
     for setting in dict.fromkeys(setting for setting, *_ in CALLS):
-        for chosen, difference in compared(results, setting):
+        for chosen, gap in compared(results, setting):
             (summary,) = summarize({"method": chosen})
             rates = sorted({one.learning_rate for one in results_of(results, setting.name) if one.method == chosen[0].method})
             best = chosen[0].learning_rate
@@ -264,7 +247,7 @@ def rows(results: Results) -> Rows:
                     ", ".join(f"**{rate:g}**" if rate == best and len(rates) > 1 else f"{rate:g}" for rate in rates),
                     str(summary.seeds) if summary.seeds > 1 else "",
                     shown_test(summary),
-                    "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference) if difference else "",
+                    "{:+.4f} [{:+.4f}, {:+.4f}]".format(*gap) if gap else "",
                 ]
             )
     return grouped(table)
@@ -299,14 +282,9 @@ def compared(results: Results, setting: Setting) -> Iterator[tuple[list[Result],
             (losses[setting.name, *one.key], losses[of_study, *other.key])
             for one in of_method
             for other in lora
-            if is_pair(one, other)
+            if one != other and one.seed == other.seed and None not in (one.test, other.test)
         ]
-        yield of_method, difference_of(*zip(*pairs, strict=True)) if pairs else None
-
-
-def is_pair(one: Result, lora: Result) -> bool:
-    """Whether a result can be compared with LoRA's row by row."""
-    return one != lora and one.seed == lora.seed and None not in (one.test, lora.test)
+        yield of_method, difference(*zip(*pairs, strict=True)) if pairs else None
 
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)

@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
 from benchmarks.lines import Lines, Rows, main
-from benchmarks.steps import SILENT, ratio
+from benchmarks.steps import BESIDE, SILENT, beside
 from cola_lightning import COLAImageClassifier
 
 FILE = Path(__file__).with_suffix(".jsonl")
@@ -86,8 +86,8 @@ def run(lines: Lines) -> None:
 
 def rows(results: list[dict[str, Any]]) -> Rows:
     """The ratio of the seconds."""
-    return [[f"{ratio(line['seconds'], 'cola', 'peft'):.2f}"] for line in results]
+    return [beside("a step on pictures", line) for line in results]
 
 
 if __name__ == "__main__":
-    main(__doc__, FILE, run, [(("a step on pictures: cola / peft",), rows)])
+    main(__doc__, FILE, run, [(BESIDE, rows)])

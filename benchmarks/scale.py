@@ -18,7 +18,6 @@ all in full fine-tuning. ``COLA float32`` is a base in float32 under bf16-mixed.
 """
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,39 +91,22 @@ def build(config: PretrainedConfig, method: Method, device: str = "meta") -> nn.
     return model
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What a model holds: the number of trained parameters, and bytes."""
+def sizes(model: nn.Module) -> dict[str, int]:
+    """The number of trained parameters, and bytes, tied weights once.
 
-    trained: int
-    base: int  # the model's own weights
-    links: int  # A and B
-    stack: int
-    in_4_bits: int = 0  # the base, where the linear layers of its blocks are in nf4
-
-    @property
-    def gradients(self) -> int:
-        """Of what is trained, which is in float32."""
-        return 4 * self.trained
-
-
-def sizes(model: nn.Module) -> Sizes:
-    """Counts what is there; tied weights once."""
-
-    def own(parameters: Iterable[tuple[str, Tensor]]) -> int:
-        return sum(p.nbytes for name, p in parameters if not name.endswith(("lora_A", "lora_B")))
-
+    ``base`` are the model's own weights, ``links`` A and B; in ``base_in_4_bits`` the linear layers of its blocks are in nf4.
+    """
     layers = lora_layers(model).values()
     blocks = max((part for part in model.modules() if isinstance(part, nn.ModuleList)), key=len)
-    base = own(model.named_parameters())
+    base = sum(p.nbytes for name, p in model.named_parameters() if not name.endswith(("lora_A", "lora_B")))
     linear = [part.weight for part in blocks.modules() if isinstance(part, nn.Linear)]
-    return Sizes(
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        base=base,
-        links=sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers),
-        stack=sum(layer.stack.A.nbytes + layer.stack.B.nbytes for layer in layers if layer.stack is not None),
-        in_4_bits=base + sum(round(weight.numel() * BYTES_IN_4_BITS) - weight.nbytes for weight in linear),
-    )
+    return {
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "base": base,
+        "links": sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers),
+        "stack": sum(layer.stack.A.nbytes + layer.stack.B.nbytes for layer in layers if layer.stack is not None),
+        "base_in_4_bits": base + sum(round(weight.numel() * BYTES_IN_4_BITS) - weight.nbytes for weight in linear),
+    }
 
 
 class AsOnAGPU(TorchFunctionMode):
@@ -186,18 +168,13 @@ def activations(config: PretrainedConfig, method: Method, rows: int = ROWS, leng
     return {"all": everything, "copies": copies, "checkpointed": inputs + max(block, held)}
 
 
-def memory(parts: Sizes) -> dict[str, int]:
-    """Bytes on one GPU, without activations."""
-    held = {"base": parts.base, "links": parts.links, "stack": parts.stack}
-    return held | {"gradients": parts.gradients, "optimizer": 2 * parts.gradients}
-
-
 def plan(name: str, method: Method) -> dict[str, Any]:
-    """The result of a model and a method."""
-    config = MODELS[name]
-    parts = sizes(build(config, method))
-    found: dict[str, Any] = {"model": name, "method": method.name, "trained": parts.trained, "memory": memory(parts)}
-    return found | {"base_in_4_bits": parts.in_4_bits, "activations": activations(config, method)}
+    """The result of a model and a method; the memory is without activations."""
+    parts = sizes(build(MODELS[name], method))
+    memory = {part: parts[part] for part in ("base", "links", "stack")}
+    memory |= {"gradients": 4 * parts["trained"], "optimizer": 8 * parts["trained"]}
+    found: dict[str, Any] = {"model": name, "method": method.name, "trained": parts["trained"], "memory": memory}
+    return found | {"base_in_4_bits": parts["base_in_4_bits"], "activations": activations(MODELS[name], method)}
 
 
 COLUMNS = ["model", "full fine-tuning", "float32", "a chain", "`stack`", "`stack`, one row"]
@@ -215,9 +192,9 @@ def rows(results: list[dict[str, Any]]) -> Rows:
         held, kept = sum(stack["memory"].values()), stack["activations"]
         of_row = kept["copies"] + (kept["all"] - kept["copies"]) // ROWS
         quantized = held - stack["memory"]["base"] + stack["base_in_4_bits"]
-        sizes = [sum(each["memory"].values()) + each["activations"]["all"] for each in (full, wide, merge)]
-        sizes += [held + kept["all"], held + of_row, held + kept["checkpointed"], quantized + kept["checkpointed"]]
-        table.append([model, *(_gb(size) for size in sizes)])
+        totals = [sum(each["memory"].values()) + each["activations"]["all"] for each in (full, wide, merge)]
+        totals += [held + kept["all"], held + of_row, held + kept["checkpointed"], quantized + kept["checkpointed"]]
+        table.append([model, *(_gb(size) for size in totals)])
     return table
 
 

@@ -31,7 +31,19 @@ from torch.utils.data import DataLoader
 from transformers import OPTConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from benchmarks.lines import Lines, Rows, main
-from benchmarks.steps import SILENT, RandomCausalLM, Values, Work, build, peak_mib, ratio, take_turns, training_step
+from benchmarks.steps import (
+    BESIDE,
+    SILENT,
+    RandomCausalLM,
+    Values,
+    Work,
+    beside,
+    build,
+    peak_mib,
+    ratio,
+    take_turns,
+    training_step,
+)
 from cola_lightning import ChainOfLoRA, LoRAConfig, inject_lora
 
 FILE = Path(__file__).with_suffix(".jsonl")
@@ -175,5 +187,11 @@ def rows(results: list[dict[str, Any]]) -> Rows:
     ]
 
 
+def rows_beside(results: list[dict[str, Any]]) -> Rows:
+    """The steps next to peft's."""
+    names = {"step": "a step", "experts": "a step with experts"}
+    return [beside(f"{names[line['what']]}, {line['length']} tokens a row", line) for line in results if line["what"] in names]
+
+
 if __name__ == "__main__":
-    main(__doc__, FILE, run, [(COLUMNS, rows)])
+    main(__doc__, FILE, run, [(COLUMNS, rows), (BESIDE, rows_beside)])

@@ -81,6 +81,20 @@ def ratio(values: Values, mine: str, other: str) -> float:
     return statistics.median(a / b for a, b in zip(values[mine], values[other], strict=True))
 
 
+BESIDE = ("what", "time / theirs", "memory / theirs")
+
+
+def beside(what: str, line: Mapping[str, Any], theirs: str = "peft") -> list[str]:
+    """A row next to another library: the median ratio of seconds and of memory, and the smallest and largest of the rounds."""
+    cells = []
+    for unit in ("seconds", "mib"):
+        pairs = zip(line[unit]["cola"], line[unit][theirs], strict=True) if unit in line else ()
+        ratios = [one / other for one, other in pairs]
+        spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+        cells.append(f"{statistics.median(ratios):.2f}{spread}" if ratios else "")
+    return [what, *cells]
+
+
 def mib(field: str) -> float:
     """What this process holds (``VmRSS``) or has held at most (``VmHWM``), in MiB.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.lines import Lines
+from benchmarks.lines import Lines, show
 from benchmarks.stages.encoder import ENCODER
 from benchmarks.stages.language import LANGUAGE
 from benchmarks.stages.plan import run_missing
@@ -42,9 +42,7 @@ def main() -> None:
         with quiet():
             run_missing(sequence, lines, sequence.read_data(Path(os.environ.get("COLA_DATA_DIR", "."))))
     for rows in (table_of_rates(sequence, lines), table(sequence, lines)):
-        head, *others = rows
-        for row in [head, ["---"] * len(head), *others]:
-            print(f"| {' | '.join(row)} |")
+        show(rows[0], rows[1:])
         print()
 
 

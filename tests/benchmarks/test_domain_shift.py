@@ -36,11 +36,10 @@ def test_the_base_is_trained_once_for_each_recipe_and_corpus_and_then_read(cache
 @pytest.mark.usefixtures("cache")
 def test_a_chain_of_the_example_trains_and_is_loaded_again(tmp_path):
     module = COLAByteGPT(**SIZES, pretrain_steps=2, target_modules=["qkv", "up"], rank=1, seed=0)
-    data = PythonSourceDataModule(context=8, batch_size=4, eval_size=16, train_size=32)
-    run = trainer(tmp_path, chain={"every_n_train_steps": 2}, max_epochs=1)
+    data = PythonSourceDataModule(context=8, batch_size=4, eval_size=16)
+    run = trainer(tmp_path, chain={"every_n_train_steps": 2}, max_epochs=1, limit_train_batches=8)
     run.fit(module, data)
     assert module.n_finished == 3
     run.save_checkpoint(tmp_path / "run.ckpt")
     again = COLAModule.load_from_checkpoint(tmp_path / "run.ckpt")
     assert run.test(again, data, verbose=False) == run.test(module, data, verbose=False)
-    assert run.predict(again, data)[0].keys() == {"prediction", "target"}

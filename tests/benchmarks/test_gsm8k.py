@@ -12,7 +12,7 @@ import yaml
 from scipy import stats
 
 from benchmarks import gsm8k, studies
-from benchmarks.gsm8k import Setting, difference_of
+from benchmarks.gsm8k import Setting, difference
 from benchmarks.lines import Lines
 from cola_lightning.study import study
 from cola_lightning.study.run import run
@@ -76,16 +76,16 @@ def test_over_rows_of_one_length_the_interval_is_that_of_a_paired_t_test():
     expected = stats.ttest_rel(ours, theirs)
     interval = expected.confidence_interval(0.95)
     mean = statistics.fmean(ours) - statistics.fmean(theirs)
-    assert difference_of(rows[:1], rows[1:]) == pytest.approx((mean, interval.low, interval.high))
+    assert difference(rows[:1], rows[1:]) == pytest.approx((mean, interval.low, interval.high))
 
 
 def test_rows_weigh_as_many_tokens_as_they_have_and_the_interval_is_over_rows_and_seeds():
     theirs = [(1.0, 10), (2.0, 30)]
     ours = [[(1.2, 10), (2.0, 30)], [(1.0, 10), (1.6, 30)]]
-    mean, low, high = difference_of(ours, [theirs, theirs])
+    mean, low, high = difference(ours, [theirs, theirs])
     assert mean == pytest.approx((0.1 * 10 - 0.2 * 30) / 40)
     of_rows = math.sqrt(2 * ((0.25 * (0.1 - mean)) ** 2 + (0.75 * (-0.2 - mean)) ** 2))
     of_seeds = statistics.stdev([0.05, -0.3]) / math.sqrt(2)
     freedom = (of_rows**2 + of_seeds**2) ** 2 / (of_rows**4 + of_seeds**4)
     assert (high - low) / 2 == pytest.approx(math.hypot(of_rows, of_seeds) * stats.t.ppf(0.975, freedom))
-    assert difference_of([theirs], [theirs]) == (0, 0, 0)
+    assert difference([theirs], [theirs]) == (0, 0, 0)

@@ -31,10 +31,10 @@ def test_weights_links_and_stack_are_those_of_a_module(tmp_path, method):
     run.fit(module, DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=None))
     assert module.n_finished == method.n_finished
     parts, layers = scale.sizes(scale.build(tiny.config("llama"), method)), module.adapted.layers.values()
-    assert parts.trained == sum(p.numel() for p in module.parameters() if p.requires_grad)
-    assert parts.base + parts.links == sum(p.nbytes for p in module.parameters())
-    assert parts.links == sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers)
-    assert parts.stack == sum(layer.stack.A.nbytes + layer.stack.B.nbytes for layer in layers if layer.stack is not None)
+    assert parts["trained"] == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert parts["base"] + parts["links"] == sum(p.nbytes for p in module.parameters())
+    assert parts["links"] == sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in layers)
+    assert parts["stack"] == sum(layer.stack.A.nbytes + layer.stack.B.nbytes for layer in layers if layer.stack is not None)
 
 
 @pytest.mark.parametrize(
