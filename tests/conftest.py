@@ -21,6 +21,7 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 import pytest
 from hypothesis import settings
 
+collect_ignore = ["helpers"]  # no examples in docstrings; one of them is not to be imported here
 settings.register_profile("same", derandomize=True, deadline=None, database=None)  # the same inputs on each machine
 settings.load_profile("same")
 gc.disable()  # until all is imported
