@@ -17,6 +17,7 @@ from benchmarks.lines import Lines
 from cola_lightning.study import study
 from cola_lightning.study.run import run
 from tests.helpers import tiny
+from tests.helpers.comparing import known_config
 
 
 @pytest.fixture
@@ -42,6 +43,9 @@ def lines(tmp_path, monkeypatch):
     monkeypatch.setattr(gsm8k, "TASKS", {"gsm8k": "GSM8K"})
     monkeypatch.setattr(gsm8k, "CALLS", [(Setting("gsm8k", 1, 4), {"lora": [1e-3], "cola-4": [1e-3]}, 1)])
     monkeypatch.setattr(study, "execute", execute)
+    monkeypatch.setattr(study, "resolve_config", lambda words: known_config(*words))
+    for name in ("draw_curves", "draw_points"):  # they take longer than all else
+        monkeypatch.setattr(study, name, lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["cola"])
     return Lines(tmp_path / "gsm8k.jsonl")
 
