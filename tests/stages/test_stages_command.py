@@ -120,8 +120,9 @@ def _here():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with the rows of three tasks, a model and a config of three stages."""
+def trained(tmp_path_factory):
+    """A folder with the rows of three tasks, a model and a config of three stages, of which the command has trained the first
+    two and then, in a copy of its output, all."""
     folder = tiny.make_language_folder(tmp_path_factory.mktemp("stages"))
     flipped = [row | {"label": 1 - row["label"]} for row in tiny.read_rows(folder / "rows" / "train.jsonl")]
     tiny.write_rows(folder / "flipped", flipped)
@@ -130,38 +131,19 @@ def made(tmp_path_factory):
     config["trainer"] |= {"max_epochs": 1}
     config["model"]["init_args"]["alpha"] = 4
     del config["chain"]
-    (folder / "stages.yaml").write_text(yaml.safe_dump(config | {"stages": STAGES}, sort_keys=False))
-    return folder
-
-
-@pytest.fixture
-def config(made, tmp_path, monkeypatch):
-    """The config, in a folder of its own with what it names."""
-    shutil.copytree(made, tmp_path / "own")
-    monkeypatch.chdir(tmp_path / "own")
-    return yaml.safe_load(Path("stages.yaml").read_text())
-
-
-@pytest.fixture(scope="module")
-def trained(made, tmp_path_factory):
-    """A folder in which the command was called for the first two stages and then, in a copy of its output, for all."""
-    folder = shutil.copytree(made, tmp_path_factory.mktemp("trained") / "own")
     with contextlib.chdir(folder):
-        config = yaml.safe_load(Path("stages.yaml").read_text())
-        flipped = config["stages"].pop("flipped")
-        write(config)
+        write(config | {"stages": {name: STAGES[name] for name in ("good", "pairs")}})
         assert stages(output="two") == 0
         shutil.copytree("two", "out")
-        config["stages"]["flipped"] = flipped
-        write(config)
+        write(config | {"stages": STAGES})
         with open("printed.txt", "w") as printed, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             assert stages("--max_forgetting", "1e-9") == 3
     return folder
 
 
 @pytest.fixture
-def config_of_trained(trained, tmp_path, monkeypatch):
-    """As ``config``, with what was trained."""
+def config(trained, tmp_path, monkeypatch):
+    """The config, in a folder of its own with what it names and what was trained."""
     shutil.copytree(trained, tmp_path / "own")
     monkeypatch.chdir(tmp_path / "own")
     return yaml.safe_load(Path("stages.yaml").read_text())
@@ -184,7 +166,7 @@ def trained_in(printed):
     return [line.split()[1] for line in printed.splitlines() if ": training, see " in line]
 
 
-def test_each_stage_begins_from_the_one_before_and_is_trained_once(config_of_trained, capfd, monkeypatch):
+def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd, monkeypatch):
     assert trained_in(Path("printed.txt").read_text()) == ["flipped"]
     assert [link.name for link in chain("flipped").links] == ["good", "good", "pairs", "flipped"]
     for name, n in {"good": 2, "pairs": 3}.items():
@@ -205,8 +187,8 @@ def test_each_stage_begins_from_the_one_before_and_is_trained_once(config_of_tra
     Path("moved").rename("out")
     assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")} == results
 
-    config_of_trained["stages"]["pairs"]["trainer"] = {"max_steps": 4}
-    write(config_of_trained)
+    config["stages"]["pairs"]["trainer"] = {"max_steps": 4}
+    write(config)
     monkeypatch.setattr(Stages, "_test", lambda *_: [])
     assert stages() == 0
     out = capfd.readouterr().out
@@ -223,7 +205,7 @@ def measured(stage, links):
     return read_csv(path)[-1]
 
 
-@pytest.mark.usefixtures("config_of_trained")
+@pytest.mark.usefixtures("config")
 def test_the_matrix_is_what_tests_of_the_last_checkpoint_give():
     printed, rows = Path("printed.txt").read_text(), read_csv("out/matrix.csv")
     assert [(row["links"], row["stage"]) for row in rows] == [("0", "base"), ("2", "good"), ("3", "pairs"), ("4", "flipped")]
@@ -319,8 +301,7 @@ def test_the_interval_of_an_average_is_welchs():
     assert Difference.mean([Difference(1.0), columns[0].forgetting]).margin is None  # one is of an F1, say
 
 
-def test_other_rows_in_the_same_file_are_another_stage(config_of_trained, capfd, monkeypatch):
-    config = config_of_trained
+def test_other_rows_in_the_same_file_are_another_stage(config, capfd, monkeypatch):
     monkeypatch.setattr(Stages, "_test", lambda *_: [])
     del config["stages"]["pairs"]
     write(config)
@@ -349,8 +330,7 @@ def test_other_rows_in_the_same_file_are_another_stage(config_of_trained, capfd,
     assert "stages.other: with --knot half" in capfd.readouterr().err
 
 
-def test_a_later_stage_trains_a_share_of_earlier_rows_again(config_of_trained, capfd, monkeypatch):
-    config = config_of_trained
+def test_a_later_stage_trains_a_share_of_earlier_rows_again(config, capfd, monkeypatch):
     monkeypatch.setattr(Stages, "_test", lambda *_: [])
     assert stages("--replay", "2") == 2
     assert "error: replay: must be a share" in capfd.readouterr().err
@@ -504,15 +484,15 @@ def test_a_mistake_is_one_line_before_anything_is_trained(old, new, message, cap
     text = Path("stages.yaml").read_text()
     assert old in text
     Path("stages.yaml").write_text(text.replace(old, new))
-    assert stages() == 2
+    assert stages(output="new") == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.match(f"error: {message}", line), line
-    assert not Path("out").exists()
+    assert not Path("new").exists()
 
 
-def test_fitted_scales_are_the_best_by_validation_and_are_not_measured_again(config_of_trained, capfd):
-    del config_of_trained["stages"]["flipped"]
-    write(config_of_trained)
+def test_fitted_scales_are_the_best_by_validation_and_are_not_measured_again(config, capfd):
+    del config["stages"]["flipped"]
+    write(config)
     shutil.rmtree("out")
     Path("two").rename("out")
     assert stages("--fit_scales", "true") == 0
