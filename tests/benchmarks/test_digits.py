@@ -24,7 +24,7 @@ def test_a_chain_gets_further_than_lora(tmp_path):
         adam = torch.optim.AdamW
         module = COLADigits(rank=1, alpha=1, seed=0, lr_schedule="constant", optimizer=lambda p: adam(p, lr=2e-2))
         data = DigitsDataModule()
-        run = trainer(tmp_path, chain={"every_n_epochs": every_n_epochs}, max_epochs=50)
+        run = trainer(tmp_path, chain={"every_n_epochs": every_n_epochs}, max_epochs=30, limit_val_batches=0)
         run.fit(module, datamodule=data)
         (metrics,) = run.test(module, datamodule=data, verbose=False)
         return metrics["test_accuracy"]

@@ -15,8 +15,8 @@ from benchmarks import gsm8k, studies
 from benchmarks.gsm8k import Setting, difference
 from benchmarks.lines import Lines
 from cola_lightning.study import study
-from cola_lightning.study.run import run
 from tests.helpers import tiny
+from tests.helpers.comparing import execute_here, known_config
 
 
 @pytest.fixture
@@ -32,16 +32,15 @@ def lines(tmp_path, monkeypatch):
     config["data"]["init_args"] |= {"max_length": 96, "val_size": 2, "test_size": 3}
     (tmp_path / "gsm8k.yaml").write_text(yaml.safe_dump(config))
 
-    def execute(claim, requested):
-        (claim.parent / "run.json").write_text(json.dumps(requested))
-        return run(str(claim.parent)) == 0
-
     monkeypatch.setattr(studies, "FOLDER", tmp_path / "build")
     monkeypatch.setattr(gsm8k, "ROWS", tmp_path / "rows")
     monkeypatch.setattr(gsm8k, "CONFIG", str(tmp_path / "gsm8k.yaml"))
     monkeypatch.setattr(gsm8k, "TASKS", {"gsm8k": "GSM8K"})
     monkeypatch.setattr(gsm8k, "CALLS", [(Setting("gsm8k", 1, 4), {"lora": [1e-3], "cola-4": [1e-3]}, 1)])
-    monkeypatch.setattr(study, "execute", execute)
+    monkeypatch.setattr(study, "execute", execute_here)
+    monkeypatch.setattr(study, "resolve_config", lambda words: known_config(*words))
+    for name in ("draw_curves", "draw_points"):  # they take longer than all else
+        monkeypatch.setattr(study, name, lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["cola"])
     return Lines(tmp_path / "gsm8k.jsonl")
 

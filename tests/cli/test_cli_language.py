@@ -1,6 +1,8 @@
 """Language models from the command line: a run and what follows it."""
 
+import contextlib
 import shlex
+import shutil
 from pathlib import Path
 
 import datasets
@@ -16,13 +18,19 @@ from tests.helpers.toy import read_csv
 OF_OWN_DATA = CONFIG.partition("data:")[0] + "trainer: {max_epochs: 1, accelerator: cpu, enable_progress_bar: false}\n"
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a run of the config, and what that printed."""
+    folder = make_language_folder(tmp_path_factory.mktemp("trained"))
+    with contextlib.chdir(folder), open("printed.txt", "w") as printed, contextlib.redirect_stdout(printed):
+        assert main(["fit", "--config", "config.yaml"]) == 0
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def _folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(make_language_folder(tmp_path))
-
-
-def fit(config="config.yaml"):
-    return main(["fit", "--config", config])
+def _folder(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "own")
+    monkeypatch.chdir(tmp_path / "own")
 
 
 def predicted():
@@ -35,9 +43,8 @@ def predicted():
 
 # Lightning's advice about folders that are used again.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
-def test_fit_tells_where_it_began_and_each_link_and_predict_writes_scores(capfd):
-    assert fit() == 0
-    lines = capfd.readouterr().out.splitlines()
+def test_fit_tells_where_it_began_and_each_link_and_predict_writes_scores():
+    lines = Path("printed.txt").read_text().splitlines()
     (before,) = [line for line in lines if line.startswith("before training: ")]
     assert "val_accuracy 0.5" in before
     links = [line for line in lines if line.startswith("link ")]
@@ -98,15 +105,14 @@ def test_the_command_at_the_end_of_a_fit_works_whichever_rows_there_are(source, 
 def test_two_processes_are_one():
     """With batches of half the size; what they predict comes back once a row, in order."""
     two = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
-    checkpoint = ["--config", "runs/version_0/config.yaml", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"]
-    for words in (["fit", "--config", "config.yaml", *two, "--data.batch_size", "2"], ["predict", *checkpoint]):
+    predict = ["predict", "--config", "runs/version_1/config.yaml", "--ckpt_path", "runs/version_1"]
+    for words in (["fit", "--config", "config.yaml", *two, "--data.batch_size", "2"], predict):
         started = [forked.Command("-m", "cola_lightning", *words, env=own) for own in as_torchrun(2)]
         for process in started:
             done = process.finish(timeout=240)
             assert done.returncode == 0, done.stderr
     rows = predicted()
-    assert fit() == 0
-    assert main(["predict", *checkpoint, "--trainer.strategy", "auto", "--trainer.devices", "1"]) == 0
+    assert main([*predict, "--trainer.strategy", "auto", "--trainer.devices", "1"]) == 0
     assert [row["index"] for row in rows] == list(range(10))
     for row, alone in zip(rows, predicted(), strict=True):
         assert row.pop("scores") == pytest.approx(alone.pop("scores"), abs=1e-5)

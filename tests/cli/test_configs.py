@@ -45,13 +45,14 @@ def test_the_overlay_for_several_gpus_replaces_a_configs_strategy():
     assert (config["trainer"]["strategy"], config["trainer"]["devices"]) == ("ddp", "auto")
 
 
-with_knots = pytest.mark.parametrize("path", [BENCHMARKS[0], FOLDER / "smollm2.yaml", FOLDER / "roberta_glue.yaml"])
+KNOTTED = [BENCHMARKS[0], FOLDER / "smollm2.yaml", FOLDER / "roberta_glue.yaml"]
+KNOTS = [["--chain.knots", "4"], ["--chain.knots=4"], ["--config", "knots.yaml"]]
 
 
-@with_knots
-@pytest.mark.parametrize("words", [["--chain.knots", "4"], ["--chain.knots=4"], ["--config", "knots.yaml"]])
+@pytest.mark.parametrize(
+    ("path", "words"), [*((path, KNOTS[0]) for path in KNOTTED), *((KNOTTED[0], words) for words in KNOTS[1:])]
+)
 def test_other_knots_replace_a_configs_own(path, words, tmp_path, monkeypatch):
-    path = Path(path).absolute()
     monkeypatch.chdir(tmp_path)
     Path("knots.yaml").write_text("chain: {knots: 4}")
     config = resolve_config(["--config", str(path), "--config", str(ROOT / "benchmarks" / "one_knot.yaml"), *words])
@@ -67,7 +68,7 @@ def test_no_knots_of_one_kind_leave_a_configs_own(tmp_path):
     assert (chain["knots"], chain["until"], chain["every_n_train_steps"]) == (4, 0.5, None)
 
 
-@with_knots
+@pytest.mark.parametrize("path", KNOTTED)
 def test_the_overlay_of_one_knot_replaces_a_configs_own_knots(path):
     config = resolve_config(["--config", str(path), "--config", str(ROOT / "benchmarks" / "one_knot.yaml")])
     run = RunLength(lambda epoch: 20, max_epochs=4, max_steps=math.inf)

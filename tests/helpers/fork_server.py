@@ -6,7 +6,6 @@ import sys
 import coverage  # noqa: F401
 import datasets  # noqa: F401  # most commands import it, which takes them a second
 import omegaconf  # noqa: F401
-import peft  # noqa: F401
 
 import cola_lightning.cli.training  # noqa: F401
 import tests.helpers.distributed_run  # and with it transformers

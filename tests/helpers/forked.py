@@ -2,8 +2,8 @@
 
 ``forked.run("-m", "cola_lightning", "fit", ...)`` stands for ``subprocess.run([sys.executable, "-m", ...])``: the process is
 forked from one that has imported the libraries and knows that base (``fork_server.py``). Its folder, environment, arguments,
-standard streams, signals, coverage and exit status are its own. A new process it must be where a test is about what is
-imported, how long that takes, a variable that is read meanwhile, or what is said while the interpreter ends.
+standard streams, signals, coverage and exit status are its own. A new process it must be where a test is about how long
+imports take, a variable that is read meanwhile, or what is said while the interpreter ends.
 """
 
 import atexit

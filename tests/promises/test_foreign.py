@@ -152,11 +152,10 @@ def test_a_checkpoint_of_a_foreign_module_has_no_frozen_weight_and_gives_it_back
     theirs.model.load_state_dict(merged.state_dict())  # as it was before there was a chain
 
 
-@pytest.mark.parametrize("n_steps", [4, 13])
-def test_a_foreign_module_resumes_to_the_bit(tmp_path, n_steps):
+def test_a_foreign_module_resumes_to_the_bit(tmp_path):
     whole = chained()
     run = fit(tmp_path / "whole", whole, Rows(4))
-    fit(tmp_path / "part", chained(), Rows(4), stop=n_steps)
+    fit(tmp_path / "part", chained(), Rows(4), stop=13)
     resumed = chained()
     again = fit(tmp_path / "again", resumed, Rows(4), ckpt_path=last(tmp_path / "part"))
     assert_bit_equal(weights(resumed), weights(whole))

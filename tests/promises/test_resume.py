@@ -60,7 +60,8 @@ STOPS += [("validation", k) for k in (0, 1, 4, 5, 11, 17)] + [("validation_end",
 STOPS += [("epoch_end", k) for k in (0, 1)] + [("epoch_start", k) for k in (0, 1, 2)]
 # Around knot, window, validation and epoch.
 MAIN = [("batch_start", 12), ("backward", 13), ("batch_end", 2), ("validation", 1), ("epoch_end", 0), ("epoch_start", 1)]
-FEW = [("backward", 13), ("batch_end", 7)]
+INSIDE = ("backward", 13)  # an epoch, a link and a window
+FEW = [INSIDE, ("batch_end", 7)]
 
 
 def own(configure):
@@ -92,7 +93,7 @@ RUNS = {
     "no validation": lambda: {"limit_val_batches": 0},
     "early stopping": lambda: {"callbacks": [EarlyStopping("val_loss", patience=3, min_delta=10.0)]},
     "early stopping, windows of one": lambda: ONE | RUNS["early stopping"](),
-    "bf16, stacked": lambda: {"precision": "bf16-true"},
+    "bf16, stacked": lambda: {"precision": "bf16-true"},  # for the precision, not as an option says
     "experts, bf16, stacked": lambda: {"module": make(Mixture, **EXPERTS, finished_links="stack"), "precision": "bf16-true"},
     "float64, a layer outside": lambda: {"module": make(Outside), "precision": "64-true"},
     "torchdata's loader": lambda: {"data": Stateful()},
@@ -105,12 +106,13 @@ RUNS = {
     "the run's schedule": lambda: {"module": make(schedule_scope="run", warmup_steps=2, knot_warmup_steps=3)},
     "knots at a plateau": lambda: {"module": make(schedule_scope="run"), "chain": {"patience": 1, "min_delta": 0.02}},
 }
-# Where it is stopped, if not at the few; a list is of stops of one run.
+# Where it is stopped, if not only inside; a list is of stops of one run.
 PLACES = {
     "windows of three batches": MAIN,
     "windows of one": [("batch_start", 9), *FEW],
     **dict.fromkeys(["windows of three batches, everywhere", "windows of one, everywhere"], STOPS),
     "another window in each epoch": [("backward", 12), ("batch_end", 18)],
+    **dict.fromkeys(["an end in steps", "no validation"], FEW),
     "validation every five batches": [*FEW, ("validation", 4), ("batch_end", 4)],
     # In a validation, and in the batch after it was repeated: one that counted it twice would end the run too early.
     "early stopping": [("forward", 4)],
@@ -125,13 +127,13 @@ PLACES = {
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if "everywhere" in name else name for name in RUNS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("everywhere" in name or name == "B alone")) for name in RUNS]
 )
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, name):
     options = RUNS[name]
     whole, expected, _ = fit(tmp_path / "whole", **options())
     assert "plateau" not in name or whole.n_finished > 1
-    for stop in PLACES.get(name, FEW):
+    for stop in PLACES.get(name, [INSIDE]):
         path, done, finished = None, [{} for _ in expected.all], 0
         for k, moment in enumerate([*(stop if isinstance(stop, list) else [stop]), None]):
             module, recorder, run = fit(tmp_path / f"{stop} {k}", moment, path, **options())

@@ -1,5 +1,6 @@
 """``cola stages``: runs in a sequence, skipped, resumed and trained again as they must be."""
 
+import contextlib
 import functools
 import json
 import os
@@ -21,6 +22,7 @@ from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
 from cola_lightning.stages.matrix import Column, Difference, Matrix
 from cola_lightning.stages.replay import Replay
+from cola_lightning.stages.run import run as run_stage
 from cola_lightning.stages.stages import Stages
 from cola_lightning.study import run
 from tests.helpers import forked, tiny
@@ -31,11 +33,11 @@ PAIRS = [
 ]
 STAGES = {
     "good": {"chain": {"knots": 1}},
-    "flipped": {"data": {"init_args": {"source": "flipped"}}, "trainer": {"max_steps": 3}},
     "pairs": {
-        "model": {"class_path": "COLAPreferenceLM"},
+        "model": {"class_path": "COLAPreferenceLM", "init_args": {"rank": 3, "alpha": 5}},  # above that of the last stage
         "data": {"class_path": "PreferenceDataModule", "init_args": {"source": "pairs", "val_size": 8, "test_size": 8}},
     },
+    "flipped": {"data": {"init_args": {"source": "flipped"}}, "trainer": {"max_steps": 3}},
 }
 
 
@@ -94,31 +96,55 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.fixture(autouse=True)
-def _forked(monkeypatch):
-    """Runs of stages are forked."""
-    monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=forked.Popen, STDOUT=None))
-    monkeypatch.setattr(run, "TOUCH_EVERY", 0.1)
+class Here:
+    """In the place of ``subprocess.Popen``: its runs are executed in this process, which has imported everything."""
+
+    def __init__(self, command, stdout, stderr, start_new_session):
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+            self.returncode = run_stage(command[-1])
+
+    def poll(self):
+        return self.returncode
+
+    def terminate(self):
+        pass
+
+    wait = terminate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _here():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "subprocess", SimpleNamespace(Popen=Here, STDOUT=None))
+        yield
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with the rows of three tasks, a model and a config of three stages."""
+def trained(tmp_path_factory):
+    """A folder with the rows of three tasks, a model and a config of three stages, of which the command has trained the first
+    two and then, in a copy of its output, all."""
     folder = tiny.make_language_folder(tmp_path_factory.mktemp("stages"))
     flipped = [row | {"label": 1 - row["label"]} for row in tiny.read_rows(folder / "rows" / "train.jsonl")]
     tiny.write_rows(folder / "flipped", flipped)
     tiny.write_rows(folder / "pairs", PAIRS)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["trainer"] |= {"max_epochs": 1}
+    config["model"]["init_args"]["alpha"] = 4
     del config["chain"]
-    (folder / "stages.yaml").write_text(yaml.safe_dump(config | {"stages": STAGES}, sort_keys=False))
+    with contextlib.chdir(folder):
+        write(config | {"stages": {name: STAGES[name] for name in ("good", "pairs")}})
+        assert stages(output="two") == 0
+        shutil.copytree("two", "out")
+        write(config | {"stages": STAGES})
+        with open("printed.txt", "w") as printed, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            assert stages("--max_forgetting", "1e-9") == 3
     return folder
 
 
 @pytest.fixture
-def config(made, tmp_path, monkeypatch):
-    """The config, in a folder of its own with what it names."""
-    shutil.copytree(made, tmp_path / "own")
+def config(trained, tmp_path, monkeypatch):
+    """The config, in a folder of its own with what it names and what was trained."""
+    shutil.copytree(trained, tmp_path / "own")
     monkeypatch.chdir(tmp_path / "own")
     return yaml.safe_load(Path("stages.yaml").read_text())
 
@@ -135,75 +161,63 @@ def chain(name, output="out"):
     return read_chain(f"{output}/{name}")
 
 
-def trained(capfd):
-    """The stages that the last call has trained."""
-    return [line.split()[1] for line in capfd.readouterr().out.splitlines() if ": training, see " in line]
+def trained_in(printed):
+    """The stages that a call has trained, by what it printed."""
+    return [line.split()[1] for line in printed.splitlines() if ": training, see " in line]
 
 
 def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd, monkeypatch):
-    assert stages() == 0
-    assert trained(capfd) == list(STAGES)
-    assert [link.name for link in chain("pairs").links] == ["good", "good", "flipped", "pairs"]
-    for name, n in {"good": 2, "flipped": 3}.items():
-        assert_same_chain(chain("pairs").truncate(n), chain(name))
-    assert [link.end_step for link in chain("pairs").links] == [4, 6, 3, 6]
-    assert [row["stage"] for row in read_csv("out/matrix.csv")] == ["base", *STAGES]
+    assert trained_in(Path("printed.txt").read_text()) == ["flipped"]
+    assert [link.name for link in chain("flipped").links] == ["good", "good", "pairs", "flipped"]
+    for name, n in {"good": 2, "pairs": 3}.items():
+        assert_same_chain(chain("flipped").truncate(n), chain(name))
+    assert [link.end_step for link in chain("flipped").links] == [4, 6, 6, 3]
     for name in STAGES:
         files = {path.name for path in Path("out", name).iterdir()}
         assert {"config.yaml", "metrics.csv", "checkpoints", "log.txt"} <= files
         assert not any(file.startswith("claim") for file in files)
-    assert main(["test", "--config", "out/flipped/config.yaml", "--ckpt_path", "out/pairs", "--links", "flipped"]) == 0
-    assert Path("out/flipped/metrics.csv").exists()
-    before = {name: Path("out", name, "checkpoints", "last.ckpt").stat().st_mtime_ns for name in STAGES}
+    assert main(["test", "--config", "out/pairs/config.yaml", "--ckpt_path", "out/flipped", "--links", "pairs"]) == 0
+    assert Path("out/pairs/metrics.csv").exists()
 
+    results = {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")}
     capfd.readouterr()
     Path("out").rename("moved")
-    assert stages(output="moved") == 0
-    assert trained(capfd) == []
-    assert {name: Path("moved", name, "checkpoints", "last.ckpt").stat().st_mtime_ns for name in STAGES} == before
+    assert stages("--max_forgetting", "9", output="moved") == 0
+    assert trained_in(capfd.readouterr().out) == []
+    Path("moved").rename("out")
+    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")} == results
 
-    pairs = config["stages"].pop("pairs")
-    write(config)
-    assert stages(output="moved") == 0  # the matrix so far, and nothing is lost
-    assert trained(capfd) == []
-    assert [row["stage"] for row in read_csv("moved/matrix.csv")] == ["base", "good", "flipped"]
-    config["stages"]["pairs"] = pairs
-
-    config["stages"]["flipped"]["trainer"]["max_steps"] = 4
+    config["stages"]["pairs"]["trainer"] = {"max_steps": 4}
     write(config)
     monkeypatch.setattr(Stages, "_test", lambda *_: [])
-    assert stages(output="moved") == 0
+    assert stages() == 0
     out = capfd.readouterr().out
     assert out.count("trainer.max_steps has changed, so this stage and the later ones are trained again") == 1
-    assert [line.split()[1] for line in out.splitlines() if ": training, see " in line] == ["flipped", "pairs"]
-    assert [link.end_step for link in chain("pairs", "moved").links] == [4, 6, 4, 6]
+    assert trained_in(out) == ["pairs", "flipped"]
+    assert [link.end_step for link in chain("flipped").links] == [4, 6, 4, 3]
 
 
-def measured(config, links, *words):
-    """What ``cola test`` writes of the last stage's checkpoint."""
-    before = set(Path("out/pairs").rglob("metrics.csv"))
-    assert main(["test", "--config", config, "--ckpt_path", "out/pairs", "--links", links, *words]) == 0
-    (path,) = set(Path("out/pairs").rglob("metrics.csv")) - before
+def measured(stage, links):
+    """What ``cola test`` writes of a stage's data and the last checkpoint."""
+    before = set(Path("out/flipped").rglob("metrics.csv"))
+    assert main(["test", "--config", f"out/{stage}/config.yaml", "--ckpt_path", "out/flipped", "--links", links]) == 0
+    (path,) = set(Path("out/flipped").rglob("metrics.csv")) - before
     return read_csv(path)[-1]
 
 
-def test_the_matrix_is_what_tests_of_the_last_checkpoint_give(config, capfd):
-    config["stages"]["flipped"]["model"] = {"init_args": {"rank": 3, "alpha": 5}}  # above that of the last stage
-    config["model"]["init_args"]["alpha"] = 4
-    write(config)
-    assert stages("--max_forgetting", "1e-9") == 3
-    printed = capfd.readouterr()
-    rows = read_csv("out/matrix.csv")
-    assert [(row["links"], row["stage"]) for row in rows] == [("0", "base"), ("2", "good"), ("3", "flipped"), ("4", "pairs")]
-    assert list(rows[0])[2:] == ["good loss", "good accuracy", "flipped loss", "flipped accuracy", "pairs loss"]
+@pytest.mark.usefixtures("config")
+def test_the_matrix_is_what_tests_of_the_last_checkpoint_give():
+    printed, rows = Path("printed.txt").read_text(), read_csv("out/matrix.csv")
+    assert [(row["links"], row["stage"]) for row in rows] == [("0", "base"), ("2", "good"), ("3", "pairs"), ("4", "flipped")]
+    assert list(rows[0])[2:] == ["good loss", "good accuracy", "pairs loss", "flipped loss", "flipped accuracy"]
     for row in (rows[0], rows[2]):
-        alone = measured("out/good/config.yaml", row["links"])
+        alone = measured("good", row["links"])
         assert [row[f"good {name}"] for name in ("loss", "accuracy")] == [
             alone[f"test_{name}"] for name in ("loss", "accuracy")
         ]
-    for row in rows[:3]:  # the reference of the preferences is where their stage began
+    for row in rows[:2]:  # the reference of the preferences is where their stage began
         assert float(row["pairs loss"]) == pytest.approx(0.693147, abs=1e-6)
-    assert rows[-1]["pairs loss"] == measured("out/pairs/config.yaml", "4")["test_loss"] != rows[0]["pairs loss"]
+    assert rows[2]["pairs loss"] != rows[0]["pairs loss"]
     tested = {name: json.loads(Path(f"out/{name}/matrix/result.json").read_text())["rows"] for name in STAGES}
     for name, states in tested.items():
         for state, row in zip(states, rows, strict=True):
@@ -213,27 +227,20 @@ def test_the_matrix_is_what_tests_of_the_last_checkpoint_give(config, capfd):
                 )
                 assert len(values) == len(weights) == {"good": 10, "flipped": 10, "pairs": 8}[name]
     summaries = {(row["task"], row["metric"], row["summary"]): row for row in read_csv("out/summary.csv")}
-    assert len(summaries) == 5 * 3 - 3  # no backward transfer of the last task, no forward transfer of the first's two metrics
+    assert len(summaries) == 5 * 3 - 4  # no backward transfer of the last task, no forward transfer of the first, two metrics
     for row in summaries.values():  # a difference of the same predictions has no interval
         assert (row["low"] == "") == (float(row["value"]) == 0)
         assert not row["low"] or float(row["low"]) < float(row["value"]) < float(row["high"])
     forgotten = summaries["good", "loss", "forgetting"]
     assert float(forgotten["low"]) < float(forgotten["value"])
     margin = float(forgotten["high"]) - float(forgotten["value"])
-    assert f"± {margin:.2g}" in printed.out
-    assert "max_forgetting: " in printed.err + printed.out
-
-    config["stages"] |= {"again": {"trainer": {"max_steps": 2}}}
-    write(config)
-    assert stages() == 0
-    assert trained(capfd) == ["again"]
-    after = read_csv("out/matrix.csv")
-    for row, known in zip(after, rows, strict=False):  # of another checkpoint, in which a link that was current is merged
+    assert f"± {margin:.2g}" in printed
+    assert "max_forgetting: " in printed
+    before = read_csv("two/matrix.csv")
+    assert [row["stage"] for row in before] == ["base", "good", "pairs"]
+    for row, known in zip(rows, before, strict=False):  # of another checkpoint, in which a link that was current is merged
         for name in list(known)[2:]:
             assert float(row[name]) == pytest.approx(float(known[name]), abs=1e-6)
-    changed = Path("out/good/matrix/result.json").stat().st_mtime_ns
-    assert stages("--max_forgetting", "9") == 0
-    assert Path("out/good/matrix/result.json").stat().st_mtime_ns == changed
 
 
 def test_forgetting_and_transfers_are_means_over_tasks_of_one_kind():
@@ -296,23 +303,20 @@ def test_the_interval_of_an_average_is_welchs():
 
 def test_other_rows_in_the_same_file_are_another_stage(config, capfd, monkeypatch):
     monkeypatch.setattr(Stages, "_test", lambda *_: [])
-    config["stages"] = {name: config["stages"][name] for name in ("good", "flipped")}
+    del config["stages"]["pairs"]
     write(config)
     assert stages("--knot", "record") == 0
+    assert trained_in(capfd.readouterr().out) == ["flipped"]
     assert [link.share for link in chain("flipped").links] == [1, 0, 1]
-    rows = tiny.read_rows("rows/train.jsonl")
-    tiny.write_rows(Path("flipped"), rows)
-    capfd.readouterr()
+    tiny.write_rows(Path("flipped"), tiny.read_rows("rows/train.jsonl"))
     assert stages("--knot", "record") == 0
     out = capfd.readouterr().out
     assert "its data has changed" in out
-    assert out.count(": training, see ") == 1
-    assert stages("--knot", "half") == 0
-    assert trained(capfd) == ["flipped"]
-    assert [link.share for link in chain("flipped").links] == [1, 0.5, 1]
+    assert trained_in(out) == ["flipped"]
     Path("out/flipped/result.json").unlink()  # as if it had been stopped
-    assert stages("--knot", "record") == 0
+    assert stages("--knot", "half") == 0
     assert "model.init_knot has changed" in capfd.readouterr().out
+    assert [link.share for link in chain("flipped").links] == [1, 0.5, 1]
     Path("out/flipped").rename("out/other")
     Path("out/other/run.json").unlink()  # as in a fit's folder
     config["stages"]["other"] = config["stages"].pop("flipped")
@@ -333,11 +337,13 @@ def test_a_later_stage_trains_a_share_of_earlier_rows_again(config, capfd, monke
     config["stages"]["again"] = {}
     write(config)
     assert stages("--replay", "0.25") == 0
-    assert "stage pairs: replays no rows of good, flipped (" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "stage pairs: replays no rows of good (" in out
+    assert trained_in(out) == ["flipped", "again"]
     logs = {name: Path("out", name, "log.txt").read_text() for name in config["stages"]}
     found = {name: re.findall(r"replay: (\d+) of (\d+) training rows of (\w+)", log) for name, log in logs.items()}
     of_good, of_flipped = (("6", "24", name) for name in ("good", "flipped"))
-    assert found == {"good": [], "flipped": [of_good], "pairs": [], "again": [of_good, of_flipped]}
+    assert found == {"good": [], "pairs": [], "flipped": [of_good], "again": [of_good, of_flipped]}
     assert [link.end_step for link in chain("again").links if link.name in ("good", "again")] == [4, 24 // 4, 36 // 4]
     callback = yaml.safe_load(Path("out/again/config.yaml").read_text())["trainer"]["callbacks"][-1]
     assert callback["init_args"]["data"]["flipped"]["init_args"]["source"] == "flipped"
@@ -384,25 +390,28 @@ def test_replayed_rows_may_be_a_list():
 
 
 @pytest.fixture(scope="module")
-def whole(made, tmp_path_factory):
+def whole(trained, tmp_path_factory):
     """Gives what two stages leave that nobody kills, by options of the command; it is made when it is first asked for."""
 
     @functools.cache
     def whole_run(*words):
-        folder = tmp_path_factory.mktemp("whole")
-        assert two_stages(made, folder, words).finish().returncode == 0
+        folder = tmp_path_factory.mktemp("whole") / "out"
+        assert two_stages(trained, folder, words).finish().returncode == 0
         return Path(folder, "matrix.csv").read_text(), read_chain(folder / "flipped")
 
     return whole_run
 
 
-def two_stages(made, output, words, *fit):
-    """The command, with the first two stages of the config, in a process of its own."""
-    config = yaml.safe_load((made / "stages.yaml").read_text())
-    config["stages"] = {name: config["stages"][name] for name in ("good", "flipped")}
-    (made / "two.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    words = ["stages", "--config", "two.yaml", "--output", str(output), *words, *(["--", *fit] if fit else [])]
-    return forked.Command("-c", COMMAND, *words, cwd=made)
+def two_stages(trained, output, words, name="flipped", callbacks=()):
+    """The command, in a process of its own, with two stages of the config, the first of which is trained already unless it is
+    the one that gets the callbacks."""
+    config = yaml.safe_load((trained / "stages.yaml").read_text())
+    del config["stages"]["pairs"]
+    config["stages"][name].setdefault("trainer", {})["callbacks"] = list(callbacks)
+    (trained / "two.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    if name == "flipped" and not output.exists():
+        shutil.copytree(trained / "out" / "good", output / "good")
+    return forked.Command("-c", COMMAND, "stages", "--config", "two.yaml", "--output", str(output), *words, cwd=trained)
 
 
 SLOW = pytest.mark.slow
@@ -419,17 +428,16 @@ SLOW = pytest.mark.slow
     ],
     ids=str,
 )
-def test_stages_that_were_killed_leave_what_others_do(made, whole, tmp_path, whom, name, when, words):
+def test_stages_that_were_killed_leave_what_others_do(trained, whole, tmp_path, whom, name, when, words):
     given = {"marker": str(tmp_path / "killed"), "name": name, "whom": whom, "when": when}
     stop = {"class_path": "tests.stages.test_stages_command.KillOnce", "init_args": given}
-    fit = ["--trainer.callbacks+", json.dumps(stop)]
-    killed = two_stages(made, tmp_path / "out", words, *fit).finish()
+    killed = two_stages(trained, tmp_path / "out", words, name, [stop]).finish()
     assert killed.returncode == (1 if whom == "fit" else -9), killed.stderr
     assert (tmp_path / "killed").exists()
     assert not (tmp_path / "out" / "flipped" / "result.json").exists()
     if whom == "fit":  # the command shows what is finished
         assert [row["stage"] for row in read_csv(tmp_path / "out" / "matrix.csv")] == ["base", "good"]
-    again = two_stages(made, tmp_path / "out", words, *fit).finish()
+    again = two_stages(trained, tmp_path / "out", words, name, [stop]).finish()
     assert again.returncode == 0, again.stderr
     is_resumed = "Restored all states" in (tmp_path / "out" / name / "log.txt").read_text()
     assert is_resumed or (whom, when) == ("command", "at the end")
@@ -439,8 +447,9 @@ def test_stages_that_were_killed_leave_what_others_do(made, whole, tmp_path, who
 
 
 @SLOW  # the second process of each run is a new one
-def test_two_processes_leave_the_matrix_of_one(config):
+def test_two_processes_leave_the_matrix_of_one(config, monkeypatch):
     """With batches of half the size."""
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=forked.Popen, STDOUT=None))
     config["stages"] = {name: config["stages"][name] for name in ("good", "pairs")}
     config["stages"]["again"] = {}
     write(config)
@@ -475,15 +484,17 @@ def test_a_mistake_is_one_line_before_anything_is_trained(old, new, message, cap
     text = Path("stages.yaml").read_text()
     assert old in text
     Path("stages.yaml").write_text(text.replace(old, new))
-    assert stages() == 2
+    assert stages(output="new") == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.match(f"error: {message}", line), line
-    assert not Path("out").exists()
+    assert not Path("new").exists()
 
 
 def test_fitted_scales_are_the_best_by_validation_and_are_not_measured_again(config, capfd):
-    config["stages"] = {name: config["stages"][name] for name in ("good", "pairs")}
+    del config["stages"]["flipped"]
     write(config)
+    shutil.rmtree("out")
+    Path("two").rename("out")
     assert stages("--fit_scales", "true") == 0
     printed = capfd.readouterr().out
     scale = yaml.safe_load(Path("out/scales.yaml").read_text())

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,16 +17,15 @@ from scipy import stats
 
 from cola_lightning.cli import main
 from cola_lightning.errors import Interruption, UserError
-from cola_lightning.study import study
+from cola_lightning.study import run, study
 from cola_lightning.study.comparison import Comparison
 from cola_lightning.study.config import as_words, check_same, resolve_config
 from cola_lightning.study.figures import mean_curve
 from cola_lightning.study.methods import method
 from cola_lightning.study.results import Result, at_best_rates, best_rates, write
-from cola_lightning.study.run import run
 from cola_lightning.study.table import summarize
 from tests.helpers import forked
-from tests.helpers.comparing import compare, config, known_config, made_up
+from tests.helpers.comparing import compare, config, execute_here, known_config, made_up
 from tests.helpers.tiny import draw, picture
 from tests.helpers.toy import DIGITS, read_csv, wait_for
 
@@ -326,13 +324,7 @@ SHORT = ["--trainer.max_epochs", "2", "--chain.every_n_epochs", "1"]
 
 @pytest.fixture
 def here(monkeypatch):
-    """Runs are executed in this process, which has imported everything."""
-
-    def execute(claim, requested):
-        (claim.parent / "run.json").write_text(json.dumps(requested))
-        return run(str(claim.parent)) == 0
-
-    monkeypatch.setattr(study, "execute", execute)
+    monkeypatch.setattr(study, "execute", execute_here)
 
 
 @pytest.mark.usefixtures("here")
@@ -396,9 +388,8 @@ def test_a_run_that_diverges_has_a_line(tmp_path):
 @pytest.fixture
 def _forked(_without_figures, monkeypatch):
     """Runs of studies in this process are forked."""
-    module = sys.modules["cola_lightning.study.run"]
-    monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=forked.Popen, STDOUT=None))
-    monkeypatch.setattr(module, "TOUCH_EVERY", 0.1)
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=forked.Popen, STDOUT=None))
+    monkeypatch.setattr(run, "TOUCH_EVERY", 0.1)
 
 
 @pytest.mark.parametrize(
