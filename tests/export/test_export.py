@@ -35,18 +35,22 @@ RANKS = [4, 2, 3]
 # A base: its architecture, the class whose files lie in its folder, and the module's arguments.
 MATRIX: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{name: (name, "AutoModelForCausalLM", {}) for name in ("opt", "llama", "gpt2", "qwen3", "gpt_neox", "phi3")},
-    "roberta": ("roberta", "AutoModel", {"num_labels": 3, "target_modules": "all-linear"}),
-    "bert": ("bert", "AutoModel", {"label_names": ['"mixed"', "bad", "good"]}),
+    "roberta": ("roberta", "AutoModel", {"label_names": ['"mixed"', "bad", "good"], "target_modules": "all-linear"}),
+    "bert": ("bert", "AutoModel", {"num_labels": 3}),
     "half precision, stacked": ("llama", "AutoModelForCausalLM", {"dtype": "bfloat16"}),
     "half precision": ("llama", "AutoModelForCausalLM", {"dtype": "bfloat16", "finished_links": "merge"}),
     "four bits": ("llama", "AutoModelForCausalLM", {"quantization": "nf4", "finished_links": "stack"}),
-    "norms in each layer": ("llama", "AutoModelForCausalLM", {"modules_to_save": ["input_layernorm", "norm"]}),
-    "layers of a block": ("llama", "AutoModelForCausalLM", {"target_modules": r"model\.layers\.1\..*_proj"}),
+    "layers of a block, norms in each": (
+        "llama",
+        "AutoModelForCausalLM",
+        {"target_modules": r"model\.layers\.1\..*_proj", "modules_to_save": ["input_layernorm", "norm"]},
+    ),
     "experts": ("qwen2_moe", "AutoModelForCausalLM", {"target_modules": "all-linear", "experts": True}),
     "a new head, frozen": ("llama", "AutoModel", {}),
     "a new pooler, frozen": ("bert", "AutoModelForMaskedLM", {"num_labels": 3, "modules_to_save": ["classifier"]}),
     "a classifier by its last token": ("llama", "AutoModel", {"num_labels": 3, "save_base": True}),
 }
+ALIKE = {"llama", "qwen3", "gpt_neox", "phi3", "bert", "half precision"}  # in what the package does with the others
 
 
 def module_of(folder, case):
@@ -78,7 +82,9 @@ def loaded_as_in_card(folder):
 # ---------------------------------------------------------------------- the matrix
 
 
-@pytest.fixture(scope="module", params=MATRIX)
+@pytest.fixture(
+    scope="module", params=[pytest.param(case, marks=[pytest.mark.slow] if case in ALIKE else []) for case in MATRIX]
+)
 def exported(request, tmp_path_factory):
     """A module with three links, and the folder of its exports."""
     folder = tmp_path_factory.mktemp("exported")
@@ -160,9 +166,8 @@ def test_the_chain_comes_back_from_either_of_its_folders(exported):
 # ---------------------------------------------------------------------- the command
 
 
-@pytest.mark.parametrize("case", ["llama", "bert"])
-def test_the_first_links_by_the_command(tmp_path, capsys, case):
-    module = tiny.three_links(module_of(tmp_path / "base", case))
+def test_the_first_links_by_the_command(tmp_path, capsys):
+    module = tiny.three_links(module_of(tmp_path / "base", "bert"))
     path, whole, auto_class = saved(module, tmp_path), module.full_chain(), getattr(transformers, module.auto_class)
     for links in (0, 2):
         assert command(path, "chain", tmp_path / f"chain-{links}", "--links", links) == 0
@@ -186,10 +191,7 @@ def test_the_first_links_by_the_command(tmp_path, capsys, case):
 # ---------------------------------------------------------------------- dtypes
 
 
-DTYPES = [("llama", "bfloat16"), ("bert", "float16"), ("half precision", "float32"), ("four bits", "bfloat16")]
-
-
-@pytest.mark.parametrize(("case", "dtype"), DTYPES)
+@pytest.mark.parametrize(("case", "dtype"), [("bert", "float16"), ("half precision", "float32"), ("four bits", "bfloat16")])
 def test_a_merged_model_leaves_in_the_dtype_asked_for(tmp_path, case, dtype):
     module = tiny.three_links(module_of(tmp_path / "base", case))
     module.export(tmp_path / "out", dtype=dtype)
@@ -303,12 +305,13 @@ class T5Toy(Toy):
         )
 
 
-X, IDS = torch.ones(3, 8), torch.arange(6)[None]
-EXAMPLES = [(Toy, X), (T5Toy, {"input_ids": IDS, "decoder_input_ids": IDS})]
+IDS = torch.arange(6)[None]
 
 
-@pytest.mark.parametrize("format_", ["merged", "peft"])
-@pytest.mark.parametrize(("cls", "example"), EXAMPLES)
+@pytest.mark.parametrize(
+    ("format_", "cls", "example"),
+    [("merged", T5Toy, {"input_ids": IDS, "decoder_input_ids": IDS}), ("peft", Toy, torch.ones(3, 8))],
+)
 def test_an_example_input_is_what_logits_are_compared_for(tmp_path, format_, cls, example):
     module = tiny.with_live_link(toy(cls))
     assert "because no input is known" in module.export(tmp_path / "unknown", format_)[-1]
@@ -333,7 +336,7 @@ class ConvToy(COLAModule):
         return nn.Sequential(first, nn.GELU(), nn.Flatten(1), nn.Linear(288 if self.is_2d else 48, 5))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"is_2d": False}, {"finished_links": "stack"}], ids=str)
+@pytest.mark.parametrize("arguments", [{"is_2d": False}, {"finished_links": "stack"}], ids=str)
 def test_exports_give_the_logits_of_a_module_with_convolutions(tmp_path, arguments):
     module = tiny.three_links(ConvToy(**arguments))
     path, x = saved(module, tmp_path), torch.randn(4, 3, 6, 6) if module.is_2d else torch.randn(4, 3, 6)
