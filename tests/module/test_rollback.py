@@ -157,8 +157,7 @@ def trained(tmp_path, **arguments):
     return module
 
 
-@pytest.mark.parametrize("finished_links", ["merge", "stack"])
-@pytest.mark.parametrize("source", ["state_dict", "checkpoint"])
+@pytest.mark.parametrize(("source", "finished_links"), [("state_dict", "merge"), ("checkpoint", "stack")])
 def test_loading_it_into_a_new_module_gives_the_same_outputs(tmp_path, finished_links, source):
     module = trained(tmp_path, finished_links=finished_links)
     torch.save({"state_dict": module.state_dict()}, tmp_path / "run.ckpt")

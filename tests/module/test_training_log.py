@@ -117,7 +117,7 @@ def of_mlflow(folder):
 
 
 @pytest.mark.filterwarnings("ignore")  # theirs
-@pytest.mark.parametrize("read", [of_tensorboard, of_mlflow], ids=["TensorBoard", "MLflow"])
+@pytest.mark.parametrize("read", [of_tensorboard, pytest.param(of_mlflow, marks=pytest.mark.slow)])
 def test_loggers_hold_the_values_and_the_options(tmp_path, monkeypatch, read):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
