@@ -55,21 +55,6 @@ def test_a_loop_in_torch_gives_the_bits_of_a_run_under_lightning(tmp_path, finis
     assert_same_weights(loop.model, module.model)
 
 
-@modes
-def test_a_loop_that_stops_inside_a_link_goes_on_from_what_torch_saves(tmp_path, finished_links):
-    model = train(adapted(finished_links=finished_links), links=1)
-    optimizer = new_optimizer(model)
-    train_link(model, optimizer)
-    torch.save((model, optimizer), tmp_path / "run.pt")
-    resumed, its_optimizer = torch.load(tmp_path / "run.pt", weights_only=False)
-    train_link(model, optimizer)
-    train_link(resumed, its_optimizer)
-    for one in (model, resumed):
-        one.tie_knot()
-    assert_same_weights(resumed.model, model.model)
-    assert_same_weights(resumed.merged_model(1), model.merged_model(1))
-
-
 @pytest.mark.parametrize(("links", "finished_links"), [(0, "merge"), (1, "stack"), (2, "merge")])
 def test_a_loop_goes_on_in_a_new_process_from_its_state_dict(tmp_path, finished_links, links):
     """The state is that of a run inside a link; it is loaded into a new model, and into one that went further."""
@@ -87,20 +72,6 @@ def test_a_loop_goes_on_in_a_new_process_from_its_state_dict(tmp_path, finished_
         train_link(other, its_optimizer)
         assert_bit_equal(weights(other.model), expected)
         assert len(other.chain) == links
-
-
-def test_a_model_that_is_trained_whole_has_a_state_dict_too():
-    model, other = (adapted(target_modules=None) for _ in range(2))
-    train_link(model, new_optimizer(model))
-    other.load_state_dict(model.state_dict())
-    assert_same_weights(other.model, model.model)
-
-
-def test_both_classes_give_an_optimizer_the_same_parameters():
-    module = toy(trained_factors="B", modules_to_save=[])
-    mine, theirs = module.trained_parameters(), module.adapted.trained_parameters()
-    assert [id(one) for one in mine] == [id(one) for one in theirs]
-    assert len(mine) == 2
 
 
 def test_it_goes_back_and_on_and_starts_from_a_chain(tmp_path):

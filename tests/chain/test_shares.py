@@ -198,15 +198,6 @@ def test_a_run_is_not_resumed_with_another_share(run, tmp_path, share):
         fit(tmp_path, chain={**CHAIN, **knot(share)}, ckpt_path=run[0] / "12.ckpt")
 
 
-def test_a_loop_goes_on_from_its_state():
-    model = trained_model()
-    again = trained_model(knots=0)
-    again.load_state_dict(model.state_dict())
-    assert_bit_equal(weights(again.model), weights(model.model))
-    assert again.chain.is_beginning_of(model.chain)
-    assert len(again.chain) == 3
-
-
 # ---------------------------------------------------------------------- the first links
 
 
@@ -226,15 +217,6 @@ def test_the_first_links_are_the_model_as_it_was_at_that_knot(run):
         begun = toy(init_chain=str(folder / "20.ckpt"), init_links=k)
         begun.configure_model()
         assert_bit_equal(weights(begun.merged_model()), expected)
-
-
-def test_a_model_goes_back_to_its_first_links(run):
-    folder, _, copies = run
-    loaded = ValidatedToy.load_from_checkpoint(folder / "20.ckpt")
-    adapted = loaded.adapted
-    adapted.go_to(adapted.chain.truncate(2))
-    adapted.begin_link(2, 4.0)
-    assert_bit_equal(weights(loaded.merged_model()), copies[1])
 
 
 def test_a_scaled_chain_has_what_the_knots_merged(run):

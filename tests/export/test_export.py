@@ -506,21 +506,3 @@ def test_two_writers_of_one_folder_do_not_mix_and_a_link_to_it_stays_one(tmp_pat
     write_folder(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink()
     assert contents(tmp_path / "out") == {"file": b"new"}
-
-
-@pytest.mark.parametrize("format_", ["merged", "peft", "chain"])
-def test_what_cannot_be_loaded_again_is_no_full_disk(tmp_path, monkeypatch, format_):
-    module = tiny.three_links(module_of(tmp_path / "base", "llama"))
-
-    def fail(*_, **__):
-        raise OSError("no file named config.json")  # as transformers does
-
-    owners = {
-        "merged": (type(module.model), "from_pretrained"),
-        "peft": (PeftModel, "from_pretrained"),
-        "chain": (Chain, "load"),
-    }
-    monkeypatch.setattr(*owners[format_], fail)
-    with pytest.raises(ExportError, match=r"loaded again.*config\.json"):
-        module.export(tmp_path / "out", format_)
-    assert not (tmp_path / "out").exists()

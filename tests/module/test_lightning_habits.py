@@ -170,16 +170,22 @@ def test_what_build_model_assigns_to_the_module_stays_when_the_base_is_rebuilt(t
     assert_bit_equal(weights(module), before)
 
 
+class Headed(Toy):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.head = nn.Linear(6, 6)
+
+    def training_step(self, batch, batch_idx):
+        return mse_loss(self.head(self.model(batch[0])), batch[1])
+
+
 def test_what_configure_model_makes_is_made_once(tmp_path):
-    class Headed(Toy):
+    class MadeLate(Headed):
         def configure_model(self):
             super().configure_model()
             self.head = nn.Linear(6, 6)
 
-        def training_step(self, batch, batch_idx):
-            return mse_loss(self.head(self.model(batch[0])), batch[1])
-
-    module = fitted(tmp_path, toy(Headed))
+    module = fitted(tmp_path, toy(MadeLate))
     head, before = module.head, weights(module)
     module.merged_model()
     module.load_state_dict(module.state_dict())
@@ -205,10 +211,8 @@ def test_a_state_dict_is_tensors_that_other_tools_take_as_they_are(tmp_path):
 # ---------------------------------------------------------------------- what is asked of a checkpoint counts
 
 
-class WithHead(ValidatedToy):
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.head = nn.Linear(6, 2)
+class WithHead(Headed, ValidatedToy):
+    pass
 
 
 def test_strict_counts(tmp_path):
@@ -435,14 +439,6 @@ def test_a_knot_keeps_a_parameter_group_that_was_added_and_the_run_is_resumed(tm
             for group in trainer.optimizers[0].param_groups:
                 for parameter in group["params"]:
                     parameter.requires_grad_()  # Lightning leaves it frozen in a resumed fit
-
-    class Headed(Toy):
-        def __init__(self, **arguments):
-            super().__init__(**arguments)
-            self.head = nn.Linear(6, 6)
-
-        def training_step(self, batch, batch_idx):
-            return mse_loss(self.head(self.model(batch[0])), batch[1])
 
     def fit(path, n_epochs, ckpt_path=None):
         torch.manual_seed(0)
