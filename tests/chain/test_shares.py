@@ -163,9 +163,7 @@ class OwnDecay(ValidatedToy):
         return [optimizer], [{"scheduler": LinearLR(optimizer, 1.0, 0.0, self.link_steps), "interval": "step"}]
 
 
-@pytest.mark.parametrize(
-    ("cls", "finished_links"), [(ValidatedToy, "merge"), (ValidatedToy, "stack"), (Momentum, "merge"), (OwnDecay, "stack")]
-)
+@pytest.mark.parametrize(("cls", "finished_links"), [(ValidatedToy, "stack"), (Momentum, "merge"), (OwnDecay, "merge")])
 def test_knots_that_record_leave_the_run_its_bits(tmp_path, finished_links, cls):
     """Whatever happens at other knots: a new optimizer, a restarted schedule, a warm-up."""
     options = {"lr_schedule": "cosine", "warmup_steps": 0.1, "knot_warmup_steps": 2, "kept_optimizer_state": 0}
@@ -260,7 +258,7 @@ def test_exports_are_the_model(tmp_path):
     arguments = {"target_modules": ["q_proj", "v_proj"], "rank": 2, "alpha": 4, "seed": 0}
     for kind in ("peft", "chain"):
         assert [link.share for link in read_chain(tmp_path / kind).links] == [0.5, 0.5, 1.0]
-        for links, wanted in enumerate([*map(tiny.logits, copies), expected], start=1):
+        for links, wanted in ((1, tiny.logits(copies[0])), (3, expected)):
             begun = COLACausalLM(str(tmp_path / "llama"), **arguments, init_chain=str(tmp_path / kind), init_links=links)
             begun.configure_model()
             assert difference(tiny.logits(begun.model), wanted) <= 1e-5

@@ -212,7 +212,7 @@ def test_a_compiled_and_a_checkpointed_model_compute_the_same(mode, part):
     def build():
         return base("qwen3_moe", num_hidden_layers=1)
 
-    adapted = AdaptedModel(build, LoRAConfig(experts=True, rank=2, alpha=2, finished_links=mode))
+    adapted = AdaptedModel(build, LoRAConfig(["q_proj", "experts.down_proj"], rank=2, alpha=2, finished_links=mode))
     for layer in adapted.layers.values():
         with_trained_link(layer)
     adapted.tie_knot()

@@ -109,7 +109,7 @@ def test_a_language_model_is_one_graph(tmp_path, graphs, monkeypatch, architectu
     monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 7)  # seven positions
     ids = torch.arange(24).view(3, 8) + 5
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    changes = {} if architecture == "gemma2" else {"num_hidden_layers": 1}  # Gemma has layers of two kinds
+    changes = {"num_hidden_layers": 1} | ({"layer_types": ["sliding_attention"]} if architecture == "gemma2" else {})
     options = {"finished_links": "stack", "changes": changes}
     module = language_model(tmp_path, architecture, compile=True, chunked_loss=chunked, **options)
     module.step(batch).loss.backward()
