@@ -74,6 +74,13 @@ def test_a_loop_goes_on_in_a_new_process_from_its_state_dict(tmp_path, finished_
         assert len(other.chain) == links
 
 
+def test_a_model_that_is_trained_whole_has_a_state_dict_too():
+    model, other = (adapted(target_modules=None) for _ in range(2))
+    train_link(model, new_optimizer(model))
+    other.load_state_dict(model.state_dict())
+    assert_same_weights(other.model, model.model)
+
+
 def test_it_goes_back_and_on_and_starts_from_a_chain(tmp_path):
     model = train(adapted())
     model.chain.save(tmp_path / "chain")

@@ -505,3 +505,14 @@ def test_two_writers_of_one_folder_do_not_mix_and_a_link_to_it_stays_one(tmp_pat
     write_folder(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink()
     assert contents(tmp_path / "out") == {"file": b"new"}
+
+
+def test_what_cannot_be_loaded_again_is_no_full_disk(tmp_path, monkeypatch):
+    module = tiny.three_links(module_of(tmp_path / "base", "llama"))
+    for owner, format_ in ((type(module.model), "merged"), (PeftModel, "peft")):
+        failing = mock.Mock(side_effect=OSError("no file named config.json"))  # as transformers does
+        monkeypatch.setattr(owner, "from_pretrained", failing)
+        with pytest.raises(ExportError, match=r"loaded again.*config\.json"):
+            module.export(tmp_path / "out", format_)
+        monkeypatch.undo()
+    assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from cola_lightning import AdaptedModel, COLAModule, LoRAConfig, UserError, inject_lora, lora_layers, strip_lora
+from cola_lightning import COLAModule, LoRAConfig, UserError, inject_lora, lora_layers, strip_lora
 from cola_lightning.chain import peft
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import as_peft_weights, read_adapter
@@ -150,23 +150,6 @@ def test_dropout_of_links_drops_inputs_of_both_projections():
     assert difference(one(*x)[0], one(*x)[0]) > 0.01
 
 
-@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 5}], ids=str)
-def test_gradients_are_those_of_the_merged_weights(options):
-    model, x = adapted(Attention(**options)), inputs(options, "three")
-    merged = plain(model).requires_grad_()
-    model(*x)[0].square().sum().backward()
-    merged(*x)[0].square().sum().backward()
-    weights = dict(merged.attention.named_parameters())
-    for name, layer in lora_layers(model).items():
-        weight = weights["out_proj.weight" if name.endswith("out_proj") else f"{name.rpartition('.')[2]}_weight"]
-        expected = weight.grad @ layer.lora_A.T * layer.scaling
-        torch.testing.assert_close(layer.lora_B.grad, expected.detach(), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(
-            layer.lora_A.grad, (layer.lora_B.T @ weight.grad * layer.scaling).detach(), rtol=1e-4, atol=1e-4
-        )
-        assert layer.weight.grad is None
-
-
 def test_links_are_stacked_on_a_base_in_half_precision_whose_weights_stay():
     model, x = Attention(batch_first=True).bfloat16(), torch.randn(3, 5, 8)
     before = {name: value.clone() for name, value in model.named_parameters()}
@@ -242,35 +225,6 @@ def test_what_is_not_a_target_stays_what_it_is_and_what_computes_otherwise_is_re
         inject_lora(model, config)
     assert inject_lora(model, LoRAConfig(rank=2, alpha=4)) == ["attention.out_proj", "attention.in_proj", "head"]
     assert frozen_kinds(model) == {"Other": 1, "MultiheadAttention": 1, "NonDynamicallyQuantizableLinear": 2}
-
-
-@pytest.mark.parametrize("finished_links", ["merge", "stack"])
-def test_merged_models_and_copies_have_torchs_module_again(finished_links):
-    def build_model():
-        return Attention(batch_first=True)
-
-    model = AdaptedModel(build_model, LoRAConfig(rank=2, alpha=4, finished_links=finished_links), seed=0)
-    x = inputs({"batch_first": True})
-    before = model.model(*x)
-    with_links(model.model)
-    model.tie_knot()
-    with_links(model.model)
-    expected = model.model(*x)
-    twin = copy.deepcopy(model.model)
-    with_links(twin)
-    assert_same_outputs(twin(*x), expected)
-    for links, outputs in ((None, expected), (0, before)):
-        merged = model.merged_model(links)
-        assert type(merged.attention) is nn.MultiheadAttention
-        assert merged.state_dict().keys() == build_model().state_dict().keys()
-        assert_same_outputs(merged(*x), outputs)
-    assert_same_outputs(model.model(*x), expected)
-    state = model.state_dict()
-    model.go_to(model.chain.truncate(0))
-    model.begin_link(2, 4)
-    assert_same_outputs(model.model(*x), before)
-    model.load_state_dict(state)
-    assert_same_outputs(model.model(*x), expected)
 
 
 def test_a_compiled_module_computes_the_same_in_one_graph():

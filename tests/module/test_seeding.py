@@ -153,21 +153,6 @@ def test_random_augmentation_is_the_same_in_a_resumed_run_with_workers(tmp_path)
     assert_bit_equal(weights(resumed), weights(whole))
 
 
-def test_a_base_may_draw_from_any_generator(tmp_path):
-    class Drawn(Toy):
-        def build_model(self):
-            model = super().build_model()
-            with torch.no_grad():
-                model[0].weight.add_(sum(draws()))
-            return model
-
-    made = []
-    for seed in (1, 2):
-        seed_all(seed)
-        made.append(toy(Drawn).merged_model(0).state_dict())
-    assert_bit_equal(*made)
-
-
 def test_a_base_that_cannot_be_made_again_is_refused_when_it_is_needed_again(tmp_path):
     class Unseeded(Toy):
         made = 0
