@@ -1,5 +1,6 @@
 import atexit
 import collections
+import functools
 import gc
 import os
 import shutil
@@ -41,7 +42,9 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     import lightning.pytorch  # noqa: F401  # its log handler keeps the stderr of its first import: not that of a test
+    from lightning.fabric.utilities import registry
 
+    registry.entry_points = functools.cache(registry.entry_points)  # else each Trainer reads the metadata of all packages
     gc.freeze()  # what is imported stays: the collector goes through a million objects less each time
     gc.enable()
 

@@ -55,23 +55,7 @@ def test_a_loop_in_torch_gives_the_bits_of_a_run_under_lightning(tmp_path, finis
     assert_same_weights(loop.model, module.model)
 
 
-@modes
-def test_a_loop_that_stops_inside_a_link_goes_on_from_what_torch_saves(tmp_path, finished_links):
-    model = train(adapted(finished_links=finished_links), links=1)
-    optimizer = new_optimizer(model)
-    train_link(model, optimizer)
-    torch.save((model, optimizer), tmp_path / "run.pt")
-    resumed, its_optimizer = torch.load(tmp_path / "run.pt", weights_only=False)
-    train_link(model, optimizer)
-    train_link(resumed, its_optimizer)
-    for one in (model, resumed):
-        one.tie_knot()
-    assert_same_weights(resumed.model, model.model)
-    assert_same_weights(resumed.merged_model(1), model.merged_model(1))
-
-
-@modes
-@pytest.mark.parametrize("links", [0, 1, 2])
+@pytest.mark.parametrize(("links", "finished_links"), [(0, "merge"), (1, "stack"), (2, "merge")])
 def test_a_loop_goes_on_in_a_new_process_from_its_state_dict(tmp_path, finished_links, links):
     """The state is that of a run inside a link; it is loaded into a new model, and into one that went further."""
     model = train(adapted(build_normed, finished_links=finished_links, modules_to_save=["1"]), links=links)
@@ -97,13 +81,6 @@ def test_a_model_that_is_trained_whole_has_a_state_dict_too():
     assert_same_weights(other.model, model.model)
 
 
-def test_both_classes_give_an_optimizer_the_same_parameters():
-    module = toy(trained_factors="B", modules_to_save=[])
-    mine, theirs = module.trained_parameters(), module.adapted.trained_parameters()
-    assert [id(one) for one in mine] == [id(one) for one in theirs]
-    assert len(mine) == 2
-
-
 def test_it_goes_back_and_on_and_starts_from_a_chain(tmp_path):
     model = train(adapted())
     model.chain.save(tmp_path / "chain")
@@ -125,8 +102,7 @@ def build_normed():
     return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 6))
 
 
-@modes
-@pytest.mark.parametrize("links", [0, 1, 2])
+@pytest.mark.parametrize(("links", "finished_links"), [(0, "stack"), (1, "merge"), (2, "stack")])
 def test_it_goes_back_with_what_is_trained_whole_and_with_buffers(finished_links, links):
     options = {"target_modules": ["0"], "modules_to_save": ["3"], "finished_links": finished_links}
     model = train(adapted(build_normed, **options))
@@ -154,8 +130,7 @@ def test_merged_copies_are_where_the_model_is_and_in_its_mode(finished_links):
     assert {parameter.device.type for parameter in model.merged_model(0).parameters()} == {"meta"}
 
 
-@modes
-@pytest.mark.parametrize("links", [0, 2, None])
+@pytest.mark.parametrize(("links", "finished_links"), [(0, "stack"), (2, "merge"), (None, "stack")])
 def test_a_merged_copy_in_half_precision_is_rounded_once_and_the_model_stays(finished_links, links):
     model = train(adapted(finished_links=finished_links), links=2)
     before, whole = weights(model.model), model.merged_model(links)

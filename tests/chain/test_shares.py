@@ -44,13 +44,14 @@ CHAIN = {"at_steps": KNOTS, "knot": "half"}
 
 
 class Record(Callback):
-    """Keeps merged copies of the model just before its knots and at its end, and checkpoints of every step."""
+    """Keeps merged copies of the model just before its knots and at its end, and some checkpoints."""
 
     def __init__(self, folder):
         self.folder, self.copies = folder, []
 
     def on_train_batch_end(self, trainer, module, *_):
-        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+        if trainer.global_step in (5, 12, 20):
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
         if trainer.global_step in (*KNOTS, 20):
             self.copies.append(weights(module.merged_model()))
 
@@ -96,7 +97,7 @@ def trained_model(finished_links="merge", share=0.5, knots=3):
 
 
 @modes
-@pytest.mark.parametrize("share", [0, 0.3, 0.5, 1])
+@pytest.mark.parametrize("share", [0, 0.3, 1])
 def test_a_knot_keeps_the_function_and_what_is_left_in_B(finished_links, share):
     model, ((x, _),) = trained_model(finished_links, share), batches(1)
     before, factors = model.model(x), {name: layer.lora_B.detach().clone() for name, layer in model.layers.items()}
@@ -162,8 +163,7 @@ class OwnDecay(ValidatedToy):
         return [optimizer], [{"scheduler": LinearLR(optimizer, 1.0, 0.0, self.link_steps), "interval": "step"}]
 
 
-@modes
-@pytest.mark.parametrize("cls", [ValidatedToy, Momentum, OwnDecay])
+@pytest.mark.parametrize(("cls", "finished_links"), [(ValidatedToy, "stack"), (Momentum, "merge"), (OwnDecay, "merge")])
 def test_knots_that_record_leave_the_run_its_bits(tmp_path, finished_links, cls):
     """Whatever happens at other knots: a new optimizer, a restarted schedule, a warm-up."""
     options = {"lr_schedule": "cosine", "warmup_steps": 0.1, "knot_warmup_steps": 2, "kept_optimizer_state": 0}
@@ -180,7 +180,7 @@ def test_knots_that_record_leave_the_run_its_bits(tmp_path, finished_links, cls)
         assert_bit_equal(weights(module.merged_model(k)), expected)
 
 
-@pytest.mark.parametrize("step", [3, 5, 12])  # before a knot, at one, after two
+@pytest.mark.parametrize("step", [5, 12])  # at a knot, and after two
 def test_a_run_resumes_with_the_same_bits(run, tmp_path, step):
     folder, module, _ = run
     mode = "merge" if module.adapted.merges else "stack"
@@ -190,20 +190,10 @@ def test_a_run_resumes_with_the_same_bits(run, tmp_path, step):
     assert module.chain.is_beginning_of(resumed.chain)
 
 
-@pytest.mark.parametrize(("before", "now"), [(0, 0.5), (0.5, 0), (0.5, 1)])
-def test_a_run_is_not_resumed_with_another_share(tmp_path, before, now):
-    fit(tmp_path, Record(tmp_path), chain={**CHAIN, **knot(before)})
-    with pytest.raises(UserError, match=rf"chain\.knot, chain\.share: must be .*{before}.*, as in the run .* got .*{now}"):
-        fit(tmp_path / "resumed", chain={**CHAIN, **knot(now)}, ckpt_path=tmp_path / "12.ckpt")
-
-
-def test_a_loop_goes_on_from_its_state():
-    model = trained_model()
-    again = trained_model(knots=0)
-    again.load_state_dict(model.state_dict())
-    assert_bit_equal(weights(again.model), weights(model.model))
-    assert again.chain.is_beginning_of(model.chain)
-    assert len(again.chain) == 3
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_run_is_not_resumed_with_another_share(run, tmp_path, share):
+    with pytest.raises(UserError, match=rf"chain\.knot, chain\.share: must be .*0\.5.*, as in the run .* got .*{share}"):
+        fit(tmp_path, chain={**CHAIN, **knot(share)}, ckpt_path=run[0] / "12.ckpt")
 
 
 # ---------------------------------------------------------------------- the first links
@@ -225,15 +215,6 @@ def test_the_first_links_are_the_model_as_it_was_at_that_knot(run):
         begun = toy(init_chain=str(folder / "20.ckpt"), init_links=k)
         begun.configure_model()
         assert_bit_equal(weights(begun.merged_model()), expected)
-
-
-def test_a_model_goes_back_to_its_first_links(run):
-    folder, _, copies = run
-    loaded = ValidatedToy.load_from_checkpoint(folder / "20.ckpt")
-    adapted = loaded.adapted
-    adapted.go_to(adapted.chain.truncate(2))
-    adapted.begin_link(2, 4.0)
-    assert_bit_equal(weights(loaded.merged_model()), copies[1])
 
 
 def test_a_scaled_chain_has_what_the_knots_merged(run):
@@ -277,7 +258,7 @@ def test_exports_are_the_model(tmp_path):
     arguments = {"target_modules": ["q_proj", "v_proj"], "rank": 2, "alpha": 4, "seed": 0}
     for kind in ("peft", "chain"):
         assert [link.share for link in read_chain(tmp_path / kind).links] == [0.5, 0.5, 1.0]
-        for links, wanted in enumerate([*map(tiny.logits, copies), expected], start=1):
+        for links, wanted in ((1, tiny.logits(copies[0])), (3, expected)):
             begun = COLACausalLM(str(tmp_path / "llama"), **arguments, init_chain=str(tmp_path / kind), init_links=links)
             begun.configure_model()
             assert difference(tiny.logits(begun.model), wanted) <= 1e-5
@@ -348,14 +329,13 @@ def test_a_refused_knot_blocks_no_later_checkpoint(tmp_path):
     assert len(module.chain) == 1
 
 
-@pytest.mark.parametrize(("name", "share"), [("same-A", 1), ("share", 0.5)])
-def test_a_method_of_a_study_has_its_knots_before_the_decay(name, share):
+@pytest.mark.parametrize(("name", "share", "knots"), [("same-A", 1, None), ("share-5", 0.5, 4)])
+def test_a_method_of_a_study_has_its_knots_before_the_decay(name, share, knots):
     words = ["--config", DIGITS, "--chain.ranks", "[1, 1]", "--model.trained_factors", "random"]
     given = known_config(*words)
-    chain, model = {"knot": "half", "share": share, "ranks": None}, {"trained_factors": "both"}
-    for found, knots in ((method(name, given), None), (method(f"{name}-5", given), 4)):
-        assert found.links == (5 if knots else method("cola", given).links)
-        config = resolve_config([*words, *as_words(found.options)])
-        assert (chain | {"knots": knots}).items() <= config["chain"].items()
-        assert model.items() <= config["model"]["init_args"].items()
-        assert knots or config["chain"]["every_n_epochs"] == given["chain"]["every_n_epochs"]
+    found = method(name, given)
+    assert found.links == (5 if knots else method("cola", given).links)
+    config = resolve_config([*words, *as_words(found.options)])
+    assert {"knot": "half", "share": share, "ranks": None, "knots": knots}.items() <= config["chain"].items()
+    assert config["model"]["init_args"]["trained_factors"] == "both"
+    assert knots or config["chain"]["every_n_epochs"] == given["chain"]["every_n_epochs"]

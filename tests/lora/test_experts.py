@@ -39,7 +39,7 @@ def base(architecture, **changes):
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "deepseek_v3"])
-def test_one_link_equals_pefts_lora_of_parameters_for_20_steps(architecture):
+def test_one_link_equals_pefts_lora_of_parameters_step_by_step(architecture):
     ours = base(architecture)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=PROJECTIONS)
     theirs = get_peft_model(copy.deepcopy(ours), config)
@@ -50,7 +50,7 @@ def test_one_link_equals_pefts_lora_of_parameters_for_20_steps(architecture):
             experts, _, projection = name.rpartition(".")
             wrapper = wrappers[f"{experts}{'' if projection == 'down_proj' else '.base_layer'}.lora_A"]
             layer.lora_A.copy_(wrapper.lora_A["default"].weight.view_as(layer.lora_A))
-    for mine, other in tiny.losses_of_both(ours, theirs, steps=20):
+    for mine, other in tiny.losses_of_both(ours, theirs, steps=6):
         assert mine == pytest.approx(other, abs=1e-5)
     strip_lora(ours)
     merged, before = theirs.merge_and_unload().state_dict(), base(architecture).state_dict()
@@ -96,7 +96,7 @@ def test_every_experts_class_of_transformers_computes_the_same_with_new_links_an
 # ---------------------------------------------------------------------- architectures
 
 
-ALWAYS = ["qwen3_moe", "gpt_oss", "nemotron_h"]  # the experts of all are in the test above
+ALWAYS = ["gpt_oss", "nemotron_h"]  # the experts of all are in the test above
 
 
 @pytest.mark.parametrize(
@@ -205,12 +205,14 @@ def test_an_adapter_has_the_ranks_that_a_pattern_gives_experts(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's, where a graph ends
-@pytest.mark.parametrize(("mode", "part"), [pytest.param("merge", "", marks=pytest.mark.slow), ("stack", "model.layers.0")])
+@pytest.mark.parametrize(
+    ("mode", "part"), [pytest.param("merge", "", marks=pytest.mark.slow), ("stack", "model.layers.0.mlp.experts")]
+)
 def test_a_compiled_and_a_checkpointed_model_compute_the_same(mode, part):
     def build():
         return base("qwen3_moe", num_hidden_layers=1)
 
-    adapted = AdaptedModel(build, LoRAConfig(experts=True, rank=2, alpha=2, finished_links=mode))
+    adapted = AdaptedModel(build, LoRAConfig(["q_proj", "experts.down_proj"], rank=2, alpha=2, finished_links=mode))
     for layer in adapted.layers.values():
         with_trained_link(layer)
     adapted.tie_knot()

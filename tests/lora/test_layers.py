@@ -20,6 +20,7 @@ from cola_lightning import (
     strip_lora,
 )
 from cola_lightning.lora import inject
+from cola_lightning.lora.attention import InputProjection
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection
 from tests.helpers.toy import (
     Grid,
@@ -71,6 +72,7 @@ LAYERS = {
     "Linear": (lambda: nn.Linear(6, 5), (4, 7, 6)),
     "transformers' Conv1D": (lambda: Conv1D(5, 6), (4, 7, 6)),
     "Conv1d": (lambda: nn.Conv1d(4, 6, 5, stride=3, padding=2, dilation=2, bias=False), (3, 4, 11)),
+    "attention's": (lambda: InputProjection(nn.Parameter(torch.randn(12, 6)), nn.Parameter(torch.randn(12))), (4, 7, 6)),
     "strided": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (3, 4, 11, 11)),
     "dilated": (lambda: nn.Conv2d(4, 6, (5, 3), padding="same", dilation=2), (3, 4, 11, 11)),
     "registered": (lambda: Scaled(6, 5), (4, 7, 6)),

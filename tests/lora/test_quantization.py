@@ -166,7 +166,7 @@ def test_a_classifiers_new_head_is_not_quantised_and_goes_back_with_the_links(tm
     names = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"].keys()
     trained = {name for name in names if ".lora_" not in name and not name.startswith("chain.")}
     assert trained == {"model.classifier.weight", "model.classifier.bias"}
-    for links in range(4):
+    for links in (0, 2):
         loaded = COLAModule.load_from_checkpoint(tmp_path / "end.ckpt", links=links)
         assert difference(tiny.logits(loaded.model), tiny.logits(module.merged_model(links))) <= 1e-4
 
@@ -174,7 +174,7 @@ def test_a_classifiers_new_head_is_not_quantised_and_goes_back_with_the_links(tm
 @pytest.mark.parametrize(
     ("precision", "settings", "computes_in", "wide", "tolerance"),
     [
-        ("bf16-true", {}, torch.bfloat16, torch.float32, 0.1),
+        pytest.param("bf16-true", {}, torch.bfloat16, torch.float32, 0.1, marks=pytest.mark.slow),
         ("64-true", {}, torch.float64, torch.float64, 1e-4),
         ("32-true", {"dtype": "float16"}, torch.float16, torch.float32, 0.1),
     ],
@@ -200,7 +200,7 @@ def test_a_checkpoint_holds_no_weight_of_the_base_and_goes_to_any_number_of_its_
     assert others == {"chain.metadata"}
     expected = tiny.logits(trained.module.model)
     assert torch.equal(tiny.logits(COLAModule.load_from_checkpoint(trained.path).model), expected)
-    for links in range(4):
+    for links in (0, 2, 3):
         loaded = COLAModule.load_from_checkpoint(trained.path, links=links)
         assert loaded.n_finished == min(links, 2)
         assert difference(tiny.logits(loaded.model), tiny.logits(trained.module.merged_model(links))) <= 1e-4

@@ -30,10 +30,8 @@ def assert_same(before, after):
 
 OPTIONS = {
     "merged": {},
-    "stacked": {"finished_links": "stack"},
-    "head": {"modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}},
-    "all-linear": {"target_modules": "all-linear"},
-    "dropout": {"dropout": 0.5},
+    "stacked": {"finished_links": "stack", "dropout": 0.5},
+    "head": {"target_modules": "all-linear", "modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}},
 }
 
 

@@ -20,7 +20,7 @@ from cola_lightning.callbacks.chain_of_lora import check_strategy
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.lora.layer import initialize_link
-from tests.helpers.toy import Toy, ValidatedToy, Watch, assert_bit_equal, batches, toy, trainer, weights
+from tests.helpers.toy import Toy, ValidatedToy, Watch, assert_bit_equal, assert_near, batches, toy, trainer, weights
 
 
 def hand_written_loop(steps, every, ranks, accumulate=1, clip=None, lr=1e-2, seed=0, max_rank=6, alpha=4):
@@ -102,34 +102,13 @@ def test_manual_optimization_has_the_same_links(tmp_path):
 
 
 def test_a_knot_keeps_the_function():
-    module = toy(rank=3)
+    module, x = toy(rank=3), next(iter(batches()))[0]
     module.configure_model()
-    x = next(iter(batches()))[0]
     for layer in lora_layers(module.model).values():
         nn.init.normal_(layer.lora_B)
     before = module.model(x)
-    link = module.tie_knot()
-    after = module.model(x)
-    assert ((after - before).norm() / before.norm()).item() < 1e-6
-    assert (link.index, module.n_finished, len(module.chain)) == (0, 1, 1)
-
-
-@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-6), ("64-true", 1e-10)])
-def test_the_weights_move_by_the_sum_of_the_links(tmp_path, precision, tolerance):
-    dtype = torch.float64 if precision == "64-true" else torch.float32
-    module = toy(rank=2, optimizer=lambda p: AdamW(p, lr=3e-2))
-    module.configure_model()
-    base = {name: layer.weight.detach().double().clone() for name, layer in lora_layers(module.model).items()}
-    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=5, precision=precision).fit(module, batches(dtype=dtype))
-    module.tie_knot()
-    assert len(module.chain) == 5
-    for name, layer in lora_layers(module.model).items():
-        moved = layer.weight.detach().double() - base[name]
-        delta = module.chain.delta(name).double()
-        scale = delta.norm() if precision == "64-true" else base[name].norm()
-        assert (moved - delta).norm() / scale < tolerance
-        ranks = [torch.linalg.matrix_rank(link.delta(name)).item() for link in module.chain.links]
-        assert max(ranks) <= 2 < torch.linalg.matrix_rank(delta) <= module.chain.total_rank(name) == 10
+    assert module.tie_knot().index == 0
+    assert_near(module.model(x), before, 1e-6)
 
 
 def test_without_knots_and_without_the_callback_it_is_lora(tmp_path):

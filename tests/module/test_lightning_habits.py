@@ -25,12 +25,7 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from cola_lightning import (
-    COLACausalLM,
-    LastCheckpoint,
-    PredictionWriter,
-    UserError,
-)
+from cola_lightning import COLACausalLM, LastCheckpoint, PredictionWriter, UserError
 from cola_lightning.chain.checkpoint import read_chain
 from tests.helpers import tiny
 from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
@@ -175,16 +170,22 @@ def test_what_build_model_assigns_to_the_module_stays_when_the_base_is_rebuilt(t
     assert_bit_equal(weights(module), before)
 
 
+class Headed(Toy):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.head = nn.Linear(6, 6)
+
+    def training_step(self, batch, batch_idx):
+        return mse_loss(self.head(self.model(batch[0])), batch[1])
+
+
 def test_what_configure_model_makes_is_made_once(tmp_path):
-    class Headed(Toy):
+    class MadeLate(Headed):
         def configure_model(self):
             super().configure_model()
             self.head = nn.Linear(6, 6)
 
-        def training_step(self, batch, batch_idx):
-            return mse_loss(self.head(self.model(batch[0])), batch[1])
-
-    module = fitted(tmp_path, toy(Headed))
+    module = fitted(tmp_path, toy(MadeLate))
     head, before = module.head, weights(module)
     module.merged_model()
     module.load_state_dict(module.state_dict())
@@ -210,10 +211,8 @@ def test_a_state_dict_is_tensors_that_other_tools_take_as_they_are(tmp_path):
 # ---------------------------------------------------------------------- what is asked of a checkpoint counts
 
 
-class WithHead(ValidatedToy):
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.head = nn.Linear(6, 2)
+class WithHead(Headed, ValidatedToy):
+    pass
 
 
 def test_strict_counts(tmp_path):
@@ -239,10 +238,10 @@ def test_strict_counts(tmp_path):
     assert unknown == ["other"]
 
 
-@pytest.mark.parametrize("where", ["cpu", torch.device("cpu"), lambda storage, _: storage, lambda *_: None, {"cuda:0": "cpu"}])
-def test_a_checkpoint_is_loaded_to_where_map_location_says(tmp_path, where):
+def test_a_checkpoint_is_loaded_to_where_map_location_says(tmp_path):
     module = fitted(tmp_path, toy())
-    assert_bit_equal(weights(Toy.load_from_checkpoint(tmp_path / "run.ckpt", where)), weights(module))
+    for where in ("cpu", torch.device("cpu"), lambda storage, _: storage, lambda *_: None, {"cuda:0": "cpu"}):
+        assert_bit_equal(weights(Toy.load_from_checkpoint(tmp_path / "run.ckpt", where)), weights(module))
 
 
 def test_a_file_of_hyperparameters_counts_more_than_the_checkpoint(tmp_path):
@@ -383,7 +382,7 @@ def test_the_command_line_of_lightning_makes_an_optimizer(tmp_path, monkeypatch)
 def test_the_batch_size_finder_leaves_a_run_as_it_would_be_without(tmp_path):
     class Sized(Toy):
         def train_dataloader(self):
-            return DataLoader(batches(40).dataset, batch_size=self.batch_size)
+            return DataLoader(batches(6).dataset, batch_size=self.batch_size)
 
     def fit(batch_size, *callbacks, is_tuned=False):
         module, run = toy(Sized), trainer(tmp_path, *callbacks, max_epochs=1, chain={"every_n_train_steps": 4})
@@ -440,14 +439,6 @@ def test_a_knot_keeps_a_parameter_group_that_was_added_and_the_run_is_resumed(tm
             for group in trainer.optimizers[0].param_groups:
                 for parameter in group["params"]:
                     parameter.requires_grad_()  # Lightning leaves it frozen in a resumed fit
-
-    class Headed(Toy):
-        def __init__(self, **arguments):
-            super().__init__(**arguments)
-            self.head = nn.Linear(6, 6)
-
-        def training_step(self, batch, batch_idx):
-            return mse_loss(self.head(self.model(batch[0])), batch[1])
 
     def fit(path, n_epochs, ckpt_path=None):
         torch.manual_seed(0)

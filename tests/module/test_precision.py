@@ -8,25 +8,16 @@ from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 
 from cola_lightning import AdaptedModel, LastCheckpoint, LoRAConfig
-from tests.helpers.toy import (
-    Toy,
-    ValidatedToy,
-    assert_bit_equal,
-    batches,
-    toy,
-    trainer,
-    weights,
-)
+from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
-MODES = ["merge", "stack"]
-# precision, the dtype of a stacked-upon weight, of A, B and a merged-into weight, and the relative step of what is computed
+# precision, the dtype of a stacked-upon weight, of A, B and a merged-into weight, the relative step of what is computed, mode
 PRECISIONS = [
-    ("32-true", torch.float32, torch.float32, 1e-6),
-    ("64-true", torch.float64, torch.float64, 1e-12),
-    ("bf16-mixed", torch.float32, torch.float32, 2**-8),
-    ("16-mixed", torch.float32, torch.float32, 2**-11),
-    ("bf16-true", torch.bfloat16, torch.float32, 2**-8),
-    ("16-true", torch.float16, torch.float32, 2**-11),
+    ("32-true", torch.float32, torch.float32, 1e-6, "merge"),
+    ("64-true", torch.float64, torch.float64, 1e-12, "stack"),
+    ("bf16-mixed", torch.float32, torch.float32, 2**-8, "stack"),
+    ("16-mixed", torch.float32, torch.float32, 2**-11, "merge"),
+    ("bf16-true", torch.bfloat16, torch.float32, 2**-8, "merge"),
+    ("16-true", torch.float16, torch.float32, 2**-11, "stack"),
 ]
 
 
@@ -70,8 +61,7 @@ def fit(folder, module, precision, epochs=3, ckpt_path=None):
     return module
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("precision", "base", "wide", "step"), PRECISIONS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("precision", "base", "wide", "step", "mode"), PRECISIONS)
 def test_a_chain_keeps_its_dtypes_and_its_loss_at_knots_and_resumes_to_the_bit(tmp_path, precision, base, wide, step, mode):
     def one_layer():
         return make(mode, target_modules=["0"])
@@ -116,9 +106,7 @@ def test_gradients_of_the_default_optimizer_are_clipped_under_16_mixed(tmp_path)
 # ---------------------------------------------------------------------- by default
 
 
-@pytest.mark.parametrize(
-    ("precision", "is_read_early"), [("32-true", True), ("bf16-mixed", False), ("bf16-true", True), ("16-true", False)]
-)
+@pytest.mark.parametrize(("precision", "is_read_early"), [("bf16-mixed", True), ("bf16-true", True), ("16-true", False)])
 def test_by_default_links_are_merged_into_float32_and_stacked_on_half_precision(tmp_path, precision, is_read_early):
     expected = fit(tmp_path / "expected", make("stack" if precision.endswith("6-true") else "merge"), precision)
     module = make("auto")

@@ -85,20 +85,6 @@ def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_pa
         assert_bit_equal(weights(loaded), weights(second))
 
 
-def test_init_chain_merges_what_the_chain_holds(tmp_path):
-    first = make(Toy)
-    path = saved(tmp_path, first, {"every_n_epochs": 1})
-    x = next(iter(batches()))[0]
-    for links, expected in ((None, 4), (4, 4), (1, 1), (0, 0)):
-        module = make(Toy, init_chain=str(path), init_links=links)
-        module.configure_model()
-        assert len(module.chain) == expected
-        torch.testing.assert_close(module.model(x), first.merged_model(expected)(x))
-        assert torch.equal(module.merged_model(0)[0].weight, first.merged_model(0)[0].weight)
-    with pytest.raises(UserError, match=r"^links: .* got 5$"):
-        make(init_chain=str(path), init_links=5).configure_model()
-
-
 class WithHead(Toy):
     def build_model(self):
         return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 6))
@@ -149,28 +135,6 @@ def test_class_arguments_and_seed_come_from_the_checkpoint(tmp_path, caplog):
 
 
 # ---------------------------------------------------------------------- state_dict() is all that training changed
-
-
-def trained(tmp_path, **arguments):
-    module = toy(**arguments)
-    trainer(tmp_path, chain={"every_n_epochs": 1, "ranks": [2, 1, 2]}, max_epochs=3).fit(module, batches())
-    return module
-
-
-@pytest.mark.parametrize("finished_links", ["merge", "stack"])
-@pytest.mark.parametrize("source", ["state_dict", "checkpoint"])
-def test_loading_it_into_a_new_module_gives_the_same_outputs(tmp_path, finished_links, source):
-    module = trained(tmp_path, finished_links=finished_links)
-    torch.save({"state_dict": module.state_dict()}, tmp_path / "run.ckpt")
-    if source == "checkpoint":  # which has no other copy
-        module.trainer.save_checkpoint(tmp_path / "run.ckpt")
-    fresh = toy(finished_links=finished_links)
-    fresh.load_state_dict(torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"])
-    assert_bit_equal(weights(fresh), weights(module))
-    x = next(iter(batches()))[0]
-    assert torch.equal(fresh.model(x), module.model(x))
-    assert fresh.live_link().start_step == module.live_link().start_step == 20
-    assert fresh.live_link().metrics == module.live_link().metrics
 
 
 def test_where_all_is_trained_the_values_are_enough():

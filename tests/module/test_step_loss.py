@@ -51,7 +51,9 @@ def assert_same_step(module, losses, whole, expected, relative):
         assert_near(mine[name], gradient, relative) if gradient.any() else None  # A's is 0, since B is
 
 
-@pytest.mark.parametrize(("precision", "relative"), [("32-true", 1e-6), ("bf16-mixed", 2e-2)])
+@pytest.mark.parametrize(
+    ("precision", "relative"), [("32-true", 1e-6), pytest.param("bf16-mixed", 2e-2, marks=pytest.mark.slow)]
+)
 def test_a_window_of_unequal_batches_is_one_batch_of_all_its_rows(tmp_path, precision, relative):
     rows = rows_of(LENGTHS)
     whole = fit(tmp_path, batches_of(rows, 8), precision=precision)
@@ -88,19 +90,19 @@ class Ordered(transformers.Trainer):
 
 
 def test_a_run_is_that_of_transformers_trainer(tmp_path):
-    """Twenty steps of full fine-tuning with accumulation, of which clipping changes some: the same losses and weights."""
-    rows = rows_of([LENGTHS[k % 8] + k % 3 for k in range(160)])
+    """Eight steps of full fine-tuning with accumulation, of which clipping changes some: the same losses and weights."""
+    rows = rows_of([LENGTHS[k % 8] + k % 3 for k in range(64)])
     arguments = {"target_modules": None, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}
     module, losses = fit(tmp_path, batches_of(rows, 2), 4, arguments=arguments, gradient_clip_val=1.3)
     settings = transformers.TrainingArguments(
         str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4, learning_rate=0.1, optim="sgd",
         max_grad_norm=1.3, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
-        max_steps=20, use_cpu=True,
+        max_steps=8, use_cpu=True,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     theirs = Ordered(model, settings, lambda some: collate_language(some, 0), rows)
     theirs.train()
     assert losses == pytest.approx([line["loss"] for line in theirs.state.log_history if "loss" in line], abs=1e-5)
-    assert len(losses) == 20
+    assert len(losses) == 8
     for name, value in model.named_parameters():
         torch.testing.assert_close(module.model.get_parameter(name), value, rtol=0, atol=1e-5)
