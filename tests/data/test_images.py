@@ -46,7 +46,7 @@ def set_up(data, path, *stages):
 
 
 @pytest.mark.filterwarnings("ignore:Lightning couldn't infer the indices")
-@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("architecture", ["vit", "resnet", pytest.param("convnext", marks=pytest.mark.slow)])
 def test_a_model_trains_its_new_head_and_resumes_to_the_bit_and_its_export_is_a_pipeline(tmp_path, architecture):
     data, options = data_of(draw(tmp_path / "rows")), {"optimizer": lambda p: torch.optim.AdamW(p, lr=5e-3)}
     module = classifier(tmp_path, architecture, **options)
@@ -73,7 +73,7 @@ def test_a_model_trains_its_new_head_and_resumes_to_the_bit_and_its_export_is_a_
     assert scores == pytest.approx(dict(zip(CLASSES, expected, strict=True)), abs=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["vit", "convnext"])
+@pytest.mark.parametrize("architecture", ["convnext", pytest.param("vit", marks=pytest.mark.slow)])
 def test_pefts_loader_reads_the_adapter_on_the_base_with_its_other_head(tmp_path, architecture):
     module = classifier(tmp_path, architecture)
     trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, datamodule=data_of(draw(tmp_path / "rows")))
@@ -97,7 +97,7 @@ def test_timms_models_are_read_through_transformers_and_their_head_is_trained(tm
     rows = draw(tmp_path / "rows")
     for names in (None, [*CLASSES, "other"]):  # as many as the head of the files, and more
         module = COLAImageClassifier(str(tmp_path / "timm"), rank=2, target_modules="all-linear", label_names=names, seed=0)
-        trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, datamodule=data_of(rows))
+        trainer(tmp_path, max_epochs=1).fit(module, datamodule=data_of(rows))
         assert module.lora_config.modules_to_save == ["timm_model.head"]
         assert module.num_labels == len(names or CLASSES)
         (line,) = module.export(tmp_path / f"merged {names}")
