@@ -20,7 +20,6 @@ from transformers import AutoTokenizer
 
 from cola_lightning import TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
-from tests.helpers import tiny
 
 
 def read(arguments):
@@ -32,7 +31,9 @@ def read(arguments):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     kind = TextClassificationDataModule if arguments.pop("is_labelled", False) else TextDataModule
     try:
-        data = tiny.set_up(kind(**arguments), AutoTokenizer.from_pretrained("owner/chat"), "fit")
+        data = kind(**arguments)
+        data.tokenizer = AutoTokenizer.from_pretrained("owner/chat")
+        data.setup("fit")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
