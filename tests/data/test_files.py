@@ -173,16 +173,21 @@ def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
         ({"val_size": 0}, [200, 0, 0]),
     ],
 )
-def test_one_file_is_split_by_the_seed_in_numbers_or_shares(tmp_path, arguments, sizes):
+def test_one_file_is_split_in_numbers_or_shares(tmp_path, arguments, sizes):
+    found = parts(template(write(tmp_path / "rows.csv", labelled(200)), **arguments))
+    assert [len(part) for part in found] == sizes
+    assert len({row.example.prompt for part in found for row in part}) == sum(sizes)
+
+
+@pytest.mark.parametrize("val_size", [0.25, 0])
+def test_one_file_is_split_by_the_seed(tmp_path, val_size):
     def prompts(source, seed):
-        return [[row.example.prompt for row in part] for part in parts(template(source, split_seed=seed, **arguments))]
+        return [[row.example.prompt for row in part] for part in parts(template(source, split_seed=seed, val_size=val_size))]
 
     source = write(tmp_path / "rows.csv", labelled(200))
     first, again, other = (prompts(source, seed) for seed in (0, 0, 1))
-    assert [len(part) for part in first] == sizes
-    assert len({prompt for part in first for prompt in part}) == sum(sizes)
     assert first == again == prompts(write(tmp_path / "rows" / "train.csv", labelled(200)), 0)  # which is as one file
-    assert (first[0] != other[0]) is (sizes[0] < 200)  # all rows stay in their order
+    assert (first[0] != other[0]) is (val_size > 0)  # all rows stay in their order
 
 
 def test_what_has_a_split_is_not_drawn(tmp_path):
