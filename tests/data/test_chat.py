@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_lightning import TextDataModule
+from cola_lightning import TextDataModule, UserError
 from cola_lightning.chat_template import ChatTemplate, Conversation
 from cola_lightning.cli import main
 from cola_lightning.data.chat_encoding import encode_conversations
@@ -339,8 +339,8 @@ def test_variables_of_the_template_are_those_of_training_prediction_generation_a
     tiny.write_rows(Path("rows"), [{"messages": TALK}])
     fit = ["fit", "--model.model_name", "model", "--data.source", "rows", "--data.max_new_tokens", "4"]
     fit += ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    assert main(fit) == 2
-    assert "the chat template refuses the turns: It has no thoughts" in capfd.readouterr().err
+    with pytest.raises(UserError, match="the chat template refuses the turns: It has no thoughts"):
+        tiny.set_up(TextDataModule("rows"), tiny.chat_tokenizer(chat), "fit")
     assert main([*fit, "--data.chat_template_kwargs", "{enable_thinking: false}"]) == 0, capfd.readouterr().err
     (checkpoint,) = map(str, Path("runs").rglob("last.ckpt"))
     run = str(Path(checkpoint).parent.parent / "config.yaml")

@@ -330,5 +330,4 @@ def test_sources_are_named_on_the_command_line_and_in_yaml(tmp_path, monkeypatch
     assert "asked.jsonl: 9 rows for training, 1 for validation" in out
     (use,) = [line for line in out.splitlines() if line.startswith("checkpoint: ")]
     assert main(["predict", "--config", "runs/version_0/config.yaml", "--ckpt_path", use.partition(": ")[2]]) == 0
-    assert main([*words, "--data.source", "[texts, notes.txt]"]) == 2
     assert main([*words, "--data.source", "[texts, texts/train.jsonl]"]) == 0
