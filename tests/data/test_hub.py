@@ -90,7 +90,6 @@ SETS = {
     "databricks/databricks-dolly-15k": Set(
         columns("instruction", "context", "response", category="qa"), "instruction context response"
     ),
-    "HuggingFaceH4/no_robots": Set(CHAT, "messages", "train test"),
     "HuggingFaceH4/ultrachat_200k": Set(
         CHAT,
         "messages",
@@ -103,14 +102,7 @@ SETS = {
     "trl-lib/tldr": Set(TLDR, "prompt completion", **OF_THREE),
     "owner/sharegpt": Set(conversations("conversations", "from", "value", "human", "gpt"), "conversations"),
     "stanfordnlp/imdb": Set(imdb, "text label", "train test unsupervised", {"is_labelled": True}),
-    "EdinburghNLP/xsum": Set(columns("document", "summary", id="7"), "document summary", **OF_THREE),
     "Open-Orca/OpenOrca": Set(asked_under("system_prompt", "question", "response"), "question response system_prompt", "train"),
-}
-# Sets that the user must choose something for, or convert first, and words of the line that says so.
-REFUSED = {
-    "GAIR/LIMO": (columns("question", "answer", solution="!"), ["response: solution", "response: answer", "--data.columns"]),
-    "glaiveai/glaive-function-calling-v2": (columns("system", "chat"), ["--data.columns", "system", "chat"]),
-    "OpenAssistant/oasst1": (columns("text", "role", parent_id="x"), ["--data.columns", "text", "parent_id"]),
 }
 
 
@@ -146,8 +138,6 @@ def hub(tmp_path_factory):
         hub.add("models", "owner/chat", folder / "chat")
         for name, made in SETS.items():
             hub.add("datasets", name, files_of(made, folder))
-        for name, (row, _) in REFUSED.items():
-            hub.add("datasets", name, {"train.jsonl": json_lines(row, "train")})
         hub.old = hub.add("datasets", "owner/revised", {"train.jsonl": json_lines(TLDR, "old")})
         hub.add("datasets", "owner/revised", {"train.jsonl": json_lines(TLDR, "new")})
         yield hub
@@ -162,7 +152,6 @@ def runs(hub, tmp_path_factory):
     commands = {name: {"source": name} | made.arguments for name, made in SETS.items()} | {
         "no split": {"source": "HuggingFaceH4/ultrachat_200k"},
         "no subset": {"source": "openai/gsm8k"},
-        **{name: {"source": name} for name in REFUSED},
         "old": {"source": "owner/revised", "revision": hub.old},
         "new": {"source": "owner/revised"},
         "streamed": streamed,
@@ -211,11 +200,10 @@ def test_a_data_set_of_the_hub_is_trained_on_by_its_name(runs, name):
     [
         ("no split", ["data.train_split", "train_sft", "test_sft", "train_gen", "test_gen"]),
         ("no subset", ["data.subset", "main", "socratic"]),
-        *((name, words) for name, (_, words) in REFUSED.items()),
     ],
 )
 def test_what_a_set_has_is_listed_where_the_user_must_choose(runs, name, words):
-    run = runs[name.replace("/", " ")]
+    run = runs[name]
     assert run.status == 2, run.log
     last = run.log.strip().splitlines()[-1]
     assert last.startswith("error: ")

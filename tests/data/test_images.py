@@ -15,10 +15,9 @@ import torch
 import transformers
 from PIL import Image
 
-from cola_lightning import COLAImageClassifier, ImageDataModule, UserError
-from cola_lightning.cli import main
+from cola_lightning import COLAImageClassifier, ImageDataModule, PredictionWriter, UserError
 from cola_lightning.data.base import SeededBatches
-from tests.helpers.tiny import CLASSES, IMAGE_MODELS, SIDE, draw, image_folder, picture
+from tests.helpers.tiny import CLASSES, IMAGE_MODELS, SIDE, draw, image_folder, picture, read_rows
 from tests.helpers.toy import assert_bit_equal, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21, transformers 5.24
@@ -372,13 +371,6 @@ def test_a_crop_and_a_flip_depend_on_the_seed_the_epoch_and_the_row_alone(tmp_pa
     assert torch.equal(data.collate([data.train[k] for k in range(8)])["pixel_values"], pixels([*range(8)], augment=None))
 
 
-def test_workers_make_the_batches_of_the_main_process(tmp_path):
-    rows = draw(tmp_path / "rows")
-    batches = [[*set_up(data_of(rows, num_workers=n), "fit").train_dataloader()] for n in (0, 2)]
-    for mine, others in zip(*batches, strict=True):
-        assert_bit_equal(mine, others)
-
-
 def test_crops_and_flips_can_be_left_out_and_have_the_asked_size(tmp_path):
     data = data_of(draw(tmp_path / "rows"), random_crop=0.5, random_flip=False)
     row = {"image": Image.new("RGB", (200, 200)), "labels": 0}
@@ -392,30 +384,20 @@ def test_crops_and_flips_can_be_left_out_and_have_the_asked_size(tmp_path):
     assert 70 < flipped < 130
 
 
-# ---------------------------------------------------------------------- the command
-
-FIT = "fit --model COLAImageClassifier --data ImageDataModule --model.rank 2 --trainer.accelerator cpu"
-FIT += " --trainer.max_epochs 1 --trainer.enable_progress_bar false --data.batch_size 8"
+# ---------------------------------------------------------------------- predictions
 
 
-def test_predict_writes_labels_and_scores_of_pictures_alone_and_why_one_has_none(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    rows, alone = draw(tmp_path / "rows"), tmp_path / "alone"
+def test_predict_writes_labels_and_scores_of_pictures_alone_and_why_one_has_none(tmp_path):
+    alone = tmp_path / "alone"
     alone.mkdir()
     for k, name in enumerate(CLASSES):
         picture(name, k).save(alone / f"{k}.jpg")
     (alone / "9.jpg").write_text("no picture")
-    words = ["--model.model_name", image_folder(tmp_path / "vit"), "--data.source", str(rows), "--data.test_size", "0.25"]
-    assert main([*FIT.split(), *words]) == 0, capfd.readouterr().err
-    run = "runs/version_0"
-    words = ["--config", f"{run}/config.yaml", "--ckpt_path", run, "--data.source", str(alone)]
-    assert main(["predict", *words]) == 0, capfd.readouterr().err
-    (path,) = tmp_path.glob("runs/**/predictions.jsonl")
-    *lines, last = [json.loads(line) for line in path.read_text().splitlines()]
+    module, run = classifier(tmp_path, label_names=CLASSES), trainer(tmp_path, PredictionWriter())
+    run.predict(module, datamodule=data_of(alone), return_predictions=False)
+    *lines, last = read_rows(tmp_path / "predictions.jsonl")
     assert [line["image"] for line in lines] == [str(alone / f"{k}.jpg") for k in range(4)]
     assert all(line["prediction"] in CLASSES and line["target"] is None for line in lines)
     assert all(line["prediction"] == CLASSES[int(np.argmax(line["scores"]))] for line in lines)
     assert last["prediction"] is None
     assert last["reason"].startswith("the picture cannot be read")
-    assert main(["export", run, "--output", "merged"]) == 0, capfd.readouterr().err
-    assert transformers.pipeline("image-classification", "merged", device="cpu")(str(alone / "0.jpg"))

@@ -102,7 +102,7 @@ def of_one_row():
     return "of_one_row"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
 def test_an_attention_that_separates_sequences_of_one_row_gets_one(tmp_path, architecture, of_one_row):
     """A stand-in for flash attention, which needs a GPU."""
     modules = [

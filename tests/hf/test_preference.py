@@ -72,7 +72,7 @@ def by_hand(loss, chosen, rejected, sizes, references, beta, smoothing, gamma):
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize(("loss", "smoothing"), [("sigmoid", 0.1), ("ipo", 0), ("simpo", 0), ("simpo", 0.1), ("orpo", 0)])
+@pytest.mark.parametrize(("loss", "smoothing"), [("sigmoid", 0.1), ("ipo", 0), ("simpo", 0.1), ("orpo", 0)])
 def test_losses_and_gradients_are_the_papers_formulas(tmp_path, loss, chunked, smoothing, monkeypatch):
     monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 3)  # three tokens
     options = {"beta": 0.3, "label_smoothing": smoothing, "simpo_gamma": 0.7, "chunked_loss": chunked}
