@@ -1,5 +1,6 @@
 """Each assistant turn is trained once, in the context in which a server will ask for it, on what it must then generate."""
 
+import functools
 import io
 import itertools
 import json
@@ -103,6 +104,7 @@ def test_each_turn_of_a_known_template_is_trained_once_after_its_generation_prom
     assert len(rows) == (len(expected) if name in REWRITE else 1)
 
 
+@functools.cache
 def own_of(name):
     """A tokenizer with a known template, and with what looks like a special token in it."""
     (source,) = [path.read_text() for path in TEMPLATES if path.stem == name]
