@@ -296,7 +296,7 @@ def test_templates_and_classifiers_take_several_sources(tmp_path):
     assert {*classified.train["labels"]} == {0, 1, 2}
 
 
-def test_sources_are_named_on_the_command_line_and_in_yaml(tmp_path, monkeypatch, capfd):
+def test_sources_are_named_on_the_command_line_and_in_the_config_of_the_run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     tiny.folder(Path("model"))
     two(Path())
