@@ -1,5 +1,6 @@
 """Each assistant turn is trained once, in the context in which a server will ask for it, on what it must then generate."""
 
+import functools
 import io
 import itertools
 import json
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_lightning import TextDataModule
+from cola_lightning import TextDataModule, UserError
 from cola_lightning.chat_template import ChatTemplate, Conversation
 from cola_lightning.cli import main
 from cola_lightning.data.chat_encoding import encode_conversations
@@ -103,6 +104,7 @@ def test_each_turn_of_a_known_template_is_trained_once_after_its_generation_prom
     assert len(rows) == (len(expected) if name in REWRITE else 1)
 
 
+@functools.cache
 def own_of(name):
     """A tokenizer with a known template, and with what looks like a special token in it."""
     (source,) = [path.read_text() for path in TEMPLATES if path.stem == name]
@@ -217,7 +219,7 @@ def test_a_turn_is_trained_after_its_context_whatever_a_template_does(name):
     assert own.convert_ids_to_tokens(ChatTemplate(own).stop_tokens) == [expected.stop] * (expected.stop is not None)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@settings(max_examples=30)
 @given(output=st.text(" \nxé(", min_size=1, max_size=8))
 def test_white_space_of_a_turn_is_trained_and_a_token_over_the_prompts_end_is_the_turns(output):
     own = tiny.chat_tokenizer(tiny.CHAT)
@@ -339,8 +341,8 @@ def test_variables_of_the_template_are_those_of_training_prediction_generation_a
     tiny.write_rows(Path("rows"), [{"messages": TALK}])
     fit = ["fit", "--model.model_name", "model", "--data.source", "rows", "--data.max_new_tokens", "4"]
     fit += ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    assert main(fit) == 2
-    assert "the chat template refuses the turns: It has no thoughts" in capfd.readouterr().err
+    with pytest.raises(UserError, match="the chat template refuses the turns: It has no thoughts"):
+        tiny.set_up(TextDataModule("rows"), tiny.chat_tokenizer(chat), "fit")
     assert main([*fit, "--data.chat_template_kwargs", "{enable_thinking: false}"]) == 0, capfd.readouterr().err
     (checkpoint,) = map(str, Path("runs").rglob("last.ckpt"))
     run = str(Path(checkpoint).parent.parent / "config.yaml")

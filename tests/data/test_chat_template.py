@@ -83,9 +83,9 @@ model:
   init_args:
     model_name: model
     target_modules: null
-    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 2.0e-2}}
 data: {init_args: {source: talks.jsonl, chat_template: own.jinja, val_size: 0, batch_size: 4}}
-trainer: {max_epochs: 60, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
+trainer: {max_epochs: 8, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
 """
 
 
@@ -94,21 +94,20 @@ def test_a_base_model_learns_to_answer_and_its_export_renders_the_same(tmp_path,
     monkeypatch.chdir(tmp_path)
     tiny.folder(Path("model"), max_position_embeddings=256)
     Path("own.jinja").write_text(CHATML)
-    Path("talks.jsonl").write_text((json.dumps({"messages": TALK[:2]}) + "\n") * 4)
+    Path("talks.jsonl").write_text((json.dumps({"messages": TALK[:2]}) + "\n") * 16)
     Path("config.yaml").write_text(CONFIG)
     assert main(["fit", "--config", "config.yaml"]) == 0
     out = capfd.readouterr().out
     assert "spelled in pieces" in out
     (try_,) = [line.removeprefix("try it: cola ") for line in out.splitlines() if line.startswith("try it: cola ")]
     checkpoint = "runs/version_0/checkpoints/last.ckpt"
-    assert main(["predict", "--config", "runs/version_0/config.yaml", "--ckpt_path", checkpoint]) == 0
-    (path,) = Path("runs").rglob("predictions.jsonl")
-    assert {row["prediction"] for row in tiny.read_rows(path)} == {"Al."}
     Path("own.jinja").unlink()  # the checkpoint has it
     capfd.readouterr()
     assert main(shlex.split(try_.replace("TEXT", "Who?"))) == 0
     assert capfd.readouterr().out == "Al.\n"
     assert main(["predict", "--config", "runs/version_0/config.yaml", "--ckpt_path", checkpoint]) == 0
+    (path,) = Path("runs").rglob("predictions.jsonl")
+    assert {row["prediction"] for row in tiny.read_rows(path)} == {"Al."}
     assert main(["export", checkpoint, "--format", "merged", "--output", "merged"]) == 0
     exported = transformers.AutoTokenizer.from_pretrained("merged")
     module = COLAModule.load_from_checkpoint(checkpoint)

@@ -173,16 +173,21 @@ def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
         ({"val_size": 0}, [200, 0, 0]),
     ],
 )
-def test_one_file_is_split_by_the_seed_in_numbers_or_shares(tmp_path, arguments, sizes):
+def test_one_file_is_split_in_numbers_or_shares(tmp_path, arguments, sizes):
+    found = parts(template(write(tmp_path / "rows.csv", labelled(200)), **arguments))
+    assert [len(part) for part in found] == sizes
+    assert len({row.example.prompt for part in found for row in part}) == sum(sizes)
+
+
+@pytest.mark.parametrize("val_size", [0.25, 0])
+def test_one_file_is_split_by_the_seed(tmp_path, val_size):
     def prompts(source, seed):
-        return [[row.example.prompt for row in part] for part in parts(template(source, split_seed=seed, **arguments))]
+        return [[row.example.prompt for row in part] for part in parts(template(source, split_seed=seed, val_size=val_size))]
 
     source = write(tmp_path / "rows.csv", labelled(200))
     first, again, other = (prompts(source, seed) for seed in (0, 0, 1))
-    assert [len(part) for part in first] == sizes
-    assert len({prompt for part in first for prompt in part}) == sum(sizes)
     assert first == again == prompts(write(tmp_path / "rows" / "train.csv", labelled(200)), 0)  # which is as one file
-    assert (first[0] != other[0]) is (sizes[0] < 200)  # all rows stay in their order
+    assert (first[0] != other[0]) is (val_size > 0)  # all rows stay in their order
 
 
 def test_what_has_a_split_is_not_drawn(tmp_path):
@@ -289,9 +294,6 @@ def test_a_csv_of_names_becomes_a_tested_and_exported_model_by_the_commands_that
     assert main(test) == 0
     assert "test: 9 rows" in capfd.readouterr().out
     write(tmp_path / "other.csv", [{"text": text, "label": VERDICTS[k % 3]} for k, text in enumerate(texts[:30])])
-    for stage in ("test", "validate"):
-        assert main([stage, *test[1:], "--data.source", "other.csv"]) == 0
-        assert "30 rows" in capfd.readouterr().out
     second = ["--data.source", "other.csv", "--model.init_chain", "runs/version_0", "--trainer.max_epochs", "1"]
     assert main(["fit", "--config", "config.yaml", *second]) == 0
     capfd.readouterr()

@@ -33,12 +33,15 @@ def path(request, tmp_path):
     return tmp_path / f"rows.{request.param}"
 
 
+in_csv = pytest.mark.parametrize("path", ["csv"], indirect=True)
+
+
 def fitted(path, values, *, module=(), **arguments):
     """The labels that a classifier gets from these rows, and its data module after the setup of a fit."""
     name, options = tiny.folder(path.parent / "roberta", "roberta", "AutoModel"), {"rank": 2, "seed": 0} | dict(module)
     module = COLASequenceClassifier(name, target_modules=tiny.targets("roberta"), **options)
     data = TextClassificationDataModule(write(path, values), **arguments)
-    run = trainer(path.parent, max_steps=1)
+    run = trainer(path.parent, max_steps=0, num_sanity_val_steps=0)
     run.fit(module, datamodule=data)
     return module.label_names, data
 
@@ -109,6 +112,7 @@ def test_predicting_needs_no_label(path):
 DIRTY = [*["math", "network", "files"] * 20, "Math", "sports"]
 
 
+@in_csv
 def test_classes_that_are_few_or_alike_are_warned_of_once(path, caplog):
     fitted(path, [k % 2 for k in range(20)])
     assert [line for line in caplog.messages if line.startswith("labels: ")] == []
@@ -120,6 +124,7 @@ def test_classes_that_are_few_or_alike_are_warned_of_once(path, caplog):
     assert "data.labels" in warning
 
 
+@in_csv
 @pytest.mark.parametrize("module", [{}, {"label_names": ["math", "network", "files"]}, {"num_labels": 3}])
 def test_the_classes_are_those_that_data_labels_names_and_other_rows_are_skipped(path, caplog, module):
     caplog.set_level("INFO", "cola_lightning")
@@ -132,6 +137,7 @@ def test_the_classes_are_those_that_data_labels_names_and_other_rows_are_skipped
     assert counts == [[18, 18, 18], [2, 2, 2]]
 
 
+@in_csv
 def test_labels_that_disagree_with_the_models_are_refused(path):
     for module in ({"label_names": ["b", "a"]}, {"num_labels": 3}):
         with pytest.raises(UserError, match=r"^(data\.labels|model\.num_labels): "):
@@ -141,6 +147,7 @@ def test_labels_that_disagree_with_the_models_are_refused(path):
             TextClassificationDataModule(str(path), labels=labels)
 
 
+@in_csv
 def test_a_data_module_describes_its_rows_and_classes(path):
     _, data = fitted(path, DIRTY, labels=["math", "network", "files"])
     rows, skipped, classes = data.describe()

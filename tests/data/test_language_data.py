@@ -113,8 +113,9 @@ def test_a_worker_process_collates_the_same_batches_without_the_trainer(make):
 
 
 def test_the_order_of_training_follows_from_the_seeds_and_the_epoch_and_goes_on_inside_one(make):
-    def order(epoch=0, done=0, n_processes=1, rank=0, seed=3, **options):
-        data = make("fit", **options)
+    data = make("fit")
+
+    def order(epoch=0, done=0, n_processes=1, rank=0, seed=3, data=data):
         data.trainer = tiny.process(rank, n_processes, toy(seed=seed))
         sampler = data.train_dataloader().sampler
         sampler.set_epoch(epoch)
@@ -122,10 +123,11 @@ def test_the_order_of_training_follows_from_the_seeds_and_the_epoch_and_goes_on_
         return list(sampler)
 
     whole = order()
-    assert order() == whole
-    assert whole not in (order(epoch=1), order(seed=4), order(split_seed=1))
+    assert order(data=make("fit")) == whole
+    assert whole not in (order(epoch=1), order(seed=4), order(data=make("fit", split_seed=1)))
     assert order(done=2) == whole[8:]
-    halves = [order(n_processes=2, rank=rank, batch_size=2) for rank in (0, 1)]
+    data.batch_size = 2
+    halves = [order(n_processes=2, rank=rank) for rank in (0, 1)]
     assert [row for pair in zip(*halves, strict=True) for row in pair] == [*whole, whole[0]]
 
 

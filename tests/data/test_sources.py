@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import datasets
 import fsspec
 import pytest
-from lightning.pytorch import Callback
 
 from cola_lightning import (
     ImageDataModule,
@@ -25,7 +24,6 @@ from cola_lightning.data.source import Source
 from cola_lightning.data.splits import load_splits
 from tests.helpers import tiny
 from tests.helpers.tiny import attach
-from tests.helpers.toy import assert_bit_equal, trainer, weights
 
 ROWS = [{"text": f"It was {k}."} for k in range(6)]
 
@@ -186,7 +184,7 @@ def checkpoint(data):
     return SimpleNamespace(facts={"data": data.identity, "init_chain_source": [None, None]})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("chat", marks=pytest.mark.slow), *(kind for kind in KINDS if kind != "chat")])
 def test_evaluation_measures_what_the_fit_held_out_and_all_rows_of_other_data_and_predict_all_rows(tmp_path, kind):
     make, store, columns = KINDS[kind]
     module = tiny.stub(tiny.chat_tokenizer(tiny.CHAT), trains_pairs=True, label_names=["a", "b"], num_labels=2)
@@ -298,38 +296,15 @@ def test_templates_and_classifiers_take_several_sources(tmp_path):
     assert {*classified.train["labels"]} == {0, 1, 2}
 
 
-def test_a_run_on_two_sources_resumes_to_the_bit_inside_an_epoch(tmp_path):
-    texts, requested = two(tmp_path)
-
-    class Save(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 3:
-                trainer.save_checkpoint(tmp_path / "3.ckpt", weights_only=False)
-
-    def fit(*callbacks, ckpt_path=None):
-        module = tiny.causal_lm(tmp_path)
-        run = trainer(tmp_path, *callbacks, chain={"every_n_train_steps": 4}, max_steps=9)
-        run.fit(module, datamodule=TextDataModule([texts, requested], chat_template=False, batch_size=4), ckpt_path=ckpt_path)
-        return weights(module)
-
-    whole = fit(Save())
-    assert_bit_equal(fit(ckpt_path=tmp_path / "3.ckpt"), whole)
-
-
-def test_sources_are_named_on_the_command_line_and_in_yaml(tmp_path, monkeypatch, capfd):
+def test_sources_are_named_on_the_command_line_and_in_the_config_of_the_run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     tiny.folder(Path("model"))
     two(Path())
-    words = ["fit", "--model.model_name", "model", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]
-    words += ["--trainer.enable_progress_bar", "false"]
     sources = "[texts, {source: asked.jsonl, columns: {prompt: ask, response: say}, share: 0.5}]"
-    Path("two.yaml").write_text(f"data: {{class_path: TextDataModule, init_args: {{source: {sources}}}}}\n")
-    assert main([*words, "--config", "two.yaml"]) == 0
+    words = ["fit", "--model.model_name", "model", "--data.source", sources, "--trainer.max_steps", "2"]
+    assert main([*words, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]) == 0
     out = capfd.readouterr().out
     assert "ask -> say" in out
     assert "asked.jsonl: 9 rows for training, 1 for validation" in out
     (use,) = [line for line in out.splitlines() if line.startswith("checkpoint: ")]
     assert main(["predict", "--config", "runs/version_0/config.yaml", "--ckpt_path", use.partition(": ")[2]]) == 0
-    assert main([*words, "--data.source", "[texts, notes.txt]"]) == 2
-    for source in ("[texts, texts/train.jsonl]", "texts/train.jsonl"):
-        assert main([*words, "--data.source", source]) == 0

@@ -98,11 +98,6 @@ def test_no_suggestion_names_a_rejected_answer(rejected):
         assert [suggestion for suggestion in re.findall(r"'\{.*?\}'", str(caught.value)) if rejected in suggestion] == []
 
 
-def test_for_texts_with_labels_the_data_modules_of_classification_are_named():
-    with pytest.raises(UserError, match=r"^data\.columns: .* TextClassificationDataModule, .* TemplateDataModule, "):
-        find_columns(["headline", "section"], [], None)
-
-
 def test_columns_are_named_where_their_names_say_nothing():
     names, given = ["document", "summary"], {"prompt": "document", "response": "summary"}
     assert find_columns(names, [], given).columns == given

@@ -81,13 +81,16 @@ TOKENIZERS = {
     "byte-level BPE, trimmed offsets": lambda: bpe(byte_level(add_prefix_space=True), post=TRIMMED),
     "byte-level BPE, added tokens": lambda: bpe(byte_level(), added=ADDED),
     "byte-level BPE, Llama 3": lambda: wrapped(bpe(split(LLAMA3), normalizers.NFC(), ignore_merges=True)),
+    "byte-level BPE, digits apart": lambda: bpe(
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level()])
+    ),
     "BPE without words": sentencepiece_bpe,
     "Unigram, T5": unigram,
     "WordPiece": wordpiece,
 }
 
 
-@pytest.fixture(scope="module", params=[*TOKENIZERS, pytest.param("SmolLM2", marks=tiny.needs_smollm2)])
+@pytest.fixture(scope="module", params=[*TOKENIZERS, pytest.param("SmolLM2", marks=[tiny.needs_smollm2, pytest.mark.slow])])
 def tokenizer(request):
     if request.param == "SmolLM2":
         return Pretrained(tiny.SMOLLM2["model_name"], gguf_file=tiny.SMOLLM2["gguf_file"]).tokenizer()
@@ -101,7 +104,7 @@ def continued(own, prompt, text, **options):
     return Continued(ids, n_common(before, ids), before == ids[: len(before)])
 
 
-@settings(max_examples=30, derandomize=True, deadline=None, database=None)
+@settings(max_examples=30)
 @given(
     prompts=st.lists(TEXTS, min_size=1, max_size=4),
     responses=st.lists(TEXTS, min_size=4, max_size=4),

@@ -1,10 +1,10 @@
-"""Commands one after the other in a process of their own, and a callback that writes down the texts that they train on.
+"""Commands one after the other in a process of their own, and the texts of the batches that a data module makes.
 
     python -m tests.helpers.hub_run FILE
 
 The file holds ``{name: [argument, ...]}`` in JSON, and at the end ``{name: exit status}``. Each command runs in a folder of its
-name beside the file, and writes to ``log`` there. In the place of arguments may be those of a ``TextDataModule``, as an object:
-its batches alone are read, which takes a fifth of the time of a fit.
+name beside the file, and writes to ``log`` there. In the place of a command's arguments may be those of a data module, as an
+object (``is_labelled``: of texts with labels): its first batches are then read, which takes a fifth of the time of a fit.
 """
 
 import itertools
@@ -16,48 +16,37 @@ import traceback
 from pathlib import Path
 
 import datasets
-from lightning.pytorch import Callback
 from transformers import AutoTokenizer
 
-from cola_lightning import TextDataModule, UserError
+from cola_lightning import TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
-from tests.helpers import tiny
-
-
-class Texts(Callback):
-    """Appends a JSON line for each row of each batch to ``texts.jsonl``.
-
-    ``stage`` is ``train`` or ``validation``; ``text`` is the whole row and ``trained`` the part with a loss, both without
-    special tokens. Of a labelled row, ``trained`` is its label's name.
-    """
-
-    def on_train_batch_start(self, trainer, module, batch, *_):
-        self._write("train", module, batch)
-
-    def on_validation_batch_start(self, trainer, module, batch, *_):
-        self._write("validation", module, batch)
-
-    def _write(self, stage, module, batch):
-        def decoded(ids):
-            return module.tokenizer.decode(ids, skip_special_tokens=True)
-
-        with open("texts.jsonl", "a") as file:
-            for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-                trained = decoded(labels[labels != -100]) if labels.dim() else module.label_names[labels]
-                file.write(json.dumps({"stage": stage, "text": decoded(ids[mask.bool()]), "trained": trained}) + "\n")
 
 
 def read(arguments):
-    """Writes down the first batches that a fit on these rows would get, and what a command would say of them."""
+    """Writes down the first batches that a fit on these rows would get, and what a command would say of them.
+
+    Each row of a batch is a JSON line in ``texts.jsonl``: ``stage`` is ``train`` or ``validation``; ``text`` is the whole row
+    and ``trained`` the part with a loss, both without special tokens. Of a labelled row, ``trained`` is its label's name.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    kind = TextClassificationDataModule if arguments.pop("is_labelled", False) else TextDataModule
     try:
-        data = tiny.set_up(TextDataModule(**arguments), AutoTokenizer.from_pretrained("owner/chat"), "fit")
+        data = kind(**arguments)
+        data.tokenizer = AutoTokenizer.from_pretrained("owner/chat")
+        data.setup("fit")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for stage, loader in (("train", data.train_dataloader()), ("validation", data.val_dataloader())):
-        for batch in itertools.islice(loader, 2):
-            Texts()._write(stage, data, batch)
+
+    def decoded(ids):
+        return data.tokenizer.decode(ids, skip_special_tokens=True)
+
+    with open("texts.jsonl", "w") as file:
+        for stage, loader in (("train", data.train_dataloader()), ("validation", data.val_dataloader())):
+            for batch in itertools.islice(loader, 2):
+                for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+                    trained = decoded(labels[labels != -100]) if labels.dim() else data.label_names[labels]
+                    file.write(json.dumps({"stage": stage, "text": decoded(ids[mask.bool()]), "trained": trained}) + "\n")
     return 0
 
 

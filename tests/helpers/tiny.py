@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -174,17 +175,30 @@ def config(architecture):
     return made
 
 
-def folder(path, architecture="llama", auto_class="AutoModelForCausalLM", *, scale=3, **changes):
-    """A folder with such a model and its tokenizer, as a user would have it; ``changes`` are to its configuration."""
+@functools.cache
+def _files(architecture, auto_class, scale, changes):
+    """The files of such a folder by their names, and the state of torch's generator after they were made."""
     torch.manual_seed(0)
     made = config(architecture)
-    made.update(changes)
+    made.update(json.loads(changes))
     model = getattr(transformers, auto_class).from_config(made)
     with torch.no_grad():  # weights of a size at which attention and position matter
         for parameter in model.parameters():
             parameter.mul_(scale) if parameter.dim() > 1 else None
-    model.save_pretrained(path)
-    tokenizer(architecture).save_pretrained(path)
+    with tempfile.TemporaryDirectory() as path:
+        model.save_pretrained(path)
+        tokenizer(architecture).save_pretrained(path)
+        return {file.name: file.read_bytes() for file in Path(path).iterdir()}, torch.get_rng_state()
+
+
+def folder(path, architecture="llama", auto_class="AutoModelForCausalLM", *, scale=3, **changes):
+    """A folder with such a model and its tokenizer, as a user would have it; ``changes`` are to its configuration."""
+    files, state = _files(architecture, auto_class, scale, json.dumps(changes))
+    torch.set_rng_state(state)  # what a test draws next is the same whether the files were made before or not
+    Path(path).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (Path(path) / name).unlink(missing_ok=True)  # a model that was read from this file may still use its pages
+        (Path(path) / name).write_bytes(content)
     return str(path)
 
 

@@ -11,7 +11,7 @@ from tests.helpers import tiny
 from tests.helpers.tiny import assert_same_gradients, causal_lm, plain_scores, with_live_link
 from tests.helpers.toy import trainer
 
-ARCHITECTURES = ["opt", "llama", "gpt2", "qwen3", "gpt_neox"]
+ARCHITECTURES = ["opt", "llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gpt_neox"))]
 # In which a mask of pairs of tokens does not keep sequences apart:
 WINDOWED = ["gpt_neo", "mistral"]
 NOT_APART = ["mistral", "gemma3", "bloom", "falcon"]
@@ -147,7 +147,7 @@ def test_the_language_loss_is_hugging_faces_on_whichever_side_a_batch_is_padded(
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("architecture", ["mixtral", pytest.param("qwen2_moe", marks=pytest.mark.slow)])
 def test_the_loss_of_a_mixture_of_experts_has_its_routers_as_hugging_faces(tmp_path, architecture, is_training):
     losses = []
     for changes in ({}, {"output_router_logits": True, "router_aux_loss_coef": 0.5}):
@@ -230,7 +230,7 @@ def test_a_model_for_which_padding_on_the_left_changes_the_meaning_is_refused(tm
         causal_lm(tmp_path, "roberta").configure_model()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_model_that_sees_later_tokens_is_refused(tmp_path, dtype):
     with pytest.raises(UserError, match=r"model\.model_name: .* its logits change with a later token"):
         causal_lm(tmp_path, "bert", scale=1, dtype=dtype).configure_model()

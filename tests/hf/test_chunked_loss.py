@@ -29,7 +29,9 @@ def loss_and_gradients(module, batch):
     return output, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-CASES = [(name, "links") for name in ("opt", "gpt2", "mixtral", "gemma2", "cohere", "granite", "bloom")]
+# Experts, and logits that are capped, scaled or divided; the others have none of it, as llama.
+CASES = [(name, "links") for name in ("mixtral", "gemma2", "cohere", "granite")]
+CASES += [pytest.param(name, "links", marks=pytest.mark.slow) for name in ("opt", "gpt2", "bloom")]
 CASES += [("llama", options) for options in HOW] + [("gemma2", "head")]
 
 
@@ -39,15 +41,13 @@ def test_loss_and_gradients_are_those_of_all_logits(tmp_path, architecture, opti
     module = COLACausalLM(name, rank=2, seed=0, **HOW[options])
     with_live_link(module) if options != "all" else module.configure_model()
     (batch,) = batches_of(rows_of([30, 9, 14, 2, 21]), 5)
-    for mode in (True, False):
-        module.train(mode)
-        module.chunked_loss = False
-        whole, expected = loss_and_gradients(module, batch)
-        module.chunked_loss = True
-        output, gradients = loss_and_gradients(module, batch)
-        assert output.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
-        assert gradients.keys() == expected.keys()
-        for name, gradient in expected.items():
-            assert_near(gradients[name], gradient, 1e-6)
+    module.chunked_loss = False
+    whole, expected = loss_and_gradients(module, batch)
+    module.chunked_loss = True
+    output, gradients = loss_and_gradients(module, batch)
+    assert output.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_near(gradients[name], gradient, 1e-6)
     with torch.no_grad():
-        assert module.step(batch).loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
+        assert module.eval().step(batch).loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)

@@ -30,7 +30,7 @@ from tests.helpers.toy import trainer
 PROMPTS = ["It", "A film with great actors", "Is the town old?", "The cat sat on the mat.", "Yes, the river is long", "No"]
 
 
-@pytest.fixture(scope="module", params=["opt", "llama", "gpt2"])
+@pytest.fixture(scope="module", params=["opt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gpt2"))])
 def module(request, tmp_path_factory):
     return tiny.with_live_link(tiny.causal_lm(tmp_path_factory.mktemp("model"), request.param)).eval()
 
@@ -92,7 +92,7 @@ def test_a_batchs_answers_are_those_of_a_plain_greedy_loop(module):
     texts, lengths = zip(*(plain(module, prompt, is_line=True) for prompt in PROMPTS), strict=True)
     assert max(lengths) == 50
     assert module.generate(batch) == list(texts)
-    assert [module.generate(answers_to(module, [prompt]))[0] for prompt in PROMPTS] == list(texts)
+    assert module.generate(answers_to(module, PROMPTS[:1])) == [texts[0]]
 
 
 @pytest.mark.parametrize("end", ["\n", "</s>", "town\nhall"])
@@ -208,7 +208,7 @@ def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_t
         assert (row["prediction"], row["target"]) == (TOLD[question], ANSWERS[question])
 
 
-@pytest.mark.parametrize("generate_rows", [None, 3])
+@pytest.mark.parametrize("generate_rows", [3, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_fit_generates_some_answers_by_which_a_checkpoint_can_be_chosen(tmp_path, generate_rows):
     rows = tiny.write_rows(tmp_path / "squad", SQUAD)
     squad = PromptDataModule("SQuAD", rows, train_size=1, val_size=4, test_size=5, batch_size=2, generate_rows=generate_rows)

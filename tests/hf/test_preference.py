@@ -71,14 +71,9 @@ def by_hand(loss, chosen, rejected, sizes, references, beta, smoothing, gamma):
     return (-beta * torch.log(torch.sigmoid(torch.log(odds[0] / odds[1])))).mean() - chosen.sum() / sizes[0].sum()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "simpo", "orpo"])
+@pytest.mark.parametrize(("loss", "smoothing"), [("sigmoid", 0.1), ("ipo", 0), ("simpo", 0.1), ("orpo", 0)])
 def test_losses_and_gradients_are_the_papers_formulas(tmp_path, loss, chunked, smoothing, monkeypatch):
-    if smoothing and loss in ("ipo", "orpo"):
-        with pytest.raises(UserError, match="label_smoothing: must be 0 unless the loss is sigmoid or simpo"):
-            preference_lm(tmp_path, loss=loss, label_smoothing=smoothing)
-        return
     monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 3)  # three tokens
     options = {"beta": 0.3, "label_smoothing": smoothing, "simpo_gamma": 0.7, "chunked_loss": chunked}
     module = tiny.with_live_link(preference_lm(tmp_path, loss=loss, **options))
@@ -132,8 +127,8 @@ def test_what_is_logged_has_trls_names_and_meanings(module):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL's own default, gradient_checkpointing
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
-def test_twenty_steps_have_the_losses_and_gradients_of_trls_trainer(tmp_path, loss):
+@pytest.mark.parametrize("loss", ["sigmoid", pytest.param("ipo", marks=pytest.mark.slow)])
+def test_eight_steps_have_the_losses_and_gradients_of_trls_trainer(tmp_path, loss):
     trl, peft, datasets = (pytest.importorskip(name) for name in ("trl", "peft", "datasets"))
     import transformers
 
@@ -162,9 +157,9 @@ def test_twenty_steps_have_the_losses_and_gradients_of_trls_trainer(tmp_path, lo
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(mine[name])
-    optimizers = [torch.optim.AdamW(list(each.values()), lr=5e-3) for each in (mine, parameters)]
+    optimizers = [torch.optim.AdamW(list(each.values()), lr=1e-2) for each in (mine, parameters)]
     losses = []
-    for step in range(20):
+    for step in range(8):
         loss_of_mine = module.step(pair_batch(random_pairs())).loss
         loss_of_theirs = theirs.compute_loss(theirs.model, right_padded(random_pairs()))
         assert loss_of_mine.item() == pytest.approx(loss_of_theirs.item(), abs=1e-5, rel=1e-6)
@@ -200,13 +195,15 @@ LOG_2 = torch.tensor(0.0).sigmoid().log().neg().item()
 
 
 def fit(module, folder, *callbacks, **options):
-    run = trainer(folder, *callbacks, max_steps=6, **options)
+    run = trainer(folder, *callbacks, max_steps=2, **options)
     run.fit(module, Pairs())
     return run
 
 
-@pytest.mark.parametrize("finished_links", ["merge", "stack"])
-@pytest.mark.parametrize(("reference", "is_log_2_again"), [("link", True), ("start", False), (0, False)])
+@pytest.mark.parametrize(
+    ("finished_links", "reference", "is_log_2_again"),
+    [("merge", "link", True), ("stack", "link", True), ("merge", "start", False), ("stack", 0, False)],
+)
 def test_the_first_loss_is_log_2_and_after_a_knot_again_if_the_reference_moves(
     tmp_path, finished_links, reference, is_log_2_again
 ):
@@ -331,8 +328,8 @@ def test_a_reference_that_is_the_trained_link_is_refused(tmp_path, reference):
 
 
 def test_a_run_logs_rewards_and_learns(tmp_path):
-    module = preference_lm(tmp_path)
-    run = trainer(tmp_path, max_epochs=8)
+    module = preference_lm(tmp_path, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    run = trainer(tmp_path, max_epochs=3)
     run.fit(module, Pairs())
     logged = run.callback_metrics
     names = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"}
@@ -345,6 +342,8 @@ def test_a_run_logs_rewards_and_learns(tmp_path):
     [
         ({"loss": "kto"}, "model.loss: must be sigmoid or ipo or simpo or orpo, got 'kto'"),
         ({"beta": 0}, "model.beta: must be above 0, got 0"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: must be 0 unless the loss is sigmoid or simpo"),
+        ({"loss": "orpo", "label_smoothing": 0.1}, "label_smoothing: must be 0 unless the loss is sigmoid or simpo"),
         ({"sft_weight": -1}, "model.sft_weight: must be at least 0, got -1"),
         ({"reference": -1}, "model.reference: must be start, link, a number of links, or a stage, got -1"),
         ({"target_modules": None}, "model.target_modules: sigmoid needs links"),

@@ -1,11 +1,11 @@
 """Where models come from, and what is said of names and files that are not there."""
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, UserError
+from cola_lightning.cli import main
 from cola_lightning.hf.pretrained import Pretrained
 from tests.helpers import tiny
 
@@ -68,7 +69,8 @@ def test_a_package_with_one_gguf_file_and_no_other_model_means_that_file(tmp_pat
     folder = tmp_path / "packed_model"
     folder.mkdir()
     (folder / "small.gguf").touch()
-    assert Pretrained("package:packed_model").gguf_file == "small.gguf"
+    reader = SimpleNamespace(from_pretrained=lambda place, gguf_file, **_: (place, gguf_file))
+    assert Pretrained("package:packed_model").load(reader) == (str(folder), "small.gguf")
     (folder / "large.gguf").touch()
     with pytest.raises(UserError, match=r"^model\.gguf_file: 'package:packed_model' .* large\.gguf, small\.gguf$"):
         COLACausalLM("package:packed_model")
@@ -162,14 +164,12 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         COLACausalLM(str(silent)).configure_model()
 
 
-def test_a_name_that_needs_a_hub_without_a_network_is_one_line(tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}  # read when huggingface_hub is imported
-    program = "import sys; from cola_lightning.cli import main; sys.exit(main())"
-    words = [sys.executable, "-c", program, "fit", "--model.model_name", "owner/mispelt", "--data.source", "rows.jsonl"]
+def test_a_name_that_needs_a_hub_without_a_network_is_one_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # as the variable of this name does
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Old?", "response": "No"}\n' * 20)
-    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    expected = (
+    words = ["fit", "--model.model_name", "owner/mispelt", "--data.source", str(tmp_path / "rows.jsonl")]
+    assert main([*words, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]) == 1
+    assert capfd.readouterr().err.splitlines()[-1] == (
         "error: model.model_name: 'owner/mispelt' is neither a folder here nor in the local cache, and the Hugging Face hub "
         "cannot be reached. Check the name, or use the path of a local copy"
     )
-    assert (done.stderr.splitlines()[-1], done.returncode) == (expected, 1)

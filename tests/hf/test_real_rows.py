@@ -29,12 +29,16 @@ def check_scores(module, task, n_rows, max_length=512):
             assert int(mine.argmax()) == max(range(len(expected)), key=expected.__getitem__)
 
 
-# With a beginning of sentence, which stays, and without.
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """With a beginning of sentence, which stays, and without."""
+    folder, changes = tmp_path_factory.mktemp("models"), {"max_position_embeddings": 520}
+    return {name: tiny.with_live_link(tiny.causal_lm(folder, name, changes=changes)).eval() for name in ("opt", "gpt2")}
+
+
 @pytest.mark.parametrize(("architecture", "task"), [*(("opt", task) for task in CHOICES), ("gpt2", "MultiRC")])
-def test_scores_on_tiny_models_are_those_of_one_option_at_a_time(tmp_path, architecture, task):
-    name = tiny.folder(tmp_path / "model", architecture, max_position_embeddings=520)
-    module = COLACausalLM(name, target_modules=tiny.targets(architecture), rank=2, alpha=4, seed=0)
-    check_scores(tiny.with_live_link(module).eval(), task, 6)
+def test_scores_on_tiny_models_are_those_of_one_option_at_a_time(models, architecture, task):
+    check_scores(models[architecture], task, 2)
 
 
 @pytest.fixture(scope="module")

@@ -60,8 +60,8 @@ def test_the_head_has_a_learning_rate_of_its_own_in_every_link_and_in_full_fine_
 
 def test_it_learns_and_its_checkpoint_gives_the_same_head_and_predictions(tmp_path):
     data, options = data_of(tmp_path / "rows.jsonl"), {"architecture": "llama", "target_modules": "all-linear"}
-    module = classifier(tmp_path, optimizer=lambda p: torch.optim.AdamW(p, lr=5e-3), metric="f1", **options)
-    run = trainer(tmp_path, chain={"every_n_epochs": 4}, max_epochs=8)
+    module = classifier(tmp_path, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), metric="f1", **options)
+    run = trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=4)
     run.fit(module, datamodule=data)
     assert run.callback_metrics["val_f1"] > 0.9
     run.save_checkpoint(tmp_path / "end.ckpt")
@@ -202,17 +202,6 @@ def test_a_number_is_an_index_only_among_names_that_are_given(tmp_path, fitted, 
     given = classifier(tmp_path, label_names=NAMES)
     (batch,) = trainer(tmp_path).predict(given, datamodule=rows, ckpt_path=path)
     assert batch["target"] == ["terrible"]
-
-
-def test_rows_without_a_label_are_predicted_and_nothing_else(tmp_path, fitted):
-    module, _, _ = fitted
-    for row in ({}, {"label": None}, {"label": " "}, {"label": -1}):
-        data = data_of(tmp_path / "new.jsonl", [{"sentence": "Hm."} | row] * 30)
-        for stage in ("fit", "validate", "test"):
-            with pytest.raises(UserError, match=r"the field 'label' is .*, not a label.*: .*row \d+|data\.label_field"):
-                getattr(trainer(tmp_path, max_steps=1), stage)(module, datamodule=data)
-        batches = trainer(tmp_path).predict(module, datamodule=data)
-        assert [target for batch in batches for target in batch["target"]] == [None] * 30
 
 
 def test_labels_are_refused_where_they_are_not_those_of_the_checkpoint(tmp_path, fitted):
