@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import datasets
 import fsspec
 import pytest
+from lightning.pytorch import Callback
 
 from cola_lightning import (
     ImageDataModule,
@@ -24,6 +25,7 @@ from cola_lightning.data.source import Source
 from cola_lightning.data.splits import load_splits
 from tests.helpers import tiny
 from tests.helpers.tiny import attach
+from tests.helpers.toy import assert_bit_equal, trainer, weights
 
 ROWS = [{"text": f"It was {k}."} for k in range(6)]
 
@@ -294,6 +296,24 @@ def test_templates_and_classifiers_take_several_sources(tmp_path):
     classified.setup("fit")
     assert classified.label_names == sorted(labels)
     assert {*classified.train["labels"]} == {0, 1, 2}
+
+
+def test_a_run_on_two_sources_resumes_to_the_bit_inside_an_epoch(tmp_path):
+    texts, requested = two(tmp_path)
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "3.ckpt", weights_only=False)
+
+    def fit(*callbacks, ckpt_path=None):
+        module = tiny.causal_lm(tmp_path)
+        run = trainer(tmp_path, *callbacks, chain={"every_n_train_steps": 4}, max_steps=9)
+        run.fit(module, datamodule=TextDataModule([texts, requested], chat_template=False, batch_size=4), ckpt_path=ckpt_path)
+        return weights(module)
+
+    whole = fit(Save())
+    assert_bit_equal(fit(ckpt_path=tmp_path / "3.ckpt"), whole)
 
 
 def test_sources_are_named_on_the_command_line_and_in_the_config_of_the_run(tmp_path, monkeypatch, capfd):
