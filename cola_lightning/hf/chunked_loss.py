@@ -38,7 +38,8 @@ def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, indic
     hidden, labels = hidden.flatten(0, 1)[indices], labels[indices]
     size = max(1, CHUNK // n_bytes(model, 1))
     trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
-    total: Tensor = _SumOfLosses.apply(compute_logits, size, labels, hidden, *trained)  # type: ignore[no-untyped-call]
+    apply: Any = _SumOfLosses.apply  # which has no types before torch 2.15
+    total: Tensor = apply(compute_logits, size, labels, hidden, *trained)
     return total, loss_of_router
 
 
@@ -62,7 +63,8 @@ def chunked_token_losses(
     elif any(p.requires_grad for p in model.get_output_embeddings().parameters()):
         losses = [checkpoint(losses_of, *chunk, use_reentrant=False) for chunk in chunks]
     else:
-        losses = [_TokenLosses.apply(losses_of, *chunk) for chunk in chunks]  # type: ignore[no-untyped-call]
+        apply: Any = _TokenLosses.apply  # which has no types before torch 2.15
+        losses = [apply(losses_of, *chunk) for chunk in chunks]
     return torch.cat(losses), loss_of_router
 
 
