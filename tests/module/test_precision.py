@@ -128,3 +128,15 @@ def test_by_default_the_dtype_of_the_base_decides(dtype, is_stacked):
     adapted = AdaptedModel(lambda: nn.Sequential(nn.Linear(4, 3, dtype=dtype)), LoRAConfig(rank=2, alpha=4))
     assert (adapted.model[0].stack is not None) == is_stacked
     assert adapted.model[0].weight.dtype == dtype
+
+
+def test_a_module_keeps_its_finished_links_where_a_later_trainer_casts_it(tmp_path):
+    module, data = toy(ValidatedToy, optimizer=lambda parameters: AdamW(parameters, lr=5e-2)), batches()
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=4).fit(module, data, data)
+    without = module.merged_model(0)
+    (wide,) = trainer(tmp_path).validate(module, data, verbose=False)
+    (narrow,) = trainer(tmp_path, precision="bf16-true").validate(module, data, verbose=False)
+    assert not module.adapted.merges
+    assert narrow["val_loss"] == pytest.approx(wide["val_loss"], rel=1e-2)
+    x, y = data.dataset.tensors
+    assert mse_loss(without(x), y).item() > 1.1 * wide["val_loss"]  # the links matter
