@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from benchmarks.lines import Rows, grouped, main
 from benchmarks.studies import Results, Study, best_of, run
 from cola_lightning.study.figures import plot_curves
-from cola_lightning.study.table import short_cells, summarize
+from cola_lightning.study.table import BASELINE, short_cells, summarize
 
 FILE = Path(__file__).with_suffix(".jsonl")
 NAMES = {"lora": "LoRA"} | {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}
@@ -100,9 +100,9 @@ def rows_of_variants(results: Results) -> Rows:
     for setting in ONE_KNOT + IN_EACH_LINK:
         plain = best_of(results, replace(setting, variant="").name)
         for method, runs in best_of(results, setting.name).items():
-            other, seeds = "lora" if method == "cola" else method, {result.seed for result in runs}
-            both = {"lora": [result for result in plain[other] if result.seed in seeds], "variant": runs}
-            names = {"lora": NAMES[other], "variant": NAMES[method] + (", a decay in each" if other == method else "")}
+            other, seeds = BASELINE if method == "cola" else method, {result.seed for result in runs}
+            both = {BASELINE: [result for result in plain[other] if result.seed in seeds], "variant": runs}
+            names = {BASELINE: NAMES[other], "variant": NAMES[method] + (", a decay in each" if other == method else "")}
             table += [[setting.place, *short_cells(row, names[row.method])] for row in summarize(both)]
     return grouped(table)
 

@@ -204,6 +204,17 @@ def test_a_number_is_an_index_only_among_names_that_are_given(tmp_path, fitted, 
     assert batch["target"] == ["terrible"]
 
 
+def test_rows_without_a_label_are_predicted_and_nothing_else(tmp_path, fitted):
+    module, _, _ = fitted
+    for row in ({}, {"label": None}, {"label": " "}, {"label": -1}):
+        data = data_of(tmp_path / "new.jsonl", [{"sentence": "Hm."} | row] * 30)
+        for stage in ("fit", "validate", "test"):
+            with pytest.raises(UserError, match=r"the field 'label' is .*, not a label.*: .*row \d+|data\.label_field"):
+                getattr(trainer(tmp_path, max_steps=1), stage)(module, datamodule=data)
+        batches = trainer(tmp_path).predict(module, datamodule=data)
+        assert [target for batch in batches for target in batch["target"]] == [None] * 30
+
+
 def test_labels_are_refused_where_they_are_not_those_of_the_checkpoint(tmp_path, fitted):
     """A fresh module takes them from the data, and the checkpoint's must be the same, in the same order."""
     module, data, path = fitted
