@@ -47,6 +47,8 @@ def pytest_collection_finish():
     registry.entry_points = functools.cache(registry.entry_points)  # else each Trainer reads the metadata of all packages
     gc.freeze()  # what is imported stays: the collector goes through a million objects less each time
     gc.enable()
+    if forked := sys.modules.get("tests.helpers.forked"):  # a test needs it
+        forked.start_server()
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -1,12 +1,16 @@
 """Python commands in processes of their own, without the seconds in which each would import torch and train the digits' base.
 
 ``forked.run("-m", "cola_lightning", "fit", ...)`` stands for ``subprocess.run([sys.executable, "-m", ...])``: the process is
-forked from one that has imported the libraries and knows that base (``fork_server.py``). Its folder, environment, arguments,
-standard streams, signals, coverage and exit status are its own. A new process it must be where a test is about how long
-imports take, a variable that is read meanwhile, or what is said while the interpreter ends.
+forked from one that knows that base (``fork_server.py``). That one is forked from the tests' process before the first test,
+with the libraries that are imported there. A command's folder, environment, arguments, standard streams, signals, coverage
+and exit status are its own. A new process it must be where a test is about how long imports take, a variable that is read
+meanwhile, or what is said while the interpreter ends.
 """
 
 import atexit
+import faulthandler
+import itertools
+import logging
 import multiprocessing
 import os
 import runpy
@@ -14,9 +18,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 import types
+import warnings
+from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from unittest import mock
+
+import coverage
 
 ROOT = Path(__file__).parents[2]
 _PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -25,6 +34,40 @@ for _name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):  # it only i
     _BEFORE_TESTS.pop(_name, None)
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.helpers.fork_server"])
+
+
+def start_server():
+    """Begins the process that forks commands, with what this one has imported."""
+    resource_tracker.ensure_running()  # which is a new process
+    with mock.patch.dict(os.environ, _BEFORE_TESTS, clear=True), mock.patch.object(util, "spawnv_passfds", _fork):
+        forkserver.ensure_running()
+
+
+def _fork(executable, arguments, descriptors):
+    """In the place of a new interpreter: does what ``arguments`` end with, ``-c PROGRAM``, in a fork of this process."""
+    if pid := os.fork():
+        return pid
+    ends = [2, *sorted(descriptors), os.sysconf("SC_OPEN_MAX")]
+    for one, next_ in itertools.pairwise(ends):
+        os.closerange(one + 1, next_)  # files of pytest's and xdist's, which would wait for their end
+    sys.stdin, sys.stdout, sys.stderr = map(os.fdopen, range(3), "rww")  # not those that pytest reads
+    logging.getLogger().handlers.clear()
+    for handler in filter(None, (reference() for reference in logging._handlerList)):
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    warnings.resetwarnings()
+    for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):  # as in a new interpreter
+        warnings.simplefilter("ignore", hidden)
+    faulthandler.disable()
+    atexit._clear()
+    if measured := coverage.Coverage.current():
+        measured.stop()
+    try:
+        exec(arguments[-1], {})
+    except Exception:
+        traceback.print_exc()
+    finally:  # not what the tests' process does next
+        os._exit(0)
 
 
 class Command:
@@ -112,7 +155,7 @@ def _become(arguments, folder, environment, streams, has_own_session):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.modules["coverage"].process_startup()  # if the environment says so
+    coverage.process_startup(force=True)  # if the environment says so
     sys.modules["torch"].seed()  # as a new process has one of its own
     sys.modules["numpy"].random.seed()
     try:
