@@ -6,6 +6,8 @@ import torch
 from examples.digits import COLADigits, DigitsDataModule
 from tests.helpers.toy import trainer
 
+pytestmark = pytest.mark.docs
+
 
 def test_the_split_is_60_10_30_of_the_digits_5_to_9_by_its_seed():
     data, other = DigitsDataModule(), DigitsDataModule(split_seed=1)

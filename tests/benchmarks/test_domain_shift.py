@@ -9,6 +9,8 @@ from cola_lightning import COLAModule
 from tests.helpers import tiny
 from tests.helpers.toy import assert_bit_equal, trainer, weights
 
+pytestmark = pytest.mark.docs
+
 SIZES = {"depth": 1, "width": 16, "heads": 2, "context": 8}
 
 

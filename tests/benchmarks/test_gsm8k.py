@@ -18,6 +18,8 @@ from cola_lightning.study import study
 from tests.helpers import tiny
 from tests.helpers.comparing import execute_here, known_config
 
+pytestmark = pytest.mark.docs
+
 
 @pytest.fixture
 def lines(tmp_path, monkeypatch):

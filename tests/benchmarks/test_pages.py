@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import pages
 
+pytestmark = pytest.mark.docs
+
 
 @pytest.mark.parametrize("page", pages.PAGES)
 def test_tables_and_sentences_of_a_page_are_those_of_the_lines(page):

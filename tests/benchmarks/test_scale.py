@@ -10,6 +10,8 @@ from cola_lightning import COLACausalLM
 from tests.helpers import tiny
 from tests.helpers.toy import trainer
 
+pytestmark = pytest.mark.docs
+
 METHODS = ["LoRA", "COLA merge", "COLA stack", "COLA float32", "full fine-tuning"]
 
 

@@ -20,6 +20,8 @@ from benchmarks.stages.language import LANGUAGE
 from cola_lightning import Chain
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.docs
+
 TASKS = list(LANGUAGE.tasks)
 SMALL = {"steps": 4, "batch_size": 4, "eval_batch_size": 4, "rank": 2, "alpha": 4, "autocast": None}
 
