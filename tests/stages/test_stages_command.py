@@ -62,40 +62,6 @@ class KillOnce(Callback):
         self._kill(module, "at the end")
 
 
-class Fork:
-    """In the place of ``subprocess.Popen``, in a process that may be killed: its runs are forked from it."""
-
-    def __init__(self, command, stdout, stderr, start_new_session):
-        self.returncode, self.pid = None, os.fork()
-        if self.pid == 0:
-            os.setsid()
-            os.dup2(stdout.fileno(), 1)
-            os.dup2(stdout.fileno(), 2)
-            os._exit(main(command[3:]))
-
-    def poll(self):
-        pid, status = os.waitpid(self.pid, os.WNOHANG) if self.returncode is None else (0, 0)
-        self.returncode = os.waitstatus_to_exitcode(status) if pid else self.returncode
-        return self.returncode
-
-    def terminate(self):
-        assert self.poll() is not None
-
-    wait = terminate
-
-
-COMMAND = """
-import sys, types
-from cola_lightning.cli import main
-from cola_lightning.stages.stages import Stages
-from cola_lightning.study import run
-from tests.stages.test_stages_command import Fork
-
-run.subprocess, run.TOUCH_EVERY = types.SimpleNamespace(Popen=Fork, STDOUT=None), 0.1
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 class Here:
     """In the place of ``subprocess.Popen``: its runs are executed in this process, which has imported everything."""
 
@@ -411,7 +377,7 @@ def two_stages(trained, output, words, name="flipped", callbacks=()):
     (trained / "two.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     if name == "flipped" and not output.exists():
         shutil.copytree(trained / "out" / "good", output / "good")
-    return forked.Command("-c", COMMAND, "stages", "--config", "two.yaml", "--output", str(output), *words, cwd=trained)
+    return forked.Command("-c", forked.COMMAND, "stages", "--config", "two.yaml", "--output", str(output), *words, cwd=trained)
 
 
 SLOW = pytest.mark.slow
