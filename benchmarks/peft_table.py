@@ -11,12 +11,12 @@ import argparse
 import subprocess
 import sys
 
-from benchmarks import commands, dpo, images, speed
+from benchmarks import commands, dpo, speed
 from benchmarks.lines import Lines, Rows, show
 from benchmarks.steps import BESIDE
 
 COLUMNS = (*BESIDE, "by `python -m`")
-TABLES = [(commands, commands.rows), (speed, speed.rows_beside), (dpo, dpo.rows), (images, images.rows)]
+TABLES = [(commands, commands.rows), (speed, speed.rows_beside), (dpo, dpo.rows)]
 
 
 def rows() -> Rows:
