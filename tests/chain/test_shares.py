@@ -17,13 +17,9 @@ from cola_lightning import AdaptedModel, COLACausalLM, LoRAConfig, UserError
 from cola_lightning.chain.chain import describe_link, link_fields
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.report import report
-from cola_lightning.study.config import as_words, resolve_config
-from cola_lightning.study.methods import method
 from tests.helpers import tiny
-from tests.helpers.comparing import known_config
 from tests.helpers.resuming import Data
 from tests.helpers.toy import (
-    DIGITS,
     Toy,
     ValidatedToy,
     assert_bit_equal,
@@ -147,23 +143,15 @@ def test_a_run_is_a_loop_in_plain_torch_to_the_bit(tmp_path):
             assert torch.equal(getattr(mine, name), getattr(layer, name)), name
 
 
-class Momentum(ValidatedToy):
-    """A module with an optimizer and a schedule of its own."""
+class OwnDecay(ValidatedToy):
+    """A module with an optimizer of its own, and a schedule over the steps of its link."""
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.trained_parameters(), lr=0.1, momentum=0.9)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=3)]
-
-
-class OwnDecay(ValidatedToy):
-    """A module with a schedule of its own, over the steps of its link."""
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.trained_parameters(), lr=0.1)
         return [optimizer], [{"scheduler": LinearLR(optimizer, 1.0, 0.0, self.link_steps), "interval": "step"}]
 
 
-@pytest.mark.parametrize(("cls", "finished_links"), [(ValidatedToy, "stack"), (Momentum, "merge"), (OwnDecay, "merge")])
+@pytest.mark.parametrize(("cls", "finished_links"), [(ValidatedToy, "stack"), (OwnDecay, "merge")])
 def test_knots_that_record_leave_the_run_its_bits(tmp_path, finished_links, cls):
     """Whatever happens at other knots: a new optimizer, a restarted schedule, a warm-up."""
     options = {"lr_schedule": "cosine", "warmup_steps": 0.1, "knot_warmup_steps": 2, "kept_optimizer_state": 0}
@@ -298,7 +286,7 @@ def test_a_record_adds_nothing_to_a_stack_or_to_an_adapter(tmp_path, finished_li
     assert difference(tiny.logits(begun.model), expected) <= 1e-5
 
 
-# ---------------------------------------------------------------------- refusals, and methods of a study
+# ---------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -327,15 +315,3 @@ def test_a_refused_knot_blocks_no_later_checkpoint(tmp_path):
     run.fit(module := toy(), batches())
     run.save_checkpoint(tmp_path / "last.ckpt")
     assert len(module.chain) == 1
-
-
-@pytest.mark.parametrize(("name", "share", "knots"), [("same-A", 1, None), ("share-5", 0.5, 4)])
-def test_a_method_of_a_study_has_its_knots_before_the_decay(name, share, knots):
-    words = ["--config", DIGITS, "--chain.ranks", "[1, 1]", "--model.trained_factors", "random"]
-    given = known_config(*words)
-    found = method(name, given)
-    assert found.links == (5 if knots else method("cola", given).links)
-    config = resolve_config([*words, *as_words(found.options)])
-    assert {"knot": "half", "share": share, "ranks": None, "knots": knots}.items() <= config["chain"].items()
-    assert config["model"]["init_args"]["trained_factors"] == "both"
-    assert knots or config["chain"]["every_n_epochs"] == given["chain"]["every_n_epochs"]

@@ -32,13 +32,13 @@ def fitted(folder, module, every, *epochs, **data):
     run = trainer(folder, chain={"every_n_epochs": every}, max_epochs=0)
     for max_epochs in epochs:
         run.fit_loop.max_epochs = max_epochs
-        run.fit(module, **data or {"train_dataloaders": batches()})
+        run.fit(module, **data)
     return run
 
 
 @pytest.mark.parametrize(("cls", "at_once"), [(Watched, 2), (WatchedNormed, 4)])
 def test_a_fit_that_continues_at_a_knot_is_one_fit(tmp_path, cls, at_once):
-    data = {"datamodule": Data(batch_size=4)} if cls is WatchedNormed else {"train_dataloaders": batches()}
+    data = {"datamodule": Data(batch_size=4)} if cls is WatchedNormed else {"train_dataloaders": batches(4)}
     whole, module = (make(cls, target_modules=["0"], dropout=0.2) for _ in range(2))
     fitted(tmp_path, whole, 2, 6, **data)
     fitted(tmp_path, module, 2, at_once, 6, **data)
@@ -52,13 +52,13 @@ def test_a_fit_that_continues_at_a_knot_is_one_fit(tmp_path, cls, at_once):
 def test_a_knot_between_two_fits_is_in_the_checkpoint_that_follows_it(tmp_path, lr_schedule, kept):
     module, resumed = (make(lr_schedule=lr_schedule, kept_optimizer_state=kept) for _ in range(2))
     run = trainer(tmp_path, max_epochs=2)
-    run.fit(module, batches())
+    run.fit(module, batches(4))
     module.tie_knot()
     run.save_checkpoint(tmp_path / "knot.ckpt")
-    trainer(tmp_path, max_epochs=4).fit(resumed, batches(), ckpt_path=tmp_path / "knot.ckpt")
+    trainer(tmp_path, max_epochs=4).fit(resumed, batches(4), ckpt_path=tmp_path / "knot.ckpt")
     run.fit_loop.max_epochs = 4
-    run.fit(module, batches())
-    assert resumed.steps == module.steps[20:]
+    run.fit(module, batches(4))
+    assert resumed.steps == module.steps[8:]
     assert_bit_equal(weights(resumed), weights(module))
 
 
