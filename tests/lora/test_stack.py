@@ -159,7 +159,7 @@ def test_a_base_that_is_kept_is_as_it_was_before_it_was_cast_and_taken_from_the_
     assert torch.equal(other.merged_model()(x), module.merged_model()(x))
 
 
-@pytest.mark.parametrize("options", [{"modules_to_save": ["2"], "target_modules": ["0"]}, {"target_modules": None}])
-def test_fully_trained_parameters_in_half_precision_are_told_of(tmp_path, caplog, options):
-    trainer(tmp_path, max_epochs=1, precision="bf16-true").fit(toy(**options), batches())
+def test_fully_trained_parameters_in_half_precision_are_told_of(tmp_path, caplog):
+    module = toy(modules_to_save=["2"], target_modules=["0"])
+    trainer(tmp_path, max_epochs=1, precision="bf16-true").fit(module, batches())
     assert caplog.text.count("fully trained parameters are in half precision") == 1
