@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
@@ -72,34 +71,6 @@ def test_the_block_says_under_which_schedule_half_was_measured(tmp_path, caplog,
     (line,) = [line for line in lines if line.startswith("knots")]
     advice = ". Knots of half were measured with model.lr_schedule stable, here it is linear"
     assert line == f"knots (half): before steps 10, 20, of 30 steps{advice * (lr_schedule == 'linear')}"
-
-
-class Described(LightningDataModule):
-    """Another package's, whose ``describe`` is for something else."""
-
-    def describe(self):
-        pass
-
-    def train_dataloader(self):
-        return batches()
-
-
-class Lazy(Normed):
-    """With a head whose size its first batch decides."""
-
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.head = nn.LazyLinear(2)
-
-    def training_step(self, batch, batch_idx):
-        return self.head(self.model(batch[0])).square().mean()
-
-
-@pytest.mark.filterwarnings("ignore:The total number of parameters detected may be inaccurate")  # Lightning's summary
-def test_the_block_stops_no_fit_whatever_others_modules_are_like(tmp_path, caplog):
-    lines = lines_of_fit(tmp_path, caplog, toy(Lazy), Described())
-    assert "data: 10 batches in an epoch" in lines
-    assert "parameters: 76 of 289 are trained (26.30%), and those of lazy modules" in lines
 
 
 @pytest.mark.parametrize(
