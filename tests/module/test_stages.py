@@ -68,11 +68,6 @@ def test_a_runs_links_have_its_name_in_every_file(tmp_path):
     for kind in ("chain", "peft"):
         loaded.export(tmp_path / kind, kind)
         assert names(read_chain(tmp_path / kind)) == NAMES
-    assert [repr(link).partition(":")[0] for link in loaded.full_chain().links] == [
-        "Link 0 (sft)",
-        "Link 1 (sft)",
-        "Link 2 (dpo)",
-    ]
     loaded.tie_knot()
     assert names(loaded.full_chain()) == [*NAMES, None]  # outside of a run there is no stage
 
@@ -119,14 +114,10 @@ def test_a_stage_is_its_links_and_those_before_them(tmp_path):
 # ---------------------------------------------------------------------- factors
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"scaling": "rslora", "alpha_pattern": {"v_proj": 3}, "rank_pattern": {"v_proj": 2}},
-        {"finished_links": "stack", "quantization": "nf4"},
-    ],
-    ids=["merge", "stack"],
-)
+OWN_SIZES = {"scaling": "rslora", "alpha_pattern": {"v_proj": 3}, "rank_pattern": {"v_proj": 2}}
+
+
+@pytest.mark.parametrize("arguments", [OWN_SIZES, {"finished_links": "stack", "quantization": "nf4"}], ids=["merge", "stack"])
 def test_a_scaled_chain_is_pefts_weighted_adapter(tmp_path, monkeypatch, arguments):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     module = language_module(tmp_path, **arguments)
@@ -138,23 +129,16 @@ def test_a_scaled_chain_is_pefts_weighted_adapter(tmp_path, monkeypatch, argumen
     weighted = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "link-0", "0")
     for k in (1, 2):
         weighted.load_adapter(tmp_path / f"link-{k}", str(k))
-    factors = {"dpo": 0.5, "0": -1.5}
     weighted.add_weighted_adapter(["0", "1", "2"], [-1.5, 1.0, 0.5], "weighted", combination_type="cat")
     weighted.set_adapter("weighted")
     expected = tiny.logits(weighted)
-    scaled = COLAModule.load_from_checkpoint(path, scale=factors)
-    assert tiny.relative_difference(tiny.logits(scaled.model), expected) <= 1e-6
-    assert tiny.relative_difference(tiny.logits(scaled.merged_model()), expected) <= 1e-6
+    scaled = COLAModule.load_from_checkpoint(path, scale={"dpo": 0.5, "0": -1.5})
+    for model in (scaled.model, scaled.merged_model()):
+        assert tiny.relative_difference(tiny.logits(model), expected) <= 1e-6
     assert tiny.relative_difference(tiny.logits(module.model), expected) > 1e-2
-
-    weighted.add_weighted_adapter(["0", "2"], [1.0, 2.0], "without", combination_type="cat")
-    weighted.set_adapter("without")
-    without = COLAModule.load_from_checkpoint(path, scale={1: 0, "dpo": 2})
+    without, first = (COLAModule.load_from_checkpoint(path, **one) for one in ({"scale": {"dpo": 0}}, {"links": "sft"}))
     assert len(without.chain) == 2
-    assert tiny.relative_difference(tiny.logits(without.model), tiny.logits(weighted)) <= 1e-6
-    for links, scale in {None: {"sft": 1, "dpo": 1}, "sft": {"dpo": 0}}.items():
-        ours, theirs = (COLAModule.load_from_checkpoint(path, **options) for options in ({"scale": scale}, {"links": links}))
-        assert tiny.relative_difference(tiny.logits(ours.model), tiny.logits(theirs.model)) <= 1e-6
+    assert tiny.relative_difference(tiny.logits(without.model), tiny.logits(first.model)) <= 1e-6
 
 
 def test_what_is_trained_whole_is_not_scaled(tmp_path):
@@ -196,11 +180,9 @@ def test_an_export_is_the_scaled_model(tmp_path, capsys):
 
 
 def test_text_is_generated_with_the_scaled_model(tmp_path, capfd):
-    path = saved(language_module(tmp_path), tmp_path)
-    words = ["generate", str(path), "--prompt", "Is the town old?", "--max_new_tokens", "8"]
-    printed = []
+    path, printed = saved(language_module(tmp_path), tmp_path), []
     for more in ([], ["--links", "sft"], ["--scale", "{dpo: 0}"]):
-        assert main([*words, *more]) == 0
+        assert main(["generate", str(path), "--prompt", "Is the town old?", "--max_new_tokens", "8", *more]) == 0
         printed.append(capfd.readouterr().out)
     assert printed[1] == printed[2] != printed[0]
 
@@ -210,11 +192,7 @@ def test_metrics_from_the_first_scaled_link_on_are_of_another_model_and_go():
     for link in chain.links:
         link.metrics["val_loss"] = 1.0
     assert [link.metrics for link in chain.scaled({1: 0.5}).links] == [{"val_loss": 1.0}, {}, {}]
-    for scale, message in (
-        ({3: 1}, "3.* sft, dpo"),
-        ({"1": math.nan}, "1 must be a finite number, got nan"),
-        ({1.5: 1}, r"1\.5"),
-    ):
+    for scale, message in (({3: 1}, "3.* sft, dpo"), ({"1": math.nan}, "1 must be a finite number, got nan")):
         with pytest.raises(UserError, match=f"^scale: .*{message}"):
             chain.scaled(scale)
 
@@ -239,12 +217,12 @@ def _folder(_two_runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "own")
 
 
-def measured(*words, command="test"):
+def measured(*words):
     """The metrics that a test of the second run writes."""
     before = set(Path().rglob("metrics.csv"))
-    assert main([command, *RUN, *words]) == 0
+    assert main(["test", *RUN, *words]) == 0
     (path,) = set(Path().rglob("metrics.csv")) - before
-    return [{name: row[name] for name in row if name.startswith(("test_", "val_"))} for row in read_csv(path)], path.parent
+    return [{name: row[name] for name in row if name.startswith("test_")} for row in read_csv(path)], path.parent
 
 
 @pytest.mark.usefixtures("_folder")
@@ -255,21 +233,14 @@ def test_a_table_shows_what_each_link_did_to_the_data(capfd):
     assert [(row["links"], row["stage"]) for row in table] == [("0", "base"), ("1", "sft"), ("2", "sft"), ("3", "dpo")]
     assert [{name: row[name] for name in rows[0]} for row in table] == rows
     assert measured("--links", "sft")[0] == [rows[2]]  # to the last digit
-    assert len({row["test_loss"] for row in rows}) == 4
+    (halved,), _ = measured("--scale", "{dpo: 0.5}")
+    assert len({row["test_loss"] for row in [*rows, halved]}) == 4 + 1
+    config = yaml.safe_load(max(Path().rglob("test/*/config.yaml")).read_text())
+    assert config["scale"] is config["links"] is None  # else a later command with this file would scale its own checkpoint
     lines = [line.split() for line in out.splitlines()]
     header = lines.index([name.removeprefix("test_") for name in table[0]])
     assert [line[:2] for line in lines[header + 2 : header + 6]] == [["0", "base"], ["1", "sft"], ["2", "sft"], ["3", "dpo"]]
     assert lines[header + 5][2:] == [f"{float(table[3][name]):.4g}" for name in list(table[3])[2:]]
-
-
-@pytest.mark.usefixtures("_folder")
-def test_a_validation_by_stage_and_scaled():
-    rows, folder = measured("--links", "all", command="validate")
-    assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in read_csv(folder / "links.csv")]
-    halved, _ = measured("--scale", "{dpo: 0.5}", command="validate")
-    assert len({row["val_loss"] for row in [*rows, *halved]}) == 4 + 1
-    saved = yaml.safe_load(max(Path().rglob("validate/*/config.yaml")).read_text())
-    assert saved["scale"] is saved["links"] is None  # else a later command with this file would scale its own checkpoint
 
 
 @pytest.mark.usefixtures("_folder")
@@ -282,21 +253,10 @@ def test_inspect_shows_the_stages(capsys):
 
 
 @pytest.mark.usefixtures("_folder")
-def test_a_run_whose_configuration_has_no_name_is_resumed():
-    path = Path("runs/version_1/config.yaml")
-    shutil.rmtree("runs/version_0")
-    config = yaml.safe_load(path.read_text())
-    del config["chain"]["name"], config["model"]["init_args"]["init_chain"]
-    path.write_text(yaml.safe_dump(config))
-    assert main(["fit", "--config", str(path), "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
-
-
-@pytest.mark.usefixtures("_folder")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["test", *RUN, "--links", "pdo"], "links: .*'pdo'.* sft, dpo"),
-        (["predict", *RUN, "--links", "all"], "links: .*'all'"),
         (["test", *RUN, "--scale", "{pdo: 1}"], "scale: .*'pdo'.* sft, dpo"),
         (["test", *RUN[:2], "--scale", "{dpo: 1}"], "links, scale: .*--ckpt_path"),
         (["test", *RUN, "--links", "all", "--scale", "{dpo: 1}"], "links, scale: "),
