@@ -136,7 +136,8 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
         assert main(["export", checkpoint, "--format", format_, "--output", folder]) == 0
         code = block(Path(folder, "README.md").read_text(), "python").replace("path/to/this/folder", folder)
         code = code.replace("max_new_tokens=256", "max_new_tokens=16")
-        executed(code)  # as it stands
+        if format_ == "merged":
+            executed(code)  # as it stands
         if "options" not in prediction:
             printed, _ = executed(code, prompt=prediction["prompt"])
             assert printed.strip() == prediction["prediction"]

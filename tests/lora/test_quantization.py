@@ -11,20 +11,17 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
-from cola_lightning import COLACausalLM, COLAModule, COLASequenceClassifier, LoRAConfig, UserError, inject_lora
+from cola_lightning import COLACausalLM, COLAModule, LoRAConfig, UserError, inject_lora
 from cola_lightning.chain.base import describe_base
 from cola_lightning.cli import main
 from cola_lightning.lora import quantization
 from tests.helpers import tiny
 from tests.helpers.tiny import RandomRows as Rows
 from tests.helpers.toy import (
-    ValidatedToy,
     adapt_layer,
     assert_bit_equal,
-    batches,
     difference,
     quantized_linear,
-    toy,
     trainer,
     with_trained_link,
 )
@@ -85,21 +82,15 @@ def test_a_base_is_the_same_however_many_threads_make_it():
 # ---------------------------------------------------------------------- a language model
 
 
-def make(base, cls=COLACausalLM, **arguments):
-    settings = {
-        "target_modules": ["q_proj", "v_proj"],
-        "rank": 4,
-        "alpha": 6,
-        "seed": 0,
-        "optimizer": lambda p: AdamW(p, lr=1e-2),
-    }
-    return cls(base, **settings | {"quantization": "nf4", "finished_links": "stack"} | arguments)
+def make(base, **arguments):
+    links = {"target_modules": ["q_proj", "v_proj"], "rank": 4, "alpha": 6, "seed": 0, "finished_links": "stack"}
+    return COLACausalLM(base, **links | {"quantization": "nf4", "optimizer": lambda p: AdamW(p, lr=1e-2)} | arguments)
 
 
-def fit(folder, module, n_labels=None, **options):
+def fit(folder, module, **options):
     """Three links of two steps."""
     run = trainer(folder, chain={"every_n_train_steps": 2}, max_steps=6, **options)
-    run.fit(module, datamodule=Rows(n_labels))
+    run.fit(module, datamodule=Rows())
     return module
 
 
@@ -139,29 +130,23 @@ def test_a_base_made_again_is_the_same_and_its_head_is_not_quantised(base):
     assert kinds(first.model, "lm_head") == ({"Linear"}, {"LoRALinear4bit", "Linear4bit"})
     assert kinds(first.model, "q_proj", "v_proj")[0] == {"LoRALinear4bit"}
     assert {p.dtype for p in first.model.parameters()} == {torch.uint8, torch.float32}
+    with pytest.raises(UserError, match=r"^model\.save_base"):
+        make(base, save_base=True).configure_model()
 
 
-def test_training_leaves_the_weights_and_a_knot_the_logits(trained):
+def test_training_leaves_the_weights_and_a_knot_and_a_plain_copy_the_logits(trained):
     module = COLAModule.load_from_checkpoint(trained.path)
     expected = tiny.logits(module.model)
+    merged = module.merged_model()
+    assert not [part for part in merged.modules() if type(part).__module__.startswith(("bitsandbytes", "cola_lightning"))]
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
+    assert all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in merged.parameters())
+    assert difference(tiny.logits(merged), expected) <= 1e-4
+    assert torch.equal(tiny.logits(module.model), expected)
     assert module.tie_knot(rank=2).norm() > 0.1
     assert difference(tiny.logits(module.model), expected) <= 1e-4
     assert any(name.endswith("q_proj.weight.absmax") for name in trained.before)
     assert_bit_equal(frozen(trained.module), trained.before)
-
-
-def test_a_classifiers_new_head_is_not_quantised_and_goes_back_with_the_links(tmp_path):
-    name = tiny.folder(tmp_path / "bert", "bert", "AutoModel")
-    module = make(name, COLASequenceClassifier, num_labels=3, target_modules=["query", "value"])
-    fit(tmp_path, module, n_labels=3)
-    assert kinds(module.model, "classifier") == ({"Linear"}, {"LoRALinear4bit", "Linear4bit"})
-    module.trainer.save_checkpoint(tmp_path / "end.ckpt")
-    names = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"].keys()
-    trained = {name for name in names if ".lora_" not in name and not name.startswith("chain.")}
-    assert trained == {"model.classifier.weight", "model.classifier.bias"}
-    for links in (0, 2):
-        loaded = COLAModule.load_from_checkpoint(tmp_path / "end.ckpt", links=links)
-        assert difference(tiny.logits(loaded.model), tiny.logits(module.merged_model(links))) <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -211,17 +196,6 @@ def export(checkpoint, format_, output, *words):
     assert main(["export", str(checkpoint), "--format", format_, "--output", str(output), *words]) == 0
 
 
-def test_a_merged_model_is_plain_and_gives_the_logits(trained):
-    expected, before = tiny.logits(trained.module.model), frozen(trained.module)
-    merged = trained.module.merged_model()
-    assert not [part for part in merged.modules() if type(part).__module__.startswith(("bitsandbytes", "cola_lightning"))]
-    assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
-    assert all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in merged.parameters())
-    assert difference(tiny.logits(merged), expected) <= 1e-4
-    assert_bit_equal(frozen(trained.module), before)
-    assert torch.equal(tiny.logits(trained.module.model), expected)
-
-
 def nf4(**settings):
     return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **settings)
 
@@ -241,25 +215,7 @@ def test_peft_puts_an_adapter_on_the_plain_base_and_on_transformers_own_in_4_bit
     assert difference(tiny.logits(loaded), expected) <= 1e-5
 
 
-# ---------------------------------------------------------------------- a user's own 4-bit layers
-
-
-class OwnToy(ValidatedToy):
-    """A user's toy with two layers in 4 bits; the weights are others each time."""
-
-    def build_model(self):
-        first, second = (Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="fp4") for _ in range(2))
-        return nn.Sequential(nn.Linear(8, 64), first.to("cpu"), nn.Tanh(), second.to("cpu"), nn.Linear(64, 6))
-
-
-def test_a_users_4_bit_layers_are_adapted_and_those_that_are_not_are_merged_as_they_are(tmp_path):
-    module, x = toy(OwnToy, target_modules=["1"], finished_links="stack"), next(iter(batches()))[0]
-    module.configure_model()
-    assert module.chain.base.dtypes == ["fp4"]
-    trainer(tmp_path, max_steps=2).fit(module, batches(2), batches(1))
-    assert difference(module.merged_model()(x), module.model.train()(x)) <= 1e-4
-    with pytest.raises(UserError, match=r"^model\.save_base"):
-        toy(OwnToy, target_modules=["1"], finished_links="stack", save_base=True).configure_model()
+# ---------------------------------------------------------------------- a base that is in 4 bits already
 
 
 def test_a_model_that_transformers_quantised_is_merged_and_saved(base, tmp_path):

@@ -109,24 +109,18 @@ def test_a_student_s_backward_pass_may_come_after_the_block(tmp_path):
         assert all(torch.equal(p.grad, wanted) for p, wanted in zip(part.trained_parameters(), expected, strict=True))
 
 
-def test_blocks_can_be_nested(tmp_path):
+def test_blocks_can_be_nested_and_a_stored_state_is_that_of_the_present_chain(tmp_path):
     module = three_links(causal_lm(tmp_path, rank=4))
     with module.at(1) as model:
         first = logits(model)
-        with module.at(0) as base:
-            assert not torch.equal(logits(base), first)
+        with module.at(0) as inner:
+            base = logits(inner)
         assert torch.equal(logits(model), first)
-
-
-def test_the_stored_state_is_that_of_the_present_chain(tmp_path):
-    module = three_links(causal_lm(tmp_path, rank=4))
-    with module.at(0) as model:
-        base = logits(model)
+    assert not torch.equal(base, first)
     module.tie_knot(rank=4)
-    with module.at(0) as model:
-        assert torch.allclose(logits(model), base, atol=1e-5)
-    with module.at(3) as model:
-        assert torch.allclose(logits(model), logits(module.merged_model(3)), atol=1e-5)
+    for links, expected in ((0, base), (3, logits(module.merged_model(3)))):
+        with module.at(links) as model:
+            assert torch.allclose(logits(model), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("base", [{"dtype": "bfloat16"}, {"quantization": "nf4"}])

@@ -55,12 +55,11 @@ def test_a_stage_begins_with_a_knot_and_resumes(tmp_path, finished_links, knot):
     assert_bit_equal(weights(second.merged_model("sft")), weights(first.merged_model()))
     with second.at("sft") as model:
         assert_near(model(x), first(x), 1e-6)
-    for steps in (4, 6):  # at a knot, after one
-        resumed = fit(tmp_path / "resumed", make(**options), 8, **inside, ckpt_path=tmp_path / "dpo" / f"{steps}.ckpt")
-        assert_bit_equal(weights(resumed), weights(second))
-        assert second.chain.is_beginning_of(resumed.chain)
-        assert resumed.link_names == second.link_names
-    for links in (0, 2, 3, 4):
+    resumed = fit(tmp_path / "resumed", make(**options), 8, **inside, ckpt_path=tmp_path / "dpo" / "4.ckpt")  # at a knot
+    assert_bit_equal(weights(resumed), weights(second))
+    assert second.chain.is_beginning_of(resumed.chain)
+    assert resumed.link_names == second.link_names
+    for links in (2, 3):
         loaded = ValidatedToy.load_from_checkpoint(tmp_path / "dpo" / "8.ckpt", links=links)
         assert_bit_equal(weights(loaded.merged_model()), weights(second.merged_model(links)))
 
@@ -100,7 +99,6 @@ def test_a_preference_stage_goes_on_and_its_reference_is_where_it_began(tmp_path
     ("arguments", "message"),
     [
         ({"rank": 1}, r"^model\.init_knot: with half, .* 2 and 4, got 1 and 4$"),
-        ({"alpha": 3}, r"^model\.init_knot: with half, .* 2 and 4, got 2 and 3$"),
         ({"trained_factors": "random"}, r"^chain\.knot: half "),
         ({"alpha_pattern": {"0": 3}}, r"^model\.rank_pattern, model\.alpha_pattern, model\.scaling: "),
     ],

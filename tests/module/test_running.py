@@ -62,9 +62,9 @@ def make(**arguments):
     return toy(Whole, **{"rank": 4, "optimizer": lambda p: AdamW(p, lr=1e-2)} | arguments)
 
 
-@pytest.mark.parametrize(("mode", "ranks", "n"), [("merge", [2, 1, 2], 2), ("stack", [2, 2, 2], 3)])  # stacks of 0, 2, 4
-def test_each_rank_and_size_of_a_stack_is_compiled_once_in_training_and_in_validation(tmp_path, graphs, mode, ranks, n):
-    chain, x = {"every_n_epochs": 1, "ranks": ranks}, torch.randn(3, 8)
+@pytest.mark.parametrize(("mode", "n"), [pytest.param("merge", 2, marks=pytest.mark.slow), ("stack", 3)])  # of 0, 2 and 3
+def test_each_rank_and_size_of_a_stack_is_compiled_once_in_training_and_in_validation(tmp_path, graphs, mode, n):
+    chain, x = {"every_n_epochs": 1, "ranks": [2, 1, 2]}, torch.randn(3, 8)
     module = fit(tmp_path, make(finished_links=mode, compile=True), chain)
     assert 2 * 2 <= len(graphs) <= 2 * n  # dynamo may take a size that has changed for any
     plain = fit(tmp_path / "plain", make(finished_links=mode), chain)
@@ -102,9 +102,7 @@ def assert_same_gradients(mine, theirs):
         torch.testing.assert_close(ours.grad, other.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "chunked"), [pytest.param("llama", False, marks=pytest.mark.slow), ("gpt2", False), ("gemma2", True)]
-)
+@pytest.mark.parametrize(("architecture", "chunked"), [pytest.param("gpt2", False, marks=pytest.mark.slow), ("gemma2", True)])
 def test_a_language_model_is_one_graph(tmp_path, graphs, monkeypatch, architecture, chunked):
     monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 7)  # seven positions
     ids = torch.arange(24).view(3, 8) + 5
