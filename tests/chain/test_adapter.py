@@ -203,7 +203,6 @@ REFUSED = {
     "an embedding": (lambda folder: lora_of(folder, target_modules=["embed_tokens"]), r"'model\.embed_tokens\.lora_emb"),
     "a field of a later peft": (lambda folder: edit(folder, use_something={"a": 1}), "use_something "),
     "a factor alone": (without("layers.0.self_attn.q_proj.lora_B"), r"q_proj\.lora_B"),
-    "no tensors": (lambda folder: (folder / "peft" / "adapter_model.safetensors").unlink(), "No such file"),
 }
 
 

@@ -77,13 +77,10 @@ def test_a_report_is_what_the_full_updates_say(chain):
     assert reports[0].metrics == {"val_loss": 0.38912}  # of validation, if there is one
 
 
-def test_json_is_strict(chain):
+def test_a_table_shows_every_number_whole_and_json_is_strict(chain):
     rows = to_json(report(chain))
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
     assert rows[1]["metrics"] == {"val_[red]x": None}
-
-
-def test_a_table_shows_every_number_whole(chain):
     text = text_of(report(chain), width=80)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80

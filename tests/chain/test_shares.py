@@ -1,7 +1,6 @@
 """Knots over which A, the rest of B and the optimizer go on: those that merge a share of B A, and those that only record."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch.optim.lr_scheduler import LinearLR
 from transformers import AutoModelForCausalLM
 
 from cola_lightning import AdaptedModel, COLACausalLM, LoRAConfig, UserError
-from cola_lightning.chain.chain import describe_link, link_fields
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.report import report
 from tests.helpers import tiny
@@ -214,14 +212,6 @@ def test_a_scaled_chain_has_what_the_knots_merged(run):
     assert [link.share for link in loaded.chain.links] == [0.5, 0.5, 1.0]
     assert report(chain)[0].update_norm == pytest.approx(chain[0].whole().norm())
     assert chain[0].norm() == pytest.approx(chain[0].whole().norm() / 2)
-
-
-def test_a_share_is_stored_only_where_there_is_one_and_read_from_older_files():
-    link = trained_model(knots=1).chain[0]
-    assert link_fields(describe_link(link))["share"] == 0.5
-    whole = describe_link(replace(link, share=1.0))
-    assert "share" not in whole
-    assert link_fields(whole)["share"] == 1.0
 
 
 # ---------------------------------------------------------------------- exports

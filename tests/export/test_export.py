@@ -98,14 +98,6 @@ def exported(request, tmp_path_factory):
     return SimpleNamespace(case=request.param, folder=folder, module=module, chain=chain, lines=lines, logits=logits)
 
 
-def tied(model):
-    """The groups of names under which the model has one parameter each."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return sorted(group for group in names.values() if len(group) > 1)
-
-
 def test_plain_transformers_gives_the_modules_logits(exported):
     auto_class = getattr(transformers, exported.module.auto_class)
     model, info = auto_class.from_pretrained(exported.folder / "merged", output_loading_info=True)
@@ -114,8 +106,6 @@ def test_plain_transformers_gives_the_modules_logits(exported):
     assert tiny.relative_difference(exported.logits, tiny.logits(exported.module.merged_model(0))) > 1e-2
     assert "its logits differ from the module's by at most " in " ".join(exported.lines["merged"])
     assert torch.equal(tiny.logits(loaded_as_in_card(exported.folder / "merged")), tiny.logits(model))
-    assert tied(model) == tied(exported.module.merged_model())
-    assert bool(tied(model)) == (MATRIX[exported.case][0] in ("opt", "gpt2"))
 
 
 def test_tokenizer_and_generation_config_come_along(exported):
@@ -388,7 +378,6 @@ class Changed(COLACausalLM):
 OTHERS = {
     "other weights": {"change": lambda model: model.get_input_embeddings().weight.mul_(1.5)},
     "other frequencies, which no state dict holds": {"change": lambda model: model.model.rotary_emb.inv_freq.mul_(0.5)},
-    "a configuration of its own": {"fields": {"hidden_act": "gelu"}},
     "fewer layers": {"fields": {"num_hidden_layers": 1}},
 }
 

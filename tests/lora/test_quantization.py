@@ -192,16 +192,12 @@ def test_a_checkpoint_holds_no_weight_of_the_base_and_goes_to_any_number_of_its_
 # ---------------------------------------------------------------------- what leaves
 
 
-def export(checkpoint, format_, output, *words):
-    assert main(["export", str(checkpoint), "--format", format_, "--output", str(output), *words]) == 0
-
-
 def nf4(**settings):
     return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **settings)
 
 
 def test_peft_puts_an_adapter_on_the_plain_base_and_on_transformers_own_in_4_bits(base, trained, tmp_path, capsys):
-    export(trained.path, "peft", tmp_path / "out")
+    assert main(["export", str(trained.path), "--format", "peft", "--output", str(tmp_path / "out")]) == 0
     assert "bnb_4bit_quant_type='nf4'" in capsys.readouterr().out
     expected = tiny.logits(trained.module.model)
     plain = PeftModel.from_pretrained(trained.module.merged_model(0), tmp_path / "out")

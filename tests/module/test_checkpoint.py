@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from cola_lightning import ChainOfLoRA, UserError
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.errors import DiskError, NonFiniteError
-from tests.helpers.resuming import Data, Outside
+from tests.helpers.resuming import Data
 from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 CHAIN = {"every_n_train_steps": 8, "ranks": [4, 2, 6, 3]}
@@ -182,15 +182,6 @@ def test_a_saved_base_is_whole_and_not_made_again(tmp_path, target_modules):
             run(tmp_path, make(Costly), ckpt_path=path, chain={})
         with pytest.raises(UserError, match="got null"):
             module.tie_knot()
-
-
-def test_what_is_trained_outside_of_the_model_is_loaded_in_the_runs_precision(tmp_path):
-    module, double = toy(Outside), trainer(tmp_path, max_epochs=1, precision="64-true")
-    double.fit(module, datamodule=Data(batch_size=4))
-    double.save_checkpoint(tmp_path / "one.ckpt")
-    loaded = Outside.load_from_checkpoint(tmp_path / "one.ckpt")
-    assert loaded.outside.weight.dtype == torch.float64
-    assert_bit_equal(weights(loaded), weights(module))
 
 
 class Evaluated(ValidatedToy):

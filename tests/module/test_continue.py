@@ -1,9 +1,6 @@
 """A Trainer that fits once more goes on with its own run; its knots, starts, rates and ranks are those of one fit."""
 
-from functools import partial
-
 import pytest
-import torch
 from torch.optim import AdamW
 
 from cola_lightning import ChainOfLoRA
@@ -93,18 +90,3 @@ def test_a_links_metrics_are_of_its_own_validations(tmp_path):
     module.tie_knot()
     assert module.chain.links[-1].metrics["val_step"] == 27
     assert module.live_link().metrics == {}
-
-
-def test_a_rate_may_be_a_tensor(tmp_path):
-    resumed = []
-    for kind in (float, torch.tensor):
-        arguments = {"optimizer": partial(AdamW, lr=kind(1e-2), foreach=False)}  # one tensor for all links
-        run = trainer(tmp_path, chain={"at_steps": [3]}, max_epochs=1)
-        run.fit(make(**arguments), batches(4))
-        run.save_checkpoint(tmp_path / "run.ckpt")
-        resumed.append(make(**arguments))
-        trainer(tmp_path, chain={"at_steps": [3]}, max_epochs=3).fit(resumed[-1], batches(4), ckpt_path=tmp_path / "run.ckpt")
-    first, second = resumed
-    assert [step[:2] for step in second.steps] == [step[:2] for step in first.steps]
-    assert [step[2] for step in second.steps] == pytest.approx([step[2] for step in first.steps])
-    torch.testing.assert_close(weights(second), weights(first))

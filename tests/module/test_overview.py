@@ -24,13 +24,11 @@ class Normed(Toy):
 
 
 class OneCycle(Toy):
-    """Has a schedule of its own, over ``horizon(self)`` steps."""
-
-    horizon = None
+    """Has a schedule of its own, over the steps of the run."""
 
     def configure_optimizers(self):
         optimizer = AdamW(self.trained_parameters(), lr=1e-2)
-        scheduler = OneCycleLR(optimizer, 1e-2, total_steps=type(self).horizon(self))
+        scheduler = OneCycleLR(optimizer, 1e-2, total_steps=self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -73,15 +71,9 @@ def test_the_block_says_under_which_schedule_half_was_measured(tmp_path, caplog,
     assert line == f"knots (half): before steps 10, 20, of 30 steps{advice * (lr_schedule == 'linear')}"
 
 
-@pytest.mark.parametrize(
-    ("horizon", "is_warned"),
-    [(lambda module: module.trainer.estimated_stepping_batches, True), (lambda module: module.link_steps, False)],
-)
-def test_a_schedule_over_the_run_is_named_where_each_link_has_its_own(tmp_path, caplog, horizon, is_warned):
-    module = toy(type("Scheduled", (OneCycle,), {"horizon": horizon}))
-    lines = lines_of_fit(tmp_path, caplog, module, chain={"every_n_epochs": 1})
-    warnings = [line for line in lines if line.startswith("WARNING")]
-    assert warnings == is_warned * [
+def test_a_schedule_over_the_run_is_named_where_each_link_has_its_own(tmp_path, caplog):
+    lines = lines_of_fit(tmp_path, caplog, toy(OneCycle), chain={"every_n_epochs": 1})
+    assert [line for line in lines if line.startswith("WARNING")] == [
         "WARNING: OneCycleLR takes 30 steps, but each link has 10, and a scheduler of its own. "
         "Use self.link_steps in configure_optimizers"
     ]

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cola_lightning import LastCheckpoint, UserError, seeding
+from cola_lightning import LastCheckpoint, UserError
 from tests.helpers.resuming import Data
 from tests.helpers.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
@@ -152,17 +152,3 @@ def test_a_base_that_cannot_be_made_again_is_refused_when_it_is_needed_again(tmp
     trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
     with pytest.raises(UserError, match=r"^base: .*'2\.bias'"):
         module.merged_model(1)
-
-
-def test_the_generator_of_another_accelerator_is_seeded_and_restored(monkeypatch):
-    generator = torch.Generator().manual_seed(7)  # stands for that of a Mac's GPU
-    monkeypatch.setattr(seeding, "_accelerator", lambda: "mps")
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device: generator.get_state())
-    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state, device: generator.set_state(state))
-    monkeypatch.setattr(torch.mps, "manual_seed", generator.manual_seed)
-    before = generator.get_state()
-    with seeding.seeded(1):
-        first = torch.rand(2, generator=generator)
-    assert torch.equal(generator.get_state(), before)
-    assert torch.equal(first, torch.rand(2, generator=torch.Generator().manual_seed(1)))
