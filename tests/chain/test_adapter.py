@@ -22,8 +22,6 @@ from tests.helpers.toy import batches, difference, network, toy, trainer
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
-# ---------------------------------------------------------------------- one link
-
 STEPPED = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
 CONVOLUTIONS = {  # a network, its layers, and the shape of its images
     "2d": (network, ["0", "2", "4"], (4, 2, 8, 8)),
@@ -170,9 +168,6 @@ def test_an_exported_chain_goes_on_here_with_its_first_links_and_in_peft_as_one(
     model.save_pretrained(tmp_path / "on")
     (link,) = read_chain(tmp_path / "on").links
     assert link.rank == 9
-
-
-# ---------------------------------------------------------------------- what else an adapter holds
 
 
 def test_a_head_comes_along(tmp_path):

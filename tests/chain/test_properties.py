@@ -10,8 +10,6 @@ from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.data.rows import Row
 from cola_lightning.data.templates import Template
 
-# ---------------------------------------------------------------------- schedules
-
 KNOTS = st.lists(st.integers(1, 60), min_size=1, max_size=6, unique=True).map(sorted)
 PERIODS = st.integers(1, 40)
 SCHEDULES = st.one_of(
@@ -40,8 +38,6 @@ def test_links_are_those_that_a_run_step_by_step_ties(arguments, lengths, max_st
         sizes[-1] += 1
     assert schedule.link_lengths(FitPosition(0, 0), run) == sizes
 
-
-# ---------------------------------------------------------------------- templates
 
 NAMES = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True)
 

@@ -214,9 +214,6 @@ def test_a_scaled_chain_has_what_the_knots_merged(run):
     assert chain[0].norm() == pytest.approx(chain[0].whole().norm() / 2)
 
 
-# ---------------------------------------------------------------------- exports
-
-
 def test_exports_are_the_model(tmp_path):
     module = tiny.causal_lm(tmp_path)
     tiny.with_live_link(module)
@@ -239,9 +236,6 @@ def test_exports_are_the_model(tmp_path):
             begun = COLACausalLM(str(tmp_path / "llama"), **arguments, init_chain=str(tmp_path / kind), init_links=links)
             begun.configure_model()
             assert difference(tiny.logits(begun.model), wanted) <= 1e-5
-
-
-# ---------------------------------------------------------------------- knots that only record
 
 
 @modes

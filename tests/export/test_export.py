@@ -147,9 +147,6 @@ def test_the_chain_comes_back_from_either_of_its_folders(exported):
     assert_bit_equal({name: mine[name] for name in theirs}, theirs)  # beside which it holds what is new and frozen
 
 
-# ---------------------------------------------------------------------- the command
-
-
 def test_the_first_links_by_the_command(tmp_path, capsys):
     module = tiny.three_links(module_of(tmp_path / "base", "bert"))
     path, whole, auto_class = saved(module, tmp_path), module.full_chain(), getattr(transformers, module.auto_class)
@@ -299,9 +296,6 @@ def test_an_example_input_is_what_logits_are_compared_for(tmp_path, format_, cls
     assert re.search(r"its logits differ from the module's by at most [\d.e-]+, where the largest is \d", line)
 
 
-# ---------------------------------------------------------------------- convolutions
-
-
 class ConvToy(COLAModule):
     """A small network for images."""
 
@@ -335,9 +329,6 @@ def test_convolutions_of_which_pefts_lora_would_be_another_are_refused(tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------- memory
-
-
 @pytest.mark.parametrize("format_", ["merged", "peft"])
 def test_a_model_is_loaded_again_once_the_exported_one_is_gone(tmp_path, monkeypatch, format_):
     path = saved(tiny.three_links(module_of(tmp_path / "base", "llama")), tmp_path)
@@ -355,9 +346,6 @@ def test_a_model_is_loaded_again_once_the_exported_one_is_gone(tmp_path, monkeyp
     assert command(path, format_, tmp_path / "out") == 0
     assert len(in_use) >= 2
     assert max(in_use) == 0
-
-
-# ---------------------------------------------------------------------- a base that is not what its name stands for
 
 
 class Changed(COLACausalLM):

@@ -142,9 +142,6 @@ def test_a_layer_that_could_not_be_adapted_as_it_is_is_refused_before_anything_i
     assert torch.equal(model(x), expected)
 
 
-# ---------------------------------------------------------------------- kin of Linear
-
-
 class Plain(nn.Linear):
     """Inherits all."""
 

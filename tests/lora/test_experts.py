@@ -35,9 +35,6 @@ def base(architecture, **changes):
     return AutoModelForCausalLM.from_config(config)
 
 
-# ---------------------------------------------------------------------- oracles
-
-
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
 def test_one_link_equals_pefts_lora_of_parameters_step_by_step(architecture):
     ours = base(architecture)
@@ -101,9 +98,6 @@ def test_every_experts_class_of_transformers_computes_the_same_with_new_links_an
         assert_near(experts(*inputs), expected, 1e-5)
 
 
-# ---------------------------------------------------------------------- architectures
-
-
 ALWAYS = ["gpt_oss", "nemotron_h"]  # the experts of all are in the test above
 
 
@@ -137,9 +131,6 @@ def test_an_architecture_trains_and_knots_and_exports_and_generates(tmp_path, ar
     chain, again = module.full_chain(), read_chain(tmp_path / "peft")
     for name in experts:
         assert difference(again.delta(name), chain.delta(name)) <= 1e-5 * chain.delta(name).abs().max()
-
-
-# ---------------------------------------------------------------------- which experts, and by what
 
 
 def test_a_change_of_the_models_implementation_of_experts_removes_no_link():

@@ -216,9 +216,6 @@ def test_a_compiled_module_computes_the_same_in_one_graph():
         assert_same_outputs(compiled(*x, **options), model(*x, **options))
 
 
-# ---------------------------------------------------------------------- torch's encoders
-
-
 def encoder(nested=True, norm=None):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)

@@ -36,9 +36,6 @@ def _a_cpu_on_which_bitsandbytes_packs_weights_anew(monkeypatch):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
 
 
-# ---------------------------------------------------------------------- one layer: what test_layers.py does not say
-
-
 def adapted(dtype):
     return with_trained_link(adapt_layer(quantized_linear(dtype, bias=False), 4, 6.0, finished_links="stack"))
 
@@ -77,9 +74,6 @@ def test_a_base_is_the_same_however_many_threads_make_it():
         inject_lora(model, LoRAConfig(["0"], rank=2, alpha=4, finished_links="stack"))
         found.add(describe_base(model).fingerprint)
     assert len(found) == 1
-
-
-# ---------------------------------------------------------------------- a language model
 
 
 def make(base, **arguments):
@@ -168,9 +162,6 @@ def test_every_precision_trains_wide_links(tmp_path, precision, settings, comput
     assert difference(tiny.logits(merged), tiny.logits(module.model)) <= tolerance
 
 
-# ---------------------------------------------------------------------- checkpoints
-
-
 def test_a_checkpoint_holds_no_weight_of_the_base_and_goes_to_any_number_of_its_links(base, trained):
     checkpoint = torch.load(trained.path, weights_only=True)
     others = {name for name in checkpoint["state_dict"] if not name.endswith((".lora_A", ".lora_B"))}
@@ -187,9 +178,6 @@ def test_a_checkpoint_holds_no_weight_of_the_base_and_goes_to_any_number_of_its_
     assert difference(tiny.logits(module.model), expected) <= 1e-4
     with pytest.raises(UserError, match=r"^base: .* in float32 and not in nf4"):
         COLAModule.load_from_checkpoint(trained.path, quantization=None)
-
-
-# ---------------------------------------------------------------------- what leaves
 
 
 def nf4(**settings):
@@ -209,9 +197,6 @@ def test_peft_puts_an_adapter_on_the_plain_base_and_on_transformers_own_in_4_bit
     loaded = PeftModel.from_pretrained(own, tmp_path / "out")
     assert type(loaded.base_model.model.model.layers[0].self_attn.q_proj.base_layer) is Linear4bit
     assert difference(tiny.logits(loaded), expected) <= 1e-5
-
-
-# ---------------------------------------------------------------------- a base that is in 4 bits already
 
 
 def test_a_model_that_transformers_quantised_is_merged_and_saved(base, tmp_path):

@@ -68,9 +68,6 @@ def test_in_half_precision_a_link_is_rounded_once_however_small_it_is(dtype, siz
     assert (ours - theirs).norm() <= 2 * torch.finfo(dtype).eps * theirs.norm()
 
 
-# ---------------------------------------------------------------------- the run
-
-
 def test_four_links_are_those_of_a_run_that_merges(tmp_path):
     dtype, tolerance = torch.float64, 1e-12
     chain, data = {"every_n_epochs": 1, "ranks": [4, 2, 6, 3]}, [batches(dtype=dtype), batches(2, dtype=dtype)]

@@ -180,9 +180,6 @@ def test_what_a_run_never_reaches_is_a_warning(tmp_path, caplog):
     assert "the last link has 1 optimizer steps, the others at least 9" in caplog.text
 
 
-# ---------------------------------------------------------------------- a link that gets no gradient
-
-
 class Net(nn.Module):
     """Calls one layer, reads the weights of the next, and takes one of two experts, by the batch."""
 
@@ -223,9 +220,6 @@ def test_where_all_is_trained_or_frozen_by_the_user_nothing_is_named(tmp_path, c
     assert warnings_of_a_fit(tmp_path, module, caplog, accumulate_grad_batches=2) == []
     for settings in ({"dropout": 0.1}, {"target_modules": None}):
         assert warnings_of_a_fit(tmp_path, toy(**settings), caplog) == []
-
-
-# ---------------------------------------------------------------------- on_knot
 
 
 class Halving(Toy):

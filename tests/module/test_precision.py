@@ -78,9 +78,6 @@ def test_a_chain_keeps_its_dtypes_and_its_loss_at_knots_and_its_bits(tmp_path, p
     assert_bit_equal(weights(loaded.model[0]), weights(module.model[0]))
 
 
-# ---------------------------------------------------------------------- fused optimizers
-
-
 class Clipped(Toy):
     """Remembers the norm of the gradients with which the optimizer stepped."""
 
@@ -94,9 +91,6 @@ def test_gradients_of_the_default_optimizer_are_clipped_under_16_mixed(tmp_path)
     trainer(tmp_path, max_steps=2, gradient_clip_val=1e-3, **options("16-mixed")).fit(module, batches(2))
     assert module.trainer.optimizers[0].param_groups[0]["fused"]
     assert module.norm == pytest.approx(1e-3, rel=1e-3)
-
-
-# ---------------------------------------------------------------------- by default
 
 
 @pytest.mark.parametrize(("precision", "is_read_early"), [("bf16-mixed", True), ("bf16-true", True), ("16-true", False)])

@@ -134,9 +134,6 @@ def test_class_arguments_and_seed_come_from_the_checkpoint(tmp_path, caplog):
     assert not caplog.text
 
 
-# ---------------------------------------------------------------------- state_dict() is all that training changed
-
-
 def test_where_all_is_trained_the_values_are_enough():
     class PartlyFrozen(Toy):
         def configure_model(self):
