@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from cola_lightning import COLACausalLM, COLASequenceClassifier, LoRAConfig, Use
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import read_adapter
 from tests.helpers import tiny
-from tests.helpers.toy import batches, difference, network, toy, trainer
+from tests.helpers.toy import difference, network, toy, trainer
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -136,21 +135,6 @@ def test_factors_in_half_precision_are_scaled_in_float32_as_peft_does(tmp_path):
     edit_tensors(tmp_path, lambda values: {name: value.bfloat16() for name, value in values.items()})
     model = PeftModel.from_pretrained(base_of(tmp_path, "llama"), tmp_path / "peft")
     assert difference(tiny.logits(module_from(tmp_path, "llama").model), tiny.logits(model)) <= 1e-5
-
-
-def test_a_plain_module_begins_with_an_adapter_too_and_leaves_with_it(tmp_path, monkeypatch):
-    model = lora(tmp_path, "mlp", use_rslora=True, rank_pattern={"2": 5})
-    module = toy(init_chain=str(tmp_path / "peft"))
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "peft", None)  # which nothing needs to read one
-        module.configure_model()
-    x = torch.randn(4, 8)
-    torch.testing.assert_close(module.model(x), model(x), rtol=0, atol=1e-5)
-    trainer(tmp_path, max_steps=2).fit(module, batches())
-    module.export(tmp_path / "again", "peft")
-    again = PeftModel.from_pretrained(toy().merged_model(0), tmp_path / "again")
-    torch.testing.assert_close(again(x), module.model.eval()(x), rtol=0, atol=1e-5)
-    assert [link.rank for link in read_chain(tmp_path / "again").links] == [5, 2]
 
 
 def test_an_exported_chain_goes_on_here_with_its_first_links_and_in_peft_as_one(tmp_path):

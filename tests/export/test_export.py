@@ -277,21 +277,11 @@ def test_full_fine_tuning_in_double_precision_leaves_merged_in_float32(tmp_path)
     assert_bit_equal(load_file(tmp_path / "out" / "model.safetensors"), expected)
 
 
-class Keyword(Toy):
-    def build_model(self):
-        model = super().build_model()
-        model.forward = lambda x, scale: nn.Sequential.forward(model, x) * scale
-        return model
-
-
-@pytest.mark.parametrize(
-    ("format_", "cls", "example"),
-    [("merged", Keyword, {"x": torch.ones(3, 8), "scale": 2.0}), ("peft", Toy, torch.ones(3, 8))],
-)
-def test_an_example_input_is_what_logits_are_compared_for(tmp_path, format_, cls, example):
-    module = tiny.with_live_link(toy(cls))
+@pytest.mark.parametrize("format_", ["merged", "peft"])
+def test_an_example_input_is_what_logits_are_compared_for(tmp_path, format_):
+    module = tiny.with_live_link(toy())
     assert "because no input is known" in module.export(tmp_path / "unknown", format_)[-1]
-    module.example_input_array = example
+    module.example_input_array = torch.ones(3, 8)
     line = module.export(tmp_path / "out", format_)[-1]
     assert re.search(r"its logits differ from the module's by at most [\d.e-]+, where the largest is \d", line)
 
@@ -445,15 +435,8 @@ def test_a_file_or_folder_that_cannot_be_flushed_leaves_the_old_one(tmp_path, mo
     assert contents(tmp_path) == before
 
 
-def test_two_writers_of_one_folder_do_not_mix_and_a_link_to_it_stays_one(tmp_path):
-    def write_late():
-        with atomic_folder(tmp_path / "out") as late:
-            write_folder(tmp_path / "out", "early")
-            (late / "late").write_text("late")
-
-    with pytest.raises(DiskError):
-        write_late()
-    assert contents(tmp_path) == {"out/file": b"early"}
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    write_folder(tmp_path / "out", "old")
     (tmp_path / "link").symlink_to("out")
     write_folder(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink()

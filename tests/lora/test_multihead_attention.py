@@ -304,17 +304,20 @@ def fitted(folder, **options):
     return ours
 
 
-@pytest.mark.parametrize(("target_modules", "finished_links"), [("all-linear", "stack"), (["in_proj", "linear1"], "merge")])
-def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog, target_modules, finished_links):
+OWN_RANKS = {"target_modules": ["in_proj", "linear1"], "rank_pattern": {"in_proj": 1}, "scaling": "rslora"}
+
+
+@pytest.mark.parametrize("options", [{"finished_links": "stack"}, OWN_RANKS], ids=["all", "ranks of their own"])
+def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog, options):
     with caplog.at_level(logging.WARNING, "cola_lightning"):
-        ours = fitted(tmp_path, target_modules=target_modules, finished_links=finished_links)
+        ours = fitted(tmp_path, **options)
     assert "no gradient" not in caplog.text
     x = ours.example_input_array
     with torch.no_grad():
         expected, before = ours.eval()(x), encoder().eval()(x)
     assert difference(expected, before) > 0.05
     formats = ["merged", "chain"]
-    if target_modules == "all-linear":
+    if "target_modules" not in options:  # out_proj, too
         with pytest.raises(UserError, match=r"^format: peft .* adds the update of layers\.0\.self_attn\.out_proj 2 times"):
             ours.export(tmp_path / "peft", "peft")
     else:
@@ -322,9 +325,10 @@ def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog
     lines = {format_: ours.export(tmp_path / format_, format_) for format_ in formats}
     for format_ in formats[1:]:
         assert len(read_chain(tmp_path / format_)) == 3
-        again = module(target_modules=target_modules, init_chain=str(tmp_path / format_)).eval()
+        again = module(**options, init_chain=str(tmp_path / format_)).eval()
         torch.testing.assert_close(again(x), expected, rtol=0, atol=1e-5)
     if "peft" in formats:
+        assert "loaded again with peft" in ours.export(tmp_path / "smaller", "peft", max_rank=2)[-1]
         assert any(FUSED_OFF in line for line in lines["peft"])
         with torch.no_grad():
             loaded = PeftModel.from_pretrained(encoder(), tmp_path / "peft").eval()
@@ -334,14 +338,6 @@ def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog
                 torch.testing.assert_close(loaded(x), expected, rtol=0, atol=1e-5)
             finally:
                 torch.backends.mha.set_fastpath_enabled(True)
-
-
-def test_layers_of_other_ranks_are_exported(tmp_path):
-    ours = fitted(tmp_path, rank_pattern={"in_proj": 1, "linear1": 1}, exclude_modules=["out_proj"], scaling="rslora")
-    for folder, options in (("peft", {}), ("smaller", {"max_rank": 2})):
-        assert "loaded again with peft" in ours.export(tmp_path / folder, "peft", **options)[-1]
-    again = module(init_chain=str(tmp_path / "peft"), exclude_modules=["out_proj"]).eval()
-    torch.testing.assert_close(again(ours.example_input_array), ours.eval()(ours.example_input_array), rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------- models of other packages
