@@ -143,23 +143,16 @@ def test_training_leaves_the_weights_and_a_knot_and_a_plain_copy_the_logits(trai
     assert_bit_equal(frozen(trained.module), trained.before)
 
 
-@pytest.mark.parametrize(
-    ("precision", "settings", "computes_in", "wide", "tolerance"),
-    [
-        ("64-true", {}, torch.float64, torch.float64, 1e-4),
-        ("32-true", {"dtype": "float16"}, torch.float16, torch.float32, 0.1),
-    ],
-)
-def test_every_precision_trains_wide_links(tmp_path, precision, settings, computes_in, wide, tolerance):
-    module = fit(tmp_path, make(tiny.folder(tmp_path / "opt", "opt"), **settings), precision=precision)  # with biases
+def test_on_a_base_in_half_precision_links_are_trained_wide(tmp_path):
+    module = fit(tmp_path, make(tiny.folder(tmp_path / "opt", "opt"), dtype="float16"))  # with biases
     layers = list(module.adapted.layers.values())
-    assert {layer.stack.A.dtype for layer in layers} == {computes_in}
-    assert {factor.dtype for layer in layers for factor in (layer.lora_A, layer.lora_B)} == {wide}
+    assert {layer.stack.A.dtype for layer in layers} == {torch.float16}
+    assert {factor.dtype for layer in layers for factor in (layer.lora_A, layer.lora_B)} == {torch.float32}
     assert {layer.weight.dtype for layer in layers} == {torch.uint8}
     assert all(link.norm() > 0.1 for link in module.full_chain().links)
     merged = module.merged_model()
-    assert {parameter.dtype for parameter in merged.parameters()} == {wide}
-    assert difference(tiny.logits(merged), tiny.logits(module.model)) <= tolerance
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
+    assert difference(tiny.logits(merged), tiny.logits(module.model)) <= 0.1
 
 
 def test_a_checkpoint_holds_no_weight_of_the_base_and_goes_to_any_number_of_its_links(base, trained):

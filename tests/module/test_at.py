@@ -8,7 +8,6 @@ import torch
 from cola_lightning import UserError, lora_layers
 from tests.helpers import tiny
 from tests.helpers.tiny import causal_lm, logits, three_links
-from tests.helpers.toy import ValidatedToy, toy
 
 
 def changed(module):
@@ -75,38 +74,6 @@ def test_a_fully_trained_module_is_another_under_autocast_too(tmp_path, referenc
                 mine[k] = model(input_ids=ids).logits
     assert all(torch.equal(mine[k], expected[k]) for k in (0, 1))
     assert not torch.equal(*expected)
-
-
-class WithHead(ValidatedToy):
-    """A toy with a trained layer outside of its model."""
-
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        torch.manual_seed(0)
-        self.head = torch.nn.Linear(6, 6)
-
-
-def test_a_student_s_backward_pass_may_come_after_the_block(tmp_path):
-    module, ids = three_links(causal_lm(tmp_path, **HEAD)), torch.arange(10)[None]
-    toy_module, x = toy(WithHead), torch.randn(3, 8)
-    toy_module.configure_model()
-    with torch.no_grad():
-        toy_module.head.weight.mul_(2)
-    toy_module.tie_knot()
-    for part, inputs, student in (
-        (module, ids, lambda: module.model(input_ids=ids).logits.square().mean()),
-        (toy_module, x, lambda: toy_module.head(toy_module.model(x)).square().mean()),
-    ):
-        student().backward()
-        expected = [p.grad.clone() for p in part.trained_parameters()]
-        part.zero_grad()
-        loss = student()
-        with part.at(0) as model:
-            model(inputs)
-            if part is toy_module:
-                assert torch.equal(part.head.weight, part.adapted.trained.initial["self.head.weight"])
-        loss.backward()
-        assert all(torch.equal(p.grad, wanted) for p, wanted in zip(part.trained_parameters(), expected, strict=True))
 
 
 def test_blocks_can_be_nested_and_a_stored_state_is_that_of_the_present_chain(tmp_path):

@@ -1,10 +1,13 @@
 """What a checkpoint holds, and which module it makes again."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback
 from torch import nn
+from torch.nn import functional as F
 from torch.optim import AdamW
 
 from cola_lightning import ChainOfLoRA, UserError
@@ -116,9 +119,6 @@ def test_a_subclass_or_a_mixin_that_forgets_super_keeps_the_chain(tmp_path):
     module.trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     written = torch.load(tmp_path / "weights.ckpt", weights_only=True)
     assert (written["notes"], "chain.metadata" in written["state_dict"]) == (1, True)
-    nn.init.constant_(module.model[0].lora_B, torch.nan)
-    with pytest.raises(NonFiniteError):
-        module.trainer.save_checkpoint(tmp_path / "run.ckpt", weights_only=False)
 
 
 class Wider(Toy):
@@ -199,3 +199,67 @@ def test_a_test_between_leaves_the_links_steps_and_a_checkpoint_after_it_resumes
         assert [(link.start_step, link.end_step) for link in one.full_chain().links] == [(0, 4), (4, 5)]
     run(-1).fit(resumed, datamodule=Data(batch_size=4), ckpt_path=tmp_path / "run.ckpt")
     assert_bit_equal(weights(resumed), weights(whole))
+
+
+# ---------------------------------------------------------------------- what is trained outside of self.model
+
+
+class Headed(Toy):
+    """The toy with a head of its own, which has a buffer that moves and a parameter that is frozen."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        torch.manual_seed(4)
+        self.head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6))
+        self.head[1].bias.requires_grad_(False)
+        self.heads = []  # as it was when each epoch began
+
+    def on_train_epoch_start(self):
+        self.heads.append({name: value.clone() for name, value in self.head.state_dict().items()})
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.mse_loss(self.head(self.model(x)), y)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """After 4 links: the module, and its head as it was before each of them and at the end."""
+    folder, module = tmp_path_factory.mktemp("trained"), toy(Headed)
+    run = trainer(folder, chain={"every_n_epochs": 1}, max_epochs=4)
+    run.fit(module, batches())
+    run.save_checkpoint(folder / "run.ckpt")
+    module.full_chain().save(folder / "chain")
+    return SimpleNamespace(module=module, heads=[*module.heads, module.head.state_dict()], folder=folder)
+
+
+@pytest.mark.parametrize("links", range(5))
+def test_each_link_records_it_and_a_checkpoint_and_an_earlier_state_give_it_as_it_was(trained, links):
+    module, head = trained.module, trained.heads[links]
+    if links:
+        recorded = {f"self.head.{name}": value for name, value in head.items() if name != "1.bias"}  # which is frozen
+        assert_bit_equal(module.full_chain()[links - 1].extras, recorded)
+    loaded = Headed.load_from_checkpoint(trained.folder / "run.ckpt", links=links, rank=2, alpha=4)
+    assert_bit_equal(loaded.head.state_dict(), head)
+    x = next(iter(batches()))[0]
+    torch.testing.assert_close(loaded.model(x), module.merged_model(links)(x))
+    with module.at(links):
+        assert_bit_equal(module.head.state_dict(), head)
+
+
+@pytest.mark.parametrize(("source", "links"), [("run.ckpt", 4), ("chain", 1)])
+def test_another_run_begins_with_it(trained, source, links):
+    second = toy(Headed, init_chain=str(trained.folder / source), init_links=links)
+    second.configure_model()
+    assert_bit_equal(second.head.state_dict(), trained.heads[links])
+    with pytest.raises(UserError, match=r"^model\.init_chain: .* 'self\.head\.0\."):
+        toy(init_chain=str(trained.folder / source)).configure_model()
+
+
+def test_a_merged_copy_and_an_export_say_that_they_have_it_not(trained, tmp_path, caplog):
+    names = ["self.head.0.weight", "self.head.0.bias", "self.head.1.weight"]
+    for format_ in ("merged", "peft"):
+        messages = trained.module.export(tmp_path / format_, format_)[-1]
+        assert messages.partition("self.model: ")[2].split(", ") == names
+    trained.module.merged_model()
+    assert all(name in caplog.text for name in names)
