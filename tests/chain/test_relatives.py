@@ -5,13 +5,12 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from cola_lightning import LoRAConfig, LoRALinear
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.lora.config import DRAWS
 from cola_lightning.study.config import as_words
 from cola_lightning.study.methods import method
 from tests.helpers.comparing import known_config
-from tests.helpers.toy import DIGITS, Watch, batches, toy, trainer
+from tests.helpers.toy import DIGITS, Watch, adapt_layer, batches, toy, trainer
 
 
 def factors(module):
@@ -22,7 +21,7 @@ def factors(module):
 @pytest.mark.parametrize("drawn", ["A", "B"])
 @pytest.mark.parametrize("init", DRAWS)
 def test_a_link_begins_with_one_factor_drawn_and_the_other_zero(drawn, init):
-    layer = LoRALinear.adapt_(nn.Linear(5, 7), LoRAConfig(rank=3, alpha=6, init=init))
+    layer = adapt_layer(nn.Linear(5, 7), 3, 6, init=init)
     x = torch.randn(4, 5)
     before = layer(x)
     layer.rank = 2
@@ -34,7 +33,7 @@ def test_a_link_begins_with_one_factor_drawn_and_the_other_zero(drawn, init):
     assert not other.any()
     assert drawn_factor[:2].ne(0).all()
     assert not drawn_factor[2:].any()
-    theirs = LoRALinear.adapt_(nn.Linear(drawn_factor.shape[1], 2), LoRAConfig(rank=3, alpha=6, init=init))
+    theirs = adapt_layer(nn.Linear(drawn_factor.shape[1], 2), 3, 6, init=init)
     theirs.rank = 2
     theirs.reset(torch.Generator().manual_seed(1))
     assert torch.equal(drawn_factor, theirs.lora_A)  # as the A of the transposed layer would be

@@ -204,14 +204,12 @@ def rates(tmp_path, chain, *callbacks, loaders=None, fit=(), cls=Scripted, **arg
     return [100 * rate for rate in watch.seen]
 
 
-LINEAR = [1 - k / 10 for k in range(10)]
 JAGGED = [k / 5 if k < 5 else 1 - (k - 5) / 15 for k in range(20)]  # ReLoRA's, but for the warm-ups after knots
 RISE = [min(1, k % 6 / 3) if k >= 6 else 1 for k in range(18)]
 EVERY_6 = {"every_n_train_steps": 6}
 OF_THE_RUN = {"schedule_scope": "run", "warmup_steps": 5}
 
 RATES = {
-    "each link's own": ({"every_n_train_steps": 10}, {}, LINEAR * 2),
     "the run's": (EVERY_6, {"schedule_scope": "run", "warmup_steps": 0.25}, JAGGED),
     "the run's, warmed up after knots; the last link has two steps": (
         EVERY_6,

@@ -17,17 +17,7 @@ from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.report import report
 from tests.helpers import tiny
 from tests.helpers.resuming import Data
-from tests.helpers.toy import (
-    Toy,
-    ValidatedToy,
-    assert_bit_equal,
-    assert_near,
-    batches,
-    difference,
-    toy,
-    trainer,
-    weights,
-)
+from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, assert_near, batches, difference, toy, trainer, weights
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

@@ -10,15 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from cola_lightning import (
-    AdaptedModel,
-    Chain,
-    LoRAConfig,
-    LoRALayer,
-    inject_lora,
-    register_lora_layer,
-    strip_lora,
-)
+from cola_lightning import AdaptedModel, Chain, LoRAConfig, LoRALayer, inject_lora, register_lora_layer, strip_lora
 from cola_lightning.lora import inject
 from cola_lightning.lora.attention import InputProjection
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection

@@ -17,14 +17,7 @@ from cola_lightning.cli import main
 from cola_lightning.lora import quantization
 from tests.helpers import tiny
 from tests.helpers.tiny import RandomRows as Rows
-from tests.helpers.toy import (
-    adapt_layer,
-    assert_bit_equal,
-    difference,
-    quantized_linear,
-    trainer,
-    with_trained_link,
-)
+from tests.helpers.toy import adapt_layer, assert_bit_equal, difference, quantized_linear, trainer, with_trained_link
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

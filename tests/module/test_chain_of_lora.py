@@ -1,6 +1,5 @@
 """The chain under the Trainer, against a hand-written loop and closed forms."""
 
-import json
 import math
 
 import pytest
@@ -13,6 +12,7 @@ from torch.optim import SGD, AdamW
 
 from cola_lightning import UserError, lora_layers
 from cola_lightning.callbacks.chain_of_lora import check_strategy
+from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.lora.layer import initialize_link
@@ -156,21 +156,19 @@ def test_a_nan_stops_the_run_names_its_step_and_is_never_written(tmp_path, next_
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
-def test_other_tools_that_would_break_a_chain_are_refused(tmp_path):
+def test_averaged_weights_are_refused_beside_knots_and_without_them_a_checkpoint_has_the_runs_own_position(tmp_path):
     for rule in ({"at_steps": [3]}, {"patience": 1}):
         with pytest.raises(UserError, match=r"trainer\.callbacks: EMAWeightAveraging cannot be combined with knots"):
             trainer(tmp_path, EMAWeightAveraging(), chain=rule, max_epochs=1).fit(toy(), batches())
-    trainer(tmp_path, EMAWeightAveraging(), chain={}, max_epochs=1).fit(toy(), batches())  # one link
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="5", every_n_train_steps=5)
+    trainer(tmp_path, EMAWeightAveraging(), saving, chain={}, max_steps=5, enable_checkpointing=True).fit(toy(), batches())
+    state = StoredState.of(torch.load(tmp_path / "5.ckpt", weights_only=True)["state_dict"])
+    assert state.facts["position"] == [0, 5]
+
+
+def test_a_strategy_whose_processes_return_no_chain_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"trainer\.strategy: "):
         check_strategy(trainer(tmp_path, strategy="ddp_fork", devices=1).strategy)
-
-
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
-def test_next_to_averaged_weights_a_checkpoint_has_the_runs_own_position_and_metrics(tmp_path):
-    saving = ModelCheckpoint(dirpath=tmp_path, filename="5", every_n_train_steps=5)
-    trainer(tmp_path, EMAWeightAveraging(), saving, max_steps=5, enable_checkpointing=True).fit(toy(), batches())
-    checkpoint = torch.load(tmp_path / "5.ckpt", weights_only=True)
-    assert json.loads(bytes(checkpoint["state_dict"]["chain.metadata"].tolist()))["facts"]["position"] == [0, 5]
 
 
 def test_what_a_run_never_reaches_is_a_warning(tmp_path, caplog):
@@ -200,26 +198,19 @@ class NetToy(Toy):
         return Net()
 
 
-def warnings_of_a_fit(folder, module, caplog, **options):
-    caplog.clear()
-    trainer(folder, chain={}, **{"max_steps": 3} | options).fit(module, batches())
-    return [message for message in caplog.messages if "got no gradient" in message]
+def test_a_layer_that_gets_no_gradient_is_named_once_a_fit_unless_the_user_froze_it(tmp_path, caplog):
+    def named(module):
+        caplog.clear()
+        trainer(tmp_path, chain={}, max_steps=3, accumulate_grad_batches=2).fit(module, batches())  # and so with both experts
+        return [message for message in caplog.messages if "got no gradient" in message]
 
-
-def test_a_layer_that_is_not_called_is_named_once_a_fit(tmp_path, caplog):
     module = toy(NetToy)
     for _ in range(2):
-        (message,) = warnings_of_a_fit(tmp_path, module, caplog, accumulate_grad_batches=2)  # and so with both experts
+        (message,) = named(module)
         assert message.startswith("model.target_modules: 1 of 4 ")
         assert "(read)" in message
-
-
-def test_where_all_is_trained_or_frozen_by_the_user_nothing_is_named(tmp_path, caplog):
-    module = toy(NetToy)
     module.model.read.requires_grad_(False)
-    assert warnings_of_a_fit(tmp_path, module, caplog, accumulate_grad_batches=2) == []
-    for settings in ({"dropout": 0.1}, {"target_modules": None}):
-        assert warnings_of_a_fit(tmp_path, toy(**settings), caplog) == []
+    assert named(module) == named(toy(dropout=0.1)) == named(toy(target_modules=None)) == []
 
 
 class Halving(Toy):

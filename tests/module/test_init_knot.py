@@ -64,18 +64,6 @@ def test_a_stage_begins_with_a_knot_and_resumes(tmp_path, finished_links, knot):
         assert_bit_equal(weights(loaded.merged_model()), weights(second.merged_model(links)))
 
 
-def test_one_lora_that_goes_on_is_one_run_without_knots(tmp_path):
-    """With rows in one order, an optimizer that has no state, and a constant rate."""
-    plain = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "lr_schedule": "constant"}
-    whole, first = toy(**plain), toy(**plain)
-    trainer(tmp_path, max_epochs=2).fit(whole, batches())
-    trainer(tmp_path, max_epochs=1).fit(first, batches())
-    first.full_chain().save(tmp_path / "chain")
-    second = toy(**plain, init_chain=str(tmp_path / "chain"), init_knot="record")
-    trainer(tmp_path, max_epochs=1).fit(second, batches())
-    assert_bit_equal(weights(second), weights(whole))
-
-
 def test_a_preference_stage_goes_on_and_its_reference_is_where_it_began(tmp_path):
     first = tiny.with_live_link(tiny.causal_lm(tmp_path))
     first.current.name = "sft"

@@ -288,43 +288,36 @@ def test_hyperparameters_are_stored_plain_or_left_out_with_one_warning_and_a_sec
 
 
 @pytest.mark.parametrize("library", ["argparse", "omegaconf"])
-def test_a_configuration_comes_back_as_one(tmp_path, library):
+def test_a_configuration_comes_back_as_one_and_to_a_data_module_as_a_dict(tmp_path, library):
     class Configured(Toy):
         def __init__(self, config, dtype=None):
             super().__init__(target_modules=list(config.targets), rank=config.size.rank, seed=0)
             self.save_hyperparameters()
             self.dtype_given = dtype
 
+    class ConfiguredData(LightningDataModule):
+        def __init__(self, config):
+            super().__init__()
+            self.save_hyperparameters()
+            self.rank = config["size"]["rank"] if isinstance(config, dict) else config.size.rank
+
+        def train_dataloader(self):
+            return batches()
+
+    config = Namespace(targets=["0"], size=Namespace(rank=2), token="hf_1")
     if library == "omegaconf":
-        config = omegaconf.OmegaConf.create({"n": 2, "targets": ["0"], "size": {"rank": "${n}"}})
-    else:
-        config = Namespace(targets=["0"], size=Namespace(rank=2))
-    module = fitted(tmp_path, Configured(config, torch.bfloat16))
+        config = omegaconf.OmegaConf.create({"n": 2, "targets": ["0"], "size": {"rank": "${n}"}, "token": "hf_1"})
+    module, run = Configured(config, torch.bfloat16), trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=ConfiguredData(config))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    assert b"hf_1" not in (tmp_path / "run.ckpt").read_bytes()
     loaded = Configured.load_from_checkpoint(tmp_path / "run.ckpt")
     assert type(loaded.hparams.config) is type(config)
     assert type(loaded.hparams.config.size) is type(config.size)
     assert (loaded.hparams.config.size.rank, loaded.dtype_given) == (2, torch.bfloat16)
     assert_bit_equal(weights(loaded), weights(module))
-
-
-def test_a_data_module_comes_back_with_its_configuration_as_a_dict(tmp_path):
-    class Configured(LightningDataModule):
-        def __init__(self, config, size=1):
-            super().__init__()
-            self.save_hyperparameters()
-            self.width = config["shape"]["width"] + config["layers"][0]["n"]
-
-        def train_dataloader(self):
-            return batches()
-
-    config = omegaconf.OmegaConf.create({"n": 2, "shape": {"width": "${n}"}, "layers": [{"n": 3}], "token": "hf_1"})
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(toy(), datamodule=Configured(config))
-    run.save_checkpoint(tmp_path / "run.ckpt")
-    assert b"hf_1" not in (tmp_path / "run.ckpt").read_bytes()
-    torch.load(tmp_path / "run.ckpt", weights_only=True)
     for options in ({}, {"weights_only": False}):
-        assert Configured.load_from_checkpoint(tmp_path / "run.ckpt", **options).width == 2 + 3
+        assert ConfiguredData.load_from_checkpoint(tmp_path / "run.ckpt", **options).rank == 2
 
 
 def test_the_defaults_of_this_package_are_recorded(tmp_path):

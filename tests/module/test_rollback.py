@@ -130,8 +130,7 @@ def test_class_arguments_and_seed_come_from_the_checkpoint(tmp_path, caplog):
     module = Seedless(20, max, target_modules="all-linear", rank=2)
     path = saved(tmp_path, module, {})
     loaded = COLAModule.load_from_checkpoint(path)
-    assert type(loaded) is Seedless
-    assert loaded.seed == module.seed
+    assert (type(loaded), loaded.seed) == (Seedless, module.seed)
     assert_bit_equal(weights(loaded), weights(module))
     assert loaded.function is len
     assert "'function'" in caplog.text  # which was no plain value, and is not given

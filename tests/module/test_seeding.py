@@ -139,13 +139,10 @@ def test_random_augmentation_is_the_same_in_a_resumed_run_with_workers(tmp_path)
 
 def test_a_base_that_cannot_be_made_again_is_refused_when_it_is_needed_again(tmp_path):
     class Unseeded(Toy):
-        made = 0
-
         def build_model(self):
+            self.made = vars(self).get("made", 0) + 1
             model = super().build_model()
-            self.made += 1
-            with torch.no_grad():
-                model[2].bias.add_(self.made)  # as from a file that has changed since
+            nn.init.constant_(model[2].bias, self.made)  # as from a file that has changed since
             return model
 
     module = toy(Unseeded, target_modules=["0"])

@@ -1,7 +1,6 @@
 """Stages: a run names its links, and a stage is found, scaled, left out and measured by that name."""
 
 import contextlib
-import json
 import math
 import re
 import shutil
@@ -241,15 +240,6 @@ def test_a_table_shows_what_each_link_did_to_the_data(capfd):
     header = lines.index([name.removeprefix("test_") for name in table[0]])
     assert [line[:2] for line in lines[header + 2 : header + 6]] == [["0", "base"], ["1", "sft"], ["2", "sft"], ["3", "dpo"]]
     assert lines[header + 5][2:] == [f"{float(table[3][name]):.4g}" for name in list(table[3])[2:]]
-
-
-@pytest.mark.usefixtures("_folder")
-def test_inspect_shows_the_stages(capsys):
-    assert main(["inspect", "runs/version_1"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[1] for line in lines if line and line[0] in ("0", "1", "2")] == NAMES
-    assert main(["inspect", "runs/version_1", "--links", "sft", "--json"]) == 0
-    assert [link["name"] for link in json.loads(capsys.readouterr().out)] == NAMES[:2]
 
 
 @pytest.mark.usefixtures("_folder")
