@@ -22,14 +22,10 @@ def link(index, rank, *names, **facts):
     return Link(index, rank, alpha=3.0, **steps, factors=factors(rank, *names), **facts)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def chain():
     """Three links of falling rank that adapt different layers; the last one's update is zero."""
+    torch.manual_seed(0)
     links = [link(0, 4, "wide", "high", "small"), link(1, 2, "wide", "high", "square"), link(2, 1, "square")]
     links[2].factors["square"][1].zero_()
     links[0].metrics.update(train_loss=1.0, val_loss=0.38912)

@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 from transformers import AutoModelForCausalLM
 
-from cola_lightning import AdaptedModel, COLACausalLM, LoRAConfig, UserError
+from cola_lightning import AdaptedModel, LoRAConfig, UserError
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.report import report
 from tests.helpers import tiny
@@ -219,12 +219,10 @@ def test_exports_are_the_model(tmp_path):
         module.export(tmp_path / kind, kind)
     assert difference(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected) <= 1e-5
     assert difference(tiny.logits(PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")), expected) <= 1e-5
-    arguments = {"target_modules": ["q_proj", "v_proj"], "rank": 2, "alpha": 4, "seed": 0}
     for kind in ("peft", "chain"):
         assert [link.share for link in read_chain(tmp_path / kind).links] == [0.5, 0.5, 1.0]
         for links, wanted in ((1, tiny.logits(copies[0])), (3, expected)):
-            begun = COLACausalLM(str(tmp_path / "llama"), **arguments, init_chain=str(tmp_path / kind), init_links=links)
-            begun.configure_model()
+            begun = tiny.causal_lm(tmp_path, init_chain=str(tmp_path / kind), init_links=links)
             assert difference(tiny.logits(begun.model), wanted) <= 1e-5
 
 

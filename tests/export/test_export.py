@@ -284,34 +284,25 @@ def test_an_example_input_is_what_logits_are_compared_for(tmp_path, format_):
     assert re.search(r"its logits differ from the module's by at most [\d.e-]+, where the largest is \d", line)
 
 
-class ConvToy(COLAModule):
-    """A small network for images."""
-
-    def __init__(self, dilation=1, **arguments):
-        super().__init__(target_modules=["0", "3"], rank=4, alpha=6, seed=0, finished_links="stack", **arguments)
-        self.dilation = dilation
-
+class ConvToy(Toy):
     def build_model(self):
-        first = nn.Conv2d(3, 8, (3, 1), padding="same", dilation=self.dilation)
-        return nn.Sequential(first, nn.GELU(), nn.Flatten(1), nn.Linear(288, 5))
+        return nn.Sequential(nn.Conv2d(3, 8, (3, 1), padding="same"), nn.GELU(), nn.Flatten(1), nn.Linear(288, 5))
 
 
-def test_exports_give_the_logits_of_a_module_with_convolutions(tmp_path):
-    module, x = tiny.three_links(ConvToy()), torch.randn(4, 3, 6, 6)
+def test_exports_give_the_logits_of_a_module_with_convolutions_but_not_of_those_that_pefts_lora_computes_otherwise(tmp_path):
+    options, x = {"target_modules": ["0", "3"], "rank": 4, "finished_links": "stack"}, torch.randn(4, 3, 6, 6)
+    module = tiny.three_links(toy(ConvToy, **options))
     for format_ in ("merged", "peft"):
         module.export(tmp_path / format_, format_)
     expected = module.merged_model().eval()(x)
     assert tiny.relative_difference(module.merged_model(0).eval()(x), expected) > 1e-3
-    plain = ConvToy().build_model()
+    plain = ConvToy.build_model(None)
     plain.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
     adapted = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft").eval()
-    again = ConvToy(init_chain=str(tmp_path / "peft")).model.eval()
+    again = toy(ConvToy, **options, init_chain=str(tmp_path / "peft")).model.eval()
     for model in (plain.eval(), adapted, again, adapted.merge_and_unload()):
         assert tiny.relative_difference(model(x), expected) <= 1e-5
-
-
-def test_convolutions_of_which_pefts_lora_would_be_another_are_refused(tmp_path):
-    module = tiny.three_links(ConvToy(dilation=2))
+    module.model[0].dilation = (2, 1)
     with pytest.raises(UserError, match=r"^format: .*'0', a Conv2d.* Use merged"):
         module.export(tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()

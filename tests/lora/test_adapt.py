@@ -184,6 +184,7 @@ def test_all_linear_means_what_is_registered_as_linear():
         inject_lora(grid(), LoRAConfig(["1"], rank=1, alpha=1))
     register_lora_layer(f"{Grid.__module__}.Grid")(LoRAGrid)
     assert inject_lora(grid(), LoRAConfig("all-linear", rank=1, alpha=1)) == ["0", "2"]
+    assert inject_lora(grid(), LoRAConfig(["1"], rank=1, alpha=1)) == ["1"]
     assert inject_lora(network(), LoRAConfig("all-linear", rank=1, alpha=1)) == ["4"]  # no convolution
     register_lora_layer(Grid, is_linear=True)(LoRAGrid)
     adapted = grid()
@@ -191,11 +192,6 @@ def test_all_linear_means_what_is_registered_as_linear():
     assert type(adapted[1]) is LoRAGrid
     with pytest.raises(UserError, match=r"^model\.target_modules: .*'0', which is a Tanh.* or Grid"):
         inject_lora(nn.Sequential(nn.Tanh()), LoRAConfig(["0"], rank=1, alpha=1))
-
-
-def test_a_type_may_be_given_by_name():
-    register_lora_layer(f"{Grid.__module__}.Grid")(LoRAGrid)
-    assert inject_lora(grid(), LoRAConfig(["1"], rank=1, alpha=1)) == ["1"]
 
 
 def test_a_class_of_ones_own_takes_the_place_of_the_one_that_there_was():

@@ -5,11 +5,9 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch.optim import AdamW
 
-from cola_lightning import COLACausalLM, COLAPreferenceLM, UserError
-from tests.helpers import tiny
+from cola_lightning import COLACausalLM, UserError
 from tests.helpers.resuming import Data
-from tests.helpers.tiny import pair_batch, random_pairs
-from tests.helpers.toy import ValidatedToy, assert_bit_equal, assert_near, batches, saved, toy, trainer, weights
+from tests.helpers.toy import ValidatedToy, assert_bit_equal, assert_near, batches, toy, trainer, weights
 
 # peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -62,25 +60,6 @@ def test_a_stage_begins_with_a_knot_and_resumes(tmp_path, finished_links, knot):
     for links in (2, 3):
         loaded = ValidatedToy.load_from_checkpoint(tmp_path / "dpo" / "8.ckpt", links=links)
         assert_bit_equal(weights(loaded.merged_model()), weights(second.merged_model(links)))
-
-
-def test_a_preference_stage_goes_on_and_its_reference_is_where_it_began(tmp_path):
-    first = tiny.with_live_link(tiny.causal_lm(tmp_path))
-    first.current.name = "sft"
-    name, batch = str(tmp_path / "llama"), pair_batch(random_pairs())
-    options = {"target_modules": tiny.targets("llama"), "rank": 2, "alpha": 4, "seed": 0}
-    options |= {"init_chain": str(saved(first, tmp_path)), "init_knot": "record"}
-    module = COLAPreferenceLM(name, **options)
-    module.configure_model()
-    pairs = torch.utils.data.DataLoader([batch], batch_size=None)
-    before = module.step(batch).loss.item()
-    trainer(tmp_path, chain={"name": "dpo"}, max_steps=3).fit(module, pairs, pairs)
-    assert module.link_names == ["sft", "dpo"]
-    assert module.reference_links == 1
-    assert before == pytest.approx(0.6931, abs=1e-4)  # log 2
-    assert module.step(batch).loss.item() < before
-    with module.at("sft") as model:
-        assert_near(tiny.logits(model), tiny.logits(first.model), 1e-6)
 
 
 @pytest.mark.parametrize(

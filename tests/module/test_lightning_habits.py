@@ -12,7 +12,7 @@ import numpy as np
 import omegaconf
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
@@ -107,16 +107,13 @@ def test_another_model_in_the_place_of_the_one_that_was_adapted_is_refused(tmp_p
 
 
 def test_a_module_inside_another_is_refused_in_a_fit(tmp_path):
-    class Around(LightningModule):
+    class Around(Toy):
         def __init__(self):
             super().__init__()
-            self.inner, self.head = toy(), nn.Linear(6, 6)
+            self.inner = toy()
 
         def training_step(self, batch, batch_idx):
-            return mse_loss(self.head(self.inner.model(batch[0])), batch[1])
-
-        def configure_optimizers(self):
-            return AdamW(self.parameters(), lr=0.01)
+            return mse_loss(self.inner.model(batch[0]), batch[1])
 
     with pytest.raises(UserError, match=r"^Toy: .*inside another"):
         trainer(tmp_path, max_epochs=1).fit(Around(), batches())

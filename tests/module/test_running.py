@@ -6,7 +6,6 @@ import torch._dynamo
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
-from torch.utils.checkpoint import checkpoint
 
 from cola_lightning import LastCheckpoint
 from cola_lightning.hf import chunked_loss
@@ -16,15 +15,12 @@ from tests.helpers.toy import Toy, batches, toy, trainer, weights
 
 
 class Net(nn.Module):
-    is_checkpointed = False
-
     def __init__(self):
         super().__init__()
         self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 6)
 
     def forward(self, x):
-        hidden = checkpoint(self.first, x, use_reentrant=False) if self.is_checkpointed else self.first(x)
-        return self.second(torch.tanh(hidden))
+        return self.second(torch.tanh(self.first(x)))
 
 
 class Whole(Toy):
@@ -136,14 +132,3 @@ def test_activations_that_are_computed_twice_give_the_same_gradients(tmp_path, a
         loss.backward()
     assert saved[1] < 0.6 * saved[0]
     assert_same_gradients(twice, once)
-
-
-def test_a_module_of_ones_own_says_how_activations_are_computed_twice():
-    class Own(Whole):
-        def checkpoint_activations(self):
-            self.model.is_checkpointed = True
-
-    module = toy(Own, activation_checkpointing=True)
-    module.configure_model()
-    module.model(torch.randn(3, 8)).sum().backward()
-    assert module.model.second.lora_B.grad.any()
