@@ -18,9 +18,6 @@ from cola_lightning.chain.peft import read_adapter
 from tests.helpers import tiny
 from tests.helpers.toy import difference, network, toy, trainer
 
-# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 STEPPED = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
 CONVOLUTIONS = {  # a network, its layers, and the shape of its images
     "2d": (network, ["0", "2", "4"], (4, 2, 8, 8)),

@@ -87,23 +87,20 @@ def test_a_rule_of_ones_own_decides_the_knots(tmp_path):
         trainer(tmp_path, AtOddSteps(), max_epochs=2).fit(toy(), batches())
 
 
-TEN_AN_EPOCH = RunLength(lambda epoch: 10, max_epochs=5, max_steps=math.inf)
-
-
 @pytest.mark.parametrize(
-    ("schedule", "run", "start", "lengths"),
+    ("every", "run", "start", "lengths"),
     [
-        ({"every_n_epochs": 2}, RunLength(lambda epoch: 10, 9, math.inf, epoch_start=FitPosition(5, 70)), None, [10, 20, 10]),
-        ({"every_n_epochs": 2}, TEN_AN_EPOCH, FitPosition(2, 24), [16, 10]),  # a link that began inside an epoch
-        ({"every_n_epochs": 1}, RunLength(lambda epoch: 10, 20_000, math.inf), None, [10] * 20_000),  # known at once
+        (2, RunLength(lambda epoch: 10, 9, math.inf, epoch_start=FitPosition(5, 70)), FitPosition(5, 70), [10, 20, 10]),
+        (2, RunLength(lambda epoch: 10, 5, math.inf), FitPosition(2, 24), [16, 10]),  # a link that began inside an epoch
+        (1, RunLength(lambda epoch: 10, 20_000, math.inf), FitPosition(0, 0), [10] * 20_000),  # known at once
     ],
     ids=["after epochs of another length", "inside an epoch", "many epochs"],
 )
-def test_the_links_of_a_run_fill_it(schedule, run, start, lengths):
+def test_the_links_of_a_run_fill_it(every, run, start, lengths):
     """``test_properties.py`` has the runs that start at their beginning."""
-    start = start or run.epoch_start
-    assert ChainSchedule(**schedule).link_lengths(start, run) == lengths
-    assert ChainSchedule(**schedule).link_steps(start, run) == lengths[0]
+    schedule = ChainSchedule(every_n_epochs=every)
+    assert schedule.link_lengths(start, run) == lengths
+    assert schedule.link_steps(start, run) == lengths[0]
 
 
 # ---------------------------------------------------------------------- a plateau

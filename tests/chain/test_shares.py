@@ -19,9 +19,6 @@ from tests.helpers import tiny
 from tests.helpers.resuming import Data
 from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, assert_near, batches, difference, toy, trainer, weights
 
-# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 modes = pytest.mark.parametrize("finished_links", ["merge", "stack"])
 KNOTS = (5, 10, 15)  # of 20 steps
 CHAIN = {"at_steps": KNOTS, "knot": "half"}

@@ -28,9 +28,6 @@ from cola_lightning.writing import atomic_file, atomic_folder
 from tests.helpers import tiny
 from tests.helpers.toy import Toy, assert_bit_equal, assert_same_chain, batches, saved, toy, trainer
 
-# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 RANKS = [4, 2, 3]
 
 # A base: its architecture, the class whose files lie in its folder, and the module's arguments.

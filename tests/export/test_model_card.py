@@ -29,9 +29,6 @@ from tests.helpers import tiny
 from tests.helpers.tiny import CHAT
 from tests.helpers.toy import assert_bit_equal, batches, saved, toy, trainer, weights
 
-# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 ARGUMENTS = {"target_modules": ["q_proj", "v_proj"], "rank": 4, "alpha": 6, "seed": 0}
 
 
@@ -76,23 +73,12 @@ ROWS = [
 ]
 
 
-def sst2(source, **arguments):
-    return PromptDataModule("SST2", source, train_size=3, val_size=3, test_size=6, **arguments)
-
-
-def text(source):
-    return TextDataModule(source, max_new_tokens=16)
-
-
+SIZES = {"train_size": 3, "val_size": 3, "test_size": 6}
 DATA = {
-    "options": sst2,
-    "options in the chat template": lambda source: sst2(source, apply_chat_template=True),
+    "options in the chat template": lambda source: PromptDataModule("SST2", source, apply_chat_template=True, **SIZES),
     "answer": lambda source: TemplateDataModule(source, prompt="A {sentence}\nIs:", answer="sentence"),
-    "response to a tokenizer that ends texts": text,
-    "response in the chat template": text,
-    "text": text,
+    "response to a tokenizer that ends texts": lambda source: TextDataModule(source, max_new_tokens=16),
 }
-ALIKE = {"options", "response in the chat template", "text"}  # their lines are in the other kinds' cards, too
 
 
 def executed(code, **given):
@@ -106,7 +92,7 @@ def executed(code, **given):
     return out.getvalue(), names
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind in ALIKE else []) for kind in DATA])
+@pytest.mark.parametrize("kind", DATA)
 def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd):
     architecture = "qwen3" if "ends" in kind else "llama"  # transformers gives Llama's tokenizers an end of their own
     name = tiny.folder(tmp_path / "model", architecture, max_position_embeddings=512)
@@ -114,7 +100,7 @@ def test_the_cards_lines_give_the_librarys_own_predictions(tmp_path, kind, capfd
     own.chat_template = CHAT if "chat" in kind else None
     own.save_pretrained(name)
     rows = [{"prompt": row["sentence"], "response": "It is."} if kind.startswith("response") else row for row in ROWS]
-    tiny.write_rows(tmp_path, [{"text": row["sentence"]} for row in ROWS] if kind == "text" else rows)
+    tiny.write_rows(tmp_path, rows)
     module, data = tiny.three_links(COLACausalLM(name, **ARGUMENTS)), DATA[kind](str(tmp_path))
     run = trainer(tmp_path, PredictionWriter(), max_steps=1)
     run.fit(module, datamodule=data)

@@ -22,9 +22,6 @@ from cola_lightning.module.overview import describe_model, frozen_kinds
 from tests.helpers import tiny
 from tests.helpers.toy import assert_near, difference, trainer, with_trained_link
 
-# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 PROJECTIONS = ["experts.gate_up_proj", "experts.down_proj"]
 
 

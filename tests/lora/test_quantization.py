@@ -19,9 +19,6 @@ from tests.helpers import tiny
 from tests.helpers.tiny import RandomRows as Rows
 from tests.helpers.toy import adapt_layer, assert_bit_equal, difference, quantized_linear, trainer, with_trained_link
 
-# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 
 @pytest.fixture(autouse=True)
 def _a_cpu_on_which_bitsandbytes_packs_weights_anew(monkeypatch):

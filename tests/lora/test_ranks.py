@@ -17,8 +17,6 @@ from tests.helpers import tiny
 from tests.helpers.resuming import Normed, fit, last
 from tests.helpers.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 PATTERNS = {"rank_pattern": {"down_proj": 6, r"^model\.layers\.1\..*v_proj": 2}, "alpha_pattern": {"v_proj": 5}}
 CHOSEN = {"exclude_modules": r".*layers\.0.*q_proj", "layers_to_transform": [0, 1]}
 OWN = {"rank": 4, "rank_pattern": {"2": 8}, "alpha_pattern": {"0": 6}, "scaling": "rslora"}  # of the toy
@@ -82,8 +80,6 @@ def test_a_link_of_half_the_rank_has_half_of_each_layers_and_goes_through_every_
         change = module.merged_model()[int(name)].weight - merged[int(name)].weight
         torch.testing.assert_close(change, sum(link.delta(name) for link in links), rtol=1e-4, atol=1e-6)
         assert module.full_chain().total_rank(name) == {"0": 6, "2": 12}[name]
-    full = sum(link.norm() ** 2 for link in links) ** 0.5
-    assert full == pytest.approx(sum(link.delta(name).norm().item() ** 2 for link in links for name in "02") ** 0.5, rel=1e-5)
 
     module.full_chain().save(tmp_path / "chain")
     loaded = Chain.load(tmp_path / "chain")

@@ -9,8 +9,6 @@ from cola_lightning import COLACausalLM, UserError
 from tests.helpers.resuming import Data
 from tests.helpers.toy import ValidatedToy, assert_bit_equal, assert_near, batches, toy, trainer, weights
 
-# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 KEPT = {"cola": None, "half": 0.5, "record": 1.0}  # of B
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tests.helpers.resuming import Data
@@ -71,11 +71,6 @@ def test_a_schedule_over_the_run_is_named_where_each_link_has_its_own(tmp_path, 
     ]
 
 
-class Endless(IterableDataset):
-    def __iter__(self):
-        yield from batches().dataset
-
-
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
 @pytest.mark.filterwarnings("ignore:You passed in a .val_dataloader. but have no .validation_step")
 @pytest.mark.parametrize(
@@ -90,12 +85,8 @@ class Endless(IterableDataset):
             lambda: DataLoader(batches().dataset, batch_size=4, shuffle=True),
             "not exact, because a DataLoader does not store its order. EpochDataModule makes it exact",
         ),
-        (
-            lambda: DataLoader(Endless(), batch_size=4),
-            "not exact, because a DataLoader does not store its order. EpochDataModule makes it exact",
-        ),
     ],
-    ids=["epoch", "stateful", "shuffled", "iterable"],
+    ids=["epoch", "stateful", "shuffled"],
 )
 def test_the_block_says_whether_a_resume_is_exact(tmp_path, caplog, make, expected):
     limits = {"max_steps": 3, "max_epochs": 1, "limit_val_batches": 0}

@@ -21,9 +21,6 @@ from cola_lightning.cli import main
 from tests.helpers import tiny
 from tests.helpers.toy import Toy, assert_bit_equal, batches, read_csv, saved, toy, trainer
 
-# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 NAMES = ["sft", "sft", "dpo"]
 RUN = ["--config", "runs/version_1/config.yaml", "--ckpt_path", "runs/version_1"]
 
