@@ -16,7 +16,7 @@ from cola_lightning import COLACausalLM, COLASequenceClassifier, LoRAConfig, Use
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import read_adapter
 from tests.helpers import tiny
-from tests.helpers.toy import difference, network, toy, trainer
+from tests.helpers.toy import difference, network, trainer
 
 STEPPED = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
 CONVOLUTIONS = {  # a network, its layers, and the shape of its images
@@ -49,13 +49,11 @@ def test_one_link_equals_pefts_lora_step_by_step(name, device):
 
 # ---------------------------------------------------------------------- an adapter as a link
 
-BASES = {"mlp": ["0", "2"], "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn", "attn.c_proj"], "opt": ["q_proj"]}
+BASES = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn", "attn.c_proj"]}
 
 
 def base_of(folder, architecture):
-    if architecture != "mlp":
-        return AutoModelForCausalLM.from_pretrained(tiny.folder(folder / "base", architecture))
-    return toy().merged_model(0)
+    return AutoModelForCausalLM.from_pretrained(tiny.folder(folder / "base", architecture))
 
 
 def with_adapter(base, folder, config=LoraConfig, **fields):
