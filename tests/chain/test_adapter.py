@@ -47,8 +47,6 @@ def test_one_link_equals_pefts_lora_step_by_step(name, device):
         torch.testing.assert_close(layer.weight, merged.get_submodule(layer_name).weight, rtol=1e-4, atol=tolerance)
 
 
-# ---------------------------------------------------------------------- an adapter as a link
-
 BASES = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn", "attn.c_proj"]}
 
 
@@ -156,9 +154,6 @@ def test_a_head_comes_along(tmp_path):
     model = with_adapter(base, tmp_path / "peft", **fields)
     module = COLASequenceClassifier(name, num_labels=3, target_modules=["query", "value"], init_chain=str(tmp_path / "peft"))
     assert difference(tiny.logits(module.model), tiny.logits(model)) <= 1e-5
-
-
-# ---------------------------------------------------------------------- what is refused
 
 
 def times(factor, part):

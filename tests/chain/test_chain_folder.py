@@ -105,10 +105,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("changed", ["0.weight", "1.running_mean", "2.bias", "2.weight"])
 @pytest.mark.parametrize("way", ["load", "load_state_dict", "resume", "a checkpoint as init_chain", "a folder as init_chain"])
 def test_another_value_of_what_is_frozen_is_refused(trained, changed, way):
-    class Other(Frozen):
-        pass
-
-    Other.changed, checkpoint = changed, trained / "run.ckpt"
+    Other, checkpoint = type("Other", (Frozen,), {"changed": changed}), trained / "run.ckpt"
     run = trainer(trained, chain={}, max_epochs=3)
     ways = {
         "load": lambda: Other.load_from_checkpoint(checkpoint),
@@ -122,10 +119,7 @@ def test_another_value_of_what_is_frozen_is_refused(trained, changed, way):
 
 
 def test_what_is_trained_whole_may_begin_otherwise(trained):
-    class Other(Frozen):
-        changed = "4.weight"
-
-    module = toy(Other, **ARGUMENTS, init_chain=str(trained / "chain"))
+    module = toy(type("Other", (Frozen,), {"changed": "4.weight"}), **ARGUMENTS, init_chain=str(trained / "chain"))
     module.configure_model()
     assert torch.equal(module.model[4].weight, Chain.load(trained / "chain").links[-1].extras["4.weight"])
 

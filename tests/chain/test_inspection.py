@@ -33,13 +33,6 @@ def chain():
     return Chain(links, BaseIdentity(weight_norms={"wide": 20.0, "high": 10.0, "square": 5.0, "small": 2.0}))
 
 
-def text_of(reports, width=120):
-    console = Console(width=width)
-    with console.capture() as capture:
-        console.print(table(reports))
-    return capture.get()
-
-
 def test_the_directions_that_an_update_does_not_use_have_exactly_zero():
     lora_A, lora_B = factors(3, "wide")["wide"]
     lora_A[2] = lora_A[0]
@@ -77,7 +70,10 @@ def test_a_table_shows_every_number_whole_and_json_is_strict(chain):
     rows = to_json(report(chain))
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
     assert rows[1]["metrics"] == {"val_[red]x": None}
-    text = text_of(report(chain), width=80)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(table(report(chain)))
+    text = capture.get()
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
     assert "val_loss 0.389" in text

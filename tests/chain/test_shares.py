@@ -249,9 +249,6 @@ def test_a_record_adds_nothing_to_a_stack_or_to_an_adapter(tmp_path, finished_li
     assert difference(tiny.logits(PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")), expected) <= 1e-5
 
 
-# ---------------------------------------------------------------------- refusals
-
-
 @pytest.mark.parametrize(
     ("given", "field"),
     [

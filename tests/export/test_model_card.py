@@ -47,9 +47,6 @@ def block(text, language):
     return code
 
 
-# ---------------------------------------------------------------------- what it says
-
-
 @pytest.mark.parametrize(("format_", "library"), [("merged", "transformers"), ("peft", "peft")])
 def test_a_card_says_what_was_exported_and_how_it_was_trained(module, tmp_path, format_, library):
     module.export(tmp_path / "out", format_, license="apache-2.0")
@@ -64,8 +61,6 @@ def test_a_card_says_what_was_exported_and_how_it_was_trained(module, tmp_path, 
     Card(COLACausalLM("owner/name"), module.full_chain(), None, None, {}, {}).write(tmp_path, "PEFT adapter", "")
     assert card(tmp_path)[0]["base_model"] == "owner/name"
 
-
-# ---------------------------------------------------------------------- its lines
 
 ROWS = [
     {"sentence": f"film {k} with {'great' if k % 2 else 'terrible'} {word} ", "label": k % 2}
@@ -156,9 +151,6 @@ def test_a_merged_model_ends_its_text_where_its_training_did(tmp_path, kind):
     assert merged.generate(torch.tensor([[3, 4]]), max_new_tokens=3).shape[1] <= 5
 
 
-# ---------------------------------------------------------------------- where its base is, and where it goes
-
-
 def test_a_base_that_peft_cannot_name_is_written_where_it_can(tmp_path, monkeypatch):
     tiny.folder(tmp_path / "tiny_package")
     (tmp_path / "tiny_package" / "__init__.py").touch()
@@ -182,7 +174,7 @@ def test_a_base_that_peft_cannot_name_is_written_where_it_can(tmp_path, monkeypa
     assert not (tmp_path / "refused").exists()
 
 
-def test_a_module_in_training_is_exported_and_its_training_goes_on(tmp_path):
+def test_an_export_changes_nothing_of_a_module_in_training(tmp_path):
     module = toy()
     trainer(tmp_path, max_steps=6, chain={"at_steps": [3]}).fit(module, batches())
     module.example_input_array = torch.ones(3, 8)
@@ -195,8 +187,6 @@ def test_a_module_in_training_is_exported_and_its_training_goes_on(tmp_path):
     assert [part.training for part in module.modules()] == modes
     assert [parameter.requires_grad for parameter in module.parameters()] == trained
     assert Chain.load(tmp_path / "chain").is_beginning_of(module.full_chain())
-    module.train()
-    trainer(tmp_path, max_steps=3).fit(module, batches())
 
 
 def test_an_export_is_uploaded_where_that_is_asked_for(module, tmp_path, monkeypatch, capsys):

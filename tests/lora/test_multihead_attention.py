@@ -339,9 +339,6 @@ def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog
                 torch.backends.mha.set_fastpath_enabled(True)
 
 
-# ---------------------------------------------------------------------- models of other packages
-
-
 def swin(block="SwinTransformerBlock"):
     swin = pytest.importorskip("torchvision", reason="models for images").models.swin_transformer
     merging = swin.PatchMergingV2 if block.endswith("V2") else swin.PatchMerging

@@ -79,16 +79,6 @@ def test_four_links_are_those_of_a_run_that_merges(tmp_path):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * theirs.norm().item())
 
 
-def test_no_weight_is_written_and_none_is_in_a_checkpoint(trained):
-    assert_bit_equal({name: value for name, value in weights(trained.module).items() if name in trained.base}, trained.base)
-    checkpoint = torch.load(trained.paths[-1], weights_only=True)
-    assert all(".lora_" in name for name in checkpoint["state_dict"] if not name.startswith("chain."))
-    assert not list(trained.module.buffers())  # which DDP would send at each step
-
-
-# ---------------------------------------------------------------------- back, and in the other mode
-
-
 def test_a_chain_goes_back_and_on_without_its_base_being_made_anew(trained, tmp_path):
     made, x = [], torch.randn(5, 8)
 
@@ -104,7 +94,11 @@ def test_a_chain_goes_back_and_on_without_its_base_being_made_anew(trained, tmp_
         assert torch.equal(module.model(x), ValidatedToy.load_from_checkpoint(trained.paths[epoch]).model(x))
 
 
-def test_merged_models_are_those_of_a_run_that_merges_to_the_bit(trained, tmp_path):
+def test_no_weight_is_written_and_merged_models_are_those_of_a_run_that_merges_to_the_bit(trained, tmp_path):
+    assert_bit_equal({name: value for name, value in weights(trained.module).items() if name in trained.base}, trained.base)
+    checkpoint = torch.load(trained.paths[-1], weights_only=True)
+    assert all(".lora_" in name for name in checkpoint["state_dict"] if not name.startswith("chain."))
+    assert not list(trained.module.buffers())  # which DDP would send at each step
     trained.module.chain.save(tmp_path / "chain")
     merging, stacking = (make(finished_links=mode, init_chain=str(tmp_path / "chain")) for mode in MODES)
     for links in range(5):
@@ -118,9 +112,6 @@ def test_the_other_mode_takes_a_checkpoint_up_and_goes_on(trained, tmp_path):
     merging = fit(tmp_path, make(finished_links="merge"), ckpt_path=trained.paths[1])
     assert merging.adapted.layers["0"].stack is None
     assert_close_chains(merging.chain, trained.module.chain, 1e-5)
-
-
-# ---------------------------------------------------------------------- precisions and bases
 
 
 def test_a_checkpoint_is_evaluated_in_the_precision_of_its_run(tmp_path):

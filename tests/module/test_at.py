@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from cola_lightning import UserError, lora_layers
-from tests.helpers import tiny
 from tests.helpers.tiny import causal_lm, logits, three_links
 
 
@@ -59,21 +58,22 @@ def test_an_earlier_state_has_the_outputs_of_the_merged_model_and_leaves_nothing
 HEAD = {"rank": 4, "modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}}
 
 
-@pytest.mark.parametrize("reference_first", [True, False])
-def test_a_fully_trained_module_is_another_under_autocast_too(tmp_path, reference_first):
+def test_a_fully_trained_module_is_another_under_autocast_too(tmp_path):
     """Autocast keeps what it has cast for as long as the tensor lives, whatever is written into it."""
     module, ids = three_links(causal_lm(tmp_path, **HEAD)), torch.arange(10)[None]
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = [module.model(input_ids=ids).logits]
-    with module.at(1) as model, torch.autocast("cpu", torch.bfloat16):
-        expected.append(model(input_ids=ids).logits)
-    mine = dict[int, torch.Tensor]()
-    with torch.autocast("cpu", torch.bfloat16):
-        for k in (1, 0) if reference_first else (0, 1):
-            with module.at(1) if k else contextlib.nullcontext(module.model) as model:
-                mine[k] = model(input_ids=ids).logits
-    assert all(torch.equal(mine[k], expected[k]) for k in (0, 1))
+
+    def output(k):
+        with module.at(1) if k else contextlib.nullcontext(module.model) as model:
+            return model(input_ids=ids).logits
+
+    expected = []
+    for k in (0, 1):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected.append(output(k))
     assert not torch.equal(*expected)
+    for order in ((0, 1), (1, 0)):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(torch.equal(output(k), expected[k]) for k in order)
 
 
 def test_blocks_can_be_nested_and_a_stored_state_is_that_of_the_present_chain(tmp_path):
@@ -88,6 +88,9 @@ def test_blocks_can_be_nested_and_a_stored_state_is_that_of_the_present_chain(tm
     for links, expected in ((0, base), (3, logits(module.merged_model(3)))):
         with module.at(links) as model:
             assert torch.allclose(logits(model), expected, atol=1e-5)
+    whole = causal_lm(tmp_path, target_modules=None)
+    with pytest.raises(UserError, match="target_modules null"), whole.at(0):
+        pass
 
 
 @pytest.mark.parametrize("base", [{"dtype": "bfloat16"}, {"quantization": "nf4"}])
@@ -101,9 +104,3 @@ def test_of_stacked_links_the_first_are_used_to_the_bit(tmp_path, base):
     other.configure_model()
     other.adapted.replay(links)
     assert torch.equal(mine, logits(other.model))
-
-
-def test_full_fine_tuning_has_no_earlier_state(tmp_path):
-    module = tiny.causal_lm(tmp_path, target_modules=None)
-    with pytest.raises(UserError, match="target_modules null"), module.at(0):
-        pass

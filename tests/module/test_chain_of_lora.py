@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
 from cola_lightning import UserError, lora_layers
-from cola_lightning.callbacks.chain_of_lora import check_strategy
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.errors import NonFiniteError
@@ -164,11 +163,6 @@ def test_averaged_weights_are_refused_beside_knots_and_without_them_a_checkpoint
     trainer(tmp_path, EMAWeightAveraging(), saving, chain={}, max_steps=5, enable_checkpointing=True).fit(toy(), batches())
     state = StoredState.of(torch.load(tmp_path / "5.ckpt", weights_only=True)["state_dict"])
     assert state.facts["position"] == [0, 5]
-
-
-def test_a_strategy_whose_processes_return_no_chain_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"trainer\.strategy: "):
-        check_strategy(trainer(tmp_path, strategy="ddp_fork", devices=1).strategy)
 
 
 def test_what_a_run_never_reaches_is_a_warning(tmp_path, caplog):

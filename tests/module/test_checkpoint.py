@@ -34,10 +34,10 @@ class SaveSteps(Callback):
             trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt", weights_only=False)
 
 
-def run(path, module, ckpt_path=None, chain=CHAIN, loader=None, **arguments):
+def run(path, module, ckpt_path=None, chain=CHAIN, **arguments):
     fit = trainer(path, SaveSteps(path / "resumed" if ckpt_path else path), chain=chain, **{"max_epochs": 3} | arguments)
     val = batches(2) if isinstance(module, ValidatedToy) else None
-    fit.fit(module, batches() if loader is None else loader, val, ckpt_path=ckpt_path)
+    fit.fit(module, batches(), val, ckpt_path=ckpt_path)
     return module
 
 

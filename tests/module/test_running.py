@@ -11,7 +11,7 @@ from cola_lightning import LastCheckpoint
 from cola_lightning.hf import chunked_loss
 from cola_lightning.hf.logits import logits_at
 from tests.helpers import tiny
-from tests.helpers.toy import Toy, batches, toy, trainer, weights
+from tests.helpers.toy import ValidatedToy, batches, toy, trainer, weights
 
 
 class Net(nn.Module):
@@ -23,14 +23,11 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-class Whole(Toy):
+class Whole(ValidatedToy):
     """The toy with a forward of its own: one graph."""
 
     def build_model(self):
         return Net()
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", nn.functional.mse_loss(self.model(batch[0]), batch[1]))
 
 
 @pytest.fixture

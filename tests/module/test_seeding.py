@@ -57,25 +57,17 @@ def test_seed_everything_decides_the_shuffle_of_every_epoch(tmp_path):
     assert first[0] != first[1]
 
 
-def test_draws_of_a_batch_do_not_depend_on_what_was_drawn_before(tmp_path):
-    noise = []
-    for seed in (1, 2):
+def test_draws_of_a_batch_depend_on_the_process_and_not_on_what_was_drawn_before(tmp_path, monkeypatch):
+    def noise(seed, rank):
         seed_all(seed)
-        module = toy(Noisy)
-        trainer(tmp_path, chain={}, max_epochs=2).fit(module, batches(), batches(2))
-        noise.append(module.noise)
-    assert noise[0] == noise[1]
-    assert len(set(noise[0])) == 20
-
-
-def test_each_process_draws_its_own(tmp_path, monkeypatch):
-    noise = []
-    for rank in (0, 1):
         monkeypatch.setattr(Trainer, "global_rank", rank)
         module = toy(Noisy)
-        trainer(tmp_path, chain={}, max_epochs=1).fit(module, batches(), batches(2))
-        noise.append(set(module.noise))
-    assert len(noise[0] | noise[1]) == 20
+        trainer(tmp_path, chain={}, max_epochs=2).fit(module, batches(), batches(2))
+        return module.noise
+
+    first = noise(1, 0)
+    assert noise(2, 0) == first
+    assert len({*first, *noise(1, 1)}) == 40
 
 
 class Square(Toy):

@@ -260,7 +260,7 @@ def test_a_mistake_is_one_line(words, message, capfd):
     assert sorted(Path().rglob("*")) == before
 
 
-# ---------------------------------------------------------------------- the last link of the stage before: merged, or it goes on
+# ---------------------------------------------------------------------- the last link of the stage before
 
 KEPT = {"cola": None, "half": 0.5, "record": 1.0}  # of B
 
