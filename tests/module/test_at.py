@@ -25,10 +25,11 @@ def assert_same(before, after):
     assert before[2:] == after[2:]
 
 
+HEAD = {"rank": 4, "modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}}
 OPTIONS = {
     "merged": {},
     "stacked": {"finished_links": "stack", "dropout": 0.5},
-    "head": {"target_modules": "all-linear", "modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}},
+    "head": HEAD | {"target_modules": "all-linear"},
 }
 
 
@@ -53,9 +54,6 @@ def test_an_earlier_state_has_the_outputs_of_the_merged_model_and_leaves_nothing
     with pytest.raises(KeyError), module.at(1):
         raise KeyError("of the user's")
     assert_same(before, changed(module))
-
-
-HEAD = {"rank": 4, "modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}}
 
 
 def test_a_fully_trained_module_is_another_under_autocast_too(tmp_path):
@@ -91,6 +89,8 @@ def test_blocks_can_be_nested_and_a_stored_state_is_that_of_the_present_chain(tm
     whole = causal_lm(tmp_path, target_modules=None)
     with pytest.raises(UserError, match="target_modules null"), whole.at(0):
         pass
+    with pytest.raises(UserError, match="got null"):
+        whole.tie_knot()
 
 
 @pytest.mark.parametrize("base", [{"dtype": "bfloat16"}, {"quantization": "nf4"}])

@@ -431,6 +431,10 @@ def test_a_predict_that_fails_leaves_the_rows_so_far_beside_where_all_would_be(t
     module.fails_at = None
     run.predict(module, batches(4))
     assert lines_of(tmp_path / "predictions.jsonl")[:8] == partial
+    module.fails_at = 0  # no row is finished: those of before stay
+    with pytest.raises(RuntimeError, match="no memory"):
+        run.predict(module, batches(4))
+    assert lines_of(tmp_path / "predictions.partial.jsonl") == partial
 
 
 def test_weights_that_are_loaded_after_the_base_was_built_are_refused_before_the_first_step(tmp_path):

@@ -24,11 +24,14 @@ class Normed(Toy):
 
 
 class OneCycle(Toy):
-    """Has a schedule of its own, over the steps of the run."""
+    """Has a schedule of its own, over the steps of the run or those of a link."""
+
+    is_over_run = True
 
     def configure_optimizers(self):
         optimizer = AdamW(self.trained_parameters(), lr=1e-2)
-        scheduler = OneCycleLR(optimizer, 1e-2, total_steps=self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches if self.is_over_run else self.link_steps
+        scheduler = OneCycleLR(optimizer, 1e-2, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -63,9 +66,12 @@ def test_the_block_says_what_is_trained_and_when_knots_fall_and_comes_once(tmp_p
     ]
 
 
-def test_a_schedule_over_the_run_is_named_where_each_link_has_its_own(tmp_path, caplog):
-    lines = lines_of_fit(tmp_path, caplog, toy(OneCycle), chain={"every_n_epochs": 1})
-    assert [line for line in lines if line.startswith("WARNING")] == [
+@pytest.mark.parametrize("is_over_run", [True, False])
+def test_a_schedule_over_the_run_is_named_where_each_link_has_its_own(tmp_path, caplog, is_over_run):
+    module = toy(OneCycle)
+    module.is_over_run = is_over_run
+    lines = lines_of_fit(tmp_path, caplog, module, chain={"every_n_epochs": 1})
+    assert [line for line in lines if line.startswith("WARNING")] == is_over_run * [
         "WARNING: OneCycleLR takes 30 steps, but each link has 10, and a scheduler of its own. "
         "Use self.link_steps in configure_optimizers"
     ]
@@ -96,7 +102,5 @@ def test_the_block_says_whether_a_resume_is_exact(tmp_path, caplog, make, expect
 
 def test_more_knots_than_fit_are_counted_and_half_names_the_schedule_under_which_it_was_measured(tmp_path, caplog):
     lines = lines_of_fit(tmp_path, caplog, toy(), chain={"every_n_train_steps": 1, "knot": "half"}, max_epochs=1)
-    (line,) = [
-        line for line in lines if line.startswith("knots (half): before steps 1, 2, 3, 4, 5, 6, 7, 8 and 1 more, of 10 steps")
-    ]
-    assert line.endswith("measured with model.lr_schedule stable, here it is linear")
+    knots = "knots (half): before steps 1, 2, 3, 4, 5, 6, 7, 8 and 1 more, of 10 steps"
+    assert f"{knots}. Knots of half were measured with model.lr_schedule stable, here it is linear" in lines

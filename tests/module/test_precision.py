@@ -29,9 +29,7 @@ def options(precision):
 class Watched(ValidatedToy):
     """Remembers by how much of the loss each knot has changed it."""
 
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.changes = []
+    changes = ()
 
     @torch.no_grad()
     def loss(self):
@@ -45,12 +43,12 @@ class Watched(ValidatedToy):
     def tie_knot(self, *settings, **named):
         before = self.loss()
         link = super().tie_knot(*settings, **named)
-        self.changes.append(abs(self.loss() - before) / before)
+        self.changes = (*self.changes, abs(self.loss() - before) / before)
         return link
 
 
-def make(mode, cls=Watched, **arguments):
-    return toy(cls, finished_links=mode, **{"dropout": 0.1, "optimizer": lambda p: AdamW(p, lr=1e-2)} | arguments)
+def make(mode, **arguments):
+    return toy(Watched, finished_links=mode, dropout=0.1, optimizer=lambda p: AdamW(p, lr=1e-2), **arguments)
 
 
 def fit(folder, module, precision):

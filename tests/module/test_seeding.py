@@ -20,10 +20,6 @@ def draws():
     return random.random(), np.random.rand(), torch.rand(1).item()
 
 
-def seed_all(seed):
-    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-
-
 class Noisy(Toy):
     """Writes down its inputs, and draws from all three generators in training, and once more in validation."""
 
@@ -59,7 +55,7 @@ def test_seed_everything_decides_the_shuffle_of_every_epoch(tmp_path):
 
 def test_draws_of_a_batch_depend_on_the_process_and_not_on_what_was_drawn_before(tmp_path, monkeypatch):
     def noise(seed, rank):
-        seed_all(seed)
+        seed_everything(seed, verbose=False)
         monkeypatch.setattr(Trainer, "global_rank", rank)
         module = toy(Noisy)
         trainer(tmp_path, chain={}, max_epochs=2).fit(module, batches(), batches(2))
@@ -96,9 +92,9 @@ class Unlucky(Noisy):
 
 @pytest.mark.parametrize("cls", [Noisy, Unlucky])
 def test_a_fit_leaves_the_global_generators_as_they_were(tmp_path, cls):
-    seed_all(5)
+    seed_everything(5, verbose=False)
     expected = draws()
-    seed_all(5)
+    seed_everything(5, verbose=False)
     loaders = [DataLoader(batches(n).dataset, batch_size=4, generator=torch.Generator()) for n in (10, 2)]  # which draw nothing
     with pytest.raises(RuntimeError, match="in the middle") if cls is Unlucky else contextlib.nullcontext():
         trainer(tmp_path, chain={}, max_epochs=1).fit(toy(cls), *loaders)
