@@ -271,24 +271,20 @@ def test_full_fine_tuning_in_double_precision_leaves_merged_in_float32(tmp_path)
     assert_bit_equal(load_file(tmp_path / "out" / "model.safetensors"), expected)
 
 
-class EncoderDecoder(nn.Sequential):
+class Seq2Seq(nn.Sequential):
     def forward(self, input_ids, decoder_input_ids):
         return super().forward(input_ids) + decoder_input_ids
 
 
-class EncoderDecoderToy(Toy):
+class Seq2SeqToy(Toy):
     def build_model(self):
-        return EncoderDecoder(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
+        return Seq2Seq(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
 
 
 INPUTS = {"input_ids": torch.ones(3, 8), "decoder_input_ids": torch.ones(3, 6)}
 
 
-@pytest.mark.parametrize(
-    ("format_", "cls", "example"),
-    [("merged", EncoderDecoderToy, INPUTS), ("peft", Toy, torch.ones(3, 8))],
-    ids=["merged", "peft"],
-)
+@pytest.mark.parametrize(("format_", "cls", "example"), [("merged", Seq2SeqToy, INPUTS), ("peft", Toy, torch.ones(3, 8))])
 def test_an_example_input_is_what_logits_are_compared_for(tmp_path, format_, cls, example):
     module = tiny.with_live_link(toy(cls))
     assert "because no input is known" in module.export(tmp_path / "unknown", format_)[-1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import nn
 from torch.optim import AdamW
 
@@ -39,19 +39,15 @@ def assert_close_chains(mine, theirs, tolerance):
                 assert_near(factor, expected, tolerance)
 
 
-class SaveEachEpoch(Callback):
-    def on_train_epoch_end(self, trainer, module):
-        trainer.save_checkpoint(f"{trainer.default_root_dir}/{trainer.current_epoch}.ckpt")
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A stacking run of four epochs and links, its checkpoint after each, and its base as it was."""
     folder, module = tmp_path_factory.mktemp("trained"), make()
     module.configure_model()
     base = {name: value for name, value in weights(module).items() if ".lora_" not in name}
-    fit(folder, module, SaveEachEpoch(), enable_checkpointing=False)
     paths = [folder / f"{epoch}.ckpt" for epoch in range(4)]
+    saving = LambdaCallback(on_train_epoch_end=lambda run, _: run.save_checkpoint(paths[run.current_epoch]))
+    fit(folder, module, saving, enable_checkpointing=False)
     return SimpleNamespace(module=module, base=base, paths=paths)
 
 

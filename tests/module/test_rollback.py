@@ -81,8 +81,6 @@ def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_pa
     assert list(links) == [base] * 10 + [base + 1] * 10
     assert rates == pytest.approx([1e-2 * (1 - step % 10 / 10) for step in range(20)])
     assert [(link.start_step, link.end_step) for link in second.chain.links[base:]] == [(0, 10)]
-    moved = lora_layers(second.model)["0"].weight - make(Toy).merged_model(0)[0].weight
-    torch.testing.assert_close(moved, second.chain.delta("0"))
     if settings == "init_chain":  # which its checkpoint needs no more
         run.save_checkpoint(tmp_path / "more.ckpt")
         (tmp_path / "chain").rename(tmp_path / "elsewhere")

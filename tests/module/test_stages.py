@@ -323,9 +323,8 @@ def test_a_stage_begins_with_a_knot_and_resumes(tmp_path, finished_links, knot):
 )
 def test_another_rank_or_alpha_cannot_go_on(tmp_path, arguments, message):
     fit(tmp_path, make(), 2)
-    module = make(init_chain=str(tmp_path / "2.ckpt"), init_knot="half", **arguments)
     with pytest.raises(UserError, match=message):
-        module.configure_model()
+        make(init_chain=str(tmp_path / "2.ckpt"), init_knot="half", **arguments).configure_model()
 
 
 def test_it_is_an_option_of_the_first_chain(tmp_path):
