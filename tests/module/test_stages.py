@@ -249,7 +249,6 @@ def test_a_table_shows_what_each_link_did_to_the_data(capfd):
         (["test", *RUN, "--links", "pdo"], "links: .*'pdo'.* sft, dpo"),
         (["test", *RUN, "--scale", "{pdo: 1}"], "scale: .*'pdo'.* sft, dpo"),
         (["test", *RUN[:2], "--scale", "{dpo: 1}"], "links, scale: .*--ckpt_path"),
-        (["test", *RUN, "--links", "all", "--scale", "{dpo: 1}"], "links, scale: "),
     ],
 )
 def test_a_mistake_is_one_line(words, message, capfd):
