@@ -1,17 +1,19 @@
-"""A chain as a folder: what is in it, and that later releases keep reading it. ``test_damage.py``: a damaged one."""
+"""A chain as a folder: what is in it, that later releases keep reading it, and its base. ``test_damage.py``: a damaged one."""
 
 import json
 import math
 
 import pytest
 import torch
+from torch import nn
 
-from cola_lightning import Chain, Link, UserError
+from cola_lightning import Chain, Link, LoRAConfig, UserError, inject_lora
 from cola_lightning.chain import BaseIdentity
+from cola_lightning.chain.base import check_same_base, describe_base
 from cola_lightning.chain.chain import VERSION
 from cola_lightning.chain.checkpoint import read_chain
 from tests.helpers.make_fixture import FIXTURES, Fixed, Trained, inputs
-from tests.helpers.toy import assert_same_chain
+from tests.helpers.toy import Toy, assert_same_chain, batches, toy, trainer
 
 
 def make_link(index, rank, names=("a.b", "c"), **facts):
@@ -44,15 +46,14 @@ def expected_logits(name, links):
     return torch.tensor(json.loads((FIXTURES / f"{name}.logits.json").read_text())[links])
 
 
-@pytest.mark.parametrize("version", [1])
 @pytest.mark.parametrize("links", range(4))
-def test_a_chain_and_a_checkpoint_of_any_format_give_the_logits_that_they_gave(links, version):
+def test_a_chain_and_a_checkpoint_of_the_first_format_give_the_logits_that_they_gave(links):
     options = {"target_modules": ["0", "2"], "modules_to_save": ["4"], "rank": 3, "alpha": 6, "seed": 0}
-    module = Fixed(**options, init_chain=str(FIXTURES / f"chain-{version}"), init_links=links)
-    torch.testing.assert_close(module.model(inputs()), expected_logits(f"chain-{version}", links), rtol=1e-5, atol=1e-6)
+    module = Fixed(**options, init_chain=str(FIXTURES / "chain-1"), init_links=links)
+    torch.testing.assert_close(module.model(inputs()), expected_logits("chain-1", links), rtol=1e-5, atol=1e-6)
     assert [link.rank for link in module.chain.links] == [3, 1, 2][:links]
-    loaded = Trained.load_from_checkpoint(FIXTURES / f"checkpoint-{version}.ckpt", links=links)
-    expected = expected_logits(f"checkpoint-{version}", links)
+    loaded = Trained.load_from_checkpoint(FIXTURES / "checkpoint-1.ckpt", links=links)
+    expected = expected_logits("checkpoint-1", links)
     torch.testing.assert_close(loaded.merged_model()(inputs()), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -70,3 +71,70 @@ def test_a_later_version_is_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": VERSION + 1}))
     with pytest.raises(UserError, match=r"^chain: .* has 2"):
         Chain.load(tmp_path)
+
+
+# ---------------------------------------------------------------------- its base, of which all that is frozen is looked at
+
+
+class Frozen(Toy):
+    """The toy behind a frozen layer, with a buffer; one value of it can be another."""
+
+    changed: str | None = None
+
+    def build_model(self):
+        model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
+        with torch.no_grad():
+            if self.changed:
+                model.state_dict()[self.changed].add_(1)
+        return model
+
+
+ARGUMENTS = {"target_modules": ["2"], "modules_to_save": ["4"]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder, module = tmp_path_factory.mktemp("trained"), toy(Frozen, **ARGUMENTS)
+    run = trainer(folder, chain={"every_n_epochs": 1}, max_epochs=2)
+    run.fit(module, batches())
+    run.save_checkpoint(folder / "run.ckpt")
+    module.full_chain().save(folder / "chain")
+    return folder
+
+
+@pytest.mark.parametrize("changed", ["0.weight", "1.running_mean", "2.bias", "2.weight"])
+@pytest.mark.parametrize("way", ["load", "load_state_dict", "resume", "a checkpoint as init_chain", "a folder as init_chain"])
+def test_another_value_of_what_is_frozen_is_refused(trained, changed, way):
+    Other, checkpoint = type("Other", (Frozen,), {"changed": changed}), trained / "run.ckpt"
+    run = trainer(trained, chain={}, max_epochs=3)
+    ways = {
+        "load": lambda: Other.load_from_checkpoint(checkpoint),
+        "load_state_dict": lambda: toy(Other, **ARGUMENTS).load_state_dict(torch.load(checkpoint)["state_dict"]),
+        "resume": lambda: run.fit(toy(Other, **ARGUMENTS), batches(), ckpt_path=checkpoint),
+        "a checkpoint as init_chain": lambda: toy(Other, **ARGUMENTS, init_chain=str(checkpoint)).configure_model(),
+        "a folder as init_chain": lambda: toy(Other, **ARGUMENTS, init_chain=str(trained / "chain")).configure_model(),
+    }
+    with pytest.raises(UserError, match=rf"^base: .* with other values of '{changed}'"):
+        ways[way]()
+
+
+def test_what_is_trained_whole_may_begin_otherwise(trained):
+    module = toy(type("Other", (Frozen,), {"changed": "4.weight"}), **ARGUMENTS, init_chain=str(trained / "chain"))
+    module.configure_model()
+    assert torch.equal(module.model[4].weight, Chain.load(trained / "chain").links[-1].extras["4.weight"])
+
+
+def described(*layers, dtype=torch.float32, finished_links="merge"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), *layers).to(dtype)
+    inject_lora(model, LoRAConfig(["0"], rank=1, alpha=1, finished_links=finished_links))
+    return describe_base(model)
+
+
+def test_a_layer_more_or_less_is_refused_and_finished_links_may_go_elsewhere():
+    more, less = described(nn.BatchNorm1d(4, affine=False)), described()
+    for expected, received, word in ((more, less, "without"), (less, more, "with")):
+        with pytest.raises(UserError, match=rf"{word} '1\.num_batches_tracked'"):
+            check_same_base(expected, received)
+    merged, stacked = (described(dtype=torch.bfloat16, finished_links=mode) for mode in ("merge", "stack"))
+    assert merged == stacked  # which widens a weight and changes no value

@@ -1,7 +1,6 @@
 """Knots over which A, the rest of B and the optimizer go on: those that merge a share of B A, and those that only record."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,30 +12,12 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 from transformers import AutoModelForCausalLM
 
-from cola_lightning import AdaptedModel, COLACausalLM, LoRAConfig, UserError
-from cola_lightning.chain.chain import describe_link, link_fields
+from cola_lightning import AdaptedModel, LoRAConfig, UserError
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.report import report
-from cola_lightning.study.config import as_words, resolve_config
-from cola_lightning.study.methods import method
 from tests.helpers import tiny
-from tests.helpers.comparing import known_config
 from tests.helpers.resuming import Data
-from tests.helpers.toy import (
-    DIGITS,
-    Toy,
-    ValidatedToy,
-    assert_bit_equal,
-    assert_near,
-    batches,
-    difference,
-    toy,
-    trainer,
-    weights,
-)
-
-# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, assert_near, batches, difference, toy, trainer, weights
 
 modes = pytest.mark.parametrize("finished_links", ["merge", "stack"])
 KNOTS = (5, 10, 15)  # of 20 steps
@@ -147,23 +128,15 @@ def test_a_run_is_a_loop_in_plain_torch_to_the_bit(tmp_path):
             assert torch.equal(getattr(mine, name), getattr(layer, name)), name
 
 
-class Momentum(ValidatedToy):
-    """A module with an optimizer and a schedule of its own."""
+class OwnDecay(ValidatedToy):
+    """A module with an optimizer of its own, and a schedule over the steps of its link."""
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.trained_parameters(), lr=0.1, momentum=0.9)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=3)]
-
-
-class OwnDecay(ValidatedToy):
-    """A module with a schedule of its own, over the steps of its link."""
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.trained_parameters(), lr=0.1)
         return [optimizer], [{"scheduler": LinearLR(optimizer, 1.0, 0.0, self.link_steps), "interval": "step"}]
 
 
-@pytest.mark.parametrize(("cls", "finished_links"), [(ValidatedToy, "stack"), (Momentum, "merge"), (OwnDecay, "merge")])
+@pytest.mark.parametrize(("cls", "finished_links"), [(ValidatedToy, "stack"), (OwnDecay, "merge")])
 def test_knots_that_record_leave_the_run_its_bits(tmp_path, finished_links, cls):
     """Whatever happens at other knots: a new optimizer, a restarted schedule, a warm-up."""
     options = {"lr_schedule": "cosine", "warmup_steps": 0.1, "knot_warmup_steps": 2, "kept_optimizer_state": 0}
@@ -190,10 +163,9 @@ def test_a_run_resumes_with_the_same_bits(run, tmp_path, step):
     assert module.chain.is_beginning_of(resumed.chain)
 
 
-@pytest.mark.parametrize("share", [0, 1])
-def test_a_run_is_not_resumed_with_another_share(run, tmp_path, share):
-    with pytest.raises(UserError, match=rf"chain\.knot, chain\.share: must be .*0\.5.*, as in the run .* got .*{share}"):
-        fit(tmp_path, chain={**CHAIN, **knot(share)}, ckpt_path=run[0] / "12.ckpt")
+def test_a_run_is_not_resumed_with_another_share(run, tmp_path):
+    with pytest.raises(UserError, match=r"chain\.knot, chain\.share: must be .*0\.5.*, as in the run .* got .*1"):
+        fit(tmp_path, chain={**CHAIN, "share": 1}, ckpt_path=run[0] / "12.ckpt")
 
 
 # ---------------------------------------------------------------------- the first links
@@ -229,17 +201,6 @@ def test_a_scaled_chain_has_what_the_knots_merged(run):
     assert chain[0].norm() == pytest.approx(chain[0].whole().norm() / 2)
 
 
-def test_a_share_is_stored_only_where_there_is_one_and_read_from_older_files():
-    link = trained_model(knots=1).chain[0]
-    assert link_fields(describe_link(link))["share"] == 0.5
-    whole = describe_link(replace(link, share=1.0))
-    assert "share" not in whole
-    assert link_fields(whole)["share"] == 1.0
-
-
-# ---------------------------------------------------------------------- exports
-
-
 def test_exports_are_the_model(tmp_path):
     module = tiny.causal_lm(tmp_path)
     tiny.with_live_link(module)
@@ -255,19 +216,14 @@ def test_exports_are_the_model(tmp_path):
         module.export(tmp_path / kind, kind)
     assert difference(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected) <= 1e-5
     assert difference(tiny.logits(PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")), expected) <= 1e-5
-    arguments = {"target_modules": ["q_proj", "v_proj"], "rank": 2, "alpha": 4, "seed": 0}
     for kind in ("peft", "chain"):
         assert [link.share for link in read_chain(tmp_path / kind).links] == [0.5, 0.5, 1.0]
         for links, wanted in ((1, tiny.logits(copies[0])), (3, expected)):
-            begun = COLACausalLM(str(tmp_path / "llama"), **arguments, init_chain=str(tmp_path / kind), init_links=links)
-            begun.configure_model()
+            begun = tiny.causal_lm(tmp_path, init_chain=str(tmp_path / kind), init_links=links)
             assert difference(tiny.logits(begun.model), wanted) <= 1e-5
 
 
-# ---------------------------------------------------------------------- knots that only record
-
-
-@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+@modes
 def test_a_record_adds_nothing_to_a_stack_or_to_an_adapter(tmp_path, finished_links):
     """Neither next to links that were merged nor alone; each recorded state can still be gone back to."""
     module = tiny.causal_lm(tmp_path, finished_links=finished_links)
@@ -291,14 +247,6 @@ def test_a_record_adds_nothing_to_a_stack_or_to_an_adapter(tmp_path, finished_li
     chain = read_chain(tmp_path / "peft")
     assert [chain.total_rank(name) for name in chain.layers] == [2 * rank] * len(chain.layers)
     assert difference(tiny.logits(PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")), expected) <= 1e-5
-    begun = COLACausalLM(
-        str(tmp_path / "llama"), target_modules=["q_proj", "v_proj"], rank=2, alpha=4, init_chain=str(tmp_path / "peft")
-    )
-    begun.configure_model()
-    assert difference(tiny.logits(begun.model), expected) <= 1e-5
-
-
-# ---------------------------------------------------------------------- refusals, and methods of a study
 
 
 @pytest.mark.parametrize(
@@ -327,15 +275,3 @@ def test_a_refused_knot_blocks_no_later_checkpoint(tmp_path):
     run.fit(module := toy(), batches())
     run.save_checkpoint(tmp_path / "last.ckpt")
     assert len(module.chain) == 1
-
-
-@pytest.mark.parametrize(("name", "share", "knots"), [("same-A", 1, None), ("share-5", 0.5, 4)])
-def test_a_method_of_a_study_has_its_knots_before_the_decay(name, share, knots):
-    words = ["--config", DIGITS, "--chain.ranks", "[1, 1]", "--model.trained_factors", "random"]
-    given = known_config(*words)
-    found = method(name, given)
-    assert found.links == (5 if knots else method("cola", given).links)
-    config = resolve_config([*words, *as_words(found.options)])
-    assert {"knot": "half", "share": share, "ranks": None, "knots": knots}.items() <= config["chain"].items()
-    assert config["model"]["init_args"]["trained_factors"] == "both"
-    assert knots or config["chain"]["every_n_epochs"] == given["chain"]["every_n_epochs"]

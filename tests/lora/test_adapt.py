@@ -5,14 +5,20 @@ import io
 
 import pytest
 import torch
-import transformers
-from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn import functional as F
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from cola_lightning import LoRAConfig, LoRALinear, UserError, inject_lora, lora_layers, strip_lora
+from cola_lightning import LoRAConfig, LoRALinear, UserError, inject_lora, lora_layers, register_lora_layer, strip_lora
+from cola_lightning.lora import inject
 from cola_lightning.module.overview import frozen_kinds
-from tests.helpers.toy import with_trained_link
+from tests.helpers.toy import Grid, LoRAGrid, assert_near, network, with_trained_link
+
+
+@pytest.fixture(autouse=True)
+def _table_of_before(monkeypatch):
+    monkeypatch.setattr(inject, "_entries", dict(inject._entries))
 
 
 class Block(nn.Module):
@@ -83,14 +89,6 @@ def pickled(model):
     return torch.load(file, weights_only=False)
 
 
-def itself(model):
-    return model
-
-
-twins = pytest.mark.parametrize("twin", [itself, copy.deepcopy, pickled])
-modes = pytest.mark.parametrize("finished_links", ["merge", "stack"])
-
-
 def doubled(module, args, output):
     return output * 2
 
@@ -112,8 +110,8 @@ def adorned():
     return model
 
 
-@modes
-@twins
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+@pytest.mark.parametrize("twin", [lambda model: model, copy.deepcopy, pickled], ids=["itself", "copied", "pickled"])
 def test_what_hangs_on_a_layer_stays_on_it(twin, finished_links):
     model, x = adorned(), torch.randn(3, 6)
     expected, state = model(x), {name: value.clone() for name, value in model.state_dict().items()}
@@ -132,46 +130,16 @@ def test_what_hangs_on_a_layer_stays_on_it(twin, finished_links):
     assert vars(model[0]).keys() == vars(adorned()[0]).keys()
 
 
-def own_forward(linear):
-    linear.forward = lambda x: nn.functional.linear(x, linear.weight)
-    return linear
-
-
-CHANGED = {
-    "own forward": own_forward,
-    "accelerate": lambda linear: add_hook_to_module(linear, ModelHook()),
-}
-
-
-@pytest.mark.parametrize("target_modules", [["1"], "all-linear"], ids=["named", "all-linear"])
-@pytest.mark.parametrize("change", CHANGED)
-def test_a_layer_that_could_not_be_adapted_as_it_is_is_refused_before_anything_is_changed(change, target_modules):
-    model, x = nn.Sequential(nn.Linear(4, 4), CHANGED[change](nn.Linear(4, 4))).eval(), torch.randn(2, 4)
+@pytest.mark.parametrize("target_modules", [["1"], "all-linear"], ids=str)
+def test_a_layer_that_could_not_be_adapted_as_it_is_is_refused_before_anything_is_changed(target_modules):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval(), torch.randn(2, 4)
+    model[1].forward = lambda x: nn.functional.linear(x, model[1].weight)  # replaced, as by accelerate's hooks
     expected, types = model(x), [type(module) for module in model.modules()]
     with pytest.raises(UserError, match="'1', which"):
         inject_lora(model, LoRAConfig(target_modules, rank=2, alpha=4))
     assert [type(module) for module in model.modules()] == types
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(model(x), expected)
-
-
-# ---------------------------------------------------------------------- kin of Linear
-
-
-def test_a_subclass_that_computes_as_linear_does_is_adapted():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bias=True)).eval()
-    ids = torch.arange(12).view(2, 6)
-    parts = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-    names = inject_lora(model, LoRAConfig("all-linear", rank=2, alpha=4))
-    assert names == [f"transformer.h.{k}.{part}" for k in (0, 1) for part in parts]
-    assert {type(layer) for layer in lora_layers(model).values()} == {LoRALinear}
-    for layer in lora_layers(model).values():
-        with_trained_link(layer)
-    expected = model(ids).logits
-    strip_lora(model)
-    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 class Plain(nn.Linear):
@@ -185,13 +153,15 @@ class Router(nn.Linear):
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_refused_or_counted_as_frozen():
-    model = nn.Sequential(Plain(4, 4), Router(4, 4))
+    model, x = nn.Sequential(Plain(4, 4), Router(4, 4), FalconLinear(4, 4)), torch.randn(3, 4)  # Falcon's computes as Linear's
     with pytest.raises(UserError, match=r"^model\.target_modules: .*'1', which is a Router"):
         inject_lora(model, LoRAConfig(["1"], rank=1, alpha=1))
-    assert inject_lora(model, LoRAConfig("all-linear", rank=1, alpha=1)) == ["0"]
+    assert inject_lora(model, LoRAConfig("all-linear", rank=1, alpha=1)) == ["0", "2"]
     assert frozen_kinds(model) == {"Router": 1}
+    expected = with_trained_link(model[2])(x)
     strip_lora(model)
-    assert type(model[0]) is Plain
+    assert [type(layer) for layer in model] == [Plain, Router, FalconLinear]
+    assert_near(model[2](x), expected, 1e-6)
 
 
 def test_a_model_that_is_adapted_already_is_refused_as_its_links_would_be_frozen():
@@ -200,3 +170,50 @@ def test_a_model_that_is_adapted_already_is_refused_as_its_links_would_be_frozen
     with pytest.raises(UserError, match="already has LoRA layers"):
         inject_lora(model, LoRAConfig(["1"]))
     assert model[0].lora_A.requires_grad
+
+
+# ---------------------------------------------------------------------- the table of layer types, to which users may add
+
+
+def grid():
+    return nn.Sequential(nn.Linear(4, 6), Grid(), nn.Linear(5, 2))
+
+
+def test_all_linear_means_what_is_registered_as_linear():
+    with pytest.raises(UserError, match=r"^model\.target_modules: .*'1', which is a Grid"):
+        inject_lora(grid(), LoRAConfig(["1"], rank=1, alpha=1))
+    register_lora_layer(f"{Grid.__module__}.Grid")(LoRAGrid)
+    assert inject_lora(grid(), LoRAConfig("all-linear", rank=1, alpha=1)) == ["0", "2"]
+    assert inject_lora(grid(), LoRAConfig(["1"], rank=1, alpha=1)) == ["1"]
+    assert inject_lora(network(), LoRAConfig("all-linear", rank=1, alpha=1)) == ["4"]  # no convolution
+    register_lora_layer(Grid, is_linear=True)(LoRAGrid)
+    adapted = grid()
+    assert inject_lora(adapted, LoRAConfig("all-linear", rank=1, alpha=1)) == ["0", "1", "2"]
+    assert type(adapted[1]) is LoRAGrid
+    with pytest.raises(UserError, match=r"^model\.target_modules: .*'0', which is a Tanh.* or Grid"):
+        inject_lora(nn.Sequential(nn.Tanh()), LoRAConfig(["0"], rank=1, alpha=1))
+
+
+def test_a_class_of_ones_own_takes_the_place_of_the_one_that_there_was():
+    @register_lora_layer(nn.Linear, is_linear=True)
+    class Loud(LoRALinear):
+        def project_down(self, x, lora_A):
+            return 3 * F.linear(x, lora_A)
+
+    adapted, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(3, 4)
+    expected = adapted(x)
+    inject_lora(adapted, LoRAConfig("all-linear", rank=1, alpha=1))
+    nn.init.ones_(adapted[0].lora_B)
+    torch.testing.assert_close(adapted(x), expected + 3 * x @ adapted[0].delta_weight().T)
+
+
+def test_a_convolution_of_which_a_link_would_be_another_is_refused_and_nothing_changed():
+    for layer, named in (
+        (nn.Conv2d(4, 4, 3, groups=2), "groups"),
+        (nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), "padding_mode"),
+        (nn.ConvTranspose2d(2, 4, 3), "ConvTranspose2d"),
+    ):
+        model, kind = nn.Sequential(layer), type(layer)
+        with pytest.raises(UserError, match=rf"^model\.target_modules: .*'0'.*{named}"):
+            inject_lora(model, LoRAConfig("0", rank=2, alpha=1))
+        assert type(model[0]) is kind

@@ -7,19 +7,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from cola_lightning import COLAModule, LoRAConfig, UserError, inject_lora, lora_layers, strip_lora
-from cola_lightning.chain import peft
+from cola_lightning import LoRAConfig, UserError, inject_lora, lora_layers, strip_lora
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import as_peft_weights, read_adapter
-from cola_lightning.errors import ExportError
 from cola_lightning.export.adapter import FUSED_OFF
 from cola_lightning.module.overview import frozen_kinds
-from tests.helpers.toy import assert_bit_equal, difference, trainer, with_trained_link
+from tests.helpers.toy import Toy, assert_bit_equal, assert_near, difference, toy, trainer, with_trained_link
 
 
 class Attention(nn.Module):
@@ -140,35 +136,22 @@ def test_a_new_link_changes_nothing_with_dropout_and_one_sequence_without_a_batc
         ours(x, x, x, is_causal=True)
 
 
-def test_dropout_of_links_drops_inputs_of_both_projections():
+@pytest.mark.parametrize("target_modules", ["all-linear", ["out_proj"]], ids=str)
+def test_dropout_of_links_drops_their_inputs_in_training(target_modules):
     """Exact, and not ignored: peft merges its weights for each forward pass, and so drops nothing."""
-    model, x = adapted(Attention(), dropout=0.5), inputs({})
+    model, x = adapted(Attention(), target_modules, dropout=0.5), inputs({})
     assert difference(model(*x)[0], model(*x)[0]) > 0.01
     assert_same_outputs(model.eval()(*x), plain(model)(*x))
-    one = adapted(Attention(), ["out_proj"], dropout=0.5)
-    assert torch.equal(one(*x)[1], one(*x)[1])
-    assert difference(one(*x)[0], one(*x)[0]) > 0.01
 
 
-def test_links_are_stacked_on_a_base_in_half_precision_whose_weights_stay():
-    model, x = Attention(batch_first=True).bfloat16(), torch.randn(3, 5, 8)
-    before = {name: value.clone() for name, value in model.named_parameters()}
-    adapted(model, links=3)
-    assert all(layer.stack.rank == 4 for layer in lora_layers(model).values())
-    assert torch.equal(model.attention.in_proj.weight, before["attention.in_proj_weight"])
-    assert torch.equal(model.attention.out_proj.weight, before["attention.out_proj.weight"])
-    y, weights = model(*[x.bfloat16()] * 3)
+def test_links_are_computed_in_half_precision_and_under_autocast():
+    model, x, options = Attention(batch_first=True).bfloat16(), torch.randn(3, 5, 8), {"key_padding_mask": padding & False}
+    y, weights = adapted(model, links=3)(*[x.bfloat16()] * 3, **options)
     assert y.dtype == weights.dtype == torch.bfloat16
     exact = plain(copy.deepcopy(model).float())(x, x, x)[0]
-    assert torch.linalg.vector_norm(y.float() - exact) <= 0.05 * torch.linalg.vector_norm(exact)
-
-
-def test_links_are_computed_under_autocast():
-    model, x = adapted(Attention(batch_first=True), links=3), torch.randn(3, 5, 8)
-    exact = plain(model)(x, x, x)[0]
+    assert_near(y, exact, 0.05)
     with torch.autocast("cpu", torch.bfloat16):
-        y = model(x, x, x, key_padding_mask=padding & False)[0]
-    assert torch.linalg.vector_norm(y.float() - exact) <= 0.05 * torch.linalg.vector_norm(exact)
+        assert_near(model.float()(x, x, x, **options)[0], exact, 0.05)
 
 
 # ---------------------------------------------------------------------- what is adapted, and plain again
@@ -198,7 +181,6 @@ def test_a_module_is_adapted_by_its_name_or_by_those_of_its_projections(options,
     assert difference(with_links(model)(*x)[0], before[0]) > 0.1
     strip_lora(model)
     assert type(model.attention) is nn.MultiheadAttention
-    assert type(model.attention.out_proj) is NonDynamicallyQuantizableLinear
     assert list(model.state_dict()) == names
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == {n: id(p) for n, p in parameters.items()}
     assert vars(model.attention).keys() == vars(Attention(**options).attention).keys()
@@ -220,9 +202,8 @@ def test_what_is_not_a_target_stays_what_it_is_and_what_computes_otherwise_is_re
         with pytest.raises(UserError, match=rf"'{name}', which is a {kind}"):
             inject_lora(model, LoRAConfig([name], rank=2, alpha=4))
         assert isinstance(model["attention"].in_proj_weight, nn.Parameter)
-    config = LoRAConfig(rank=2, alpha=4, exclude_modules=["attention"], modules_to_save=["head"])
     with pytest.raises(UserError, match="no layer is left"):
-        inject_lora(model, config)
+        inject_lora(model, LoRAConfig(exclude_modules=["attention"], modules_to_save=["head"]))
     assert inject_lora(model, LoRAConfig(rank=2, alpha=4)) == ["attention.out_proj", "attention.in_proj", "head"]
     assert frozen_kinds(model) == {"Other": 1, "MultiheadAttention": 1, "NonDynamicallyQuantizableLinear": 2}
 
@@ -232,9 +213,6 @@ def test_a_compiled_module_computes_the_same_in_one_graph():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for options in ({}, {"need_weights": False, "key_padding_mask": padding}):
         assert_same_outputs(compiled(*x, **options), model(*x, **options))
-
-
-# ---------------------------------------------------------------------- torch's encoders
 
 
 def encoder(nested=True, norm=None):
@@ -269,21 +247,6 @@ def test_an_encoder_evaluates_as_its_merged_model_also_where_rows_are_padded(tar
     assert not any("forward" in vars(part) for part in merged.modules())
 
 
-def test_a_decoder_and_nn_transformer_are_adapted():
-    torch.manual_seed(0)
-    model = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True)
-    names = inject_lora(model, LoRAConfig(["self_attn", "multihead_attn"], rank=2, alpha=4))
-    assert len(names) == 6
-    x, y = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
-    with_links(model)
-    mask = nn.Transformer.generate_square_subsequent_mask(4)
-    expected = model(x, y, tgt_mask=mask, tgt_is_causal=True)
-    assert_same_outputs([model.eval()(x, y, tgt_mask=mask)], [expected])
-    strip_lora(model)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x, y, tgt_mask=mask), expected, rtol=1e-4, atol=1e-5)
-
-
 # ---------------------------------------------------------------------- peft
 
 
@@ -300,14 +263,10 @@ def with_adapter(base, folder=None, **fields):
     return model
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"use_rslora": True, "alpha_pattern": {"1.self_attn": 9}, "rank_pattern": {"1.self_attn": 4}}], ids=str
-)
-def test_pefts_adapter_is_one_link_that_computes_the_same(tmp_path, fields):
-    theirs, x = (
-        with_adapter(encoder(), tmp_path / "peft", target_modules=["self_attn", "linear1"], **fields),
-        torch.randn(3, 5, 8),
-    )
+def test_pefts_adapter_is_one_link_that_computes_the_same(tmp_path):
+    patterns = {"use_rslora": True, "alpha_pattern": {"1.self_attn": 9}, "rank_pattern": {"1.self_attn": 4}}
+    theirs = with_adapter(encoder(), tmp_path / "peft", target_modules=["self_attn", "linear1"], **patterns)
+    x = torch.randn(3, 5, 8)
     (link,) = read_adapter(tmp_path / "peft").links
     ours = encoder()
     inject_lora(ours, LoRAConfig(["self_attn", "linear1"], rank=link.rank, alpha=link.alpha))
@@ -321,89 +280,55 @@ def test_pefts_adapter_is_one_link_that_computes_the_same(tmp_path, fields):
     expected = theirs(x)
     assert difference(expected, encoder()(x)) > 0.1
     assert difference(ours(x), expected) <= 1e-6
-    expected.square().sum().backward()
-    ours(x).square().sum().backward()
-    parts = {name.partition("base_model.model.")[2]: part for name, part in theirs.named_modules()}
-    for k in (0, 1):  # peft adds out_proj's update twice, and has the gradient of one
-        layer, other = layers[f"layers.{k}.self_attn.in_proj"], parts[f"layers.{k}.self_attn"]
-        rank, scaling = other.r["default"], other.scaling["default"]
-        expected = other.lora_B["default"].weight.grad / scaling  # which is folded into B here
-        torch.testing.assert_close(layer.lora_B.grad[:, :rank], expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(layer.lora_A.grad[:rank], other.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-4)
 
 
-class Module(COLAModule):
-    """A regression of a token's mean with a small encoder."""
+class Module(Toy):
+    """The toy's regression with a small encoder."""
+
+    example_input_array = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(5))
 
     def build_model(self):
         return encoder()
 
-    @property
-    def example_input_array(self):
-        return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(5))
-
-    def forward(self, x):
-        return self.model(x)
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return F.mse_loss(self.model(x), y)
-
-
-def loader():
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(24, 5, 8, generator=generator)
-    return DataLoader(TensorDataset(x, x.roll(1, 1)), batch_size=4)
-
-
-def adam(parameters):
-    return AdamW(parameters, lr=0.03)
-
 
 def module(**options):
-    return Module(**{"target_modules": "all-linear", "rank": 2, "alpha": 4, "seed": 0, "optimizer": adam} | options)
+    return toy(Module, optimizer=lambda parameters: AdamW(parameters, lr=0.03), **options)
 
 
 def fitted(folder, **options):
     """A module after a run of three links."""
-    ours = module(**options)
-    trainer(folder, chain={"every_n_epochs": 1}, max_epochs=3).fit(ours, loader())
+    ours, x = module(**options), torch.randn(24, 5, 8, generator=torch.Generator().manual_seed(3))
+    loader = DataLoader(TensorDataset(x, x.roll(1, 1)), batch_size=4)
+    trainer(folder, chain={"every_n_epochs": 1}, max_epochs=3).fit(ours, loader)
     return ours
 
 
-@pytest.mark.parametrize(
-    ("target_modules", "finished_links"),
-    [
-        ("all-linear", "stack"),
-        (["in_proj", "linear1"], "merge"),
-        pytest.param(["self_attn"], "merge", marks=pytest.mark.slow),
-        pytest.param(["out_proj"], "stack", marks=pytest.mark.slow),
-    ],
-)
-def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog, monkeypatch, target_modules, finished_links):
+OWN_RANKS = {"target_modules": ["in_proj", "linear1"], "rank_pattern": {"in_proj": 1}, "scaling": "rslora"}
+
+
+@pytest.mark.parametrize("options", [{"finished_links": "stack"}, OWN_RANKS], ids=["all", "ranks of their own"])
+def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog, options):
     with caplog.at_level(logging.WARNING, "cola_lightning"):
-        ours = fitted(tmp_path, target_modules=target_modules, finished_links=finished_links)
+        ours = fitted(tmp_path, **options)
     assert "no gradient" not in caplog.text
     x = ours.example_input_array
     with torch.no_grad():
         expected, before = ours.eval()(x), encoder().eval()(x)
     assert difference(expected, before) > 0.05
-    lines = {format_: ours.export(tmp_path / format_, format_) for format_ in ("chain", "merged")}
-    chain = read_chain(tmp_path / "chain")
-    assert len(chain) == 3
-    again = module(target_modules=target_modules, init_chain=str(tmp_path / "chain")).eval()
-    torch.testing.assert_close(again(x), expected, rtol=0, atol=1e-5)
-    if any(name.endswith("out_proj") for name in chain.layers):
+    formats = ["merged", "chain"]
+    if "target_modules" not in options:  # out_proj, too
         with pytest.raises(UserError, match=r"^format: peft .* adds the update of layers\.0\.self_attn\.out_proj 2 times"):
             ours.export(tmp_path / "peft", "peft")
-        monkeypatch.setattr(peft, "out_proj_updates", lambda: 1)  # as a mended peft, for which the true B is written
-        with pytest.raises(ExportError, match="logits"):  # with which the installed one computes something else
-            ours.export(tmp_path / "peft", "peft")
-        ours.export(tmp_path / "peft", "peft", verify=False)
     else:
-        lines = ours.export(tmp_path / "peft", "peft")
-        assert "loaded again with peft" in lines[-1]
-        assert any(FUSED_OFF in line for line in lines)
+        formats.append("peft")
+    lines = {format_: ours.export(tmp_path / format_, format_) for format_ in formats}
+    for format_ in formats[1:]:
+        assert len(read_chain(tmp_path / format_)) == 3
+        again = module(**options, init_chain=str(tmp_path / format_)).eval()
+        torch.testing.assert_close(again(x), expected, rtol=0, atol=1e-5)
+    if "peft" in formats:
+        assert "loaded again with peft" in ours.export(tmp_path / "smaller", "peft", max_rank=2)[-1]
+        assert any(FUSED_OFF in line for line in lines["peft"])
         with torch.no_grad():
             loaded = PeftModel.from_pretrained(encoder(), tmp_path / "peft").eval()
             assert torch.equal(loaded(x), before)  # torch's fused encoder layers ignore peft's links
@@ -412,67 +337,6 @@ def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog
                 torch.testing.assert_close(loaded(x), expected, rtol=0, atol=1e-5)
             finally:
                 torch.backends.mha.set_fastpath_enabled(True)
-    assert len(read_adapter(tmp_path / "peft")) == 3
-    again = module(target_modules=target_modules, init_chain=str(tmp_path / "peft")).eval()
-    torch.testing.assert_close(again(x), expected, rtol=0, atol=1e-5)
-    again = module(target_modules=target_modules, init_chain=str(tmp_path / "peft"), init_links=1).eval()
-    assert difference(again(x), expected) > 0.01
-
-
-def test_layers_of_other_ranks_are_exported(tmp_path):
-    ours = fitted(tmp_path, rank_pattern={"in_proj": 1, "linear1": 1}, exclude_modules=["out_proj"], scaling="rslora")
-    assert "loaded again with peft" in ours.export(tmp_path / "peft", "peft")[-1]
-    assert "loaded again with peft" in ours.export(tmp_path / "smaller", "peft", max_rank=2)[-1]
-    again = module(init_chain=str(tmp_path / "peft"), exclude_modules=["out_proj"]).eval()
-    torch.testing.assert_close(again(ours.example_input_array), ours.eval()(ours.example_input_array), rtol=0, atol=1e-5)
-
-
-def test_separate_projections_have_no_place_in_a_peft_adapter(tmp_path):
-    class Pooling(Attention):
-        def forward(self, x):
-            return self.attention(x, x, x[..., :6])[0]
-
-    class Separate(Module):
-        def build_model(self):
-            return Pooling(vdim=6, batch_first=True)
-
-    ours = Separate(target_modules="all-linear", rank=2, alpha=4, seed=0)
-    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(ours, loader())
-    ours.export(tmp_path / "merged", "merged")
-    with pytest.raises(UserError, match=r"^format: PEFT has no LoRA for separate .* \('attention'\)"):
-        ours.export(tmp_path / "peft", "peft")
-
-
-# ---------------------------------------------------------------------- models of other packages
-
-
-def assert_adapted(model, x, target_modules, names):
-    """Links change the model, have gradients, compute in evaluation what they do in training, and can be merged."""
-    torch.manual_seed(0)
-    before = model.eval()(x)
-    found = inject_lora(model, LoRAConfig(target_modules, rank=2, alpha=4))
-    assert {name for name in names if any(f".{one}".endswith(f".{name}") for one in found)} == set(names)
-    assert difference(model(x), before) <= 1e-5 * before.abs().max()
-    for layer in lora_layers(model).values():
-        nn.init.normal_(layer.lora_B, std=0.2)
-    expected = model(x)
-    expected.square().sum().backward()
-    assert [
-        name for name, layer in lora_layers(model).items() if layer.lora_A.grad is None or not layer.lora_A.grad.any()
-    ] == []
-    assert difference(expected, before) > 1e-3 * before.abs().max()
-    with torch.no_grad():
-        assert difference(model(x), expected) <= 1e-5 * expected.abs().max()
-    strip_lora(model)
-    with torch.no_grad():
-        assert difference(model(x), expected) <= 1e-4 * expected.abs().max()
-
-
-def vit():
-    options = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32, "num_classes": 5}
-    model = pytest.importorskip("torchvision", reason="models for images").models.VisionTransformer(32, 8, **options)
-    nn.init.normal_(model.heads.head.weight)  # begins at zero
-    return model
 
 
 def swin(block="SwinTransformerBlock"):
@@ -482,24 +346,29 @@ def swin(block="SwinTransformerBlock"):
     return swin.SwinTransformer([2, 2], **sizes, block=getattr(swin, block), downsample_layer=merging)
 
 
-@pytest.mark.parametrize("target_modules", ["all-linear", ["self_attention"]], ids=str)
-def test_torchvisions_vision_transformer(target_modules):
-    names = ["self_attention.in_proj", "self_attention.out_proj"]
-    assert_adapted(vit(), torch.randn(2, 3, 32, 32), target_modules, names)
-
-
 @pytest.mark.parametrize(
     ("block", "target_modules"), [("SwinTransformerBlock", "all-linear"), ("SwinTransformerBlockV2", ["qkv", "proj"])]
 )
 def test_torchvisions_swin_transformer_which_reads_the_weights_of_its_linear_layers(block, target_modules):
     torch.manual_seed(0)
-    model = swin(block)
-    assert_adapted(model, torch.randn(2, 3, 32, 32), target_modules, ["qkv", "proj"])
+    model, x = swin(block).eval(), torch.randn(2, 3, 32, 32)
+    before = model(x)
+    names = inject_lora(model, LoRAConfig(target_modules, rank=2, alpha=4))
+    assert {"features.1.0.attn.qkv", "features.1.0.attn.proj"} <= set(names)
+    assert difference(model(x), before) <= 1e-5 * before.abs().max()
+    expected = with_links(model)(x)
+    expected.square().sum().backward()
+    assert all(layer.lora_A.grad.any() for layer in lora_layers(model).values())
+    assert difference(expected, before) > 1e-3 * before.abs().max()
+    strip_lora(model)
+    with torch.no_grad():
+        assert difference(model(x), expected) <= 1e-4 * expected.abs().max()
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_links_on_swin_have_no_place_in_a_peft_adapter():
-    model = swin()
-    name = "features.1.0.attn.qkv"
+def test_what_pefts_lora_has_no_place_for_is_refused():
+    model, name = swin(), "features.1.0.attn.qkv"
     with pytest.raises(UserError, match=rf"^format: PEFT's LoRA has no effect in '{name}'"):
         as_peft_weights(model, {name: (torch.ones(1, 8), torch.ones(24, 1))})
+    with pytest.raises(UserError, match=r"^format: PEFT has no LoRA for separate .* \('attention'\)"):
+        as_peft_weights(Attention(vdim=6), {"attention.q_proj": (torch.ones(1, 8), torch.ones(8, 1))})

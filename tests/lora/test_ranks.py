@@ -10,14 +10,12 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
-from cola_lightning import AdaptedModel, Chain, LoRAConfig, UserError, inject_lora, lora_layers
+from cola_lightning import Chain, LoRAConfig, UserError, inject_lora, lora_layers
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.report import plot, report
 from tests.helpers import tiny
 from tests.helpers.resuming import Normed, fit, last
 from tests.helpers.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
-
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 PATTERNS = {"rank_pattern": {"down_proj": 6, r"^model\.layers\.1\..*v_proj": 2}, "alpha_pattern": {"v_proj": 5}}
 CHOSEN = {"exclude_modules": r".*layers\.0.*q_proj", "layers_to_transform": [0, 1]}
@@ -82,8 +80,6 @@ def test_a_link_of_half_the_rank_has_half_of_each_layers_and_goes_through_every_
         change = module.merged_model()[int(name)].weight - merged[int(name)].weight
         torch.testing.assert_close(change, sum(link.delta(name) for link in links), rtol=1e-4, atol=1e-6)
         assert module.full_chain().total_rank(name) == {"0": 6, "2": 12}[name]
-    full = sum(link.norm() ** 2 for link in links) ** 0.5
-    assert full == pytest.approx(sum(link.delta(name).norm().item() ** 2 for link in links for name in "02") ** 0.5, rel=1e-5)
 
     module.full_chain().save(tmp_path / "chain")
     loaded = Chain.load(tmp_path / "chain")
@@ -102,30 +98,6 @@ def test_a_link_of_half_the_rank_has_half_of_each_layers_and_goes_through_every_
     assert [[A.shape[0] for A, _ in link.factors.values()] for link in read.links] == [[4, 8], [2, 4]]
     for mine, other in zip(read.links, links, strict=True):
         torch.testing.assert_close(mine.delta("2"), other.delta("2"), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("finished_links", ["merge", "stack"])
-def test_it_goes_back_and_on_and_a_state_restores_it(finished_links):
-    def make(**other):
-        config = LoRAConfig(alpha=8, finished_links=finished_links, **OWN | other)
-        return AdaptedModel(lambda: toy().build_model(), config, seed=1)
-
-    model, x = make(), torch.randn(4, 8)
-    for rank in (3, 1, 2):
-        for layer in model.layers.values():
-            nn.init.normal_(layer.factors[1])
-        expected = model.model(x)
-        model.tie_knot(rank=rank)
-        torch.testing.assert_close(model.model(x), expected, rtol=1e-5, atol=1e-5)
-    again = make()
-    again.load_state_dict(model.state_dict())
-    assert_bit_equal(weights(again.model), weights(model.model))
-    assert (again.current.size, again.model[2].rank, again.model[2].scaling) == ((2, 8), 4, 4.0)
-    with pytest.raises(UserError, match=r"model\.scaling: must be those of the chain"):
-        make(scaling="lora").load_state_dict(model.state_dict())
-    model.go_to(model.chain.truncate(1))
-    again.go_to(again.chain.truncate(1))
-    assert torch.equal(model.model(x), again.model(x))
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import nn
 from torch.optim import AdamW
 
@@ -39,19 +39,15 @@ def assert_close_chains(mine, theirs, tolerance):
                 assert_near(factor, expected, tolerance)
 
 
-class SaveEachEpoch(Callback):
-    def on_train_epoch_end(self, trainer, module):
-        trainer.save_checkpoint(f"{trainer.default_root_dir}/{trainer.current_epoch}.ckpt")
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A stacking run of four epochs and links, its checkpoint after each, and its base as it was."""
     folder, module = tmp_path_factory.mktemp("trained"), make()
     module.configure_model()
     base = {name: value for name, value in weights(module).items() if ".lora_" not in name}
-    fit(folder, module, SaveEachEpoch(), enable_checkpointing=False)
     paths = [folder / f"{epoch}.ckpt" for epoch in range(4)]
+    saving = LambdaCallback(on_train_epoch_end=lambda run, _: run.save_checkpoint(paths[run.current_epoch]))
+    fit(folder, module, saving, enable_checkpointing=False)
     return SimpleNamespace(module=module, base=base, paths=paths)
 
 
@@ -68,9 +64,6 @@ def test_in_half_precision_a_link_is_rounded_once_however_small_it_is(dtype, siz
     assert (ours - theirs).norm() <= 2 * torch.finfo(dtype).eps * theirs.norm()
 
 
-# ---------------------------------------------------------------------- the run
-
-
 def test_four_links_are_those_of_a_run_that_merges(tmp_path):
     dtype, tolerance = torch.float64, 1e-12
     chain, data = {"every_n_epochs": 1, "ranks": [4, 2, 6, 3]}, [batches(dtype=dtype), batches(2, dtype=dtype)]
@@ -80,16 +73,6 @@ def test_four_links_are_those_of_a_run_that_merges(tmp_path):
     for mine, theirs in zip(stacked.merged_model().parameters(), merged.merged_model().parameters(), strict=True):
         assert mine.dtype == dtype
         torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * theirs.norm().item())
-
-
-def test_no_weight_is_written_and_none_is_in_a_checkpoint(trained):
-    assert_bit_equal({name: value for name, value in weights(trained.module).items() if name in trained.base}, trained.base)
-    checkpoint = torch.load(trained.paths[-1], weights_only=True)
-    assert all(".lora_" in name for name in checkpoint["state_dict"] if not name.startswith("chain."))
-    assert not list(trained.module.buffers())  # which DDP would send at each step
-
-
-# ---------------------------------------------------------------------- back, and in the other mode
 
 
 def test_a_chain_goes_back_and_on_without_its_base_being_made_anew(trained, tmp_path):
@@ -107,7 +90,11 @@ def test_a_chain_goes_back_and_on_without_its_base_being_made_anew(trained, tmp_
         assert torch.equal(module.model(x), ValidatedToy.load_from_checkpoint(trained.paths[epoch]).model(x))
 
 
-def test_merged_models_are_those_of_a_run_that_merges_to_the_bit(trained, tmp_path):
+def test_no_weight_is_written_and_merged_models_are_those_of_a_run_that_merges_to_the_bit(trained, tmp_path):
+    assert_bit_equal({name: value for name, value in weights(trained.module).items() if name in trained.base}, trained.base)
+    checkpoint = torch.load(trained.paths[-1], weights_only=True)
+    assert all(".lora_" in name for name in checkpoint["state_dict"] if not name.startswith("chain."))
+    assert not list(trained.module.buffers())  # which DDP would send at each step
     trained.module.chain.save(tmp_path / "chain")
     merging, stacking = (make(finished_links=mode, init_chain=str(tmp_path / "chain")) for mode in MODES)
     for links in range(5):
@@ -121,9 +108,6 @@ def test_the_other_mode_takes_a_checkpoint_up_and_goes_on(trained, tmp_path):
     merging = fit(tmp_path, make(finished_links="merge"), ckpt_path=trained.paths[1])
     assert merging.adapted.layers["0"].stack is None
     assert_close_chains(merging.chain, trained.module.chain, 1e-5)
-
-
-# ---------------------------------------------------------------------- precisions and bases
 
 
 def test_a_checkpoint_is_evaluated_in_the_precision_of_its_run(tmp_path):
@@ -159,7 +143,7 @@ def test_a_base_that_is_kept_is_as_it_was_before_it_was_cast_and_taken_from_the_
     assert torch.equal(other.merged_model()(x), module.merged_model()(x))
 
 
-@pytest.mark.parametrize("options", [{"modules_to_save": ["2"], "target_modules": ["0"]}, {"target_modules": None}])
-def test_fully_trained_parameters_in_half_precision_are_told_of(tmp_path, caplog, options):
-    trainer(tmp_path, max_epochs=1, precision="bf16-true").fit(toy(**options), batches())
+def test_fully_trained_parameters_in_half_precision_are_told_of(tmp_path, caplog):
+    module = toy(modules_to_save=["2"], target_modules=["0"])
+    trainer(tmp_path, max_epochs=1, precision="bf16-true").fit(module, batches())
     assert caplog.text.count("fully trained parameters are in half precision") == 1

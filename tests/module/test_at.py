@@ -1,15 +1,12 @@
 """The model as it was after its first links, inside a block: no second model, and nothing that training needs changes."""
 
 import contextlib
-import copy
 
 import pytest
 import torch
 
 from cola_lightning import UserError, lora_layers
-from tests.helpers import tiny
 from tests.helpers.tiny import causal_lm, logits, three_links
-from tests.helpers.toy import ValidatedToy, toy
 
 
 def changed(module):
@@ -28,10 +25,11 @@ def assert_same(before, after):
     assert before[2:] == after[2:]
 
 
+HEAD = {"rank": 4, "modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}}
 OPTIONS = {
     "merged": {},
     "stacked": {"finished_links": "stack", "dropout": 0.5},
-    "head": {"target_modules": "all-linear", "modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}},
+    "head": HEAD | {"target_modules": "all-linear"},
 }
 
 
@@ -43,13 +41,12 @@ def test_an_earlier_state_has_the_outputs_of_the_merged_model_and_leaves_nothing
     loss = module.model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss
     loss.backward()
     before = changed(module)
-    ids = torch.randint(2, 400, (2, 10), generator=torch.Generator().manual_seed(6))
-    mask = torch.tensor([[1] * 10, [1] * 7 + [0] * 3])
     for links in range(4):
         with module.at(links) as model:
             assert model is module.model
+            assert not model.training
             assert not torch.is_grad_enabled()
-            mine = model(input_ids=ids, attention_mask=mask).logits.float()
+            mine = logits(model)
         expected = logits(module.merged_model(links))
         assert (mine - expected).abs().max() <= 1e-6 * expected.abs().max().clamp(min=1), links
         assert_same(before, changed(module))
@@ -58,79 +55,44 @@ def test_an_earlier_state_has_the_outputs_of_the_merged_model_and_leaves_nothing
     assert_same(before, changed(module))
 
 
-HEAD = {"rank": 4, "modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}}
-
-
-@pytest.mark.parametrize("reference_first", [True, False])
-def test_a_fully_trained_module_is_another_under_autocast_too(tmp_path, reference_first):
+def test_a_fully_trained_module_is_another_under_autocast_too(tmp_path):
     """Autocast keeps what it has cast for as long as the tensor lives, whatever is written into it."""
     module, ids = three_links(causal_lm(tmp_path, **HEAD)), torch.arange(10)[None]
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = [module.model(input_ids=ids).logits]
-    with module.at(1) as model, torch.autocast("cpu", torch.bfloat16):
-        expected.append(model(input_ids=ids).logits)
-    mine = dict[int, torch.Tensor]()
-    with torch.autocast("cpu", torch.bfloat16):
-        for k in (1, 0) if reference_first else (0, 1):
-            with module.at(1) if k else contextlib.nullcontext(module.model) as model:
-                mine[k] = model(input_ids=ids).logits
-    assert all(torch.equal(mine[k], expected[k]) for k in (0, 1))
+
+    def output(k):
+        with module.at(1) if k else contextlib.nullcontext(module.model) as model:
+            return model(input_ids=ids).logits
+
+    expected = []
+    for k in (0, 1):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected.append(output(k))
     assert not torch.equal(*expected)
+    for order in ((0, 1), (1, 0)):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(torch.equal(output(k), expected[k]) for k in order)
 
 
-class WithHead(ValidatedToy):
-    """A toy with a trained layer outside of its model."""
-
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        torch.manual_seed(0)
-        self.head = torch.nn.Linear(6, 6)
-
-
-def test_a_student_s_backward_pass_may_come_after_the_block(tmp_path):
-    module, ids = three_links(causal_lm(tmp_path, **HEAD)), torch.arange(10)[None]
-    toy_module, x = toy(WithHead), torch.randn(3, 8)
-    toy_module.configure_model()
-    with torch.no_grad():
-        toy_module.head.weight.mul_(2)
-    toy_module.tie_knot()
-    for part, inputs, student in (
-        (module, ids, lambda: module.model(input_ids=ids).logits.square().mean()),
-        (toy_module, x, lambda: toy_module.head(toy_module.model(x)).square().mean()),
-    ):
-        student().backward()
-        expected = [p.grad.clone() for p in part.trained_parameters()]
-        part.zero_grad()
-        loss = student()
-        with part.at(0) as model:
-            model(inputs)
-            if part is toy_module:
-                assert torch.equal(part.head.weight, part.adapted.trained.initial["self.head.weight"])
-        loss.backward()
-        assert all(torch.equal(p.grad, wanted) for p, wanted in zip(part.trained_parameters(), expected, strict=True))
-
-
-def test_blocks_can_be_nested(tmp_path):
+def test_blocks_can_be_nested_and_a_stored_state_is_that_of_the_present_chain(tmp_path):
     module = three_links(causal_lm(tmp_path, rank=4))
     with module.at(1) as model:
         first = logits(model)
-        with module.at(0) as base:
-            assert not torch.equal(logits(base), first)
+        with module.at(0) as inner:
+            base = logits(inner)
         assert torch.equal(logits(model), first)
-
-
-def test_the_stored_state_is_that_of_the_present_chain(tmp_path):
-    module = three_links(causal_lm(tmp_path, rank=4))
-    with module.at(0) as model:
-        base = logits(model)
+    assert not torch.equal(base, first)
     module.tie_knot(rank=4)
-    with module.at(0) as model:
-        assert torch.allclose(logits(model), base, atol=1e-5)
-    with module.at(3) as model:
-        assert torch.allclose(logits(model), logits(module.merged_model(3)), atol=1e-5)
+    for links, expected in ((0, base), (3, logits(module.merged_model(3)))):
+        with module.at(links) as model:
+            assert torch.allclose(logits(model), expected, atol=1e-5)
+    whole = causal_lm(tmp_path, target_modules=None)
+    with pytest.raises(UserError, match="target_modules null"), whole.at(0):
+        pass
+    with pytest.raises(UserError, match="got null"):
+        whole.tie_knot()
 
 
-@pytest.mark.parametrize("base", [{}, {"dtype": "bfloat16"}, {"quantization": "nf4"}])
+@pytest.mark.parametrize("base", [{"dtype": "bfloat16"}, {"quantization": "nf4"}])
 def test_of_stacked_links_the_first_are_used_to_the_bit(tmp_path, base):
     options = {"rank": 4, "finished_links": "stack"} | base
     module = three_links(causal_lm(tmp_path, **options))
@@ -141,17 +103,3 @@ def test_of_stacked_links_the_first_are_used_to_the_bit(tmp_path, base):
     other.configure_model()
     other.adapted.replay(links)
     assert torch.equal(mine, logits(other.model))
-
-
-def test_the_module_s_own_copies_have_no_earlier_state(tmp_path):
-    module = three_links(causal_lm(tmp_path, rank=4))
-    with module.at(0):
-        pass
-    assert torch.equal(logits(copy.deepcopy(module.model)), logits(module.model))
-    assert not hasattr(module.merged_model().model.layers[0].self_attn.q_proj, "earlier")
-
-
-def test_full_fine_tuning_has_no_earlier_state(tmp_path):
-    module = tiny.causal_lm(tmp_path, target_modules=None)
-    with pytest.raises(UserError, match="target_modules null"), module.at(0):
-        pass

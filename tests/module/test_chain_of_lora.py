@@ -1,26 +1,21 @@
 """The chain under the Trainer, against a hand-written loop and closed forms."""
 
-import json
 import math
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import (
-    EarlyStopping,
-    EMAWeightAveraging,
-    ModelCheckpoint,
-)
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
 from cola_lightning import UserError, lora_layers
-from cola_lightning.callbacks.chain_of_lora import check_strategy
+from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.lora.layer import initialize_link
-from tests.helpers.toy import Toy, ValidatedToy, Watch, assert_bit_equal, assert_near, batches, toy, trainer, weights
+from tests.helpers.toy import Toy, ValidatedToy, Watch, assert_bit_equal, batches, toy, trainer, weights
 
 
 def hand_written_loop(steps, every, ranks, accumulate=1, clip=None, lr=1e-2, seed=0, max_rank=6, alpha=4):
@@ -101,16 +96,6 @@ def test_manual_optimization_has_the_same_links(tmp_path):
     assert_bit_equal(weights(manual), weights(automatic))
 
 
-def test_a_knot_keeps_the_function():
-    module, x = toy(rank=3), next(iter(batches()))[0]
-    module.configure_model()
-    for layer in lora_layers(module.model).values():
-        nn.init.normal_(layer.lora_B)
-    before = module.model(x)
-    assert module.tie_knot().index == 0
-    assert_near(module.model(x), before, 1e-6)
-
-
 def test_without_knots_and_without_the_callback_it_is_lora(tmp_path):
     with_callback, without = toy(), toy()
     trainer(tmp_path, chain={}, max_epochs=2).fit(with_callback, batches())
@@ -170,21 +155,14 @@ def test_a_nan_stops_the_run_names_its_step_and_is_never_written(tmp_path, next_
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
-def test_other_tools_that_would_break_a_chain_are_refused(tmp_path):
+def test_averaged_weights_are_refused_beside_knots_and_without_them_a_checkpoint_has_the_runs_own_position(tmp_path):
     for rule in ({"at_steps": [3]}, {"patience": 1}):
         with pytest.raises(UserError, match=r"trainer\.callbacks: EMAWeightAveraging cannot be combined with knots"):
             trainer(tmp_path, EMAWeightAveraging(), chain=rule, max_epochs=1).fit(toy(), batches())
-    trainer(tmp_path, EMAWeightAveraging(), chain={}, max_epochs=1).fit(toy(), batches())  # one link
-    with pytest.raises(UserError, match=r"trainer\.strategy: "):
-        check_strategy(trainer(tmp_path, strategy="ddp_fork", devices=1).strategy)
-
-
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
-def test_next_to_averaged_weights_a_checkpoint_has_the_runs_own_position_and_metrics(tmp_path):
     saving = ModelCheckpoint(dirpath=tmp_path, filename="5", every_n_train_steps=5)
-    trainer(tmp_path, EMAWeightAveraging(), saving, max_steps=5, enable_checkpointing=True).fit(toy(), batches())
-    checkpoint = torch.load(tmp_path / "5.ckpt", weights_only=True)
-    assert json.loads(bytes(checkpoint["state_dict"]["chain.metadata"].tolist()))["facts"]["position"] == [0, 5]
+    trainer(tmp_path, EMAWeightAveraging(), saving, chain={}, max_steps=5, enable_checkpointing=True).fit(toy(), batches())
+    state = StoredState.of(torch.load(tmp_path / "5.ckpt", weights_only=True)["state_dict"])
+    assert state.facts["position"] == [0, 5]
 
 
 def test_what_a_run_never_reaches_is_a_warning(tmp_path, caplog):
@@ -192,9 +170,6 @@ def test_what_a_run_never_reaches_is_a_warning(tmp_path, caplog):
     assert "ends before its first knot" in caplog.text
     trainer(tmp_path, chain={"every_n_train_steps": 9}, max_epochs=1).fit(toy(), batches())
     assert "the last link has 1 optimizer steps, the others at least 9" in caplog.text
-
-
-# ---------------------------------------------------------------------- a link that gets no gradient
 
 
 class Net(nn.Module):
@@ -217,29 +192,19 @@ class NetToy(Toy):
         return Net()
 
 
-def warnings_of_a_fit(folder, module, caplog, **options):
-    caplog.clear()
-    trainer(folder, chain={}, **{"max_steps": 3} | options).fit(module, batches())
-    return [message for message in caplog.messages if "got no gradient" in message]
+def test_a_layer_that_gets_no_gradient_is_named_once_a_fit_unless_the_user_froze_it(tmp_path, caplog):
+    def named(module):
+        caplog.clear()
+        trainer(tmp_path, chain={}, max_steps=3, accumulate_grad_batches=2).fit(module, batches())  # and so with both experts
+        return [message for message in caplog.messages if "got no gradient" in message]
 
-
-def test_a_layer_that_is_not_called_is_named_once_a_fit(tmp_path, caplog):
     module = toy(NetToy)
     for _ in range(2):
-        (message,) = warnings_of_a_fit(tmp_path, module, caplog, accumulate_grad_batches=2)  # and so with both experts
+        (message,) = named(module)
         assert message.startswith("model.target_modules: 1 of 4 ")
         assert "(read)" in message
-
-
-def test_where_all_is_trained_or_frozen_by_the_user_nothing_is_named(tmp_path, caplog):
-    module = toy(NetToy)
     module.model.read.requires_grad_(False)
-    assert warnings_of_a_fit(tmp_path, module, caplog, accumulate_grad_batches=2) == []
-    for settings in ({"dropout": 0.1}, {"target_modules": None}):
-        assert warnings_of_a_fit(tmp_path, toy(**settings), caplog) == []
-
-
-# ---------------------------------------------------------------------- on_knot
+    assert named(module) == named(toy(dropout=0.1)) == named(toy(target_modules=None)) == []
 
 
 class Halving(Toy):
@@ -258,29 +223,19 @@ class Listener(Callback):
     def on_knot(self, trainer, pl_module, link):
         self.seen.append((trainer.global_step, link.rank, pl_module.adapted.current.rank))
 
-
-def test_on_knot_of_the_module_and_of_callbacks_is_called_after_each_knot(tmp_path):
-    listener, module = Listener(), toy(Halving, rank=4)
-    run = trainer(tmp_path, listener, chain={"every_n_train_steps": 4}, max_steps=12)
-    run.fit(module, batches())
-    assert listener.seen == [(4, 4, 2), (8, 2, 1)]
-    assert [link.rank for link in module.full_chain().links] == [4, 2, 1]
-    assert run.callback_metrics["finished_rank"] == 2
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 6:
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/6.ckpt")
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty", "ignore:You're resuming from a checkpoint")
-def test_a_link_begun_again_in_on_knot_is_the_one_of_that_rank_and_resumes_exactly(tmp_path):
+def test_on_knot_is_called_after_each_knot_and_a_link_begun_again_there_is_the_one_of_that_rank_and_resumes(tmp_path):
     by_schedule, whole, resumed = toy(rank=4), toy(Halving, rank=4), toy(Halving, rank=4)
-    chain = {"every_n_train_steps": 4}
+    chain, listener = {"every_n_train_steps": 4}, Listener()
     trainer(tmp_path, chain=chain | {"ranks": [4, 2, 1]}, max_steps=12).fit(by_schedule, batches(3))
-
-    def fit(module, **settings):
-        saving = ModelCheckpoint(
-            tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}", enable_version_counter=False
-        )
-        trainer(tmp_path, saving, chain=chain, max_steps=12, enable_checkpointing=True).fit(module, batches(3), **settings)
-
-    fit(whole)
+    run = trainer(tmp_path, listener, chain=chain, max_steps=12)
+    run.fit(whole, batches(3))
+    assert listener.seen == [(4, 4, 2), (8, 2, 1)]
+    assert run.callback_metrics["finished_rank"] == 2
     assert_bit_equal(weights(whole), weights(by_schedule))
-    fit(resumed, ckpt_path=tmp_path / "step=6.ckpt")
+    trainer(tmp_path, chain=chain, max_steps=12).fit(resumed, batches(3), ckpt_path=tmp_path / "6.ckpt")
     assert_bit_equal(weights(resumed), weights(whole))

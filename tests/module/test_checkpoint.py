@@ -1,16 +1,19 @@
 """What a checkpoint holds, and which module it makes again."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback
 from torch import nn
+from torch.nn import functional as F
 from torch.optim import AdamW
 
 from cola_lightning import ChainOfLoRA, UserError
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.errors import DiskError, NonFiniteError
-from tests.helpers.resuming import Data, Outside
+from tests.helpers.resuming import Data
 from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 CHAIN = {"every_n_train_steps": 8, "ranks": [4, 2, 6, 3]}
@@ -31,10 +34,10 @@ class SaveSteps(Callback):
             trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt", weights_only=False)
 
 
-def run(path, module, ckpt_path=None, chain=CHAIN, loader=None, **arguments):
+def run(path, module, ckpt_path=None, chain=CHAIN, **arguments):
     fit = trainer(path, SaveSteps(path / "resumed" if ckpt_path else path), chain=chain, **{"max_epochs": 3} | arguments)
     val = batches(2) if isinstance(module, ValidatedToy) else None
-    fit.fit(module, batches() if loader is None else loader, val, ckpt_path=ckpt_path)
+    fit.fit(module, batches(), val, ckpt_path=ckpt_path)
     return module
 
 
@@ -91,12 +94,9 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------- modules that are made again
 
 
-@pytest.mark.parametrize("calls_super", [True, False])
-def test_a_subclass_or_a_mixin_that_forgets_super_keeps_the_chain(tmp_path, calls_super):
+def test_a_subclass_or_a_mixin_that_forgets_super_keeps_the_chain(tmp_path):
     class Notes:
         def on_save_checkpoint(self, checkpoint):
-            if calls_super:
-                super().on_save_checkpoint(checkpoint)
             checkpoint["notes"] = 1
 
         def on_load_checkpoint(self, checkpoint):
@@ -107,7 +107,7 @@ def test_a_subclass_or_a_mixin_that_forgets_super_keeps_the_chain(tmp_path, call
             pass
 
         def configure_callbacks(self):
-            return [*super().configure_callbacks(), Callback()] if calls_super else Callback()
+            return Callback()
 
     module, loaded = run(tmp_path, make(Forgetful)), make(Forgetful)
     trainer(tmp_path).validate(loaded, batches(2), ckpt_path=tmp_path / "step=30.ckpt", verbose=False)
@@ -119,19 +119,11 @@ def test_a_subclass_or_a_mixin_that_forgets_super_keeps_the_chain(tmp_path, call
     module.trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     written = torch.load(tmp_path / "weights.ckpt", weights_only=True)
     assert (written["notes"], "chain.metadata" in written["state_dict"]) == (1, True)
-    nn.init.constant_(module.model[0].lora_B, torch.nan)
-    with pytest.raises(NonFiniteError):
-        module.trainer.save_checkpoint(tmp_path / "run.ckpt", weights_only=False)
 
 
 class Wider(Toy):
     def build_model(self):
         return nn.Sequential(nn.Linear(8, 14), nn.Tanh(), nn.Linear(14, 6))
-
-
-class Double(Toy):
-    def build_model(self):
-        return super().build_model().double()
 
 
 @pytest.mark.parametrize("save_base", [False, True])
@@ -140,7 +132,7 @@ def test_another_base_is_refused_and_so_are_other_layers_and_no_chain(tmp_path, 
     path = tmp_path / "step=10.ckpt"
     others = [(make(target_modules=["2"]), r"model\.target_modules"), (make(seed=7), r"model\.seed" if save_base else "base")]
     if not save_base:
-        others += [(make(Wider), "base"), (make(Double), "base")]
+        others.append((make(Wider), "base"))
     for module, field in others:
         with pytest.raises(UserError, match=rf"^{field}\b.*: "):
             run(tmp_path, module, ckpt_path=path)
@@ -183,17 +175,6 @@ def test_a_saved_base_is_whole_and_not_made_again(tmp_path, target_modules):
     if target_modules is None:
         with pytest.raises(UserError, match=r"model\.target_modules"):
             run(tmp_path, make(Costly), ckpt_path=path, chain={})
-        with pytest.raises(UserError, match="got null"):
-            module.tie_knot()
-
-
-def test_what_is_trained_outside_of_the_model_is_loaded_in_the_runs_precision(tmp_path):
-    module, double = toy(Outside), trainer(tmp_path, max_epochs=1, precision="64-true")
-    double.fit(module, datamodule=Data(batch_size=4))
-    double.save_checkpoint(tmp_path / "one.ckpt")
-    loaded = Outside.load_from_checkpoint(tmp_path / "one.ckpt")
-    assert loaded.outside.weight.dtype == torch.float64
-    assert_bit_equal(weights(loaded), weights(module))
 
 
 class Evaluated(ValidatedToy):
@@ -216,3 +197,67 @@ def test_a_test_between_leaves_the_links_steps_and_a_checkpoint_after_it_resumes
         assert [(link.start_step, link.end_step) for link in one.full_chain().links] == [(0, 4), (4, 5)]
     run(-1).fit(resumed, datamodule=Data(batch_size=4), ckpt_path=tmp_path / "run.ckpt")
     assert_bit_equal(weights(resumed), weights(whole))
+
+
+# ---------------------------------------------------------------------- what is trained outside of self.model
+
+
+class Headed(Toy):
+    """The toy with a head of its own, which has a buffer that moves and a parameter that is frozen."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        torch.manual_seed(4)
+        self.head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6))
+        self.head[1].bias.requires_grad_(False)
+        self.heads = []  # as it was when each epoch began
+
+    def on_train_epoch_start(self):
+        self.heads.append({name: value.clone() for name, value in self.head.state_dict().items()})
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.mse_loss(self.head(self.model(x)), y)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """After 4 links: the module, and its head as it was before each of them and at the end."""
+    folder, module = tmp_path_factory.mktemp("trained"), toy(Headed)
+    run = trainer(folder, chain={"every_n_epochs": 1}, max_epochs=4)
+    run.fit(module, batches())
+    run.save_checkpoint(folder / "run.ckpt")
+    module.full_chain().save(folder / "chain")
+    return SimpleNamespace(module=module, heads=[*module.heads, module.head.state_dict()], folder=folder)
+
+
+@pytest.mark.parametrize("links", range(5))
+def test_each_link_records_it_and_a_checkpoint_and_an_earlier_state_give_it_as_it_was(trained, links):
+    module, head = trained.module, trained.heads[links]
+    if links:
+        recorded = {f"self.head.{name}": value for name, value in head.items() if name != "1.bias"}  # which is frozen
+        assert_bit_equal(module.full_chain()[links - 1].extras, recorded)
+    loaded = Headed.load_from_checkpoint(trained.folder / "run.ckpt", links=links, rank=2, alpha=4)
+    assert_bit_equal(loaded.head.state_dict(), head)
+    x = next(iter(batches()))[0]
+    torch.testing.assert_close(loaded.model(x), module.merged_model(links)(x))
+    with module.at(links):
+        assert_bit_equal(module.head.state_dict(), head)
+
+
+@pytest.mark.parametrize(("source", "links"), [("run.ckpt", 4), ("chain", 1)])
+def test_another_run_begins_with_it(trained, source, links):
+    second = toy(Headed, init_chain=str(trained.folder / source), init_links=links)
+    second.configure_model()
+    assert_bit_equal(second.head.state_dict(), trained.heads[links])
+    with pytest.raises(UserError, match=r"^model\.init_chain: .* 'self\.head\.0\."):
+        toy(init_chain=str(trained.folder / source)).configure_model()
+
+
+def test_a_merged_copy_and_an_export_say_that_they_have_it_not(trained, tmp_path, caplog):
+    names = ["self.head.0.weight", "self.head.0.bias", "self.head.1.weight"]
+    for format_ in ("merged", "peft"):
+        messages = trained.module.export(tmp_path / format_, format_)[-1]
+        assert messages.partition("self.model: ")[2].split(", ") == names
+    trained.module.merged_model()
+    assert all(name in caplog.text for name in names)

@@ -3,9 +3,8 @@
 import json
 import math
 import pickle
-import sys
 from argparse import Namespace
-from collections import OrderedDict, UserString
+from collections import OrderedDict
 from datetime import timedelta
 from pathlib import PurePosixPath
 
@@ -13,9 +12,8 @@ import numpy as np
 import omegaconf
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, LearningRateFinder, ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
 from safetensors.torch import load_file, save_file
@@ -25,7 +23,7 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from cola_lightning import COLACausalLM, LastCheckpoint, PredictionWriter, UserError
+from cola_lightning import COLACausalLM, PredictionWriter, UserError
 from cola_lightning.chain.checkpoint import read_chain
 from tests.helpers import tiny
 from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
@@ -47,8 +45,8 @@ class InInit(Toy):
         self.width = self.model[0].out_features
 
 
-class NeedsSetup(Toy):
-    """Needs its ``setup`` before its model can be made."""
+class Late(Toy):
+    """Needs its ``setup`` before its model can be made, and reads that before it is configured."""
 
     def setup(self, stage):
         self.width = 12
@@ -57,14 +55,12 @@ class NeedsSetup(Toy):
         assert self.width == 12
         return super().build_model()
 
-
-class InConfigureModel(Toy):
     def configure_model(self):
         self.width = self.model[0].out_features
         super().configure_model()
 
 
-@pytest.mark.parametrize("cls", [InInit, NeedsSetup, InConfigureModel])
+@pytest.mark.parametrize("cls", [InInit, Late])
 def test_a_model_that_is_asked_for_early_or_late_is_the_one_that_a_fit_makes(tmp_path, cls):
     module = fitted(tmp_path, toy(cls))
     assert module.width == 12
@@ -111,16 +107,13 @@ def test_another_model_in_the_place_of_the_one_that_was_adapted_is_refused(tmp_p
 
 
 def test_a_module_inside_another_is_refused_in_a_fit(tmp_path):
-    class Around(LightningModule):
+    class Around(Toy):
         def __init__(self):
             super().__init__()
-            self.inner, self.head = toy(), nn.Linear(6, 6)
+            self.inner = toy()
 
         def training_step(self, batch, batch_idx):
-            return mse_loss(self.head(self.inner.model(batch[0])), batch[1])
-
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters(), lr=0.01)
+            return mse_loss(self.inner.model(batch[0]), batch[1])
 
     with pytest.raises(UserError, match=r"^Toy: .*inside another"):
         trainer(tmp_path, max_epochs=1).fit(Around(), batches())
@@ -161,15 +154,6 @@ def test_what_was_trained_is_stored_also_if_it_is_frozen_since(tmp_path, options
         assert torch.equal(module.live_link().extras["self.scale"], module.scale)
 
 
-def test_what_build_model_assigns_to_the_module_stays_when_the_base_is_rebuilt(tmp_path):
-    module = fitted(tmp_path, toy(Scaled), chain={"every_n_train_steps": 5})
-    scale, before = module.scale, weights(module)
-    module.merged_model(1)
-    assert module.scale is scale
-    assert before["count"] == 10
-    assert_bit_equal(weights(module), before)
-
-
 class Headed(Toy):
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -179,17 +163,18 @@ class Headed(Toy):
         return mse_loss(self.head(self.model(batch[0])), batch[1])
 
 
-def test_what_configure_model_makes_is_made_once(tmp_path):
-    class MadeLate(Headed):
+def test_what_build_model_or_configure_model_assigns_to_the_module_is_made_once(tmp_path):
+    class MadeLate(Scaled):
         def configure_model(self):
             super().configure_model()
             self.head = nn.Linear(6, 6)
 
-    module = fitted(tmp_path, toy(MadeLate))
-    head, before = module.head, weights(module)
-    module.merged_model()
+    module = fitted(tmp_path, toy(MadeLate), chain={"every_n_train_steps": 5})
+    scale, head, before = module.scale, module.head, weights(module)
+    module.merged_model(1)
     module.load_state_dict(module.state_dict())
-    assert module.head is head
+    assert (module.scale is scale, module.head is head) == (True, True)
+    assert before["count"] == 10
     assert_bit_equal(weights(module), before)
 
 
@@ -274,79 +259,62 @@ def test_weights_only_counts(tmp_path):
 # ---------------------------------------------------------------------- arguments and hyperparameters
 
 
-@pytest.mark.parametrize(("since", "plugins"), [(timedelta(1), []), (UserString("one"), [AsyncCheckpointIO()])])
-def test_hyperparameters_are_stored_plain_or_left_out_with_one_warning(tmp_path, since, plugins, caplog):
+def test_hyperparameters_are_stored_plain_or_left_out_with_one_warning_and_a_secret_is_in_no_file(tmp_path, caplog):
     class Saving(Toy):
-        def __init__(self, where, sizes, since, rank=2):
+        def __init__(self, where, sizes, since, rank=2, token=None, pad_token="<pad>", hub=None):
             super().__init__(rank=rank, seed=0)
             self.save_hyperparameters()
             self.where = where
 
     sizes = OrderedDict(a=[1, (2.5,)])
-    module = fitted(tmp_path, Saving(tmp_path, sizes, since), plugins=plugins)
+    given = {"token": "hf_1234", "pad_token": "<end>", "hub": {"name": "a/b", "token": "hf_1234"}}
+    module = fitted(tmp_path, Saving(tmp_path, sizes, timedelta(1), **given), plugins=[AsyncCheckpointIO()])
     module.trainer.save_checkpoint(tmp_path / "again.ckpt")
     module.trainer.strategy.teardown()  # which waits for the file
     (warning,) = [record.getMessage() for record in caplog.records if "hyperparameter" in record.getMessage()]
     assert "'since'" in warning
     stored = torch.load(tmp_path / "again.ckpt", weights_only=True)["hyper_parameters"]
-    assert {name: type(value) for name, value in stored.items()} == {"where": str, "sizes": dict, "rank": int}
+    plain = {"where": str(tmp_path), "sizes": {"a": [1, (2.5,)]}, "rank": 2, "pad_token": "<end>", "hub": {"name": "a/b"}}
+    assert stored == plain
+    assert type(stored["sizes"]) is dict
+    assert b"hf_1234" not in (tmp_path / "again.ckpt").read_bytes()
+    assert "hf_1234" not in str(module.constructor_arguments)
     loaded = Saving.load_from_checkpoint(tmp_path / "again.ckpt", since=None)
-    assert (loaded.where, loaded.hparams.sizes) == (str(tmp_path), {"a": [1, [2.5]]})
+    assert (loaded.where, loaded.hparams.pad_token) == (str(tmp_path), "<end>")
     assert_bit_equal(weights(loaded), weights(module))
 
 
 @pytest.mark.parametrize("library", ["argparse", "omegaconf"])
-def test_a_configuration_comes_back_as_one(tmp_path, library):
+def test_a_configuration_comes_back_as_one_and_to_a_data_module_as_a_dict(tmp_path, library):
     class Configured(Toy):
         def __init__(self, config, dtype=None):
             super().__init__(target_modules=list(config.targets), rank=config.size.rank, seed=0)
             self.save_hyperparameters()
             self.dtype_given = dtype
 
+    class ConfiguredData(LightningDataModule):
+        def __init__(self, config):
+            super().__init__()
+            self.save_hyperparameters()
+            self.rank = config["size"]["rank"] if isinstance(config, dict) else config.size.rank
+
+        def train_dataloader(self):
+            return batches()
+
+    config = Namespace(targets=["0"], size=Namespace(rank=2), token="hf_1")
     if library == "omegaconf":
-        config = omegaconf.OmegaConf.create({"n": 2, "targets": ["0"], "size": {"rank": "${n}"}})
-    else:
-        config = Namespace(targets=["0"], size=Namespace(rank=2))
-    module = fitted(tmp_path, Configured(config, torch.bfloat16))
+        config = omegaconf.OmegaConf.create({"n": 2, "targets": ["0"], "size": {"rank": "${n}"}, "token": "hf_1"})
+    module, run = Configured(config, torch.bfloat16), trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=ConfiguredData(config))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    assert b"hf_1" not in (tmp_path / "run.ckpt").read_bytes()
     loaded = Configured.load_from_checkpoint(tmp_path / "run.ckpt")
     assert type(loaded.hparams.config) is type(config)
     assert type(loaded.hparams.config.size) is type(config.size)
     assert (loaded.hparams.config.size.rank, loaded.dtype_given) == (2, torch.bfloat16)
     assert_bit_equal(weights(loaded), weights(module))
-
-
-def test_a_data_module_comes_back_with_its_configuration_as_a_dict(tmp_path):
-    class Configured(LightningDataModule):
-        def __init__(self, config, size=1):
-            super().__init__()
-            self.save_hyperparameters()
-            self.width = config["shape"]["width"] + config["layers"][0]["n"]
-
-        def train_dataloader(self):
-            return batches()
-
-    config = omegaconf.OmegaConf.create({"n": 2, "shape": {"width": "${n}"}, "layers": [{"n": 3}], "token": "hf_1"})
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(toy(), datamodule=Configured(config))
-    run.save_checkpoint(tmp_path / "run.ckpt")
-    assert b"hf_1" not in (tmp_path / "run.ckpt").read_bytes()
-    torch.load(tmp_path / "run.ckpt", weights_only=True)
     for options in ({}, {"weights_only": False}):
-        assert Configured.load_from_checkpoint(tmp_path / "run.ckpt", **options).width == 2 + 3
-
-
-def test_a_secret_is_not_stored(tmp_path):
-    class Named(Toy):
-        def __init__(self, rank, token=None, api_key="", pad_token="<pad>", hub=None):
-            super().__init__(rank=rank, seed=0)
-            self.save_hyperparameters()
-
-    module = Named(2, token="hf_1234", api_key="hf_1234", pad_token="<end>", hub={"name": "a/b", "token": "hf_1234"})
-    fitted(tmp_path, module)
-    assert b"hf_1234" not in (tmp_path / "run.ckpt").read_bytes()
-    assert "hf_1234" not in str(module.constructor_arguments)
-    assert module.constructor_arguments["init_args"]["pad_token"] == "<end>"
-    assert_bit_equal(weights(Named.load_from_checkpoint(tmp_path / "run.ckpt")), weights(module))
+        assert ConfiguredData.load_from_checkpoint(tmp_path / "run.ckpt", **options).rank == 2
 
 
 def test_the_defaults_of_this_package_are_recorded(tmp_path):
@@ -360,72 +328,32 @@ def test_the_defaults_of_this_package_are_recorded(tmp_path):
 # ---------------------------------------------------------------------- a Trainer's uses
 
 
-def test_the_command_line_of_lightning_makes_an_optimizer(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fit.py"])
-
-    class Fed(Toy):
-        def __init__(self, rank: int = 2):
-            super().__init__(rank=rank, seed=0)
-
-        def train_dataloader(self):
-            return batches()
-
-    args = ["fit", "--optimizer=torch.optim.AdamW", "--optimizer.lr=0.001", "--optimizer.fused=true", "--trainer.max_epochs=2"]
-    args += [f"--trainer.{what}=false" for what in ("logger", "enable_checkpointing", "enable_progress_bar")]
-    with pytest.warns(UserWarning, match="will be overridden"):
-        module = LightningCLI(Fed, args=args, seed_everything_default=3, save_config_callback=None).model
-    by_hand = fitted(tmp_path, toy(rank=2, alpha=16, lr_schedule="constant"), max_epochs=2)
-    assert_bit_equal(weights(module), weights(by_hand))
-
-
-def test_the_batch_size_finder_leaves_a_run_as_it_would_be_without(tmp_path):
-    class Sized(Toy):
-        def train_dataloader(self):
-            return DataLoader(batches(6).dataset, batch_size=self.batch_size)
-
-    def fit(batch_size, *callbacks, is_tuned=False):
-        module, run = toy(Sized), trainer(tmp_path, *callbacks, max_epochs=1, chain={"every_n_train_steps": 4})
-        module.batch_size = batch_size
-        if is_tuned:
-            Tuner(run).scale_batch_size(module, max_trials=2)
-        run.fit(module)
-        assert module.batch_size == 4
-        return weights(module)
-
-    expected = fit(4)
-    assert_bit_equal(fit(2, is_tuned=True), expected)
-    assert_bit_equal(fit(2, BatchSizeFinder(max_trials=2)), expected)
-
-
-def test_a_search_for_a_learning_rate_leaves_a_run_as_it_would_be_with_that_rate(tmp_path):
+def test_a_search_for_a_batch_size_or_a_rate_leaves_a_run_as_it_would_be_with_what_was_found(tmp_path):
     class Tuned(Toy):
+        def train_dataloader(self):
+            return DataLoader(batches(20).dataset, batch_size=self.batch_size)
+
         def configure_optimizers(self):
             return AdamW(self.trained_parameters(), lr=self.lr)
 
-    def fit(rate, *callbacks, is_tuned=False):
-        module, run = toy(Tuned, dropout=0.3), trainer(tmp_path, *callbacks, max_epochs=1, chain={"every_n_train_steps": 12})
-        module.lr = rate
+    def fit(batch_size, rate, *callbacks, is_tuned=False):
+        module, run = toy(Tuned, dropout=0.3), trainer(tmp_path, *callbacks, max_epochs=1, chain={"every_n_train_steps": 8})
+        module.batch_size, module.lr = batch_size, rate
         if is_tuned:
-            Tuner(run).lr_find(module, batches(30), num_training=25)
-        run.fit(module, batches(30))
-        assert [link.end_step for link in module.chain.links] == [12, 24]
-        return weights(module), module.lr
+            Tuner(run).lr_find(module, num_training=15)
+        run.fit(module)
+        assert [link.end_step for link in module.chain.links] == [8, 16]
+        return weights(module), module.batch_size, module.lr
 
-    for found, rate in (fit(1e-5, is_tuned=True), fit(1e-5, LearningRateFinder(num_training_steps=25))):
+    searches = [fit(4, 1e-5, is_tuned=True), fit(4, 1e-5, LearningRateFinder(num_training_steps=15))]
+    searches.append(fit(2, 0.01, BatchSizeFinder(max_trials=2)))
+    for found, batch_size, rate in searches:
+        assert batch_size == 4
         assert rate != 1e-5
-        assert_bit_equal(found, fit(rate)[0])
+        assert_bit_equal(found, fit(4, rate)[0])
 
 
-def test_weights_alone_are_saved_inside_an_accumulation_window(tmp_path):
-    saving = ModelCheckpoint(tmp_path, "{step}", save_weights_only=True, save_top_k=-1)
-    arguments = {"accumulate_grad_batches": 4, "val_check_interval": 3, "max_epochs": 1, "enable_checkpointing": True}
-    trainer(tmp_path, saving, **arguments).fit(toy(ValidatedToy), batches(), batches(1))
-    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=1.ckpt", "step=2.ckpt"]
-    assert ValidatedToy.load_from_checkpoint(tmp_path / "step=1.ckpt").model[0].lora_B.any()
-
-
-def test_a_knot_keeps_a_parameter_group_that_was_added_and_the_run_is_resumed(tmp_path):
+def test_a_knot_keeps_a_parameter_group_that_was_added(tmp_path):
     class Freezing(BaseFinetuning):
         def freeze_before_training(self, module):
             self.freeze(module.head)
@@ -434,28 +362,13 @@ def test_a_knot_keeps_a_parameter_group_that_was_added_and_the_run_is_resumed(tm
             if epoch == 1:
                 self.unfreeze_and_add_param_group(module.head, optimizer, lr=0.05)
 
-        def on_fit_start(self, trainer, module):
-            super().on_fit_start(trainer, module)
-            for group in trainer.optimizers[0].param_groups:
-                for parameter in group["params"]:
-                    parameter.requires_grad_()  # Lightning leaves it frozen in a resumed fit
-
-    def fit(path, n_epochs, ckpt_path=None):
-        torch.manual_seed(0)
-        module = toy(Headed, lr_schedule="constant")
-        run = trainer(
-            path, Freezing(), LastCheckpoint(), chain={"every_n_epochs": 2}, max_epochs=n_epochs, enable_checkpointing=True
-        )
-        run.fit(module, batches(), ckpt_path=ckpt_path)
-        return module, run
-
-    whole, run = fit(tmp_path / "whole", 4)
-    assert whole.n_finished == 1
+    module = toy(Headed, lr_schedule="constant")
+    run = trainer(tmp_path, Freezing(), chain={"every_n_epochs": 2}, max_epochs=4)
+    run.fit(module, batches())
+    assert module.n_finished == 1
     assert [len(group["params"]) for group in run.optimizers[0].param_groups] == [4, 2]
     assert run.optimizers[0].param_groups[1]["lr"] == 0.05
-    fit(tmp_path / "part", 3)
-    resumed, _ = fit(tmp_path / "resumed", 4, tmp_path / "part" / "checkpoints" / "last.ckpt")
-    assert_bit_equal(weights(resumed), weights(whole))
+    assert {id(parameter) for parameter in module.head.parameters()} <= {id(parameter) for parameter in run.optimizers[0].state}
 
 
 def test_a_second_fit_draws_another_dropout_also_of_a_module_from_a_checkpoint(tmp_path):
@@ -522,21 +435,6 @@ def test_a_predict_that_fails_leaves_the_rows_so_far_beside_where_all_would_be(t
     with pytest.raises(RuntimeError, match="no memory"):
         run.predict(module, batches(4))
     assert lines_of(tmp_path / "predictions.partial.jsonl") == partial
-
-
-@pytest.mark.parametrize("again", ["fit", "validate"])
-def test_a_module_whose_validation_failed_inside_a_fit_is_used_by_another_trainer(tmp_path, again):
-    class Interrupted(Callback):
-        def on_validation_batch_start(self, trainer, *_):
-            if trainer.state.fn == "fit" and not trainer.sanity_checking:
-                raise KeyError("stopped")
-
-    module = toy(ValidatedToy)
-    with pytest.raises(KeyError, match="stopped"):
-        trainer(tmp_path, Interrupted(), max_epochs=1).fit(module, batches(), batches())
-    other = trainer(tmp_path, max_epochs=1)
-    other.validate(module, batches()) if again == "validate" else other.fit(module, batches(), batches())
-    assert "val_loss" in other.callback_metrics
 
 
 def test_weights_that_are_loaded_after_the_base_was_built_are_refused_before_the_first_step(tmp_path):

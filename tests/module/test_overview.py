@@ -4,11 +4,10 @@ import logging
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tests.helpers.resuming import Data
@@ -25,13 +24,14 @@ class Normed(Toy):
 
 
 class OneCycle(Toy):
-    """Has a schedule of its own, over ``horizon(self)`` steps."""
+    """Has a schedule of its own, over the steps of the run or those of a link."""
 
-    horizon = None
+    is_over_run = True
 
     def configure_optimizers(self):
         optimizer = AdamW(self.trained_parameters(), lr=1e-2)
-        scheduler = OneCycleLR(optimizer, 1e-2, total_steps=type(self).horizon(self))
+        steps = self.trainer.estimated_stepping_batches if self.is_over_run else self.link_steps
+        scheduler = OneCycleLR(optimizer, 1e-2, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -66,59 +66,15 @@ def test_the_block_says_what_is_trained_and_when_knots_fall_and_comes_once(tmp_p
     ]
 
 
-@pytest.mark.parametrize(("knot", "lr_schedule"), [("half", "linear"), ("half", "stable"), ("record", "linear")])
-def test_the_block_says_under_which_schedule_half_was_measured(tmp_path, caplog, knot, lr_schedule):
-    lines = lines_of_fit(tmp_path, caplog, toy(lr_schedule=lr_schedule), chain={"every_n_epochs": 1, "knot": knot})
-    (line,) = [line for line in lines if line.startswith("knots")]
-    advice = ". Knots of half were measured with model.lr_schedule stable, here it is linear"
-    assert line == f"knots ({knot}): before steps 10, 20, of 30 steps{advice * ((knot, lr_schedule) == ('half', 'linear'))}"
-
-
-class Described(LightningDataModule):
-    """Another package's, whose ``describe`` is for something else."""
-
-    def describe(self):
-        pass
-
-    def train_dataloader(self):
-        return batches()
-
-
-class Lazy(Normed):
-    """With a head whose size its first batch decides."""
-
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.head = nn.LazyLinear(2)
-
-    def training_step(self, batch, batch_idx):
-        return self.head(self.model(batch[0])).square().mean()
-
-
-@pytest.mark.filterwarnings("ignore:The total number of parameters detected may be inaccurate")  # Lightning's summary
-def test_the_block_stops_no_fit_whatever_others_modules_are_like(tmp_path, caplog):
-    lines = lines_of_fit(tmp_path, caplog, toy(Lazy), Described())
-    assert "data: 10 batches in an epoch" in lines
-    assert "parameters: 76 of 289 are trained (26.30%), and those of lazy modules" in lines
-
-
-@pytest.mark.parametrize(
-    ("horizon", "is_warned"),
-    [(lambda module: module.trainer.estimated_stepping_batches, True), (lambda module: module.link_steps, False)],
-)
-def test_a_schedule_over_the_run_is_named_where_each_link_has_its_own(tmp_path, caplog, horizon, is_warned):
-    module = toy(type("Scheduled", (OneCycle,), {"horizon": horizon}))
+@pytest.mark.parametrize("is_over_run", [True, False])
+def test_a_schedule_over_the_run_is_named_where_each_link_has_its_own(tmp_path, caplog, is_over_run):
+    module = toy(OneCycle)
+    module.is_over_run = is_over_run
     lines = lines_of_fit(tmp_path, caplog, module, chain={"every_n_epochs": 1})
-    warnings = [line for line in lines if line.startswith("WARNING")]
-    assert warnings == is_warned * [
+    assert [line for line in lines if line.startswith("WARNING")] == is_over_run * [
         "WARNING: OneCycleLR takes 30 steps, but each link has 10, and a scheduler of its own. "
         "Use self.link_steps in configure_optimizers"
     ]
-
-
-class Endless(IterableDataset):
-    def __iter__(self):
-        yield from batches().dataset
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
@@ -135,12 +91,8 @@ class Endless(IterableDataset):
             lambda: DataLoader(batches().dataset, batch_size=4, shuffle=True),
             "not exact, because a DataLoader does not store its order. EpochDataModule makes it exact",
         ),
-        (
-            lambda: DataLoader(Endless(), batch_size=4),
-            "not exact, because a DataLoader does not store its order. EpochDataModule makes it exact",
-        ),
     ],
-    ids=["epoch", "stateful", "shuffled", "iterable"],
+    ids=["epoch", "stateful", "shuffled"],
 )
 def test_the_block_says_whether_a_resume_is_exact(tmp_path, caplog, make, expected):
     limits = {"max_steps": 3, "max_epochs": 1, "limit_val_batches": 0}
@@ -148,6 +100,7 @@ def test_the_block_says_whether_a_resume_is_exact(tmp_path, caplog, make, expect
     assert f"resume: {expected}" in lines
 
 
-def test_more_knots_than_fit_are_counted_and_unknown_ones_are_said(tmp_path, caplog):
-    lines = lines_of_fit(tmp_path, caplog, toy(), chain={"every_n_train_steps": 2})
-    assert "knots (cola): before steps 2, 4, 6, 8, 10, 12, 14, 16 and 6 more, of 30 steps" in lines
+def test_more_knots_than_fit_are_counted_and_half_names_the_schedule_under_which_it_was_measured(tmp_path, caplog):
+    lines = lines_of_fit(tmp_path, caplog, toy(), chain={"every_n_train_steps": 1, "knot": "half"}, max_epochs=1)
+    knots = "knots (half): before steps 1, 2, 3, 4, 5, 6, 7, 8 and 1 more, of 10 steps"
+    assert f"{knots}. Knots of half were measured with model.lr_schedule stable, here it is linear" in lines

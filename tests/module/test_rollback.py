@@ -6,10 +6,23 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.optim import AdamW
 
-from cola_lightning import COLAModule, UserError, lora_layers
+from cola_lightning import ChainOfLoRA, COLAModule, UserError, lora_layers
+from tests.helpers.resuming import Data, Normed
 from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 ARGUMENTS = {"target_modules": "all-linear", "rank": 3, "alpha": 4, "seed": 0}
+
+
+class Watched(ValidatedToy):
+    """Writes down link and rate of each step."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.__dict__.setdefault("steps", []).append((self.trainer.global_step, self.n_finished, float(rate)))
+
+
+class WatchedNormed(Watched, Normed):
+    pass
 
 
 def make(cls=ValidatedToy, **arguments):
@@ -55,12 +68,6 @@ def test_back_to_the_best_and_on_in_one_process_equals_fresh_ones(tmp_path):
 
 @pytest.mark.parametrize("settings", ["second fit", "init_chain", "by hand"])
 def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_path, settings):
-    seen = []
-
-    class Watched(ValidatedToy):
-        def on_train_batch_start(self, batch, batch_idx):
-            seen.append((self.n_finished, self.trainer.optimizers[0].param_groups[0]["lr"]))
-
     first = second = make(Watched)
     fit(tmp_path, first, epochs=2)
     if settings == "by hand":
@@ -68,15 +75,12 @@ def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_pa
     if settings == "init_chain":
         first.full_chain().save(tmp_path / "chain")
         second = make(Watched, init_chain=str(tmp_path / "chain"))
-    seen.clear()
     run = fit(tmp_path / "more", second, epochs=2)
     base = 1 if settings == "second fit" else 2
-    links, rates = zip(*seen, strict=True)
+    _, links, rates = zip(*second.steps[-20:], strict=True)
     assert list(links) == [base] * 10 + [base + 1] * 10
     assert rates == pytest.approx([1e-2 * (1 - step % 10 / 10) for step in range(20)])
     assert [(link.start_step, link.end_step) for link in second.chain.links[base:]] == [(0, 10)]
-    moved = lora_layers(second.model)["0"].weight - make(Toy).merged_model(0)[0].weight
-    torch.testing.assert_close(moved, second.chain.delta("0"))
     if settings == "init_chain":  # which its checkpoint needs no more
         run.save_checkpoint(tmp_path / "more.ckpt")
         (tmp_path / "chain").rename(tmp_path / "elsewhere")
@@ -124,17 +128,13 @@ def test_class_arguments_and_seed_come_from_the_checkpoint(tmp_path, caplog):
     module = Seedless(20, max, target_modules="all-linear", rank=2)
     path = saved(tmp_path, module, {})
     loaded = COLAModule.load_from_checkpoint(path)
-    assert type(loaded) is Seedless
-    assert loaded.seed == module.seed
+    assert (type(loaded), loaded.seed) == (Seedless, module.seed)
     assert_bit_equal(weights(loaded), weights(module))
     assert loaded.function is len
     assert "'function'" in caplog.text  # which was no plain value, and is not given
     caplog.clear()
     assert Seedless.load_from_checkpoint(path, function=max).function is max
     assert not caplog.text
-
-
-# ---------------------------------------------------------------------- state_dict() is all that training changed
 
 
 def test_where_all_is_trained_the_values_are_enough():
@@ -152,3 +152,70 @@ def test_where_all_is_trained_the_values_are_enough():
     for other in (toy(), toy(PartlyFrozen, target_modules=None)):
         with pytest.raises(UserError):
             other.load_state_dict(changed)
+
+
+# ---------------------------------------------------------------------- a Trainer that fits once more goes on with its own run
+
+
+def fitted(folder, module, every, *epochs):
+    """Fits the module to these epochs, one after the other, by one Trainer."""
+    run = trainer(folder, chain={"every_n_epochs": every}, max_epochs=0)
+    for max_epochs in epochs:
+        run.fit_loop.max_epochs = max_epochs
+        run.fit(module, Data(batch_size=4))
+
+
+def test_a_fit_that_continues_at_a_knot_is_one_fit(tmp_path):
+    whole, module = (make(WatchedNormed, target_modules=["0"], dropout=0.2) for _ in range(2))
+    fitted(tmp_path, whole, 2, 6)
+    fitted(tmp_path, module, 2, 4, 6)
+    assert module.steps == whole.steps
+    places = [[(link.start_step, link.end_step) for link in one.chain.links] for one in (module, whole)]
+    assert places[0] == places[1]
+    assert_bit_equal(weights(module), weights(whole))
+
+
+@pytest.mark.parametrize(("lr_schedule", "kept"), [("linear", 0.5), ("constant", 0)])
+def test_a_knot_between_two_fits_is_in_the_checkpoint_that_follows_it(tmp_path, lr_schedule, kept):
+    module, resumed = (make(Watched, lr_schedule=lr_schedule, kept_optimizer_state=kept) for _ in range(2))
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(module, Data(batch_size=4))
+    module.tie_knot()
+    run.save_checkpoint(tmp_path / "knot.ckpt")
+    trainer(tmp_path, max_epochs=4).fit(resumed, Data(batch_size=4), ckpt_path=tmp_path / "knot.ckpt")
+    run.fit_loop.max_epochs = 4
+    run.fit(module, Data(batch_size=4))
+    assert resumed.steps == module.steps[16:]
+    assert_bit_equal(weights(resumed), weights(module))
+
+
+@pytest.mark.parametrize("scope", ["link", "run"])
+def test_inside_a_link_the_rate_goes_on_where_it_stood(tmp_path, scope):
+    whole, module = (make(Watched, schedule_scope=scope, warmup_steps=3) for _ in range(2))
+    fitted(tmp_path, whole, 2, 4)
+    fitted(tmp_path, module, 2, 3, 4)
+    assert [step[:2] for step in module.steps] == [step[:2] for step in whole.steps]
+    assert [step[2] for step in module.steps[24:]] == pytest.approx([step[2] for step in whole.steps[24:]])
+    assert module.live_link().start_step == 16
+
+
+def test_a_links_metrics_are_of_its_own_validations(tmp_path):
+    class Stepped(ValidatedToy):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_step", float(self.trainer.global_step))
+
+    module = make(Stepped)
+    run = trainer(tmp_path, chain={"at_steps": [12, 24]}, max_steps=27)
+    run.fit(module, batches(), batches(2))
+    assert [link.metrics.get("val_step") for link in module.chain.links] == [10, 20]
+    live = module.live_link().metrics
+    assert live.keys() == {"train_loss"}
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    assert Stepped.load_from_checkpoint(tmp_path / "run.ckpt").live_link().metrics == live
+    run.validate(module, batches(2), verbose=False)
+    assert module.live_link().metrics["val_step"] == 27
+    trainer(tmp_path, ChainOfLoRA(), max_steps=2, limit_val_batches=0).fit(module, batches(), batches(2))
+    assert module.live_link().metrics["val_step"] == 27  # which it keeps in a next fit
+    module.tie_knot()
+    assert module.chain.links[-1].metrics["val_step"] == 27
+    assert module.live_link().metrics == {}

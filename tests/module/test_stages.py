@@ -1,7 +1,6 @@
-"""Stages: a run names its links, and a stage is found, scaled, left out and measured by that name."""
+"""Stages: a run names its links, a stage is found, scaled and measured by that name, and one begins from another."""
 
 import contextlib
-import json
 import math
 import re
 import shutil
@@ -11,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import LambdaCallback
 from peft import PeftModel
+from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, COLAModule, UserError
@@ -20,10 +21,8 @@ from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import AdapterBase, concatenate, write_adapter
 from cola_lightning.cli import main
 from tests.helpers import tiny
-from tests.helpers.toy import Toy, assert_bit_equal, batches, read_csv, saved, toy, trainer
-
-# peft 0.21 asks each transformers model for it; transformers 5.24 deprecates it.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+from tests.helpers.resuming import Data
+from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, assert_near, batches, read_csv, saved, toy, trainer, weights
 
 NAMES = ["sft", "sft", "dpo"]
 RUN = ["--config", "runs/version_1/config.yaml", "--ckpt_path", "runs/version_1"]
@@ -68,11 +67,6 @@ def test_a_runs_links_have_its_name_in_every_file(tmp_path):
     for kind in ("chain", "peft"):
         loaded.export(tmp_path / kind, kind)
         assert names(read_chain(tmp_path / kind)) == NAMES
-    assert [repr(link).partition(":")[0] for link in loaded.full_chain().links] == [
-        "Link 0 (sft)",
-        "Link 1 (sft)",
-        "Link 2 (dpo)",
-    ]
     loaded.tie_knot()
     assert names(loaded.full_chain()) == [*NAMES, None]  # outside of a run there is no stage
 
@@ -119,14 +113,10 @@ def test_a_stage_is_its_links_and_those_before_them(tmp_path):
 # ---------------------------------------------------------------------- factors
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"scaling": "rslora", "alpha_pattern": {"v_proj": 3}, "rank_pattern": {"v_proj": 2}},
-        {"finished_links": "stack", "quantization": "nf4"},
-    ],
-    ids=["merge", "stack"],
-)
+OWN_SIZES = {"scaling": "rslora", "alpha_pattern": {"v_proj": 3}, "rank_pattern": {"v_proj": 2}}
+
+
+@pytest.mark.parametrize("arguments", [OWN_SIZES, {"finished_links": "stack", "quantization": "nf4"}], ids=["merge", "stack"])
 def test_a_scaled_chain_is_pefts_weighted_adapter(tmp_path, monkeypatch, arguments):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     module = language_module(tmp_path, **arguments)
@@ -138,23 +128,16 @@ def test_a_scaled_chain_is_pefts_weighted_adapter(tmp_path, monkeypatch, argumen
     weighted = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "link-0", "0")
     for k in (1, 2):
         weighted.load_adapter(tmp_path / f"link-{k}", str(k))
-    factors = {"dpo": 0.5, "0": -1.5}
     weighted.add_weighted_adapter(["0", "1", "2"], [-1.5, 1.0, 0.5], "weighted", combination_type="cat")
     weighted.set_adapter("weighted")
     expected = tiny.logits(weighted)
-    scaled = COLAModule.load_from_checkpoint(path, scale=factors)
-    assert tiny.relative_difference(tiny.logits(scaled.model), expected) <= 1e-6
-    assert tiny.relative_difference(tiny.logits(scaled.merged_model()), expected) <= 1e-6
+    scaled = COLAModule.load_from_checkpoint(path, scale={"dpo": 0.5, "0": -1.5})
+    for model in (scaled.model, scaled.merged_model()):
+        assert tiny.relative_difference(tiny.logits(model), expected) <= 1e-6
     assert tiny.relative_difference(tiny.logits(module.model), expected) > 1e-2
-
-    weighted.add_weighted_adapter(["0", "2"], [1.0, 2.0], "without", combination_type="cat")
-    weighted.set_adapter("without")
-    without = COLAModule.load_from_checkpoint(path, scale={1: 0, "dpo": 2})
+    without, first = (COLAModule.load_from_checkpoint(path, **one) for one in ({"scale": {"dpo": 0}}, {"links": "sft"}))
     assert len(without.chain) == 2
-    assert tiny.relative_difference(tiny.logits(without.model), tiny.logits(weighted)) <= 1e-6
-    for links, scale in {None: {"sft": 1, "dpo": 1}, "sft": {"dpo": 0}}.items():
-        ours, theirs = (COLAModule.load_from_checkpoint(path, **options) for options in ({"scale": scale}, {"links": links}))
-        assert tiny.relative_difference(tiny.logits(ours.model), tiny.logits(theirs.model)) <= 1e-6
+    assert tiny.relative_difference(tiny.logits(without.model), tiny.logits(first.model)) <= 1e-6
 
 
 def test_what_is_trained_whole_is_not_scaled(tmp_path):
@@ -196,11 +179,9 @@ def test_an_export_is_the_scaled_model(tmp_path, capsys):
 
 
 def test_text_is_generated_with_the_scaled_model(tmp_path, capfd):
-    path = saved(language_module(tmp_path), tmp_path)
-    words = ["generate", str(path), "--prompt", "Is the town old?", "--max_new_tokens", "8"]
-    printed = []
+    path, printed = saved(language_module(tmp_path), tmp_path), []
     for more in ([], ["--links", "sft"], ["--scale", "{dpo: 0}"]):
-        assert main([*words, *more]) == 0
+        assert main(["generate", str(path), "--prompt", "Is the town old?", "--max_new_tokens", "8", *more]) == 0
         printed.append(capfd.readouterr().out)
     assert printed[1] == printed[2] != printed[0]
 
@@ -210,11 +191,7 @@ def test_metrics_from_the_first_scaled_link_on_are_of_another_model_and_go():
     for link in chain.links:
         link.metrics["val_loss"] = 1.0
     assert [link.metrics for link in chain.scaled({1: 0.5}).links] == [{"val_loss": 1.0}, {}, {}]
-    for scale, message in (
-        ({3: 1}, "3.* sft, dpo"),
-        ({"1": math.nan}, "1 must be a finite number, got nan"),
-        ({1.5: 1}, r"1\.5"),
-    ):
+    for scale, message in (({3: 1}, "3.* sft, dpo"), ({"1": math.nan}, "1 must be a finite number, got nan")):
         with pytest.raises(UserError, match=f"^scale: .*{message}"):
             chain.scaled(scale)
 
@@ -239,12 +216,12 @@ def _folder(_two_runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "own")
 
 
-def measured(*words, command="test"):
+def measured(*words):
     """The metrics that a test of the second run writes."""
     before = set(Path().rglob("metrics.csv"))
-    assert main([command, *RUN, *words]) == 0
+    assert main(["test", *RUN, *words]) == 0
     (path,) = set(Path().rglob("metrics.csv")) - before
-    return [{name: row[name] for name in row if name.startswith(("test_", "val_"))} for row in read_csv(path)], path.parent
+    return [{name: row[name] for name in row if name.startswith("test_")} for row in read_csv(path)], path.parent
 
 
 @pytest.mark.usefixtures("_folder")
@@ -255,7 +232,10 @@ def test_a_table_shows_what_each_link_did_to_the_data(capfd):
     assert [(row["links"], row["stage"]) for row in table] == [("0", "base"), ("1", "sft"), ("2", "sft"), ("3", "dpo")]
     assert [{name: row[name] for name in rows[0]} for row in table] == rows
     assert measured("--links", "sft")[0] == [rows[2]]  # to the last digit
-    assert len({row["test_loss"] for row in rows}) == 4
+    (halved,), _ = measured("--scale", "{dpo: 0.5}")
+    assert len({row["test_loss"] for row in [*rows, halved]}) == 4 + 1
+    config = yaml.safe_load(max(Path().rglob("test/*/config.yaml")).read_text())
+    assert config["scale"] is config["links"] is None  # else a later command with this file would scale its own checkpoint
     lines = [line.split() for line in out.splitlines()]
     header = lines.index([name.removeprefix("test_") for name in table[0]])
     assert [line[:2] for line in lines[header + 2 : header + 6]] == [["0", "base"], ["1", "sft"], ["2", "sft"], ["3", "dpo"]]
@@ -263,43 +243,12 @@ def test_a_table_shows_what_each_link_did_to_the_data(capfd):
 
 
 @pytest.mark.usefixtures("_folder")
-def test_a_validation_by_stage_and_scaled():
-    rows, folder = measured("--links", "all", command="validate")
-    assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in read_csv(folder / "links.csv")]
-    halved, _ = measured("--scale", "{dpo: 0.5}", command="validate")
-    assert len({row["val_loss"] for row in [*rows, *halved]}) == 4 + 1
-    saved = yaml.safe_load(max(Path().rglob("validate/*/config.yaml")).read_text())
-    assert saved["scale"] is saved["links"] is None  # else a later command with this file would scale its own checkpoint
-
-
-@pytest.mark.usefixtures("_folder")
-def test_inspect_shows_the_stages(capsys):
-    assert main(["inspect", "runs/version_1"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[1] for line in lines if line and line[0] in ("0", "1", "2")] == NAMES
-    assert main(["inspect", "runs/version_1", "--links", "sft", "--json"]) == 0
-    assert [link["name"] for link in json.loads(capsys.readouterr().out)] == NAMES[:2]
-
-
-@pytest.mark.usefixtures("_folder")
-def test_a_run_whose_configuration_has_no_name_is_resumed():
-    path = Path("runs/version_1/config.yaml")
-    shutil.rmtree("runs/version_0")
-    config = yaml.safe_load(path.read_text())
-    del config["chain"]["name"], config["model"]["init_args"]["init_chain"]
-    path.write_text(yaml.safe_dump(config))
-    assert main(["fit", "--config", str(path), "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
-
-
-@pytest.mark.usefixtures("_folder")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["test", *RUN, "--links", "pdo"], "links: .*'pdo'.* sft, dpo"),
-        (["predict", *RUN, "--links", "all"], "links: .*'all'"),
         (["test", *RUN, "--scale", "{pdo: 1}"], "scale: .*'pdo'.* sft, dpo"),
         (["test", *RUN[:2], "--scale", "{dpo: 1}"], "links, scale: .*--ckpt_path"),
-        (["test", *RUN, "--links", "all", "--scale", "{dpo: 1}"], "links, scale: "),
     ],
 )
 def test_a_mistake_is_one_line(words, message, capfd):
@@ -308,3 +257,80 @@ def test_a_mistake_is_one_line(words, message, capfd):
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.match(f"error: {message}", line), line
     assert sorted(Path().rglob("*")) == before
+
+
+# ---------------------------------------------------------------------- the last link of the stage before
+
+KEPT = {"cola": None, "half": 0.5, "record": 1.0}  # of B
+
+
+def make(**arguments):
+    return toy(ValidatedToy, **{"optimizer": lambda p: AdamW(p, lr=1e-2), "rank": 2} | arguments)
+
+
+def fit(folder, module, steps, *, at=None, ckpt_path=None, **chain):
+    """With checkpoints of every step."""
+
+    def save(run, *_):
+        run.save_checkpoint(folder / f"{run.global_step}.ckpt")
+
+    run = trainer(folder, LambdaCallback(on_train_batch_end=save), chain={"at_steps": at, **chain}, max_steps=steps)
+    run.fit(module, Data(batch_size=4), ckpt_path=ckpt_path)
+    return module
+
+
+@pytest.mark.parametrize(("knot", "finished_links"), [("cola", "stack"), ("half", "merge"), ("record", "stack")])
+def test_a_stage_begins_with_a_knot_and_resumes(tmp_path, finished_links, knot):
+    """Its knots inside are of another kind."""
+    options, ((x, _),) = {"finished_links": finished_links}, batches(1)
+    first = fit(tmp_path / "sft", make(**options), 7, at=[4], name="sft")
+    live = first.live_link()
+    options |= {"init_chain": str(tmp_path / "sft" / "7.ckpt"), "init_knot": knot}
+    begun = make(**options)
+    begun.configure_model()
+    assert_near(begun(x), first(x), 1e-6)
+    assert [link.share for link in begun.chain.links] == [1.0, 1.0 - (KEPT[knot] or 0.0)]
+    assert begun.adapted.is_at_knot
+    for name, layer in begun.adapted.layers.items():
+        lora_A, lora_B = live.factors[name]
+        assert torch.equal(layer.lora_A, lora_A) is (knot != "cola")
+        assert torch.equal(layer.lora_B, lora_B * (KEPT[knot] or 0))
+
+    inside = {"at": [4], "name": "dpo", "knot": "record"}
+    second = fit(tmp_path / "dpo", make(**options), 8, **inside)
+    assert second.link_names == ["sft", "sft", "dpo", "dpo"]
+    assert not second.adapted.is_at_knot
+    assert_bit_equal(weights(second.merged_model("sft")), weights(first.merged_model()))
+    with second.at("sft") as model:
+        assert_near(model(x), first(x), 1e-6)
+    resumed = fit(tmp_path / "resumed", make(**options), 8, **inside, ckpt_path=tmp_path / "dpo" / "4.ckpt")  # at a knot
+    assert_bit_equal(weights(resumed), weights(second))
+    assert second.chain.is_beginning_of(resumed.chain)
+    assert resumed.link_names == second.link_names
+    for links in (2, 3):
+        loaded = ValidatedToy.load_from_checkpoint(tmp_path / "dpo" / "8.ckpt", links=links)
+        assert_bit_equal(weights(loaded.merged_model()), weights(second.merged_model(links)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 1}, r"^model\.init_knot: with half, .* 2 and 4, got 1 and 4$"),
+        ({"trained_factors": "random"}, r"^chain\.knot: half "),
+        ({"alpha_pattern": {"0": 3}}, r"^model\.rank_pattern, model\.alpha_pattern, model\.scaling: "),
+    ],
+)
+def test_another_rank_or_alpha_cannot_go_on(tmp_path, arguments, message):
+    fit(tmp_path, make(), 2)
+    with pytest.raises(UserError, match=message):
+        make(init_chain=str(tmp_path / "2.ckpt"), init_knot="half", **arguments).configure_model()
+
+
+def test_it_is_an_option_of_the_first_chain(tmp_path):
+    with pytest.raises(UserError, match=r"^model\.init_knot: needs model\.init_chain$"):
+        COLACausalLM("any", init_knot="record")
+    fit(tmp_path, make(), 2)
+    options = {"init_chain": str(tmp_path / "2.ckpt"), "target_modules": "all-linear"}
+    fit(tmp_path / "run", make(**options), 1)
+    with pytest.raises(UserError, match=r"^model\.init_chain: must be "):
+        fit(tmp_path, make(**options, init_knot="record"), 2, ckpt_path=tmp_path / "run" / "1.ckpt")
