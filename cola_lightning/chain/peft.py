@@ -98,10 +98,10 @@ def out_proj_updates() -> float:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    attention = nn.MultiheadAttention(1, 1, bias=False)
     config = LoraConfig(r=1, lora_alpha=1, target_modules=["attention"])
-    model: Any = inject_adapter_in_model(config, nn.ModuleDict({"attention": attention}))
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # what a script draws next does not depend on this
+        attention = nn.MultiheadAttention(1, 1, bias=False)
+        model: Any = inject_adapter_in_model(config, nn.ModuleDict({"attention": attention}))
         for name, value in model.named_parameters():
             value.fill_(float(name.endswith("in_proj_weight") or ".out_proj.lora_" in name))
         x = torch.ones(1, 1, 1)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cola_lightning import LoRAConfig, UserError, inject_lora, lora_layers, strip_lora
 from cola_lightning.chain.checkpoint import read_chain
-from cola_lightning.chain.peft import as_peft_weights, read_adapter
+from cola_lightning.chain.peft import as_peft_weights, out_proj_updates, read_adapter
 from cola_lightning.export.adapter import FUSED_OFF
 from cola_lightning.module.overview import frozen_kinds
 from tests.helpers.toy import Toy, assert_bit_equal, assert_near, difference, toy, trainer, with_trained_link
@@ -267,7 +267,10 @@ def test_pefts_adapter_is_one_link_that_computes_the_same(tmp_path):
     patterns = {"use_rslora": True, "alpha_pattern": {"1.self_attn": 9}, "rank_pattern": {"1.self_attn": 4}}
     theirs = with_adapter(encoder(), tmp_path / "peft", target_modules=["self_attn", "linear1"], **patterns)
     x = torch.randn(3, 5, 8)
+    out_proj_updates.cache_clear()
+    state = torch.get_rng_state()
     (link,) = read_adapter(tmp_path / "peft").links
+    assert torch.equal(torch.get_rng_state(), state)  # also where the installed PEFT was looked at
     ours = encoder()
     inject_lora(ours, LoRAConfig(["self_attn", "linear1"], rank=link.rank, alpha=link.alpha))
     layers = lora_layers(ours)
