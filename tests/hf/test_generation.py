@@ -208,46 +208,43 @@ def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_t
         assert (row["prediction"], row["target"]) == (TOLD[question], ANSWERS[question])
 
 
-@pytest.mark.parametrize("generate_rows", [3, pytest.param(None, marks=pytest.mark.slow)])
-def test_a_fit_generates_some_answers_by_which_a_checkpoint_can_be_chosen(tmp_path, generate_rows):
-    rows = tiny.write_rows(tmp_path / "squad", SQUAD)
-    squad = PromptDataModule("SQuAD", rows, train_size=1, val_size=4, test_size=5, batch_size=2, generate_rows=generate_rows)
-    module = Told(
-        tiny.folder(tmp_path / "model", "opt"), target_modules=["q_proj"], rank=2, seed=0, generate_in_validation=True
-    )
+def test_a_fit_generates_some_answers_by_which_a_checkpoint_can_be_chosen(tmp_path):
+    sizes = {"train_size": 1, "val_size": 4, "test_size": 5, "batch_size": 2, "generate_rows": 3}
+    squad = PromptDataModule("SQuAD", tiny.write_rows(tmp_path / "squad", SQUAD), **sizes)
+    name = tiny.folder(tmp_path / "model", "opt")
+    module = Told(name, target_modules=["q_proj"], rank=2, seed=0, generate_in_validation=True)
     best = ModelCheckpoint(tmp_path / "best", monitor="val_f1", mode="max")
     run = trainer(tmp_path, best, max_epochs=1, enable_checkpointing=True)
     run.fit(module, datamodule=squad)
     requested = [prompt for batch in squad.val_dataloader() for prompt in batch["prompt"][: len(batch["references"])]]
-    assert len(requested) == (generate_rows or 4)
+    assert len(requested) == 3
     assert best.best_model_score == pytest.approx(sum(F1[question_of(prompt)] for prompt in requested) / len(requested))
     losses = float(run.callback_metrics["val_loss"]), run.validate(module, datamodule=squad, verbose=False)[0]["val_loss"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("chat", [CHAT, None])
-def test_predict_writes_responses_that_follow_from_the_seed(tmp_path, chat):
+def test_predict_writes_responses_that_follow_from_the_seed(tmp_path):
     rows = [{"prompt": f"Is town {k} old? " * (k + 1), "response": "Yes"} for k in range(3)] + [{"prompt": "Is it?"}]
     tiny.write_rows(tmp_path, rows, ["validation"])
     name = tiny.folder(tmp_path / "model", "llama", max_position_embeddings=128)
 
-    def predicted(seed=0, **options):
+    def predicted(chat=None, seed=0, **options):
         module = COLACausalLM(name, target_modules=["q_proj"], rank=2, seed=seed)
         module.tokenizer.chat_template = chat
         data = TextDataModule(str(tmp_path), batch_size=2, max_new_tokens=6, **options)
         trainer(tmp_path, PredictionWriter()).predict(module, datamodule=data, return_predictions=False)
         return module, tiny.read_rows(tmp_path / "predictions.jsonl")
 
-    module, greedy = predicted()
-    for k, (found, row) in enumerate(zip(greedy, rows, strict=True)):
-        prompt = f"[user]{row['prompt']}</s>[assistant]" if chat else f"<s>{row['prompt'].rstrip()}"
-        text, _ = plain(module, prompt, 6, add_special_tokens=False)
-        expected = {"index": k, "prediction": text, "target": row.get("response"), "prompt": row["prompt"]}
-        assert found == {**expected, "response": row.get("response")}
-    _, sampled = predicted(do_sample=True)
-    assert sampled == predicted(do_sample=True)[1]
-    assert [row["prediction"] for row in sampled] != [row["prediction"] for row in greedy]
-    assert sampled != predicted(1, do_sample=True)[1]
+    for chat in (CHAT, None):
+        module, greedy = predicted(chat)
+        for k, (found, row) in enumerate(zip(greedy, rows, strict=True)):
+            prompt = f"[user]{row['prompt']}</s>[assistant]" if chat else f"<s>{row['prompt'].rstrip()}"
+            text, _ = plain(module, prompt, 6, add_special_tokens=False)
+            expected = {"index": k, "prediction": text, "target": row.get("response"), "prompt": row["prompt"]}
+            assert found == {**expected, "response": row.get("response")}
+    (_, sampled), (_, again), (_, other) = (predicted(seed=seed, do_sample=True) for seed in (0, 0, 1))
+    assert sampled == again
+    assert sampled not in (greedy, other)
 
 
 @pytest.mark.parametrize("kind", ["text", "template", "classes"])

@@ -71,42 +71,29 @@ def by_hand(loss, chosen, rejected, sizes, references, beta, smoothing, gamma):
     return (-beta * torch.log(torch.sigmoid(torch.log(odds[0] / odds[1])))).mean() - chosen.sum() / sizes[0].sum()
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize(("loss", "smoothing"), [("sigmoid", 0.1), ("ipo", 0), ("simpo", 0.1), ("orpo", 0)])
-def test_losses_and_gradients_are_the_papers_formulas(tmp_path, loss, chunked, smoothing, monkeypatch):
+SAVED_HEAD = {"modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}}
+
+
+@pytest.mark.parametrize(
+    ("loss", "smoothing", "options"), [("sigmoid", 0.1, {}), ("ipo", 0, {}), ("simpo", 0.1, {}), ("orpo", 0, SAVED_HEAD)]
+)
+def test_losses_and_gradients_are_the_papers_formulas_also_in_chunks(tmp_path, loss, smoothing, options, monkeypatch):
     monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 3)  # three tokens
-    options = {"beta": 0.3, "label_smoothing": smoothing, "simpo_gamma": 0.7, "chunked_loss": chunked}
+    options = {"beta": 0.3, "label_smoothing": smoothing, "simpo_gamma": 0.7} | options
     module = tiny.with_live_link(preference_lm(tmp_path, loss=loss, **options))
     rows = random_pairs()
-    output = module.step(pair_batch(rows))
-    sums, sizes = log_probabilities(module.model, rows)
     with torch.no_grad():
         references, _ = log_probabilities(module.merged_model(0), rows)
-    expected = by_hand(loss, *sums.split(4), sizes.split(4), references.split(4), 0.3, smoothing, 0.7)
-    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert output.size == 4
-    tiny.assert_same_gradients(module, output.loss, expected)
-
-
-def test_the_loss_of_the_chosen_responses_is_added(module):
-    rows = random_pairs()
-    without = module.step(pair_batch(rows)).loss
+    for module.chunked_loss in (False, True):
+        sums, sizes = log_probabilities(module.model, rows)
+        expected = by_hand(loss, *sums.split(4), sizes.split(4), references.split(4), 0.3, smoothing, 0.7)
+        output = module.step(pair_batch(rows))
+        assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert output.size == 4
+        tiny.assert_same_gradients(module, output.loss, expected)
     module.sft_weight = 0.5
-    sums, sizes = log_probabilities(module.model, rows)
-    expected = without - 0.5 * sums[:4].sum() / sizes[:4].sum()
-    assert module.step(pair_batch(rows)).loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_a_trained_head_has_its_gradient_in_chunks_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 3)
-    options = {"modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings": False}}
-    whole, chunked = (tiny.with_live_link(preference_lm(tmp_path, chunked_loss=way, **options)) for way in (False, True))
-    gradients = []
-    for module in (whole, chunked):
-        module.step(pair_batch(random_pairs())).loss.backward()
-        gradients.append(module.model.lm_head.weight.grad)
-    assert gradients[0].norm() > 0
-    assert torch.allclose(*gradients, atol=1e-6)
+    of_chosen = -sums[:4].sum() / sizes[:4].sum()
+    assert module.step(pair_batch(rows)).loss.item() == pytest.approx((expected + 0.5 * of_chosen).item(), rel=1e-5)
 
 
 def test_what_is_logged_has_trls_names_and_meanings(module):
@@ -128,7 +115,7 @@ def test_what_is_logged_has_trls_names_and_meanings(module):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL's own default, gradient_checkpointing
 @pytest.mark.parametrize("loss", ["sigmoid", pytest.param("ipo", marks=pytest.mark.slow)])
-def test_eight_steps_have_the_losses_and_gradients_of_trls_trainer(tmp_path, loss):
+def test_steps_have_the_losses_and_gradients_of_trls_trainer(tmp_path, loss):
     trl, peft, datasets = (pytest.importorskip(name) for name in ("trl", "peft", "datasets"))
     import transformers
 
@@ -261,18 +248,23 @@ def collate_only(rows):
     return {name: value for name, value in pair_batch(rows).items() if name != "n_pairs"}
 
 
-def test_a_run_starts_from_the_links_of_its_first_chain(tmp_path):
+@pytest.mark.parametrize("reference", ["start", "sft"])
+def test_a_run_starts_from_the_links_of_its_first_chain_which_a_stage_names(tmp_path, reference):
     first = tiny.with_live_link(preference_lm(tmp_path))
+    first.current.name = "sft"
     first.full_chain().save(tmp_path / "chain")
-    module = preference_lm(tmp_path, init_chain=str(tmp_path / "chain"))
+    module = preference_lm(tmp_path, init_chain=str(tmp_path / "chain"), reference=reference)
     module.configure_model()
-    assert (module.n_finished, module.reference_links) == (1, 1)
+    assert module.n_finished == 1
     assert module.step(pair_batch(random_pairs())).loss.item() == LOG_2
     run = fit(module, tmp_path)
     run.save_checkpoint(tmp_path / "last.ckpt")
     again = COLAPreferenceLM.load_from_checkpoint(tmp_path / "last.ckpt")
-    assert (again.n_finished, again.reference_links) == (1, 1)
+    assert again.n_finished == 1
     assert again.step(pair_batch(random_pairs())).loss.item() != LOG_2
+    with again.at(again.reference_links) as model:
+        mine = tiny.logits(model)
+    assert (mine - tiny.logits(again.merged_model(1))).abs().max() < 1e-5
 
 
 def test_a_model_that_is_taken_back_before_its_start_is_its_own_reference(tmp_path):
@@ -280,19 +272,6 @@ def test_a_model_that_is_taken_back_before_its_start_is_its_own_reference(tmp_pa
     module.configure_model()
     module.fit_progress.first_link = 2
     assert module.step(pair_batch(random_pairs())).loss.item() == LOG_2
-
-
-def test_a_stage_is_a_reference(tmp_path):
-    first = preference_lm(tmp_path)
-    fit(first, tmp_path, chain={"name": "sft"})
-    first.full_chain().save(tmp_path / "chain")
-    module = preference_lm(tmp_path, init_chain=str(tmp_path / "chain"), reference="sft")
-    module.configure_model()
-    assert module.step(pair_batch(random_pairs())).loss.item() == LOG_2
-    tiny.with_live_link(module)
-    with module.at("sft") as model:
-        mine = tiny.logits(model)
-    assert (mine - tiny.logits(module.merged_model(1))).abs().max() < 1e-5
 
 
 def test_a_loaded_model_is_the_start_of_the_next_run(tmp_path):
@@ -316,11 +295,18 @@ def first_losses(module, folder, **options):
     return losses
 
 
-@pytest.mark.parametrize("reference", [1, "dpo"])
-def test_a_reference_that_is_the_trained_link_is_refused(tmp_path, reference):
-    """Its loss would be log 2 in every step."""
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (1, r"model\.reference: .* is being trained"),  # whose loss would be log 2 in every step
+        ("dpo", r"model\.reference: .* is being trained"),
+        (3, "links: must be between 0 and 1"),
+        ("sfd", "no stage or link 'sfd'"),
+    ],
+)
+def test_a_reference_that_is_trained_or_not_there_is_refused(tmp_path, reference, message):
     module = preference_lm(tmp_path, reference=reference)
-    with pytest.raises(UserError, match=r"model\.reference: .* is being trained"):
+    with pytest.raises(UserError, match=message):
         fit(module, tmp_path, chain={"name": "dpo"})
 
 
@@ -343,7 +329,6 @@ def test_a_run_logs_rewards_and_learns(tmp_path):
         ({"loss": "kto"}, "model.loss: must be sigmoid or ipo or simpo or orpo, got 'kto'"),
         ({"beta": 0}, "model.beta: must be above 0, got 0"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: must be 0 unless the loss is sigmoid or simpo"),
-        ({"loss": "orpo", "label_smoothing": 0.1}, "label_smoothing: must be 0 unless the loss is sigmoid or simpo"),
         ({"sft_weight": -1}, "model.sft_weight: must be at least 0, got -1"),
         ({"reference": -1}, "model.reference: must be start, link, a number of links, or a stage, got -1"),
         ({"target_modules": None}, "model.target_modules: sigmoid needs links"),
@@ -357,13 +342,6 @@ def test_values_that_no_run_can_have_are_refused(tmp_path, options, message):
 def test_rows_that_are_no_pairs_are_refused(module):
     with pytest.raises(UserError, match="pairs of a chosen and a rejected response"):
         module.step(collate_only(random_pairs()))
-
-
-@pytest.mark.parametrize(("reference", "message"), [(3, "links: must be between 0 and 1"), ("sfd", "no stage or link 'sfd'")])
-def test_a_reference_that_is_not_there_is_refused(tmp_path, reference, message):
-    module = preference_lm(tmp_path, reference=reference)
-    with pytest.raises(UserError, match=message):
-        fit(module, tmp_path)
 
 
 def test_a_run_without_a_reference_trains_every_parameter(tmp_path):

@@ -36,7 +36,7 @@ def models(tmp_path_factory):
     return {name: tiny.with_live_link(tiny.causal_lm(folder, name, changes=changes)).eval() for name in ("opt", "gpt2")}
 
 
-@pytest.mark.parametrize(("architecture", "task"), [*(("opt", task) for task in CHOICES), ("gpt2", "MultiRC")])
+@pytest.mark.parametrize(("architecture", "task"), [("opt", "SST2"), ("opt", "COPA"), ("opt", "ReCoRD"), ("gpt2", "MultiRC")])
 def test_scores_on_tiny_models_are_those_of_one_option_at_a_time(models, architecture, task):
     check_scores(models[architecture], task, 2)
 
