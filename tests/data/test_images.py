@@ -158,10 +158,9 @@ def as_parquet(path):
 
 def as_polars(path):
     """As polars and pandas with pyarrow's strings write it: the paths are large strings."""
-    columns = pd.read_csv(listed(path)).to_dict("list")
-    pq.write_table(
-        pa.table({name: pa.array(values, pa.large_string()) for name, values in columns.items()}), path / "rows.parquet"
-    )
+    rows = pd.read_csv(listed(path))
+    large = pa.schema([(name, pa.large_string()) for name in rows.columns])
+    pq.write_table(pa.Table.from_pandas(rows, large), path / "rows.parquet")
     return path / "rows.parquet"
 
 
