@@ -32,26 +32,19 @@ ROWS = [
     {
         "sentence": f"film number {k} is {'old ' * (7 * k % 11)}",
         "label": k % 2,
-        "title": "T",
-        "context": "It is old. " * (k % 3),
         "question": f"Who is {k}?",
-        "answers": {"text": [f"Al {k}"]},
         "messages": [{"role": "user", "content": f"Who is {k}?"}, {"role": "assistant", "content": "Al " * (1 + k % 5)}],
     }
     for k in range(46)
 ]
-SIZES = {"train_size": 23, "val_size": 23, "test_size": 23}
 MODULES = {
-    "SST2": lambda source, **settings: PromptDataModule("SST2", source, **settings),
-    "SQuAD": lambda source, **settings: PromptDataModule("SQuAD", source, **settings),
+    "task": lambda source, **settings: PromptDataModule("SST2", source, **{"val_size": 23, "test_size": 23} | settings),
     "answer": lambda source, **settings: TemplateDataModule(source, prompt="{sentence}?", answer="question", **settings),
-    "text": lambda source, **settings: TextDataModule(source, columns={"text": "sentence"}, **settings),
     "conversations": lambda source, **settings: TextDataModule(source, columns={"messages": "messages"}, **settings),
     "classifier": lambda source, **settings: TextClassificationDataModule(
         source, text_fields=["sentence", "question"], **settings
     ),
 }
-PAPERS = ("SST2", "SQuAD")
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +59,9 @@ def make(request, source):
     """Makes a data module that has been set up."""
 
     def make(*stages, **options):
-        sizes = SIZES if request.param in PAPERS else {"train_size": 23}
-        data = MODULES[request.param](source, **{"batch_size": 4, "max_length": 130} | sizes | options)
-        tokenizer = tiny.chat_tokenizer(tiny.CHAT)
-        return tiny.set_up(data, tokenizer, *stages)
+        data = MODULES[request.param](source, **{"batch_size": 4, "max_length": 130, "train_size": 23} | options)
+        return tiny.set_up(data, tiny.chat_tokenizer(tiny.CHAT), *stages)
 
-    make.name = request.param
     return make
 
 
@@ -96,11 +86,12 @@ def test_each_row_is_in_one_batch_with_its_tokens_and_labels(make):
         assert len(batches) == 6
         assert sorted(tokens_of(batches)) == sorted(ids for row in rows for ids in tokens_of_row(row))
         if isinstance(rows[0], dict) and "spans" in rows[0]:
-            masks = [mask.bool() for batch in batches for mask in batch["attention_mask"]]
-            labels = [some for batch in batches for some in batch["labels"]]
-            found = [tuple(some[mask].tolist()) for some, mask in zip(labels, masks, strict=True)]
-            assert all((some[~mask] == -100).all() for some, mask in zip(labels, masks, strict=True))
-            assert sorted(found) == sorted(tuple(labels_of(row)) for row in rows)
+            found = []
+            for batch in batches:
+                for labels, mask in zip(batch["labels"], batch["attention_mask"].bool(), strict=True):
+                    assert (labels[~mask] == -100).all()
+                    found.append(labels[mask].tolist())
+            assert sorted(found) == sorted(labels_of(row) for row in rows)
 
 
 def test_a_worker_process_collates_the_same_batches_without_the_trainer(make):
@@ -283,40 +274,39 @@ RECORD = {"passage": "Al met Di.", "query": "@placeholder left", "entities": ["D
 TWICE = {"entities": ["Al", "Al"]}
 
 
-def drawn(tmp_path, changed):
-    """Parts of ReCoRD, of whose rows some are changed: ``changed`` takes the places of training, validation and other rows."""
-    rows = [RECORD | {"passage": f"Al met Di {k} times."} for k in range(400)]
+def drawn(tmp_path, change, n_train, n_val):
+    """Parts of ReCoRD, some of whose rows are changed: so many of training and validation, and all that are not drawn."""
+    rows = [RECORD | {"passage": f"Al met Di {k} times."} for k in range(200)]
 
     def part_of(folder, rows):
         tiny.write_rows(tmp_path / folder, rows[:1], ["validation"])
         source = tiny.write_rows(tmp_path / folder, rows, ["train"])
-        return attach(PromptDataModule("ReCoRD", source, train_size=200, val_size=100))
+        return attach(PromptDataModule("ReCoRD", source, train_size=100, val_size=50))
 
     plain = part_of("plain", rows)
     plain.setup("fit")
     train, val = ([int(row.example.place.split()[-4]) for row in part] for part in (plain.train, plain.val))
-    changes = changed(train, val, sorted({*range(400)} - {*train, *val}))
-    own = part_of("own", [row | changes.get(k, {}) for k, row in enumerate(rows)])
-    used = [[k for k in places if k not in changes] for places in (train, val)]
-    return own, [[f"{rows[k]['passage']}\n-" for k in places] for places in used]
+    changed = {*train[5 : 5 + n_train], *val[3 : 3 + n_val]} | ({*range(200)} - {*train, *val})
+    own = part_of("own", [row | (change if k in changed else {}) for k, row in enumerate(rows)])
+    return own, [[f"{rows[k]['passage']}\n-" for k in places if k not in changed] for places in (train, val)]
 
 
 @pytest.mark.parametrize("change", [TWICE, {"query": "@placeholder left " * 40}, {"query": None}, {"answers": ["Bo"]}])
 def test_a_drawn_row_that_cannot_be_used_is_skipped_and_counted_and_another_is_not_judged(tmp_path, caplog, change):
     caplog.set_level("INFO", "cola_lightning")
-    data, expected = drawn(tmp_path, lambda train, val, others: dict.fromkeys([*train[5:7], val[3], *others], change))
+    data, expected = drawn(tmp_path, change, 2, 1)
     data.setup("fit")
     assert [prompts_of(part) for part in (data.train, data.val)] == expected
     log_lines = [line for line in caplog.messages if " skipped (" in line]
-    assert [line.partition(" skipped")[0] for line in log_lines] == ["validation: 100 rows: 1", "training: 200 rows: 2"]
+    assert [line.partition(" skipped")[0] for line in log_lines] == ["validation: 50 rows: 1", "training: 100 rows: 2"]
     assert all("train, row " in line for line in log_lines)
 
 
 def test_more_than_a_share_of_all_rows_is_an_error_and_of_one_part_alone_is_not(tmp_path):
-    data, _ = drawn(tmp_path, lambda train, val, _: dict.fromkeys(val[:6], TWICE))
-    data.setup("fit")  # 6 of 100, and of 300 together
+    data, _ = drawn(tmp_path, TWICE, 0, 3)
+    data.setup("fit")  # 3 of 50, and of 150 together
     data.max_skipped = 0.019
-    with pytest.raises(UserError, match=r"6 of 300 rows cannot be used, more than data.max_skipped 0.019 allows \(two options"):
+    with pytest.raises(UserError, match=r"3 of 150 rows cannot be used, more than data.max_skipped 0.019 allows \(two options"):
         data.setup("fit")
 
 
@@ -348,13 +338,7 @@ def test_rows_without_a_label_or_an_answer_are_predicted_and_nothing_else(tmp_pa
         assert list(data.collate(data.test)["prompt"]) == prompts_of(data.test)
 
 
-def test_a_labelled_row_without_a_text_is_refused(tmp_path):
-    data = attach(TextClassificationDataModule(tiny.write_rows(tmp_path, [{"sentence": "", "label": 0}])), "gpt2")
-    with pytest.raises(UserError, match=r"no text: .*, row 0"):
-        data.setup("test")
-
-
-def test_labelled_pairs_are_cut_on_the_right_whatever_the_tokenizers_side(tmp_path):
+def test_labelled_texts_are_cut_on_the_right_whatever_the_tokenizers_side_and_none_is_empty(tmp_path):
     rows = [{"premise": "It was old." * (k + 1), "hypothesis": "It was.", "label": k % 2} for k in range(4)]
     source, texts = tiny.write_rows(tmp_path, rows), [[row[name] for row in rows] for name in ("premise", "hypothesis")]
     data = attach(TextClassificationDataModule(source, max_length=12))
@@ -366,3 +350,6 @@ def test_labelled_pairs_are_cut_on_the_right_whatever_the_tokenizers_side(tmp_pa
     for arguments in ({"text_fields": "sentence"}, {"label_field": "gold"}):
         with pytest.raises(UserError, match=rf"data\.{next(iter(arguments))}: .* the columns premise, hypothesis, label"):
             attach(TextClassificationDataModule(source, **arguments)).setup("fit")
+    empty = attach(TextClassificationDataModule(tiny.write_rows(tmp_path, [{"sentence": "", "label": 0}])), "gpt2")
+    with pytest.raises(UserError, match=r"no text: .*, row 0"):
+        empty.setup("test")
