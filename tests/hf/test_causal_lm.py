@@ -1,8 +1,11 @@
 """Option scores, losses and gradients against a plain forward, and what a run does with them."""
 
+import functools
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from cola_lightning import PredictionWriter, TextDataModule, UserError
 from cola_lightning.data.encoding import Pair, collate_language, encode_responses, encode_texts, labels_of
@@ -127,15 +130,11 @@ def test_the_language_loss_is_hugging_faces_on_whichever_side_a_batch_is_padded(
     rows = responses(module, pairs)
     if loss_on == "all":  # the first token of a row, too, which follows on padding in a batch
         rows = [row | {"spans": [0, len(row["input_ids"])]} for row in rows]
-    assert len({len(row["input_ids"]) for row in rows}) == 3
-    pad, length = module.tokenizer.pad_token_id, max(len(row["input_ids"]) for row in rows)
-
-    def on_the_right(values, value):
-        return torch.tensor([one + [value] * (length - len(one)) for one in values])
-
-    ids, labels = [row["input_ids"] for row in rows], [labels_of(row) for row in rows]
-    right = {"input_ids": on_the_right(ids, pad), "labels": on_the_right(labels, -100)}
-    right["attention_mask"] = on_the_right([[1] * len(one) for one in ids], 0)
+    ids, labels = ([torch.tensor(one(row)) for row in rows] for one in (lambda row: row["input_ids"], labels_of))
+    assert len({len(one) for one in ids}) == 3
+    pad = module.tokenizer.pad_token_id
+    right = {"input_ids": pad_sequence(ids, True, pad), "labels": pad_sequence(labels, True, -100)}
+    right["attention_mask"] = pad_sequence([torch.ones_like(one) for one in ids], True)
     theirs = module.model(**right).loss
     for batch in (right, collate_language(rows, pad)):
         output = module.step(batch)
@@ -185,8 +184,7 @@ def packed_texts(module):
     return packed, rows
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2"])
+@pytest.mark.parametrize(("architecture", "attention"), [("opt", "eager"), ("llama", "sdpa"), ("gpt2", "sdpa")])
 def test_packed_sequences_with_a_mask_of_pairs_have_the_loss_of_separate_ones(tmp_path, architecture, attention):
     module = with_live_link(causal_lm(tmp_path, architecture, attn_implementation=attention))
     packed, rows = packed_texts(module)
@@ -210,13 +208,11 @@ def test_packed_sequences_are_refused_where_they_would_not_be_apart(tmp_path, ca
     module.configure_model()
     inner = module.model.forward
 
-    def forward(input_ids, attention_mask=None, position_ids=None, **others):
-        given = {"attention_mask": attention_mask, "position_ids": position_ids} | others
-        if attention_mask.dim() == 4:
-            del given[case]
-        return inner(input_ids=input_ids, **given)
+    def forward(input_ids, **given):
+        kept = {name: value for name, value in given.items() if name != case or given["attention_mask"].dim() < 4}
+        return inner(input_ids=input_ids, **kept)
 
-    module.model.forward = forward if ignored else inner
+    module.model.forward = forward
     for _ in range(2):
         with pytest.raises(UserError, match="batch: attention_mask must be rows x length"):
             module.step(packed_texts(module)[0])
@@ -225,16 +221,19 @@ def test_packed_sequences_are_refused_where_they_would_not_be_apart(tmp_path, ca
 # ---------------------------------------------------------------------- models that are refused
 
 
-def test_a_model_for_which_padding_on_the_left_changes_the_meaning_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"model\.model_name: .* its logits change with that padding"):
-        causal_lm(tmp_path, "roberta").configure_model()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_model_that_sees_later_tokens_is_refused(tmp_path, dtype):
-    with pytest.raises(UserError, match=r"model\.model_name: .* its logits change with a later token"):
-        causal_lm(tmp_path, "bert", scale=1, dtype=dtype).configure_model()
-    causal_lm(tmp_path, "bert", scale=1, dtype=dtype, changes={"is_decoder": True}).configure_model()
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "words"),
+    [
+        ("roberta", "float32", "with that padding"),  # on the left
+        ("bert", "float32", "with a later token"),
+        ("bert", "float16", "with a later token"),
+    ],
+)
+def test_a_model_whose_logits_depend_on_padding_or_on_later_tokens_is_refused(tmp_path, architecture, dtype, words):
+    with pytest.raises(UserError, match=rf"model\.model_name: .* its logits change {words}"):
+        causal_lm(tmp_path, architecture, scale=1 if architecture == "bert" else 3, dtype=dtype).configure_model()
+    if architecture == "bert":
+        causal_lm(tmp_path, architecture, scale=1, dtype=dtype, changes={"is_decoder": True}).configure_model()
 
 
 # ---------------------------------------------------------------------- runs
@@ -242,15 +241,12 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path, dtype):
 
 def test_validation_means_are_over_rows_and_tokens_whatever_the_batches(tmp_path):
     rows = [{"prompt": "Is it? ", "response": "Yes" + ", it is" * (k % 4)} for k in range(10)]
-    source = tiny.write_rows(tmp_path / "rows", rows)
-    module = causal_lm(tmp_path)
-
-    def metrics(data):
-        (found,) = trainer(tmp_path).validate(module, datamodule=data, verbose=False)
-        return found
-
-    for make in (lambda size: TextDataModule(source, eval_batch_size=size), lambda size: tiny.reviews(eval_batch_size=size)):
-        assert metrics(make(100)) == pytest.approx(metrics(make(7)), abs=1e-5)
+    source, module = tiny.write_rows(tmp_path / "rows", rows), causal_lm(tmp_path)
+    for make in (functools.partial(TextDataModule, source), tiny.reviews):
+        ((one,), (other,)) = (
+            trainer(tmp_path).validate(module, datamodule=make(eval_batch_size=size), verbose=False) for size in (100, 7)
+        )
+        assert one == pytest.approx(other, abs=1e-5)
 
 
 def test_predictions_come_in_the_order_of_the_data_and_are_computed_by_length_where_they_are_written(tmp_path, monkeypatch):
@@ -258,11 +254,12 @@ def test_predictions_come_in_the_order_of_the_data_and_are_computed_by_length_wh
     batches = trainer(tmp_path).predict(module, datamodule=data)
     prompts = [row.example.prompt for row in data.test]
     assert [prompt for batch in batches for prompt in batch["prompt"]] == prompts
-    monkeypatch.setattr(
-        module,
-        "predict_step",
-        lambda batch, batch_idx: lengths.append(batch["input_ids"].shape[1]) or {"prompt": batch["prompt"]},
-    )
+
+    def predict_step(batch, batch_idx):
+        lengths.append(batch["input_ids"].shape[1])
+        return {"prompt": batch["prompt"]}
+
+    monkeypatch.setattr(module, "predict_step", predict_step)
     for limit, n_rows in ((1.0, 100), (1, 30)):  # of a limit the first ones, not the longest
         run = trainer(tmp_path, PredictionWriter(), limit_predict_batches=limit)
         run.predict(module, datamodule=data, return_predictions=False)

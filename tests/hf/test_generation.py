@@ -9,12 +9,10 @@ from tokenizers import AddedToken
 
 from cola_lightning import (
     COLACausalLM,
-    COLASequenceClassifier,
     Example,
     PredictionWriter,
     PromptDataModule,
     TemplateDataModule,
-    TextClassificationDataModule,
     TextDataModule,
     UserError,
 )
@@ -185,10 +183,14 @@ class Told(COLACausalLM):
         return [TOLD[question_of(prompt)] for prompt in requested]
 
 
-def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_the_answers(tmp_path):
+def told(path, *, generate_rows=None, **options):
     sizes = {"train_size": 1, "val_size": 4, "test_size": 5, "batch_size": 2}
-    squad = PromptDataModule("SQuAD", tiny.write_rows(tmp_path / "squad", SQUAD), **sizes)
-    module = Told(tiny.folder(tmp_path / "model", "opt"), target_modules=["q_proj"], rank=2, seed=0)
+    squad = PromptDataModule("SQuAD", tiny.write_rows(path / "squad", SQUAD), **sizes, generate_rows=generate_rows)
+    return Told(tiny.folder(path / "model", "opt"), target_modules=["q_proj"], rank=2, seed=0, **options), squad
+
+
+def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_the_answers(tmp_path):
+    module, squad = told(tmp_path)
     run = trainer(tmp_path, max_epochs=1)
     run.fit(module, datamodule=squad)
     assert set(run.callback_metrics) == {"train_loss", "val_loss"}
@@ -209,16 +211,13 @@ def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_t
 
 
 def test_a_fit_generates_some_answers_by_which_a_checkpoint_can_be_chosen(tmp_path):
-    sizes = {"train_size": 1, "val_size": 4, "test_size": 5, "batch_size": 2, "generate_rows": 3}
-    squad = PromptDataModule("SQuAD", tiny.write_rows(tmp_path / "squad", SQUAD), **sizes)
-    name = tiny.folder(tmp_path / "model", "opt")
-    module = Told(name, target_modules=["q_proj"], rank=2, seed=0, generate_in_validation=True)
+    module, squad = told(tmp_path, generate_rows=3, generate_in_validation=True)
     best = ModelCheckpoint(tmp_path / "best", monitor="val_f1", mode="max")
     run = trainer(tmp_path, best, max_epochs=1, enable_checkpointing=True)
     run.fit(module, datamodule=squad)
     requested = [prompt for batch in squad.val_dataloader() for prompt in batch["prompt"][: len(batch["references"])]]
     assert len(requested) == 3
-    assert best.best_model_score == pytest.approx(sum(F1[question_of(prompt)] for prompt in requested) / len(requested))
+    assert best.best_model_score == pytest.approx(sum(F1[question_of(prompt)] for prompt in requested) / 3)
     losses = float(run.callback_metrics["val_loss"]), run.validate(module, datamodule=squad, verbose=False)[0]["val_loss"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -247,25 +246,22 @@ def test_predict_writes_responses_that_follow_from_the_seed(tmp_path):
     assert sampled not in (greedy, other)
 
 
-@pytest.mark.parametrize("kind", ["text", "template", "classes"])
+@pytest.mark.parametrize("kind", ["text", "template"])
 def test_a_row_without_a_usable_prompt_has_no_prediction_and_says_why(tmp_path, kind):
     rows = [{"prompt": f"Is town {k} old?" * (k + 1), "response": "Yes", "label": k % 2} for k in range(6)]
     rows[0]["prompt"] = rows[4]["prompt"] = None
     for name, some in (("a", rows), ("b", rows[3:])):
         tiny.write_rows(tmp_path / name, some, ["train"])
     sources = [str(tmp_path / name / "train.jsonl") for name in ("a", "b")]
-    cls, options = (COLASequenceClassifier, {"num_labels": 2}) if kind == "classes" else (COLACausalLM, {})
-    module = cls(tiny.folder(tmp_path / "model", "llama"), target_modules=["q_proj"], rank=2, seed=0, **options)
-    data = {
-        "text": lambda: TextDataModule(sources, eval_batch_size=2, max_new_tokens=3),
-        "template": lambda: TemplateDataModule(sources, prompt="{prompt}", options=["no", "yes"], eval_batch_size=2),
-        "classes": lambda: TextClassificationDataModule(sources, text_fields="prompt", label_field="label"),
-    }[kind]()
+    if kind == "text":
+        data = TextDataModule(sources, eval_batch_size=2, max_new_tokens=3)
+    else:
+        data = TemplateDataModule(sources, prompt="{prompt}", options=["no", "yes"], eval_batch_size=2)
+    module, expected = tiny.causal_lm(tmp_path), [*rows, *rows[3:]]
     trainer(tmp_path, PredictionWriter()).predict(module, datamodule=data, return_predictions=False)
-    written, expected = tiny.read_rows(tmp_path / "predictions.jsonl"), [*rows, *rows[3:]]
+    written = tiny.read_rows(tmp_path / "predictions.jsonl")
     assert [row["index"] for row in written] == list(range(9))
-    assert [row["prompt"] for row in written] == [row["prompt"] for row in expected]
-    assert [row["label"] for row in written] == [row["label"] for row in expected]
+    assert [(row["prompt"], row["label"]) for row in written] == [(row["prompt"], row["label"]) for row in expected]
     without = {row["index"]: row["reason"] for row in written if row["prediction"] is None}
     assert without == dict.fromkeys((0, 4, 7), "the field 'prompt' is null, not text")
     # Predictions that are returned have no index: one that is missing would shift the others.
