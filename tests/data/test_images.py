@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 TARGETS = {"vit": "all-linear", "resnet": ["convolution"], "convnext": "all-linear"}
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "convnext")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "convnext")]
 
 
 def classifier(path, architecture="vit", **arguments):
@@ -48,31 +48,31 @@ def set_up(data, *stages):
 
 
 @pytest.mark.filterwarnings("ignore:Lightning couldn't infer the indices")
-@pytest.mark.parametrize("architecture", ["resnet", *SLOW])
-def test_a_model_trains_its_new_head_and_resumes_to_the_bit_and_its_export_is_a_pipeline(tmp_path, architecture):
-    data, options = data_of(draw(tmp_path / "rows")), {"optimizer": lambda p: torch.optim.AdamW(p, lr=5e-3)}
-    module = classifier(tmp_path, architecture, **options)
-    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2)
-    run.fit(module, datamodule=data)
-    assert module.label_names == CLASSES
-    assert module.lora_config.modules_to_save == ["classifier"]
-    assert "val_accuracy" in run.callback_metrics
-    part = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2, max_steps=4)  # a step of the second epoch
-    part.fit(classifier(tmp_path, architecture, **options), datamodule=data)
-    part.save_checkpoint(tmp_path / "part.ckpt")
-    resumed = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2)
-    resumed.fit(again := classifier(tmp_path, architecture, **options), datamodule=data, ckpt_path=tmp_path / "part.ckpt")
-    assert_bit_equal(weights(again.model), weights(module.model))
+@pytest.mark.parametrize("architecture", ["vit", *SLOW])
+def test_a_model_learns_with_its_new_head_and_resumes_to_the_bit_and_its_export_is_a_pipeline(tmp_path, architecture):
+    data, names = data_of(draw(tmp_path / "rows"), random_crop=1), [*CLASSES, "back", "front"]
 
+    def fit(ckpt_path=None, **options):
+        optimizer = {"optimizer": lambda p: torch.optim.AdamW(p, lr=2e-2)}
+        module = classifier(tmp_path, architecture, label_names=names, metric="f1", **optimizer)
+        run = trainer(tmp_path, chain={"every_n_epochs": 1}, **{"max_epochs": 4} | options)
+        run.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return module, run
+
+    (module, run), (_, part) = fit(), fit(max_steps=4)  # a step of the second epoch
+    assert module.lora_config.modules_to_save == ["classifier"]
+    assert run.callback_metrics["val_top5_accuracy"] > 0.9
+    assert run.callback_metrics["val_f1"] > 0.5 or architecture != "vit"  # of six labels, two of which have no rows
+    part.save_checkpoint(tmp_path / "part.ckpt")
+    assert_bit_equal(weights(fit(tmp_path / "part.ckpt")[0].model), weights(module.model))
     (line,) = module.export(tmp_path / "merged")
     assert "its logits differ from the module's" in line
     pipe = transformers.pipeline("image-classification", str(tmp_path / "merged"), device="cpu")
     picture_of_top = Image.open(tmp_path / "rows" / "top" / "0.png")
-    scores = {found["label"]: found["score"] for found in pipe(picture_of_top, top_k=4)}
+    scores = {found["label"]: found["score"] for found in pipe(picture_of_top, top_k=6)}
     batch = data.collate([{"image": picture_of_top, "labels": 3}])
-    module.eval()
-    expected = module.predict_step(batch, 0)["scores"].exp()[0].tolist()
-    assert scores == pytest.approx(dict(zip(CLASSES, expected, strict=True)), abs=1e-5)
+    expected = module.eval().predict_step(batch, 0)["scores"].exp()[0].tolist()
+    assert scores == pytest.approx(dict(zip(names, expected, strict=True)), abs=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["convnext", pytest.param("vit", marks=pytest.mark.slow)])
@@ -89,37 +89,27 @@ def test_pefts_loader_reads_the_adapter_on_the_base_with_its_other_head(tmp_path
 
 
 def test_timms_models_are_read_through_transformers_and_their_head_is_trained(tmp_path):
-    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 4, "num_features": 32, "model_args": {}}
     sizes = {"img_size": SIDE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 4, "num_features": 32, "model_args": sizes}
     model = timm.create_model(config["architecture"], pretrained=False, num_classes=4, **sizes)
-    config["model_args"] = sizes
     config["pretrained_cfg"] = dict(model.pretrained_cfg) | {"input_size": [3, SIDE, SIDE], "num_classes": 4}
     wrapped = transformers.TimmWrapperConfig.from_dict(config, num_labels=4)
     transformers.AutoModelForImageClassification.from_config(wrapped).save_pretrained(tmp_path / "timm")
-    rows = draw(tmp_path / "rows")
+    rows = draw(tmp_path / "rows", 4)
     for names in (None, [*CLASSES, "other"]):  # as many as the head of the files, and more
         module = COLAImageClassifier(str(tmp_path / "timm"), rank=2, target_modules="all-linear", label_names=names, seed=0)
         trainer(tmp_path, max_epochs=1).fit(module, datamodule=data_of(rows))
         assert module.lora_config.modules_to_save == ["timm_model.head"]
-        assert module.num_labels == len(names or CLASSES)
         (line,) = module.export(tmp_path / f"merged {names}")
         assert "its logits differ from the module's" in line
-    pipe = transformers.pipeline("image-classification", str(tmp_path / f"merged {names}"), device="cpu")
-    assert {found["label"] for found in pipe(picture("top", 0), top_k=5)} == set(names)
+        pipe = transformers.pipeline("image-classification", str(tmp_path / f"merged {names}"), device="cpu")
+        assert {found["label"] for found in pipe(picture("top", 0), top_k=5)} == set(names or CLASSES)
 
 
-def test_it_learns_and_logs_the_metric_and_top_5(tmp_path):
-    data = data_of(draw(tmp_path / "rows", 12), random_crop=1)
-    names = [*CLASSES, "back", "front"]
-    optimizer = {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2)}
-    module = classifier(tmp_path, label_names=names, metric="f1", **optimizer)
-    run = trainer(tmp_path, chain={"every_n_epochs": 2}, max_epochs=4)
-    run.fit(module, datamodule=data)
-    assert run.callback_metrics["val_f1"] > 0.6  # of six labels, two of which have no rows
-    assert run.callback_metrics["val_top5_accuracy"] == 1
-    run.predict(module, datamodule=data)
+def test_the_right_label_counts_among_the_five_best(tmp_path):
     logits = torch.tensor([[6.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6]])
     output = SimpleNamespace(predictions=logits.argmax(-1), scores=logits, targets=torch.tensor([4, 0]))
+    module = classifier(tmp_path, label_names=[*CLASSES, "back", "front"])
     make, values = module.batch_metrics(None, output)["top5_accuracy"]
     metric = make()
     metric.update(*values)
@@ -324,12 +314,11 @@ def test_a_crop_and_a_flip_depend_on_the_seed_the_epoch_and_the_row_alone(tmp_pa
     assert torch.equal(data.collate([data.train[k] for k in range(8)])["pixel_values"], pixels([*range(8)], augment=None))
 
 
-def test_crops_and_flips_can_be_left_out_and_have_the_asked_size(tmp_path):
-    data = data_of(draw(tmp_path / "rows"), random_crop=0.5, random_flip=False)
-    row = {"image": Image.new("RGB", (200, 200)), "labels": 0}
-    shares = [np.prod(data.augment(row, seed)["image"].size) / 200**2 for seed in range(200)]
+def test_crops_and_flips_can_be_left_out_and_have_the_asked_size():
+    black, marked = Image.new("RGB", (200, 200)), picture("left", 0)
+    data = ImageDataModule("rows", random_crop=0.5, random_flip=False)
+    shares = [np.prod(data.augment({"image": black}, seed)["image"].size) / 200**2 for seed in range(200)]
     assert 0.45 < min(shares) < 0.55 < 0.95 < max(shares) <= 1
-    marked = picture("left", 0)
     data.random_crop = 1
     assert data.augment({"image": marked}, 3)["image"].tobytes() == marked.tobytes()
     data.random_flip = True
@@ -349,8 +338,7 @@ def test_predict_writes_labels_and_scores_of_pictures_alone_and_why_one_has_none
     module, run = classifier(tmp_path, label_names=CLASSES), trainer(tmp_path, PredictionWriter())
     run.predict(module, datamodule=data_of(alone), return_predictions=False)
     *lines, last = read_rows(tmp_path / "predictions.jsonl")
-    assert [line["image"] for line in lines] == [str(alone / f"{k}.jpg") for k in range(4)]
-    assert all(line["prediction"] in CLASSES and line["target"] is None for line in lines)
+    assert [(line["image"], line["target"]) for line in lines] == [(str(alone / f"{k}.jpg"), None) for k in range(4)]
     assert all(line["prediction"] == CLASSES[int(np.argmax(line["scores"]))] for line in lines)
     assert last["prediction"] is None
     assert last["reason"].startswith("the picture cannot be read")
