@@ -1,12 +1,9 @@
 """Any file people have: how its rows are read, which of them are which part, and what is wrong with it in one line."""
 
-import csv
-import gzip
 import json
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import pandas
 import pytest
 import transformers
@@ -22,6 +19,7 @@ from cola_lightning import (
 from cola_lightning.data.splits import load_splits
 from tests.helpers import tiny
 from tests.helpers.tiny import attach
+from tests.helpers.tiny import write_file as write
 from tests.helpers.toy import trainer
 
 # What spreadsheets and data sets hold, and what readers like to take for something else.
@@ -30,26 +28,9 @@ ROWS = [{"text": text, "label": ["neg", "pos"][k % 2]} for k, text in enumerate(
 VERDICTS = ["positive", "negative", "mixed"]
 
 
-def write(path, rows):
-    """The rows in the format that a file's ending names."""
-    path.parent.mkdir(exist_ok=True)
-    *_, kind = path.name.lower().removesuffix(".gz").rpartition(".")
-    if kind == "parquet":
-        datasets.Dataset.from_list(rows).to_parquet(path)
-        return str(path)
-    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", newline="", encoding="utf-8") as file:
-        if kind in ("csv", "tsv"):
-            writer = csv.DictWriter(file, rows[0], delimiter="\t" if kind == "tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-        else:
-            file.write(json.dumps(rows, indent=1) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def labelled(n_rows, shares=(0.9, 0.1)):
-    labels = [name for name, share in zip(("pos", "neg"), shares, strict=True) for _ in range(round(n_rows * share))]
-    return [{"text": f"It was {k}.", "label": label} for k, label in enumerate(labels)]
+def labelled(n_rows):
+    """Of which the last tenth has another label."""
+    return [{"text": f"It was {k}.", "label": "neg" if 10 * k >= 9 * n_rows else "pos"} for k in range(n_rows)]
 
 
 def template(source, **arguments):
@@ -73,7 +54,7 @@ def parts(data):
 # ---------------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize("name", ["csv", "tsv.gz", "ndjson", "json", "parquet", "CSV"])
+@pytest.mark.parametrize("name", ["csv", "tsv.gz", "jsonl.zst", "ndjson", "json", "parquet", "CSV"])
 def test_a_file_of_any_format_gives_the_rows_that_were_written(tmp_path, name):
     source = write(tmp_path / f"rows.{name}", ROWS)
     rows = list(load_splits(source)["train"]())
@@ -86,8 +67,6 @@ def test_a_csv_file_of_pandas_begins_with_its_index(tmp_path):
     pandas.DataFrame({"text": TEXTS, "label": "pos"}).to_csv(tmp_path / "rows.csv")
     (read,) = load_splits(str(tmp_path / "rows.csv")).values()
     assert list(read()) == [{"Unnamed: 0": str(k), "text": text or None, "label": "pos"} for k, text in enumerate(TEXTS)]
-    classified = classifier(str(tmp_path / "rows.csv"), "pos", "neg", max_skipped=0.2)
-    assert [len(part) for part in parts(classified)][:2] == [8, 1]
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
@@ -145,27 +124,39 @@ def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
         load_splits(str(tmp_path))["train"]()
 
 
-# ---------------------------------------------------------------------- the parts of one file
+# ---------------------------------------------------------------------- parts
+
+# How many rows the files have, what is asked for, and how many rows are then trained, validated and tested.
+PARTS = [
+    ({"train": 200}, {}, [180, 20, 0]),
+    ({"train": 200}, {"val_size": 0.25, "test_size": 7}, [143, 50, 7]),
+    ({"train": 200}, {"train_size": 30, "val_size": 0.001, "test_size": 0.1}, [30, 1, 20]),
+    ({"train": 200}, {"train_size": 1, "val_size": 1, "test_size": 0}, [1, 1, 0]),
+    ({"train": 200}, {"val_size": 0, "test_size": 7}, [193, 0, 7]),
+    ({"train": 200, "test": 10}, {}, [180, 20, 10]),
+    ({"train": 200, "test": 10, "validation": 30}, {}, [200, 30, 10]),
+    ({"train": 200, "validation": 30}, {}, [200, 30, 0]),  # nothing is taken from the training rows
+    ({"train": 200, "validation": 30}, {"test_size": 9}, [191, 30, 9]),
+    ({"train": 20, "validation": 20, "test": 20}, {"val_size": 5, "test_size": 0}, [20, 5, 0]),
+    ({"train": 20, "test": 20}, {"val_split": "train", "val_size": 5, "test_split": "train", "test_size": 3}, [12, 5, 3]),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sizes"),
-    [
-        ({}, [180, 20, 0]),
-        ({"val_size": 0.25, "test_size": 7}, [143, 50, 7]),
-        ({"train_size": 30, "val_size": 0.001, "test_size": 0.1}, [30, 1, 20]),
-        ({"train_size": 1, "val_size": 1, "test_size": 0}, [1, 1, 0]),
-        ({"val_size": 0, "test_size": 7}, [193, 0, 7]),
-    ],
-)
-def test_one_file_is_split_in_numbers_or_shares(tmp_path, arguments, sizes):
-    found = parts(template(write(tmp_path / "rows.csv", labelled(200)), **arguments))
+@pytest.mark.parametrize(("files", "arguments", "sizes"), PARTS)
+def test_parts_are_the_splits_that_there_are_and_else_drawn_from_the_training_rows(tmp_path, files, arguments, sizes):
+    for split, n_rows in files.items():
+        write(tmp_path / f"{split}.csv", labelled(n_rows))
+    found = parts(template(str(tmp_path), **arguments))
     assert [len(part) for part in found] == sizes
-    assert len({row.example.prompt for part in found for row in part}) == sum(sizes)
+    assert len({row.example.place for part in found for row in part}) == sum(sizes)
+    if sizes[0] == files["train"]:
+        assert [row.example.prompt for row in found[0]] == [row["text"] for row in labelled(sizes[0])]
 
 
 @pytest.mark.parametrize("val_size", [0.25, 0])
-def test_one_file_is_split_by_the_seed(tmp_path, val_size):
+def test_one_file_is_split_by_the_seed_and_the_log_says_so(tmp_path, caplog, val_size):
+    caplog.set_level("INFO")
+
     def prompts(source, seed):
         return [[row.example.prompt for row in part] for part in parts(template(source, split_seed=seed, val_size=val_size))]
 
@@ -173,30 +164,8 @@ def test_one_file_is_split_by_the_seed(tmp_path, val_size):
     first, again, other = (prompts(source, seed) for seed in (0, 0, 1))
     assert first == again == prompts(write(tmp_path / "rows" / "train.csv", labelled(200)), 0)  # which is as one file
     assert (first[0] != other[0]) is (val_size > 0)  # all rows stay in their order
-
-
-def test_what_has_a_split_is_not_drawn(tmp_path):
-    write(tmp_path / "train.csv", labelled(200))
-    write(tmp_path / "test.csv", labelled(10))
-    assert [len(part) for part in parts(template(str(tmp_path)))] == [180, 20, 10]
-    write(tmp_path / "validation.csv", labelled(30))
-    train, val, test = parts(template(str(tmp_path)))
-    assert [len(train), len(val), len(test)] == [200, 30, 10]
-    assert [row.example.prompt for row in train] == [row["text"] for row in labelled(200)]
-    (tmp_path / "test.csv").unlink()  # nothing is taken from the training rows
-    assert [len(part) for part in parts(template(str(tmp_path)))] == [200, 30, 0]
-    assert [len(part) for part in parts(template(str(tmp_path), test_size=9))] == [191, 30, 9]
-
-
-def test_a_size_takes_from_the_split_that_there_is_and_the_log_says_so(tmp_path, caplog):
-    caplog.set_level("INFO")
-    tiny.write_rows(tmp_path, [{"text": f"It was {k}.", "label": "pos"} for k in range(20)])
-    train, val, test = parts(template(str(tmp_path), val_size=5, test_size=0))
-    assert [len(train), len(val), len(test)] == [20, 5, 0]
-    assert f"{tmp_path}, train: 20 rows for training; {tmp_path}, validation: 5 of 20 for validation" in caplog.text
-    drawn = parts(template(str(tmp_path), val_split="train", val_size=5, test_split="train", test_size=3))
-    assert [len(part) for part in drawn] == [12, 5, 3]
-    assert len({row.example.place for part in drawn for row in part}) == 20
+    drawn = "150 rows for training, 50 for validation, by data.split_seed" if val_size else "200 rows for training"
+    assert f"{source}: {drawn}" in caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -219,12 +188,10 @@ def test_predict_takes_all_rows_of_the_split_that_was_not_trained_if_there_is_on
 
 
 def test_each_part_of_a_labelled_file_has_the_same_share_of_each_label(tmp_path):
-    data = classifier(
-        write(tmp_path / "rows.csv", [*labelled(200), {"text": "Rare.", "label": "rare"}]), "neg", "pos", "rare", test_size=0.1
-    )
-    counts = [Counter(row["labels"] for row in part) for part in parts(data)]
-    assert [[count[0], count[1]] for count in counts] == [[16, 144], [2, 18], [2, 18]]
-    assert [count[2] for count in counts] == [1, 0, 0]  # what is rare is trained on
+    source = write(tmp_path / "rows.csv", [*labelled(200), {"text": "Rare.", "label": "rare"}])
+    counts = [Counter(row["labels"] for row in part) for part in parts(classifier(source, "neg", "pos", "rare", test_size=0.1))]
+    # What is rare is trained on.
+    assert [[count[k] for k in range(3)] for count in counts] == [[16, 144, 1], [2, 18, 0], [2, 18, 0]]
 
 
 # ---------------------------------------------------------------------- rows as tokens

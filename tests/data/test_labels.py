@@ -1,6 +1,5 @@
 """Labels of rows, whatever a data set has in their column: the same label is the same class in a CSV and in a JSON file."""
 
-import json
 import re
 from collections import Counter
 
@@ -19,13 +18,7 @@ from tests.helpers.toy import trainer
 
 def write(path, labels):
     """A file of a sentence per label, in the format of its name."""
-    rows = [{"sentence": f"It was {k}.", "label": label} for k, label in enumerate(labels)]
-    if path.suffix == ".csv":
-        lines = [f"{row['sentence']},{'' if row['label'] is None else row['label']}" for row in rows]
-        path.write_text("\n".join(["sentence,label", *lines]))
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return tiny.write_file(path, [{"sentence": f"It was {k}.", "label": label} for k, label in enumerate(labels)])
 
 
 @pytest.fixture(params=["csv", "jsonl"])

@@ -1,15 +1,12 @@
 """Several sources; and sources that are a pattern of files, plain text, compressed, or saved by ``datasets``."""
 
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
-import fsspec
 import pytest
-from lightning.pytorch import Callback
 
 from cola_lightning import (
     ImageDataModule,
@@ -23,20 +20,10 @@ from cola_lightning.data.source import Source
 from cola_lightning.data.splits import load_splits
 from tests.helpers import tiny
 from tests.helpers.tiny import attach
+from tests.helpers.tiny import write_file as write
 from tests.helpers.toy import assert_bit_equal, trainer, weights
 
 ROWS = [{"text": f"It was {k}."} for k in range(6)]
-
-
-def write(path, text):
-    path.parent.mkdir(exist_ok=True, parents=True)
-    with fsspec.open(str(path), "wt", compression="infer") as file:
-        file.write(text)
-    return str(path)
-
-
-def lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def texts_of(part, data):
@@ -52,8 +39,8 @@ def read(source, **options):
 
 def test_a_pattern_names_the_files_of_one_split(tmp_path):
     for k in (2, 0, 1):
-        write(tmp_path / "logs" / f"{k}.jsonl", lines(ROWS[2 * k : 2 * k + 2]))
-    write(tmp_path / "logs" / "0.txt", "A note.")
+        write(tmp_path / "logs" / f"{k}.jsonl", ROWS[2 * k : 2 * k + 2])
+    (tmp_path / "logs" / "0.txt").write_text("A note.")
     assert read(f"{tmp_path}/logs/*.jsonl") == {"train": ROWS}
     data = attach(TextDataModule(f"{tmp_path}/logs/*.jsonl", val_size=2, max_new_tokens=4))
     data.setup("predict")  # of one split all rows, as of a file
@@ -66,40 +53,26 @@ def test_a_pattern_names_the_files_of_one_split(tmp_path):
 
 
 TEXT = "One.\nTwo.\n\n  \n\n\nThree.\n \nFour.\n"
+UNITS = {
+    "paragraph": ["One.\nTwo.", "Three.\n \nFour."],
+    "line": ["One.", "Two.", "Three.", "Four."],
+    "file": [TEXT.strip("\n")],
+}
 
 
-@pytest.mark.parametrize(
-    ("unit", "texts"),
-    [
-        ("paragraph", ["One.\nTwo.", "Three.\n \nFour."]),
-        ("line", ["One.", "Two.", "Three.", "Four."]),
-        ("file", [TEXT.strip("\n")]),
-    ],
-)
-def test_a_text_file_has_a_row_for_each_unit_that_is_not_blank(tmp_path, unit, texts):
-    source = write(tmp_path / "notes.txt", TEXT)
-    assert read(source, text_unit=unit) == {"train": [{"text": text} for text in texts]}
-    data = attach(TextDataModule(source, text_unit=unit, val_size=0))
-    data.setup("fit")
-    assert texts_of(data.train, data) == texts
-
-
-def test_the_lines_of_a_text_file_without_an_empty_line_are_its_rows(tmp_path, caplog):
+def test_a_text_file_has_a_row_for_each_unit_that_is_not_blank(tmp_path, caplog):
     caplog.set_level("INFO", "cola_lightning")
-    source = write(tmp_path / "notes.txt", "One.\nTwo.\nThree.\n")
-    data = attach(TextDataModule(source, val_size=1))
-    data.setup("fit")
-    assert sorted(texts_of([*data.train, *data.val], data)) == ["One.", "Three.", "Two."]
-    assert "notes.txt is one paragraph, so each line is a row; data.text_unit file makes it one" in caplog.text
-    assert read(source, text_unit="file") == {"train": [{"text": "One.\nTwo.\nThree."}]}
-    assert read(write(tmp_path / "line.txt", "One.\n")) == {"train": [{"text": "One."}]}
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl.zst", "rows.csv.gz", "rows.txt.zst"])
-def test_a_compressed_file_is_read(tmp_path, name):
-    texts = [row["text"] for row in ROWS]
-    contents = {"csv": "\n".join(["text", *texts]), "txt": "\n\n".join(texts), "jsonl": lines(ROWS)}
-    assert read(write(tmp_path / name, contents[name.split(".")[1]])) == {"train": ROWS}
+    source, no_empty_line = tmp_path / "notes.txt", tmp_path / "lines.txt"
+    source.write_text(TEXT)
+    no_empty_line.write_text("One.\nTwo.\n")
+    for unit, texts in UNITS.items():
+        assert read(str(source), text_unit=unit) == {"train": [{"text": text} for text in texts]}
+        data = attach(TextDataModule(str(source), text_unit=unit, val_size=0))
+        data.setup("fit")
+        assert texts_of(data.train, data) == texts
+    assert read(str(no_empty_line)) == {"train": [{"text": "One."}, {"text": "Two."}]}
+    assert "lines.txt is one paragraph, so each line is a row; data.text_unit file makes it one" in caplog.text
+    assert read(str(no_empty_line), text_unit="file") == {"train": [{"text": "One.\nTwo."}]}
 
 
 def test_a_folder_that_datasets_has_saved_is_read(tmp_path):
@@ -114,16 +87,15 @@ def test_a_folder_that_datasets_has_saved_is_read(tmp_path):
 
 
 def test_a_fit_reads_no_test_split(tmp_path):
-    folder = tmp_path / "rows"
     for split in ("train", "validation"):
-        write(folder / f"{split}.csv", "text,label\n" + "".join(f"It was {k}.,{k % 2}\n" for k in range(20)))
-    write(folder / "test.csv", "text,label\n")  # which cannot be read
-    for data in (TextDataModule(str(folder)), TemplateDataModule(str(folder), prompt="{text}", options=["no", "yes"])):
-        attach(data).setup("fit")
-        assert [len(data.train), len(data.val)] == [20, 20]
-        assert not data.can_be_tested
-        with pytest.raises(UserError, match=r"test\.csv' cannot be read"):
-            data.setup("test")
+        write(tmp_path / f"{split}.csv", rows_of(0))
+    (tmp_path / "test.csv").write_text("text,label\n")  # which cannot be read
+    data = attach(TemplateDataModule(str(tmp_path), prompt="{text}", options=["a", "b"]))
+    data.setup("fit")
+    assert [len(data.train), len(data.val)] == [20, 20]
+    assert not data.can_be_tested
+    with pytest.raises(UserError, match=r"test\.csv' cannot be read"):
+        data.setup("test")
 
 
 # ---------------------------------------------------------------------- the data of the fit, and other data
@@ -134,15 +106,15 @@ def rows_of(start):
 
 
 def rows_file(path, start):
-    return write(path / "rows.jsonl", lines(rows_of(start)))
+    return write(path / "rows.jsonl", rows_of(start))
 
 
 def csv_file(path, start):
-    return write(path / "rows.csv", "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows_of(start)))
+    return write(path / "rows.csv", rows_of(start))
 
 
 def one_split(path, start):
-    write(path / "train.jsonl", lines(rows_of(start)))
+    write(path / "train.jsonl", rows_of(start))
     return str(path)
 
 
@@ -201,8 +173,8 @@ def test_another_source_is_measured_on_the_split_that_it_has_and_an_unknown_fit_
     for known in (None, of):  # of which all rows were trained on
         with pytest.raises(UserError, match=r"data\.test_size: .* has no test rows\. .*1\.0"):
             parts(own, "test", of=known)
-    write(tmp_path / "other" / "test.jsonl", lines(ROWS))
-    write(tmp_path / "other" / "dev.jsonl", lines(ROWS[:3]))
+    write(tmp_path / "other" / "test.jsonl", ROWS)
+    write(tmp_path / "other" / "dev.jsonl", ROWS[:3])
     data = parts(other, "validate", "test", of=of, test_size=0.5)
     assert [len(data.val), len(data.test)] == [3, 3]
     assert len(parts(other, "predict", of=of, test_size=0.5).test) == 6
@@ -217,9 +189,8 @@ def two(folder):
     """A folder with texts in two splits, and a file of instructions with other names, which has the columns of texts, too."""
     tiny.write_rows(folder / "texts", ROWS, ["train", "validation"])
     requested = [{"text": "unused", "ask": f"Who is {k}?", "say": f"Al {k}."} for k in range(20)]
-    return str(folder / "texts"), Source(
-        write(folder / "asked.jsonl", lines(requested)), columns={"prompt": "ask", "response": "say"}
-    )
+    asked = write(folder / "asked.jsonl", requested)
+    return str(folder / "texts"), Source(asked, columns={"prompt": "ask", "response": "say"})
 
 
 def test_each_source_has_its_own_splits_columns_and_share_and_one_order_mixes_them(tmp_path):
@@ -256,9 +227,8 @@ def test_the_share_of_a_source_is_drawn_from_all_of_its_rows_by_the_seed(tmp_pat
 
 def test_templates_and_classifiers_take_several_sources(tmp_path):
     labels = ["no", "yes", "perhaps"]
-    rows = [{"text": f"Is it {k}?", "label": labels[k % 2]} for k in range(20)]
-    first = write(tmp_path / "a.jsonl", lines(rows))
-    second = write(tmp_path / "b.csv", "text,label\n" + "".join(f"Was it {k}?,{labels[1 + k % 2]}\n" for k in range(10)))
+    first = write(tmp_path / "a.jsonl", [{"text": f"Is it {k}?", "label": labels[k % 2]} for k in range(20)])
+    second = write(tmp_path / "b.csv", [{"text": f"Was it {k}?", "label": labels[1 + k % 2]} for k in range(10)])
     templated = attach(TemplateDataModule([first, second], prompt="{text} ", options=labels))
     templated.setup("fit")
     assert Counter(row.example.options[row.example.answer] for row in templated.train)["perhaps"] > 0
@@ -276,19 +246,14 @@ def test_templates_and_classifiers_take_several_sources(tmp_path):
 def test_a_run_on_two_sources_resumes_to_the_bit_inside_an_epoch(tmp_path):
     texts, requested = two(tmp_path)
 
-    class Save(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 3:
-                trainer.save_checkpoint(tmp_path / "3.ckpt", weights_only=False)
-
     def fit(*callbacks, ckpt_path=None):
         module = tiny.causal_lm(tmp_path)
-        run = trainer(tmp_path, *callbacks, chain={"every_n_train_steps": 4}, max_steps=9)
+        run = trainer(tmp_path, *callbacks, chain={"every_n_train_steps": 4}, max_steps=9, enable_checkpointing=bool(callbacks))
         run.fit(module, datamodule=TextDataModule([texts, requested], chat_template=False, batch_size=4), ckpt_path=ckpt_path)
         return weights(module)
 
-    whole = fit(Save())
-    assert_bit_equal(fit(ckpt_path=tmp_path / "3.ckpt"), whole)
+    whole = fit(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1))
+    assert_bit_equal(fit(ckpt_path=tmp_path / "step=3.ckpt"), whole)
 
 
 def test_sources_are_named_on_the_command_line_and_in_the_config_of_the_run(tmp_path, monkeypatch, capfd):

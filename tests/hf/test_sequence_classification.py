@@ -1,7 +1,5 @@
 """A new head beside the links, with a learning rate of its own; labels, whose names and order are the data's."""
 
-import json
-
 import datasets
 import pytest
 import torch
@@ -22,8 +20,7 @@ def classifier(path, architecture="roberta", auto_class="AutoModel", **arguments
 
 def data_of(path, rows=ROWS, **arguments):
     """The rows in one file, from which all parts are drawn."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return TextClassificationDataModule(str(path), **{"batch_size": 8, "test_size": 0.1} | arguments)
+    return TextClassificationDataModule(tiny.write_file(path, rows), **{"batch_size": 8, "test_size": 0.1} | arguments)
 
 
 # ---------------------------------------------------------------------- the head
