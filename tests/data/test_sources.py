@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cola_lightning import (
     ImageDataModule,
@@ -53,11 +54,8 @@ def test_a_pattern_names_the_files_of_one_split(tmp_path):
 
 
 TEXT = "One.\nTwo.\n\n  \n\n\nThree.\n \nFour.\n"
-UNITS = {
-    "paragraph": ["One.\nTwo.", "Three.\n \nFour."],
-    "line": ["One.", "Two.", "Three.", "Four."],
-    "file": [TEXT.strip("\n")],
-}
+UNITS = {"paragraph": ["One.\nTwo.", "Three.\n \nFour."], "file": [TEXT.strip("\n")]}
+UNITS["line"] = ["One.", "Two.", "Three.", "Four."]
 
 
 def test_a_text_file_has_a_row_for_each_unit_that_is_not_blank(tmp_path, caplog):
