@@ -65,33 +65,21 @@ def make(request, source):
     return make
 
 
-def tokens_of_row(row):
-    return [tuple(ids) for ids in (row.prefixes if hasattr(row, "prefixes") else [row["input_ids"]])]
-
-
-def tokens_of(batches):
-    """The tokens of each sequence without its padding."""
-    return [
-        tuple(ids[mask.bool()].tolist())
-        for batch in batches
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
-
-
 def test_each_row_is_in_one_batch_with_its_tokens_and_labels(make):
     data = make("fit", "test")
-    for part, loader in ((data.train, data.train_dataloader()), (data.val, data.val_dataloader())):
-        batches, rows = list(loader), list(part)
-        assert len(rows) == 23
-        assert len(batches) == 6
-        assert sorted(tokens_of(batches)) == sorted(ids for row in rows for ids in tokens_of_row(row))
-        if isinstance(rows[0], dict) and "spans" in rows[0]:
-            found = []
-            for batch in batches:
-                for labels, mask in zip(batch["labels"], batch["attention_mask"].bool(), strict=True):
-                    assert (labels[~mask] == -100).all()
-                    found.append(labels[mask].tolist())
-            assert sorted(found) == sorted(labels_of(row) for row in rows)
+    for rows, loader in ((list(data.train), data.train_dataloader()), (list(data.val), data.val_dataloader())):
+        assert [len(rows), len(loader)] == [23, 6]
+        expected = [ids for row in rows for ids in (row.prefixes if hasattr(row, "prefixes") else [row["input_ids"]])]
+        has_loss_on_tokens = isinstance(rows[0], dict) and "spans" in rows[0]
+        found, labels = [], []
+        for batch in loader:
+            masks = batch["attention_mask"].bool()
+            found += [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], masks, strict=True)]
+            if has_loss_on_tokens:
+                assert (batch["labels"][~masks] == -100).all()
+                labels += [some[mask].tolist() for some, mask in zip(batch["labels"], masks, strict=True)]
+        assert sorted(found) == sorted(expected)
+        assert sorted(labels) == sorted(labels_of(row) for row in rows if has_loss_on_tokens)
 
 
 def test_a_worker_process_collates_the_same_batches_without_the_trainer(make):
@@ -196,15 +184,14 @@ def test_no_option_is_cut_and_each_adds_tokens_of_its_own():
     example = Example("It was", (" great", " one of the largest and oldest of all towns"), 0, "train, row 2")
     n_option = max(len(ids) for ids in encode_examples(tokenizer, [example], 500)[0].option_ids)
     assert len(encode_examples(tokenizer, [example], n_option + 1)[0]) == n_option
-    for requested, length, expected in [
-        (example, n_option, "an option is longer than data.max_length"),
-        (Example("It was", ("", " great"), 0), 500, "the prompt, or an option, adds no tokens"),
-        (Example("It was", ("Yes", "Yes "), 0), 500, "two options are equal, or differ only in spaces"),
+    for own, requested, length, expected in [
+        (tokenizer, example, n_option, "an option is longer than data.max_length"),
+        (tokenizer, Example("It was", ("", " great"), 0), 500, "the prompt, or an option, adds no tokens"),
+        (tokenizer, Example("It was", ("Yes", "Yes "), 0), 500, "two options are equal, or differ only in spaces"),
+        (tiny.tokenizer("gpt2"), Example("", ("Yes", "No"), 0), 500, "the prompt, or an option, adds no tokens"),
     ]:
-        (reason,) = encode_examples(tokenizer, [requested], length)
+        (reason,) = encode_examples(own, [requested], length)
         assert str(reason) == expected
-    (reason,) = encode_examples(tiny.tokenizer("gpt2"), [Example("", ("Yes", "No"), 0)], 500)
-    assert str(reason) == "the prompt, or an option, adds no tokens"
 
 
 @pytest.mark.parametrize("end", ["eos_token", "sep_token"])  # BERT's tokenizer has no end of text, and ends with [SEP]
@@ -270,43 +257,33 @@ def test_without_a_source_the_task_is_read_from_the_folder_of_the_environment_or
 
 # ---------------------------------------------------------------------- unusable rows
 
-RECORD = {"passage": "Al met Di.", "query": "@placeholder left", "entities": ["Di", "Al"], "answers": ["Al"]}
-TWICE = {"entities": ["Al", "Al"]}
+RECORD = {"query": "@placeholder left", "entities": ["Di", "Al"], "answers": ["Al"]}
+UNUSABLE = [{"entities": ["Al", "Al"]}, {"query": "@placeholder left " * 40}, {"query": None}, {"answers": ["Bo"]}]
 
 
-def drawn(tmp_path, change, n_train, n_val):
-    """Parts of ReCoRD, some of whose rows are changed: so many of training and validation, and all that are not drawn."""
-    rows = [RECORD | {"passage": f"Al met Di {k} times."} for k in range(200)]
-
-    def part_of(folder, rows):
-        tiny.write_rows(tmp_path / folder, rows[:1], ["validation"])
-        source = tiny.write_rows(tmp_path / folder, rows, ["train"])
-        return attach(PromptDataModule("ReCoRD", source, train_size=100, val_size=50))
-
-    plain = part_of("plain", rows)
-    plain.setup("fit")
-    train, val = ([int(row.example.place.split()[-4]) for row in part] for part in (plain.train, plain.val))
-    changed = {*train[5 : 5 + n_train], *val[3 : 3 + n_val]} | ({*range(200)} - {*train, *val})
-    own = part_of("own", [row | (change if k in changed else {}) for k, row in enumerate(rows)])
-    return own, [[f"{rows[k]['passage']}\n-" for k in places if k not in changed] for places in (train, val)]
-
-
-@pytest.mark.parametrize("change", [TWICE, {"query": "@placeholder left " * 40}, {"query": None}, {"answers": ["Bo"]}])
+@pytest.mark.parametrize("change", UNUSABLE)
 def test_a_drawn_row_that_cannot_be_used_is_skipped_and_counted_and_another_is_not_judged(tmp_path, caplog, change):
     caplog.set_level("INFO", "cola_lightning")
-    data, expected = drawn(tmp_path, change, 2, 1)
-    data.setup("fit")
-    assert [prompts_of(part) for part in (data.train, data.val)] == expected
+    rows = [RECORD | {"passage": f"Al met Di {k} times."} for k in range(200)]
+    tiny.write_rows(tmp_path, rows[:1], ["validation"])
+
+    def drawn():
+        data = attach(PromptDataModule("ReCoRD", tiny.write_rows(tmp_path, rows, ["train"]), train_size=100, val_size=50))
+        data.setup("fit")
+        return data, [[int(prompt.split()[3]) for prompt in prompts_of(part)] for part in (data.train, data.val)]
+
+    _, (train, val) = drawn()
+    unusable = {train[5], *val[3:6]}  # of validation more than data.max_skipped, but not of all
+    for k in {*range(200)} - {*train, *val} | unusable:
+        rows[k] |= change
+    caplog.clear()
+    data, found = drawn()
+    assert found == [[k for k in part if k not in unusable] for part in (train, val)]
     log_lines = [line for line in caplog.messages if " skipped (" in line]
-    assert [line.partition(" skipped")[0] for line in log_lines] == ["validation: 50 rows: 1", "training: 100 rows: 2"]
+    assert [line.partition(" skipped")[0] for line in log_lines] == ["validation: 50 rows: 3", "training: 100 rows: 1"]
     assert all("train, row " in line for line in log_lines)
-
-
-def test_more_than_a_share_of_all_rows_is_an_error_and_of_one_part_alone_is_not(tmp_path):
-    data, _ = drawn(tmp_path, TWICE, 0, 3)
-    data.setup("fit")  # 3 of 50, and of 150 together
-    data.max_skipped = 0.019
-    with pytest.raises(UserError, match=r"3 of 150 rows cannot be used, more than data.max_skipped 0.019 allows \(two options"):
+    data.max_skipped = 0.026
+    with pytest.raises(UserError, match=r"4 of 150 rows cannot be used, more than data.max_skipped 0.026 allows"):
         data.setup("fit")
 
 
@@ -315,7 +292,6 @@ UNLABELLED = {
     "BoolQ": ({"passage": "Tea.", "question": "is it"}, {"answer": None}),
     "ReCoRD": ({"passage": "Al.", "query": "@placeholder left", "entities": ["Di", "Al"]}, {"answers": ["Al"]}),
     "SQuAD": ({"title": "T", "context": "C", "question": "Q"}, {"answers": {"text": ["A"]}}),
-    "DROP": ({"passage": "P", "question": "Q"}, {"answers_spans": {"spans": ["A"]}}),
 }
 
 
@@ -325,16 +301,14 @@ def test_rows_without_a_label_or_an_answer_are_predicted_and_nothing_else(tmp_pa
     source = tiny.write_rows(tmp_path, [row] * 20, ["train"])
     tiny.write_rows(tmp_path, [row | ({} if None in target.values() else target), row, row], ["validation"])
     data = attach(PromptDataModule(name, source, test_size=3, train_size=9, val_size=2))
+    field = rf"field '({next(iter(target))}|label)'"
     for stage, place in (("fit", "train"), ("validate", "train"), ("test", "validation")):
-        known = rf"({next(iter(target))}|label)"
-        message = rf"field '{known}' is null.*{place}, row \d+|{place}, row \d+.*: .*field '{known}'"
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=rf"{field} is null.*{place}, row \d+|{place}, row \d+.*: .*{field}"):
             data.setup(stage)
     for place, n_rows in ((source, 3), (f"{source}/train.jsonl", 20)):  # of a file, all rows
         data = attach(PromptDataModule(name, place, test_size=3))
         data.setup("predict")
-        assert len(data.test) == n_rows
-        assert [row.example.answer for row in data.test].count(None) >= n_rows - 1
+        assert [row.example.answer for row in data.test].count(None) in (n_rows - 1, n_rows)
         assert list(data.collate(data.test)["prompt"]) == prompts_of(data.test)
 
 

@@ -161,13 +161,6 @@ def test_the_loss_of_a_mixture_of_experts_has_its_routers_as_hugging_faces(tmp_p
     assert losses[1] > losses[0] + 0.5  # an even load of one expert a token is 1
 
 
-def test_an_architecture_without_logits_to_keep_or_position_ids_gets_neither(llama):
-    batch = option_batch(llama, EXAMPLES[:1])
-    expected, inner = llama.option_scores(batch), llama.model.forward
-    llama.model.forward = lambda input_ids, attention_mask: inner(input_ids=input_ids, attention_mask=attention_mask)
-    torch.testing.assert_close(llama.option_scores(batch), expected, rtol=0, atol=1e-4)
-
-
 # ---------------------------------------------------------------------- packed sequences
 
 
