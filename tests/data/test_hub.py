@@ -42,11 +42,6 @@ def chat(split, k):
     return {"messages": turns, "prompt": texts[-2], "prompt_id": f"id{k}"}, texts
 
 
-def imdb(split, k):
-    text = f"The film was {'great' if k % 2 else 'terrible'} {split} {k}"
-    return {"text": text, "label": -1 if split == "unsupervised" else k % 2}, [text, "pos" if k % 2 else "neg"]
-
-
 def alpaca(split, k):
     """Of which a row has no response."""
     row, texts = columns("instruction", "input", "output", text="Below is an instruction.")(split, k)
@@ -81,7 +76,6 @@ SETS = {
     ),
     "openai/gsm8k": Set(columns("question", "answer"), "question answer", "train test", {"subset": "main"}, "main socratic"),
     "trl-lib/tldr": Set(TLDR, "prompt completion", "train validation test", validation="validation"),
-    "stanfordnlp/imdb": Set(imdb, "text label", "train test unsupervised", {"is_labelled": True}),
 }
 
 
@@ -92,8 +86,6 @@ def files_of(made, folder):
     for subset in made.subsets.split():
         for split in splits:
             rows = datasets.Dataset.from_list([made.row(split, k)[0] for k in range(N_ROWS)])
-            if "label" in rows.column_names:
-                rows = rows.cast_column("label", datasets.ClassLabel(names=["neg", "pos"]))
             rows.to_parquet(folder / "rows.parquet")
             files[f"{subset}/{split}-00000-of-00001.parquet"] = (folder / "rows.parquet").read_bytes()
         data_files = [{"split": split, "path": f"{subset}/{split}-*"} for split in splits]
@@ -158,12 +150,11 @@ def assert_trained(run, row, train="train", validation="train"):
         found = [one for one in run.texts if one["stage"] == stage]
         assert found
         for one in found:
-            rendered = one["text"] + (one["trained"] if row is imdb else "")
             assert any(
-                one["trained"].strip() == texts[-1] and re.search(".*".join(map(re.escape, texts)), rendered, re.DOTALL)
+                one["trained"].strip() == texts[-1] and re.search(".*".join(map(re.escape, texts)), one["text"], re.DOTALL)
                 for texts in expected
             ), one
-            assert "Below" not in rendered
+            assert "Below" not in one["text"]
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -173,24 +164,20 @@ def test_a_data_set_of_the_hub_is_trained_on_by_its_name(runs, name):
     assert any(all(column in line for column in made.printed.split()) for line in run.log.splitlines())
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("no split", ["data.train_split", "train_sft", "test_sft", "train_gen", "test_gen"]),
-        ("no subset", ["data.subset", "main", "socratic"]),
-    ],
-)
-def test_what_a_set_has_is_listed_where_the_user_must_choose(runs, name, words):
-    run = runs[name]
-    assert run.status == 2, run.log
-    last = run.log.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert [word for word in words if not re.search(rf"(?<!\w){word}\b", last)] == []
+def test_what_a_set_has_is_listed_where_the_user_must_choose(runs):
+    for name, words in [
+        ("no split", "data.train_split train_sft test_sft train_gen test_gen"),
+        ("no subset", "data.subset main socratic"),
+    ]:
+        assert runs[name].status == 2, runs[name].log
+        last = runs[name].log.strip().splitlines()[-1]
+        assert last.startswith("error: ")
+        assert [word for word in words.split() if not re.search(rf"(?<!\w){word}\b", last)] == []
 
 
-@pytest.mark.parametrize("name", ["old", "new"])
-def test_a_revision_is_an_older_state_of_a_set(runs, name):
-    assert_trained(runs[name], TLDR, name, name)
+def test_a_revision_is_an_older_state_of_a_set(runs):
+    for name in ("old", "new"):
+        assert_trained(runs[name], TLDR, name, name)
 
 
 def test_one_command_by_names_alone_is_a_chain_of_three_epochs(runs):

@@ -104,17 +104,14 @@ def of_one_row():
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
 def test_an_attention_that_separates_sequences_of_one_row_gets_one(tmp_path, architecture, of_one_row):
     """A stand-in for flash attention, which needs a GPU."""
-    modules = [
-        with_live_link(causal_lm(tmp_path, architecture, attn_implementation=settings)) for settings in ("eager", of_one_row)
-    ]
-    (output, expected), rows = [None, None], []
-    modules[1].model.get_input_embeddings().register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
-    for dtype in (None, torch.bfloat16):
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            batch = collate_packs([rows_of(modules[0], texts) for texts in TEXTS], 1)
-            expected, output = (module.step(batch) for module in modules)
+    one, other = (with_live_link(causal_lm(tmp_path, architecture, attn_implementation=way)) for way in ("eager", of_one_row))
+    batch, rows = collate_packs([rows_of(one, texts) for texts in TEXTS], 1), []
+    other.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    for is_half, tolerance in ((False, 1e-5), (True, 0.05)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            expected, output = one.step(batch), other.step(batch)
         assert output.size == expected.size
-        assert output.loss.item() == pytest.approx(expected.loss.item(), abs=1e-5 if dtype is None else 0.05)
+        assert output.loss.item() == pytest.approx(expected.loss.item(), abs=tolerance)
     assert rows[-2:] == [1, 1]
 
 
@@ -124,7 +121,7 @@ def test_an_attention_that_separates_sequences_of_one_row_gets_one(tmp_path, arc
 def test_what_a_models_forward_pass_takes_is_passed_on_and_other_values_are_named(tmp_path):
     module = with_live_link(causal_lm(tmp_path))
     batch = collate_language(rows_of(module, ["It was", TEXTS[0][0] * 3]), 1)
-    expected, inner, seen = module.step(batch), module.model.forward, {}
+    expected, inner, seen = module.step(batch).loss.item(), module.model.forward, {}
 
     def forward(input_ids=None, attention_mask=None, position_ids=None, pixel_values=None, **others):
         seen.update(position_ids=position_ids, pixel_values=pixel_values, **others)
@@ -135,16 +132,14 @@ def test_what_a_models_forward_pass_takes_is_passed_on_and_other_values_are_name
     module.model.forward = forward
     index, positions = torch.zeros_like(batch["input_ids"]), (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     for more in ({"pixel_values": torch.ones(2, 3)}, {"seq_idx": index, "position_ids": positions}):
-        output = module.step(batch | more)
-        assert output.loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
+        assert module.step(batch | more).loss.item() == pytest.approx(expected, abs=1e-5)
         assert all(seen[name] is value for name, value in more.items())
         assert "position_ids" in more or seen["position_ids"] is None  # an image's tokens may have several
     module.model.forward = inner
     embedded = {name: value for name, value in batch.items() if name != "input_ids"}
     embedded["inputs_embeds"] = module.model.get_input_embeddings()(batch["input_ids"])
-    assert module.step(embedded).loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
-    no_types = torch.zeros_like(index)  # which tokenizers make by themselves
-    assert module.step(batch | {"token_type_ids": no_types}).loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
+    for same in (embedded, batch | {"token_type_ids": index}):  # zeros, which tokenizers make by themselves
+        assert module.step(same).loss.item() == pytest.approx(expected, abs=1e-5)
     with pytest.raises(UserError, match="batch: LlamaForCausalLM does not take length, weights"):
         module.step(batch | {"weights": index, "length": [3, 5], "num_items_in_batch": 8})
 
@@ -162,7 +157,6 @@ def test_each_row_is_in_one_pack_and_no_two_packs_fit_into_one(lengths, max_leng
 
 
 ROWS = [{"prompt": f"Is town {k} old?", "response": "Yes" + ", it is old" * (k % 5)} for k in range(40)]
-WAYS = {"packed": {"packing": True, "batch_size": 1}, "apart": {"batch_size": 40}}
 
 
 def data_of(path, **arguments):
@@ -171,16 +165,15 @@ def data_of(path, **arguments):
 
 def test_an_optimizer_step_over_packs_is_that_over_their_rows(tmp_path):
     """The tokens of all packs weigh alike, and evaluation is not packed."""
-    found = {}
-    for name, options in WAYS.items():
+
+    def fit(**options):
         module = causal_lm(tmp_path, target_modules=["q_proj", "v_proj"], optimizer=lambda p: SGD(p, lr=0.5))
-        data = data_of(tmp_path, **options)
-        run = trainer(tmp_path, max_epochs=1, accumulate_grad_batches=100)
+        data, run = data_of(tmp_path, **options), trainer(tmp_path, max_epochs=1, accumulate_grad_batches=100)
         run.fit(module, datamodule=data)
-        values = {metric: run.callback_metrics[metric].item() for metric in ("train_loss", "val_loss")}
-        found[name] = values, weights(module), len(data.train)
         assert run.global_step == 1
-    (values, own, n_packs), (expected, theirs, _) = found["packed"], found["apart"]
+        return [run.callback_metrics[name].item() for name in ("train_loss", "val_loss")], weights(module), len(data.train)
+
+    (values, own, n_packs), (expected, theirs, _) = fit(packing=True, batch_size=1), fit(batch_size=40)
     assert 5 < n_packs < 20
     assert values == pytest.approx(expected, abs=1e-5)
     for name, value in own.items():
@@ -219,11 +212,10 @@ def test_a_length_that_changes_the_order_of_rows_is_refused_inside_an_epoch(tmp_
 def test_processes_have_equally_many_packs_and_each_row_is_trained(tmp_path):
     own, seen = tiny.tokenizer(pad=True), []
     for rank in range(3):
-        data = tiny.set_up(data_of(tmp_path, packing=True, batch_size=2), own)
-        data.setup("fit")
+        data = tiny.set_up(data_of(tmp_path, packing=True, batch_size=2), own, "fit")
         data.trainer = tiny.process(rank, 3)
-        batches = data.train_dataloader()
-        seen.append([pack for b in batches for pack in zip(b["input_ids"], b["position_ids"], strict=True)])
+        packs = [zip(b["input_ids"], b["position_ids"], strict=True) for b in data.train_dataloader()]
+        seen.append([*itertools.chain.from_iterable(packs)])
     assert {len(packs) for packs in seen} == {math.ceil(len(data.train) / 3)}
     trained = set()
     for ids, positions in itertools.chain.from_iterable(seen):
