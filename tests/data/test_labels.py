@@ -5,13 +5,7 @@ from collections import Counter
 
 import pytest
 
-from cola_lightning import (
-    COLASequenceClassifier,
-    PromptDataModule,
-    TemplateDataModule,
-    TextClassificationDataModule,
-    UserError,
-)
+from cola_lightning import COLASequenceClassifier, PromptDataModule, TemplateDataModule, TextClassificationDataModule, UserError
 from tests.helpers import tiny
 from tests.helpers.toy import trainer
 
@@ -64,19 +58,6 @@ def test_minus_one_is_no_label_unless_it_is_one_of_the_models_or_the_only_one_be
         assert [row.example.answer for row in data.test] == [None] * 20
         with pytest.raises(UserError, match=r"the field 'label' is '-1', not "):
             tiny.set_up(data, own, "fit")
-
-
-def test_a_column_whose_name_has_a_dot_is_found(tmp_path):
-    rows = [{"q.text": f"Who is {k}?", "label.id": k % 2, "a": {"c.d": f"Al {k}"}} for k in range(20)]
-    source = tiny.write_rows(tmp_path, rows)
-    for target in ({"options": ["no", "yes"], "label": "label.id"}, {"answer": "a.c.d"}):
-        data = TemplateDataModule(source, prompt="{q.text} {a.c.d}", **target)
-        tiny.set_up(data, tiny.chat_tokenizer(None), "predict")
-        assert data.test[1].example.prompt == "Who is 1? Al 1"
-        assert data.test[1].example.answer == ("options" in target)
-    data = TextClassificationDataModule(source, text_fields="q.text", label_field="label.id")
-    tiny.set_up(data, tiny.chat_tokenizer(None), "predict")
-    assert [*data.test["labels"]][:2] == [0, 1]
 
 
 def test_predicting_needs_no_label(path):

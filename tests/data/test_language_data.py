@@ -6,13 +6,7 @@ import re
 import pytest
 import torch
 
-from cola_lightning import (
-    PromptDataModule,
-    TemplateDataModule,
-    TextClassificationDataModule,
-    TextDataModule,
-    UserError,
-)
+from cola_lightning import PromptDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.chat_template import end_tokens
 from cola_lightning.data.base import EpochSampler
 from cola_lightning.data.encoding import encode_texts, labels_of

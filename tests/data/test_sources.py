@@ -9,13 +9,7 @@ import datasets
 import pytest
 from lightning.pytorch.callbacks import LambdaCallback
 
-from cola_lightning import (
-    ImageDataModule,
-    TemplateDataModule,
-    TextClassificationDataModule,
-    TextDataModule,
-    UserError,
-)
+from cola_lightning import ImageDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.cli import main
 from cola_lightning.data.source import Source
 from cola_lightning.data.splits import load_splits

@@ -18,7 +18,14 @@ def examples(rows, folder, own=None, stage="test", **arguments):
 
 
 ROW = {"text": "It was {old}.", "size": 3, "share": 0.5, "label": 1, "by": {"name": "Al", "town": {"name": "Oslo"}}}
-ROW |= {"all": ["red", "blue"], "answers": {"text": ["blue", "navy"]}, "gold": "blue", "empty": "", "none": None}
+ROW |= {
+    "all": ["red", "blue"],
+    "answers": {"text": ["blue", "navy"]},
+    "gold": "blue",
+    "empty": "",
+    "q.text": "Who?",
+    "a": {"c.d": "Di"},
+}
 FIXED = {"options": [" no", " yes"]}
 
 MADE = [
@@ -30,6 +37,7 @@ MADE = [
     ({"prompt": "Is it?", "options": "all", "label": "gold", "delimiter": ": "}, "Is it?", (": red", ": blue"), 1, ()),
     ({"prompt": "Which?", "answer": "gold", "delimiter": "\n"}, "Which?", ("\nblue\n",), 0, ("blue",)),
     ({"prompt": "Is it?", "options": [" {by.name}", " {gold} {{}}"]}, "Is it?", (" Al", " blue {}"), 1, ()),
+    ({"prompt": "{q.text} {a.c.d}", **FIXED}, "Who? Di", (" no", " yes"), 1, ()),
     ({"prompt": "Is it?", "options": "answers.text"}, "Is it?", (" blue", " navy"), 1, ()),
     ({"prompt": "{by.town.name}, {{{size}}} {share}{empty}:", **FIXED}, "Oslo, {3} 0.5:", (" no", " yes"), 1, ()),
     ({"prompt": "Which?", "answer": "gold"}, "Which?", (" blue\n",), 0, ("blue",)),

@@ -120,16 +120,6 @@ AS_TURNS = [
 ]
 
 
-def test_a_length_above_the_models_is_its_own_and_the_log_says_so(tmp_path, caplog):
-    caplog.set_level("INFO")
-    own = tiny.tokenizer()
-    own.model_max_length = 64
-    encoded([{"text": "Old."}], tmp_path, own, max_length=64)
-    assert "data.max_length" not in caplog.text
-    encoded([{"text": "Old."}], tmp_path, own, max_length=100)
-    assert "data.max_length: 64, the model's longest sequence, and not 100" in caplog.text
-
-
 @pytest.mark.parametrize("store", [json.dumps, repr])
 def test_turns_that_are_stored_as_text_are_skipped_and_told_and_other_json_is_a_response(tmp_path, store):
     text, lists = store(MESSAGES[2:3]), ['[{"value": 3, "unit": "m"}]', '[{"content": "old"}]', "[1, 2]", '{"role": "admin"}']

@@ -51,27 +51,20 @@ def test_a_tokenizer_pads_with_a_token_that_the_model_knows_and_knows_the_models
     assert module.tokenizer.pad_token == "</s>"
 
 
-def test_a_package_holds_a_model_and_is_not_imported(tmp_path, monkeypatch):
-    (tmp_path / "a_model_package").mkdir()
-    (tmp_path / "a_model_package" / "__init__.py").write_text("raise RuntimeError")
-    tiny.folder(tmp_path / "a_model_package")
-    monkeypatch.syspath_prepend(tmp_path)
-    COLACausalLM("package:a_model_package", target_modules=["q_proj"]).configure_model()
-    assert "a_model_package" not in sys.modules
-
-
-def test_a_package_with_one_gguf_file_and_no_other_model_means_that_file(tmp_path, monkeypatch):
+def test_a_package_holds_a_model_or_one_gguf_file_and_is_not_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     folder = tmp_path / "packed_model"
     folder.mkdir()
+    (folder / "__init__.py").write_text("raise RuntimeError")
     (folder / "small.gguf").touch()
     reader = SimpleNamespace(from_pretrained=lambda place, gguf_file, **_: (place, gguf_file))
     assert Pretrained("package:packed_model").load(reader) == (str(folder), "small.gguf")
     (folder / "large.gguf").touch()
     with pytest.raises(UserError, match=r"^model\.gguf_file: 'package:packed_model' .* large\.gguf, small\.gguf$"):
         COLACausalLM("package:packed_model")
-    (folder / "config.json").touch()
-    assert Pretrained("package:packed_model").gguf_file is None
+    tiny.folder(folder)
+    COLACausalLM("package:packed_model", target_modules=["q_proj"]).configure_model()
+    assert "packed_model" not in sys.modules
 
 
 def test_what_is_not_a_model_is_named_in_one_line(folder, tmp_path, monkeypatch):
