@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 import yaml
 
 from cola_lightning import PreferenceDataModule, TextDataModule, UserError
-from cola_lightning.chat_template import CHATML, ChatTemplate, Conversation
+from cola_lightning.chat_template import ChatTemplate, Conversation
 from cola_lightning.data.chat_encoding import encode_conversations, encode_preferences
 from cola_lightning.data.columns import find_pairs
 from cola_lightning.data.encoding import labels_of
@@ -19,8 +18,7 @@ from cola_lightning.data.fields import PreferencePair
 from tests.helpers import tiny
 
 FILES = Path(__file__).parents[1] / "fixtures" / "rows_of_pairs"
-DATA = Path(os.environ.get("COLA_DATA_DIR", "none"))
-REAL, TEMPLATES = DATA / "real" / "orca_dpo_pairs.jsonl", sorted((DATA / "chat_templates").glob("*.jinja"))
+TEMPLATES = sorted(Path(os.environ.get("COLA_DATA_DIR", "none"), "chat_templates").glob("*.jinja"))
 REWRITING = tiny.CHAT.replace(  # as templates that drop the thoughts of earlier turns
     "{{ eos_token }}", "{% if not loop.last and turn['role'] == 'assistant' %} (earlier){% endif %}{{ eos_token }}"
 )
@@ -194,8 +192,6 @@ def test_a_batch_has_the_chosen_responses_and_then_the_rejected_ones_and_counts_
         assert all(text.startswith("Yes") for text in texts[:n])
         assert all(text.startswith("No") for text in texts[n:])
         assert (batch["attention_mask"][:, -1] == 1).all()  # padded on the left
-    again = [*set_up(data.source, own, "fit", batch_size=3).train_dataloader()]
-    assert all(torch.equal(one["input_ids"], two["input_ids"]) for one, two in zip(batches, again, strict=True))
 
 
 @pytest.mark.parametrize("chat", [tiny.CHAT, None])
@@ -217,6 +213,10 @@ def test_both_responses_keep_the_same_shortened_prompt_and_then_lose_their_ends(
             assert len(pair[0].prompt) <= 40
     with pytest.raises(UserError, match=r"longer than data\.max_length"):
         encoded([row], tmp_path / "skip", own, max_length=20, too_long="skip")
+    row |= {"chosen": f"{long * 40}Yes.", "rejected": f"{long * 40}No."}
+    used, data = encoded([row, {"question": "A", "chosen": "b", "rejected": "c"}], tmp_path, own, max_length=160)
+    assert len(used) == 1
+    assert [*data._report.skipped] == ["the two responses are equal up to data.max_length"]
 
 
 @pytest.mark.parametrize("prompt", ["Old?", [USER]])
@@ -226,15 +226,6 @@ def test_turns_that_are_stored_as_text_are_skipped_and_told(tmp_path, prompt):
     rows, data = encoded(pairs, tmp_path, tiny.chat_tokenizer(tiny.CHAT))
     assert len(rows) == 1
     assert [*data._report.skipped] == ["turns stored as text, not as a list"]
-
-
-def test_responses_that_differ_only_after_the_maximum_length_are_skipped(tmp_path):
-    own, long = tiny.chat_tokenizer(tiny.CHAT), "It was great. " * 40
-    rows = [{"prompt": "Is it?", "chosen": f"{long}Yes.", "rejected": f"{long}No."}]
-    rows += [{"prompt": "A", "chosen": "b", "rejected": "c"}] * 2
-    used, data = encoded(rows, tmp_path, own, max_length=64)
-    assert len(used) == 2
-    assert [*data._report.skipped] == ["the two responses are equal up to data.max_length"]
 
 
 @pytest.mark.skipif(not TEMPLATES, reason="needs COLA_DATA_DIR with chat_templates")
@@ -355,18 +346,3 @@ def test_a_module_that_would_train_on_rejected_responses_refuses_pairs(tmp_path)
     data.setup("predict")
     with pytest.raises(UserError, match=r"rejected responses.* COLAPreferenceLM"):
         data.setup("fit")
-
-
-@pytest.mark.skipif(not REAL.exists(), reason="needs COLA_DATA_DIR with real")
-def test_the_pairs_of_a_real_file_are_used(tmp_path):
-    own, source = tiny.chat_tokenizer(CHATML, "<|im_start|>", "<|im_end|>"), tiny.read_rows(REAL)[:40]
-    folder = tiny.write_rows(tmp_path, source, ["train"])
-    data = set_up(folder, own, "fit", val_size=0, max_length=3000)
-    assert (len(data.train), data._report.n_skipped, data._report.n_shortened) == (40, 0, 5)
-    for row, (chosen, rejected) in zip(source, sides(data, list(data.train)), strict=True):
-        assert chosen.prompt == rejected.prompt
-        assert own.decode(chosen.prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
-        for side, name in ((chosen, "preferred_output"), (rejected, "non_preferred_output")):
-            content = row[name][0]["content"].strip()
-            learned = own.decode(side.learned)
-            assert learned == f"{content}<|im_end|>" or (len(side.ids) == 3000 and content.startswith(learned))

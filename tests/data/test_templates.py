@@ -18,14 +18,8 @@ def examples(rows, folder, own=None, stage="test", **arguments):
 
 
 ROW = {"text": "It was {old}.", "size": 3, "share": 0.5, "label": 1, "by": {"name": "Al", "town": {"name": "Oslo"}}}
-ROW |= {
-    "all": ["red", "blue"],
-    "answers": {"text": ["blue", "navy"]},
-    "gold": "blue",
-    "empty": "",
-    "q.text": "Who?",
-    "a": {"c.d": "Di"},
-}
+ROW |= {"all": ["red", "blue"], "answers": {"text": ["blue", "navy"]}, "gold": "blue", "empty": ""}
+ROW |= {"q.text": "Who?", "a": {"c.d": "Di"}}
 FIXED = {"options": [" no", " yes"]}
 
 MADE = [
