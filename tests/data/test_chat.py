@@ -250,8 +250,6 @@ def test_a_template_that_loses_what_the_assistant_says_is_refused(words):
         encoded(tiny.chat_tokenizer(chat), messages)
 
 
-# ---------------------------------------------------------------------- from data
-
 TOOL = {"type": "function", "function": {"name": "weather", "description": "It is.", "parameters": {}}}
 ALL = "{% for tool in tools or () %}[tool]{{ tool.function.name }}{% endfor %}" + template(
     "{% if turn.reasoning_content %}({{ turn.reasoning_content }}){% endif %}{{ turn.content }}"

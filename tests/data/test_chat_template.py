@@ -15,16 +15,9 @@ from cola_lightning.cli import main
 from cola_lightning.data.encoding import labels_of
 from tests.helpers import tiny
 
-TALK = [
-    {"role": "user", "content": "Who?"},
-    {"role": "assistant", "content": "Al."},
-    {"role": "user", "content": "Old?"},
-    {"role": "assistant", "content": "Yes."},
-]
-CHATML_TALK = (
-    "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nAl.<|im_end|>\n"
-    "<|im_start|>user\nOld?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
-)
+SAID = [("user", "Who?"), ("assistant", "Al."), ("user", "Old?"), ("assistant", "Yes.")]
+TALK = [{"role": role, "content": content} for role, content in SAID]
+CHATML_TALK = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in SAID)
 
 
 def encoded(folder, own, **options):
@@ -60,17 +53,12 @@ def test_a_template_comes_from_a_file_or_another_model_and_replaces_the_tokenize
         assert find_chat_template(str(name), own) == tiny.CHAT
     text, *_ = encoded(tmp_path / "rows", tiny.chat_tokenizer(CHATML), chat_template=str(tmp_path / "own.jinja"))
     assert text.startswith("<s>[user]\nWho?</s>\n")
-    own.chat_template = "{{ '<|user|>' }} <think> {{ '<tool>' }} <s>"
-    assert unknown_tokens(own) == ["<|user|>", "<think>", "<tool>"]
     own.save_pretrained(tmp_path / "none")
-    (tmp_path / "none" / "chat_template.jinja").unlink()
-    for name, message in {
-        "no.jinja": "cannot be read",
-        tmp_path / "none": "has no chat template",
-        "/no/such": "cannot",
-    }.items():
+    for name, message in [("no.jinja", "cannot be read"), (tmp_path / "none", "has no chat template"), ("/no/such", "cannot")]:
         with pytest.raises(UserError, match=rf"^data\.chat_template: .*{message}"):
             find_chat_template(str(name), own)
+    own.chat_template = "{{ '<|user|>' }} <think> {{ '<tool>' }} <s>"
+    assert unknown_tokens(own) == ["<|user|>", "<think>", "<tool>"]
 
 
 CONFIG = """

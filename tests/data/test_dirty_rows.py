@@ -111,8 +111,6 @@ def test_why_a_conversation_cannot_be_trained():
             conversation(Row(row, "rows, row 1"), {"messages": "messages", "tools": "tools"})
 
 
-# ---------------------------------------------------------------------- any mix of dirt
-
 words = st.sampled_from(["", " ", None, "No.", "The town is old", "the river is long and the mat is old " * 4, "🏠é" * 40])
 turn = st.fixed_dictionaries(
     {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": words},
@@ -186,9 +184,6 @@ def test_a_prompt_keeps_its_system_prompt_and_a_response_too_long_has_no_stop_to
     ((row,),) = encode_responses(own, [Pair(f"{system}Old?", len(system), f" {long}")], 70)
     assert (len(row["input_ids"]), row["spans"][1]) == (70, 70)
     assert f"<s>{system}Old? {long}".startswith(own.decode(row["input_ids"]))
-
-
-# ---------------------------------------------------------------------- real files
 
 
 @needs_real

@@ -51,9 +51,6 @@ def parts(data):
     return data.train, data.val, getattr(data, "test", [])
 
 
-# ---------------------------------------------------------------------- rows
-
-
 @pytest.mark.parametrize("name", ["csv", "tsv.gz", "jsonl.zst", "ndjson", "json", "parquet", "CSV"])
 def test_a_file_of_any_format_gives_the_rows_that_were_written(tmp_path, name):
     source = write(tmp_path / f"rows.{name}", ROWS)
@@ -84,25 +81,19 @@ def test_an_empty_answer_is_missing_where_the_format_has_no_null(tmp_path, name)
 
 
 @pytest.mark.filterwarnings("default")  # as outside of tests, where a warning is no error
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
+def test_what_cannot_be_read_or_would_lose_a_cell_is_one_line(tmp_path):
+    for name, text in [
         ("comma.csv", "text,label\nwell, bad,neg\nfine, good,pos\n"),  # without quotes, it makes one more cell
         ("twice.csv", "text,text\nfine,pos\n"),  # of two columns of one name, a row would have the last
         ("quote.tsv", 'label\ttext\n1\t"I loved it.\n0\tAnd so will you."\n'),  # which joins two rows
         ("rows.xlsx", ""),
         ("no_such.csv", None),  # which is not asked for on the hub
-    ],
-)
-def test_what_cannot_be_read_or_would_lose_a_cell_is_one_line(tmp_path, name, text):
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=name) as caught:
-        load_splits(str(tmp_path / name))["train"]()
-    assert "\n" not in str(caught.value)
-
-
-# ---------------------------------------------------------------------- splits
+    ]:
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=name) as caught:
+            load_splits(str(tmp_path / name))["train"]()
+        assert "\n" not in str(caught.value)
 
 
 def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
@@ -168,23 +159,23 @@ def test_one_file_is_split_by_the_seed_and_the_log_says_so(tmp_path, caplog, val
     assert f"{source}: {drawn}" in caplog.messages
 
 
-@pytest.mark.parametrize(
-    ("arguments", "splits", "requested"),
-    [
-        ({"test_size": 3}, ["train"], [("train", 10)]),
-        ({"test_size": 3}, ["train", "test"], [("test", 10)]),
-        ({}, ["train"], [("train", 10)]),
-        ({"val_size": 0}, ["train", "dev"], [("dev", 10)]),
-        ({}, ["train", "dev", "test"], [("test", 10)]),
-        ({}, ["test"], [("test", 10)]),
-    ],
-)
-def test_predict_takes_all_rows_of_the_split_that_was_not_trained_if_there_is_one(tmp_path, arguments, splits, requested):
-    tiny.write_rows(tmp_path, [{"text": f"It was {k}."} for k in range(10)], splits)
-    data = template(str(tmp_path), **arguments)
-    data.setup("predict")
-    of_splits = Counter(row.example.place.partition(",")[2].split(",")[0].strip() for row in data.test)
-    assert [*of_splits.items()] == requested
+def test_predict_takes_all_rows_of_the_split_that_was_not_trained_if_there_is_one(tmp_path):
+    for place, (arguments, splits, predicted) in enumerate(
+        [
+            ({"test_size": 3}, ["train"], "train"),
+            ({"test_size": 3}, ["train", "test"], "test"),
+            ({}, ["train"], "train"),
+            ({"val_size": 0}, ["train", "dev"], "dev"),
+            ({}, ["train", "dev", "test"], "test"),
+            ({}, ["test"], "test"),
+        ]
+    ):
+        source = tiny.write_rows(tmp_path / str(place), [{"text": f"It was {k}."} for k in range(10)], splits)
+        data = template(source, **arguments)
+        data.setup("predict")
+        assert [row.example.place for row in data.test] == [
+            f"{source}, {predicted}, row {k} (counted from 0)" for k in range(10)
+        ]
 
 
 def test_each_part_of_a_labelled_file_has_the_same_share_of_each_label(tmp_path):
@@ -192,9 +183,6 @@ def test_each_part_of_a_labelled_file_has_the_same_share_of_each_label(tmp_path)
     counts = [Counter(row["labels"] for row in part) for part in parts(classifier(source, "neg", "pos", "rare", test_size=0.1))]
     # What is rare is trained on.
     assert [[count[k] for k in range(3)] for count in counts] == [[16, 144, 1], [2, 18, 0], [2, 18, 0]]
-
-
-# ---------------------------------------------------------------------- rows as tokens
 
 
 def test_rows_are_tokenized_once_and_again_for_another_text_tokenizer_or_format(tmp_path):
@@ -213,9 +201,6 @@ def test_rows_are_tokenized_once_and_again_for_another_text_tokenizer_or_format(
     write(tmp_path / "rows.jsonl", [{"text": f"The town is {k} days old."} for k in range(20)])
     found.append(prepared())
     assert len({path for path, _ in found}) == len(found) == 5
-
-
-# ---------------------------------------------------------------------- from a file to an exported model
 
 
 def test_a_csv_of_names_becomes_a_model_in_two_stages_that_is_tested_on_held_out_rows_and_exported(tmp_path):

@@ -127,12 +127,6 @@ def listed(path, file="rows.csv", header="path,label", *, more=()):
     return path / file
 
 
-def as_split_folders(path):
-    draw(path / "train")
-    draw(path / "test", 2)
-    return path
-
-
 def as_metadata(path):
     """As Hugging Face's imagefolder has it."""
     return listed(path, "metadata.csv", "file_name,label").parent
@@ -154,7 +148,7 @@ def as_polars(path):
     return path / "rows.parquet"
 
 
-@pytest.mark.parametrize("form", [draw, as_split_folders, listed, as_metadata, as_parquet, as_polars])
+@pytest.mark.parametrize("form", [draw, listed, as_metadata, as_parquet, as_polars])
 def test_rows_in_each_form_are_the_same_pictures_and_labels_in_parts_with_the_same_share_of_each(tmp_path, form):
     data = set_up(data_of(form(tmp_path / "rows"), random_crop=1), "fit")
     assert data.label_names == CLASSES
@@ -167,10 +161,7 @@ def test_rows_in_each_form_are_the_same_pictures_and_labels_in_parts_with_the_sa
         pictures = [picture(name, 4 * k + index) for k in range(8)]
         expected = data.image_processor(pictures, return_tensors="pt")["pixel_values"].flatten(1)
         assert sorted(found[labels == index].sum(1).tolist()) == sorted(expected.sum(1).tolist())
-    assert data.can_be_tested == (form is as_split_folders)
-    if form is as_split_folders:
-        data.setup("test")
-        assert len(data.test) == 8
+    assert not data.can_be_tested
     assert data.identity
 
 
@@ -324,9 +315,6 @@ def test_crops_and_flips_can_be_left_out_and_have_the_asked_size():
     data.random_flip = True
     flipped = sum(data.augment({"image": marked}, seed)["image"].tobytes() != marked.tobytes() for seed in range(200))
     assert 70 < flipped < 130
-
-
-# ---------------------------------------------------------------------- predictions
 
 
 def test_predict_writes_labels_and_scores_of_pictures_alone_and_why_one_has_none(tmp_path):

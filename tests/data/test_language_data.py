@@ -215,9 +215,6 @@ def test_white_space_around_a_prompt_is_as_in_the_protocol():
     assert tokenizer.decode(encode_examples(tokenizer, [written], 500)[0].prompt_ids) == "<s>Who?"
 
 
-# ---------------------------------------------------------------------- parts of the paper's tasks
-
-
 def test_train_and_validation_are_drawn_together_from_train_and_test_from_validation(tmp_path):
     rows = [{"sentence": f"film number {k} ", "label": k % 2} for k in range(40)]
     sst2 = tiny.write_rows(tmp_path, rows, ["train"])

@@ -281,9 +281,6 @@ def test_prompts_alone_are_predicted(tmp_path):
         assert (own.decode(requested[0].prompt_ids), requested[0].target) == (chat_text("Old?"), target)
 
 
-# ---------------------------------------------------------------------- which columns
-
-
 def test_columns_can_be_named_and_are_listed_where_there_are_no_pairs(tmp_path):
     own, columns = tiny.chat_tokenizer(tiny.CHAT), {"prompt": "ask", "chosen": "a", "rejected": "b"}
     rows, data = encoded([{"ask": "Old?", "a": "Yes.", "b": "No."}], tmp_path, own, columns=columns)

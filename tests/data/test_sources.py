@@ -29,9 +29,6 @@ def read(source, **options):
     return {split: [dict(row) for row in rows()] for split, rows in load_splits(source, **options).items()}
 
 
-# ---------------------------------------------------------------------- what a source may be
-
-
 def test_a_pattern_names_the_files_of_one_split(tmp_path):
     for k in (2, 0, 1):
         write(tmp_path / "logs" / f"{k}.jsonl", ROWS[2 * k : 2 * k + 2])

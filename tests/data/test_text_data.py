@@ -67,40 +67,19 @@ def test_columns_are_named_where_their_names_say_nothing():
             find_columns(names, [], wrong)
 
 
-# ---------------------------------------------------------------------- what is learned
-
-
 def encoded(rows, folder, own, stage="test", **arguments):
     """The rows as the data module encodes them, and the data module."""
     data = tiny.set_up(TextDataModule(tiny.write_rows(folder, rows), **arguments), own, stage)
     return list(data.train if stage == "fit" else data.test), data
 
 
-def learned(row, folder, chat=tiny.CHAT):
-    """The text of a row, and the part with a loss."""
-    own = tiny.chat_tokenizer(chat)
-    ((row,), _) = encoded([row], folder, own)
-    return own.decode(row["input_ids"]), own.decode([label for label in labels_of(row) if label != -100])
-
-
 def test_the_turns_of_a_prompt_have_no_loss(tmp_path):
-    row = {"prompt": MESSAGES[1:4], "completion": MESSAGES[4:]}
-    text, printed = learned(row, tmp_path)
-    assert "Yes." in text
-    assert printed == "No.</s>"
-    own = tiny.chat_tokenizer(tiny.CHAT)
+    own, row = tiny.chat_tokenizer(tiny.CHAT), {"prompt": MESSAGES[1:4], "completion": MESSAGES[4:]}
+    ((whole,), _) = encoded([row], tmp_path, own)
+    assert own.decode([label for label in labels_of(whole) if label != -100]) == "No.</s>"
     ((requested,), _) = encoded([row], tmp_path, own, "predict")
-    assert (own.decode(requested.prompt_ids) + printed, requested.target) == (text.removesuffix("\n"), "No.")
-
-
-def test_a_system_prompt_and_an_input_are_parts_of_the_prompt_where_they_are_not_empty(tmp_path):
-    row = {"system": "Be brief.", "question": "Old?", "answer": "No."}
-    assert "[system]\nBe brief." in learned(row, tmp_path)[0]
-    assert "[system]" not in learned(row | {"system": " "}, tmp_path)[0]
-    assert learned(row, tmp_path, None) == ("<s>Be brief.\n\nOld?No.</s>", "No.</s>")
-    row = {"instruction": "Is it old?", "input": "A town.", "output": " No."}
-    assert learned(row, tmp_path, None) == ("<s>Is it old?\n\nA town. No.</s>", " No.</s>")
-    assert learned(row | {"input": ""}, tmp_path, None) == ("<s>Is it old? No.</s>", " No.</s>")
+    assert own.decode(whole["input_ids"]) == f"{own.decode(requested.prompt_ids)}No.</s>\n"
+    assert requested.target == "No."
 
 
 def test_a_text_becomes_several_rows_or_none_and_their_order_stays(tmp_path):

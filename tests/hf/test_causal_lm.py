@@ -211,9 +211,6 @@ def test_packed_sequences_are_refused_where_they_would_not_be_apart(tmp_path, ca
             module.step(packed_texts(module)[0])
 
 
-# ---------------------------------------------------------------------- models that are refused
-
-
 @pytest.mark.parametrize(
     ("architecture", "dtype", "words"),
     [
@@ -227,9 +224,6 @@ def test_a_model_whose_logits_depend_on_padding_or_on_later_tokens_is_refused(tm
         causal_lm(tmp_path, architecture, scale=1 if architecture == "bert" else 3, dtype=dtype).configure_model()
     if architecture == "bert":
         causal_lm(tmp_path, architecture, scale=1, dtype=dtype, changes={"is_decoder": True}).configure_model()
-
-
-# ---------------------------------------------------------------------- runs
 
 
 def test_validation_means_are_over_rows_and_tokens_whatever_the_batches(tmp_path):

@@ -28,24 +28,15 @@ from tests.helpers.toy import trainer
 PROMPTS = ["It", "A film with great actors", "Is the town old?", "The cat sat on the mat.", "Yes, the river is long", "No"]
 
 
-@pytest.fixture(scope="module", params=["opt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gpt2"))])
-def module(request, tmp_path_factory):
-    return tiny.with_live_link(tiny.causal_lm(tmp_path_factory.mktemp("model"), request.param)).eval()
-
-
 @pytest.fixture
 def llama(tmp_path):
     return tiny.with_live_link(tiny.causal_lm(tmp_path)).eval()
 
 
-def written(prompt, *references):
-    return Example(prompt, (f" {references[0]}\n",), 0, references=references)
-
-
 def answers_to(module, prompts=PROMPTS):
     """A batch of prompts, each of which is answered by a line."""
-    encoded = encode_examples(module.tokenizer, [written(prompt, "x") for prompt in prompts], 64)
-    return collate_options(encoded, module.tokenizer.pad_token_id, "answer")
+    examples = [Example(prompt, (" x\n",), 0, references=("x",)) for prompt in prompts]
+    return collate_options(encode_examples(module.tokenizer, examples, 64), module.tokenizer.pad_token_id, "answer")
 
 
 def responses_to(module, decoding, ends=(), prompts=PROMPTS):
@@ -68,13 +59,13 @@ def plain(module, prompt, n_tokens=50, ends=(), *, is_line=False, **options):
 
 
 @contextmanager
-def ending_by_chance(module, token):
-    """Lets a model write a token now and then, by what its hidden state is; tells how often the head was asked."""
+def ending_by_chance(module, *tokens):
+    """Lets a model write tokens now and then, by what its hidden state is; tells how often the head was asked."""
     requested = []
 
     def hook(_, inputs, logits):
         requested.append(len(logits))
-        logits[..., token] += 100 * (torch.sin(10 * inputs[0][..., 0]) > 0.8)
+        logits[..., tokens] += 100 * (torch.sin(10 * inputs[0][..., :1]) > 0.8)
 
     handle = module.model.get_output_embeddings().register_forward_hook(hook)
     yield requested
@@ -84,27 +75,20 @@ def ending_by_chance(module, token):
 # ---------------------------------------------------------------------- as a plain loop
 
 
-def test_a_batchs_answers_are_those_of_a_plain_greedy_loop(module):
-    batch = answers_to(module)
-    assert batch["prompt_mask"].sum(-1).unique().numel() > 3
-    texts, lengths = zip(*(plain(module, prompt, is_line=True) for prompt in PROMPTS), strict=True)
-    assert max(lengths) == 50
-    assert module.generate(batch) == list(texts)
-    assert module.generate(answers_to(module, PROMPTS[:1])) == [texts[0]]
-
-
-@pytest.mark.parametrize("end", ["\n", "</s>", "town\nhall"])
-def test_an_answer_ends_at_a_lines_end_or_the_texts_whatever_the_models_own_settings(llama, end):
+@pytest.mark.parametrize(("architecture", "end"), [("opt", ""), ("llama", "\n"), ("llama", "</s>"), ("llama", "town\nhall")])
+def test_a_batchs_answers_are_those_of_a_plain_greedy_loop_and_end_with_a_line_or_the_text(tmp_path, architecture, end):
+    """Whatever the model's own settings."""
+    module = tiny.with_live_link(tiny.causal_lm(tmp_path, architecture)).eval()
     own = {"do_sample": True, "temperature": 9.0, "num_beams": 4, "repetition_penalty": 9.0, "min_new_tokens": 9}
-    llama.model.generation_config.update(**own)
-    llama.tokenizer.add_tokens(["town\nhall"])
-    (token,) = llama.tokenizer(end, add_special_tokens=False)["input_ids"]
-    with ending_by_chance(llama, token) as requested:
-        texts, lengths = zip(*(plain(llama, prompt, is_line=True) for prompt in PROMPTS), strict=True)
-        assert min(lengths) < max(lengths)
+    module.model.generation_config.update(**own)
+    module.tokenizer.add_tokens(["town\nhall"])
+    with ending_by_chance(module, *module.tokenizer(end, add_special_tokens=False)["input_ids"]) as requested:
+        texts, lengths = zip(*(plain(module, prompt, is_line=True) for prompt in PROMPTS), strict=True)
+        assert min(lengths) < max(lengths) if end else max(lengths) == 50
         requested.clear()
-        assert llama.generate(answers_to(llama)) == list(texts)
+        assert module.generate(answers_to(module)) == list(texts)
         assert len(requested) == max(lengths)
+        assert module.generate(answers_to(module, PROMPTS[:1])) == [texts[0]]
 
 
 def test_a_batchs_responses_are_those_of_a_plain_greedy_loop_and_end_before_a_stop(llama):

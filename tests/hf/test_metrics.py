@@ -70,9 +70,6 @@ def test_answers_are_measured_as_by_hand_whatever_the_batches(name, place):
     assert metric.compute().item() == pytest.approx(sum(row[place] for row in MEASURED) / len(MEASURED))
 
 
-# ---------------------------------------------------------------------- of evaluations
-
-
 def test_each_of_several_loaders_has_its_own_measures(tmp_path):
     datas = []
     for every in (2, 5):  # in one, a label is more frequent

@@ -115,9 +115,6 @@ def test_an_attention_that_separates_sequences_of_one_row_gets_one(tmp_path, arc
     assert rows[-2:] == [1, 1]
 
 
-# ---------------------------------------------------------------------- other values of a batch
-
-
 def test_what_a_models_forward_pass_takes_is_passed_on_and_other_values_are_named(tmp_path):
     module = with_live_link(causal_lm(tmp_path))
     batch = collate_language(rows_of(module, ["It was", TEXTS[0][0] * 3]), 1)

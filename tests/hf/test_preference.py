@@ -115,9 +115,6 @@ def test_what_is_logged_has_trls_names_and_meanings(module):
     assert torch.allclose(torch.cat([logged["logps/chosen"], logged["logps/rejected"]]), sums, atol=1e-4)
 
 
-# ---------------------------------------------------------------------- against TRL
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL's own default, gradient_checkpointing
 @pytest.mark.parametrize("loss", ["sigmoid", pytest.param("ipo", marks=pytest.mark.slow)])
 def test_steps_have_the_losses_and_gradients_of_trls_trainer(tmp_path, loss):
@@ -175,19 +172,20 @@ def fit(module, folder, *callbacks, **options):
     return run
 
 
-@pytest.mark.parametrize(
-    ("finished_links", "reference", "knot", "is_log_2_again"),
-    [
-        ("merge", "link", "cola", True),
-        ("stack", "link", "cola", True),
-        ("merge", "link", "record", True),
-        ("stack", "link", "record", True),
-        ("merge", "start", "cola", False),
-        ("stack", 0, "cola", False),
-    ],
-)
+# How finished links are kept, the reference, the knot, and whether it moves the reference.
+KNOTS = [
+    ("merge", "link", "cola", True),
+    ("stack", "link", "cola", True),
+    ("merge", "link", "record", True),
+    ("stack", "link", "record", True),
+    ("merge", "start", "cola", False),
+    ("stack", 0, "cola", False),
+]
+
+
+@pytest.mark.parametrize(("finished_links", "reference", "knot", "moves"), KNOTS)
 def test_the_first_loss_is_log_2_and_after_a_knot_again_if_the_reference_moves(
-    tmp_path, finished_links, reference, knot, is_log_2_again
+    tmp_path, finished_links, reference, knot, moves
 ):
     module = preference_lm(tmp_path, reference=reference, finished_links=finished_links, dropout=0.3)
     module.configure_model()
@@ -200,12 +198,12 @@ def test_the_first_loss_is_log_2_and_after_a_knot_again_if_the_reference_moves(
     if knot == "record":  # the model goes on as it is
         assert all(map(torch.equal, module.trained_parameters(), values))
         module.eval()
-    assert (module.step(batch).loss.item() == pytest.approx(LOG_2, abs=1e-6)) is is_log_2_again
+    assert (module.step(batch).loss.item() == pytest.approx(LOG_2, abs=1e-6)) is moves
     if knot == "record":  # and the reference does not
         for layer in module.adapted.layers.values():
             layer.lora_B.data.neg_()
         assert module.step(batch).loss.item() != pytest.approx(LOG_2, abs=1e-3)
-    if not is_log_2_again:
+    if not moves:
         with torch.no_grad():
             references, _ = log_probabilities(module.merged_model(0), random_pairs())
         sums, _ = log_probabilities(module.eval().model, random_pairs())
@@ -276,22 +274,15 @@ def first_losses(module, folder, **options):
     return losses
 
 
-@pytest.mark.parametrize(
-    ("reference", "message"),
-    [
+def test_a_reference_that_is_trained_or_not_there_is_refused(tmp_path):
+    for reference, message in [
         (1, r"model\.reference: .* is being trained"),  # whose loss would be log 2 in every step
         ("dpo", r"model\.reference: .* is being trained"),
         (3, "links: must be between 0 and 1"),
         ("sfd", "no stage or link 'sfd'"),
-    ],
-)
-def test_a_reference_that_is_trained_or_not_there_is_refused(tmp_path, reference, message):
-    module = preference_lm(tmp_path, reference=reference)
-    with pytest.raises(UserError, match=message):
-        fit(module, tmp_path, chain={"name": "dpo"})
-
-
-# ---------------------------------------------------------------------- runs
+    ]:
+        with pytest.raises(UserError, match=message):
+            fit(preference_lm(tmp_path, reference=reference), tmp_path, chain={"name": "dpo"})
 
 
 def test_a_run_logs_rewards_and_learns(tmp_path):
@@ -303,20 +294,17 @@ def test_a_run_logs_rewards_and_learns(tmp_path):
     assert run.callback_metrics["rewards/margins"] > 0.001
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_values_that_no_run_can_have_are_refused(tmp_path):
+    for options, message in [
         ({"loss": "kto"}, "model.loss: must be sigmoid or ipo or simpo or orpo, got 'kto'"),
         ({"beta": 0}, "model.beta: must be above 0, got 0"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: must be 0 unless the loss is sigmoid or simpo"),
         ({"sft_weight": -1}, "model.sft_weight: must be at least 0, got -1"),
         ({"reference": -1}, "model.reference: must be start, link, a number of links, or a stage, got -1"),
         ({"target_modules": None}, "model.target_modules: sigmoid needs links"),
-    ],
-)
-def test_values_that_no_run_can_have_are_refused(tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
-        preference_lm(tmp_path, **options)
+    ]:
+        with pytest.raises(UserError, match=message):
+            preference_lm(tmp_path, **options)
 
 
 def test_rows_that_are_no_pairs_are_refused(module):

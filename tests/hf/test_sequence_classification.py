@@ -23,23 +23,26 @@ def data_of(path, rows=ROWS, **arguments):
     return TextClassificationDataModule(tiny.write_file(path, rows), **{"batch_size": 8, "test_size": 0.1} | arguments)
 
 
-# ---------------------------------------------------------------------- the head
+def test_what_is_newly_initialised_is_trained_whole_and_drawn_from_the_seed_and_what_is_pretrained_is_not(tmp_path):
+    """The files of a BERT that was saved as a masked language model hold no pooler."""
 
-
-@pytest.mark.parametrize(("architecture", "head"), [("roberta", "classifier"), ("llama", "score")])
-def test_the_head_is_found_trained_whole_and_drawn_from_the_seed(tmp_path, architecture, head):
-    def trained(seed):
-        module = classifier(tmp_path, architecture, num_labels=3, seed=seed)
+    def trained_whole(*model, **options):
+        module = classifier(tmp_path, *model, num_labels=3, **options)
         module.configure_model()
-        assert module.lora_config.modules_to_save == [head]
-        return {name: p for name, p in module.model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in module.model.named_parameters() if p.requires_grad and ".lora_" not in name}
 
-    first, again, other = trained(0), trained(0), trained(1)
-    heads = [name for name in first if name.startswith(f"{head}.")]
-    assert all(".lora_" in name for name in first.keys() - set(heads))
-    assert [name for name in heads if not torch.equal(first[name], again[name])] == []
-    assert [name for name in heads if not torch.equal(first[name], other[name])] != []
-    assert first[heads[-1]].shape[0] == 3
+    for expected, *model, options in [
+        (["classifier.dense", "classifier.out_proj"], "roberta", "AutoModel", {}),
+        (["score"], "llama", "AutoModel", {}),
+        (["bert.pooler.dense", "classifier"], "bert", "AutoModelForMaskedLM", {"target_modules": "all-linear"}),
+        (["classifier"], "bert", "AutoModelForMaskedLM", {"modules_to_save": ["classifier"]}),
+        (["classifier"], "bert", "AutoModel", {}),
+    ]:
+        first, again, other = (trained_whole(*model, seed=seed, **options) for seed in (0, 0, 1))
+        assert sorted({name.rpartition(".")[0] for name in first}) == expected
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+        assert not all(torch.equal(value, other[name]) for name, value in first.items())
+        assert len([*first.values()][-1]) == 3
 
 
 @pytest.mark.parametrize("target_modules", ["all-linear", None])
@@ -79,20 +82,6 @@ def test_a_row_means_the_same_alone_and_padded_in_a_batch(tmp_path, architecture
     logits = [module.predict_step(data.collate(rows), 0)["scores"] for rows in ([short], [long, short])]
     assert data.length(short) < data.length(long)
     torch.testing.assert_close(logits[0][0], logits[1][1], atol=1e-5, rtol=1e-5)
-
-
-def test_what_is_newly_initialised_is_trained_whole_and_what_is_pretrained_is_not(tmp_path):
-    """The files of a BERT that was saved as a masked language model hold no pooler."""
-
-    for expected, auto_class, options in [
-        (["bert.pooler.dense", "classifier"], "AutoModelForMaskedLM", {"target_modules": "all-linear"}),
-        (["classifier"], "AutoModelForMaskedLM", {"modules_to_save": ["classifier"]}),
-        (["classifier"], "AutoModel", {}),
-    ]:
-        module = classifier(tmp_path, "bert", auto_class, **options)
-        module.configure_model()
-        whole = [name for name, p in module.model.named_parameters() if p.requires_grad and ".lora_" not in name]
-        assert sorted({name.rpartition(".")[0] for name in whole}) == expected
 
 
 # ---------------------------------------------------------------------- labels
