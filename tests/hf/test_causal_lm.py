@@ -196,16 +196,19 @@ def test_packed_sequences_with_a_mask_of_pairs_have_the_loss_of_separate_ones(tm
 @pytest.mark.parametrize("case", [*NOT_APART, "attention_mask", "position_ids"])
 def test_packed_sequences_are_refused_where_they_would_not_be_apart(tmp_path, case):
     """Also in a model that ignores without a word what keeps them apart."""
-    ignored = case not in NOT_APART
-    module = causal_lm(tmp_path, "llama" if ignored else case, scale=3 if ignored else 1, target_modules=None)
+    is_ignored = case not in NOT_APART
+    architecture, scale = ("llama", 3) if is_ignored else (case, 1)
+    module = causal_lm(tmp_path, architecture, scale=scale, target_modules=None)
     module.configure_model()
     inner = module.model.forward
 
-    def forward(input_ids, **given):
-        kept = {name: value for name, value in given.items() if name != case or given["attention_mask"].dim() < 4}
-        return inner(input_ids=input_ids, **kept)
+    def forward(input_ids, attention_mask=None, position_ids=None, **others):
+        given = {"attention_mask": attention_mask, "position_ids": position_ids} | others
+        if attention_mask.dim() == 4:
+            del given[case]
+        return inner(input_ids=input_ids, **given)
 
-    module.model.forward = forward
+    module.model.forward = forward if is_ignored else inner
     for _ in range(2):
         with pytest.raises(UserError, match="batch: attention_mask must be rows x length"):
             module.step(packed_texts(module)[0])

@@ -81,7 +81,7 @@ SAVED_HEAD = {"modules_to_save": ["lm_head"], "changes": {"tie_word_embeddings":
 
 
 @pytest.mark.parametrize(
-    ("loss", "smoothing", "options"), [("sigmoid", 0.1, {}), ("ipo", 0, {}), ("simpo", 0.1, {}), ("orpo", 0, SAVED_HEAD)]
+    ("loss", "smoothing", "options"), [("sigmoid", 0.1, SAVED_HEAD), ("ipo", 0, {}), ("simpo", 0.1, {}), ("orpo", 0, {})]
 )
 def test_losses_and_gradients_are_the_papers_formulas_also_in_chunks(tmp_path, loss, smoothing, options, monkeypatch):
     monkeypatch.setattr(chunked_loss, "CHUNK", 4 * 400 * 3)  # three tokens
