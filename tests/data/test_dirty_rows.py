@@ -24,10 +24,10 @@ needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs COLA_DATA_DIR w
 
 
 def cleaned(turns, columns=None, loss="all", **fields):
-    """A conversation as it is trained: role, text, and whether the turn has a loss."""
+    """A conversation as it is trained: the first letter of a role, with a star if the turn has a loss, and the text."""
     row = Row({"messages": turns, **fields}, "rows, row 1")
     made = conversation(row, {"messages": "messages"} | (columns or {}), loss)
-    return [(turn["role"], turn["content"], place in made.trained) for place, turn in enumerate(made.messages)]
+    return [(turn["role"][0] + "*" * (k in made.trained), turn["content"]) for k, turn in enumerate(made.messages)]
 
 
 def turns(*pairs):
@@ -35,32 +35,25 @@ def turns(*pairs):
     return [{"role": roles[role], "content": content} for role, content in pairs]
 
 
-# ---------------------------------------------------------------------- conversations
-
+WEIGHTED = [
+    {"from": "human", "value": "Old?", "weight": None},
+    {"from": "gpt", "value": "No.", "weight": 0},
+    {"from": "human", "value": "Red?"},
+    {"from": "gpt", "value": "Yes.", "weight": 1},
+]
 FOUND = {
-    "the assistant begins": (
-        turns(("a", "Hi!"), ("u", "Old?"), ("a", "No.")),
-        [("assistant", "Hi!", False), ("user", "Old?", False), ("assistant", "No.", True)],
-    ),
-    "the user ends": (turns(("u", "Old?"), ("a", "No."), ("u", "Ok")), [("user", "Old?", False), ("assistant", "No.", True)]),
+    "the assistant begins": (turns(("a", "Hi!"), ("u", "Old?"), ("a", "No.")), [("a", "Hi!"), ("u", "Old?"), ("a*", "No.")]),
+    "the user ends": (turns(("u", "Old?"), ("a", "No."), ("u", "Ok")), [("u", "Old?"), ("a*", "No.")]),
     "a role comes twice": (
         turns(("u", "Old?"), ("u", "Red?"), ("a", "No."), ("a", "Yes.")),
-        [("user", "Old?\n\nRed?", False), ("assistant", "No.\n\nYes.", True)],
+        [("u", "Old?\n\nRed?"), ("a*", "No.\n\nYes.")],
     ),
     "empty turns": (
         turns(("s", ""), ("u", "Old?"), ("a", " "), ("u", "Red?"), ("a", "No.")),
-        [("user", "Old?\n\nRed?", False), ("assistant", "No.", True)],
+        [("u", "Old?\n\nRed?"), ("a*", "No.")],
     ),
-    "no weight": (
-        [
-            {"from": "human", "value": "Old?", "weight": None},
-            {"from": "gpt", "value": "No.", "weight": 0},
-            {"from": "human", "value": "Red?"},
-            {"from": "gpt", "value": "Yes.", "weight": 1},
-        ],
-        [("user", "Old?", False), ("assistant", "No.", False), ("user", "Red?", False), ("assistant", "Yes.", True)],
-    ),
-    "pairs": ([{"input": "Old?", "output": "No."}] * 2, [("user", "Old?", False), ("assistant", "No.", True)] * 2),
+    "no weight": (WEIGHTED, [("u", "Old?"), ("a", "No."), ("u", "Red?"), ("a*", "Yes.")]),
+    "pairs": ([{"input": "Old?", "output": "No."}] * 2, [("u", "Old?"), ("a*", "No.")] * 2),
 }
 
 
@@ -73,12 +66,11 @@ def test_a_conversation_is_trained_as_it_is_found(name):
 def test_a_system_column_and_the_last_turn_alone():
     talk, columns = turns(("u", "Old?"), ("a", "No."), ("u", "Red?"), ("a", "Yes.")), {"system": "system_prompt"}
     made = cleaned(talk, columns, "last", system_prompt="Be brief.")
-    assert made[0] == ("system", "Be brief.", False)
-    assert [has_loss for *_, has_loss in made] == [False, False, False, False, True]
-    assert cleaned(talk, columns, system_prompt=None)[0] == ("user", "Old?", False)
-    own = turns(("s", "Be kind."))
-    assert cleaned([*own, *talk], columns, system_prompt="Be kind.")[0] == ("system", "Be kind.", False)
-    assert cleaned([*own, *talk], columns, system_prompt="Be brief.")[0] == ("system", "Be brief.\n\nBe kind.", False)
+    assert made == [("s", "Be brief."), ("u", "Old?"), ("a", "No."), ("u", "Red?"), ("a*", "Yes.")]
+    assert cleaned(talk, columns, system_prompt=None)[0] == ("u", "Old?")
+    own = [*turns(("s", "Be kind.")), *talk]
+    assert cleaned(own, columns, system_prompt="Be kind.")[0] == ("s", "Be kind.")
+    assert cleaned(own, columns, system_prompt="Be brief.")[0] == ("s", "Be brief.\n\nBe kind.")
 
 
 def test_a_function_call_is_the_assistants_and_what_it_returns_the_tools():
