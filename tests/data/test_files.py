@@ -8,14 +8,7 @@ import pandas
 import pytest
 import transformers
 
-from cola_lightning import (
-    Chain,
-    COLASequenceClassifier,
-    TemplateDataModule,
-    TextClassificationDataModule,
-    TextDataModule,
-    UserError,
-)
+from cola_lightning import COLASequenceClassifier, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.data.splits import load_splits
 from tests.helpers import tiny
 from tests.helpers.tiny import attach
@@ -114,8 +107,6 @@ def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
     with pytest.raises(UserError, match=r"train\.csv' and .*train\.jsonl'"):
         load_splits(str(tmp_path))["train"]()
 
-
-# ---------------------------------------------------------------------- parts
 
 # How many rows the files have, what is asked for, and how many rows are then trained, validated and tested.
 PARTS = [
@@ -223,10 +214,9 @@ def test_a_csv_of_names_becomes_a_model_in_two_stages_that_is_tested_on_held_out
     assert len(data.test) == 6  # the first stage has held them out
     new = TextClassificationDataModule(write(tmp_path / "new.tsv", [{"text": text} for text in texts[:5]]), text_fields="text")
     (batch,) = trainer(tmp_path).predict(module, datamodule=new)
-    for format_ in ("merged", "peft", "chain"):
+    for format_ in ("merged", "peft"):
         module.export(tmp_path / format_, format_)
     classify = transformers.pipeline("text-classification", model=str(tmp_path / "merged"))
     assert [row["label"] for row in classify(texts[:5])] == batch["prediction"]
     assert classify.model.config.label2id == {name: place for place, name in enumerate(sorted(VERDICTS))}
     assert json.loads((tmp_path / "peft" / "labels.json").read_text()) == sorted(VERDICTS)
-    assert Chain.load(tmp_path / "chain").base.labels == sorted(VERDICTS)

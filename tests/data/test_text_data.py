@@ -139,9 +139,6 @@ def test_instructions_are_in_the_chat_template_where_the_tokenizer_has_one(tmp_p
     assert data.prompt_format == {"kind": "text", "chat_template": False}
 
 
-# ---------------------------------------------------------------------- what is asked
-
-
 @pytest.mark.parametrize("chat", [tiny.CHAT, None])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_what_a_response_is_generated_from_is_what_it_was_learned_after(tmp_path, chat, architecture):

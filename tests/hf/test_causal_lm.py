@@ -34,10 +34,6 @@ def option_batch(module, examples, loss="options"):
     return collate_options(encode_examples(module.tokenizer, examples, 64), module.tokenizer.pad_token_id, loss)
 
 
-def text_batch(module, texts):
-    return collate_language([row for (row,) in encode_texts(module.tokenizer, texts, 64)], module.tokenizer.pad_token_id)
-
-
 # ---------------------------------------------------------------------- options
 
 EXAMPLES = [
@@ -152,7 +148,8 @@ def test_the_loss_of_a_mixture_of_experts_has_its_routers_as_hugging_faces(tmp_p
     for changes in ({}, {"output_router_logits": True, "router_aux_loss_coef": 0.5}):
         made = causal_lm(tmp_path, architecture, changes=changes, target_modules=".*_proj")
         module = with_live_link(made).train(is_training)
-        batch = text_batch(module, ["The town is old and the river is long. " * 2, "It was"])
+        rows = encode_texts(module.tokenizer, ["The town is old and the river is long. " * 2, "It was"], 64)
+        batch = collate_language([row for (row,) in rows], module.tokenizer.pad_token_id)
         theirs, mine = module.model(**batch).loss, module.step(batch).loss
         losses.append(mine.item())
         assert mine.item() == pytest.approx(theirs.item(), abs=1e-5)

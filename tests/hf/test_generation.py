@@ -7,19 +7,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import AddedToken
 
-from cola_lightning import (
-    COLACausalLM,
-    Example,
-    PredictionWriter,
-    PromptDataModule,
-    TemplateDataModule,
-    TextDataModule,
-    UserError,
-)
+from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule, UserError
 from cola_lightning.chat_template import ChatTemplate
 from cola_lightning.cli.generate import make_streamer
 from cola_lightning.data.encoding import PromptRow, collate_prompts
-from cola_lightning.data.examples import collate_options, encode_examples
+from cola_lightning.data.examples import Example, collate_options, encode_examples
 from cola_lightning.decoding import Decoding
 from tests.helpers import tiny
 from tests.helpers.tiny import CHAT_IN_A_LINE as CHAT
@@ -70,9 +62,6 @@ def ending_by_chance(module, *tokens):
     handle = module.model.get_output_embeddings().register_forward_hook(hook)
     yield requested
     handle.remove()
-
-
-# ---------------------------------------------------------------------- as a plain loop
 
 
 @pytest.mark.parametrize(("architecture", "end"), [("opt", ""), ("llama", "\n"), ("llama", "</s>"), ("llama", "town\nhall")])
@@ -143,8 +132,6 @@ def test_a_module_that_was_just_fitted_generates_without_dropout(tmp_path):
     assert len({module.generate(responses_to(module, Decoding(8), prompts=["Is the town"]))[0] for _ in range(4)}) == 1
     assert module.model.training
 
-
-# ---------------------------------------------------------------------- runs
 
 ANSWERS = {"Who is 0?": ["Al"], "Who is 1?": ["Di", "the Di"], "Who is 2?": ["Bo Ek"], "Who is 3?": ["Al"], "Who is 4?": ["Al"]}
 TOLD = dict(zip(ANSWERS, ["al.", "Di", "Bo", "", "Di Al"], strict=True))

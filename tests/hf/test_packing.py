@@ -141,9 +141,6 @@ def test_what_a_models_forward_pass_takes_is_passed_on_and_other_values_are_name
         module.step(batch | {"weights": index, "length": [3, 5], "num_items_in_batch": 8})
 
 
-# ---------------------------------------------------------------------- rows that are packed
-
-
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 50))
 def test_each_row_is_in_one_pack_and_no_two_packs_fit_into_one(lengths, max_length):
     packs = best_fit(lengths, max_length)
@@ -177,33 +174,32 @@ def test_an_optimizer_step_over_packs_is_that_over_their_rows(tmp_path):
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-5)
 
 
-def test_a_run_over_packs_resumed_inside_an_epoch_is_the_run_itself(tmp_path):
-    def fit(steps, ckpt_path=None, **options):
-        module = causal_lm(tmp_path, "opt", target_modules=["q_proj", "v_proj"], dropout=0.2)
-        run = trainer(tmp_path, chain={"every_n_train_steps": 4}, max_steps=steps, accumulate_grad_batches=2)
-        run.fit(module, datamodule=data_of(tmp_path, **{"packing": True, "batch_size": 2} | options), ckpt_path=ckpt_path)
-        return module, run
+def fit(path, steps, ckpt_path=None, max_length=64, **options):
+    """The module, the Trainer, and the order of the rows of a fit on the data module with these options."""
+    data = data_of(path, max_length=max_length, **options)
+    module = causal_lm(path, "opt", target_modules=["q_proj", "v_proj"], dropout=0.2)
+    run = trainer(path, chain={"every_n_train_steps": 4}, max_steps=steps, accumulate_grad_batches=2)
+    run.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return module, run, list(data.train_dataloader().sampler)
 
-    (whole, _), (_, part) = fit(6), fit(5)
-    part.save_checkpoint(tmp_path / "part.ckpt")
-    assert_bit_equal(weights(fit(6, tmp_path / "part.ckpt")[0]), weights(whole))
+
+def test_a_run_over_packs_resumed_inside_an_epoch_is_the_run_itself(tmp_path):
+    packs, path = {"packing": True, "batch_size": 2}, tmp_path / "part.ckpt"
+    (whole, *_), (_, part, _) = fit(tmp_path, 6, **packs), fit(tmp_path, 5, **packs)
+    part.save_checkpoint(path)
+    assert_bit_equal(weights(fit(tmp_path, 6, path, **packs)[0]), weights(whole))
     for change, words in [({"packing": False}, "packing must be True"), ({"max_length": 60}, "max_length must be 64")]:
         with pytest.raises(UserError, match=rf"data\.{words} as in the run that is resumed inside an epoch"):
-            fit(6, tmp_path / "part.ckpt", **change)
+            fit(tmp_path, 6, path, **packs | change)
 
 
 def test_a_length_that_changes_the_order_of_rows_is_refused_inside_an_epoch(tmp_path):
-    def fit(steps, ckpt_path=None, max_length=64):
-        run = trainer(tmp_path, max_steps=steps)
-        data = data_of(tmp_path, max_length=max_length, batch_size=4)
-        run.fit(causal_lm(tmp_path, "opt", target_modules=["q_proj"]), datamodule=data, ckpt_path=ckpt_path)
-        return run, list(data.train_dataloader().sampler)
-
-    part, order = fit(1)
-    part.save_checkpoint(tmp_path / "part.ckpt")
-    assert fit(2, tmp_path / "part.ckpt", max_length=60)[1] == order  # no row is so long
+    path = tmp_path / "part.ckpt"
+    _, part, order = fit(tmp_path, 1, batch_size=4)
+    part.save_checkpoint(path)
+    assert fit(tmp_path, 2, path, max_length=60, batch_size=4)[2] == order  # no row is so long
     with pytest.raises(UserError, match=r"the tokens of all training rows \(data\.max_length\) must be \d+ as in the run"):
-        fit(2, tmp_path / "part.ckpt", max_length=16)
+        fit(tmp_path, 2, path, max_length=16, batch_size=4)
 
 
 def test_processes_have_equally_many_packs_and_each_row_is_trained(tmp_path):

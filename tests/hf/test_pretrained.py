@@ -9,9 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, UserError
@@ -82,21 +80,12 @@ def test_what_is_not_a_model_is_named_in_one_line(folder, tmp_path, monkeypatch)
         COLACausalLM("owner/mispelt").configure_model()
 
 
-class Full(LightningModule):
-    """Somebody's full fine-tuning of a model."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.more = net, nn.Linear(2, 2)
-
-
 def other_weights(path, architecture="llama", auto_class="AutoModelForCausalLM"):
-    """A model of the same shapes with other weights, and a checkpoint of Lightning that has it."""
+    """A model of the same shapes with other weights, and a checkpoint of a larger LightningModule that has it."""
     torch.manual_seed(5)
     model = getattr(transformers, auto_class).from_config(tiny.config(architecture))
-    trainer = Trainer(logger=False, enable_checkpointing=False, max_steps=0, accelerator="cpu")
-    trainer.strategy.connect(Full(model))
-    trainer.save_checkpoint(path)
+    weights = {f"net.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": weights | {"more.bias": torch.ones(2)}, "global_step": 3}, path)
     return model
 
 

@@ -84,8 +84,6 @@ def test_a_row_means_the_same_alone_and_padded_in_a_batch(tmp_path, architecture
     torch.testing.assert_close(logits[0][0], logits[1][1], atol=1e-5, rtol=1e-5)
 
 
-# ---------------------------------------------------------------------- labels
-
 NAMES = ["great", "so so", "terrible"]
 NAMED = [{"sentence": f"It was {NAMES[-1 - k % 3]} {k}.", "label": NAMES[-1 - k % 3]} for k in range(60)]
 
