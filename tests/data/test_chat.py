@@ -139,10 +139,7 @@ SYSTEM = """{% set system = messages[0].content if messages[0].role == 'system' 
 {%- for turn in messages if turn.role != 'system' %}{% if turn.role == 'user' %}[INST] \
 {% if system and loop.last %}{{ system }} {% endif %}{{ turn.content }}[/INST]{% else %} {{ turn.content }}</s>{% endif %}
 {%- endfor %}"""
-MOVED = [
-    ["[INST] Be brief. Old?[/INST]", " No</s>"],
-    ["[INST] Old?[/INST] No</s>[INST] Be brief. Red?[/INST]", " Yes</s>"],
-]
+MOVED = [["[INST] Be brief. Old?[/INST]", " No</s>"], ["[INST] Old?[/INST] No</s>[INST] Be brief. Red?[/INST]", " Yes</s>"]]
 BRIEF = (("[INST]", "[/INST]"), turns("Old?", "No", "Red?", "Yes", system="Be brief."))
 UNENDED, ROLES = template(SAID, "<|assistant|>", "<|{{ turn.role }}|>"), ("<|user|>", "<|assistant|>", "<|tool|>")
 COUNTED = "{% for turn in messages %}{{ messages | length if messages[-1].role == 'assistant' }}{{ turn.content }}{% endfor %}"
@@ -229,25 +226,18 @@ def test_contents_as_text_and_as_parts_are_rendered_alike(chat):
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-REFUSED = {
-    "does not begin the assistant's turn": (COUNTED + template("", "[assistant]", ""), TALK[:2]),
-    "does not render what the assistant says": (
-        template("{{ turn.content if turn.content != 'No' }}</s>"),
-        turns("No or yes?", "No"),
-    ),
-    "does not render function calls": (
-        template(SAID + "</s>"),
-        [TALK[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}],
-    ),
-    "refuses the turns": (template("{{ 1 // 0 }}"), TALK),
-}
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_a_template_that_loses_what_the_assistant_says_is_refused(words):
-    chat, messages = REFUSED[words]
-    with pytest.raises(UnusableRow, match=words):
-        encoded(tiny.chat_tokenizer(chat), messages)
+def test_a_template_that_loses_what_the_assistant_says_is_refused():
+    silent = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    for words, chat, messages in [
+        ("does not begin the assistant's turn", COUNTED + template("", "[assistant]", ""), TALK[:2]),
+        ("does not render what the", template("{{ turn.content if turn.content != 'No' }}</s>"), turns("No or yes?", "No")),
+        ("does not render function calls", template(SAID + "</s>"), [TALK[0], silent]),
+        ("refuses the turns", template("{{ 1 // 0 }}"), TALK),
+    ]:
+        with pytest.raises(UnusableRow, match=words):
+            encoded(tiny.chat_tokenizer(chat), messages)
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "It is.", "parameters": {}}}

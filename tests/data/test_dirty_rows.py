@@ -133,12 +133,8 @@ def test_whatever_rows_are_a_run_trains_what_can_be_trained_after_what_a_server_
         for start in row["spans"][::2]:
             shown = own.decode(row["input_ids"][:start])
             # As a server shows it, or with a question that has lost its beginning.
-            assert shown in known or any(_is_shortened(shown, text) for text in known), shown
-
-
-def _is_shortened(shown, text):
-    n = n_common(shown, text)
-    return len(shown) < len(text) and text.endswith(shown[n:])
+            shortened = [text for text in known if len(shown) < len(text) and text.endswith(shown[n_common(shown, text) :])]
+            assert shown in known or shortened, shown
 
 
 @pytest.mark.parametrize("chat", [tiny.CHAT, None])

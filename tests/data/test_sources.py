@@ -122,8 +122,9 @@ KINDS = {
 }
 
 
-def set_up(data, *stages, of=None):
-    """The data module after its setup for these stages of a module with the checkpoint ``of``."""
+def parts(make, source, *stages, of=None, **options):
+    """A data module after its setup for these stages of a module with the checkpoint ``of``."""
+    data = make(source, **options)
     data.checkpoint = of
     data.trainer = tiny.process(module=tiny.stub(tiny.tokenizer(pad=True), label_names=["a", "b"], num_labels=2))
     for stage in stages:
@@ -139,36 +140,30 @@ def checkpoint(data):
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_measures_what_the_fit_held_out_and_all_rows_of_other_data_and_predict_all_rows(tmp_path, kind):
     make, store = KINDS[kind]
-
-    def parts(source, *stages, of=None):
-        return set_up(make(source, val_size=5, test_size=4), *stages, of=of)
-
+    sizes = {"val_size": 5, "test_size": 4}
     own, other = (store(tmp_path / name, start) for name, start in [("own", 0), ("other", 20)])
-    of = checkpoint(parts(own, "fit"))
+    of = checkpoint(parts(make, own, "fit", **sizes))
     moved = shutil.copytree(tmp_path / "own", tmp_path / "moved") / Path(own).relative_to(tmp_path / "own")
     for source, n_val, n_test in [(own, 5, 4), (str(moved), 5, 4), (other, 20, 20)]:
-        data = parts(source, "validate", "test", of=of)
+        data = parts(make, source, "validate", "test", of=of, **sizes)
         assert [len(data.val), len(data.test)] == [n_val, n_test], source
-        assert len(parts(source, "predict", of=of).test) == 20
+        assert len(parts(make, source, "predict", of=of, **sizes).test) == 20
 
 
 def test_another_source_is_measured_on_the_split_that_it_has_and_an_unknown_fit_asks_for_a_size(tmp_path):
-    def parts(source, *stages, of=None, **options):
-        return set_up(TextDataModule(source, **options), *stages, of=of)
-
     own, other = rows_file(tmp_path / "own", 0), one_split(tmp_path / "other", 20)
-    assert len(parts(own, "test", test_size=1.0).test) == 20
-    of = checkpoint(parts(own, "fit"))
+    assert len(parts(TextDataModule, own, "test", test_size=1.0).test) == 20
+    of = checkpoint(parts(TextDataModule, own, "fit"))
     for known in (None, of):  # of which all rows were trained on
         with pytest.raises(UserError, match=r"data\.test_size: .* has no test rows\. .*1\.0"):
-            parts(own, "test", of=known)
+            parts(TextDataModule, own, "test", of=known)
     write(tmp_path / "other" / "test.jsonl", ROWS)
     write(tmp_path / "other" / "dev.jsonl", ROWS[:3])
-    data = parts(other, "validate", "test", of=of, test_size=0.5)
+    data = parts(TextDataModule, other, "validate", "test", of=of, test_size=0.5)
     assert [len(data.val), len(data.test)] == [3, 3]
-    assert len(parts(other, "predict", of=of, test_size=0.5).test) == 6
+    assert len(parts(TextDataModule, other, "predict", of=of, test_size=0.5).test) == 6
     named = {"train_split": "train_sft", "val_split": "test_sft", "test_split": "test_sft"}  # of the fit's data
-    assert len(parts(rows_file(tmp_path / "file", 40), "test", of=of, **named).test) == 20
+    assert len(parts(TextDataModule, rows_file(tmp_path / "file", 40), "test", of=of, **named).test) == 20
 
 
 def two(folder):

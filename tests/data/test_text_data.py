@@ -182,11 +182,8 @@ def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat
     own.model_max_length = 64
     long = "The capital of the country is the largest town. " * 9
     rows = [{"prompt": long, "response": "It is."}]
-    for requested, room in (
-        ({"max_length": 40, "max_new_tokens": 8}, 40),
-        ({"max_new_tokens": 30}, 34),
-        ({"max_new_tokens": 64}, 32),
-    ):
+    rooms = [({"max_length": 40, "max_new_tokens": 8}, 40), ({"max_new_tokens": 30}, 34), ({"max_new_tokens": 64}, 32)]
+    for requested, room in rooms:
         ((row,), _) = encoded(rows, tmp_path, own, "predict", **requested)
         assert room - 3 * bool(chat) <= len(row.prompt_ids) <= room  # a chat template is around a shorter text
         assert own.decode(row.prompt_ids).startswith("<s>[user]\n" if chat else "<s>")

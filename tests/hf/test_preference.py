@@ -22,9 +22,6 @@ LOG_2 = torch.tensor(0.0).sigmoid().log().neg().item()
 class Pairs(EpochDataModule):
     """Twelve pairs to train on, and four for validation."""
 
-    def __init__(self, batch_size=2):
-        super().__init__(batch_size=batch_size)
-
     def setup(self, stage):
         self.train, self.val = random_pairs(12), random_pairs(4, seed=1)
         self.test = self.val
@@ -166,7 +163,7 @@ def right_padded(rows):
 
 def fit(module, folder, *callbacks, **options):
     run = trainer(folder, *callbacks, max_steps=2, **options)
-    run.fit(module, Pairs())
+    run.fit(module, Pairs(batch_size=2))
     return run
 
 
@@ -265,7 +262,7 @@ def test_a_reference_that_is_trained_or_not_there_is_refused(tmp_path):
 def test_a_run_logs_rewards_and_learns(tmp_path):
     module = preference_lm(tmp_path, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
     run = trainer(tmp_path, max_epochs=2)
-    run.fit(module, Pairs())
+    run.fit(module, Pairs(batch_size=2))
     names = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"}
     assert names | {f"val_{name}" for name in names} | {"train_loss", "val_loss"} <= set(run.callback_metrics)
     assert run.callback_metrics["rewards/margins"] > 0.001
