@@ -60,20 +60,13 @@ class Set:
     splits: str
     arguments: dict[str, str] = field(default_factory=dict)
     subsets: str = "default"
-    train: str = "train"
     validation: str = "train"  # from which rows are drawn
 
 
+SFT = {"train_split": "train_sft", "val_split": "test_sft"}
 SETS = {
     "tatsu-lab/alpaca": Set(alpaca, "instruction input output", "train"),
-    "HuggingFaceH4/ultrachat_200k": Set(
-        chat,
-        "messages",
-        "train_sft test_sft train_gen test_gen",
-        {"train_split": "train_sft", "val_split": "test_sft"},
-        train="train_sft",
-        validation="test_sft",
-    ),
+    "HuggingFaceH4/ultrachat_200k": Set(chat, "messages", "train_sft test_sft train_gen", SFT, validation="test_sft"),
     "openai/gsm8k": Set(columns("question", "answer"), "question answer", "train test", {"subset": "main"}, "main socratic"),
     "trl-lib/tldr": Set(TLDR, "prompt completion", "train validation test", validation="validation"),
 }
@@ -160,13 +153,13 @@ def assert_trained(run, row, train="train", validation="train"):
 @pytest.mark.parametrize("name", SETS)
 def test_a_data_set_of_the_hub_is_trained_on_by_its_name(runs, name):
     run, made = runs[name.replace("/", " ")], SETS[name]
-    assert_trained(run, made.row, made.train, made.validation)
+    assert_trained(run, made.row, made.arguments.get("train_split", "train"), made.validation)
     assert any(all(column in line for column in made.printed.split()) for line in run.log.splitlines())
 
 
 def test_what_a_set_has_is_listed_where_the_user_must_choose(runs):
     for name, words in [
-        ("no split", "data.train_split train_sft test_sft train_gen test_gen"),
+        ("no split", "data.train_split train_sft test_sft train_gen"),
         ("no subset", "data.subset main socratic"),
     ]:
         assert runs[name].status == 2, runs[name].log

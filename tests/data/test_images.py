@@ -44,9 +44,6 @@ def set_up(data, *stages):
     return data
 
 
-# ---------------------------------------------------------------------- models
-
-
 @pytest.mark.filterwarnings("ignore:Lightning couldn't infer the indices")
 @pytest.mark.parametrize("architecture", ["vit", *SLOW])
 def test_a_model_learns_with_its_new_head_and_resumes_to_the_bit_and_its_export_is_a_pipeline(tmp_path, architecture):

@@ -20,8 +20,6 @@ def prompts_of(part):
     return [row.example.prompt for row in part]
 
 
-# ---------------------------------------------------------------------- the contract
-
 ROWS = [
     {
         "sentence": f"film number {k} is {'old ' * (7 * k % 11)}",
@@ -271,17 +269,16 @@ def test_a_drawn_row_that_cannot_be_used_is_skipped_and_counted_and_another_is_n
         data.setup("fit")
 
 
-UNLABELLED = {
-    "SST2": ({"sentence": "a film"}, {"label": 1}),
-    "BoolQ": ({"passage": "Tea.", "question": "is it"}, {"answer": None}),
-    "ReCoRD": ({"passage": "Al.", "query": "@placeholder left", "entities": ["Di", "Al"]}, {"answers": ["Al"]}),
-    "SQuAD": ({"title": "T", "context": "C", "question": "Q"}, {"answers": {"text": ["A"]}}),
-}
+UNLABELLED = [
+    ("SST2", {"sentence": "a film"}, {"label": 1}),
+    ("BoolQ", {"passage": "Tea.", "question": "is it"}, {"answer": None}),
+    ("ReCoRD", {"passage": "Al.", "query": "@placeholder left", "entities": ["Di", "Al"]}, {"answers": ["Al"]}),
+    ("SQuAD", {"title": "T", "context": "C", "question": "Q"}, {"answers": {"text": ["A"]}}),
+]
 
 
-@pytest.mark.parametrize("name", UNLABELLED)
-def test_rows_without_a_label_or_an_answer_are_predicted_and_nothing_else(tmp_path, name):
-    row, target = UNLABELLED[name]
+@pytest.mark.parametrize(("name", "row", "target"), UNLABELLED)
+def test_rows_without_a_label_or_an_answer_are_predicted_and_nothing_else(tmp_path, name, row, target):
     source = tiny.write_rows(tmp_path, [row] * 20, ["train"])
     tiny.write_rows(tmp_path, [row | ({} if None in target.values() else target), row, row], ["validation"])
     data = attach(PromptDataModule(name, source, test_size=3, train_size=9, val_size=2))

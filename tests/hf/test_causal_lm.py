@@ -29,16 +29,9 @@ def module(request, tmp_path_factory):
     return with_live_link(causal_lm(tmp_path_factory.mktemp("model"), request.param))
 
 
-@pytest.fixture
-def llama(tmp_path):
-    return with_live_link(causal_lm(tmp_path))
-
-
 def option_batch(module, examples, loss="options", max_length=64):
     return collate_options(encode_examples(module.tokenizer, examples, max_length), module.tokenizer.pad_token_id, loss)
 
-
-# ---------------------------------------------------------------------- options
 
 EXAMPLES = [
     Example("The film was long and the plot was thin. It was", (" terrible", " great"), 0),
@@ -131,10 +124,10 @@ def test_only_positions_with_a_loss_go_through_the_head_and_options_of_one_token
     assert seen == [(2, 1), (2, sum(label != -100 for label in labels_of(rows[0])))]
 
 
-def test_any_option_that_is_accepted_counts_as_right(llama):
-    options = (" The mat is old", " The town is old", " No")
+def test_any_option_that_is_accepted_counts_as_right(tmp_path):
+    module, options = with_live_link(causal_lm(tmp_path)), (" The mat is old", " The town is old", " No")
     accepted = [(0, 1), (1, 2), (2, 0), (0,), (1,), (2,)]
-    output = llama.step(option_batch(llama, [Example("The mat\n-", options, some[0], accepted=some) for some in accepted]))
+    output = module.step(option_batch(module, [Example("The mat\n-", options, some[0], accepted=some) for some in accepted]))
     (chosen,) = output.predictions.unique().tolist()
     assert (output.predictions == output.targets).tolist() == [chosen in some for some in accepted]
 

@@ -53,9 +53,6 @@ def log_probabilities(model, rows):
     return torch.stack(sums), torch.tensor(sizes)
 
 
-# ---------------------------------------------------------------------- the losses
-
-
 def by_hand(loss, chosen, rejected, sizes, references, beta, smoothing, gamma):
     """The papers' formulas, each in its own words."""
     if loss == "sigmoid":
