@@ -7,7 +7,6 @@ import json
 import tempfile
 from pathlib import Path
 
-import datasets
 import fsspec
 import numpy as np
 import pytest
@@ -314,6 +313,8 @@ def write_file(path, rows):
     path.parent.mkdir(exist_ok=True, parents=True)
     kind = path.name.lower().split(".")[1]
     if kind == "parquet":
+        import datasets  # which most processes that tests start do not need
+
         datasets.Dataset.from_list(rows).to_parquet(path)
         return str(path)
     with fsspec.open(str(path), "wt", compression="infer", newline="", encoding="utf-8") as file:
