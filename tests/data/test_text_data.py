@@ -21,6 +21,8 @@ FOUND = [
     ("prompt completion", "", ("prompt", {"prompt": "prompt", "response": "completion"})),
     ("question answer system", "", ("prompt", {"prompt": "question", "response": "answer", "system": "system"})),
     ("instruction input output", "", ("prompt", {"prompt": "instruction", "input": "input", "response": "output"})),
+    ("instruction context response", "", ("prompt", {"prompt": "instruction", "input": "context", "response": "response"})),
+    ("system_prompt query response", "", ("prompt", {"prompt": "query", "response": "response", "system": "system_prompt"})),
     ("prompt question answer", "", ("prompt", {"prompt": "question", "response": "answer"})),
     ("text prompt", "", ("text", {"text": "text"})),  # a prompt alone is not trained on
 ]
