@@ -31,7 +31,7 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 
 # Their tests are few and long: begun first, for at the end a worker would wait for them alone.
 LONG = ["kills", "stages_command", "notebooks", "cli_language", "hub", "distributed", "compare", "cli", "speed"]
-LONG += ["real_rows", "scale", "layering", "running", "wheel"]
+LONG += ["scale", "layering", "running", "wheel"]
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,6 @@
 """Each assistant turn is trained once, in the context in which a server will ask for it, on what it must then generate."""
 
 import functools
-import io
 import itertools
 import json
 import os
@@ -13,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_lightning import TextDataModule, UserError
+from cola_lightning import TextDataModule
 from cola_lightning.chat_template import ChatTemplate, Conversation
-from cola_lightning.cli import main
 from cola_lightning.data.chat_encoding import encode_conversations
 from cola_lightning.errors import UnusableRow
 from tests.helpers import tiny
@@ -47,10 +45,6 @@ def pieces(own, rows):
     return [[own.decode(piece) for piece in some if piece] for some in ids]
 
 
-def trained(own, rows):
-    return [row[1::2] for row in pieces(own, rows)]
-
-
 # ---------------------------------------------------------------------- templates of well-known models
 
 CHATML, EOT, TURN = "{}<|im_end|>", "{}<|eot_id|>", "{}<end_of_turn>"
@@ -74,31 +68,25 @@ REWRITE = {"gptoss", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"}
 WITHOUT_SYSTEM = {"gemma"}
 CLOSED = {"nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra"}  # rendered with enable_thinking false
 OPENED = {"deepseekv3": "<think>\n"}  # by the generation prompt, and not by the turn
-CONVERSATIONS = {
-    "two": turns("2 + 2?", "It is 4.", "3 + 3?", "It is 6."),
-    "system": turns("2 + 2?", "It is 4.", "3 + 3?", "It is 6.", system="Be brief."),
-}
+QUESTIONS = turns("2 + 2?", "It is 4.", "3 + 3?", "It is 6.", system="Be brief.")
 
 
 @needs_templates
-@pytest.mark.parametrize("kind", CONVERSATIONS)
 @pytest.mark.parametrize("name", TRAINED)
-def test_each_turn_of_a_known_template_is_trained_once_after_its_generation_prompt(name, kind):
-    own, messages = own_of(name), CONVERSATIONS[kind]
-    if name in WITHOUT_SYSTEM and kind == "system":
+def test_each_turn_of_a_known_template_is_trained_once_after_its_generation_prompt(name):
+    own, messages = own_of(name), QUESTIONS
+    if name in WITHOUT_SYSTEM:
         with pytest.raises(UnusableRow, match="System role not supported"):
             encoded(own, messages)
-        return
+        messages = messages[1:]
     rows = encoded(own, messages)
     expected = []
     for k, turn in enumerate(messages):
         if turn["role"] == "assistant":
-            options = {"tokenize": False, "add_generation_prompt": True} | (
-                {"enable_thinking": False} if name in CLOSED else {}
-            )
-            prompt = own.apply_chat_template(messages[:k], **options).removesuffix(OPENED.get(name, ""))
-            words = TRAINED[name].format(turn["content"])
-            expected.append(tuple(own(text, add_special_tokens=False)["input_ids"] for text in (prompt, words)))
+            options = {"enable_thinking": False} if name in CLOSED else {}
+            prompt = own.apply_chat_template(messages[:k], tokenize=False, add_generation_prompt=True, **options)
+            texts = prompt.removesuffix(OPENED.get(name, "")), TRAINED[name].format(turn["content"])
+            expected.append(tuple(own(text, add_special_tokens=False)["input_ids"] for text in texts))
     spans = [(row["input_ids"], *span) for row in rows for span in zip(row["spans"][::2], row["spans"][1::2], strict=True)]
     assert [(ids[:start], ids[start:end]) for ids, start, end in spans] == expected
     assert len(rows) == (len(expected) if name in REWRITE else 1)
@@ -151,15 +139,11 @@ SYSTEM = """{% set system = messages[0].content if messages[0].role == 'system' 
 {%- for turn in messages if turn.role != 'system' %}{% if turn.role == 'user' %}[INST] \
 {% if system and loop.last %}{{ system }} {% endif %}{{ turn.content }}[/INST]{% else %} {{ turn.content }}</s>{% endif %}
 {%- endfor %}"""
-MOVED = [
-    ["[INST] Be brief. Old?[/INST]", " No</s>"],
-    ["[INST] Old?[/INST] No</s>[INST] Be brief. Red?[/INST]", " Yes</s>"],
-]
+MOVED = [["[INST] Be brief. Old?[/INST]", " No</s>"], ["[INST] Old?[/INST] No</s>[INST] Be brief. Red?[/INST]", " Yes</s>"]]
 BRIEF = (("[INST]", "[/INST]"), turns("Old?", "No", "Red?", "Yes", system="Be brief."))
 UNENDED, ROLES = template(SAID, "<|assistant|>", "<|{{ turn.role }}|>"), ("<|user|>", "<|assistant|>", "<|tool|>")
 COUNTED = "{% for turn in messages %}{{ messages | length if messages[-1].role == 'assistant' }}{{ turn.content }}{% endfor %}"
 BEHAVIOURS = {
-    "only appends": Behaviour(template(SAID + "</s>"), APPENDED),
     "drops earlier thoughts": Behaviour(
         DROPPED,
         [
@@ -242,28 +226,19 @@ def test_contents_as_text_and_as_parts_are_rendered_alike(chat):
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-REFUSED = {
-    "does not begin the assistant's turn": (COUNTED + template("", "[assistant]", ""), TALK[:2]),
-    "does not render what the assistant says": (
-        template("{{ turn.content if turn.content != 'No' }}</s>"),
-        turns("No or yes?", "No"),
-    ),
-    "does not render function calls": (
-        template(SAID + "</s>"),
-        [TALK[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}],
-    ),
-    "refuses the turns": (template("{{ 1 // 0 }}"), TALK),
-}
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_a_template_that_loses_what_the_assistant_says_is_refused(words):
-    chat, messages = REFUSED[words]
-    with pytest.raises(UnusableRow, match=words):
-        encoded(tiny.chat_tokenizer(chat), messages)
+def test_a_template_that_loses_what_the_assistant_says_is_refused():
+    silent = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    for words, chat, messages in [
+        ("does not begin the assistant's turn", COUNTED + template("", "[assistant]", ""), TALK[:2]),
+        ("does not render what the", template("{{ turn.content if turn.content != 'No' }}</s>"), turns("No or yes?", "No")),
+        ("does not render function calls", template(SAID + "</s>"), [TALK[0], silent]),
+        ("refuses the turns", template("{{ 1 // 0 }}"), TALK),
+    ]:
+        with pytest.raises(UnusableRow, match=words):
+            encoded(tiny.chat_tokenizer(chat), messages)
 
-
-# ---------------------------------------------------------------------- from data
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "It is.", "parameters": {}}}
 ALL = "{% for tool in tools or () %}[tool]{{ tool.function.name }}{% endfor %}" + template(
@@ -294,14 +269,9 @@ def test_tools_their_calls_and_thoughts_reach_the_template_without_nulls(tmp_pat
 def test_a_long_conversation_loses_its_oldest_exchanges_and_keeps_its_system_prompt():
     own = tiny.chat_tokenizer(tiny.CHAT)
     talk = turns(*(f"{word} {k}" * (3 if k == 0 else 1) for k in range(4) for word in ("Is it", "No")), system="Be brief.")
-    whole = encoded(own, talk)
-    n_tokens = len(whole[0]["input_ids"])
     for start in range(3, len(talk), 2):  # of each exchange that may be the first one
-        rest = [talk[0], *talk[start:]]
-        expected = encoded(own, rest)
-        n_rest = len(expected[0]["input_ids"])
-        assert encoded(own, talk, n_rest) == encoded(own, rest)
-        assert n_rest < n_tokens
+        expected = encoded(own, [talk[0], *talk[start:]])
+        assert encoded(own, talk, len(expected[0]["input_ids"])) == expected != encoded(own, talk)
 
 
 @pytest.mark.parametrize("shortens_response", [False, True])
@@ -310,52 +280,20 @@ def test_what_is_asked_last_loses_its_beginning_and_only_a_response_its_end(shor
     question, answer = "the river is long " * 8, "the town is old " * 8
     before, after = ("<s>[system]\nBe brief.</s>\n[user]\n", "</s>\n[assistant]\n")
     options = {"shortens_response": shortens_response}
-    n_head = len(own(before + after, add_special_tokens=False)["input_ids"])
-    n_answer = len(own(answer + "</s>", add_special_tokens=False)["input_ids"])
-    ((requested, output, *_),) = pieces(
-        own, encoded(own, turns(question, answer, system="Be brief."), n_head + n_answer + 9, **options)
-    )
+    n_kept = len(own(f"{before}{after}{answer}</s>", add_special_tokens=False)["input_ids"])
+    rows = encoded(own, turns(question, answer, system="Be brief."), n_kept + 9, **options)
+    ((requested, output, *_),) = pieces(own, rows)
     assert output == f"{answer}</s>"
     assert requested.startswith(before)
     assert requested.endswith(f"is long {after}")
     assert len(requested) < len(before + question + after)
     long = turns("Old?", answer * 9, system="Be brief.")
-    if not shortens_response:
-        with pytest.raises(UnusableRow, match=r"longer than data\.max_length"):
-            encoded(own, long, 80)
-    else:
+    if shortens_response:
         (row,) = encoded(own, long, 80, **options)
         ((requested, output),) = pieces(own, [row])
         assert (len(row["input_ids"]), requested) == (80, f"{before}Old?{after}")
         assert (answer * 9).startswith(output)  # without a stop token: it does not stop there
-    with pytest.raises(UnusableRow, match=r"longer than data\.max_length"):
-        encoded(own, turns(question, answer), 60, too_long="skip")
-
-
-def test_variables_of_the_template_are_those_of_training_prediction_generation_and_the_model_card(tmp_path, monkeypatch, capfd):
-    """The template renders nothing without them."""
-    monkeypatch.chdir(tmp_path)
-    tiny.folder("model")
-    chat = "{{ raise_exception('It has no thoughts') if enable_thinking is not false }}" + tiny.CHAT
-    tiny.chat_tokenizer(chat).save_pretrained("model")
-    tiny.write_rows(Path("rows"), [{"messages": TALK}])
-    fit = ["fit", "--model.model_name", "model", "--data.source", "rows", "--data.max_new_tokens", "4"]
-    fit += ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    with pytest.raises(UserError, match="the chat template refuses the turns: It has no thoughts"):
-        tiny.set_up(TextDataModule("rows"), tiny.chat_tokenizer(chat), "fit")
-    assert main([*fit, "--data.chat_template_kwargs", "{enable_thinking: false}"]) == 0, capfd.readouterr().err
-    (checkpoint,) = map(str, Path("runs").rglob("last.ckpt"))
-    run = str(Path(checkpoint).parent.parent / "config.yaml")
-    assert main(["predict", "--config", run, "--ckpt_path", checkpoint]) == 0
-    (path,) = Path("runs").rglob("predictions.jsonl")
-    assert [row["target"] for row in tiny.read_rows(path)] == ["Yes"]
-    assert main(["export", checkpoint, "--format", "merged", "--output", "merged"]) == 0
-    (code,) = re.findall(r"```python\n(.*?)```", Path("merged/README.md").read_text(), re.DOTALL)
-    assert "add_generation_prompt=True, enable_thinking=False)" in code
-    exec(code.replace("path/to/this/folder", "merged"), {})
-    capfd.readouterr()
-    assert main(["generate", checkpoint, "--prompt", "Red?", "--max_new_tokens", "4"]) == 0
-    monkeypatch.setattr("sys.stdin", io.StringIO("Red?\n"))
-    assert main(["generate", checkpoint, "--chat", "--max_new_tokens", "4"]) == 0
-    first, *others = capfd.readouterr().out.splitlines()
-    assert set(others) == {first}
+        return
+    for messages, too_long in [(long, "shorten"), (turns(question, answer), "skip")]:
+        with pytest.raises(UnusableRow, match=r"longer than data\.max_length"):
+            encoded(own, messages, 80, too_long=too_long)

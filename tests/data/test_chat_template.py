@@ -1,6 +1,8 @@
 """A chat template of the user's choice for a model that has none: in training, generation, checkpoints and exports."""
 
+import io
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -13,16 +15,9 @@ from cola_lightning.cli import main
 from cola_lightning.data.encoding import labels_of
 from tests.helpers import tiny
 
-TALK = [
-    {"role": "user", "content": "Who?"},
-    {"role": "assistant", "content": "Al."},
-    {"role": "user", "content": "Old?"},
-    {"role": "assistant", "content": "Yes."},
-]
-CHATML_TALK = (
-    "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nAl.<|im_end|>\n"
-    "<|im_start|>user\nOld?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
-)
+SAID = [("user", "Who?"), ("assistant", "Al."), ("user", "Old?"), ("assistant", "Yes.")]
+TALK = [{"role": role, "content": content} for role, content in SAID]
+CHATML_TALK = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in SAID)
 
 
 def encoded(folder, own, **options):
@@ -35,24 +30,19 @@ def encoded(folder, own, **options):
     return own.decode(row["input_ids"]), trained, data
 
 
-def test_without_special_tokens_the_last_turn_ends_with_the_end_of_text(tmp_path, caplog):
+def test_the_last_turn_ends_with_the_end_of_text_where_the_vocabulary_has_no_token_of_the_template(tmp_path, caplog):
     caplog.set_level("INFO")
     text, trained, data = encoded(tmp_path, tiny.tokenizer(pad=True), chat_template="chatml")
     assert text == f"<s>{CHATML_TALK}</s>"  # as this tokenizer begins all texts
     assert trained == "Al.<|im_end|>\nYes.<|im_end|>\n</s>"
     assert "spelled in pieces: <|im_start|>, <|im_end|>" in caplog.text
     assert data.prompt_format == {"kind": "response", "chat_template": True, "template": "{{- bos_token }}" + CHATML}
-    again, *_ = encoded(tmp_path, tiny.tokenizer("gpt2", pad=True), chat_template="chatml")
-    assert again == f"{CHATML_TALK}</s>"
-
-
-def test_a_vocabulary_with_the_tokens_of_the_template_ends_turns_with_them(tmp_path, caplog):
-    caplog.set_level("INFO")
+    caplog.clear()
     own = tiny.tokenizer("gpt2", pad=True)
+    assert encoded(tmp_path, own, chat_template="chatml")[0] == f"{CHATML_TALK}</s>"
     own.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     text, trained, _ = encoded(tmp_path, own, chat_template="chatml")
     assert (text, trained) == (CHATML_TALK, "Al.<|im_end|>Yes.<|im_end|>")
-    assert "pieces" not in caplog.text
 
 
 def test_a_template_comes_from_a_file_or_another_model_and_replaces_the_tokenizers_own(tmp_path):
@@ -63,17 +53,12 @@ def test_a_template_comes_from_a_file_or_another_model_and_replaces_the_tokenize
         assert find_chat_template(str(name), own) == tiny.CHAT
     text, *_ = encoded(tmp_path / "rows", tiny.chat_tokenizer(CHATML), chat_template=str(tmp_path / "own.jinja"))
     assert text.startswith("<s>[user]\nWho?</s>\n")
-    own.chat_template = "{{ '<|user|>' }} <think> {{ '<tool>' }} <s>"
-    assert unknown_tokens(own) == ["<|user|>", "<think>", "<tool>"]
     own.save_pretrained(tmp_path / "none")
-    (tmp_path / "none" / "chat_template.jinja").unlink()
-    for name, message in {
-        "no.jinja": "cannot be read",
-        tmp_path / "none": "has no chat template",
-        "/no/such": "cannot",
-    }.items():
+    for name, message in [("no.jinja", "cannot be read"), (tmp_path / "none", "has no chat template"), ("/no/such", "cannot")]:
         with pytest.raises(UserError, match=rf"^data\.chat_template: .*{message}"):
             find_chat_template(str(name), own)
+    own.chat_template = "{{ '<|user|>' }} <think> {{ '<tool>' }} <s>"
+    assert unknown_tokens(own) == ["<|user|>", "<think>", "<tool>"]
 
 
 CONFIG = """
@@ -84,32 +69,40 @@ model:
     model_name: model
     target_modules: null
     optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 2.0e-2}}
-data: {init_args: {source: talks.jsonl, chat_template: own.jinja, val_size: 0, batch_size: 4}}
+data:
+  init_args:
+    {source: talks.jsonl, chat_template: own.jinja, chat_template_kwargs: {enable_thinking: false}, val_size: 0, batch_size: 4}
 trainer: {max_epochs: 8, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
 """
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
-def test_a_base_model_learns_to_answer_and_its_export_renders_the_same(tmp_path, monkeypatch, capfd):
+def test_a_base_model_learns_to_answer_with_the_templates_variables_and_its_export_renders_the_same(
+    tmp_path, monkeypatch, capfd
+):
+    """The template renders nothing without its variable."""
     monkeypatch.chdir(tmp_path)
     tiny.folder(Path("model"), max_position_embeddings=256)
-    Path("own.jinja").write_text(CHATML)
+    own = "{{- raise_exception('It has no thoughts') if enable_thinking is not false }}" + CHATML
+    Path("own.jinja").write_text(own)
     Path("talks.jsonl").write_text((json.dumps({"messages": TALK[:2]}) + "\n") * 16)
     Path("config.yaml").write_text(CONFIG)
     assert main(["fit", "--config", "config.yaml"]) == 0
     out = capfd.readouterr().out
-    assert "spelled in pieces" in out
     (try_,) = [line.removeprefix("try it: cola ") for line in out.splitlines() if line.startswith("try it: cola ")]
     checkpoint = "runs/version_0/checkpoints/last.ckpt"
     Path("own.jinja").unlink()  # the checkpoint has it
-    capfd.readouterr()
     assert main(shlex.split(try_.replace("TEXT", "Who?"))) == 0
-    assert capfd.readouterr().out == "Al.\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n"))
+    assert main(["generate", checkpoint, "--chat"]) == 0
+    assert capfd.readouterr().out == "Al.\nAl.\n"
     assert main(["predict", "--config", "runs/version_0/config.yaml", "--ckpt_path", checkpoint]) == 0
     (path,) = Path("runs").rglob("predictions.jsonl")
     assert {row["prediction"] for row in tiny.read_rows(path)} == {"Al."}
     assert main(["export", checkpoint, "--format", "merged", "--output", "merged"]) == 0
+    (code,) = re.findall(r"```python\n(.*?)```", Path("merged/README.md").read_text(), re.DOTALL)
+    assert "add_generation_prompt=True, enable_thinking=False)" in code
+    exec(code.replace("path/to/this/folder", "merged"), {})
     exported = transformers.AutoTokenizer.from_pretrained("merged")
-    module = COLAModule.load_from_checkpoint(checkpoint)
-    assert exported.apply_chat_template(TALK, tokenize=False) == CHATML_TALK
-    assert module.tokenizer.chat_template == exported.chat_template == CHATML
+    assert exported.apply_chat_template(TALK, tokenize=False, enable_thinking=False) == CHATML_TALK
+    assert COLAModule.load_from_checkpoint(checkpoint).tokenizer.chat_template == exported.chat_template == own

@@ -1,7 +1,9 @@
 """Rows as people have them: what can be trained is trained, as a server would show it, and the rest is counted."""
 
+import contextlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +24,10 @@ needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs COLA_DATA_DIR w
 
 
 def cleaned(turns, columns=None, loss="all", **fields):
-    """A conversation as it is trained: role, text, and whether the turn has a loss."""
+    """A conversation as it is trained: the first letter of a role, with a star if the turn has a loss, and the text."""
     row = Row({"messages": turns, **fields}, "rows, row 1")
     made = conversation(row, {"messages": "messages"} | (columns or {}), loss)
-    return [(turn["role"], turn["content"], place in made.trained) for place, turn in enumerate(made.messages)]
+    return [(turn["role"][0] + "*" * (k in made.trained), turn["content"]) for k, turn in enumerate(made.messages)]
 
 
 def turns(*pairs):
@@ -33,32 +35,25 @@ def turns(*pairs):
     return [{"role": roles[role], "content": content} for role, content in pairs]
 
 
-# ---------------------------------------------------------------------- conversations
-
+WEIGHTED = [
+    {"from": "human", "value": "Old?", "weight": None},
+    {"from": "gpt", "value": "No.", "weight": 0},
+    {"from": "human", "value": "Red?"},
+    {"from": "gpt", "value": "Yes.", "weight": 1},
+]
 FOUND = {
-    "the assistant begins": (
-        turns(("a", "Hi!"), ("u", "Old?"), ("a", "No.")),
-        [("assistant", "Hi!", False), ("user", "Old?", False), ("assistant", "No.", True)],
-    ),
-    "the user ends": (turns(("u", "Old?"), ("a", "No."), ("u", "Ok")), [("user", "Old?", False), ("assistant", "No.", True)]),
+    "the assistant begins": (turns(("a", "Hi!"), ("u", "Old?"), ("a", "No.")), [("a", "Hi!"), ("u", "Old?"), ("a*", "No.")]),
+    "the user ends": (turns(("u", "Old?"), ("a", "No."), ("u", "Ok")), [("u", "Old?"), ("a*", "No.")]),
     "a role comes twice": (
         turns(("u", "Old?"), ("u", "Red?"), ("a", "No."), ("a", "Yes.")),
-        [("user", "Old?\n\nRed?", False), ("assistant", "No.\n\nYes.", True)],
+        [("u", "Old?\n\nRed?"), ("a*", "No.\n\nYes.")],
     ),
     "empty turns": (
         turns(("s", ""), ("u", "Old?"), ("a", " "), ("u", "Red?"), ("a", "No.")),
-        [("user", "Old?\n\nRed?", False), ("assistant", "No.", True)],
+        [("u", "Old?\n\nRed?"), ("a*", "No.")],
     ),
-    "no weight": (
-        [
-            {"from": "human", "value": "Old?", "weight": None},
-            {"from": "gpt", "value": "No.", "weight": 0},
-            {"from": "human", "value": "Red?"},
-            {"from": "gpt", "value": "Yes.", "weight": 1},
-        ],
-        [("user", "Old?", False), ("assistant", "No.", False), ("user", "Red?", False), ("assistant", "Yes.", True)],
-    ),
-    "pairs": ([{"input": "Old?", "output": "No."}] * 2, [("user", "Old?", False), ("assistant", "No.", True)] * 2),
+    "no weight": (WEIGHTED, [("u", "Old?"), ("a", "No."), ("u", "Red?"), ("a*", "Yes.")]),
+    "pairs": ([{"input": "Old?", "output": "No."}] * 2, [("u", "Old?"), ("a*", "No.")] * 2),
 }
 
 
@@ -71,48 +66,42 @@ def test_a_conversation_is_trained_as_it_is_found(name):
 def test_a_system_column_and_the_last_turn_alone():
     talk, columns = turns(("u", "Old?"), ("a", "No."), ("u", "Red?"), ("a", "Yes.")), {"system": "system_prompt"}
     made = cleaned(talk, columns, "last", system_prompt="Be brief.")
-    assert made[0] == ("system", "Be brief.", False)
-    assert [has_loss for *_, has_loss in made] == [False, False, False, False, True]
-    assert cleaned(talk, columns, system_prompt=None)[0] == ("user", "Old?", False)
-    own = turns(("s", "Be kind."))
-    assert cleaned([*own, *talk], columns, system_prompt="Be kind.")[0] == ("system", "Be kind.", False)
-    assert cleaned([*own, *talk], columns, system_prompt="Be brief.")[0] == ("system", "Be brief.\n\nBe kind.", False)
+    assert made == [("s", "Be brief."), ("u", "Old?"), ("a", "No."), ("u", "Red?"), ("a*", "Yes.")]
+    assert cleaned(talk, columns, system_prompt=None)[0] == ("u", "Old?")
+    own = [*turns(("s", "Be kind.")), *talk]
+    assert cleaned(own, columns, system_prompt="Be kind.")[0] == ("s", "Be kind.")
+    assert cleaned(own, columns, system_prompt="Be brief.")[0] == ("s", "Be brief.\n\nBe kind.")
 
 
 def test_a_function_call_is_the_assistants_and_what_it_returns_the_tools():
     call = json.dumps({"name": "weather", "arguments": {"city": "Oslo"}})
-    talk = [{"from": "human", "value": "Warm?"}, {"from": "function_call", "value": call}]
-    talk += [{"from": "observation", "value": "9"}, {"from": "gpt", "value": "No."}]
-    row = Row({"conversations": talk, "tools": '[{"name": "weather"}]'}, "rows, row 1")
-    made = conversation(row, {"messages": "conversations", "tools": "tools"})
+    said = [("human", "Warm?"), ("function_call", call), ("observation", "9"), ("gpt", "No.")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in said], "tools": '[{"name": "weather"}]'}
+    made = conversation(Row(row, "rows, row 1"), {"messages": "conversations", "tools": "tools"})
     assert [turn["role"] for turn in made.messages] == ["user", "assistant", "tool", "assistant"]
-    function = {"name": "weather", "arguments": {"city": "Oslo"}}
-    assert made.messages[1]["tool_calls"] == [{"type": "function", "function": function}]
     assert (made.trained, made.tools) == ((1, 3), [{"name": "weather"}])
     requested = Row({"query": "Warm?", "answers": f"[{call}]", "tools": "[]"}, "rows, row 1")
-    made = conversation(requested, {"prompt": "query", "response": "answers", "tools": "tools"})
-    assert made.messages[1]["tool_calls"] == [{"type": "function", "function": function}]
+    asked = conversation(requested, {"prompt": "query", "response": "answers", "tools": "tools"})
+    for one in (made, asked):
+        assert one.messages[1]["tool_calls"] == [{"type": "function", "function": json.loads(call)}]
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"messages": []}, "no assistant turn to train"),
-        ({"messages": None}, "the field 'messages' is null, not a list of turns"),
-        ({"messages": turns(("u", "Old?"), ("a", ""))}, "no assistant turn to train"),
-        ({"messages": [{"content": "Old?"}]}, "a turn without a role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]}, "a turn that is not text"),
-        ({"messages": [{"from": "function_call", "value": "weather(Oslo)"}]}, "an unreadable function call"),
-        ({"messages": turns(("u", "Old?"), ("a", "No.")), "tools": "[{"}, "an unreadable list of tools"),
-    ],
-)
-def test_why_a_conversation_cannot_be_trained(row, reason):
-    with pytest.raises(UnusableRow) as caught:
-        conversation(Row(row, "rows, row 1"), {"messages": "messages", "tools": "tools"})
-    assert str(caught.value) == reason
+REASONS = [
+    ({"messages": []}, "no assistant turn to train"),
+    ({"messages": None}, "the field 'messages' is null, not a list of turns"),
+    ({"messages": turns(("u", "Old?"), ("a", ""))}, "no assistant turn to train"),
+    ({"messages": [{"content": "Old?"}]}, "a turn without a role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]}, "a turn that is not text"),
+    ({"messages": [{"from": "function_call", "value": "weather(Oslo)"}]}, "an unreadable function call"),
+    ({"messages": turns(("u", "Old?"), ("a", "No.")), "tools": "[{"}, "an unreadable list of tools"),
+]
 
 
-# ---------------------------------------------------------------------- any mix of dirt
+def test_why_a_conversation_cannot_be_trained():
+    for row, reason in REASONS:
+        with pytest.raises(UnusableRow, match=f"^{reason}$"):
+            conversation(Row(row, "rows, row 1"), {"messages": "messages", "tools": "tools"})
+
 
 words = st.sampled_from(["", " ", None, "No.", "The town is old", "the river is long and the mat is old " * 4, "🏠é" * 40])
 turn = st.fixed_dictionaries(
@@ -121,42 +110,31 @@ turn = st.fixed_dictionaries(
 )
 
 
-@settings(
-    max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(rows=st.lists(st.one_of(st.none(), st.lists(turn, max_size=6)), min_size=1, max_size=6))
-def test_whatever_rows_are_a_run_trains_what_can_be_trained_after_what_a_server_shows(tmp_path, rows):
-    own = tiny.chat_tokenizer(tiny.CHAT)
-    clean = turns(("u", "Old?"), ("a", "No."))  # without which no column would be a list
-    folder = tiny.write_rows(tmp_path, [{"messages": talk} for talk in [clean, *rows]])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(talks=st.lists(st.none() | st.lists(turn, max_size=6), min_size=1, max_size=6))
+def test_whatever_rows_are_a_run_trains_what_can_be_trained_after_what_a_server_shows(tmp_path, talks):
+    own, talks = tiny.chat_tokenizer(tiny.CHAT), [turns(("u", "Old?"), ("a", "No.")), *talks]  # one without dirt
+    folder = tiny.write_rows(tmp_path, [{"messages": talk} for talk in talks])
     data = tiny.set_up(TextDataModule(folder, max_length=60, max_skipped=1), own, "fit")
-    usable, places = [], []
-    for place, talk in enumerate([clean, *rows]):
-        try:
+    usable = []
+    for talk in talks:
+        with contextlib.suppress(UnusableRow):
             usable.append(conversation(Row({"messages": talk}, ""), {"messages": "messages"}))
-            places.append(place)
-        except UnusableRow:
-            pass
     assert 1 <= len(data.train) <= len(usable)
-    contexts = []
+    known = set()
     for made in usable:
         for first in range(len(made.messages)):  # from any exchange on, after the system prompt
             head = [one for one in made.messages[:first] if one["role"] == "system"]
-            for last in made.trained:
-                if prompt := [*head, *made.messages[first:last]]:
-                    contexts.append((own.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True), made))
-    known = {text for text, _ in contexts}
+            prompts = [[*head, *made.messages[first:last]] for last in made.trained]
+            shown = [own.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in prompts if one]
+            known.update(shown)
     for row in data.train:
         assert len(row["input_ids"]) <= 60
         for start in row["spans"][::2]:
             shown = own.decode(row["input_ids"][:start])
             # As a server shows it, or with a question that has lost its beginning.
-            assert shown in known or any(_is_shortened(shown, text) for text in known), shown
-
-
-def _is_shortened(shown, text):
-    n = n_common(shown, text)
-    return len(shown) < len(text) and text.endswith(shown[n:])
+            shortened = [text for text in known if len(shown) < len(text) and text.endswith(shown[n_common(shown, text) :])]
+            assert shown in known or shortened, shown
 
 
 @pytest.mark.parametrize("chat", [tiny.CHAT, None])
@@ -164,46 +142,36 @@ def test_rows_are_skipped_by_their_reasons_and_the_second_start_says_the_same(tm
     caplog.set_level("INFO", "cola_lightning")
     rows = [{"instruction": f"Is {k} old?", "input": "", "output": "No. " * (1 + 40 * (k == 7))} for k in range(60)]
     rows[3]["output"], rows[5]["output"], rows[9]["instruction"] = "", " ", None
-    folder, printed = tiny.write_rows(tmp_path, rows), []
-    for _ in range(2):
-        caplog.clear()
-        data = tiny.set_up(TextDataModule(folder, max_length=64), tiny.chat_tokenizer(chat), "test")
-        printed.append([line for line in caplog.messages if "skipped" in line])
-    assert printed[0] == printed[1]
-    n_tokens = sum(len(row["input_ids"]) for row in data.test)
-    n_trained = sum(label != -100 for row in data.test for label in labels_of(row))
-    (line,) = printed[0]
+    folder = tiny.write_rows(tmp_path, rows)
+
+    def prepared(**options):
+        return tiny.set_up(TextDataModule(folder, max_length=64, **options), tiny.chat_tokenizer(chat), "test").test
+
+    prepared()
+    test = prepared()
+    first, second = [line for line in caplog.messages if "skipped" in line]
+    assert first == second
     reasons = f"2 no response: {folder}, test, row 3 (counted from 0); 1 the field 'instruction' is null"
-    assert line.startswith(f"test: 60 rows: 3 skipped ({reasons}")
-    assert "1 shortened by " in line
-    assert line.endswith(f"; {n_tokens:,} tokens, {n_trained:,} of them trained")
-    tiny.set_up(TextDataModule(folder, max_length=64, max_skipped=0.05), tiny.chat_tokenizer(chat), "test")
-    with pytest.raises(
-        UserError, match=r"3 of 60 rows cannot be used, more than data\.max_skipped 0\.04 allows \(2 no response"
-    ):
-        tiny.set_up(TextDataModule(folder, max_length=64, max_skipped=0.04), tiny.chat_tokenizer(chat), "test")
-    data = tiny.set_up(
-        TextDataModule(folder, max_length=64, too_long="skip", max_skipped=0.1), tiny.chat_tokenizer(chat), "test"
-    )
-    assert len(data.test) == 56
+    assert first.startswith(f"test: 60 rows: 3 skipped ({reasons}")
+    assert "1 shortened by " in first
+    n_tokens = sum(len(row["input_ids"]) for row in test)
+    n_trained = sum(label != -100 for row in test for label in labels_of(row))
+    assert first.endswith(f"; {n_tokens:,} tokens, {n_trained:,} of them trained")
+    prepared(max_skipped=0.05)
+    with pytest.raises(UserError, match=r"3 of 60 rows .*, more than data\.max_skipped 0\.04 allows \(2 no response"):
+        prepared(max_skipped=0.04)
+    assert len(prepared(too_long="skip", max_skipped=0.1)) == 56
 
 
 def test_a_prompt_keeps_its_system_prompt_and_a_response_too_long_has_no_stop_token():
     own = tiny.chat_tokenizer(None)
     system, long = "Be brief.\n\n", "the river is long " * 19
     ((row,),) = encode_responses(own, [Pair(f"{system}{long}Old?", len(system), " No.")], 40)
-    text = own.decode(row["input_ids"])
     assert (len(row["input_ids"]), row["lost"] > 0) == (40, True)
-    assert text.startswith("<s>Be brief.")
-    assert text.endswith("Old? No.</s>")
+    assert re.fullmatch(r"<s>Be brief\..*Old\? No\.</s>", own.decode(row["input_ids"]), re.DOTALL)
     ((row,),) = encode_responses(own, [Pair(f"{system}Old?", len(system), f" {long}")], 70)
-    text = own.decode(row["input_ids"])
-    assert len(row["input_ids"]) == 70
-    assert f"<s>{system}Old? {long}".startswith(text)
-    assert row["spans"][1] == 70
-
-
-# ---------------------------------------------------------------------- real files
+    assert (len(row["input_ids"]), row["spans"][1]) == (70, 70)
+    assert f"<s>{system}Old? {long}".startswith(own.decode(row["input_ids"]))
 
 
 @needs_real
@@ -227,13 +195,11 @@ class Own(TextDataModule):
         return OwnTexts(**known)
 
 
-def test_rows_of_a_preprocessor_of_ones_own_are_not_left_in_the_cache(tmp_path, monkeypatch):
-    folder = tiny.write_rows(tmp_path / "rows", [{"text": f"It was {k}."} for k in range(20)])
-    own = tiny.chat_tokenizer(None)
+def test_rows_of_a_preprocessor_of_ones_own_are_not_left_in_the_cache(tmp_path):
+    folder, own = tiny.write_rows(tmp_path / "rows", [{"text": f"It was {k}."} for k in range(20)]), tiny.chat_tokenizer(None)
 
     def cached(kind):
-        data = tiny.set_up(kind(folder), own, "fit")
-        (file,) = data.train.cache_files
+        (file,) = tiny.set_up(kind(folder), own, "fit").train.cache_files
         return Path(file["filename"])
 
     first = cached(TextDataModule)

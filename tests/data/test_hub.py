@@ -34,89 +34,51 @@ def columns(*names, **others):
     return row
 
 
-def conversations(name, role, content, user, assistant):
+def chat(split, k):
     """Rows of turns, every other one after a system prompt, and of the first of the user's turns."""
-
-    def row(split, k):
-        texts = ["Be brief"] * (k % 2) + [f"Name film {split} {k}", f"Film {split} {k}!"]
-        roles = ["system"] * (k % 2) + [user, assistant]
-        turns = [{role: one, content: text} for one, text in zip(roles, texts, strict=True)]
-        return {name: turns, "prompt": texts[-2], "prompt_id": f"id{k}"}, texts
-
-    return row
+    texts = ["Be brief"] * (k % 2) + [f"Name film {split} {k}", f"Film {split} {k}!"]
+    roles = ["system"] * (k % 2) + ["user", "assistant"]
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    return {"messages": turns, "prompt": texts[-2], "prompt_id": f"id{k}"}, texts
 
 
-def imdb(split, k):
-    text = f"The film was {'great' if k % 2 else 'terrible'} {split} {k}"
-    return {"text": text, "label": -1 if split == "unsupervised" else k % 2}, [text, "pos" if k % 2 else "neg"]
+def alpaca(split, k):
+    """Of which a row has no response."""
+    row, texts = columns("instruction", "input", "output", text="Below is an instruction.")(split, k)
+    return row | ({"output": ""} if k == 3 else {}), texts
 
 
-def asked_under(system, *names):
-    """Rows of a prompt and its response under a system prompt."""
-
-    def row(split, k):
-        texts = ["Be brief", f"Name film {split} {k}", f"Film {split} {k}!"]
-        return dict(zip((system, *names), texts, strict=True)) | {"id": f"{k}"}, texts
-
-    return row
-
-
-def dirty(row, *places, **changed):
-    """The same rows, of which some are changed so that they cannot be trained."""
-    return lambda split, k: (row(split, k)[0] | (changed if k in places else {}), row(split, k)[1])
-
-
-ALPACA = columns("instruction", "input", "output", text="Below is an instruction.")
 TLDR = columns("prompt", "completion")
-CHAT = conversations("messages", "role", "content", "user", "assistant")
 
 
 @dataclass
 class Set:
-    """A data set: its rows, the columns that a fit names, its splits (None: a file without a card), and a user's arguments."""
+    """A data set: its rows, the columns that a fit names, its splits, and a user's arguments."""
 
     row: Callable
     printed: str
-    splits: str | None = None
+    splits: str
     arguments: dict[str, str] = field(default_factory=dict)
     subsets: str = "default"
-    train: str = "train"
     validation: str = "train"  # from which rows are drawn
 
 
-OF_THREE = {"splits": "train validation test", "validation": "validation"}
+SFT = {"train_split": "train_sft", "val_split": "test_sft"}
 SETS = {
-    "tatsu-lab/alpaca": Set(dirty(ALPACA, 3, output=""), "instruction input output", "train"),
-    "databricks/databricks-dolly-15k": Set(
-        columns("instruction", "context", "response", category="qa"), "instruction context response"
-    ),
-    "HuggingFaceH4/ultrachat_200k": Set(
-        CHAT,
-        "messages",
-        "train_sft test_sft train_gen test_gen",
-        {"train_split": "train_sft", "val_split": "test_sft"},
-        train="train_sft",
-        validation="test_sft",
-    ),
+    "tatsu-lab/alpaca": Set(alpaca, "instruction input output", "train"),
+    "HuggingFaceH4/ultrachat_200k": Set(chat, "messages", "train_sft test_sft train_gen", SFT, validation="test_sft"),
     "openai/gsm8k": Set(columns("question", "answer"), "question answer", "train test", {"subset": "main"}, "main socratic"),
-    "trl-lib/tldr": Set(TLDR, "prompt completion", **OF_THREE),
-    "owner/sharegpt": Set(conversations("conversations", "from", "value", "human", "gpt"), "conversations"),
-    "stanfordnlp/imdb": Set(imdb, "text label", "train test unsupervised", {"is_labelled": True}),
-    "Open-Orca/OpenOrca": Set(asked_under("system_prompt", "question", "response"), "question response system_prompt", "train"),
+    "trl-lib/tldr": Set(TLDR, "prompt completion", "train validation test", validation="validation"),
 }
 
 
 def files_of(made, folder):
-    """A data set's files as they are on the hub: a card that names each split's files, and these; or one file alone."""
-    if made.splits is None:
-        return {"train.jsonl": json_lines(made.row, "train")}
+    """A data set's files as they are on the hub: a card that names each split's files, and these."""
     files, configs = {}, []
     splits = made.splits.split()
     for subset in made.subsets.split():
         for split in splits:
             rows = datasets.Dataset.from_list([made.row(split, k)[0] for k in range(N_ROWS)])
-            if "label" in rows.column_names:
-                rows = rows.cast_column("label", datasets.ClassLabel(names=["neg", "pos"]))
             rows.to_parquet(folder / "rows.parquet")
             files[f"{subset}/{split}-00000-of-00001.parquet"] = (folder / "rows.parquet").read_bytes()
         data_files = [{"split": split, "path": f"{subset}/{split}-*"} for split in splits]
@@ -125,8 +87,9 @@ def files_of(made, folder):
     return {"README.md": card.encode()} | files
 
 
-def json_lines(row, split):
-    return "".join(json.dumps(row(split, k)[0]) + "\n" for k in range(N_ROWS)).encode()
+def file_alone(split):
+    """A data set without a card."""
+    return {"train.jsonl": "".join(json.dumps(TLDR(split, k)[0]) + "\n" for k in range(N_ROWS)).encode()}
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +101,8 @@ def hub(tmp_path_factory):
         hub.add("models", "owner/chat", folder / "chat")
         for name, made in SETS.items():
             hub.add("datasets", name, files_of(made, folder))
-        hub.old = hub.add("datasets", "owner/revised", {"train.jsonl": json_lines(TLDR, "old")})
-        hub.add("datasets", "owner/revised", {"train.jsonl": json_lines(TLDR, "new")})
+        hub.old = hub.add("datasets", "owner/revised", file_alone("old"))
+        hub.add("datasets", "owner/revised", file_alone("new"))
         yield hub
 
 
@@ -180,39 +143,34 @@ def assert_trained(run, row, train="train", validation="train"):
         found = [one for one in run.texts if one["stage"] == stage]
         assert found
         for one in found:
-            rendered = one["text"] + (one["trained"] if row is imdb else "")
             assert any(
-                one["trained"].strip() == texts[-1] and re.search(".*".join(map(re.escape, texts)), rendered, re.DOTALL)
+                one["trained"].strip() == texts[-1] and re.search(".*".join(map(re.escape, texts)), one["text"], re.DOTALL)
                 for texts in expected
             ), one
-            assert "Below" not in rendered
+            assert "Below" not in one["text"]
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_data_set_of_the_hub_is_trained_on_by_its_name(runs, name):
     run, made = runs[name.replace("/", " ")], SETS[name]
-    assert_trained(run, made.row, made.train, made.validation)
+    assert_trained(run, made.row, made.arguments.get("train_split", "train"), made.validation)
     assert any(all(column in line for column in made.printed.split()) for line in run.log.splitlines())
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("no split", ["data.train_split", "train_sft", "test_sft", "train_gen", "test_gen"]),
-        ("no subset", ["data.subset", "main", "socratic"]),
-    ],
-)
-def test_what_a_set_has_is_listed_where_the_user_must_choose(runs, name, words):
-    run = runs[name]
-    assert run.status == 2, run.log
-    last = run.log.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert [word for word in words if not re.search(rf"(?<!\w){word}\b", last)] == []
+def test_what_a_set_has_is_listed_where_the_user_must_choose(runs):
+    for name, words in [
+        ("no split", "data.train_split train_sft test_sft train_gen"),
+        ("no subset", "data.subset main socratic"),
+    ]:
+        assert runs[name].status == 2, runs[name].log
+        last = runs[name].log.strip().splitlines()[-1]
+        assert last.startswith("error: ")
+        assert [word for word in words.split() if not re.search(rf"(?<!\w){word}\b", last)] == []
 
 
-@pytest.mark.parametrize("name", ["old", "new"])
-def test_a_revision_is_an_older_state_of_a_set(runs, name):
-    assert_trained(runs[name], TLDR, name, name)
+def test_a_revision_is_an_older_state_of_a_set(runs):
+    for name in ("old", "new"):
+        assert_trained(runs[name], TLDR, name, name)
 
 
 def test_one_command_by_names_alone_is_a_chain_of_three_epochs(runs):
@@ -222,19 +180,16 @@ def test_one_command_by_names_alone_is_a_chain_of_three_epochs(runs):
         assert printed in run.log
 
 
-def test_some_rows_of_a_data_set_are_streamed_and_some_of_them_held_out(runs):
-    assert_trained(runs["streamed"], TLDR, "train", "validation")
+def test_some_rows_of_a_data_set_are_streamed_by_the_seed_and_some_of_them_held_out(runs):
+    orders = []
+    for name in ("streamed", "streamed, another seed"):
+        assert_trained(runs[name], TLDR, "train", "validation")
+        orders.append([row["text"] for row in runs[name].texts if row["stage"] == "train"])
+    assert len(orders[0]) == len(orders[1]) == 16
+    assert orders[0] != orders[1]
     run = runs["streamed, no validation"]
-    assert_trained(run, ALPACA)
+    assert_trained(run, alpaca)
     trained, validated = ({row["trained"].strip() for row in run.texts if row["stage"] == s} for s in ("train", "validation"))
     assert len(trained) in (7, 8)  # one row has no response
     assert len(validated) in (4, 5)
     assert not trained & validated
-
-
-def test_the_rows_of_a_stream_depend_on_the_seed(runs):
-    first, other = (
-        [row["text"] for row in runs[name].texts if row["stage"] == "train"] for name in ("streamed", "streamed, another seed")
-    )
-    assert len(first) == len(other) == 16
-    assert first != other

@@ -6,23 +6,19 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import pytest
-import torch
 import yaml
 
-from cola_lightning import ChainOfLoRA, COLACausalLM, COLAPreferenceLM, PreferenceDataModule, TextDataModule, UserError
-from cola_lightning.chat_template import CHATML, ChatTemplate, Conversation
+from cola_lightning import PreferenceDataModule, TextDataModule, UserError
+from cola_lightning.chat_template import ChatTemplate, Conversation
 from cola_lightning.data.chat_encoding import encode_conversations, encode_preferences
 from cola_lightning.data.columns import find_pairs
 from cola_lightning.data.encoding import labels_of
 from cola_lightning.data.fields import PreferencePair
-from cola_lightning.data.streaming import draw_rows
 from tests.helpers import tiny
 
 FILES = Path(__file__).parents[1] / "fixtures" / "rows_of_pairs"
-DATA = Path(os.environ.get("COLA_DATA_DIR", "none"))
-REAL, TEMPLATES = DATA / "real" / "orca_dpo_pairs.jsonl", sorted((DATA / "chat_templates").glob("*.jinja"))
+TEMPLATES = sorted(Path(os.environ.get("COLA_DATA_DIR", "none"), "chat_templates").glob("*.jinja"))
 REWRITING = tiny.CHAT.replace(  # as templates that drop the thoughts of earlier turns
     "{{ eos_token }}", "{% if not loop.last and turn['role'] == 'assistant' %} (earlier){% endif %}{{ eos_token }}"
 )
@@ -44,6 +40,7 @@ def chat_text(*contents, system=None):
 
 # Of each file: the prompt and both responses of the rows that are used, and why others are skipped.
 EQUAL, EMPTY, DIFFERENT = "the two responses are equal", "no response", "the prompts of the two responses differ"
+NO_PROMPT = "no prompt: neither in a column (data.columns) nor a text that begins with 'Human:'"
 EXPECTED = {
     "trl": (
         [(chat_text("Is the bridge open?"), "Yes, until six.", "Who knows.")] * 2,
@@ -69,7 +66,7 @@ EXPECTED = {
             (chat_text("Is it cold?"), "A little.", "Go outside."),
             (chat_text("Hello", "Hi!", "Is it late?\n\nIt is dark."), "It is nine.", "Sleep."),
         ],
-        {EMPTY: 1, DIFFERENT: 1, "no prompt: neither in a column (data.columns) nor a text that begins with 'Human:'": 1},
+        {EMPTY: 1, DIFFERENT: 1, NO_PROMPT: 1},
     ),
     "llama_factory": (
         [
@@ -87,11 +84,7 @@ EXPECTED = {
     ),
     "orca": (
         [
-            (
-                chat_text("Is milk white?", system="You are brief."),
-                "Yes.",
-                "Milk is a liquid that one may call white, or not.",
-            ),
+            (chat_text("Is milk white?", system="You are brief."), "Yes.", "Milk is a liquid that one may call white, or not."),
             (chat_text("Is snow white?"), "Yes.", "No."),
         ],
         {EQUAL: 1},
@@ -157,41 +150,32 @@ def test_pairs_of_each_format_are_found_by_their_columns(tmp_path, name):
     assert {*batch} == {"prompt_ids", "prompt_mask", "prompt", "target", "decoding", "end_tokens"}
 
 
-@pytest.mark.parametrize(
-    ("name", "prompt", "chosen"),
-    [
+def test_without_a_chat_template_a_response_follows_its_prompt_as_text(tmp_path):
+    own = tiny.chat_tokenizer(None)
+    for name, prompt, chosen in [
         ("trl", "Is the bridge open?", "Yes, until six."),
         ("llama_factory_instructions", "Translate to French.\n\nGood day", "Bonjour"),
         ("orca", "You are brief.\n\nIs milk white?", "Yes."),
         ("hh_rlhf", "\n\nHuman: Is it cold?\n\nAssistant:", " A little."),
-    ],
-)
-def test_without_a_chat_template_a_response_follows_its_prompt_as_text(tmp_path, name, prompt, chosen):
-    own, source = tiny.chat_tokenizer(None), tiny.read_rows(FILES / f"{name}.jsonl")
-    rows, data = encoded(source, tmp_path, own)
-    assert len(rows) == len(EXPECTED[name][0])
-    side, _ = sides(data, rows[:1])[0]
-    assert (own.decode(side.prompt), own.decode(side.learned)) == (f"<s>{prompt}", f"{chosen}</s>")
-    requested, _ = encoded(source[:1], tmp_path / "asked", own, "predict")
-    assert own.decode(requested[0].prompt_ids) == f"<s>{prompt}"
-    assert requested[0].target == chosen.strip()
+    ]:
+        source = tiny.read_rows(FILES / f"{name}.jsonl")
+        rows, data = encoded(source, tmp_path / name, own)
+        assert len(rows) == len(EXPECTED[name][0])
+        assert data.prompt_format == {"kind": "response", "chat_template": False}
+        side, _ = sides(data, rows[:1])[0]
+        assert (own.decode(side.prompt), own.decode(side.learned)) == (f"<s>{prompt}", f"{chosen}</s>")
+        requested, _ = encoded(source[:1], tmp_path / "asked", own, "predict")
+        assert (own.decode(requested[0].prompt_ids), requested[0].target) == (f"<s>{prompt}", chosen.strip())
 
 
 @pytest.mark.parametrize("chat", [tiny.CHAT, None])
-@pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_a_response_has_the_tokens_that_supervised_training_gives_it(tmp_path, chat, side):
+def test_a_response_has_the_tokens_that_supervised_training_gives_it(tmp_path, chat):
     own = tiny.chat_tokenizer(chat)
-    for name in ["trl", "orca", *["trl_turns"] * bool(chat)]:
-        source = [row for row in tiny.read_rows(FILES / f"{name}.jsonl")[:2] if row["chosen"] != row["rejected"]]
-        rows, data = encoded(source, tmp_path / name, own)
-        prompt = {"orca": "{prompt: question, system: system, "}.get(name, "{prompt: prompt, ")
-        columns = yaml.safe_load(f"{prompt}response: {side}}}")
-        same = TextDataModule(data.source, columns=columns, loss="last")
-        expected = list(tiny.set_up(same, own, "test").test)
-        assert len(expected) == len(rows)
-        for pair, row in zip(sides(data, rows), expected, strict=True):
-            learned = [label for label in labels_of(row) if label != -100]
-            assert pair[side == "rejected"][:2] == (row["input_ids"], learned)
+    rows, data = encoded(tiny.read_rows(FILES / "orca.jsonl")[:1], tmp_path, own)
+    for side, pair in zip(("chosen", "rejected"), sides(data, rows)[0], strict=True):
+        columns = {"prompt": "question", "system": "system", "response": side}
+        (row,) = tiny.set_up(TextDataModule(data.source, columns=columns, loss="last"), own, "test").test
+        assert pair[:2] == (row["input_ids"], [label for label in labels_of(row) if label != -100])
 
 
 def test_a_batch_has_the_chosen_responses_and_then_the_rejected_ones_and_counts_pairs(tmp_path):
@@ -208,8 +192,6 @@ def test_a_batch_has_the_chosen_responses_and_then_the_rejected_ones_and_counts_
         assert all(text.startswith("Yes") for text in texts[:n])
         assert all(text.startswith("No") for text in texts[n:])
         assert (batch["attention_mask"][:, -1] == 1).all()  # padded on the left
-    again = [*set_up(data.source, own, "fit", batch_size=3).train_dataloader()]
-    assert all(torch.equal(one["input_ids"], two["input_ids"]) for one, two in zip(batches, again, strict=True))
 
 
 @pytest.mark.parametrize("chat", [tiny.CHAT, None])
@@ -231,34 +213,19 @@ def test_both_responses_keep_the_same_shortened_prompt_and_then_lose_their_ends(
             assert len(pair[0].prompt) <= 40
     with pytest.raises(UserError, match=r"longer than data\.max_length"):
         encoded([row], tmp_path / "skip", own, max_length=20, too_long="skip")
+    row |= {"chosen": f"{long * 40}Yes.", "rejected": f"{long * 40}No."}
+    used, data = encoded([row, {"question": "A", "chosen": "b", "rejected": "c"}], tmp_path, own, max_length=160)
+    assert len(used) == 1
+    assert [*data._report.skipped] == ["the two responses are equal up to data.max_length"]
 
 
-def test_a_prompt_with_marks_is_the_turns_that_it_marks(tmp_path):
-    prompt = "\n\nHuman: Old?\n\nAssistant: No.\n\nHuman: New?\n\nAssistant:"
-    rows, data = encoded(
-        [{"prompt": prompt, "chosen": " Yes.", "rejected": " Never."}], tmp_path, tiny.chat_tokenizer(tiny.CHAT)
-    )
-    for side in sides(data, rows)[0]:
-        assert data.tokenizer.decode(side.prompt) == chat_text("Old?", "No.", "New?")
-
-
-@pytest.mark.parametrize("store", [json.dumps, str])
 @pytest.mark.parametrize("prompt", ["Old?", [USER]])
-def test_turns_that_are_stored_as_text_are_skipped_and_told(tmp_path, store, prompt):
-    texts = {"chosen": store([ASSISTANT]), "rejected": store([ASSISTANT | {"content": "Yes."}])}
+def test_turns_that_are_stored_as_text_are_skipped_and_told(tmp_path, prompt):
+    texts = {"chosen": json.dumps([ASSISTANT]), "rejected": json.dumps([ASSISTANT | {"content": "Yes."}])}
     pairs = [{"prompt": prompt, "chosen": "No.", "rejected": "Yes."}, {"prompt": prompt, **texts}]
     rows, data = encoded(pairs, tmp_path, tiny.chat_tokenizer(tiny.CHAT))
     assert len(rows) == 1
     assert [*data._report.skipped] == ["turns stored as text, not as a list"]
-
-
-def test_responses_that_differ_only_after_the_maximum_length_are_skipped(tmp_path):
-    own, long = tiny.chat_tokenizer(tiny.CHAT), "It was great. " * 40
-    rows = [{"prompt": "Is it?", "chosen": f"{long}Yes.", "rejected": f"{long}No."}]
-    rows += [{"prompt": "A", "chosen": "b", "rejected": "c"}] * 2
-    used, data = encoded(rows, tmp_path, own, max_length=64)
-    assert len(used) == 2
-    assert [*data._report.skipped] == ["the two responses are equal up to data.max_length"]
 
 
 @pytest.mark.skipif(not TEMPLATES, reason="needs COLA_DATA_DIR with chat_templates")
@@ -314,9 +281,6 @@ def test_prompts_alone_are_predicted(tmp_path):
         assert (own.decode(requested[0].prompt_ids), requested[0].target) == (chat_text("Old?"), target)
 
 
-# ---------------------------------------------------------------------- which columns
-
-
 def test_columns_can_be_named_and_are_listed_where_there_are_no_pairs(tmp_path):
     own, columns = tiny.chat_tokenizer(tiny.CHAT), {"prompt": "ask", "chosen": "a", "rejected": "b"}
     rows, data = encoded([{"ask": "Old?", "a": "Yes.", "b": "No."}], tmp_path, own, columns=columns)
@@ -324,7 +288,6 @@ def test_columns_can_be_named_and_are_listed_where_there_are_no_pairs(tmp_path):
     names = ["ask", "a", "b", "prompt", "chosen", "rejected"]
     assert find_pairs(names, [], columns).columns == columns
     assert find_pairs(names, [], None).columns == {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
-    assert str(find_pairs(["question", *names], ["chosen"], None)) == "prompt -> chosen over rejected"
     for wrong, message in [
         ({"prompt": "ask"}, "name chosen and rejected"),
         (columns | {"prompt": "no"}, "the data has no column 'no'"),
@@ -338,87 +301,42 @@ def test_columns_can_be_named_and_are_listed_where_there_are_no_pairs(tmp_path):
         find_pairs(["prompt", "completion", "label"], [], None)
 
 
-@pytest.mark.parametrize(
-    ("name", "option"),
-    [
+def test_pairs_for_supervised_training_get_one_line_whose_option_works(tmp_path):
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    for name, option in [
+        ("trl", "{prompt: prompt, response: chosen}"),
         ("trl_turns", "{prompt: prompt, response: chosen}"),
         ("llama_factory", "{prompt: conversations, response: chosen}"),
+        ("llama_factory_instructions", "{prompt: instruction, input: input, response: chosen}"),
+        ("orca", "{prompt: question, system: system, response: chosen}"),
         ("ultrafeedback", "{messages: chosen}"),
-    ],
-)
-def test_pairs_for_supervised_training_get_one_line_whose_option_works(tmp_path, name, option):
-    own, folder = tiny.chat_tokenizer(tiny.CHAT), tiny.write_rows(tmp_path, tiny.read_rows(FILES / f"{name}.jsonl"))
-    with pytest.raises(UserError, match=r"are preference pairs\..* COLAPreferenceLM with PreferenceDataModule") as caught:
-        tiny.set_up(TextDataModule(folder), own, "test")
-    assert f"--data.columns '{option}'" in str(caught.value)
-    data = tiny.set_up(TextDataModule(folder, columns=yaml.safe_load(option), loss="last"), own, "test")
-    learned = [own.decode([label for label in labels_of(row) if label != -100]) for row in data.test]
-    assert learned[0] == f"{EXPECTED[name][0][0][1]}</s>"
+        ("hh_rlhf", "{text: chosen}"),
+    ]:
+        folder = tiny.write_rows(tmp_path / name, tiny.read_rows(FILES / f"{name}.jsonl"))
+        with pytest.raises(UserError, match=r"are preference pairs\..* COLAPreferenceLM with PreferenceDataModule") as caught:
+            tiny.set_up(TextDataModule(folder), own, "test")
+        assert f"--data.columns '{option}'" in str(caught.value)
+        data = TextDataModule(folder, columns=yaml.safe_load(option), loss="last", max_skipped=1.0)
+        row, answer = tiny.set_up(data, own, "test").test[0], EXPECTED[name][0][0][1]
+        learned = own.decode([label for label in labels_of(row) if label != -100])
+        assert learned == f"{answer}</s>" or (name == "hh_rlhf" and learned.endswith(f"{answer}</s>"))
 
 
-@pytest.mark.parametrize("is_chat", [False, True])
-def test_unpaired_labels_are_refused_until_columns_are_named(tmp_path, is_chat):
-    own = tiny.chat_tokenizer(tiny.CHAT)
-    row = {"prompt": "Old?", "completion": "Yes.", "label": False}
-    if is_chat:
-        row |= {"prompt": [{"role": "user", "content": "Old?"}], "completion": [{"role": "assistant", "content": "Yes."}]}
-    folder = tiny.write_rows(tmp_path, [row] * 4)
+@pytest.mark.parametrize("row", [{"prompt": "Old?", "completion": "Yes."}, {"prompt": [USER], "completion": [ASSISTANT]}])
+def test_unpaired_labels_are_refused_until_columns_are_named(tmp_path, row):
+    own, columns = tiny.chat_tokenizer(tiny.CHAT), {"prompt": "prompt", "response": "completion"}
+    folder = tiny.write_rows(tmp_path, [row | {"label": False}] * 4)
     with pytest.raises(UserError, match=r"^data\.columns: label says .*KTO.*'{prompt: prompt, response: completion}'$"):
         tiny.set_up(TextDataModule(folder), own, "fit")
-    columns = {"prompt": "prompt", "response": "completion"}
     assert len(tiny.set_up(TextDataModule(folder, columns=columns), own, "fit").train) == 4
     assert len(tiny.set_up(TextDataModule(folder), own, "predict").test) == 4
     labelled = tiny.write_rows(tmp_path / "class", [row | {"label": 1}] * 4)  # not true or false: a class
     assert len(tiny.set_up(TextDataModule(labelled), own, "fit").train) == 4
 
 
-# ---------------------------------------------------------------------- runs
-
-
-def test_a_run_trains_on_pairs_and_a_module_without_pairs_refuses_them(tmp_path):
-    folder = tiny.write_rows(tmp_path / "rows", [tiny.read_rows(FILES / "trl.jsonl")[0]] * 6)
-    options = {"target_modules": ["q_proj"], "rank": 2, "alpha": 4, "seed": 0}
-    name = tiny.folder(tmp_path / "model")
-    for kind, is_refused in [(COLAPreferenceLM, False), (COLACausalLM, True)]:
-        data = PreferenceDataModule(folder, batch_size=2)
-        run = tiny.process(max_steps=2, default_root_dir=tmp_path)
-        run.callbacks.append(ChainOfLoRA())
-        if is_refused:
-            with pytest.raises(UserError, match=r"rejected responses.* COLAPreferenceLM"):
-                run.fit(kind(name, **options), data)
-        else:
-            run.fit(kind(name, **options), data)
-            assert run.global_step == 2
-            assert data.describe()[0].startswith(folder)
-            assert data.identity["source"] == folder
-            assert data.prompt_format == {"kind": "response", "chat_template": False}
-
-
-def test_pairs_of_the_hub_can_be_streamed():
-    source = [{"prompt": f"Is it {k}?", "chosen": f"Yes {k}.", "rejected": f"No {k}."} for k in range(12)]
-    rows = datasets.IterableDataset.from_generator(lambda: iter(source))
-    data = PreferenceDataModule("owner/rows", streaming=True, batch_size=4, train_size=8, val_size=4)
-    data._splits = [{"train": lambda: draw_rows(rows, 12, 0, "train", "pairs")}]
-    own = tiny.set_up(data, tiny.chat_tokenizer(tiny.CHAT), "fit").tokenizer
-    assert len(data.val) == 4
-    batches = [*data.train_dataloader()]
-    assert [len(batch["input_ids"]) for batch in batches] == [8, 8]
-    learned = [own.decode(row[row != -100]) for batch in batches for row in batch["labels"]]
-    assert len({*learned} & {f"{word} {k}.</s>" for k in range(12) for word in ("Yes", "No")}) == 16
-
-
-@pytest.mark.skipif(not REAL.exists(), reason="needs COLA_DATA_DIR with real")
-def test_the_pairs_of_a_real_file_are_used(tmp_path):
-    own, source = tiny.chat_tokenizer(CHATML, "<|im_start|>", "<|im_end|>"), tiny.read_rows(REAL)[:40]
-    folder = tiny.write_rows(tmp_path, source, ["train"])
-    data, skipping = (set_up(folder, own, "fit", val_size=0, max_length=3000, too_long=way) for way in ("shorten", "skip"))
-    report = data._report
-    assert (len(data.train), report.n_rows, report.n_skipped, report.n_shortened) == (40, 40, 0, 5)
-    for row, (chosen, rejected) in zip(source, sides(data, list(data.train)), strict=True):
-        assert chosen.prompt == rejected.prompt
-        assert own.decode(chosen.prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
-        for side, name in ((chosen, "preferred_output"), (rejected, "non_preferred_output")):
-            content = row[name][0]["content"].strip()
-            learned = own.decode(side.learned)
-            assert learned == f"{content}<|im_end|>" or (len(side.ids) == 3000 and content.startswith(learned))
-    assert skipping._report.skipped["longer than data.max_length"][0] == 40 - len(skipping.train) == 5
+def test_a_module_that_would_train_on_rejected_responses_refuses_pairs(tmp_path):
+    data = PreferenceDataModule(tiny.write_rows(tmp_path, [{"prompt": "Old?", "chosen": "No.", "rejected": "Yes."}]))
+    data.trainer = tiny.process(module=tiny.stub(tiny.chat_tokenizer(None)))
+    data.setup("predict")
+    with pytest.raises(UserError, match=r"rejected responses.* COLAPreferenceLM"):
+        data.setup("fit")

@@ -5,20 +5,9 @@ import pytest
 from cola_lightning.data.rows import Row
 from cola_lightning.data.tasks import TASKS, find_task
 
-# The protocol's table: rows for training, validation and test; and the options, if all rows have the same.
-TABLE = {
-    "SST2": ((1000, 500, 872), (" terrible", " great")),
-    "RTE": ((1000, 500, 277), ("Yes", "No")),
-    "CB": ((150, 100, 56), ("Yes", "No", "Maybe")),
-    "BoolQ": ((1000, 500, 1000), ("Yes", "No")),
-    "WSC": ((454, 100, 104), ("No", "Yes")),
-    "WIC": ((1000, 500, 638), ("No", "Yes")),
-    "MultiRC": ((1000, 500, 1000), ("No", "Yes")),
-    "COPA": ((300, 100, 100), None),
-    "ReCoRD": ((1000, 500, 1000), None),
-    "SQuAD": ((1000, 500, 1000), None),
-    "DROP": ((1000, 500, 1000), None),
-}
+# The options of tasks that have the same in all rows.
+OPTIONS = {"SST2": (" terrible", " great"), "CB": ("Yes", "No", "Maybe")}
+OPTIONS |= dict.fromkeys(["RTE", "BoolQ"], ("Yes", "No")) | dict.fromkeys(["WSC", "WIC", "MultiRC"], ("No", "Yes"))
 # Of each task: a row, the prompt, its options where they are not those above or the answer alone, and the answer.
 ROWS = [
     ("SST2", {"sentence": " a joy to watch ", "label": 1}, "a joy to watch It was", " great"),
@@ -110,8 +99,9 @@ def test_a_prompt_its_options_and_its_answer_are_the_protocols(expected):
     task, row, prompt, *own, answer = expected
     example = TASKS[task].example(Row(row, "here"))
     assert (example.prompt, example.place) == (prompt, "here")
-    assert example.options == (own[0] if own else TABLE[task][1] or (answer,))
+    assert example.options == (own[0] if own else OPTIONS.get(task, (answer,)))
     assert example.options[example.answer] == answer
+    assert find_task(task.lower()).loss == ("options" if task in OPTIONS else "answer")
 
 
 def test_each_task_is_tested_and_all_answers_that_count_are_kept():
@@ -120,9 +110,3 @@ def test_each_task_is_tested_and_all_answers_that_count_are_kept():
     references = {"SQuAD": ("very far", "far"), "DROP": ("Jo", "Bo", "Jo")}
     assert {task: example.references for task, example in made.items() if example.references} == references
     assert {task: example.accepted for task, example in made.items() if example.accepted} == {"ReCoRD": (2, 1)}
-
-
-def test_the_papers_tasks_have_the_protocols_sizes_and_loss():
-    assert {name: TASKS[name].sizes for name in TABLE} == {name: sizes for name, (sizes, _) in TABLE.items()}
-    assert {name: TASKS[name].loss == "options" for name in TABLE} == {name: bool(same) for name, (_, same) in TABLE.items()}
-    assert find_task("boolq") is TASKS["BoolQ"]

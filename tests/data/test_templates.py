@@ -1,12 +1,13 @@
 """A task without code: what becomes of a row, and the runs that it is fitted, tested and predicted in."""
 
+import contextlib
+import re
+
 import datasets
 import pytest
 
 from cola_lightning import Example, OptionDataModule, TemplateDataModule, UserError
 from tests.helpers import tiny
-
-CHAT = tiny.CHAT
 
 
 def examples(rows, folder, own=None, stage="test", **arguments):
@@ -17,19 +18,20 @@ def examples(rows, folder, own=None, stage="test", **arguments):
 
 
 ROW = {"text": "It was {old}.", "size": 3, "share": 0.5, "label": 1, "by": {"name": "Al", "town": {"name": "Oslo"}}}
-ROW |= {"all": ["red", "blue"], "answers": {"text": ["blue", "navy"]}, "gold": "blue", "empty": "", "none": None}
+ROW |= {"all": ["red", "blue"], "answers": {"text": ["blue", "navy"]}, "gold": "blue", "empty": ""}
+ROW |= {"q.text": "Who?", "a": {"c.d": "Di"}}
 FIXED = {"options": [" no", " yes"]}
 
 MADE = [
     ({"prompt": "{text} Is it?", **FIXED}, "It was {old}. Is it?", (" no", " yes"), 1, ()),
     ({"prompt": "Is it?", "options": [" red", " blue "], "label": "gold"}, "Is it?", (" red", " blue "), 1, ()),
-    ({"prompt": "Is it?", "options": "all", "label": "gold"}, "Is it?", (" red", " blue"), 1, ()),
     ({"prompt": "Is it?\n", "options": "all", "label": "gold"}, "Is it?\n", ("red", "blue"), 1, ()),
     ({"prompt": "Is it?", "options": ["no", " yes"]}, "Is it?", (" no", " yes"), 1, ()),
     ({"prompt": "Is it?", "options": "all", "label": "gold", "delimiter": ""}, "Is it?", ("red", "blue"), 1, ()),
     ({"prompt": "Is it?", "options": "all", "label": "gold", "delimiter": ": "}, "Is it?", (": red", ": blue"), 1, ()),
     ({"prompt": "Which?", "answer": "gold", "delimiter": "\n"}, "Which?", ("\nblue\n",), 0, ("blue",)),
     ({"prompt": "Is it?", "options": [" {by.name}", " {gold} {{}}"]}, "Is it?", (" Al", " blue {}"), 1, ()),
+    ({"prompt": "{q.text} {a.c.d}", **FIXED}, "Who? Di", (" no", " yes"), 1, ()),
     ({"prompt": "Is it?", "options": "answers.text"}, "Is it?", (" blue", " navy"), 1, ()),
     ({"prompt": "{by.town.name}, {{{size}}} {share}{empty}:", **FIXED}, "Oslo, {3} 0.5:", (" no", " yes"), 1, ()),
     ({"prompt": "Which?", "answer": "gold"}, "Which?", (" blue\n",), 0, ("blue",)),
@@ -47,32 +49,28 @@ def test_a_row_becomes_a_prompt_with_options_or_an_answer(tmp_path, arguments, p
     assert data.loss == data.collate([row])["loss"] == ("answer" if references else "options")
 
 
-@pytest.mark.parametrize(
-    ("label", "options", "place"),
-    [
-        (0, [" 1", " 2"], 0),
-        (True, [" no", " yes"], 1),
-        (1.0, [" no", " yes"], 1),  # a column of pandas with missing values
-        ("2", [" 1", " 2", " 3"], 1),
-        ("2", [" no", " maybe", " yes"], 2),
-        (3, [" 0", " 1", " 2", " 3"], 3),  # the index of its text
-        (2, [" 1", " 2", " 3"], None),
-        (2.0, [" 1", " 2", " 3"], None),
-        (True, [" True", " False"], None),
-        ("0", [" 1", " 2"], None),  # in a CSV file
-        (-1, [" -1", " 0", " 1"], 0),  # which elsewhere is no label
-    ],
-)
+# Labels, and the places of the options that they mean; None: they are refused.
+LABELS = [
+    (0, [" 1", " 2"], 0),
+    (True, [" no", " yes"], 1),
+    (1.0, [" no", " yes"], 1),  # a column of pandas with missing values
+    ("2", [" 1", " 2", " 3"], 1),
+    ("2", [" no", " maybe", " yes"], 2),
+    (3, [" 0", " 1", " 2", " 3"], 3),  # the index of its text
+    (2, [" 1", " 2", " 3"], None),
+    (2.0, [" 1", " 2", " 3"], None),
+    (True, [" True", " False"], None),
+    ("0", [" 1", " 2"], None),  # in a CSV file
+    (-1, [" -1", " 0", " 1"], 0),  # which elsewhere is no label
+]
+MEANS_TWO = r"the label .* write it as text: .*row 0|the field 'label' is .*, not one of.*row 0"
+
+
+@pytest.mark.parametrize(("label", "options", "place"), LABELS)
 def test_a_number_is_an_index_unless_it_is_the_text_of_another_option(tmp_path, label, options, place):
     """A CSV file, whose values are text, would else mean another option."""
-    requested = {"prompt": "Is it?", "options": options}
-    if place is None:
-        with pytest.raises(
-            UserError, match=r"the label .* write it as text: .*row 0|the field 'label' is .*, not one of.*row 0"
-        ):
-            examples([{"label": label}], tmp_path, **requested)
-    else:
-        ((row,), _) = examples([{"label": label}], tmp_path, **requested)
+    with pytest.raises(UserError, match=MEANS_TWO) if place is None else contextlib.nullcontext():
+        ((row,), _) = examples([{"label": label}], tmp_path, prompt="Is it?", options=options)
         assert row.example.answer == place
 
 
@@ -96,7 +94,7 @@ def test_the_loss_of_an_answer_needs_the_right_option_alone_in_training(tmp_path
 
 
 def test_a_chat_template_is_around_the_prompt_and_the_option_is_what_the_assistant_says(tmp_path):
-    own = tiny.chat_tokenizer(CHAT)
+    own = tiny.chat_tokenizer(tiny.CHAT)
     requested = {"apply_chat_template": True, "max_length": 80}
     ((row,), _) = examples([ROW], tmp_path, own, prompt="{text} Is it?", options=["no", "yes it is"], **requested)
     before = "<s>[user]\nIt was {old}. Is it?</s>\n[assistant]\n"
@@ -112,8 +110,7 @@ def test_a_chat_template_is_around_the_prompt_and_the_option_is_what_the_assista
     long = {"text": "The river is long. " * 50, "label": 0}
     ((row,), _) = examples([long], tmp_path, own, prompt="{text}Is it?", options=["a", "b"], **requested)
     assert 70 < len(row) < 80
-    assert own.decode(row.prefixes[0]).startswith("<s>[user]\n")
-    assert own.decode(row.prefixes[0]).endswith("long. Is it?</s>\n[assistant]\n")
+    assert re.fullmatch(r"<s>\[user\]\n.*long\. Is it\?</s>\n\[assistant\]\n", own.decode(row.prefixes[0]), re.DOTALL)
 
 
 class Own(OptionDataModule):

@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-import yaml
 
 from cola_lightning import TextDataModule, UserError
 from cola_lightning.data.columns import find_columns
@@ -13,89 +12,46 @@ from tests.helpers import tiny
 
 TURNS = [("system", "Be kind."), ("user", "Is it?"), ("assistant", "Yes."), ("user", "Old?"), ("assistant", "No.")]
 MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
-MESSAGES_WITHOUT_ANSWER = {"messages": MESSAGES[:2]}
+
+# Columns, those of them that hold lists, and what a row is.
+FOUND = [
+    ("prompt messages prompt_id", "messages", ("messages", {"messages": "messages"})),
+    ("id conversations tools", "conversations", ("messages", {"messages": "conversations", "tools": "tools"})),
+    ("prompt completion", "prompt completion", ("messages", {"prompt": "prompt", "completion": "completion"})),
+    ("prompt completion", "", ("prompt", {"prompt": "prompt", "response": "completion"})),
+    ("question answer system", "", ("prompt", {"prompt": "question", "response": "answer", "system": "system"})),
+    ("instruction input output", "", ("prompt", {"prompt": "instruction", "input": "input", "response": "output"})),
+    ("instruction context response", "", ("prompt", {"prompt": "instruction", "input": "context", "response": "response"})),
+    ("system_prompt query response", "", ("prompt", {"prompt": "query", "response": "response", "system": "system_prompt"})),
+    ("prompt question answer", "", ("prompt", {"prompt": "question", "response": "answer"})),
+    ("text prompt", "", ("text", {"text": "text"})),  # a prompt alone is not trained on
+]
+# Columns that are refused: why, and with which options.
+REFUSED = [
+    ("messages conversations", "messages conversations", "two columns fit", "{messages: messages} {messages: conversations}"),
+    ("question solution answer", "", "two columns fit", "{prompt: question, response: solution} response: answer}"),
+    ("prompt response question answer", "", "two columns fit", "response: response} {prompt: question, response: answer}"),
+    ("instruction input response output", "", "two columns fit", "response: response} response: output}"),
+    ("messages", "", "among the columns messages", ""),  # as JSON
+    ("system chat", "", "among the columns system, chat", ""),  # glaive-function-calling-v2: a conversation as one text
+    ("message_id parent_id text role", "", "among the columns message_id, parent_id, text", ""),  # oasst1: a row is a turn
+    ("ask good bad", "", "good and bad are preference pairs", "{prompt: ask, response: good}"),
+]
 
 
-@pytest.mark.parametrize(
-    ("names", "lists", "found"),
-    [
-        (["prompt", "messages", "prompt_id"], ["messages"], ("messages", {"messages": "messages"})),
-        (["id", "conversations", "tools"], ["conversations"], ("messages", {"messages": "conversations", "tools": "tools"})),
-        (["prompt", "completion"], ["prompt", "completion"], ("messages", {"prompt": "prompt", "completion": "completion"})),
-        (["prompt", "completion"], [], ("prompt", {"prompt": "prompt", "response": "completion"})),
-        (["question", "answer", "system"], [], ("prompt", {"prompt": "question", "response": "answer", "system": "system"})),
-        (["instruction", "input", "output"], [], ("prompt", {"prompt": "instruction", "input": "input", "response": "output"})),
-        (["prompt", "question", "answer"], [], ("prompt", {"prompt": "question", "response": "answer"})),
-        (["text", "prompt"], [], ("text", {"text": "text"})),  # a prompt alone is not trained on
-    ],
-)
-def test_columns_are_found_by_what_people_call_them(names, lists, found):
-    reading = find_columns(names, lists, None)
-    assert (reading.kind, reading.columns) == found
-
-
-@pytest.mark.parametrize(
-    ("names", "lists", "choices"),
-    [
-        (["messages", "conversations"], ["messages", "conversations"], ["{messages: messages}", "{messages: conversations}"]),
-        (["question", "solution", "answer"], [], ["{prompt: question, response: solution}", "response: answer}"]),
-        (["prompt", "response", "question", "answer"], [], ["response: response}", "{prompt: question, response: answer}"]),
-        (["instruction", "input", "response", "output"], [], ["response: response}", "response: output}"]),
-    ],
-)
-def test_two_readings_that_train_different_things_are_refused_with_the_option_for_each(names, lists, choices):
-    with pytest.raises(UserError, match=r"data\.columns: two columns fit") as caught:
-        find_columns(names, lists, None)
-    assert [choice for choice in choices if choice not in str(caught.value)] == []
-
-
-@pytest.mark.parametrize(
-    ("names", "lists"),
-    [
-        (["messages"], []),  # as JSON
-        (["system", "chat"], []),  # glaive-function-calling-v2: a conversation as one text
-        (["message_id", "parent_id", "text", "role"], []),  # oasst1: each row is a turn
-    ],
-)
-def test_where_nothing_fits_the_columns_are_listed(names, lists):
-    with pytest.raises(UserError, match=rf"data\.columns: .* among the columns {', '.join(names)}\. .*--data\.columns '{{"):
-        find_columns(names, lists, None)
-
-
-PREFERRED, REJECTED = "Yes, it is old.", "No, go away."
-REAL_PAIRS = {
-    "TRL": ({"prompt": "Old?", "chosen": PREFERRED, "rejected": REJECTED}, "{prompt: prompt, response: chosen}"),
-    "Intel": (
-        {"system": "Be kind.", "question": "Old?", "chosen": PREFERRED, "rejected": REJECTED, "score_rejected": "1"},
-        "{prompt: question, system: system, response: chosen}",
-    ),
-    "LLaMA-Factory": (
-        {"instruction": "Is it old?", "input": "A town.", "rejected": REJECTED, "chosen": PREFERRED},
-        "{prompt: instruction, input: input, response: chosen}",
-    ),
-    "hh-rlhf": ({"chosen": f"Human: Old? Assistant: {PREFERRED}", "rejected": REJECTED}, "{text: chosen}"),
-    "other names": ({"ask": "Old?", "good": PREFERRED, "bad": REJECTED}, "{prompt: ask, response: good}"),
-}
-
-
-@pytest.mark.parametrize("name", REAL_PAIRS)
-def test_of_preference_pairs_the_suggested_option_trains_the_preferred_answer(tmp_path, name):
-    """Of pairs of texts; test_preferences_data.py has those of turns."""
-    (row, option), own = REAL_PAIRS[name], tiny.chat_tokenizer(None)
-    with pytest.raises(UserError, match=r"preference pairs.* COLAPreferenceLM with PreferenceDataModule") as caught:
-        encoded([row] * 8, tmp_path, own, "fit")
-    assert re.findall(r"--data\.columns '(.*?)'", str(caught.value)) == [option]
-    (found, *_), _ = encoded([row], tmp_path, own, columns=yaml.safe_load(option))
-    assert PREFERRED in own.decode([label for label in labels_of(found) if label != -100])
-    assert REJECTED not in own.decode(found["input_ids"])
-
-
-@pytest.mark.parametrize("rejected", ["non_preferred_output", "rejected_response", "Rejected", "response_rejected", "worse"])
-def test_no_suggestion_names_a_rejected_answer(rejected):
-    for names in (["ask", "say", rejected], ["ask", rejected], [rejected, "say"]):
-        with pytest.raises(UserError, match=r"^data\.columns: ") as caught:
-            find_columns(names, [], None)
-        assert [suggestion for suggestion in re.findall(r"'\{.*?\}'", str(caught.value)) if rejected in suggestion] == []
+def test_columns_are_found_by_what_people_call_them_or_listed_with_the_options_that_choose():
+    for names, lists, found in FOUND:
+        reading = find_columns(names.split(), lists.split(), None)
+        assert (reading.kind, reading.columns) == found
+    for names, lists, message, options in REFUSED:
+        with pytest.raises(UserError, match=rf"data\.columns: .*{message}.*--data\.columns '{{") as caught:
+            find_columns(names.split(), lists.split(), None)
+        assert [option for option in re.split(r"(?<=\}) ", options) if option not in str(caught.value)] == []
+    for rejected in ("non_preferred_output", "rejected_response", "Rejected", "response_rejected", "worse"):
+        for names in (["ask", "say", rejected], ["ask", rejected], [rejected, "say"]):
+            with pytest.raises(UserError, match=r"^data\.columns: ") as caught:
+                find_columns(names, [], None)
+            assert [option for option in re.findall(r"'\{.*?\}'", str(caught.value)) if rejected in option] == []
 
 
 def test_columns_are_named_where_their_names_say_nothing():
@@ -113,50 +69,28 @@ def test_columns_are_named_where_their_names_say_nothing():
             find_columns(names, [], wrong)
 
 
-# ---------------------------------------------------------------------- what is learned
-
-
 def encoded(rows, folder, own, stage="test", **arguments):
     """The rows as the data module encodes them, and the data module."""
     data = tiny.set_up(TextDataModule(tiny.write_rows(folder, rows), **arguments), own, stage)
     return list(data.train if stage == "fit" else data.test), data
 
 
-def learned(row, folder, chat=tiny.CHAT):
-    """The text of a row, and the part with a loss."""
-    own = tiny.chat_tokenizer(chat)
-    ((row,), _) = encoded([row], folder, own)
-    return own.decode(row["input_ids"]), own.decode([label for label in labels_of(row) if label != -100])
-
-
 def test_the_turns_of_a_prompt_have_no_loss(tmp_path):
-    row = {"prompt": MESSAGES[1:4], "completion": MESSAGES[4:]}
-    text, printed = learned(row, tmp_path)
-    assert "Yes." in text
-    assert printed == "No.</s>"
-    own = tiny.chat_tokenizer(tiny.CHAT)
+    own, row = tiny.chat_tokenizer(tiny.CHAT), {"prompt": MESSAGES[1:4], "completion": MESSAGES[4:]}
+    ((whole,), _) = encoded([row], tmp_path, own)
+    assert own.decode([label for label in labels_of(whole) if label != -100]) == "No.</s>"
     ((requested,), _) = encoded([row], tmp_path, own, "predict")
-    assert (own.decode(requested.prompt_ids) + printed, requested.target) == (text.removesuffix("\n"), "No.")
-
-
-def test_a_system_prompt_and_an_input_are_parts_of_the_prompt_where_they_are_not_empty(tmp_path):
-    row = {"system": "Be brief.", "question": "Old?", "answer": "No."}
-    assert "[system]\nBe brief." in learned(row, tmp_path)[0]
-    assert "[system]" not in learned(row | {"system": " "}, tmp_path)[0]
-    assert learned(row, tmp_path, None) == ("<s>Be brief.\n\nOld?No.</s>", "No.</s>")
-    row = {"instruction": "Is it old?", "input": "A town.", "output": " No."}
-    assert learned(row, tmp_path, None) == ("<s>Is it old?\n\nA town. No.</s>", " No.</s>")
-    assert learned(row | {"input": ""}, tmp_path, None) == ("<s>Is it old? No.</s>", " No.</s>")
+    assert own.decode(whole["input_ids"]) == f"{own.decode(requested.prompt_ids)}No.</s>\n"
+    assert requested.target == "No."
 
 
 def test_a_text_becomes_several_rows_or_none_and_their_order_stays(tmp_path):
-    texts, own = ["It was old. " * 40, "A", "A town."] * 2, tiny.chat_tokenizer(None)
-    rows, _ = encoded([{"text": text} for text in texts], tmp_path, own, max_length=64)
+    texts, own = ["It was old. " * 40, "A", "A town.", "", " ", "\n\t \n", None, " a"], tiny.chat_tokenizer(None)
+    rows, data = encoded([{"text": text} for text in texts], tmp_path, own, max_length=64, max_skipped=1.0)
     assert max(len(row["input_ids"]) for row in rows) == 64
-    assert "".join(own.decode(row["input_ids"]) for row in rows) == "".join(f"<s>{text}</s>" for text in texts)
-    own = tiny.chat_tokenizer(None, architecture="gpt2")
-    empty, _ = encoded([{"text": ""}, {"text": "It was."}], tmp_path, own, max_skipped=0.5)
-    assert len(empty) == 1
+    found = "".join(own.decode(row["input_ids"]) for row in rows)
+    assert found == "".join(f"<s>{text}</s>" for text in texts if text and text.strip())
+    assert data._report.skipped["no text"][0] == 3
 
 
 ASKED = [("Is it old? ", "It is."), ("Is it old?", " It is."), ("2 + 2 = ", "4"), ("Old?\n", "No, נו 🏠"), ("A\n  ", "  b")]
@@ -167,31 +101,13 @@ AS_TURNS = [
 ]
 
 
-def test_a_text_of_white_space_is_skipped_and_counted(tmp_path):
-    texts = ["The town is old.", "", " ", "\n\t \n", None, " a"]
-    rows, data = encoded([{"text": text} for text in texts], tmp_path, tiny.tokenizer(), max_skipped=1.0)
-    assert [data.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows] == [texts[0], texts[-1]]
-    assert data._report.skipped["no text"][0] == 3
-
-
-def test_a_length_above_the_models_is_its_own_and_the_log_says_so(tmp_path, caplog):
-    caplog.set_level("INFO")
-    own = tiny.tokenizer()
-    own.model_max_length = 64
-    encoded([{"text": "Old."}], tmp_path, own, max_length=64)
-    assert "data.max_length" not in caplog.text
-    encoded([{"text": "Old."}], tmp_path, own, max_length=100)
-    assert "data.max_length: 64, the model's longest sequence, and not 100" in caplog.text
-
-
-AS_JSON, AS_PYTHON = json.dumps(MESSAGES[2:3]), repr(MESSAGES[2:3])
-
-
-@pytest.mark.parametrize("text", [AS_JSON, AS_PYTHON])
-def test_turns_that_are_stored_as_text_are_skipped_and_told(tmp_path, text):
-    rows = [{"prompt": "Old?", "response": "No."}, {"prompt": "Old?", "response": text}, {"prompt": text, "response": "No."}]
+@pytest.mark.parametrize("store", [json.dumps, repr])
+def test_turns_that_are_stored_as_text_are_skipped_and_told_and_other_json_is_a_response(tmp_path, store):
+    text, lists = store(MESSAGES[2:3]), ['[{"value": 3, "unit": "m"}]', '[{"content": "old"}]', "[1, 2]", '{"role": "admin"}']
+    pairs = [("Old?", text), (text, "No."), *(("How old?", response) for response in lists)]
+    rows = [{"prompt": prompt, "response": response} for prompt, response in pairs]
     rows, data = encoded(rows, tmp_path, tiny.chat_tokenizer(tiny.CHAT), max_skipped=1.0)
-    assert len(rows) == 1
+    assert len(rows) == len(lists)
     assert [(reason, n) for reason, (n, _) in data._report.skipped.items()] == [("turns stored as text, not as a list", 2)]
 
 
@@ -225,9 +141,6 @@ def test_instructions_are_in_the_chat_template_where_the_tokenizer_has_one(tmp_p
     assert data.prompt_format == {"kind": "text", "chat_template": False}
 
 
-# ---------------------------------------------------------------------- what is asked
-
-
 @pytest.mark.parametrize("chat", [tiny.CHAT, None])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_what_a_response_is_generated_from_is_what_it_was_learned_after(tmp_path, chat, architecture):
@@ -259,7 +172,7 @@ def test_rows_without_a_response_are_predicted_and_not_learned(tmp_path):
     for row, message in [
         (rows[0], r"data\.columns: found no .* among the columns prompt"),
         (rows[1], "the field 'response' is null, not text: .*row 0"),
-        (MESSAGES_WITHOUT_ANSWER, "no assistant turn to train: .*row 0"),
+        ({"messages": MESSAGES[:2]}, "no assistant turn to train: .*row 0"),
     ]:
         with pytest.raises(UserError, match=message):
             encoded([row] * 4, tmp_path, own, "fit")
@@ -271,11 +184,8 @@ def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat
     own.model_max_length = 64
     long = "The capital of the country is the largest town. " * 9
     rows = [{"prompt": long, "response": "It is."}]
-    for requested, room in (
-        ({"max_length": 40, "max_new_tokens": 8}, 40),
-        ({"max_new_tokens": 30}, 34),
-        ({"max_new_tokens": 64}, 32),
-    ):
+    rooms = [({"max_length": 40, "max_new_tokens": 8}, 40), ({"max_new_tokens": 30}, 34), ({"max_new_tokens": 64}, 32)]
+    for requested, room in rooms:
         ((row,), _) = encoded(rows, tmp_path, own, "predict", **requested)
         assert room - 3 * bool(chat) <= len(row.prompt_ids) <= room  # a chat template is around a shorter text
         assert own.decode(row.prompt_ids).startswith("<s>[user]\n" if chat else "<s>")
@@ -284,11 +194,3 @@ def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat
     assert len(row["input_ids"]) == 30
     assert own.decode([label for label in labels_of(row) if label != -100]).strip() == "It is.</s>"
     assert chat or encode_responses(own, [Pair("Is it? ", 0, "It is.")], 64)[0][0]["input_ids"][-1] == own.eos_token_id
-
-
-def test_a_response_may_be_json(tmp_path):
-    """Of other lists than turns."""
-    answers = ['[{"value": 3, "unit": "m"}]', '[{"content": "old"}]', "[1, 2]", '{"role": "admin"}']
-    tiny.write_rows(tmp_path, [{"prompt": "How old?", "response": answer} for answer in answers])
-    data = tiny.set_up(TextDataModule(str(tmp_path)), tiny.tokenizer(), "fit")
-    assert len(data.train) == len(answers)

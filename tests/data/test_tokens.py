@@ -68,25 +68,14 @@ def sentencepiece_bpe():
     return wrapped(own)
 
 
-def wordpiece():
-    own = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    own.normalizer, own.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    own.train_from_iterator(TEXT, trainers.WordPieceTrainer(vocab_size=200, special_tokens=SPECIAL))
-    return wrapped(own, " </s>")
-
-
 ADDED = [AddedToken("<sep>"), AddedToken("old town", lstrip=True, rstrip=True), AddedToken("It", single_word=True)]
 TRIMMED = processors.ByteLevel(trim_offsets=True)
 TOKENIZERS = {
     "byte-level BPE, trimmed offsets": lambda: bpe(byte_level(add_prefix_space=True), post=TRIMMED),
     "byte-level BPE, added tokens": lambda: bpe(byte_level(), added=ADDED),
     "byte-level BPE, Llama 3": lambda: wrapped(bpe(split(LLAMA3), normalizers.NFC(), ignore_merges=True)),
-    "byte-level BPE, digits apart": lambda: bpe(
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level()])
-    ),
     "BPE without words": sentencepiece_bpe,
     "Unigram, T5": unigram,
-    "WordPiece": wordpiece,
 }
 
 

@@ -4,7 +4,7 @@
 
 The file holds ``{name: [argument, ...]}`` in JSON, and at the end ``{name: exit status}``. Each command runs in a folder of its
 name beside the file, and writes to ``log`` there. In the place of a command's arguments may be those of a data module, as an
-object (``is_labelled``: of texts with labels): its first batches are then read, which takes a fifth of the time of a fit.
+object: its first batches are then read, which takes a fifth of the time of a fit.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from pathlib import Path
 import datasets
 from transformers import AutoTokenizer
 
-from cola_lightning import TextClassificationDataModule, TextDataModule, UserError
+from cola_lightning import TextDataModule, UserError
 from cola_lightning.cli import main
 
 
@@ -26,12 +26,11 @@ def read(arguments):
     """Writes down the first batches that a fit on these rows would get, and what a command would say of them.
 
     Each row of a batch is a JSON line in ``texts.jsonl``: ``stage`` is ``train`` or ``validation``; ``text`` is the whole row
-    and ``trained`` the part with a loss, both without special tokens. Of a labelled row, ``trained`` is its label's name.
+    and ``trained`` the part with a loss, both without special tokens.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    kind = TextClassificationDataModule if arguments.pop("is_labelled", False) else TextDataModule
     try:
-        data = kind(**arguments)
+        data = TextDataModule(**arguments)
         data.tokenizer = AutoTokenizer.from_pretrained("owner/chat")
         data.setup("fit")
     except UserError as error:
@@ -45,8 +44,8 @@ def read(arguments):
         for stage, loader in (("train", data.train_dataloader()), ("validation", data.val_dataloader())):
             for batch in itertools.islice(loader, 2):
                 for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-                    trained = decoded(labels[labels != -100]) if labels.dim() else data.label_names[labels]
-                    file.write(json.dumps({"stage": stage, "text": decoded(ids[mask.bool()]), "trained": trained}) + "\n")
+                    texts = {"text": decoded(ids[mask.bool()]), "trained": decoded(labels[labels != -100])}
+                    file.write(json.dumps({"stage": stage, **texts}) + "\n")
     return 0
 
 

@@ -1,11 +1,13 @@
 """Tiny Hugging Face models and their tokenizers, made from a config: no download."""
 
+import csv
 import functools
 import importlib.util
 import json
 import tempfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -304,6 +306,25 @@ def write_rows(folder, rows, splits=("train", "validation", "test")):
     for split in splits:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
+
+
+def write_file(path, rows):
+    """A file with these rows, in the format and the compression that its ending names."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    kind = path.name.lower().split(".")[1]
+    if kind == "parquet":
+        import datasets  # which most processes that tests start do not need
+
+        datasets.Dataset.from_list(rows).to_parquet(path)
+        return str(path)
+    with fsspec.open(str(path), "wt", compression="infer", newline="", encoding="utf-8") as file:
+        if kind in ("csv", "tsv"):
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.write(json.dumps(rows, indent=1) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def read_rows(path):

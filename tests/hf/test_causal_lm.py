@@ -1,12 +1,19 @@
 """Option scores, losses and gradients against a plain forward, and what a run does with them."""
 
+import functools
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from cola_lightning import PredictionWriter, TextDataModule, UserError
+from cola_lightning import COLACausalLM, PredictionWriter, TextDataModule, UserError
 from cola_lightning.data.encoding import Pair, collate_language, encode_responses, encode_texts, labels_of
 from cola_lightning.data.examples import Example, collate_options, encode_examples
+from cola_lightning.data.splits import load_splits
+from cola_lightning.data.tasks import TASKS
 from tests.helpers import tiny
 from tests.helpers.tiny import assert_same_gradients, causal_lm, plain_scores, with_live_link
 from tests.helpers.toy import trainer
@@ -22,20 +29,9 @@ def module(request, tmp_path_factory):
     return with_live_link(causal_lm(tmp_path_factory.mktemp("model"), request.param))
 
 
-@pytest.fixture
-def llama(tmp_path):
-    return with_live_link(causal_lm(tmp_path))
+def option_batch(module, examples, loss="options", max_length=64):
+    return collate_options(encode_examples(module.tokenizer, examples, max_length), module.tokenizer.pad_token_id, loss)
 
-
-def option_batch(module, examples, loss="options"):
-    return collate_options(encode_examples(module.tokenizer, examples, 64), module.tokenizer.pad_token_id, loss)
-
-
-def text_batch(module, texts):
-    return collate_language([row for (row,) in encode_texts(module.tokenizer, texts, 64)], module.tokenizer.pad_token_id)
-
-
-# ---------------------------------------------------------------------- options
 
 EXAMPLES = [
     Example("The film was long and the plot was thin. It was", (" terrible", " great"), 0),
@@ -66,11 +62,7 @@ def test_option_scores_losses_and_gradients_are_those_of_plain_forwards(module):
 
 
 MANY = [
-    Example(
-        "The town is old and the river is long. Is the town old? " * 2,
-        tuple(f" The {k} is the {'old ' * k}town" for k in range(7)),
-        3,
-    ),
+    Example("The town is old and the river is long. " * 3, tuple(f" The {k} is the {'old ' * k}town" for k in range(7)), 3),
     Example("A film", (" great", " terrible plot and great actors", "."), 1),
     Example("The capital of the country is the largest town.", (" The town", " The capital", " The country is old"), 2),
 ]
@@ -94,6 +86,28 @@ def test_options_share_the_computation_of_a_long_prompt_where_attention_allows_i
         assert mine[: len(theirs)].tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
 
 
+@pytest.fixture(scope="module")
+def smollm2():
+    module = COLACausalLM(**tiny.SMOLLM2, target_modules=["q_proj", "v_proj"], seed=0)
+    return with_live_link(module).eval()
+
+
+@tiny.needs_smollm2
+@pytest.mark.slow
+@pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="COLA_DATA_DIR is not set")
+@pytest.mark.parametrize("task", ["SST2", "RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC", "COPA", "ReCoRD"])
+@torch.no_grad()
+def test_scores_of_real_rows_on_smollm2_are_those_of_one_option_at_a_time(smollm2, task):
+    rows = load_splits(str(Path(os.environ["COLA_DATA_DIR"], task.lower())))["validation"]()[:20]
+    examples = [TASKS[task].example(row) for row in rows]
+    for start in range(0, 20, 8):
+        batch = option_batch(smollm2, examples[start : start + 8], max_length=512)
+        for mine, example in zip(smollm2.option_scores(batch), examples[start:], strict=False):
+            expected = plain_scores(smollm2, example, 512).tolist()
+            assert mine[: len(expected)].tolist() == pytest.approx(expected, abs=1e-4)
+            assert int(mine.argmax()) == max(range(len(expected)), key=expected.__getitem__)
+
+
 def responses(module, pairs):
     """Prompts with their responses, as rows."""
     encoded = encode_responses(module.tokenizer, [Pair(prompt, 0, response) for prompt, response in pairs], 64)
@@ -110,10 +124,10 @@ def test_only_positions_with_a_loss_go_through_the_head_and_options_of_one_token
     assert seen == [(2, 1), (2, sum(label != -100 for label in labels_of(rows[0])))]
 
 
-def test_any_option_that_is_accepted_counts_as_right(llama):
-    options = (" The mat is old", " The town is old", " No")
+def test_any_option_that_is_accepted_counts_as_right(tmp_path):
+    module, options = with_live_link(causal_lm(tmp_path)), (" The mat is old", " The town is old", " No")
     accepted = [(0, 1), (1, 2), (2, 0), (0,), (1,), (2,)]
-    output = llama.step(option_batch(llama, [Example("The mat\n-", options, some[0], accepted=some) for some in accepted]))
+    output = module.step(option_batch(module, [Example("The mat\n-", options, some[0], accepted=some) for some in accepted]))
     (chosen,) = output.predictions.unique().tolist()
     assert (output.predictions == output.targets).tolist() == [chosen in some for some in accepted]
 
@@ -127,15 +141,11 @@ def test_the_language_loss_is_hugging_faces_on_whichever_side_a_batch_is_padded(
     rows = responses(module, pairs)
     if loss_on == "all":  # the first token of a row, too, which follows on padding in a batch
         rows = [row | {"spans": [0, len(row["input_ids"])]} for row in rows]
-    assert len({len(row["input_ids"]) for row in rows}) == 3
-    pad, length = module.tokenizer.pad_token_id, max(len(row["input_ids"]) for row in rows)
-
-    def on_the_right(values, value):
-        return torch.tensor([one + [value] * (length - len(one)) for one in values])
-
-    ids, labels = [row["input_ids"] for row in rows], [labels_of(row) for row in rows]
-    right = {"input_ids": on_the_right(ids, pad), "labels": on_the_right(labels, -100)}
-    right["attention_mask"] = on_the_right([[1] * len(one) for one in ids], 0)
+    ids, labels = ([torch.tensor(one(row)) for row in rows] for one in (lambda row: row["input_ids"], labels_of))
+    assert len({len(one) for one in ids}) == 3
+    pad = module.tokenizer.pad_token_id
+    right = {"input_ids": pad_sequence(ids, True, pad), "labels": pad_sequence(labels, True, -100)}
+    right["attention_mask"] = pad_sequence([torch.ones_like(one) for one in ids], True)
     theirs = module.model(**right).loss
     for batch in (right, collate_language(rows, pad)):
         output = module.step(batch)
@@ -153,20 +163,14 @@ def test_the_loss_of_a_mixture_of_experts_has_its_routers_as_hugging_faces(tmp_p
     for changes in ({}, {"output_router_logits": True, "router_aux_loss_coef": 0.5}):
         made = causal_lm(tmp_path, architecture, changes=changes, target_modules=".*_proj")
         module = with_live_link(made).train(is_training)
-        batch = text_batch(module, ["The town is old and the river is long. " * 2, "It was"])
+        rows = encode_texts(module.tokenizer, ["The town is old and the river is long. " * 2, "It was"], 64)
+        batch = collate_language([row for (row,) in rows], module.tokenizer.pad_token_id)
         theirs, mine = module.model(**batch).loss, module.step(batch).loss
         losses.append(mine.item())
         assert mine.item() == pytest.approx(theirs.item(), abs=1e-5)
         if is_training:
             assert_same_gradients(module, mine, theirs, 1e-3)
     assert losses[1] > losses[0] + 0.5  # an even load of one expert a token is 1
-
-
-def test_an_architecture_without_logits_to_keep_or_position_ids_gets_neither(llama):
-    batch = option_batch(llama, EXAMPLES[:1])
-    expected, inner = llama.option_scores(batch), llama.model.forward
-    llama.model.forward = lambda input_ids, attention_mask: inner(input_ids=input_ids, attention_mask=attention_mask)
-    torch.testing.assert_close(llama.option_scores(batch), expected, rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------------- packed sequences
@@ -185,8 +189,7 @@ def packed_texts(module):
     return packed, rows
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2"])
+@pytest.mark.parametrize(("architecture", "attention"), [("opt", "eager"), ("llama", "sdpa"), ("gpt2", "sdpa")])
 def test_packed_sequences_with_a_mask_of_pairs_have_the_loss_of_separate_ones(tmp_path, architecture, attention):
     module = with_live_link(causal_lm(tmp_path, architecture, attn_implementation=attention))
     packed, rows = packed_texts(module)
@@ -205,8 +208,9 @@ def test_packed_sequences_with_a_mask_of_pairs_have_the_loss_of_separate_ones(tm
 @pytest.mark.parametrize("case", [*NOT_APART, "attention_mask", "position_ids"])
 def test_packed_sequences_are_refused_where_they_would_not_be_apart(tmp_path, case):
     """Also in a model that ignores without a word what keeps them apart."""
-    ignored = case not in NOT_APART
-    module = causal_lm(tmp_path, "llama" if ignored else case, scale=3 if ignored else 1, target_modules=None)
+    is_ignored = case not in NOT_APART
+    architecture, scale = ("llama", 3) if is_ignored else (case, 1)
+    module = causal_lm(tmp_path, architecture, scale=scale, target_modules=None)
     module.configure_model()
     inner = module.model.forward
 
@@ -216,41 +220,35 @@ def test_packed_sequences_are_refused_where_they_would_not_be_apart(tmp_path, ca
             del given[case]
         return inner(input_ids=input_ids, **given)
 
-    module.model.forward = forward if ignored else inner
+    module.model.forward = forward if is_ignored else inner
     for _ in range(2):
         with pytest.raises(UserError, match="batch: attention_mask must be rows x length"):
             module.step(packed_texts(module)[0])
 
 
-# ---------------------------------------------------------------------- models that are refused
-
-
-def test_a_model_for_which_padding_on_the_left_changes_the_meaning_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"model\.model_name: .* its logits change with that padding"):
-        causal_lm(tmp_path, "roberta").configure_model()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_model_that_sees_later_tokens_is_refused(tmp_path, dtype):
-    with pytest.raises(UserError, match=r"model\.model_name: .* its logits change with a later token"):
-        causal_lm(tmp_path, "bert", scale=1, dtype=dtype).configure_model()
-    causal_lm(tmp_path, "bert", scale=1, dtype=dtype, changes={"is_decoder": True}).configure_model()
-
-
-# ---------------------------------------------------------------------- runs
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "words"),
+    [
+        ("roberta", "float32", "with that padding"),  # on the left
+        ("bert", "float32", "with a later token"),
+        ("bert", "float16", "with a later token"),
+    ],
+)
+def test_a_model_whose_logits_depend_on_padding_or_on_later_tokens_is_refused(tmp_path, architecture, dtype, words):
+    with pytest.raises(UserError, match=rf"model\.model_name: .* its logits change {words}"):
+        causal_lm(tmp_path, architecture, scale=1 if architecture == "bert" else 3, dtype=dtype).configure_model()
+    if architecture == "bert":
+        causal_lm(tmp_path, architecture, scale=1, dtype=dtype, changes={"is_decoder": True}).configure_model()
 
 
 def test_validation_means_are_over_rows_and_tokens_whatever_the_batches(tmp_path):
     rows = [{"prompt": "Is it? ", "response": "Yes" + ", it is" * (k % 4)} for k in range(10)]
-    source = tiny.write_rows(tmp_path / "rows", rows)
-    module = causal_lm(tmp_path)
-
-    def metrics(data):
-        (found,) = trainer(tmp_path).validate(module, datamodule=data, verbose=False)
-        return found
-
-    for make in (lambda size: TextDataModule(source, eval_batch_size=size), lambda size: tiny.reviews(eval_batch_size=size)):
-        assert metrics(make(100)) == pytest.approx(metrics(make(7)), abs=1e-5)
+    source, module = tiny.write_rows(tmp_path / "rows", rows), causal_lm(tmp_path)
+    for make in (functools.partial(TextDataModule, source), tiny.reviews):
+        ((one,), (other,)) = (
+            trainer(tmp_path).validate(module, datamodule=make(eval_batch_size=size), verbose=False) for size in (100, 7)
+        )
+        assert one == pytest.approx(other, abs=1e-5)
 
 
 def test_predictions_come_in_the_order_of_the_data_and_are_computed_by_length_where_they_are_written(tmp_path, monkeypatch):
@@ -258,15 +256,15 @@ def test_predictions_come_in_the_order_of_the_data_and_are_computed_by_length_wh
     batches = trainer(tmp_path).predict(module, datamodule=data)
     prompts = [row.example.prompt for row in data.test]
     assert [prompt for batch in batches for prompt in batch["prompt"]] == prompts
-    monkeypatch.setattr(
-        module,
-        "predict_step",
-        lambda batch, batch_idx: lengths.append(batch["input_ids"].shape[1]) or {"prompt": batch["prompt"]},
-    )
+
+    def predict_step(batch, batch_idx):
+        lengths.append(batch["input_ids"].shape[1])
+        return {"prompt": batch["prompt"]}
+
+    monkeypatch.setattr(module, "predict_step", predict_step)
     for limit, n_rows in ((1.0, 100), (1, 30)):  # of a limit the first ones, not the longest
         run = trainer(tmp_path, PredictionWriter(), limit_predict_batches=limit)
         run.predict(module, datamodule=data, return_predictions=False)
-        expected = [{"index": k, "prompt": prompt} for k, prompt in enumerate(prompts[:n_rows])]
-        written = tiny.read_rows(tmp_path / "predictions.jsonl")
-        assert [{name: row[name] for name in ("index", "prompt")} for row in written] == expected
+        written = [(row["index"], row["prompt"]) for row in tiny.read_rows(tmp_path / "predictions.jsonl")]
+        assert written == [*enumerate(prompts[:n_rows])]
     assert lengths[:4] == sorted(lengths[:4], reverse=True) != lengths[3::-1]

@@ -7,21 +7,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import AddedToken
 
-from cola_lightning import (
-    COLACausalLM,
-    COLASequenceClassifier,
-    Example,
-    PredictionWriter,
-    PromptDataModule,
-    TemplateDataModule,
-    TextClassificationDataModule,
-    TextDataModule,
-    UserError,
-)
+from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule, UserError
 from cola_lightning.chat_template import ChatTemplate
 from cola_lightning.cli.generate import make_streamer
 from cola_lightning.data.encoding import PromptRow, collate_prompts
-from cola_lightning.data.examples import collate_options, encode_examples
+from cola_lightning.data.examples import Example, collate_options, encode_examples
 from cola_lightning.decoding import Decoding
 from tests.helpers import tiny
 from tests.helpers.tiny import CHAT_IN_A_LINE as CHAT
@@ -30,24 +20,15 @@ from tests.helpers.toy import trainer
 PROMPTS = ["It", "A film with great actors", "Is the town old?", "The cat sat on the mat.", "Yes, the river is long", "No"]
 
 
-@pytest.fixture(scope="module", params=["opt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gpt2"))])
-def module(request, tmp_path_factory):
-    return tiny.with_live_link(tiny.causal_lm(tmp_path_factory.mktemp("model"), request.param)).eval()
-
-
 @pytest.fixture
 def llama(tmp_path):
     return tiny.with_live_link(tiny.causal_lm(tmp_path)).eval()
 
 
-def written(prompt, *references):
-    return Example(prompt, (f" {references[0]}\n",), 0, references=references)
-
-
 def answers_to(module, prompts=PROMPTS):
     """A batch of prompts, each of which is answered by a line."""
-    encoded = encode_examples(module.tokenizer, [written(prompt, "x") for prompt in prompts], 64)
-    return collate_options(encoded, module.tokenizer.pad_token_id, "answer")
+    examples = [Example(prompt, (" x\n",), 0, references=("x",)) for prompt in prompts]
+    return collate_options(encode_examples(module.tokenizer, examples, 64), module.tokenizer.pad_token_id, "answer")
 
 
 def responses_to(module, decoding, ends=(), prompts=PROMPTS):
@@ -70,43 +51,33 @@ def plain(module, prompt, n_tokens=50, ends=(), *, is_line=False, **options):
 
 
 @contextmanager
-def ending_by_chance(module, token):
-    """Lets a model write a token now and then, by what its hidden state is; tells how often the head was asked."""
+def ending_by_chance(module, *tokens):
+    """Lets a model write tokens now and then, by what its hidden state is; tells how often the head was asked."""
     requested = []
 
     def hook(_, inputs, logits):
         requested.append(len(logits))
-        logits[..., token] += 100 * (torch.sin(10 * inputs[0][..., 0]) > 0.8)
+        logits[..., tokens] += 100 * (torch.sin(10 * inputs[0][..., :1]) > 0.8)
 
     handle = module.model.get_output_embeddings().register_forward_hook(hook)
     yield requested
     handle.remove()
 
 
-# ---------------------------------------------------------------------- as a plain loop
-
-
-def test_a_batchs_answers_are_those_of_a_plain_greedy_loop(module):
-    batch = answers_to(module)
-    assert batch["prompt_mask"].sum(-1).unique().numel() > 3
-    texts, lengths = zip(*(plain(module, prompt, is_line=True) for prompt in PROMPTS), strict=True)
-    assert max(lengths) == 50
-    assert module.generate(batch) == list(texts)
-    assert module.generate(answers_to(module, PROMPTS[:1])) == [texts[0]]
-
-
-@pytest.mark.parametrize("end", ["\n", "</s>", "town\nhall"])
-def test_an_answer_ends_at_a_lines_end_or_the_texts_whatever_the_models_own_settings(llama, end):
+@pytest.mark.parametrize(("architecture", "end"), [("opt", ""), ("llama", "\n"), ("llama", "</s>"), ("llama", "town\nhall")])
+def test_a_batchs_answers_are_those_of_a_plain_greedy_loop_and_end_with_a_line_or_the_text(tmp_path, architecture, end):
+    """Whatever the model's own settings."""
+    module = tiny.with_live_link(tiny.causal_lm(tmp_path, architecture)).eval()
     own = {"do_sample": True, "temperature": 9.0, "num_beams": 4, "repetition_penalty": 9.0, "min_new_tokens": 9}
-    llama.model.generation_config.update(**own)
-    llama.tokenizer.add_tokens(["town\nhall"])
-    (token,) = llama.tokenizer(end, add_special_tokens=False)["input_ids"]
-    with ending_by_chance(llama, token) as requested:
-        texts, lengths = zip(*(plain(llama, prompt, is_line=True) for prompt in PROMPTS), strict=True)
-        assert min(lengths) < max(lengths)
+    module.model.generation_config.update(**own)
+    module.tokenizer.add_tokens(["town\nhall"])
+    with ending_by_chance(module, *module.tokenizer(end, add_special_tokens=False)["input_ids"]) as requested:
+        texts, lengths = zip(*(plain(module, prompt, is_line=True) for prompt in PROMPTS), strict=True)
+        assert min(lengths) < max(lengths) if end else max(lengths) == 50
         requested.clear()
-        assert llama.generate(answers_to(llama)) == list(texts)
+        assert module.generate(answers_to(module)) == list(texts)
         assert len(requested) == max(lengths)
+        assert module.generate(answers_to(module, PROMPTS[:1])) == [texts[0]]
 
 
 def test_a_batchs_responses_are_those_of_a_plain_greedy_loop_and_end_before_a_stop(llama):
@@ -162,8 +133,6 @@ def test_a_module_that_was_just_fitted_generates_without_dropout(tmp_path):
     assert module.model.training
 
 
-# ---------------------------------------------------------------------- runs
-
 ANSWERS = {"Who is 0?": ["Al"], "Who is 1?": ["Di", "the Di"], "Who is 2?": ["Bo Ek"], "Who is 3?": ["Al"], "Who is 4?": ["Al"]}
 TOLD = dict(zip(ANSWERS, ["al.", "Di", "Bo", "", "Di Al"], strict=True))
 F1 = dict(zip(ANSWERS, [1, 1, 2 / 3, 0, 2 / 3], strict=True))
@@ -185,10 +154,14 @@ class Told(COLACausalLM):
         return [TOLD[question_of(prompt)] for prompt in requested]
 
 
-def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_the_answers(tmp_path):
+def told(path, *, generate_rows=None, **options):
     sizes = {"train_size": 1, "val_size": 4, "test_size": 5, "batch_size": 2}
-    squad = PromptDataModule("SQuAD", tiny.write_rows(tmp_path / "squad", SQUAD), **sizes)
-    module = Told(tiny.folder(tmp_path / "model", "opt"), target_modules=["q_proj"], rank=2, seed=0)
+    squad = PromptDataModule("SQuAD", tiny.write_rows(path / "squad", SQUAD), **sizes, generate_rows=generate_rows)
+    return Told(tiny.folder(path / "model", "opt"), target_modules=["q_proj"], rank=2, seed=0, **options), squad
+
+
+def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_the_answers(tmp_path):
+    module, squad = told(tmp_path)
     run = trainer(tmp_path, max_epochs=1)
     run.fit(module, datamodule=squad)
     assert set(run.callback_metrics) == {"train_loss", "val_loss"}
@@ -208,67 +181,58 @@ def test_a_fit_computes_the_loss_alone_and_what_follows_it_measures_and_writes_t
         assert (row["prediction"], row["target"]) == (TOLD[question], ANSWERS[question])
 
 
-@pytest.mark.parametrize("generate_rows", [3, pytest.param(None, marks=pytest.mark.slow)])
-def test_a_fit_generates_some_answers_by_which_a_checkpoint_can_be_chosen(tmp_path, generate_rows):
-    rows = tiny.write_rows(tmp_path / "squad", SQUAD)
-    squad = PromptDataModule("SQuAD", rows, train_size=1, val_size=4, test_size=5, batch_size=2, generate_rows=generate_rows)
-    module = Told(
-        tiny.folder(tmp_path / "model", "opt"), target_modules=["q_proj"], rank=2, seed=0, generate_in_validation=True
-    )
+def test_a_fit_generates_some_answers_by_which_a_checkpoint_can_be_chosen(tmp_path):
+    module, squad = told(tmp_path, generate_rows=3, generate_in_validation=True)
     best = ModelCheckpoint(tmp_path / "best", monitor="val_f1", mode="max")
     run = trainer(tmp_path, best, max_epochs=1, enable_checkpointing=True)
     run.fit(module, datamodule=squad)
     requested = [prompt for batch in squad.val_dataloader() for prompt in batch["prompt"][: len(batch["references"])]]
-    assert len(requested) == (generate_rows or 4)
-    assert best.best_model_score == pytest.approx(sum(F1[question_of(prompt)] for prompt in requested) / len(requested))
+    assert len(requested) == 3
+    assert best.best_model_score == pytest.approx(sum(F1[question_of(prompt)] for prompt in requested) / 3)
     losses = float(run.callback_metrics["val_loss"]), run.validate(module, datamodule=squad, verbose=False)[0]["val_loss"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("chat", [CHAT, None])
-def test_predict_writes_responses_that_follow_from_the_seed(tmp_path, chat):
+def test_predict_writes_responses_that_follow_from_the_seed(tmp_path):
     rows = [{"prompt": f"Is town {k} old? " * (k + 1), "response": "Yes"} for k in range(3)] + [{"prompt": "Is it?"}]
     tiny.write_rows(tmp_path, rows, ["validation"])
     name = tiny.folder(tmp_path / "model", "llama", max_position_embeddings=128)
 
-    def predicted(seed=0, **options):
+    def predicted(chat=None, seed=0, **options):
         module = COLACausalLM(name, target_modules=["q_proj"], rank=2, seed=seed)
         module.tokenizer.chat_template = chat
         data = TextDataModule(str(tmp_path), batch_size=2, max_new_tokens=6, **options)
         trainer(tmp_path, PredictionWriter()).predict(module, datamodule=data, return_predictions=False)
         return module, tiny.read_rows(tmp_path / "predictions.jsonl")
 
-    module, greedy = predicted()
-    for k, (found, row) in enumerate(zip(greedy, rows, strict=True)):
-        prompt = f"[user]{row['prompt']}</s>[assistant]" if chat else f"<s>{row['prompt'].rstrip()}"
-        text, _ = plain(module, prompt, 6, add_special_tokens=False)
-        expected = {"index": k, "prediction": text, "target": row.get("response"), "prompt": row["prompt"]}
-        assert found == {**expected, "response": row.get("response")}
-    _, sampled = predicted(do_sample=True)
-    assert sampled == predicted(do_sample=True)[1]
-    assert [row["prediction"] for row in sampled] != [row["prediction"] for row in greedy]
-    assert sampled != predicted(1, do_sample=True)[1]
+    for chat in (CHAT, None):
+        module, greedy = predicted(chat)
+        for k, (found, row) in enumerate(zip(greedy, rows, strict=True)):
+            prompt = f"[user]{row['prompt']}</s>[assistant]" if chat else f"<s>{row['prompt'].rstrip()}"
+            text, _ = plain(module, prompt, 6, add_special_tokens=False)
+            expected = {"index": k, "prediction": text, "target": row.get("response"), "prompt": row["prompt"]}
+            assert found == {**expected, "response": row.get("response")}
+    (_, sampled), (_, again), (_, other) = (predicted(seed=seed, do_sample=True) for seed in (0, 0, 1))
+    assert sampled == again
+    assert sampled not in (greedy, other)
 
 
-@pytest.mark.parametrize("kind", ["text", "template", "classes"])
+@pytest.mark.parametrize("kind", ["text", "template"])
 def test_a_row_without_a_usable_prompt_has_no_prediction_and_says_why(tmp_path, kind):
     rows = [{"prompt": f"Is town {k} old?" * (k + 1), "response": "Yes", "label": k % 2} for k in range(6)]
     rows[0]["prompt"] = rows[4]["prompt"] = None
     for name, some in (("a", rows), ("b", rows[3:])):
         tiny.write_rows(tmp_path / name, some, ["train"])
     sources = [str(tmp_path / name / "train.jsonl") for name in ("a", "b")]
-    cls, options = (COLASequenceClassifier, {"num_labels": 2}) if kind == "classes" else (COLACausalLM, {})
-    module = cls(tiny.folder(tmp_path / "model", "llama"), target_modules=["q_proj"], rank=2, seed=0, **options)
-    data = {
-        "text": lambda: TextDataModule(sources, eval_batch_size=2, max_new_tokens=3),
-        "template": lambda: TemplateDataModule(sources, prompt="{prompt}", options=["no", "yes"], eval_batch_size=2),
-        "classes": lambda: TextClassificationDataModule(sources, text_fields="prompt", label_field="label"),
-    }[kind]()
+    if kind == "text":
+        data = TextDataModule(sources, eval_batch_size=2, max_new_tokens=3)
+    else:
+        data = TemplateDataModule(sources, prompt="{prompt}", options=["no", "yes"], eval_batch_size=2)
+    module, expected = tiny.causal_lm(tmp_path), [*rows, *rows[3:]]
     trainer(tmp_path, PredictionWriter()).predict(module, datamodule=data, return_predictions=False)
-    written, expected = tiny.read_rows(tmp_path / "predictions.jsonl"), [*rows, *rows[3:]]
+    written = tiny.read_rows(tmp_path / "predictions.jsonl")
     assert [row["index"] for row in written] == list(range(9))
-    assert [row["prompt"] for row in written] == [row["prompt"] for row in expected]
-    assert [row["label"] for row in written] == [row["label"] for row in expected]
+    assert [(row["prompt"], row["label"]) for row in written] == [(row["prompt"], row["label"]) for row in expected]
     without = {row["index"]: row["reason"] for row in written if row["prediction"] is None}
     assert without == dict.fromkeys((0, 4, 7), "the field 'prompt' is null, not text")
     # Predictions that are returned have no index: one that is missing would shift the others.

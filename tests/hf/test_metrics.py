@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from cola_lightning import COLACausalLM, COLASequenceClassifier, TemplateDataModule, TextClassificationDataModule
+from cola_lightning import COLACausalLM, TemplateDataModule
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
 from cola_lightning.hf.transformers_module import StepOutput
 from tests.helpers import tiny
@@ -70,57 +70,28 @@ def test_answers_are_measured_as_by_hand_whatever_the_batches(name, place):
     assert metric.compute().item() == pytest.approx(sum(row[place] for row in MEASURED) / len(MEASURED))
 
 
-# ---------------------------------------------------------------------- of evaluations
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """Two data sets, of which a label is more frequent in one."""
-    folders = []
-    for every in (2, 5):
+def test_each_of_several_loaders_has_its_own_measures(tmp_path):
+    datas = []
+    for every in (2, 5):  # in one, a label is more frequent
         rows = [{"text": f"It was {'old ' * (k % 4)}{k}", "label": int(k % every == 0)} for k in range(20)]
-        folders.append(tiny.write_rows(tmp_path_factory.mktemp("rows"), rows))
-    return folders
-
-
-KINDS = {
-    "f1": (COLACausalLM, TemplateDataModule, {"prompt": "{text}", "options": [" no", " yes"], "metric": "f1"}),
-    "classifier": (COLASequenceClassifier, TextClassificationDataModule, {"text_fields": ["text"]}),
-}
-
-
-def module_and_data(tmp_path, sources, kind):
-    make_module, make_data, arguments = KINDS[kind]
-    auto_class = "AutoModel" if kind == "classifier" else "AutoModelForCausalLM"
-    name = tiny.folder(tmp_path / "model", "llama", auto_class, max_position_embeddings=128)
-    module = make_module(name, target_modules=["q_proj"], rank=2, seed=0)
-    return module, [make_data(source, batch_size=8, **arguments) for source in sources]
-
-
-@pytest.mark.parametrize("kind", ["f1", pytest.param("classifier", marks=pytest.mark.slow)])
-def test_each_of_several_loaders_has_its_own_measures(tmp_path, sources, kind):
-    module, datas = module_and_data(tmp_path, sources, kind)
-    run = trainer(tmp_path)
-    alone = {fn: [getattr(run, fn)(module, data, verbose=False)[0] for data in datas] for fn in ("validate", "test")}
+        source = tiny.write_rows(tmp_path / f"{every}", rows)
+        datas.append(TemplateDataModule(source, prompt="{text}", options=[" no", " yes"], metric="f1", batch_size=8))
+    module, run = tiny.causal_lm(tmp_path, changes={"max_position_embeddings": 128}), trainer(tmp_path)
+    alone = [run.test(module, data, verbose=False)[0] for data in datas]
     rows = [[row for batch in run.predict(module, data) for row in batch["prediction"]] for data in datas]
-    for data in datas:
-        data.trainer = run
-        data.setup("validate")
 
     class Both(LightningDataModule):
-        def val_dataloader(self):
-            return [DataLoader(data.val, batch_size=8, collate_fn=data.collate) for data in datas]
-
         def test_dataloader(self):
             return [DataLoader(data.test, batch_size=8, collate_fn=data.collate) for data in datas]
 
-        predict_dataloader = test_dataloader
+        val_dataloader = predict_dataloader = test_dataloader
 
-    for fn, expected in alone.items():
+    assert alone[0] != pytest.approx(alone[1], abs=1e-3)
+    for fn, stage in (("test", "test"), ("validate", "val")):
         received = getattr(trainer(tmp_path), fn)(module, Both(), verbose=False)
-        named = [{f"{name}/dataloader_idx_{k}": value for name, value in one.items()} for k, one in enumerate(expected)]
-        assert received == [pytest.approx(some, abs=1e-5) for some in named]
-    assert alone["test"][0] != pytest.approx(alone["test"][1], abs=1e-3)
+        for k, one in enumerate(alone):
+            named = {f"{name.replace('test', stage)}/dataloader_idx_{k}": value for name, value in one.items()}
+            assert received[k] == pytest.approx(named, abs=1e-5)
     batches = trainer(tmp_path).predict(module, Both())
     assert [[row for batch in some for row in batch["prediction"]] for some in batches] == rows
 

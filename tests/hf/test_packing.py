@@ -1,6 +1,5 @@
 """Several sequences in a row, by positions that start again: what a model makes of them, and rows that are packed."""
 
-import contextlib
 import functools
 import itertools
 import math
@@ -105,27 +104,21 @@ def of_one_row():
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
 def test_an_attention_that_separates_sequences_of_one_row_gets_one(tmp_path, architecture, of_one_row):
     """A stand-in for flash attention, which needs a GPU."""
-    modules = [
-        with_live_link(causal_lm(tmp_path, architecture, attn_implementation=settings)) for settings in ("eager", of_one_row)
-    ]
-    (output, expected), rows = [None, None], []
-    modules[1].model.get_input_embeddings().register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
-    for dtype in (None, torch.bfloat16):
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            batch = collate_packs([rows_of(modules[0], texts) for texts in TEXTS], 1)
-            expected, output = (module.step(batch) for module in modules)
+    one, other = (with_live_link(causal_lm(tmp_path, architecture, attn_implementation=way)) for way in ("eager", of_one_row))
+    batch, rows = collate_packs([rows_of(one, texts) for texts in TEXTS], 1), []
+    other.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    for is_half, tolerance in ((False, 1e-5), (True, 0.05)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            expected, output = one.step(batch), other.step(batch)
         assert output.size == expected.size
-        assert output.loss.item() == pytest.approx(expected.loss.item(), abs=1e-5 if dtype is None else 0.05)
+        assert output.loss.item() == pytest.approx(expected.loss.item(), abs=tolerance)
     assert rows[-2:] == [1, 1]
-
-
-# ---------------------------------------------------------------------- other values of a batch
 
 
 def test_what_a_models_forward_pass_takes_is_passed_on_and_other_values_are_named(tmp_path):
     module = with_live_link(causal_lm(tmp_path))
     batch = collate_language(rows_of(module, ["It was", TEXTS[0][0] * 3]), 1)
-    expected, inner, seen = module.step(batch), module.model.forward, {}
+    expected, inner, seen = module.step(batch).loss.item(), module.model.forward, {}
 
     def forward(input_ids=None, attention_mask=None, position_ids=None, pixel_values=None, **others):
         seen.update(position_ids=position_ids, pixel_values=pixel_values, **others)
@@ -136,21 +129,16 @@ def test_what_a_models_forward_pass_takes_is_passed_on_and_other_values_are_name
     module.model.forward = forward
     index, positions = torch.zeros_like(batch["input_ids"]), (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     for more in ({"pixel_values": torch.ones(2, 3)}, {"seq_idx": index, "position_ids": positions}):
-        output = module.step(batch | more)
-        assert output.loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
+        assert module.step(batch | more).loss.item() == pytest.approx(expected, abs=1e-5)
         assert all(seen[name] is value for name, value in more.items())
         assert "position_ids" in more or seen["position_ids"] is None  # an image's tokens may have several
     module.model.forward = inner
     embedded = {name: value for name, value in batch.items() if name != "input_ids"}
     embedded["inputs_embeds"] = module.model.get_input_embeddings()(batch["input_ids"])
-    assert module.step(embedded).loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
-    no_types = torch.zeros_like(index)  # which tokenizers make by themselves
-    assert module.step(batch | {"token_type_ids": no_types}).loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
+    for same in (embedded, batch | {"token_type_ids": index}):  # zeros, which tokenizers make by themselves
+        assert module.step(same).loss.item() == pytest.approx(expected, abs=1e-5)
     with pytest.raises(UserError, match="batch: LlamaForCausalLM does not take length, weights"):
         module.step(batch | {"weights": index, "length": [3, 5], "num_items_in_batch": 8})
-
-
-# ---------------------------------------------------------------------- rows that are packed
 
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 50))
@@ -163,7 +151,6 @@ def test_each_row_is_in_one_pack_and_no_two_packs_fit_into_one(lengths, max_leng
 
 
 ROWS = [{"prompt": f"Is town {k} old?", "response": "Yes" + ", it is old" * (k % 5)} for k in range(40)]
-WAYS = {"packed": {"packing": True, "batch_size": 1}, "apart": {"batch_size": 40}}
 
 
 def data_of(path, **arguments):
@@ -172,65 +159,56 @@ def data_of(path, **arguments):
 
 def test_an_optimizer_step_over_packs_is_that_over_their_rows(tmp_path):
     """The tokens of all packs weigh alike, and evaluation is not packed."""
-    found = {}
-    for name, options in WAYS.items():
+
+    def fit(**options):
         module = causal_lm(tmp_path, target_modules=["q_proj", "v_proj"], optimizer=lambda p: SGD(p, lr=0.5))
-        data = data_of(tmp_path, **options)
-        run = trainer(tmp_path, max_epochs=1, accumulate_grad_batches=100)
+        data, run = data_of(tmp_path, **options), trainer(tmp_path, max_epochs=1, accumulate_grad_batches=100)
         run.fit(module, datamodule=data)
-        values = {metric: run.callback_metrics[metric].item() for metric in ("train_loss", "val_loss")}
-        found[name] = values, weights(module), len(data.train)
         assert run.global_step == 1
-    (values, own, n_packs), (expected, theirs, _) = found["packed"], found["apart"]
+        return [run.callback_metrics[name].item() for name in ("train_loss", "val_loss")], weights(module), len(data.train)
+
+    (values, own, n_packs), (expected, theirs, _) = fit(packing=True, batch_size=1), fit(batch_size=40)
     assert 5 < n_packs < 20
     assert values == pytest.approx(expected, abs=1e-5)
     for name, value in own.items():
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-5)
 
 
+def fit(path, steps, ckpt_path=None, max_length=64, **options):
+    """The module, the Trainer, and the order of the rows of a fit on the data module with these options."""
+    data = data_of(path, max_length=max_length, **options)
+    module = causal_lm(path, "opt", target_modules=["q_proj", "v_proj"], dropout=0.2)
+    run = trainer(path, chain={"every_n_train_steps": 4}, max_steps=steps, accumulate_grad_batches=2)
+    run.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return module, run, list(data.train_dataloader().sampler)
+
+
 def test_a_run_over_packs_resumed_inside_an_epoch_is_the_run_itself(tmp_path):
-    def fit(steps, ckpt_path=None, **options):
-        module = causal_lm(tmp_path, "opt", target_modules=["q_proj", "v_proj"], dropout=0.2)
-        run = trainer(tmp_path, chain={"every_n_train_steps": 4}, max_steps=steps, accumulate_grad_batches=2)
-        run.fit(module, datamodule=data_of(tmp_path, **{"packing": True, "batch_size": 2} | options), ckpt_path=ckpt_path)
-        return module, run
-
-    (whole, _), (_, part) = fit(6), fit(5)
-    part.save_checkpoint(tmp_path / "part.ckpt")
-    assert_bit_equal(weights(fit(6, tmp_path / "part.ckpt")[0]), weights(whole))
-    with pytest.raises(UserError, match=r"data\.packing must be True as in the run that is resumed inside an epoch"):
-        fit(6, tmp_path / "part.ckpt", packing=False)
+    packs, path = {"packing": True, "batch_size": 2}, tmp_path / "part.ckpt"
+    (whole, *_), (_, part, _) = fit(tmp_path, 6, **packs), fit(tmp_path, 5, **packs)
+    part.save_checkpoint(path)
+    assert_bit_equal(weights(fit(tmp_path, 6, path, **packs)[0]), weights(whole))
+    for change, words in [({"packing": False}, "packing must be True"), ({"max_length": 60}, "max_length must be 64")]:
+        with pytest.raises(UserError, match=rf"data\.{words} as in the run that is resumed inside an epoch"):
+            fit(tmp_path, 6, path, **packs | change)
 
 
-@pytest.mark.parametrize(
-    ("options", "max_length", "message"),
-    [
-        ({"batch_size": 4}, 16, r"the tokens of all training rows \(data\.max_length\) must be \d+ as in the run"),
-        ({"batch_size": 4}, 60, None),  # no row is so long
-        ({"packing": True, "batch_size": 2}, 60, r"data\.max_length must be 64 as in the run"),
-    ],
-)
-def test_a_length_that_changes_the_order_of_rows_is_refused_inside_an_epoch(tmp_path, options, max_length, message):
-    def fit(steps, ckpt_path=None, max_length=64):
-        run = trainer(tmp_path, max_steps=steps)
-        data = data_of(tmp_path, max_length=max_length, **options)
-        run.fit(causal_lm(tmp_path, "opt", target_modules=["q_proj"]), datamodule=data, ckpt_path=ckpt_path)
-        return run, list(data.train_dataloader().sampler)
-
-    part, order = fit(1)
-    part.save_checkpoint(tmp_path / "part.ckpt")
-    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-        assert fit(2, tmp_path / "part.ckpt", max_length)[1] == order
+def test_a_length_that_changes_the_order_of_rows_is_refused_inside_an_epoch(tmp_path):
+    path = tmp_path / "part.ckpt"
+    _, part, order = fit(tmp_path, 1, batch_size=4)
+    part.save_checkpoint(path)
+    assert fit(tmp_path, 2, path, max_length=60, batch_size=4)[2] == order  # no row is so long
+    with pytest.raises(UserError, match=r"the tokens of all training rows \(data\.max_length\) must be \d+ as in the run"):
+        fit(tmp_path, 2, path, max_length=16, batch_size=4)
 
 
 def test_processes_have_equally_many_packs_and_each_row_is_trained(tmp_path):
     own, seen = tiny.tokenizer(pad=True), []
     for rank in range(3):
-        data = tiny.set_up(data_of(tmp_path, packing=True, batch_size=2), own)
-        data.setup("fit")
+        data = tiny.set_up(data_of(tmp_path, packing=True, batch_size=2), own, "fit")
         data.trainer = tiny.process(rank, 3)
-        batches = data.train_dataloader()
-        seen.append([pack for b in batches for pack in zip(b["input_ids"], b["position_ids"], strict=True)])
+        packs = [zip(b["input_ids"], b["position_ids"], strict=True) for b in data.train_dataloader()]
+        seen.append([*itertools.chain.from_iterable(packs)])
     assert {len(packs) for packs in seen} == {math.ceil(len(data.train) / 3)}
     trained = set()
     for ids, positions in itertools.chain.from_iterable(seen):

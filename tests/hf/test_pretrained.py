@@ -9,13 +9,11 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, UserError
-from cola_lightning.cli import main
+from cola_lightning.errors import HubError
 from cola_lightning.hf.pretrained import Pretrained
 from tests.helpers import tiny
 
@@ -37,15 +35,11 @@ def test_a_folder_is_loaded_in_training_mode_and_in_the_dtype_asked_for(folder):
     assert not torch.equal(model.lm_head.weight, empty.lm_head.weight)
 
 
-def test_a_tokenizer_pads_with_the_end_of_text_and_knows_the_models_longest_sequence(folder):
+def test_a_tokenizer_pads_with_a_token_that_the_model_knows_and_knows_the_models_longest_sequence(folder, tmp_path):
     tokenizer = COLACausalLM(folder).tokenizer
     assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
     assert tokenizer.model_max_length == 64
-
-
-def test_a_padding_token_that_only_the_tokenizer_knows_is_not_used(folder, tmp_path):
     own = shutil.copytree(folder, tmp_path / "own")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(own)
     tokenizer.add_tokens([f"[more {n}]" for n in range(400 - len(tokenizer))])
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(own)
@@ -55,54 +49,43 @@ def test_a_padding_token_that_only_the_tokenizer_knows_is_not_used(folder, tmp_p
     assert module.tokenizer.pad_token == "</s>"
 
 
-def test_a_package_holds_a_model_and_is_not_imported(tmp_path, monkeypatch):
-    (tmp_path / "a_model_package").mkdir()
-    (tmp_path / "a_model_package" / "__init__.py").write_text("raise RuntimeError")
-    tiny.folder(tmp_path / "a_model_package")
-    monkeypatch.syspath_prepend(tmp_path)
-    COLACausalLM("package:a_model_package", target_modules=["q_proj"]).configure_model()
-    assert "a_model_package" not in sys.modules
-
-
-def test_a_package_with_one_gguf_file_and_no_other_model_means_that_file(tmp_path, monkeypatch):
+def test_a_package_holds_a_model_or_one_gguf_file_and_is_not_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     folder = tmp_path / "packed_model"
     folder.mkdir()
+    (folder / "__init__.py").write_text("raise RuntimeError")
     (folder / "small.gguf").touch()
     reader = SimpleNamespace(from_pretrained=lambda place, gguf_file, **_: (place, gguf_file))
     assert Pretrained("package:packed_model").load(reader) == (str(folder), "small.gguf")
     (folder / "large.gguf").touch()
     with pytest.raises(UserError, match=r"^model\.gguf_file: 'package:packed_model' .* large\.gguf, small\.gguf$"):
         COLACausalLM("package:packed_model")
-    (folder / "config.json").touch()
-    assert Pretrained("package:packed_model").gguf_file is None
+    tiny.folder(folder)
+    COLACausalLM("package:packed_model", target_modules=["q_proj"]).configure_model()
+    assert "packed_model" not in sys.modules
 
 
-def test_what_is_not_a_model_is_named_in_one_line(folder, tmp_path):
-    (tmp_path / "empty").mkdir()
+def test_what_is_not_a_model_is_named_in_one_line(folder, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{")
-    for name in ("no/such/folder", tmp_path / "empty", tmp_path):
-        with pytest.raises(UserError, match=rf"^model\.model_name: .*{name}.*$"):
+    silent = Path(tiny.folder(tmp_path / "silent", "opt"))
+    for path in silent.glob("tokenizer*"):
+        path.unlink()
+    for name, words in [("no/such/folder", ""), (tmp_path, ""), (silent, "tokenizer")]:
+        with pytest.raises(UserError, match=rf"^model\.model_name: .*{name}.*{words}.*$"):
             COLACausalLM(str(name)).configure_model()
     with pytest.raises(UserError, match=rf"^model\.model_name: .*{folder}.*nonsense.*$"):
         COLACausalLM(folder, attn_implementation="nonsense").configure_model()
-
-
-class Full(LightningModule):
-    """Somebody's full fine-tuning of a model."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.more = net, nn.Linear(2, 2)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # as the variable of this name does
+    with pytest.raises(HubError, match=r"^model\.model_name: 'owner/mispelt' is neither .* and the Hugging Face hub cannot be"):
+        COLACausalLM("owner/mispelt").configure_model()
 
 
 def other_weights(path, architecture="llama", auto_class="AutoModelForCausalLM"):
-    """A model of the same shapes with other weights, and a checkpoint of Lightning that has it."""
+    """A model of the same shapes with other weights, and a checkpoint of a larger LightningModule that has it."""
     torch.manual_seed(5)
     model = getattr(transformers, auto_class).from_config(tiny.config(architecture))
-    trainer = Trainer(logger=False, enable_checkpointing=False, max_steps=0, accelerator="cpu")
-    trainer.strategy.connect(Full(model))
-    trainer.save_checkpoint(path)
+    weights = {f"net.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": weights | {"more.bias": torch.ones(2)}, "global_step": 3}, path)
     return model
 
 
@@ -154,22 +137,3 @@ def test_a_weight_that_the_files_lack_and_no_fit_trains_is_told(folder, tmp_path
     COLACausalLM(str(path.parent), target_modules=["q_proj"]).configure_model()
     (line,) = [line for line in caplog.messages if "random" in line]
     assert line.endswith("because model.modules_to_save does not name it: model.layers.1.mlp.up_proj")
-
-
-def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    silent = Path(tiny.folder(tmp_path / "silent", "opt"))
-    for path in silent.glob("tokenizer*"):
-        path.unlink()
-    with pytest.raises(UserError, match=r"^model\.model_name: .*tokenizer"):
-        COLACausalLM(str(silent)).configure_model()
-
-
-def test_a_name_that_needs_a_hub_without_a_network_is_one_line(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # as the variable of this name does
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "Old?", "response": "No"}\n' * 20)
-    words = ["fit", "--model.model_name", "owner/mispelt", "--data.source", str(tmp_path / "rows.jsonl")]
-    assert main([*words, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]) == 1
-    assert capfd.readouterr().err.splitlines()[-1] == (
-        "error: model.model_name: 'owner/mispelt' is neither a folder here nor in the local cache, and the Hugging Face hub "
-        "cannot be reached. Check the name, or use the path of a local copy"
-    )

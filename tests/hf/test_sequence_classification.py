@@ -1,7 +1,5 @@
 """A new head beside the links, with a learning rate of its own; labels, whose names and order are the data's."""
 
-import json
-
 import datasets
 import pytest
 import torch
@@ -22,27 +20,29 @@ def classifier(path, architecture="roberta", auto_class="AutoModel", **arguments
 
 def data_of(path, rows=ROWS, **arguments):
     """The rows in one file, from which all parts are drawn."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return TextClassificationDataModule(str(path), **{"batch_size": 8, "test_size": 0.1} | arguments)
+    return TextClassificationDataModule(tiny.write_file(path, rows), **{"batch_size": 8, "test_size": 0.1} | arguments)
 
 
-# ---------------------------------------------------------------------- the head
+def test_what_is_newly_initialised_is_trained_whole_and_drawn_from_the_seed_and_what_is_pretrained_is_not(tmp_path):
+    """The files of a BERT that was saved as a masked language model hold no pooler."""
 
-
-@pytest.mark.parametrize(("architecture", "head"), [("roberta", "classifier"), ("llama", "score"), ("gpt2", "score")])
-def test_the_head_is_found_trained_whole_and_drawn_from_the_seed(tmp_path, architecture, head):
-    def trained(seed):
-        module = classifier(tmp_path, architecture, num_labels=3, seed=seed)
+    def trained_whole(*model, **options):
+        module = classifier(tmp_path, *model, num_labels=3, **options)
         module.configure_model()
-        assert module.lora_config.modules_to_save == [head]
-        return {name: p for name, p in module.model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in module.model.named_parameters() if p.requires_grad and ".lora_" not in name}
 
-    first, again, other = trained(0), trained(0), trained(1)
-    heads = [name for name in first if name.startswith(f"{head}.")]
-    assert all(".lora_" in name for name in first.keys() - set(heads))
-    assert [name for name in heads if not torch.equal(first[name], again[name])] == []
-    assert [name for name in heads if not torch.equal(first[name], other[name])] != []
-    assert first[heads[-1]].shape[0] == 3
+    for expected, *model, options in [
+        (["classifier.dense", "classifier.out_proj"], "roberta", "AutoModel", {}),
+        (["score"], "llama", "AutoModel", {}),
+        (["bert.pooler.dense", "classifier"], "bert", "AutoModelForMaskedLM", {"target_modules": "all-linear"}),
+        (["classifier"], "bert", "AutoModelForMaskedLM", {"modules_to_save": ["classifier"]}),
+        (["classifier"], "bert", "AutoModel", {}),
+    ]:
+        first, again, other = (trained_whole(*model, seed=seed, **options) for seed in (0, 0, 1))
+        assert sorted({name.rpartition(".")[0] for name in first}) == expected
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+        assert not all(torch.equal(value, other[name]) for name, value in first.items())
+        assert len([*first.values()][-1]) == 3
 
 
 @pytest.mark.parametrize("target_modules", ["all-linear", None])
@@ -65,17 +65,13 @@ def test_it_learns_and_its_checkpoint_gives_the_same_head_and_predictions(tmp_pa
     run.fit(module, datamodule=data)
     assert run.callback_metrics["val_f1"] > 0.9
     run.save_checkpoint(tmp_path / "end.ckpt")
-    (before,) = run.test(module, datamodule=data, verbose=False)
-    predicted = run.predict(module, datamodule=data)
-    loaded = classifier(tmp_path, **options)
+    predicted, loaded = run.predict(module, datamodule=data), classifier(tmp_path, **options)
     again = trainer(tmp_path).predict(loaded, datamodule=data, ckpt_path=tmp_path / "end.ckpt")
     assert [batch["prediction"] for batch in again] == [batch["prediction"] for batch in predicted]
     assert_bit_equal(weights(loaded.model), weights(module.model))
-    (after,) = trainer(tmp_path).test(loaded, datamodule=data, verbose=False)
-    assert after["test_loss"] == before["test_loss"]
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "roberta"])
+@pytest.mark.parametrize("architecture", ["gpt2", "roberta"])
 def test_a_row_means_the_same_alone_and_padded_in_a_batch(tmp_path, architecture):
     module = classifier(tmp_path, architecture)
     module.configure_model()
@@ -88,42 +84,20 @@ def test_a_row_means_the_same_alone_and_padded_in_a_batch(tmp_path, architecture
     torch.testing.assert_close(logits[0][0], logits[1][1], atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_newly_initialised_is_trained_whole_and_what_is_pretrained_is_not(tmp_path):
-    """The files of a BERT that was saved as a masked language model hold no pooler."""
-
-    def trained_whole(auto_class, **options):
-        module = classifier(tmp_path, "bert", auto_class, **options)
-        module.configure_model()
-        named = module.model.named_parameters()
-        return sorted({name.rpartition(".")[0] for name, p in named if p.requires_grad and ".lora_" not in name})
-
-    assert trained_whole("AutoModelForMaskedLM") == ["bert.pooler.dense", "classifier"]
-    assert trained_whole("AutoModelForMaskedLM", target_modules="all-linear") == ["bert.pooler.dense", "classifier"]
-    assert trained_whole("AutoModelForMaskedLM", modules_to_save=["classifier"]) == ["classifier"]
-    assert trained_whole("AutoModel") == ["classifier"]
-
-
-def test_its_checkpoint_trains_the_same_modules_again(tmp_path):
-    module = classifier(tmp_path, "bert", "AutoModelForMaskedLM", save_base=True)
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(module, datamodule=data_of(tmp_path / "rows.jsonl"))
-    run.save_checkpoint(tmp_path / "end.ckpt")
-    again = COLASequenceClassifier.load_from_checkpoint(tmp_path / "end.ckpt")
-    assert again.lora_config.modules_to_save == module.lora_config.modules_to_save == ["bert.pooler", "classifier"]
-    assert_bit_equal(weights(again.model), weights(module.model))
-
-
-# ---------------------------------------------------------------------- labels
-
 NAMES = ["great", "so so", "terrible"]
 NAMED = [{"sentence": f"It was {NAMES[-1 - k % 3]} {k}.", "label": NAMES[-1 - k % 3]} for k in range(60)]
 
 
+def pooled(path, **arguments):
+    """On the files of a masked language model, which hold no pooler."""
+    return classifier(path, "bert", "AutoModelForMaskedLM", **arguments)
+
+
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    """A classifier of named labels, its data and its checkpoint."""
+    """A classifier of named labels, its data and its checkpoint, which holds the base, new pooler and head too."""
     folder = tmp_path_factory.mktemp("fitted")
-    data, module = data_of(folder / "rows.jsonl", NAMED), classifier(folder, metric="f1")
+    data, module = data_of(folder / "rows.jsonl", NAMED), pooled(folder, metric="f1", save_base=True)
     run = trainer(folder, max_steps=2)
     run.fit(module, datamodule=data)
     run.save_checkpoint(folder / "end.ckpt")
@@ -135,6 +109,7 @@ def test_the_labels_are_the_datas_and_stand_in_model_checkpoint_predictions_and_
     loaded = COLASequenceClassifier.load_from_checkpoint(path)
     for one in (module, loaded):
         assert one.label_names == NAMES
+        assert one.lora_config.modules_to_save == ["bert.pooler", "classifier"]
         for config in (one.model.config, one.merged_model().config):
             assert config.id2label == dict(enumerate(NAMES))
             assert config.label2id == {name: place for place, name in enumerate(NAMES)}
@@ -152,26 +127,26 @@ def test_the_labels_are_the_datas_and_stand_in_model_checkpoint_predictions_and_
     assert (name, metric.compute().item()) == ("f1", pytest.approx(11 / 15))
 
 
-@pytest.mark.parametrize(
-    ("values", "arguments", "names", "written"),
-    [
-        (["0", "1"], {}, ["0", "1"], [0, 1]),  # as a CSV file has them
-        ([1, 2, 10], {}, ["1", "2", "10"], [1, 2, 10]),
-        ([0, 1], {"num_labels": 3}, ["0", "1", "2"], [0, 1]),
-        (["b", "a"], {"num_labels": 2}, ["a", "b"], ["b", "a"]),
-        (["b", "a"], {"label_names": ["b", "c", "a"]}, ["b", "c", "a"], ["b", "a"]),
-        ([0, 1], {"label_names": ["bad", "good"]}, ["bad", "good"], ["bad", "good"]),  # places
-        ([True, False], {}, ["0", "1"], [1, 0]),
-    ],
-)
+# Labels in the data, what is given, the classes, and the first predicted rows' targets.
+LABELS = [
+    (["0", "1"], {}, ["0", "1"], ["0", "1"]),  # as a CSV file has them
+    ([1, 2, 10], {}, ["1", "2", "10"], ["1", "2", "10"]),
+    ([0, 1], {"num_labels": 3}, ["0", "1", "2"], ["0", "1"]),
+    (["b", "a"], {"num_labels": 2}, ["a", "b"], ["b", "a"]),
+    (["b", "a"], {"label_names": ["b", "c", "a"]}, ["b", "c", "a"], ["b", "a"]),
+    ([0, 1], {"label_names": ["bad", "good"]}, ["bad", "good"], ["bad", "good"]),  # places
+    ([True, False], {}, ["0", "1"], ["1", "0"]),
+]
+
+
+@pytest.mark.parametrize(("values", "arguments", "names", "written"), LABELS)
 def test_labels_are_names_or_numbers_in_order_unless_they_are_given(tmp_path, values, arguments, names, written):
-    rows = [{"sentence": f"It was {k}.", "label": values[k % len(values)]} for k in range(40)]
+    rows = [{"sentence": f"It was {k}.", "label": values[k % len(values)]} for k in range(20)]
     module = classifier(tmp_path, **arguments)
     batches = trainer(tmp_path).predict(module, datamodule=data_of(tmp_path / "rows.jsonl", rows))
     assert module.label_names == names
     assert module.num_labels == len(names) == module.model.config.num_labels
-    targets = [value for batch in batches for value in batch["target"]]
-    assert [value if isinstance(value, str) else int(value) for value in targets[: len(written)]] == written
+    assert [str(value) for batch in batches for value in batch["target"]][: len(written)] == written
 
 
 def test_labels_keep_the_order_of_the_datas_classes_and_of_a_pretrained_head(tmp_path):
@@ -194,14 +169,11 @@ def test_a_number_is_an_index_only_among_names_that_are_given(tmp_path, fitted, 
     _, _, path = fitted
     tiny.write_rows(tmp_path / "rows", NAMED, ["train"])
     rows = TextClassificationDataModule(tiny.write_rows(tmp_path / "rows", [{"sentence": "Hm.", "label": value}], ["test"]))
-    for module in (classifier(tmp_path), COLASequenceClassifier.load_from_checkpoint(path)):
-        with pytest.raises(UserError, match=r"'2' in the field 'label' .* \(an index needs model\.label_names\)"):
-            trainer(tmp_path).test(module, datamodule=rows)
-        (batch,) = trainer(tmp_path).predict(module, datamodule=rows)
-        assert batch["target"] == [None]
-    given = classifier(tmp_path, label_names=NAMES)
-    (batch,) = trainer(tmp_path).predict(given, datamodule=rows, ckpt_path=path)
-    assert batch["target"] == ["terrible"]
+    with pytest.raises(UserError, match=r"'2' in the field 'label' .* \(an index needs model\.label_names\)"):
+        trainer(tmp_path).test(pooled(tmp_path), datamodule=rows)
+    for options, target in [({}, None), ({"label_names": NAMES}, "terrible")]:
+        (batch,) = trainer(tmp_path).predict(pooled(tmp_path, **options), datamodule=rows, ckpt_path=path)
+        assert batch["target"] == [target]
 
 
 def test_rows_without_a_label_are_predicted_and_nothing_else(tmp_path, fitted):
@@ -219,13 +191,13 @@ def test_labels_are_refused_where_they_are_not_those_of_the_checkpoint(tmp_path,
     """A fresh module takes them from the data, and the checkpoint's must be the same, in the same order."""
     module, data, path = fitted
     expected = trainer(tmp_path).test(module, datamodule=data, verbose=False)
-    assert trainer(tmp_path).test(classifier(tmp_path, metric="f1"), datamodule=data, ckpt_path=path, verbose=False) == expected
-    assert classifier(tmp_path, init_chain=str(path)).label_names == NAMES
+    assert trainer(tmp_path).test(pooled(tmp_path, metric="f1"), datamodule=data, ckpt_path=path, verbose=False) == expected
+    assert pooled(tmp_path, init_chain=str(path)).label_names == NAMES
     order = {"label_names": NAMES[::-1]}
     for use in (
-        lambda: trainer(tmp_path).test(classifier(tmp_path, **order), datamodule=data, ckpt_path=path, verbose=False),
+        lambda: trainer(tmp_path).test(pooled(tmp_path, **order), datamodule=data, ckpt_path=path, verbose=False),
         lambda: COLASequenceClassifier.load_from_checkpoint(path, **order).configure_model(),
-        lambda: trainer(tmp_path, max_steps=1).fit(classifier(tmp_path, **order, init_chain=str(path)), datamodule=data),
+        lambda: trainer(tmp_path, max_steps=1).fit(pooled(tmp_path, **order, init_chain=str(path)), datamodule=data),
     ):
         with pytest.raises(UserError, match=r"model\.label_names: must be \['great', .*\], on which the chain was trained"):
             use()
