@@ -5,7 +5,7 @@ import warnings
 import pytest
 import sklearn.metrics
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader
 
 from cola_lightning import COLACausalLM, TemplateDataModule
@@ -111,3 +111,15 @@ def test_measures_of_many_rows_are_means_in_any_precision(tmp_path):
     (found,) = run.validate(module, DataLoader(torch.arange(1000), batch_size=8))
     assert found["val_accuracy"] == pytest.approx(0.1, abs=1e-6)
     assert found["val_share"] == pytest.approx(0.1, abs=1e-6)
+
+
+def test_an_evaluation_that_was_interrupted_leaves_nothing_to_the_next_one(tmp_path):
+    class Interrupted(Callback):
+        def on_validation_batch_end(self, *_):
+            raise RuntimeError("by hand")
+
+    module, rows = Scripted(tiny.folder(tmp_path), target_modules=["q_proj"], rank=1, alpha=2, seed=0), torch.arange(20)
+    with pytest.raises(RuntimeError, match="by hand"):
+        trainer(tmp_path, Interrupted()).validate(module, DataLoader(rows[:1], batch_size=1))  # which is right
+    (found,) = trainer(tmp_path).validate(module, DataLoader(rows, batch_size=4))
+    assert found["val_accuracy"] == pytest.approx(0.1)
