@@ -54,9 +54,6 @@ CONFIGS = {
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, **BODY, num_key_value_heads=2, head_dim=8),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES, **BODY),
-    "bart": lambda: transformers.BartConfig(
-        **SIZES, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, dropout=0.0
-    ),
     "phi3": lambda: transformers.Phi3Config(**SIZES, **BODY, num_key_value_heads=2, pad_token_id=None),
     "roberta": lambda: transformers.RobertaConfig(**SIZES, **BODY, type_vocab_size=1),
     "bert": lambda: transformers.BertConfig(**SIZES, **BODY),
