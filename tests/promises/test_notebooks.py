@@ -1,14 +1,10 @@
 """The notebooks run from a fresh kernel, in under a minute each."""
 
-import os
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
-
-from tests.helpers import forked
-from tests.helpers.toy import wait_for
 
 pytestmark = pytest.mark.docs
 FOLDER = Path(__file__).parents[2] / "notebooks"
@@ -16,20 +12,9 @@ PICTURES = {"anatomy_of_a_chain": 5, "digits": 4, "pictures": 1, "research": 1, 
 SLOW = ["digits", "pictures", "your_own_module"]  # test_digits.py and test_domain_shift.py train the same in small
 
 
-class Kernel(forked.Command):
-    """In the place of ``subprocess.Popen``; at its end, nbclient kills its group."""
-
-    stdin = stdout = stderr = None
-
-    def __init__(self, command, cwd, env, **_):
-        super().__init__(*command[command.index("-m") :], cwd=cwd, env=env, start_new_session=True)
-        wait_for(lambda: os.getpgid(self.pid) == self.pid)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jupyter's own packages
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PICTURES])
-def test_a_notebook_runs(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", Kernel)
+def test_a_notebook_runs(name, tmp_path):
     assert len(list(FOLDER.glob("*.ipynb"))) == len(PICTURES)
     (tmp_path / "data").symlink_to(FOLDER / "data")  # the stored runs
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
