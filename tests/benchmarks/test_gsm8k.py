@@ -1,18 +1,18 @@
-"""The study on a real language model, with a tiny one in its place: what it keeps of a run, and its intervals."""
+"""The study on a real language model, with a tiny one in its place: what it keeps of a run.
+
+Its intervals are those of the pages, which test_pages.py compares with its lines.
+"""
 
 import json
-import math
 import shutil
-import statistics
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from scipy import stats
 
 from benchmarks import gsm8k, studies
-from benchmarks.gsm8k import Setting, difference
+from benchmarks.gsm8k import Setting
 from benchmarks.lines import Lines
 from cola_lightning.study import study
 from tests.helpers import tiny
@@ -69,24 +69,3 @@ def test_a_study_keeps_losses_by_row_and_repeats_no_run_that_has_a_line(lines, m
     assert [lora["method"], lora["rate"], lora["to LoRA"]] == ["LoRA", "0.001", ""]
     difference = float(chain["test loss"]) - float(lora["test loss"])
     assert float(chain["to LoRA"].split()[0]) == pytest.approx(difference, abs=1.5e-4)
-
-
-def test_over_rows_of_one_length_the_interval_is_that_of_a_paired_t_test():
-    ours, theirs = [1.0, 1.4, 0.7, 2.0], [1.1, 1.3, 0.9, 2.4]
-    rows = [[(loss, 5) for loss in losses] for losses in (ours, theirs)]
-    expected = stats.ttest_rel(ours, theirs)
-    interval = expected.confidence_interval(0.95)
-    mean = statistics.fmean(ours) - statistics.fmean(theirs)
-    assert difference(rows[:1], rows[1:]) == pytest.approx((mean, interval.low, interval.high))
-
-
-def test_rows_weigh_as_many_tokens_as_they_have_and_the_interval_is_over_rows_and_seeds():
-    theirs = [(1.0, 10), (2.0, 30)]
-    ours = [[(1.2, 10), (2.0, 30)], [(1.0, 10), (1.6, 30)]]
-    mean, low, high = difference(ours, [theirs, theirs])
-    assert mean == pytest.approx((0.1 * 10 - 0.2 * 30) / 40)
-    of_rows = math.sqrt(2 * ((0.25 * (0.1 - mean)) ** 2 + (0.75 * (-0.2 - mean)) ** 2))
-    of_seeds = statistics.stdev([0.05, -0.3]) / math.sqrt(2)
-    freedom = (of_rows**2 + of_seeds**2) ** 2 / (of_rows**4 + of_seeds**4)
-    assert (high - low) / 2 == pytest.approx(math.hypot(of_rows, of_seeds) * stats.t.ppf(0.975, freedom))
-    assert difference([theirs], [theirs]) == (0, 0, 0)
