@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
 from cola_lightning.errors import causes
 from cola_lightning.study.config import resolve_config
+from examples.digits import COLADigits
 from tests.helpers import forked, tiny
 from tests.helpers.toy import DIGITS, FAST, LAST, read_csv, wait_for
 
@@ -161,14 +161,18 @@ def test_one_process_of_a_launcher_logs(monkeypatch, capfd):
     assert "are trained" not in capfd.readouterr().out
 
 
+class Saving(COLADigits):
+    """Its arguments are Lightning's hyperparameters, too."""
+
+    def __init__(self, **chain):
+        super().__init__(**chain)
+        self.save_hyperparameters(ignore=["optimizer"])
+
+
 def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(capfd):
-    Path("hpmod.py").write_text(
-        "from examples.digits import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
-        "        super().__init__(**chain)\n        self.save_hyperparameters(ignore=['optimizer'])\n"
-    )
     further = ["--ckpt_path", LAST, "--trainer.max_epochs", "2", "--model.optimizer.lr", "0.9", "--model.dropout", "0.3"]
-    assert fit("--model", "hpmod.Saving", "--trainer.max_epochs", "1") == 0
-    assert fit("--model", "hpmod.Saving", *further) == 0
+    for words in (["--trainer.max_epochs", "1"], further):
+        assert fit("--model", f"{__name__}.Saving", *words) == 0
     assert "model.optimizer: continuing with lr 0.02 -> 0.9" in capfd.readouterr().out
     assert yaml.safe_load(Path("runs/version_1/config.yaml").read_text())["model"]["init_args"]["dropout"] == 0.3
 
@@ -393,9 +397,6 @@ def test_a_fit_without_a_limit_is_of_three_epochs(limit, epochs):
 
 # ---------------------------------------------------------------------- what fails, and what is stopped
 
-OWN = """
-from examples.digits import COLADigits
-
 
 class Opens(COLADigits):
     def training_step(self, batch, batch_idx):
@@ -410,24 +411,15 @@ class Constructs(COLADigits):
 class Refused(COLADigits):
     def __init__(self, rank: int = 1):
         super().__init__(rank=0)
-"""
 
 
-@pytest.fixture
-def _own():
-    Path("own_code.py").write_text(OWN)
-    yield
-    sys.modules.pop("own_code", None)
-
-
-@pytest.mark.usefixtures("_own")
 def test_an_error_of_ones_own_code_keeps_its_traceback_and_a_wrong_value_is_one_line(capfd):
     for name, kind in {"Opens": PermissionError, "Constructs": TypeError}.items():
         with pytest.raises(Exception) as caught:  # noqa: PT011
-            fit("--model", f"own_code.{name}")
+            fit("--model", f"{__name__}.{name}")
         assert kind in map(type, causes(caught.value))
     capfd.readouterr()
-    assert fit("--model", "own_code.Refused") == 2
+    assert fit("--model", f"{__name__}.Refused") == 2
     assert capfd.readouterr().err.startswith("error: model.rank ")
 
 

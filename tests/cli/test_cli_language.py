@@ -15,7 +15,13 @@ from tests.helpers.tiny import LANGUAGE_CONFIG as CONFIG
 from tests.helpers.tiny import make_language_folder
 from tests.helpers.toy import read_csv
 
-OF_OWN_DATA = CONFIG.partition("data:")[0] + "trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false}\n"
+OF_OWN_DATA = f"""{CONFIG.partition("data:")[0]}
+trainer: {{max_epochs: 2, accelerator: cpu, enable_progress_bar: false}}
+data:
+  class_path: TemplateDataModule
+  init_args: {{prompt: "{{text}} It was", options: [" bad", " good"]}}
+chain: {{every_n_epochs: 1}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +73,6 @@ def test_fit_tells_where_it_began_and_each_link_and_predict_writes_scores():
         assert all(score < 0 for score in row["scores"])
 
 
-ENDS = """
-data:
-  class_path: TemplateDataModule
-  init_args: {prompt: "{text} It was", options: [" bad", " good"]}
-chain: {every_n_epochs: 1}
-"""
-
-
 @pytest.mark.parametrize(
     ("source", "splits", "command", "refused", "field"),
     [
@@ -85,7 +83,7 @@ chain: {every_n_epochs: 1}
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 def test_the_command_at_the_end_of_a_fit_works_whichever_rows_there_are(source, splits, command, refused, field, capfd):
     tiny.write_rows(Path("own"), [{"text": f"Film {k}?", "label": k % 2} for k in range(12)], splits)
-    Path("own.yaml").write_text(OF_OWN_DATA + ENDS)
+    Path("own.yaml").write_text(OF_OWN_DATA)
     assert main(["fit", "--config", "own.yaml", "--data.source", *source]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert ["val_loss" in line for line in lines if line.startswith("link ")] == [refused != "validate"] * 2

@@ -77,6 +77,7 @@ MISTAKES = [
     (f"inspect {DIGITS}", "checkpoint: "),
     ("inspect chain --plot x.jpg", "plot: "),
     ("generate rows --prompt It", r"checkpoint: 'rows' has no checkpoints/last\.ckpt"),
+    (f"generate {LAST} --prompt It", ".*COLACausalLM"),
     (f"generate {LAST} --prompt It --max_new_tokens 0", "max_new_tokens: must be at least 1"),
     (f"generate {LAST} --prompt It --do_sample --temperature 0", "temperature: must be above 0"),
     (f"export {LAST} --format merged --max_rank 2 --output out", "max_rank: "),

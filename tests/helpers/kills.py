@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from tests.helpers import forked, tiny
-from tests.helpers.run_comparison import first_difference
+from tests.helpers.resuming import first_difference
 
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
 SAVED_EVERY = 2  # optimizer steps, in the runs that get no chance to save anything when they are killed

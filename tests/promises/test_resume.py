@@ -1,7 +1,6 @@
 """A run that is stopped anywhere and goes on from its last checkpoint is the run itself, to the bit."""
 
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from cola_lightning import LastCheckpoint, LoRALayer, UserError
 from tests.helpers import tiny
-from tests.helpers.resuming import ARGUMENTS, Data, Normed, Outside, fit, last, make
-from tests.helpers.run_comparison import first_difference
+from tests.helpers.resuming import ARGUMENTS, Data, Normed, Outside, first_difference, fit, last, make
 from tests.helpers.toy import assert_bit_equal, toy, trainer, weights
 
 
@@ -226,23 +224,17 @@ def test_last_is_the_newest_beside_a_checkpoint_that_keeps_the_best(tmp_path):
     assert run.checkpoint_callback.monitor == "val_loss"  # which ckpt_path="best" asks
 
 
-@pytest.mark.parametrize(
-    ("callback", "expected"),
-    [
-        (LastCheckpoint(), [0, *[1] * 7]),
-        (LastCheckpoint(every_n_train_steps=2), [0, 1, 2, 2, 4, 4, 6, 6]),
-        (LastCheckpoint(train_time_interval=timedelta(0)), list(range(8))),
-    ],
-    ids=["by default", "steps", "time"],
-)
-def test_last_is_written_after_the_first_step_and_also_every_n_steps_and_after_a_time(
-    tmp_path, monkeypatch, callback, expected
-):
-    monkeypatch.chdir(tmp_path)
-    watch = WrittenSteps(last(Path()))
-    run = trainer(".", watch, callback, chain={}, enable_checkpointing=True, max_epochs=1, limit_val_batches=0)
-    run.fit(toy(Normed, target_modules=["0"]), datamodule=Data(batch_size=4))
-    assert [written for _, written in watch.seen] == expected
+def test_last_is_written_after_the_first_step_and_also_every_n_steps_and_after_a_time(tmp_path):
+    for options, expected in [
+        ({}, [0, *[1] * 7]),
+        ({"every_n_train_steps": 2}, [0, 1, 2, 2, 4, 4, 6, 6]),
+        ({"train_time_interval": timedelta(0)}, list(range(8))),
+    ]:
+        folder = tmp_path / "".join(["run", *options])
+        watch, saving = WrittenSteps(last(folder)), LastCheckpoint(**options)
+        run = trainer(folder, watch, saving, chain={}, enable_checkpointing=True, max_epochs=1, limit_val_batches=0)
+        run.fit(toy(Normed, target_modules=["0"]), datamodule=Data(batch_size=4))
+        assert [written for _, written in watch.seen] == expected
 
 
 # ---------------------------------------------------------------------- what is changed beside a checkpoint
