@@ -147,7 +147,7 @@ def test_an_impossible_alpha_or_rank_is_refused_and_changes_nothing():
         with pytest.raises(UserError, match="alpha: must be a number above 0"):
             model.tie_knot(alpha=alpha)
     with pytest.raises(UserError, match=r"rank: must be between 1 and 2 \(model.rank\), got 16"):
-        model.begin_link(16, 4.0)
+        model.tie_knot(rank=16)
     with pytest.raises(UserError, match=r"rank: must be between 1 and 2 \(model.rank\), got 4"):
         model.load_state_dict(adapted(rank=4).state_dict())
     assert_bit_equal(weights(model.model), before)

@@ -1,4 +1,4 @@
-"""The study of stages, with a tiny model in float32: its loop is LoRA by hand, its rows, its scales, its bounds.
+"""The study of stages, with a tiny model in float32: its loop is LoRA by hand, its rows, its scales.
 
 Its measures and intervals are those of the pages, which test_pages.py compares with its lines.
 """
@@ -138,12 +138,3 @@ def test_a_tasks_rows_are_those_of_its_seed_and_replay_takes_the_place_of_some(l
             assert sum(row in data[task]["train"] for row in rows) == n
     (together,) = training.rows_of_stages(language, ARMS["joint"], data, TASKS, 1)
     assert [row in data[TASKS[k % 4]]["train"] for k, row in enumerate(together)] == [True] * 160
-
-
-def test_a_bound_has_the_losses_at_the_end(language, data):
-    run = {"order": 1, "seed": 0, "rate": 1e-2}
-    joint, alone, link = (training.train(language, run | {"arm": name}, data) for name in ("joint", "alone", "link"))
-    assert [np.shape(bound["matrix"]) for bound in (joint, alone)] == [(1, 4, 6)] * 2
-    assert [len(bound["validation"]) for bound in (joint, alone)] == [4, 4]
-    k = TASKS.index(language.orders[1][0])  # its own model is the one after the first stage of an order that begins with it
-    assert alone["matrix"][0][k] == link["matrix"][0][k]

@@ -423,16 +423,14 @@ def test_an_error_of_ones_own_code_keeps_its_traceback_and_a_wrong_value_is_one_
     assert capfd.readouterr().err.startswith("error: model.rank ")
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
-)
-def test_an_interrupted_run_of_a_module_in_the_users_folder_says_how_to_go_on(number, status):
+def test_an_interrupted_run_of_a_module_in_the_users_folder_says_how_to_go_on():
+    """SIGINT is sent in test_kills.py."""
     Path("mine.py").write_text("from examples.digits import COLADigits\n\nclass Mine(COLADigits):\n    pass\n")
     endless = ["fit", "--config", DIGITS, "--model", "mine.Mine", "--trainer.max_epochs", "100000"]
     process = forked.Command("-m", "cola_lightning", *endless, log=Path("log"))
     wait_for(Path(LAST).exists)
-    os.kill(process.pid, number)
-    assert process.finish(timeout=60).returncode == status
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.finish(timeout=60).returncode == 143
     assert state_of(LAST)["epoch"] >= 0
     assert not list(Path("runs").rglob("*.partial"))
     (command,) = [line for line in Path("log").read_text().splitlines() if line.startswith("resume: cola fit")]

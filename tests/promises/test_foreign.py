@@ -100,7 +100,7 @@ def test_only_the_links_of_a_foreign_module_are_trained_by_its_own_optimizer_and
     assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy"} == run.callback_metrics.keys()
 
 
-def test_a_checkpoint_of_a_foreign_module_has_no_frozen_weight_and_gives_it_back(tmp_path):
+def test_a_checkpoint_of_a_foreign_module_has_no_frozen_weight_and_gives_it_back_and_resumes_to_the_bit(tmp_path):
     module = chained()
     run = fit(tmp_path, module, Rows(4))
     state = torch.load(last(tmp_path), weights_only=True)["state_dict"]
@@ -110,6 +110,13 @@ def test_a_checkpoint_of_a_foreign_module_has_no_frozen_weight_and_gives_it_back
         *(f"model.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")),
         *(f"model.4.{name}" for name in ("weight", "bias")),
     }
+    fit(tmp_path / "part", chained(), Rows(4), stop=13)
+    resumed = chained()
+    again = fit(tmp_path / "again", resumed, Rows(4), ckpt_path=last(tmp_path / "part"))
+    assert_bit_equal(weights(resumed), weights(module))
+    assert again.callback_metrics["val_loss"] == run.callback_metrics["val_loss"]
+    assert again.optimizers[0].param_groups[0]["lr"] == run.optimizers[0].param_groups[0]["lr"]
+
     loaded = ChainedTask.load_from_checkpoint(last(tmp_path))
     assert_bit_equal(weights(loaded), weights(module))
     assert (loaded.hparams, loaded.lora_config) == (module.hparams, module.lora_config)
@@ -120,17 +127,6 @@ def test_a_checkpoint_of_a_foreign_module_has_no_frozen_weight_and_gives_it_back
     torch.testing.assert_close(merged.eval()(rows), module.eval()(rows))
     theirs = Task(width=64)
     theirs.model.load_state_dict(merged.state_dict())  # as it was before there was a chain
-
-
-def test_a_foreign_module_resumes_to_the_bit(tmp_path):
-    whole = chained()
-    run = fit(tmp_path / "whole", whole, Rows(4))
-    fit(tmp_path / "part", chained(), Rows(4), stop=13)
-    resumed = chained()
-    again = fit(tmp_path / "again", resumed, Rows(4), ckpt_path=last(tmp_path / "part"))
-    assert_bit_equal(weights(resumed), weights(whole))
-    assert again.callback_metrics["val_loss"] == run.callback_metrics["val_loss"]
-    assert again.optimizers[0].param_groups[0]["lr"] == run.optimizers[0].param_groups[0]["lr"]
 
 
 class Parts(Task):

@@ -258,20 +258,17 @@ def test_another_learning_rate_or_decay_is_used_from_there_on_and_told(tmp_path,
     assert len(longer.rates) == len(same.rates) + 16
 
 
-REFUSED = {
-    "chain.alphas": lambda: {"module": make(alpha=8)},
-    "chain.ranks": lambda: {"chain": {"at_steps": [4], "ranks": [2, 2]}},
-    "chain": lambda: {"chain": {"at_steps": []}},
-    "trainer.precision": lambda: {"precision": "64-true"},
-    "data.batch_size": lambda: {"data": Data(batch_size=2)},
-}
-
-
 def test_a_choice_that_the_checkpoint_would_overrule_is_refused_and_nothing_is_written(tmp_path):
     fit(tmp_path, ("batch_end", 12))
-    for field, options in REFUSED.items():
+    for field, options in {
+        "chain.alphas": {"module": make(alpha=8)},
+        "chain.ranks": {"chain": {"at_steps": [4], "ranks": [2, 2]}},
+        "chain": {"chain": {"at_steps": []}},
+        "trainer.precision": {"precision": "64-true"},
+        "data.batch_size": {"data": Data(batch_size=2)},
+    }.items():
         with pytest.raises(UserError, match=rf"^[^:]*{field}\b"):
-            fit(tmp_path / "other", ckpt_path=last(tmp_path), **options())
+            fit(tmp_path / "other", ckpt_path=last(tmp_path), **options)
     assert not list((tmp_path / "other").rglob("*.ckpt"))
 
 

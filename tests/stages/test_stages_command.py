@@ -43,8 +43,7 @@ STAGES = {
 
 
 class KillOnce(Callback):
-    """Kills a stage's fit, or the command that waits for it, in the middle or at the end of the fit; once, for which it has a
-    file."""
+    """Kills a stage's fit, or the command that waits for it, inside or at the end of the fit; once, for which it has a file."""
 
     def __init__(self, marker: str, name: str, whom: str = "fit", when: str = "inside"):
         self.marker, self.name, self.whom, self.when = Path(marker), name, whom, when
@@ -160,21 +159,15 @@ def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd
     assert [link.end_step for link in chain("flipped").links] == [4, 6, 4, 3]
 
 
-def measured(stage, links):
-    """What ``cola test`` writes of a stage's data and the last checkpoint."""
-    before = set(Path("out/flipped").rglob("metrics.csv"))
-    assert main(["test", "--config", f"out/{stage}/config.yaml", "--ckpt_path", "out/flipped", "--links", links]) == 0
-    (path,) = set(Path("out/flipped").rglob("metrics.csv")) - before
-    return read_csv(path)[-1]
-
-
 @pytest.mark.usefixtures("config")
 def test_the_matrix_is_what_tests_of_the_last_checkpoint_give():
     printed, rows = Path("printed.txt").read_text(), read_csv("out/matrix.csv")
     assert [(row["links"], row["stage"]) for row in rows] == [("0", "base"), ("2", "good"), ("3", "pairs"), ("4", "flipped")]
     assert list(rows[0])[2:] == ["good loss", "good accuracy", "pairs loss", "flipped loss", "flipped accuracy"]
     for row in (rows[0], rows[2]):
-        alone = measured("good", row["links"])
+        words = ["--config", "out/good/config.yaml", "--ckpt_path", "out/flipped", "--links", row["links"]]
+        assert main(["test", *words]) == 0
+        alone = read_csv(max(Path("out/flipped/test").rglob("metrics.csv")))[-1]  # of the last version
         assert [row[f"good {name}"] for name in ("loss", "accuracy")] == [
             alone[f"test_{name}"] for name in ("loss", "accuracy")
         ]
