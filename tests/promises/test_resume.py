@@ -90,6 +90,7 @@ RUNS = {
     "validation every five batches": lambda: {"check_val_every_n_epoch": None, "val_check_interval": 5},
     "early stopping": lambda: {"callbacks": [EarlyStopping("val_loss", patience=3, min_delta=10.0)]},
     "early stopping, windows of one": lambda: ONE | RUNS["early stopping"](),
+    "bf16, stacked": lambda: {"precision": "bf16-true"},  # for the precision, not as an option says
     "experts, bf16, stacked": lambda: {"module": make(Mixture, **EXPERTS, finished_links="stack"), "precision": "bf16-true"},
     "float64, a layer outside": lambda: {"module": make(Outside), "precision": "64-true"},
     "torchdata's loader": lambda: {"data": Stateful()},
