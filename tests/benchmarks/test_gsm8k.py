@@ -1,18 +1,18 @@
-"""The study on a real language model, with a tiny one in its place: what it keeps of a run.
-
-Its intervals are those of the pages, which test_pages.py compares with its lines.
-"""
+"""The study on a real language model, with a tiny one in its place: what it keeps of a run, and its intervals."""
 
 import json
+import math
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from scipy import stats
 
 from benchmarks import gsm8k, studies
-from benchmarks.gsm8k import Setting
+from benchmarks.gsm8k import Setting, difference
 from benchmarks.lines import Lines
 from cola_lightning.study import study
 from tests.helpers import tiny
@@ -63,9 +63,14 @@ def test_a_study_keeps_losses_by_row_and_repeats_no_run_that_has_a_line(lines, m
     gsm8k.run(again)
     assert again.results == json.loads(json.dumps(lines.results))
 
-    base, lora, chain = (dict(zip(gsm8k.COLUMNS, row, strict=True)) for row in gsm8k.rows(again.results))
-    assert base["method"] == "before training"
-    assert base["test loss"] != lora["test loss"]
-    assert [lora["method"], lora["rate"], lora["to LoRA"]] == ["LoRA", "0.001", ""]
-    difference = float(chain["test loss"]) - float(lora["test loss"])
-    assert float(chain["to LoRA"].split()[0]) == pytest.approx(difference, abs=1.5e-4)
+
+def test_rows_weigh_as_many_tokens_as_they_have_and_the_interval_is_over_rows_and_seeds():
+    theirs = [(1.0, 10), (2.0, 30)]
+    ours = [[(1.2, 10), (2.0, 30)], [(1.0, 10), (1.6, 30)]]
+    mean, low, high = difference(ours, [theirs, theirs])
+    assert mean == pytest.approx((0.1 * 10 - 0.2 * 30) / 40)
+    of_rows = math.sqrt(2 * ((0.25 * (0.1 - mean)) ** 2 + (0.75 * (-0.2 - mean)) ** 2))
+    of_seeds = statistics.stdev([0.05, -0.3]) / math.sqrt(2)
+    freedom = (of_rows**2 + of_seeds**2) ** 2 / (of_rows**4 + of_seeds**4)
+    assert (high - low) / 2 == pytest.approx(math.hypot(of_rows, of_seeds) * stats.t.ppf(0.975, freedom))
+    assert difference([theirs], [theirs]) == (0, 0, 0)

@@ -1,7 +1,4 @@
-"""The study of stages, with a tiny model in float32: its loop is LoRA by hand, its rows, its scales.
-
-Its measures and intervals are those of the pages, which test_pages.py compares with its lines.
-"""
+"""The study of stages, with a tiny model in float32: its loop is LoRA by hand, its rows, its scales."""
 
 from dataclasses import replace
 

@@ -335,8 +335,7 @@ def whole(trained, tmp_path_factory):
 
 
 def two_stages(trained, output, words, name="flipped", callbacks=()):
-    """The command, in a process of its own, with two stages of the config, the first of which is trained already unless it is
-    the one that gets the callbacks."""
+    """The command, in a process of its own, with two stages; the first is trained already unless it gets the callbacks."""
     config = yaml.safe_load((trained / "stages.yaml").read_text())
     del config["stages"]["pairs"]
     config["stages"][name].setdefault("trainer", {})["callbacks"] = list(callbacks)
