@@ -140,18 +140,15 @@ def test_a_merged_copy_in_half_precision_is_rounded_once_and_the_model_stays(fin
     assert_bit_equal(weights(model.merged_model(links, in_place=True)), weights(whole))
 
 
-@pytest.mark.parametrize("alpha", [0.0, -3.0, float("nan")])
-def test_a_knot_with_an_impossible_alpha_is_refused_and_changes_nothing(alpha):
+def test_an_impossible_alpha_or_rank_is_refused_and_changes_nothing():
     model = adapted()
     before = weights(model.model)
-    with pytest.raises(UserError, match="alpha: must be a number above 0"):
-        model.tie_knot(alpha=alpha)
+    for alpha in (0.0, float("nan")):
+        with pytest.raises(UserError, match="alpha: must be a number above 0"):
+            model.tie_knot(alpha=alpha)
+    with pytest.raises(UserError, match=r"rank: must be between 1 and 2 \(model.rank\), got 16"):
+        model.tie_knot(rank=16)
+    with pytest.raises(UserError, match=r"rank: must be between 1 and 2 \(model.rank\), got 4"):
+        model.load_state_dict(adapted(rank=4).state_dict())
     assert_bit_equal(weights(model.model), before)
     assert model.n_finished == 0
-
-
-def test_no_link_has_a_rank_above_that_of_the_layers():
-    with pytest.raises(UserError, match=r"rank: must be between 1 and 2 \(model.rank\), got 16"):
-        adapted().begin_link(16, 4.0)
-    with pytest.raises(UserError, match=r"rank: must be between 1 and 2 \(model.rank\), got 4"):
-        adapted().load_state_dict(adapted(rank=4).state_dict())

@@ -10,9 +10,8 @@ pytestmark = pytest.mark.docs
 
 
 def test_the_split_is_60_10_30_of_the_digits_5_to_9_by_its_seed():
-    data, other = DigitsDataModule(), DigitsDataModule(split_seed=1)
-    data.setup("fit")
-    other.setup("fit")
+    (data := DigitsDataModule()).setup("fit")
+    (other := DigitsDataModule(split_seed=1)).setup("fit")
     parts = [part.tensors for part in (data.train, data.val, data.test)]
     assert [len(labels) / 896 for _, labels in parts] == pytest.approx([0.6, 0.1, 0.3], abs=0.01)
     rows = torch.cat([images for images, _ in parts])

@@ -12,17 +12,9 @@ from tests.helpers.toy import trainer
 
 pytestmark = pytest.mark.docs
 
-METHODS = ["LoRA", "COLA merge", "COLA stack", "COLA float32", "full fine-tuning"]
-
-
-@pytest.fixture
-def method(request):
-    (found,) = [method for method in scale.METHODS if method.name == request.param]
-    return found
-
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")  # which is so
-@pytest.mark.parametrize("method", METHODS, indirect=True)
+@pytest.mark.parametrize("method", scale.METHODS, ids=lambda method: method.name)
 def test_weights_links_and_stack_are_those_of_a_module(tmp_path, method):
     is_full = method.finished_links is None
     chain = {"target_modules": None if is_full else scale.TARGETS, "rank": scale.RANK, "alpha": scale.ALPHA, "seed": 0}
@@ -40,7 +32,7 @@ def test_weights_links_and_stack_are_those_of_a_module(tmp_path, method):
 
 
 @pytest.mark.parametrize(
-    "method", ["LoRA", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])], indirect=True
+    "method", [scale.METHODS[0], *(pytest.param(method, marks=pytest.mark.slow) for method in scale.METHODS[1:])]
 )
 def test_the_results_are_what_is_computed_now(method):
     results = Lines(scale.FILE).results

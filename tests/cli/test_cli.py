@@ -5,18 +5,17 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, example, given, settings, strategies
 
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
 from cola_lightning.errors import causes
 from cola_lightning.study.config import resolve_config
+from examples.digits import COLADigits
 from tests.helpers import forked, tiny
 from tests.helpers.toy import DIGITS, FAST, LAST, read_csv, wait_for
 
@@ -99,11 +98,20 @@ def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(p
 
 
 @pytest.mark.usefixtures("printed")
-def test_the_newest_run_is_resumed_and_its_configuration_holds_no_checkpoint_of_the_run_before(capfd):
+def test_the_newest_run_of_the_same_options_is_resumed_and_its_configuration_holds_no_checkpoint(capfd):
     further = ["--ckpt_path", "last", "--trainer.max_epochs", "4"]
-    assert [fit("--model.rank", "2", "--trainer.max_epochs", "1"), fit(*further)] == [0, 0]
-    assert f"ckpt_path: {Path(LAST).absolute()}" in capfd.readouterr().out  # the newest of all is of another model
-    resumed = checkpoint_of(2)
+    assert run("test", "--config", DIGITS, *FAST) == 0  # version_1, of the base
+    for version, rank in {2: 1, 3: 2}.items():  # as runs that were killed before their first checkpoint
+        shutil.copytree("runs/version_0", f"runs/version_{version}", ignore=shutil.ignore_patterns("checkpoints"))
+        config = Path(f"runs/version_{version}/config.yaml")
+        config.write_text(config.read_text().replace("rank: 1\n", f"rank: {rank}\n"))
+    capfd.readouterr()
+    assert fit(*further) == 0
+    assert [line for line in capfd.readouterr().out.splitlines() if line.startswith("ckpt_path: ")] == [
+        f"ckpt_path: the newer run {Path('runs/version_2').absolute()} has no checkpoint",
+        f"ckpt_path: {Path(LAST).absolute()}",
+    ]
+    resumed = checkpoint_of(4)
     assert state_of(resumed[-1])["global_step"] == 36
     assert len(StoredState.of(state_of(resumed[-1])["state_dict"]).chain) == 3
     saved = yaml.safe_load(Path(resumed[1]).read_text())
@@ -111,14 +119,20 @@ def test_the_newest_run_is_resumed_and_its_configuration_holds_no_checkpoint_of_
     assert fit(*further) == 2
     expected = f"error: ckpt_path: {resumed[-1]} is a finished run (step 36, epoch 4), so nothing is left to train. Raise "
     assert capfd.readouterr().err.splitlines()[-1].startswith(expected)
-    assert not Path("runs/version_3").exists()
+    assert not Path("runs/version_5").exists()
 
 
 @pytest.mark.usefixtures("printed")
 def test_whoever_reads_a_run_that_was_continued_elsewhere_is_told(capfd):
-    assert fit("--ckpt_path", "runs/version_0", "--trainer.max_epochs", "4") == 0
+    further = ["--ckpt_path", "runs/version_0", "--trainer.max_epochs", "4"]
+    notes = Path("runs/version_0/checkpoints/last.continued.txt")
+    notes.mkdir()  # in the place of the file, as in a folder that cannot be written to
+    assert fit(*further) == 0
+    assert f"cannot note in {notes.absolute()}" in capfd.readouterr().out
+    notes.rmdir()
+    assert fit(*further) == 0
     shutil.copytree("runs/version_0", "moved")
-    newer = Path("runs/version_1/checkpoints/last.ckpt").absolute()
+    newer = Path("runs/version_2/checkpoints/last.ckpt").absolute()
     for path in ("runs/version_0", "moved/checkpoints/last.ckpt"):
         capfd.readouterr()
         assert run("export", path, "--format", "chain", "--output", path.replace("/", "-")) == 0
@@ -127,52 +141,17 @@ def test_whoever_reads_a_run_that_was_continued_elsewhere_is_told(capfd):
         out, err = capfd.readouterr()
         assert f"last.ckpt: its run was continued in {newer}" in err
         assert len(json.loads(out)) == 3
-    assert run("inspect", "runs/version_1") == 0
+    assert run("inspect", "runs/version_2") == 0
     assert "continued" not in capfd.readouterr().err
-    assert str(Path(LAST).absolute()) in Path("runs/version_1/checkpoints/last.continues.txt").read_text()
+    assert str(Path(LAST).absolute()) in Path("runs/version_2/checkpoints/last.continues.txt").read_text()
 
 
-@pytest.mark.usefixtures("printed")
-def test_a_run_goes_on_in_its_own_folder_or_from_one_that_cannot_be_written_to(capfd):
-    further = ["--ckpt_path", "runs/version_0", "--trainer.max_epochs", "4"]
-    notes = Path("runs/version_0/checkpoints/last.continued.txt")
-    notes.mkdir()  # in the place of the file
-    assert fit(*further) == 0
-    assert f"cannot note in {notes.absolute()}" in capfd.readouterr().out
-    notes.rmdir()
-    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": ".", "name": "runs", "version": 0}}
-    notes.write_text("elsewhere")
-    assert fit(*further, "--trainer.logger", json.dumps(logger)) == 0
-    capfd.readouterr()
-    assert run("inspect", "runs/version_0") == 0
-    assert "continued" not in capfd.readouterr().err
-
-
-@pytest.mark.usefixtures("printed")
-def test_last_says_which_run_it_takes_and_that_a_newer_one_has_no_checkpoint(capfd):
-    assert run("test", "--config", DIGITS, *FAST) == 0
-    for version, rank in {
-        2: 1,
-        3: 2,
-    }.items():  # as runs that were killed before their first checkpoint; 1 is a test of the base
-        shutil.copytree("runs/version_0", f"runs/version_{version}", ignore=shutil.ignore_patterns("checkpoints"))
-        config = Path(f"runs/version_{version}/config.yaml")
-        config.write_text(config.read_text().replace("rank: 1\n", f"rank: {rank}\n"))
-    capfd.readouterr()
-    assert fit("--ckpt_path", "last", "--trainer.max_epochs", "4") == 0
-    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("ckpt_path: ")]
-    assert lines == [
-        f"ckpt_path: the newer run {Path('runs/version_2').absolute()} has no checkpoint",
-        f"ckpt_path: {Path(LAST).absolute()}",
-    ]
-
-
-@pytest.mark.parametrize("words", [["--model.init_chain", "nowhere"], ["--chain.ranks", "[99]"]], ids=["early", "late"])
-def test_a_refused_command_removes_only_the_folders_that_it_made(tmp_path, monkeypatch, words):
+def test_a_refused_command_removes_only_the_folders_that_it_made(tmp_path, monkeypatch):
     (here := tmp_path / "new" / "work").mkdir(parents=True)
     monkeypatch.chdir(here)
-    for root in ([], ["--trainer.default_root_dir", "root/of/runs"]):
-        assert main(["fit", "--config", DIGITS, *words, *root]) == 2
+    early, late = ["--model.init_chain", "nowhere"], ["--chain.ranks", "[99]"]
+    for words in (early, late, [*late, "--trainer.default_root_dir", "root/of/runs"]):
+        assert main(["fit", "--config", DIGITS, *words]) == 2
         assert list((tmp_path / "new").rglob("*")) == [here]
 
 
@@ -182,13 +161,18 @@ def test_one_process_of_a_launcher_logs(monkeypatch, capfd):
     assert "are trained" not in capfd.readouterr().out
 
 
+class Saving(COLADigits):
+    """Its arguments are Lightning's hyperparameters, too."""
+
+    def __init__(self, **chain):
+        super().__init__(**chain)
+        self.save_hyperparameters(ignore=["optimizer"])
+
+
 def test_a_modules_own_hyperparameters_do_not_overrule_the_command_line(capfd):
-    Path("hpmod.py").write_text(
-        "from examples.digits import COLADigits\n\nclass Saving(COLADigits):\n    def __init__(self, **chain):\n"
-        "        super().__init__(**chain)\n        self.save_hyperparameters(ignore=['optimizer'])\n"
-    )
-    further = ["--ckpt_path", LAST, "--trainer.max_epochs", "4", "--model.optimizer.lr", "0.9", "--model.dropout", "0.3"]
-    assert [fit("--model", "hpmod.Saving"), fit("--model", "hpmod.Saving", *further)] == [0, 0]
+    further = ["--ckpt_path", LAST, "--trainer.max_epochs", "2", "--model.optimizer.lr", "0.9", "--model.dropout", "0.3"]
+    for words in (["--trainer.max_epochs", "1"], further):
+        assert fit("--model", f"{__name__}.Saving", *words) == 0
     assert "model.optimizer: continuing with lr 0.02 -> 0.9" in capfd.readouterr().out
     assert yaml.safe_load(Path("runs/version_1/config.yaml").read_text())["model"]["init_args"]["dropout"] == 0.3
 
@@ -281,11 +265,12 @@ def test_runs_of_a_logger_that_gives_all_one_folder_keep_their_own_configuration
     assert messages(capfd, "ckpt_path: ") == str(folders[1] / "checkpoints" / "last.ckpt")
 
 
-def test_a_fit_that_goes_on_in_its_own_folder_and_a_test_there_keep_the_metrics_so_far():
+def test_a_fit_that_goes_on_in_its_own_folder_and_a_test_there_keep_the_metrics_so_far(capfd):
     """As the runs of a study, whose logger writes into the run's folder itself."""
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "mine", "name": "", "version": ""}}
     assert fit("--trainer.logger", json.dumps(logger)) == 0
     of_fit = read_csv("mine/metrics.csv")
+    Path("mine/checkpoints/last.continued.txt").write_text("elsewhere")
     again = ["--config", "mine/config.yaml", "--ckpt_path", "mine"]
     assert run("fit", *again, "--trainer.max_epochs", "4") == 0
     assert run("test", *again) == 0
@@ -293,6 +278,9 @@ def test_a_fit_that_goes_on_in_its_own_folder_and_a_test_there_keep_the_metrics_
     assert rows[: len(of_fit)] == [{name: value for name, value in row.items() if value} for row in of_fit]
     assert {int(row["step"]) for row in rows if "val_loss" in row} == {8, 17, 26, 35}
     assert "test_accuracy" in rows[-1]
+    capfd.readouterr()
+    assert run("inspect", "mine") == 0
+    assert "continued" not in capfd.readouterr().err
 
 
 def test_a_fast_dev_run_writes_nothing():
@@ -302,25 +290,64 @@ def test_a_fast_dev_run_writes_nothing():
     assert [path.read_text() for path in Path().rglob("*.*")] == ["mine\n"]
 
 
+# ---------------------------------------------------------------------- links, and a disk that is full
+
+
+@pytest.mark.usefixtures("printed")
+def test_inspect_tells_the_same_of_a_checkpoint_and_of_its_chain_from_which_a_run_begins(capsys):
+    assert run("export", LAST, "--format", "chain", "--output", "chain") == 0
+    capsys.readouterr()
+    messages = []
+    for path in (LAST, "chain"):
+        assert run("inspect", path, "--json", "--plot", "chain.png") == 0
+        messages.append(json.loads(capsys.readouterr().out))
+    assert messages[0] == messages[1]
+    assert [(link["rank"], link["steps"], link["total_rank"]) for link in messages[0]] == [(1, 9, 1), (1, 9, 2), (1, 9, 3)]
+    assert all("val_accuracy" in link["metrics"] for link in messages[0])
+    assert run("inspect", "chain", "--links", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.lstrip()[:1] in "0123456789" and line.strip()]) == 2
+
+    assert fit("--model.init_chain", "chain", "--links", "1") == 0
+    assert len(StoredState.of(state_of(checkpoint_of(1)[-1])["state_dict"]).chain) == 1 + 2
+    shutil.rmtree("chain")  # the checkpoint holds it
+    assert run("test", *checkpoint_of(1)) == 0
+    assert run("fit", *checkpoint_of(1), "--trainer.max_epochs", "4") == 0
+
+
+@pytest.mark.usefixtures("printed")
+def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_the_last_checkpoint_loads():
+    """A limit on the size of files, which the checkpoint outgrows: each link adds to it."""
+    program = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({Path(LAST).stat().st_size + 500}, resource.RLIM_INFINITY))
+from cola_lightning.__main__ import entry_point
+try:
+    entry_point()
+finally:  # what coverage writes of this process when it ends is none of the run's files
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+    words = ["fit", "--config", DIGITS, *FAST, "--trainer.max_epochs", "9", "--trainer.default_root_dir", "full"]
+    done = forked.run("-c", program, *words)
+    last = done.stderr.strip().splitlines()[-1]
+    assert (done.returncode, last.partition("/")[0]) == (1, "error: full"), done.stderr
+    assert "Traceback" not in done.stderr
+    (checkpoint,) = Path("full").rglob("last.ckpt")
+    assert state_of(checkpoint)["epoch"] == 2
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]
+    assert run("test", "--config", DIGITS, "--ckpt_path", str(checkpoint)) == 0
+
+
 # ---------------------------------------------------------------------- how options are read
 
 
-@example(["a\nb: \u2713", "null", "[x]"])
-@example(["{question}", "- a", ""])
-@given(
-    strategies.lists(strategies.text(strategies.characters(codec="utf-8", exclude_categories=["Cc"])), min_size=3, max_size=3)
-)
-@settings(max_examples=1, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("texts", [["a\nb: \u2713", "null", "[x]"], ["{question}", "- a", ""]])
 def test_a_text_is_read_as_it_is_written_and_not_as_yaml(texts):
     words = [f"--model.model_name={texts[0]}", "--data=TemplateDataModule", "--data.source=x", f"--data.label={texts[2]}"]
     words += [f"--data.prompt={texts[1]}"] if texts[1].startswith("-") else ["--data.prompt", texts[1]]
-    config = resolve_config(words)
-    read = (
-        config["model"]["init_args"]["model_name"],
-        config["data"]["init_args"]["prompt"],
-        config["data"]["init_args"]["label"],
-    )
-    assert list(read) == texts
+    model, data = (resolve_config(words)[name]["init_args"] for name in ("model", "data"))
+    assert [model["model_name"], data["prompt"], data["label"]] == texts
 
 
 def test_what_is_no_text_is_read_as_yaml():
@@ -337,7 +364,7 @@ def test_what_is_no_text_is_read_as_yaml():
 
 def test_a_class_has_its_own_defaults_and_not_those_of_the_class_where_none_is_named():
     Path("task.yaml").write_text("data: {class_path: PromptDataModule, init_args: {task: RTE}}\n")
-    for words in (["--config", "task.yaml"], ["-c", "task.yaml"], ["--data=PromptDataModule", "--data.task", "RTE"]):
+    for words in (["-c", "task.yaml"], ["--data=PromptDataModule", "--data.task", "RTE"]):
         data = resolve_config(words)["data"]["init_args"]
         assert (data["max_length"], data["length_grouped"], data["test_split"]) == (2048, False, "validation")
 
@@ -348,7 +375,6 @@ def test_the_data_follows_from_the_model_unless_a_class_is_named():
     Path("rows.yaml").write_text("data: {class_path: TextDataModule}\n")
     given = ["--data.source=y", "--model.model_name=x"]
     for words, data in {
-        ("--model", "COLAPreferenceLM", *given): "PreferenceDataModule",
         ("--model=COLAImageClassifier", *given): "ImageDataModule",
         ("--model.class_path", "cola_lightning.COLASequenceClassifier", *given): "TextClassificationDataModule",
         ("--config", "pairs.yaml"): "PreferenceDataModule",
@@ -371,9 +397,6 @@ def test_a_fit_without_a_limit_is_of_three_epochs(limit, epochs):
 
 # ---------------------------------------------------------------------- what fails, and what is stopped
 
-OWN = """
-from examples.digits import COLADigits
-
 
 class Opens(COLADigits):
     def training_step(self, batch, batch_idx):
@@ -388,37 +411,26 @@ class Constructs(COLADigits):
 class Refused(COLADigits):
     def __init__(self, rank: int = 1):
         super().__init__(rank=0)
-"""
 
 
-@pytest.fixture
-def _own():
-    Path("own_code.py").write_text(OWN)
-    yield
-    sys.modules.pop("own_code", None)
-
-
-@pytest.mark.usefixtures("_own")
 def test_an_error_of_ones_own_code_keeps_its_traceback_and_a_wrong_value_is_one_line(capfd):
     for name, kind in {"Opens": PermissionError, "Constructs": TypeError}.items():
         with pytest.raises(Exception) as caught:  # noqa: PT011
-            fit("--model", f"own_code.{name}")
+            fit("--model", f"{__name__}.{name}")
         assert kind in map(type, causes(caught.value))
     capfd.readouterr()
-    assert fit("--model", "own_code.Refused") == 2
+    assert fit("--model", f"{__name__}.Refused") == 2
     assert capfd.readouterr().err.startswith("error: model.rank ")
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
-)
-def test_an_interrupted_run_of_a_module_in_the_users_folder_says_how_to_go_on(number, status):
+def test_an_interrupted_run_of_a_module_in_the_users_folder_says_how_to_go_on():
+    """SIGINT is sent in test_kills.py."""
     Path("mine.py").write_text("from examples.digits import COLADigits\n\nclass Mine(COLADigits):\n    pass\n")
     endless = ["fit", "--config", DIGITS, "--model", "mine.Mine", "--trainer.max_epochs", "100000"]
     process = forked.Command("-m", "cola_lightning", *endless, log=Path("log"))
     wait_for(Path(LAST).exists)
-    os.kill(process.pid, number)
-    assert process.finish(timeout=60).returncode == status
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.finish(timeout=60).returncode == 143
     assert state_of(LAST)["epoch"] >= 0
     assert not list(Path("runs").rglob("*.partial"))
     (command,) = [line for line in Path("log").read_text().splitlines() if line.startswith("resume: cola fit")]

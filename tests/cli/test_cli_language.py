@@ -15,7 +15,13 @@ from tests.helpers.tiny import LANGUAGE_CONFIG as CONFIG
 from tests.helpers.tiny import make_language_folder
 from tests.helpers.toy import read_csv
 
-OF_OWN_DATA = CONFIG.partition("data:")[0] + "trainer: {max_epochs: 1, accelerator: cpu, enable_progress_bar: false}\n"
+OF_OWN_DATA = f"""{CONFIG.partition("data:")[0]}
+trainer: {{max_epochs: 2, accelerator: cpu, enable_progress_bar: false}}
+data:
+  class_path: TemplateDataModule
+  init_args: {{prompt: "{{text}} It was", options: [" bad", " good"]}}
+chain: {{every_n_epochs: 1}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -67,39 +73,28 @@ def test_fit_tells_where_it_began_and_each_link_and_predict_writes_scores():
         assert all(score < 0 for score in row["scores"])
 
 
-ENDS = """
-data:
-  class_path: TemplateDataModule
-  init_args: {prompt: "{text} It was", options: [" bad", " good"]}
-chain: {every_n_epochs: 1}
-"""
-NO_VALIDATION = ["--data.val_size", "0"]
-
-
 @pytest.mark.parametrize(
-    ("source", "splits", "sizes", "command"),
-    [("own/train.jsonl", "train", [], "predict"), ("own", "train test", NO_VALIDATION, "test")],
+    ("source", "splits", "command", "refused", "field"),
+    [
+        (["own/train.jsonl"], ["train"], "predict", "test", "data.test_size"),
+        (["own", "--data.val_size", "0"], ["train", "test"], "test", "validate", "data.val_size"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
-def test_the_command_at_the_end_of_a_fit_works_whichever_rows_there_are(source, splits, sizes, command, capfd):
-    tiny.write_rows(Path("own"), [{"text": f"Film {k}?", "label": k % 2} for k in range(12)], splits.split())
-    Path("own.yaml").write_text(OF_OWN_DATA.replace("max_epochs: 1", "max_epochs: 2") + ENDS)
-    assert main(["fit", "--config", "own.yaml", "--data.source", source, *sizes]) == 0
+def test_the_command_at_the_end_of_a_fit_works_whichever_rows_there_are(source, splits, command, refused, field, capfd):
+    tiny.write_rows(Path("own"), [{"text": f"Film {k}?", "label": k % 2} for k in range(12)], splits)
+    Path("own.yaml").write_text(OF_OWN_DATA)
+    assert main(["fit", "--config", "own.yaml", "--data.source", *source]) == 0
     lines = capfd.readouterr().out.splitlines()
-    links = [line for line in lines if line.startswith("link ")]
-    assert len(links) == 2
-    assert all(("val_loss" in line) is (sizes != NO_VALIDATION) for line in links)
-    (use,) = [line.removeprefix("use it: cola ") for line in lines if line.startswith("use it: cola ")]
-    assert use.startswith(command)
-    assert main(shlex.split(use)) == 0
-    arguments = shlex.split(use)[1:]
-    without = {"test": command == "predict", "validate": sizes == NO_VALIDATION}
-    for subcommand in without:
-        capfd.readouterr()
-        assert main([subcommand, *arguments]) == 2 * without[subcommand]
-        if without[subcommand]:
-            (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-            assert ("data.test_size" in error and "cola validate" in error) or "data.val_size" in error
+    assert ["val_loss" in line for line in lines if line.startswith("link ")] == [refused != "validate"] * 2
+    (use,) = [shlex.split(line)[3:] for line in lines if line.startswith("use it: cola ")]
+    assert use[0] == command
+    assert main(use) == 0
+    capfd.readouterr()
+    assert main([refused, *use[1:]]) == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert field in error
+    assert refused != "test" or "cola validate" in error
 
 
 def test_two_processes_are_one():

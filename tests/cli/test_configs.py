@@ -14,26 +14,13 @@ from tests.helpers.tiny import at_tiny_size
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs"
 BENCHMARKS = [ROOT / "examples" / "digits.yaml", ROOT / "benchmarks" / "domain_shift.yaml"]
-NAMES = [
-    "classification",
-    "image_classification",
-    "paper",
-    "preference",
-    "qlora_8b",
-    "quickstart",
-    "roberta_glue",
-    "sft_chat",
-    "sft_instructions",
-    "smollm2",
-]
-PATHS = [*(FOLDER / f"{name}.yaml" for name in NAMES), *BENCHMARKS]
+PATHS = [*sorted(FOLDER.glob("*.yaml")), *BENCHMARKS]
 
 
 @pytest.mark.docs
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 @pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
 def test_a_config_runs(path, tmp_path, monkeypatch, capfd):
-    assert len(list(FOLDER.glob("*.yaml"))) == len(NAMES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLA_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("COLA_DATA_DIR", str(tiny.english(tmp_path / "english")))
@@ -46,20 +33,22 @@ def test_the_overlay_for_several_gpus_replaces_a_configs_strategy():
     assert (config["trainer"]["strategy"], config["trainer"]["devices"]) == ("ddp", "auto")
 
 
-KNOTTED = [BENCHMARKS[0], FOLDER / "smollm2.yaml", FOLDER / "roberta_glue.yaml"]
-KNOTS = [["--chain.knots", "4"], ["--chain.knots=4"], ["--config", "knots.yaml"]]
+ONE_KNOT = ["--config", str(ROOT / "benchmarks" / "one_knot.yaml")]
+
+
+def knots_of(config):
+    """When the knots of a configuration fall in a run of four epochs of 20 steps."""
+    options = {name: config["chain"][name] for name in (*KNOT_OPTIONS, "until", "knot", "share")}
+    return ChainSchedule(**options).in_run(RunLength(lambda epoch: 20, max_epochs=4, max_steps=math.inf), 0.6).at_steps
 
 
 @pytest.mark.parametrize(
-    ("path", "words"), [*((path, KNOTS[0]) for path in KNOTTED[:2]), *((KNOTTED[0], words) for words in KNOTS[1:])]
+    ("path", "words"), [(FOLDER / "smollm2.yaml", ["--chain.knots", "4"]), (BENCHMARKS[0], ["--config", "knots.yaml"])]
 )
 def test_other_knots_replace_a_configs_own(path, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("knots.yaml").write_text("chain: {knots: 4}")
-    config = resolve_config(["--config", str(path), "--config", str(ROOT / "benchmarks" / "one_knot.yaml"), *words])
-    run = RunLength(lambda epoch: 20, max_epochs=4, max_steps=math.inf)
-    options = {name: config["chain"][name] for name in (*KNOT_OPTIONS, "until", "knot", "share")}
-    assert ChainSchedule(**options).in_run(run, stable_share=0.6).at_steps == [12, 24, 36, 48]
+    assert knots_of(resolve_config(["--config", str(path), *ONE_KNOT, *words])) == [12, 24, 36, 48]
 
 
 def test_no_knots_of_one_kind_leave_a_configs_own(tmp_path):
@@ -70,10 +59,7 @@ def test_no_knots_of_one_kind_leave_a_configs_own(tmp_path):
 
 
 @pytest.mark.docs
-@pytest.mark.parametrize("path", KNOTTED)
-def test_the_overlay_of_one_knot_replaces_a_configs_own_knots(path):
-    config = resolve_config(["--config", str(path), "--config", str(ROOT / "benchmarks" / "one_knot.yaml")])
-    run = RunLength(lambda epoch: 20, max_epochs=4, max_steps=math.inf)
-    whens = {when: config["chain"][when] for when in (*KNOT_OPTIONS, "until")}
-    assert ChainSchedule(**whens).in_run(run).at_steps == [20]
+def test_the_overlay_of_one_knot_replaces_a_configs_own_knots():
+    config = resolve_config(["--config", str(FOLDER / "roberta_glue.yaml"), *ONE_KNOT])
+    assert knots_of(config) == [20]
     assert config["model"]["init_args"]["schedule_scope"] == "run"

@@ -4,13 +4,14 @@ import functools
 import io
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_lightning import COLACausalLM, COLASequenceClassifier, PredictionWriter, TextClassificationDataModule, TextDataModule
+from cola_lightning import COLACausalLM, PredictionWriter, TextDataModule
 from cola_lightning.cli import main
 from cola_lightning.cli.generate import Session, make_streamer
 from cola_lightning.decoding import Decoding
@@ -99,22 +100,17 @@ def test_a_conversation_goes_on_up_to_an_empty_line(trained, capfd, monkeypatch,
 def test_a_conversation_that_is_longer_than_the_context_goes_on_without_its_oldest_turns(trained, capfd, monkeypatch):
     path, _ = trained("chat")
     messages = [f"{name} is the largest town of the country, and the town is old." for name in "abcdef"]
-    answered, answer = [], Session.answer
-
-    def watched(self, text, *rest, **options):
-        answered.append(text)
-        return answer(self, text, *rest, **options)
-
-    monkeypatch.setattr(Session, "answer", watched)
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(messages)))
-    assert main(["generate", str(path), "--chat", "--max_new_tokens", "8"]) == 0
+    with mock.patch.object(Session, "answer", autospec=True, side_effect=Session.answer) as answer:
+        assert main(["generate", str(path), "--chat", "--max_new_tokens", "8"]) == 0
     out, err = capfd.readouterr()
     assert len(out.splitlines()) == len(messages)
     assert err.count("oldest turns") >= 2
-    assert answered[-1].startswith("[user]")
-    assert answered[-1].endswith(f"[user]{messages[-1]}</s>[assistant]")
-    assert messages[-2] in answered[-1]
-    assert messages[0] not in answered[-1]
+    text = answer.call_args.args[1]
+    assert text.startswith("[user]")
+    assert text.endswith(f"[user]{messages[-1]}</s>[assistant]")
+    assert messages[-2] in text
+    assert messages[0] not in text
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, database=None)
@@ -132,22 +128,13 @@ def test_what_is_printed_of_a_stop_is_nothing(text, stops):
     assert "".join(printed) == min([text, *(text.partition(stop)[0] for stop in stops)], key=len) + "\n"
 
 
-def test_what_does_not_generate_is_one_line_and_status_2(trained, tmp_path, capfd):
+def test_a_prompt_without_room_and_a_chat_without_a_template_are_one_line_and_status_2(trained, capfd):
     path, _ = trained("no template")
-    name = tiny.folder(tmp_path / "model", "roberta", "AutoModelForSequenceClassification", num_labels=2)
-    rows = tiny.write_rows(tmp_path / "rows", [{"sentence": f"It was {k}.", "label": k % 2} for k in range(4)])
-    run = trainer(tmp_path, max_steps=1)
-    classifier = COLASequenceClassifier(name, target_modules=["query"], rank=2, seed=0)
-    run.fit(classifier, datamodule=TextClassificationDataModule(rows))
-    run.save_checkpoint(tmp_path / "classifier.ckpt")
     for words, message in [
-        ([tmp_path / "classifier.ckpt", "--prompt", "It"], "COLACausalLM"),
-        ([tmp_path, "--prompt", "It"], "has no checkpoints/last.ckpt"),
-        ([path, "--prompt", "It is " * 200], "prompt: must have fewer than 128 tokens"),
-        ([path, "--chat"], "chat: the model's tokenizer has no chat template"),
+        (["--prompt", "It is " * 200], "prompt: must have fewer than 128 tokens"),
+        (["--chat"], "chat: the model's tokenizer has no chat template"),
     ]:
-        assert main(["generate", *map(str, words)]) == 2
+        assert main(["generate", str(path), *words]) == 2
         out, err = capfd.readouterr()
-        assert err.strip().splitlines()[-1].startswith("error: ")
-        assert message in err.strip().splitlines()[-1]
+        assert err.strip().splitlines()[-1].startswith(f"error: {message}")
         assert not out

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 
 from cola_lightning import EpochDataModule, LastCheckpoint
 from tests.helpers.resuming import Stopped
-from tests.helpers.toy import trainer, weights
+from tests.helpers.toy import Watch, trainer, weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,22 +38,15 @@ class Pictures(EpochDataModule):
         self.train, self.val = rows[:8], rows[8:]
 
 
-class Stop(Callback):
-    """Interrupts a fit after its first optimizer steps."""
-
-    def __init__(self, n_steps):
-        self.n_steps = n_steps
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == self.n_steps:
-            raise Stopped
-
-
 def fit(folder, module, data, ckpt_path=None, stop=None, **options):
     """A fit of two epochs with a knot between them, or its first steps; gives its trainer."""
     options = {"max_epochs": 2, "num_sanity_val_steps": 0, "enable_checkpointing": True} | options
-    callbacks = [Stop(stop), LastCheckpoint(every_n_train_steps=1)]
-    run = trainer(folder, *callbacks, chain={"every_n_epochs": 1}, **options)
+
+    def stop_there(run, _):
+        if run.global_step == stop:
+            raise Stopped
+
+    run = trainer(folder, Watch(stop_there), LastCheckpoint(every_n_train_steps=1), chain={"every_n_epochs": 1}, **options)
     with pytest.raises(Stopped) if stop else nullcontext():
         run.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return run

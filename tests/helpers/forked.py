@@ -118,23 +118,6 @@ class Command:
             self._folder.cleanup()
 
 
-class Popen(Command):
-    """In the place of ``subprocess.Popen``, for a command of the package that begins others, with a log."""
-
-    def __init__(self, command, stdout, stderr, start_new_session):
-        super().__init__(*command[1:], log=stdout.name, start_new_session=start_new_session)
-
-    @property
-    def returncode(self):
-        return self.poll()
-
-    def terminate(self):
-        self._process.terminate()
-
-    def wait(self):
-        self.finish()
-
-
 class Fork:
     """In the place of ``subprocess.Popen``, in a process that may be killed: its runs are forked from it."""
 
@@ -144,7 +127,9 @@ class Fork:
             os.setsid()
             os.dup2(stdout.fileno(), 1)
             os.dup2(stdout.fileno(), 2)
-            os._exit(sys.modules["cola_lightning.cli"].main(command[3:]))
+            status = sys.modules["cola_lightning.cli"].main(command[3:])
+            sys.stderr.flush()
+            os._exit(status)
 
     def poll(self):
         pid, status = os.waitpid(self.pid, os.WNOHANG) if self.returncode is None else (0, 0)

@@ -6,13 +6,12 @@ validations an epoch and two knots. What a run does is written down, batch by ba
 
 import json
 import re
-import subprocess
 from dataclasses import dataclass
 
 import torch
 
 from tests.helpers import forked, tiny
-from tests.helpers.run_comparison import first_difference
+from tests.helpers.resuming import first_difference
 
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
 SAVED_EVERY = 2  # optimizer steps, in the runs that get no chance to save anything when they are killed
@@ -141,10 +140,7 @@ def fit(folder, name, *arguments, **recorder):
     command = ["-m", "cola_lightning", "fit", "--config", "../config.yaml", *arguments]
     command += ["--trainer.callbacks+=tests.helpers.kill_run.Recorder", *options]
     given = {"cwd": folder, "log": folder / f"{name}.log", "start_new_session": True}
-    try:
-        return forked.run(*command, **given, timeout=SECONDS).returncode
-    except subprocess.TimeoutExpired:
-        return None
+    return forked.run(*command, **given, timeout=SECONDS).returncode
 
 
 def records(folder, name):

@@ -1,4 +1,4 @@
-"""Fits that stop at one moment and resume, with a module and data in which a wrong resume shows."""
+"""Fits that stop at one moment and resume, with a module and data in which a wrong resume shows; two runs are compared."""
 
 import torch
 from lightning.pytorch import Callback
@@ -115,3 +115,24 @@ def fit(folder, stop=None, ckpt_path=None, module=None, data=None, callbacks=(),
 
 def last(folder):
     return folder / "checkpoints" / "last.ckpt"
+
+
+def first_difference(mine, theirs, name):
+    """Where two trees of plain values and tensors first differ, in words; None where they are the same to the bit."""
+    if type(mine) is not type(theirs):
+        return f"{name}: {type(mine).__name__} instead of {type(theirs).__name__}"
+    if isinstance(mine, torch.Tensor):
+        is_same = mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(bits(mine), bits(theirs))
+        return None if is_same else f"{name}: another tensor"
+    if isinstance(mine, list | tuple):
+        mine, theirs = dict(enumerate(mine)), dict(enumerate(theirs))
+    if not isinstance(mine, dict):
+        return None if mine == theirs else f"{name}: {mine!r} instead of {theirs!r}"
+    found = (first_difference(mine[key], theirs[key], f"{name}.{key}") for key in mine.keys() & theirs.keys())
+    alone = sorted(mine.keys() ^ theirs.keys(), key=str)
+    return next((text for text in found if text), f"{name}: {alone[0]!r} in one of the two alone" if alone else None)
+
+
+def bits(tensor):
+    """A tensor's bytes: -0.0 is not 0.0."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

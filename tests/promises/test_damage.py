@@ -154,17 +154,13 @@ def resumed(path):
     return trainer(Path(), chain=CHAIN, max_epochs=2).fit(make(), batches(), batches(2), ckpt_path=path)
 
 
-def loaded_from_file(path):
-    return Predicting.load_from_checkpoint(io.BytesIO(path.read_bytes()))
-
-
 def exported(path):
     return export([str(path), "--format", "chain", "--output", str(path.parent / "out"), "--overwrite"])
 
 
 READERS = {
     "load_from_checkpoint": Predicting.load_from_checkpoint,
-    "load_from_checkpoint, an open file": loaded_from_file,
+    "load_from_checkpoint, an open file": lambda path: Predicting.load_from_checkpoint(io.BytesIO(path.read_bytes())),
     "init_chain": lambda path: make(init_chain=str(path)).configure_model(),
     "export": exported,
     "fit": resumed,

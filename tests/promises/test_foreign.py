@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,18 +11,17 @@ import transformers
 from lightning.pytorch import LightningModule
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from cola_lightning import AdaptedModel, COLACausalLM, COLAModule, EpochDataModule, LoRAConfig, UserError
+from cola_lightning import COLACausalLM, COLAModule, EpochDataModule, UserError
 from cola_lightning.cli import main
 from tests.helpers import foreign_tasks, tiny
 from tests.helpers.foreign_tasks import Pictures, fit
 from tests.helpers.forked import as_torchrun
 from tests.helpers.resuming import last
-from tests.helpers.toy import assert_bit_equal, toy, trainer, weights
+from tests.helpers.toy import assert_bit_equal, toy, weights
 
 
 class Task(LightningModule):
@@ -102,35 +100,7 @@ def test_only_the_links_of_a_foreign_module_are_trained_by_its_own_optimizer_and
     assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy"} == run.callback_metrics.keys()
 
 
-def test_a_chain_of_a_foreign_module_trains_as_the_plain_loop_does(tmp_path):
-    """The same links by a loop of one's own, with the foreign module's optimizer."""
-    rows = Rows(4)
-    rows.setup("fit")
-    loader = DataLoader(rows.train, batch_size=4)
-    task = Task(width=64)
-    base = {name: value.clone() for name, value in chained().merged_model(0).state_dict().items()}
-
-    def build():
-        task.model.load_state_dict(base)
-        return task.model.eval()
-
-    class Still(ChainedTask):
-        def on_train_start(self):
-            self.model.eval()
-
-    module = chained(Still)
-    trainer(tmp_path, max_epochs=1).fit(module, loader, loader)
-    config = LoRAConfig(["0"], rank=2, alpha=4, modules_to_save=["4"])
-    adapted = AdaptedModel(build, config, seed=0)
-    optimizer = task.configure_optimizers()["optimizer"]
-    for batch in loader:
-        optimizer.zero_grad()
-        task.criterion(task(batch["image"]), batch["label"]).backward()
-        optimizer.step()
-    assert_bit_equal(weights(module.model), weights(adapted.model))
-
-
-def test_a_checkpoint_of_a_foreign_module_has_no_frozen_weight_and_gives_it_back(tmp_path):
+def test_a_checkpoint_of_a_foreign_module_has_no_frozen_weight_and_gives_it_back_and_resumes_to_the_bit(tmp_path):
     module = chained()
     run = fit(tmp_path, module, Rows(4))
     state = torch.load(last(tmp_path), weights_only=True)["state_dict"]
@@ -140,6 +110,13 @@ def test_a_checkpoint_of_a_foreign_module_has_no_frozen_weight_and_gives_it_back
         *(f"model.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")),
         *(f"model.4.{name}" for name in ("weight", "bias")),
     }
+    fit(tmp_path / "part", chained(), Rows(4), stop=13)
+    resumed = chained()
+    again = fit(tmp_path / "again", resumed, Rows(4), ckpt_path=last(tmp_path / "part"))
+    assert_bit_equal(weights(resumed), weights(module))
+    assert again.callback_metrics["val_loss"] == run.callback_metrics["val_loss"]
+    assert again.optimizers[0].param_groups[0]["lr"] == run.optimizers[0].param_groups[0]["lr"]
+
     loaded = ChainedTask.load_from_checkpoint(last(tmp_path))
     assert_bit_equal(weights(loaded), weights(module))
     assert (loaded.hparams, loaded.lora_config) == (module.hparams, module.lora_config)
@@ -152,22 +129,15 @@ def test_a_checkpoint_of_a_foreign_module_has_no_frozen_weight_and_gives_it_back
     theirs.model.load_state_dict(merged.state_dict())  # as it was before there was a chain
 
 
-def test_a_foreign_module_resumes_to_the_bit(tmp_path):
-    whole = chained()
-    run = fit(tmp_path / "whole", whole, Rows(4))
-    fit(tmp_path / "part", chained(), Rows(4), stop=13)
-    resumed = chained()
-    again = fit(tmp_path / "again", resumed, Rows(4), ckpt_path=last(tmp_path / "part"))
-    assert_bit_equal(weights(resumed), weights(whole))
-    assert again.callback_metrics["val_loss"] == run.callback_metrics["val_loss"]
-    assert again.optimizers[0].param_groups[0]["lr"] == run.optimizers[0].param_groups[0]["lr"]
-
-
 class Parts(Task):
-    """Has its network in two parts, none of which is called ``model``."""
+    """Has its network in two parts, none of which is called ``model``, and makes them in ``configure_model``, as for FSDP."""
 
     def configure_models(self):
-        self.backbone, self.head = nn.Sequential(nn.Linear(8, 6), nn.Tanh()), nn.Linear(6, 3)
+        self.backbone = self.head = None
+
+    def configure_model(self):
+        if self.backbone is None:
+            self.backbone, self.head = nn.Sequential(nn.Linear(8, 6), nn.Tanh()), nn.Linear(6, 3)
 
     def forward(self, *args):
         return self.head(self.backbone(*args))
@@ -175,15 +145,20 @@ class Parts(Task):
 
 class ChainedParts(Parts, COLAModule):
     __init__ = COLAModule.__init__
+    configure_model = COLAModule.configure_model
+    configure_optimizers = COLAModule.configure_optimizers
 
     def build_model(self):
-        return self.adopt(Parts()).backbone
+        task = Parts()
+        task.configure_model()
+        return self.adopt(task).backbone
 
 
-def test_a_part_of_a_foreign_module_is_the_base_and_the_rest_is_fully_trained(tmp_path):
+def test_a_part_is_the_base_and_the_rest_is_fully_trained_by_this_packages_optimizer_if_a_line_says_so(tmp_path):
     module = chained(ChainedParts, modules_to_save=[])
     before = weights(module)
-    fit(tmp_path, module, Rows(4))
+    run = fit(tmp_path, module, Rows(4))
+    assert type(run.optimizers[0]) is torch.optim.AdamW
     assert module.backbone is module.model
     after = weights(module)
     assert not torch.equal(after["head.weight"], before["head.weight"])
@@ -192,37 +167,6 @@ def test_a_part_of_a_foreign_module_is_the_base_and_the_rest_is_fully_trained(tm
     assert names == {"model.0.lora_A", "model.0.lora_B", "head.weight", "head.bias"}
     loaded = ChainedParts.load_from_checkpoint(last(tmp_path))
     assert_bit_equal(weights(loaded), after)
-
-
-class LateTask(Task):
-    """Makes its model in ``configure_model``, as for FSDP."""
-
-    def configure_models(self):
-        self.model = None
-
-    def configure_model(self):
-        if self.model is None:
-            Task.configure_models(self)
-
-
-class ChainedLate(LateTask, COLAModule):
-    __init__ = COLAModule.__init__
-    configure_model = COLAModule.configure_model
-    configure_optimizers = COLAModule.configure_optimizers
-
-    def build_model(self):
-        task = LateTask(width=64)
-        task.configure_model()
-        return self.adopt(task).model
-
-
-def test_a_line_chooses_this_packages_method_in_place_of_the_foreign_one(tmp_path):
-    module = chained(ChainedLate)
-    run = fit(tmp_path, module, Rows(4))
-    assert type(run.optimizers[0]) is torch.optim.AdamW
-    assert module.model[0].lora_B.any()
-    loaded = ChainedLate.load_from_checkpoint(last(tmp_path))
-    assert_bit_equal(weights(loaded), weights(module))
 
 
 def test_a_foreign_module_is_trained_from_the_command_line(tmp_path, monkeypatch):
@@ -235,57 +179,55 @@ def test_a_foreign_module_is_trained_from_the_command_line(tmp_path, monkeypatch
     assert load_file("merged/model.safetensors").keys() == names
 
 
-def test_a_class_in_which_this_packages_optimizer_would_replace_the_foreign_one_is_refused():
-    class Reversed(COLAModule, Task):
-        def build_model(self):
-            return self.adopt(Task()).model
-
-    with pytest.raises(UserError, match=r"^adopt: Reversed must be a class \(Task, COLAModule\), with Task first"):
-        chained(Reversed).configure_model()
+class Reversed(COLAModule, Task):
+    build_model = ChainedTask.build_model
 
 
-@pytest.mark.parametrize("name", ["seed", "step_loss"])
-def test_an_attribute_that_both_have_is_named(name):
-    class Named(ChainedTask):
+class Backbone(ChainedTask):
+    def build_model(self):
+        return self.adopt(Task()).model[:2]
+
+
+def having(name, value):
+    """A chain of a module with an attribute that is also one of COLAModule's."""
+
+    class Having(ChainedTask):
         def build_model(self):
             task = Task()
-            setattr(task, name, nn.MSELoss() if name == "step_loss" else 3)
+            setattr(task, name, value)
             return self.adopt(task).model
 
-    with pytest.raises(UserError, match=rf"^adopt: Task has an attribute {name!r}, which is COLAModule's own"):
-        chained(Named).configure_model()
+    return Having
 
 
-def test_a_part_of_the_part_that_is_called_model_is_adapted_by_name():
-    class Backbone(ChainedTask):
-        def build_model(self):
-            return self.adopt(Task()).model[:2]
-
-    with pytest.raises(UserError, match=r"^model: .*target_modules and modules_to_save choose its parts"):
-        chained(Backbone, target_modules="all-linear", modules_to_save=[]).configure_model()
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (Reversed, r"adopt: Reversed must be a class \(Task, COLAModule\), with Task first"),
+        (having("seed", 3), "adopt: Task has an attribute 'seed', which is COLAModule's own"),
+        (having("step_loss", nn.MSELoss()), "adopt: Task has an attribute 'step_loss', which is COLAModule's own"),
+        (Backbone, "model: .*target_modules and modules_to_save choose its parts"),
+    ],
+)
+def test_a_class_that_would_use_another_optimizer_loss_or_part_without_a_word_is_refused(cls, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        chained(cls, modules_to_save=[]).configure_model()
 
 
 # ---------------------------------------------------------------------- encoder-decoders
 
 
-def t5(folder):
-    """The folder of a tiny T5 with random weights."""
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
+def test_the_example_of_an_encoder_decoder_trains_a_t5_and_exports_it_and_no_causal_model_takes_it(tmp_path, monkeypatch):
     sizes = {"vocab_size": 400, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     special = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    folder = str(tmp_path / "t5")
     transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **special)).save_pretrained(folder)
     tiny.tokenizer("gpt2", pad=True).save_pretrained(folder)
-    return str(folder)
-
-
-def test_an_encoder_decoder_as_a_causal_model_is_refused_in_one_line_that_names_it(tmp_path):
-    with pytest.raises(UserError, match=rf"^model\.model_name: '{tmp_path}/t5' is an encoder-decoder"):
-        COLACausalLM(t5(tmp_path / "t5"), rank=2).configure_model()
-
-
-@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
-def test_the_example_of_an_encoder_decoder_trains_a_t5_and_exports_it(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=rf"^model\.model_name: '{folder}' is an encoder-decoder"):
+        COLACausalLM(folder, rank=2).configure_model()
     monkeypatch.chdir(tmp_path)
-    names, folder = {"__name__": __name__}, t5(tmp_path / "t5")
+    names = {"__name__": __name__}
     exec((foreign_tasks.ROOT / "examples" / "encoder_decoder.py").read_text().replace("google-t5/t5-small", folder), names)
     module = names["module"]
     assert len(module.chain) == 1
@@ -301,47 +243,33 @@ def test_the_example_of_an_encoder_decoder_trains_a_t5_and_exports_it(tmp_path, 
 # ---------------------------------------------------------------------- a real one
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The real module's chain after a fit, and the fit."""
-    folder, module = tmp_path_factory.mktemp("trained"), foreign_tasks.segmentation()
-    before = weights(module)
-    return SimpleNamespace(module=module, before=before, run=fit(folder, module, Pictures(batch_size=2)), folder=folder)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_a_real_module_trains_its_links_with_its_own_optimizer_and_metrics(trained):
-    module, after = trained.module, weights(trained.module)
-    changed = {name for name in after if not torch.equal(after[name], trained.before[name])}
+def test_a_real_module_trains_its_links_by_its_own_optimizer_and_resumes_to_the_bit_and_runs_on_two_processes(tmp_path):
+    module = foreign_tasks.segmentation()
+    before = weights(module)
+    run = fit(tmp_path / "whole", module, Pictures(batch_size=2))
+    after = weights(module)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
     adapted = {f"model.{name}.weight" for name in module.adapted.layers}  # changed by the knot
     assert changed - adapted <= module.state_dict().keys()
     assert {f"model.{name}.lora_B" for name in module.adapted.layers} <= changed
     assert len(module.chain) == 1
-    assert type(trained.run.optimizers[0]) is torch.optim.AdamW
-    assert "val_MulticlassJaccardIndex" in trained.run.callback_metrics
-    loaded = type(module).load_from_checkpoint(last(trained.folder))
-    assert_bit_equal(weights(loaded), after)
+    assert type(run.optimizers[0]) is torch.optim.AdamW
+    assert "val_MulticlassJaccardIndex" in run.callback_metrics
+    assert_bit_equal(weights(type(module).load_from_checkpoint(last(tmp_path / "whole"))), after)
 
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-def test_a_real_module_resumes_to_the_bit(trained, tmp_path):
     fit(tmp_path / "part", foreign_tasks.segmentation(), Pictures(batch_size=2), stop=6)
     resumed = foreign_tasks.segmentation()
     again = fit(tmp_path / "again", resumed, Pictures(batch_size=2), ckpt_path=last(tmp_path / "part"))
-    assert_bit_equal(weights(resumed), weights(trained.module))
-    assert again.callback_metrics["val_loss"] == trained.run.callback_metrics["val_loss"]
+    assert_bit_equal(weights(resumed), after)
+    assert again.callback_metrics["val_loss"] == run.callback_metrics["val_loss"]
 
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-def test_a_real_module_is_trained_by_two_processes(trained, tmp_path):
     command = [sys.executable, foreign_tasks.__file__, str(tmp_path)]
     processes = [subprocess.Popen(command, env=environment) for environment in as_torchrun(2)]
     assert [process.wait(timeout=240) for process in processes] == [0, 0]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    names = [name for name in first if name in dict(trained.module.named_parameters())]
+    names = [name for name in first if name in dict(module.named_parameters())]
     assert_bit_equal({name: first[name] for name in names}, {name: second[name] for name in names})
 
 

@@ -187,22 +187,21 @@ def run_page(page, tmp_path):
         assert main([instead.get(word, word) for word in words]) == 0, words
 
 
-def test_the_tutorial_works_line_by_line(tmp_path, capsys):
-    run_example("make_rows")
-    run_page("docs/tutorial.md", tmp_path)
-    out = capsys.readouterr().out
-    assert "tickets.csv: 96 rows for training, 12 for validation, 12 for test" in out
-    assert "prediction: 120 rows" in out
-    assert Path("merged/tokenizer.json").exists()
-
-
-def test_the_page_on_preferences_works_line_by_line(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("page", "rows", "said"),
+    [
+        ("docs/tutorial.md", "tickets.csv: 96 rows for training, 12 for validation, 12 for test", "prediction: 120 rows"),
+        ("docs/preferences.md", "pairs.csv: 42 rows for training, 6 for validation, 12 for test", "model after 1 of 2 links"),
+    ],
+)
+def test_the_tutorial_and_the_page_on_preferences_work_line_by_line(page, rows, said, tmp_path, capsys):
     run_example("make_rows")
     run_example("make_pairs")
-    run_page("docs/preferences.md", tmp_path)
+    run_page(page, tmp_path)
     out = capsys.readouterr().out
-    assert "pairs.csv: 42 rows for training, 6 for validation, 12 for test" in out
-    assert "the reference is the model after 1 of 2 links" in out
+    assert rows in out
+    assert said in out
+    assert Path("merged/tokenizer.json").exists() or page != "docs/tutorial.md"
 
 
 def make_rows_of_stages():

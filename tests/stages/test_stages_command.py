@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,8 +43,7 @@ STAGES = {
 
 
 class KillOnce(Callback):
-    """Kills a stage's fit, or the command that waits for it, in the middle or at the end of the fit; once, for which it has a
-    file."""
+    """Kills a stage's fit, or the command that waits for it, inside or at the end of the fit; once, for which it has a file."""
 
     def __init__(self, marker: str, name: str, whom: str = "fit", when: str = "inside"):
         self.marker, self.name, self.whom, self.when = Path(marker), name, whom, when
@@ -87,8 +87,7 @@ def _here():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with the rows of three tasks, a model and a config of three stages, of which the command has trained the first
-    two and then, in a copy of its output, all."""
+    """A folder with the rows of three tasks, a model and a config of three stages, all of which the command has trained."""
     folder = tiny.make_language_folder(tmp_path_factory.mktemp("stages"))
     flipped = [row | {"label": 1 - row["label"]} for row in tiny.read_rows(folder / "rows" / "train.jsonl")]
     tiny.write_rows(folder / "flipped", flipped)
@@ -98,9 +97,6 @@ def trained(tmp_path_factory):
     config["model"]["init_args"]["alpha"] = 4
     del config["chain"]
     with contextlib.chdir(folder):
-        write(config | {"stages": {name: STAGES[name] for name in ("good", "pairs")}})
-        assert stages(output="two") == 0
-        shutil.copytree("two", "out")
         write(config | {"stages": STAGES})
         with open("printed.txt", "w") as printed, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             assert stages("--max_forgetting", "1e-9") == 3
@@ -115,8 +111,8 @@ def config(trained, tmp_path, monkeypatch):
     return yaml.safe_load(Path("stages.yaml").read_text())
 
 
-def stages(*words, output="out", fit=()):
-    return main(["stages", "--config", "stages.yaml", "--output", output, *words, *(["--", *fit] if fit else ())])
+def stages(*words, output="out"):
+    return main(["stages", "--config", "stages.yaml", "--output", output, *words])
 
 
 def write(config):
@@ -133,7 +129,7 @@ def trained_in(printed):
 
 
 def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd, monkeypatch):
-    assert trained_in(Path("printed.txt").read_text()) == ["flipped"]
+    assert trained_in(Path("printed.txt").read_text()) == list(STAGES)
     assert [link.name for link in chain("flipped").links] == ["good", "good", "pairs", "flipped"]
     for name, n in {"good": 2, "pairs": 3}.items():
         assert_same_chain(chain("flipped").truncate(n), chain(name))
@@ -163,21 +159,15 @@ def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd
     assert [link.end_step for link in chain("flipped").links] == [4, 6, 4, 3]
 
 
-def measured(stage, links):
-    """What ``cola test`` writes of a stage's data and the last checkpoint."""
-    before = set(Path("out/flipped").rglob("metrics.csv"))
-    assert main(["test", "--config", f"out/{stage}/config.yaml", "--ckpt_path", "out/flipped", "--links", links]) == 0
-    (path,) = set(Path("out/flipped").rglob("metrics.csv")) - before
-    return read_csv(path)[-1]
-
-
 @pytest.mark.usefixtures("config")
 def test_the_matrix_is_what_tests_of_the_last_checkpoint_give():
     printed, rows = Path("printed.txt").read_text(), read_csv("out/matrix.csv")
     assert [(row["links"], row["stage"]) for row in rows] == [("0", "base"), ("2", "good"), ("3", "pairs"), ("4", "flipped")]
     assert list(rows[0])[2:] == ["good loss", "good accuracy", "pairs loss", "flipped loss", "flipped accuracy"]
     for row in (rows[0], rows[2]):
-        alone = measured("good", row["links"])
+        words = ["--config", "out/good/config.yaml", "--ckpt_path", "out/flipped", "--links", row["links"]]
+        assert main(["test", *words]) == 0
+        alone = read_csv(max(Path("out/flipped/test").rglob("metrics.csv")))[-1]  # of the last version
         assert [row[f"good {name}"] for name in ("loss", "accuracy")] == [
             alone[f"test_{name}"] for name in ("loss", "accuracy")
         ]
@@ -202,11 +192,6 @@ def test_the_matrix_is_what_tests_of_the_last_checkpoint_give():
     margin = float(forgotten["high"]) - float(forgotten["value"])
     assert f"± {margin:.2g}" in printed
     assert "max_forgetting: " in printed
-    before = read_csv("two/matrix.csv")
-    assert [row["stage"] for row in before] == ["base", "good", "pairs"]
-    for row, known in zip(rows, before, strict=False):  # of another checkpoint, in which a link that was current is merged
-        for name in list(known)[2:]:
-            assert float(row[name]) == pytest.approx(float(known[name]), abs=1e-6)
 
 
 def test_forgetting_and_transfers_are_means_over_tasks_of_one_kind():
@@ -222,44 +207,35 @@ def test_forgetting_and_transfers_are_means_over_tasks_of_one_kind():
     assert line == "average loss of a, b: 1.75 at the end; forgetting 0.75, backward transfer +0.75, forward transfer -1"
 
 
-def measured_rows(states, n_rows, seed, weights=None):
-    """A loss or an accuracy of each state, and its rows."""
-    random = np.random.default_rng(seed)
-    weights = np.ones(n_rows) if weights is None else weights
+def measured_column(task, states, n_rows, own, weights=1.0):
+    """A task whose loss was measured on rows, in each state of the model."""
+    random, weights = np.random.default_rng(n_rows), np.broadcast_to(weights, n_rows)
     difficulty = random.normal(size=n_rows)  # of a row, in every state
-    rows = [
-        [((state + difficulty + 0.3 * random.normal(size=n_rows)) * weights).tolist(), weights.tolist()] for state in states
-    ]
-    return [sum(values) / sum(counts) for values, counts in rows], rows
+    rows = [np.array([(state + difficulty + 0.3 * random.normal(size=n_rows)) * weights, weights]) for state in states]
+    return Column(task, "loss", [values.sum() / weights.sum() for values, _ in rows], own, rows=rows)
 
 
 def test_an_interval_is_that_of_a_paired_t_test_and_of_a_ratio_of_sums():
-    values, rows = measured_rows([3.0, 1.0, 1.2, 1.4], 30, seed=0)
-    column = Column("a", "loss", values, 2, rows=rows)
+    column = measured_column("a", [3.0, 1.0, 1.2, 1.4], 30, own=2)
     for one, before, after in zip(column.summaries, (1, 2, 0), (3, 3, 1), strict=True):
-        expected = stats.ttest_rel(rows[after][0], rows[before][0]).confidence_interval(0.95)
+        expected = stats.ttest_rel(column.rows[after][0], column.rows[before][0]).confidence_interval(0.95)
         assert (one.value - one.margin, one.value + one.margin) == pytest.approx(tuple(expected))
-    opposite = Column("a", "accuracy", [-one for one in values], 2, rows=[[[-x for x in one[0]], one[1]] for one in rows])
+    opposite = Column("a", "accuracy", [-one for one in column.values], 2, rows=[[-values, n] for values, n in column.rows])
     assert opposite.forgetting.text() == column.forgetting.text()
 
     random = np.random.default_rng(1)
-    weights = random.integers(1, 200, size=40).astype(float)  # tokens
-    values, rows = measured_rows([3.0, 2.0, 2.2], 40, seed=2, weights=weights)
-    found = Column("a", "loss", values, 1, rows=rows).backward_transfer
-    arrays = np.array(rows)
-    drawn = arrays[:, :, random.integers(0, 40, size=(4000, 40))].sum(-1)  # a bootstrap of the ratio
+    column = measured_column("a", [3.0, 2.0, 2.2], 40, own=1, weights=random.integers(1, 200, size=40))  # tokens
+    drawn = np.array(column.rows)[:, :, random.integers(0, 40, size=(4000, 40))].sum(-1)  # a bootstrap of the ratio
     ratios = drawn[2, 0] / drawn[2, 1] - drawn[1, 0] / drawn[1, 1]
+    found = column.backward_transfer
     assert found.margin == pytest.approx(stats.t.ppf(0.975, 39) * ratios.std(), rel=0.08)
-    assert found.value == pytest.approx(values[2] - values[1])
+    assert found.value == pytest.approx(column.values[2] - column.values[1])
 
 
 def test_the_interval_of_an_average_is_welchs():
-    columns = []
-    for k, (name, n_rows) in enumerate({"a": 20, "b": 50}.items()):
-        values, rows = measured_rows([3.0, 1.0, 1.2, 1.3], n_rows, seed=k)
-        columns.append(Column(name, "loss", values, 1, rows=rows))
+    columns = [measured_column(task, [3.0, 1.0, 1.2, 1.3], n_rows, own=1) for task, n_rows in {"a": 20, "b": 50}.items()]
     mean = Difference.mean([column.backward_transfer for column in columns])
-    gaps = [np.array(column.rows[3][0]) - np.array(column.rows[1][0]) for column in columns]
+    gaps = [column.rows[3][0] - column.rows[1][0] for column in columns]
     expected = stats.ttest_ind(gaps[0], -gaps[1], equal_var=False).confidence_interval(0.95)  # of their sum
     assert mean.margin == pytest.approx((expected.high - expected.low) / 4)
     (line,) = Matrix(["base", "a", "x", "b"], [0, 1, 2, 3], columns).averages
@@ -290,16 +266,10 @@ def test_other_rows_in_the_same_file_are_another_stage(config, capfd, monkeypatc
     assert stages("--knot", "half") == 2
     assert "has another run" in capfd.readouterr().err
     assert chain("other")
-    config["stages"]["other"]["model"] = {"init_args": {"rank": 1}}
-    write(config)
-    assert stages("--knot", "half") == 2
-    assert "stages.other: with --knot half" in capfd.readouterr().err
 
 
 def test_a_later_stage_trains_a_share_of_earlier_rows_again(config, capfd, monkeypatch):
     monkeypatch.setattr(Stages, "_test", lambda *_: [])
-    assert stages("--replay", "2") == 2
-    assert "error: replay: must be a share" in capfd.readouterr().err
     config["stages"]["again"] = {}
     write(config)
     assert stages("--replay", "0.25") == 0
@@ -338,6 +308,10 @@ def test_replayed_rows_are_training_rows_of_any_data(tmp_path, packing):
     assert n_rows == len(new.train)
     with pytest.raises(UserError, match=r"^replay: old and this stage must have one class of data"):
         Replay(0.5, {"old": Squares(2)}).setup(run, module, "fit")
+    (squares := Squares(2)).setup("fit")
+    Replay(0.25, {"old": Squares(2)}).setup(SimpleNamespace(datamodule=squares), None, "fit")
+    assert squares.train[:8] == [(x, x**2) for x in range(8)]
+    assert len(squares.train) == 10
 
 
 class Squares(EpochDataModule):
@@ -345,14 +319,6 @@ class Squares(EpochDataModule):
 
     def setup(self, stage):
         self.train = [(x, x**2) for x in range(8)]
-
-
-def test_replayed_rows_may_be_a_list():
-    own = Squares(2)
-    own.setup("fit")
-    Replay(0.25, {"old": Squares(2)}).setup(SimpleNamespace(datamodule=own), None, "fit")
-    assert own.train[:8] == [(x, x**2) for x in range(8)]
-    assert len(own.train) == 10
 
 
 @pytest.fixture(scope="module")
@@ -369,8 +335,7 @@ def whole(trained, tmp_path_factory):
 
 
 def two_stages(trained, output, words, name="flipped", callbacks=()):
-    """The command, in a process of its own, with two stages of the config, the first of which is trained already unless it is
-    the one that gets the callbacks."""
+    """The command, in a process of its own, with two stages; the first is trained already unless it gets the callbacks."""
     config = yaml.safe_load((trained / "stages.yaml").read_text())
     del config["stages"]["pairs"]
     config["stages"][name].setdefault("trainer", {})["callbacks"] = list(callbacks)
@@ -380,17 +345,14 @@ def two_stages(trained, output, words, name="flipped", callbacks=()):
     return forked.Command("-c", forked.COMMAND, "stages", "--config", "two.yaml", "--output", str(output), *words, cwd=trained)
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     ("whom", "name", "when", "words"),
     [
         ("command", "flipped", "inside", ["--replay", "0.3"]),
-        pytest.param("command", "good", "at the end", [], marks=SLOW),  # between two stages
-        pytest.param("command", "good", "inside", [], marks=SLOW),
-        pytest.param("fit", "flipped", "inside", ["--knot", "half"], marks=SLOW),
-        pytest.param("fit", "flipped", "at the end", ["--knot", "record"], marks=SLOW),
+        pytest.param("command", "good", "at the end", [], marks=pytest.mark.slow),  # between two stages
+        pytest.param("command", "good", "inside", [], marks=pytest.mark.slow),
+        pytest.param("fit", "flipped", "inside", ["--knot", "half"], marks=pytest.mark.slow),
+        pytest.param("fit", "flipped", "at the end", ["--knot", "record"], marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -412,16 +374,16 @@ def test_stages_that_were_killed_leave_what_others_do(trained, whole, tmp_path, 
     assert_same_chain(read_chain(tmp_path / "out" / "flipped"), chain)
 
 
-@SLOW  # the second process of each run is a new one
+@pytest.mark.slow  # each run has two new processes
 def test_two_processes_leave_the_matrix_of_one(config, monkeypatch):
     """With batches of half the size."""
-    monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=forked.Popen, STDOUT=None))
+    monkeypatch.setattr(run, "subprocess", subprocess)
     config["stages"] = {name: config["stages"][name] for name in ("good", "pairs")}
     config["stages"]["again"] = {}
     write(config)
     assert stages("--replay", "0.25", output="one") == 0
     two = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accelerator", "cpu", "--data.batch_size", "2"]
-    assert stages("--replay", "0.25", output="two", fit=two) == 0
+    assert stages("--replay", "0.25", "--", *two, output="two") == 0
     for file in ("matrix.csv", "summary.csv"):
         for mine, theirs in zip(*(read_csv(Path(output, file)) for output in ("two", "one")), strict=True):
             assert mine.keys() == theirs.keys()
@@ -431,38 +393,41 @@ def test_two_processes_leave_the_matrix_of_one(config, monkeypatch):
     assert "distributed_backend=gloo" in Path("two/again/log.txt").read_text()
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("  flipped:", "  good:", "stages: there are two stages 'good'"),
-        ("  flipped:", "  all:", "stages: .* got 'all'"),
-        ("  flipped:", "  2:", "stages: .* got '2'"),
-        ("source: flipped", "sauce: flipped", r"stages\.flipped: .*'sauce'.*data\.source"),
-        ("COLAPreferenceLM", "COLAPreferencLM", r"stages\.pairs: .*COLAPreferencLM"),
-        ("COLAPreferenceLM", "COLAPreferenceLM\n      rank: 3", r"stages\.pairs: model\.rank: stages\.yaml "),
-        ("stages:", "stags:", "stages: "),
-        ("seed_everything: 0", "seed_everything: 0\nckpt_path: runs", r"stages\.good: ckpt_path "),
-        ("seed_everything: 0", "seed_everything: [", "config: "),
-    ],
-)
+# What is changed in the config, the options, and how the message begins.
+MISTAKES = [
+    (("  flipped:", "  good:"), [], "stages: there are two stages 'good'"),
+    (("  flipped:", "  all:"), [], "stages: .* got 'all'"),
+    (("  flipped:", "  2:"), [], "stages: .* got '2'"),
+    (("source: flipped", "sauce: flipped"), [], r"stages\.flipped: .*'sauce'.*data\.source"),
+    (("COLAPreferenceLM", "COLAPreferenceLM\n      rank: 3"), [], r"stages\.pairs: model\.rank: stages\.yaml "),
+    (("stages:", "stags:"), [], "stages: "),
+    (("seed_everything: 0", "seed_everything: 0\nckpt_path: runs"), [], r"stages\.good: ckpt_path "),
+    (("seed_everything: 0", "seed_everything: ["), [], "config: "),
+    (("", ""), ["--replay", "2"], "replay: must be a share"),
+    (("", ""), ["--fit_scales", "true", "--knot", "half"], "fit_scales: needs --knot cola"),
+    (("", ""), ["--knot", "half"], r"stages\.pairs: with --knot half"),
+]
+
+
 @pytest.mark.usefixtures("config")
-def test_a_mistake_is_one_line_before_anything_is_trained(old, new, message, capfd):
+def test_a_mistake_is_one_line_before_anything_is_trained(capfd):
     text = Path("stages.yaml").read_text()
-    assert old in text
-    Path("stages.yaml").write_text(text.replace(old, new))
-    assert stages(output="new") == 2
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert re.match(f"error: {message}", line), line
+    for (old, new), words, message in MISTAKES:
+        assert old in text
+        Path("stages.yaml").write_text(text.replace(old, new))
+        assert stages(*words, output="new") == 2
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert re.match(f"error: {message}", line), line
     assert not Path("new").exists()
 
 
 def test_fitted_scales_are_the_best_by_validation_and_are_not_measured_again(config, capfd):
     del config["stages"]["flipped"]
     write(config)
-    shutil.rmtree("out")
-    Path("two").rename("out")
+    shutil.rmtree("out/flipped")
     assert stages("--fit_scales", "true") == 0
     printed = capfd.readouterr().out
+    assert trained_in(printed) == []
     scale = yaml.safe_load(Path("out/scales.yaml").read_text())
     tried = {name: [tasks(name, "scales/pairs")[number] for number in range(4)] for name in ("good", "pairs")}
     factors = [1.0, 0.5, 0.75, 1.25]
@@ -481,8 +446,6 @@ def test_fitted_scales_are_the_best_by_validation_and_are_not_measured_again(con
     assert len(results) == 2 + 2 + 2 * 2 + 2  # stages, their tests, the factors that were tried, the tests with the best
     assert stages("--fit_scales", "true") == 0
     assert results == {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")}
-    assert stages("--fit_scales", "true", "--knot", "half") == 2
-    assert "fit_scales: needs --knot cola" in capfd.readouterr().err
 
 
 def tasks(name, folder):
