@@ -30,10 +30,6 @@ from unittest import mock
 import coverage
 
 ROOT = Path(__file__).parents[2]
-_PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-_BEFORE_TESTS = os.environ | {"PYTHONPATH": _PATH, "OMP_NUM_THREADS": "1"}  # with more threads it could not fork
-for _name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):  # it only imports, which takes half as long unmeasured
-    _BEFORE_TESTS.pop(_name, None)
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.helpers.fork_server"])
 
@@ -41,7 +37,7 @@ SERVER.set_forkserver_preload(["tests.helpers.fork_server"])
 def start_server():
     """Begins the process that forks commands, with what this one has imported."""
     resource_tracker.ensure_running()  # which is a new process
-    with mock.patch.dict(os.environ, _BEFORE_TESTS, clear=True), mock.patch.object(util, "spawnv_passfds", _fork):
+    with mock.patch.object(util, "spawnv_passfds", _fork):
         forkserver.ensure_running()
 
 
@@ -92,17 +88,8 @@ class Command:
         environment = dict(os.environ if env is None else env)
         given = self.arguments, os.path.abspath(cwd or "."), environment, self._streams, start_new_session
         self._process = SERVER.Process(target=_become, args=given)
-        with mock.patch.dict(os.environ, _BEFORE_TESTS, clear=True):  # that of the server, which the first command starts
-            self._process.start()
+        self._process.start()
         self.pid = self._process.pid
-
-    def poll(self):
-        """As ``subprocess.Popen.poll``."""
-        return self._process.exitcode
-
-    def wait(self):
-        """As ``subprocess.Popen.wait``."""
-        self.returncode = self.finish().returncode
 
     def finish(self, timeout=None):
         """Waits for its end, and kills it after ``timeout`` seconds; gives what ``subprocess.run`` does, as text."""
