@@ -8,8 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Rows that tests prepare are cached for as long as the tests run. Read by datasets, and by commands that tests start.
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="cola_lightning_rows_")
+from tests.helpers.standin_hub import HUB
+
+# The only hub is the tests' own, and what is cached of it, and of prepared rows, is there for as long as they run. Read by
+# huggingface_hub and datasets, and by commands that tests start.
+os.environ |= HUB.environment(tempfile.mkdtemp(prefix="cola_lightning_hub_"))
 # Class paths of configs begin in the clone's folder. Read by commands that tests start.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 # Sums in one order, whatever the machine; and processes that tests start do not wait for each other's threads. Read by torch.
@@ -27,10 +30,10 @@ settings.register_profile("same", derandomize=True, deadline=None, database=None
 settings.load_profile("same")
 gc.disable()  # until all is imported
 sys.argv[:] = ["cola"]  # LightningCLI warns of arguments that are given twice
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 # Their tests are few and long: begun first, for at the end a worker would wait for them alone.
-LONG = ["kills", "stages_command", "notebooks", "cli_language", "hub", "distributed", "compare", "cli", "speed"]
+LONG = ["kills", "stages_command", "notebooks", "cli_language", "distributed", "compare", "cli", "speed"]
 LONG += ["scale", "layering", "running", "wheel"]
 
 

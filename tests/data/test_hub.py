@@ -3,22 +3,21 @@
 What is loaded, and from where, is the libraries' own; the hub is a stand-in on this machine.
 """
 
+import itertools
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
+from transformers import AutoTokenizer
 
+from cola_lightning import TextDataModule, UserError
+from cola_lightning.cli import main
 from tests.helpers import tiny
-from tests.helpers.standin_hub import StandInHub
+from tests.helpers.standin_hub import HUB
 
-ROOT = Path(__file__).parents[2]
 N_ROWS = 40  # of each split
 
 
@@ -92,104 +91,98 @@ def file_alone(split):
     return {"train.jsonl": "".join(json.dumps(TLDR(split, k)[0]) + "\n" for k in range(N_ROWS)).encode()}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
-    with StandInHub() as hub:
+    with HUB, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s after each stream, for Arrow's threads
         tiny.folder(folder / "chat", max_position_embeddings=256)
         tiny.chat_tokenizer(tiny.CHAT).save_pretrained(folder / "chat")
-        hub.add("models", "owner/chat", folder / "chat")
+        HUB.add("models", "owner/chat", folder / "chat")
         for name, made in SETS.items():
-            hub.add("datasets", name, files_of(made, folder))
-        hub.old = hub.add("datasets", "owner/revised", file_alone("old"))
-        hub.add("datasets", "owner/revised", file_alone("new"))
-        yield hub
+            HUB.add("datasets", name, files_of(made, folder))
+        HUB.old = HUB.add("datasets", "owner/revised", file_alone("old"))
+        HUB.add("datasets", "owner/revised", file_alone("new"))
+        yield HUB
 
 
-@pytest.fixture(scope="module")
-def runs(hub, tmp_path_factory):
-    """What each command did: its exit status, its log, and the texts of its batches."""
-    each_epoch = ["--chain.every_n_epochs", "1"]
-    streamed = {"source": "trl-lib/tldr", "streaming": True, "train_size": 16}
-    held_out = {"streaming": True, "train_size": 8, "val_size": 5, "test_size": 5}
-    commands = {name: {"source": name} | made.arguments for name, made in SETS.items()} | {
-        "no split": {"source": "HuggingFaceH4/ultrachat_200k"},
-        "no subset": {"source": "openai/gsm8k"},
-        "old": {"source": "owner/revised", "revision": hub.old},
-        "new": {"source": "owner/revised"},
-        "streamed": streamed,
-        "streamed, another seed": streamed | {"split_seed": 1},
-        "streamed, no validation": {"source": "tatsu-lab/alpaca"} | held_out,
-        "by names alone": ["fit", "--model.model_name", "owner/chat", "--data.source", "tatsu-lab/alpaca", *each_epoch],
-    }
-    commands = {name.replace("/", " "): command for name, command in commands.items()}
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "commands.json").write_text(json.dumps(commands))
-    command = [sys.executable, "-m", "tests.helpers.hub_run", str(folder / "commands.json")]
-    subprocess.run(command, cwd=ROOT, env=hub.environment(folder / "cache"), check=True)
-    results = {}
-    for name, status in json.loads((folder / "commands.json").read_text()).items():
-        path = folder / name / "texts.jsonl"
-        texts = tiny.read_rows(path) if path.exists() else []
-        results[name] = SimpleNamespace(status=status, log=(folder / name / "log").read_text(), texts=texts)
-    return results
+def read(source, **arguments):
+    """The rows of the first batches that a fit would get: ``stage``, the whole ``text``, the part of it that is ``trained``."""
+    data = TextDataModule(source, **arguments)
+    data.tokenizer = AutoTokenizer.from_pretrained("owner/chat")
+    data.setup("fit")
+
+    def decoded(ids):
+        return data.tokenizer.decode(ids, skip_special_tokens=True)
+
+    return [
+        {"stage": stage, "text": decoded(ids[mask.bool()]), "trained": decoded(labels[labels != -100]).strip()}
+        for stage, loader in (("train", data.train_dataloader()), ("validation", data.val_dataloader()))
+        for batch in itertools.islice(loader, 2)
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)
+    ]
 
 
-def assert_trained(run, row, train="train", validation="train"):
-    """The rows of the batches are those of a split, with all their texts in order, and the loss is on the last of these."""
-    assert run.status == 0, run.log
+def assert_trained(rows, row, train="train", validation="train"):
+    """They are those of a split, with all their texts in order, and the loss is on the last of these."""
     for stage, split in (("train", train), ("validation", validation)):
         expected = [texts for _, texts in (row(split, k) for k in range(N_ROWS))]
-        found = [one for one in run.texts if one["stage"] == stage]
+        found = [one for one in rows if one["stage"] == stage]
         assert found
         for one in found:
             assert any(
-                one["trained"].strip() == texts[-1] and re.search(".*".join(map(re.escape, texts)), one["text"], re.DOTALL)
+                one["trained"] == texts[-1] and re.search(".*".join(map(re.escape, texts)), one["text"], re.DOTALL)
                 for texts in expected
             ), one
             assert "Below" not in one["text"]
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_data_set_of_the_hub_is_trained_on_by_its_name(runs, name):
-    run, made = runs[name.replace("/", " ")], SETS[name]
-    assert_trained(run, made.row, made.arguments.get("train_split", "train"), made.validation)
-    assert any(all(column in line for column in made.printed.split()) for line in run.log.splitlines())
+def test_a_data_set_of_the_hub_is_trained_on_by_its_name(name, caplog):
+    made = SETS[name]
+    with caplog.at_level("INFO"):
+        rows = read(name, **made.arguments)
+    assert_trained(rows, made.row, made.arguments.get("train_split", "train"), made.validation)
+    assert any(all(column in line for column in made.printed.split()) for line in caplog.messages)
 
 
-def test_what_a_set_has_is_listed_where_the_user_must_choose(runs):
-    for name, words in [
-        ("no split", "data.train_split train_sft test_sft train_gen"),
-        ("no subset", "data.subset main socratic"),
-    ]:
-        assert runs[name].status == 2, runs[name].log
-        last = runs[name].log.strip().splitlines()[-1]
-        assert last.startswith("error: ")
-        assert [word for word in words.split() if not re.search(rf"(?<!\w){word}\b", last)] == []
+@pytest.mark.parametrize(
+    ("name", "option", "words"),
+    [
+        ("HuggingFaceH4/ultrachat_200k", "train_split", "train_sft test_sft train_gen"),
+        ("openai/gsm8k", "subset", "main socratic"),
+    ],
+)
+def test_what_a_set_has_is_listed_where_the_user_must_choose(name, option, words):
+    with pytest.raises(UserError) as raised:
+        read(name)
+    assert [word for word in [f"data.{option}", *words.split()] if not re.search(rf"(?<!\w){word}\b", str(raised.value))] == []
 
 
-def test_a_revision_is_an_older_state_of_a_set(runs):
-    for name in ("old", "new"):
-        assert_trained(runs[name], TLDR, name, name)
+def test_a_revision_is_an_older_state_of_a_set(hub):
+    for split, arguments in {"old": {"revision": hub.old}, "new": {}}.items():
+        assert_trained(read("owner/revised", **arguments), TLDR, split, split)
 
 
-def test_one_command_by_names_alone_is_a_chain_of_three_epochs(runs):
-    run = runs["by names alone"]
-    assert run.status == 0, run.log
+def test_one_command_by_names_alone_is_a_chain_of_three_epochs(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = ["--model.model_name", "owner/chat", "--data.source", "tatsu-lab/alpaca", "--chain.every_n_epochs", "1"]
+    assert main(["fit", *words]) == 0
+    log = capfd.readouterr().out
     for printed in ("using max_epochs 3", "link 0 finished", "link 1 finished", "link 2 live at the end"):
-        assert printed in run.log
+        assert printed in log
 
 
-def test_some_rows_of_a_data_set_are_streamed_by_the_seed_and_some_of_them_held_out(runs):
-    orders = []
-    for name in ("streamed", "streamed, another seed"):
-        assert_trained(runs[name], TLDR, "train", "validation")
-        orders.append([row["text"] for row in runs[name].texts if row["stage"] == "train"])
+def test_some_rows_of_a_data_set_are_streamed_by_the_seed_and_some_of_them_held_out():
+    runs = [read("trl-lib/tldr", streaming=True, train_size=16, split_seed=seed) for seed in range(2)]
+    orders = [[row["text"] for row in run if row["stage"] == "train"] for run in runs]
+    for run in runs:
+        assert_trained(run, TLDR, "train", "validation")
     assert len(orders[0]) == len(orders[1]) == 16
     assert orders[0] != orders[1]
-    run = runs["streamed, no validation"]
+    run = read("tatsu-lab/alpaca", streaming=True, train_size=8, val_size=5, test_size=5)
     assert_trained(run, alpaca)
-    trained, validated = ({row["trained"].strip() for row in run.texts if row["stage"] == s} for s in ("train", "validation"))
+    trained, validated = ({row["trained"] for row in run if row["stage"] == stage} for stage in ("train", "validation"))
     assert len(trained) in (7, 8)  # one row has no response
     assert len(validated) in (4, 5)
     assert not trained & validated

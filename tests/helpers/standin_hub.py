@@ -1,12 +1,12 @@
 """A Hugging Face hub on this machine: models and data sets under names like the real ones', each a list of revisions.
 
-``huggingface_hub``, ``datasets`` and ``transformers`` are the real ones, in a new process whose environment is
-``hub.environment(cache)``: they read these variables when they are imported. Without a revision they take the newest one.
+``huggingface_hub``, ``datasets`` and ``transformers`` are the real ones. They read its environment when they are imported, so
+``conftest.py`` sets it before. Without a revision they take the newest one.
 """
 
+import atexit
 import hashlib
 import json
-import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,20 +19,29 @@ TIME = "2026-01-01T00:00:00.000Z"
 
 
 class StandInHub:
-    """A server, from ``with`` to its end."""
+    """A server, which has its address from the beginning and answers from ``with`` to its end."""
 
     def __init__(self):
         self._repositories = {}  # by kind and id: its revisions, the newest last, by hash: its files' contents by path
         handler = type("Handler", (_Handler,), {"repositories": self._repositories})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler, bind_and_activate=False)
+        self._server.server_bind()
+        atexit.register(self._server.server_close)
 
     def __enter__(self):
+        self._server.server_activate()
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
 
     def __exit__(self, *_):
         self._server.shutdown()
         self._server.server_close()
+
+    def environment(self, cache):
+        """The environment of a process that knows this hub alone, and a folder for what it downloads and prepares."""
+        ours = {"HF_ENDPOINT": f"http://127.0.0.1:{self._server.server_port}", "NO_PROXY": "127.0.0.1"}
+        folders = {"HF_HOME": cache, "HF_HUB_CACHE": f"{cache}/hub", "HF_DATASETS_CACHE": f"{cache}/datasets"}
+        return ours | folders | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 
     def add(self, kind, name, files):
         """Adds a revision of ``datasets`` or ``models`` and returns its hash; files: contents by path, or a folder."""
@@ -41,12 +50,6 @@ class StandInHub:
         revision = _hash(repr(sorted(files.items())).encode())
         self._repositories.setdefault((kind, name), {})[revision] = files
         return revision
-
-    def environment(self, cache):
-        """The environment of a new process that knows this hub alone, and a folder for what it downloads."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-        ours = {"HF_ENDPOINT": f"http://127.0.0.1:{self._server.server_port}", "HF_HOME": str(Path(cache).absolute())}
-        return kept | ours | {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -123,3 +126,6 @@ def _entries(files):
 def _is_inside(path, folder, *, is_recursive):
     parents = [str(parent) for parent in PurePosixPath(path).parents]
     return (folder or ".") in (parents if is_recursive else parents[:1])
+
+
+HUB = StandInHub()
