@@ -27,6 +27,7 @@ from cola_lightning.stages.run import run as run_stage
 from cola_lightning.stages.stages import Stages
 from cola_lightning.study import run
 from tests.helpers import forked, tiny
+from tests.helpers.comparing import known_config
 from tests.helpers.toy import assert_same_chain, read_csv
 
 PAIRS = [
@@ -82,6 +83,7 @@ class Here:
 def _here():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "subprocess", SimpleNamespace(Popen=Here, STDOUT=None))
+        patch.setattr("cola_lightning.stages.stages.resolve_config", lambda words: known_config(*words))
         yield
 
 
