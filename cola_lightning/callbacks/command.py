@@ -142,7 +142,7 @@ class ConfigSaver(SaveConfigCallback):
             config.ckpt_path = config.links = None  # another run's: this run's own checkpoints are next to the file
             if "scale" in config:
                 config.scale = None
-            self.parser.save(config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+            self.parser.save(config, path, skip_none=False, skip_validation=True, overwrite=True, multifile=self.multifile)
 
     on_train_batch_start = on_validation_start = on_test_start = on_predict_start = _save
 

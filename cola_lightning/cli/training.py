@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,6 +232,14 @@ class COLACLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would let hyperparameters in the checkpoint override the user's."""
 
+    @cached_property
+    def config_dump(self) -> dict[str, Any]:
+        """The subcommand's options as plain values. Lightning's own, for hyperparameters, would check each option again."""
+        parser = self._parser(self.subcommand)
+        text = parser.dump(self.config[self.subcommand], skip_none=False, skip_validation=True, skip_link_targets=False)
+        config: dict[str, Any] = yaml.safe_load(text)
+        return config
+
     def _save_dirs(self) -> list[Any]:
         """The arguments of those of a configuration's loggers that have a folder."""
         loggers = self._get(self.config, "trainer").logger
@@ -263,7 +272,6 @@ class COLACLI(LightningCLI):
         Raises:
             UserError: if there is none; it lists the newest, each with an option that differs.
         """
-        mine = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
         others = []
         files = {file for file in files if file.parent / "checkpoints" / "last.ckpt" not in files}
         for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
@@ -271,7 +279,7 @@ class COLACLI(LightningCLI):
             config = file.parent.parent / "config.yaml" if is_checkpoint else file
             theirs = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
             groups = {name: theirs.get(name) for name in ("model", "data", "chain")}
-            different = next((name for name, *_ in differences(mine, groups)), None)
+            different = next((name for name, *_ in differences(self.config_dump, groups)), None)
             if is_checkpoint and different is None:
                 return file
             if is_checkpoint:

@@ -152,7 +152,7 @@ def _without_figures(monkeypatch):
 
 @pytest.fixture
 def runs(_without_figures, monkeypatch):
-    """Each config is resolve_config once."""
+    """Its configuration is resolved once for all tests."""
     made = Runs()
     monkeypatch.setattr(study, "execute", made)
     monkeypatch.setattr(study, "resolve_config", lambda words: known_config(*words))
