@@ -79,7 +79,6 @@ MOVED = {
     "ddp-single-ddp": ("ddp-single.step11", "stayed-64"),
     "fsdp2-single": ("llama-fsdp2.step6", "stayed"),
     "fsdp1-single": ("llama-fsdp1.step6", "stayed"),
-    "fsdp2-ddp": ("llama-fsdp2.step6", "stayed"),
     "single-fsdp2": ("stayed.step6", "stayed"),
     "single-fsdp1": ("stayed.step6", "stayed"),
     "whole-fsdp2-single": ("whole-fsdp2.step6", "stayed-whole"),
@@ -131,20 +130,13 @@ class CNN(MLP):
         fully_shard(self.model, mesh=mesh)
 
 
-class Beside(nn.Sequential):
-    """Its last layer computes nothing."""
-
-    def forward(self, x):
-        for layer in list(self)[:-1]:
-            x = layer(x)
-        return x
-
-
 class Idle(MLP):
-    """An MLP beside a layer that is trained whole and has no gradient on any process."""
+    """An MLP with a weight that is trained whole and has no gradient on any process."""
 
     def build_model(self):
-        return Beside(*super().build_model(), nn.Linear(6, 6))
+        model = super().build_model().append(nn.Identity())
+        model[3].weight = nn.Parameter(torch.ones(6))
+        return model
 
 
 class Diverse(MLP):
