@@ -58,7 +58,7 @@ def test_draws_of_a_batch_depend_on_the_process_and_not_on_what_was_drawn_before
         monkeypatch.setattr(Trainer, "global_rank", rank)
         module = toy(Noisy)
         trainer(tmp_path, chain={}, max_epochs=2).fit(module, batches(), batches(2))
-        return module.noise, module.validated[2:]  # but for the sanity check
+        return module.noise, module.validated[2:]  # those after the sanity check
 
     first = noise(1, 0)
     assert noise(2, 0) == first
