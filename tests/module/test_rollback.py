@@ -79,9 +79,10 @@ def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_pa
         assert_bit_equal(weights(loaded), weights(second))
 
 
-@pytest.mark.parametrize("targets", [["0"], None])
-def test_a_checkpoint_is_loaded_with_any_number_of_its_links(tmp_path, targets):
-    module, path = make(Normed, target_modules=targets, modules_to_save=["3"] if targets else []), tmp_path / "run.ckpt"
+@pytest.mark.parametrize(("targets", "finished_links"), [(["0"], "merge"), (["0"], "stack"), (None, "auto")])
+def test_a_checkpoint_is_loaded_with_any_number_of_its_links_and_a_module_goes_back(tmp_path, targets, finished_links):
+    options = {"target_modules": targets, "modules_to_save": ["3"] if targets else [], "finished_links": finished_links}
+    module, path = make(Normed, **options), tmp_path / "run.ckpt"
     run = trainer(tmp_path, chain={"every_n_epochs": 1} if targets else {}, max_epochs=4)
     run.fit(module, batches(), batches(2))
     run.save_checkpoint(path)
@@ -98,6 +99,11 @@ def test_a_checkpoint_is_loaded_with_any_number_of_its_links(tmp_path, targets):
             for layer in lora_layers(loaded.model).values():
                 assert layer.lora_A.any()
                 assert bool(layer.lora_B.any()) == (links == 4)
+    if targets:
+        first = module.chain.truncate(1)
+        module.adapted.go_to(first)
+        state = module.model.state_dict()
+        assert_bit_equal({name: state[name] for name in first[0].extras}, first[0].extras)
     with pytest.raises(UserError, match=r"^links: .* got 5"):
         Normed.load_from_checkpoint(path, links=5)
 
