@@ -14,7 +14,7 @@ from cola_lightning import Chain, LoRAConfig, UserError, inject_lora, lora_layer
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.report import plot, report
 from tests.helpers import tiny
-from tests.helpers.toy import Toy, batches, toy, trainer
+from tests.helpers.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
 PATTERNS = {"rank_pattern": {"down_proj": 6, r"^model\.layers\.1\..*v_proj": 2}, "alpha_pattern": {"v_proj": 5}}
 CHOSEN = {"exclude_modules": r".*layers\.0.*q_proj", "layers_to_transform": [0, 1]}
@@ -80,6 +80,10 @@ def test_a_link_of_half_the_rank_has_half_of_each_layers_and_goes_through_every_
         torch.testing.assert_close(change, sum(link.delta(name) for link in links), rtol=1e-4, atol=1e-6)
         assert module.full_chain().total_rank(name) == {"0": 6, "2": 12}[name]
 
+    module.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    resumed = Toy.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert [layer.rank for layer in resumed.adapted.layers.values()] == [2, 4]
+    assert_bit_equal(weights(resumed), weights(module))
     module.full_chain().save(tmp_path / "chain")
     loaded = Chain.load(tmp_path / "chain")
     assert all(mine.own_values == other.own_values for mine, other in zip(loaded.links, links, strict=True))
