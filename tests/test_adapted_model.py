@@ -102,19 +102,6 @@ def build_normed():
     return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 6))
 
 
-@pytest.mark.parametrize(("links", "finished_links"), [(0, "stack"), (1, "merge"), (2, "stack")])
-def test_it_goes_back_with_what_is_trained_whole_and_with_buffers(finished_links, links):
-    options = {"target_modules": ["0"], "modules_to_save": ["3"], "finished_links": finished_links}
-    model = train(adapted(build_normed, **options))
-    x, expected = next(iter(batches()))[0], model.merged_model(links).eval()
-    recorded = model.chain.links[links - 1].extras if links else adapted(build_normed, **options).trained.copies()
-    assert_bit_equal({name: expected.state_dict()[name] for name in recorded}, recorded)
-    model.go_to(model.chain.truncate(links))
-    assert_same_weights(model.model[3], expected[3])
-    assert_same_weights(model.model[1], expected[1])
-    torch.testing.assert_close(model.model.eval()(x), expected(x))
-
-
 # ---------------------------------------------------------------------- merged copies
 
 

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+import yaml
 
 from tests.helpers import forked, tiny
 from tests.helpers.resuming import first_difference
@@ -17,71 +18,57 @@ EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
 SAVED_EVERY = 2  # optimizer steps, in the runs that get no chance to save anything when they are killed
 SECONDS = 120  # a run takes ten
 
-TRAINER = """trainer:
-  max_epochs: 3
-  accelerator: cpu
-  val_check_interval: 0.5
-  log_every_n_steps: 1
-  enable_progress_bar: false
-  enable_model_summary: false
-"""
+TRAINER = {"max_epochs": 3, "accelerator": "cpu", "val_check_interval": 0.5, "log_every_n_steps": 1}
+TRAINER |= {"enable_progress_bar": False, "enable_model_summary": False}
 
-# Batches 0 to 6 of an epoch: windows of 0-2, 3-5 and 6, validations after 2 and 5; knots in the middle of epochs, at the
-# batches 3 of epoch 1 and 6 of epoch 2.
-DIGITS = """
-seed_everything: 0
-model:
-  class_path: examples.digits.COLADigits
-  init_args:
-    target_modules: all-linear
-    rank: 2
-    alpha: 8
-    dropout: 0.2
-    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-1}}
-    lr_schedule: linear
-    save_base: true
-data:
-  class_path: examples.digits.DigitsDataModule
-  init_args: {batch_size: 16, num_workers: 2}
-chain: {every_n_train_steps: 4, ranks: [2, 1, 2]}
-"""
-DIGITS += TRAINER + "  accumulate_grad_batches: 3\n  limit_train_batches: 7\n  limit_val_batches: 3\n"
 
-# Batches 0 to 5 of an epoch: windows of 0-1, 2-3 and 4-5, validations after 2, inside a window, and after 5; knots between
-# epochs.
-LLAMA = """
-seed_everything: 0
-model:
-  class_path: COLACausalLM
-  init_args:
-    model_name: ../model
-    target_modules: [q_proj, v_proj]
-    rank: 2
-    alpha: 4
-    dropout: 0.1
-    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}
-    lr_schedule: linear
-data:
-  class_path: PromptDataModule
-  init_args: {task: SST2, source: ../rows, batch_size: 4, train_size: 24, val_size: 12, test_size: 10, num_workers: 2}
-chain: {every_n_epochs: 1}
-"""
-LLAMA += TRAINER + "  accumulate_grad_batches: 2\n"
+def adamw(lr):
+    return {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr}}
 
-# Preference tuning whose reference each knot moves; batches, validations and knots as the Llama's. A knot merges
-# half; A, the rest of B and the optimizer go on.
-PAIRS = LLAMA.replace("COLACausalLM", "COLAPreferenceLM").replace("PromptDataModule", "PreferenceDataModule")
-PAIRS = PAIRS.replace("    lr_schedule: linear", "    lr_schedule: linear\n    reference: link")
-PAIRS = PAIRS.replace("task: SST2, source", "source").replace("epochs: 1}", "epochs: 1, knot: half}")
 
-SETUPS = {"digits": DIGITS, "llama": LLAMA, "pairs": PAIRS}
-# Knots that only record, on stacked links; and knots that merge a third, in the middle of epochs.
-SETUPS["records"] = LLAMA.replace("epochs: 1}", "epochs: 1, knot: record}").replace(
-    "    rank: 2", "    rank: 2\n    dtype: bfloat16"
-)
-SETUPS["thirds"] = DIGITS.replace("ranks: [2, 1, 2]", "knot: half, share: 0.3").replace(
-    "lr_schedule: linear", "lr_schedule: stable"
-)
+def digits(chain, **model):
+    """Batches 0 to 6 of an epoch: windows of 0-2, 3-5 and 6, validations after 2 and 5; knots in the middle of epochs, at the
+    batches 3 of epoch 1 and 6 of epoch 2.
+    """
+    model |= {
+        "target_modules": "all-linear",
+        "rank": 2,
+        "alpha": 8,
+        "dropout": 0.2,
+        "optimizer": adamw(1e-1),
+        "save_base": True,
+    }
+    return {
+        "model": {"class_path": "examples.digits.COLADigits", "init_args": model},
+        "data": {"class_path": "examples.digits.DigitsDataModule", "init_args": {"batch_size": 16, "num_workers": 2}},
+        "chain": {"every_n_train_steps": 4} | chain,
+        "trainer": TRAINER | {"accumulate_grad_batches": 3, "limit_train_batches": 7, "limit_val_batches": 3},
+    }
+
+
+def llama(chain, class_path="COLACausalLM", data=("PromptDataModule", {"task": "SST2"}), **model):
+    """Batches 0 to 5 of an epoch: windows of 0-1, 2-3 and 4-5, validations after 2, inside a window, and after 5; knots between
+    epochs.
+    """
+    model |= {"model_name": "../model", "target_modules": ["q_proj", "v_proj"], "rank": 2, "alpha": 4, "dropout": 0.1}
+    rows = {"source": "../rows", "batch_size": 4, "train_size": 24, "val_size": 12, "num_workers": 2}
+    return {
+        "model": {"class_path": class_path, "init_args": model | {"optimizer": adamw(1e-2)}},
+        "data": {"class_path": data[0], "init_args": rows | data[1]},
+        "chain": {"every_n_epochs": 1} | chain,
+        "trainer": TRAINER | {"accumulate_grad_batches": 2},
+    }
+
+
+# Each knot of pairs moves their reference and merges half; A, the rest of B and the optimizer go on. Knots of records merge
+# nothing, on stacked links; those of thirds merge a third, in the middle of epochs.
+SETUPS = {
+    "digits": digits({"ranks": [2, 1, 2]}),
+    "llama": llama({}),
+    "pairs": llama({"knot": "half"}, "COLAPreferenceLM", ("PreferenceDataModule", {}), reference="link"),
+    "records": llama({"knot": "record"}, dtype="bfloat16"),
+    "thirds": digits({"knot": "half", "share": 0.3}, lr_schedule="stable"),
+}
 
 
 @dataclass(frozen=True)
@@ -121,7 +108,7 @@ KILLS = [
 
 def prepare(setup, folder):
     """Writes what a set-up's runs share: the configuration, and for the language model its files and its data."""
-    (folder / "config.yaml").write_text(SETUPS[setup])
+    (folder / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 0} | SETUPS[setup]))
     if setup not in ("digits", "thirds"):
         tiny.folder(folder / "model", "llama", attention_dropout=0.1)
     if setup == "pairs":

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from cola_lightning import ChainOfLoRA, COLAModule, LoRAConfig, LoRALayer
+from cola_lightning import ChainOfLoRA, COLAModule, LoRAConfig, LoRALayer, lora_layers
 from cola_lightning.lora import quantization
 from cola_lightning.lora.inject import lora_class
 
@@ -110,17 +110,18 @@ def with_trained_link(layer, seed=2):
     return layer
 
 
+def with_trained_links(model, seed=0):
+    """The model with such a link on each layer."""
+    for k, layer in enumerate(lora_layers(model).values()):
+        with_trained_link(layer, seed + k)
+    return model
+
+
 def adapt_layer(layer, rank, alpha, dropout=0.0, init="kaiming", finished_links="merge"):
     """A LoRA layer on the same parameters; the layer is not changed."""
     config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, init=init, finished_links=finished_links)
-    return lora_class(layer).adapt_(_shallow_copy(layer), config)
-
-
-def _shallow_copy(module):
-    """Another module on the same parameters, buffers and hooks."""
-    twin = copy.copy(module)
-    vars(twin).update({name: value.copy() for name, value in vars(twin).items() if isinstance(value, dict | set)})
-    return twin
+    twin = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
+    return lora_class(layer).adapt_(twin, config)
 
 
 def read_csv(path):

@@ -20,7 +20,7 @@ from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.lora.experts import LoRAExpertsProjection
 from cola_lightning.module.overview import describe_model, frozen_kinds
 from tests.helpers import tiny
-from tests.helpers.toy import assert_near, difference, trainer, with_trained_link
+from tests.helpers.toy import assert_near, difference, trainer, with_trained_links
 
 PROJECTIONS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -88,8 +88,7 @@ def test_every_experts_class_of_transformers_computes_the_same_with_new_links_an
         model, before = nn.ModuleDict({"experts": experts}), experts(*inputs)
         assert len(inject_lora(model, LoRAConfig(r".*_proj", rank=2, alpha=2))) == 2
         assert_near(experts(*inputs), before, 1e-6)
-        for layer in lora_layers(model).values():
-            with_trained_link(layer)
+        with_trained_links(model)
         expected = experts(*inputs)
         strip_lora(model)
         assert_near(experts(*inputs), expected, 1e-5)
@@ -183,11 +182,9 @@ def test_a_compiled_and_a_checkpointed_model_and_another_implementation_compute_
         return base("qwen3_moe", num_hidden_layers=1)
 
     adapted = AdaptedModel(build, LoRAConfig(["q_proj", "experts.down_proj"], rank=2, alpha=2, finished_links=mode))
-    for layer in adapted.layers.values():
-        with_trained_link(layer)
+    with_trained_links(adapted.model)
     adapted.tie_knot()
-    for layer in adapted.layers.values():
-        with_trained_link(layer, seed=3)
+    with_trained_links(adapted.model, seed=3)
     ids, gradients = torch.randint(2, 400, (2, 10)), []
     compiled = copy.deepcopy(adapted.model)
     compiled.get_submodule(part).compile(backend="eager")

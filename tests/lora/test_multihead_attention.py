@@ -15,7 +15,7 @@ from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import as_peft_weights, out_proj_updates, read_adapter
 from cola_lightning.export.adapter import FUSED_OFF
 from cola_lightning.module.overview import frozen_kinds
-from tests.helpers.toy import Toy, assert_bit_equal, assert_near, difference, toy, trainer, with_trained_link
+from tests.helpers.toy import Toy, assert_bit_equal, assert_near, difference, toy, trainer, with_trained_links
 
 
 class Attention(nn.Module):
@@ -32,19 +32,13 @@ class Attention(nn.Module):
         return self.attention(*inputs, **options)
 
 
-def with_links(model):
-    for seed, layer in enumerate(lora_layers(model).values()):
-        with_trained_link(layer, seed)
-    return model
-
-
 def adapted(model, target_modules="all-linear", links=1, **options):
     """The model with a link that is trained, and with finished ones before it."""
     inject_lora(model, LoRAConfig(target_modules, **{"rank": 2, "alpha": 4} | options))
     for _ in range(links - 1):
-        for layer in lora_layers(with_links(model)).values():
+        for layer in lora_layers(with_trained_links(model)).values():
             layer.finish()
-    return with_links(model)
+    return with_trained_links(model)
 
 
 def plain(model):
@@ -178,7 +172,7 @@ def test_a_module_is_adapted_by_its_name_or_by_those_of_its_projections(options,
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {f"{name}.lora_{factor}" for name in expected for factor in "AB"}
     assert_same_outputs(model(*x), before)
-    assert difference(with_links(model)(*x)[0], before[0]) > 0.1
+    assert difference(with_trained_links(model)(*x)[0], before[0]) > 0.1
     strip_lora(model)
     assert type(model.attention) is nn.MultiheadAttention
     assert list(model.state_dict()) == names
@@ -359,7 +353,7 @@ def test_torchvisions_swin_transformer_which_reads_the_weights_of_its_linear_lay
     names = inject_lora(model, LoRAConfig(target_modules, rank=2, alpha=4))
     assert {"features.1.0.attn.qkv", "features.1.0.attn.proj"} <= set(names)
     assert difference(model(x), before) <= 1e-5 * before.abs().max()
-    expected = with_links(model)(x)
+    expected = with_trained_links(model)(x)
     expected.square().sum().backward()
     assert all(layer.lora_A.grad.any() for layer in lora_layers(model).values())
     assert difference(expected, before) > 1e-3 * before.abs().max()

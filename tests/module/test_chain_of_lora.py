@@ -5,17 +5,17 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
-from torch.optim import SGD, AdamW
+from torch.optim import AdamW
 
 from cola_lightning import UserError, lora_layers
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.lora.layer import initialize_link
-from tests.helpers.toy import Toy, ValidatedToy, Watch, assert_bit_equal, batches, toy, trainer, weights
+from tests.helpers.toy import Toy, Watch, assert_bit_equal, batches, toy, trainer, weights
 
 
 def hand_written_loop(steps, every, ranks, accumulate=1, clip=None, lr=1e-2, seed=0, max_rank=6, alpha=4):
@@ -101,15 +101,6 @@ def test_without_knots_and_without_the_callback_it_is_lora(tmp_path):
     trainer(tmp_path, chain={}, max_epochs=2).fit(with_callback, batches())
     trainer(tmp_path, max_epochs=2).fit(without, batches())
     assert_bit_equal(weights(with_callback), weights(without))
-
-
-def test_early_stopping_counts_on_across_knots(tmp_path):
-    module = toy(ValidatedToy, lr_schedule="constant", optimizer=lambda p: SGD(p, lr=0.0))
-    stopping = EarlyStopping("val_loss", patience=3)
-    run = trainer(tmp_path, stopping, chain={"every_n_epochs": 1}, max_epochs=20)
-    run.fit(module, batches(), batches(2))
-    assert run.current_epoch == 4  # one best epoch and three without improvement, knots or not
-    assert module.n_finished == 3
 
 
 @pytest.mark.parametrize("factors", ["B", "random"])

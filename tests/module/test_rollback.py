@@ -8,9 +8,7 @@ from torch.optim import AdamW
 
 from cola_lightning import ChainOfLoRA, COLAModule, UserError, lora_layers
 from tests.helpers.resuming import Data, Normed
-from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
-
-ARGUMENTS = {"target_modules": "all-linear", "rank": 3, "alpha": 4, "seed": 0}
+from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, batches, saved, toy, trainer, weights
 
 
 class Watched(ValidatedToy):
@@ -26,21 +24,13 @@ class WatchedNormed(Watched, Normed):
 
 
 def make(cls=ValidatedToy, **arguments):
-    return cls(**ARGUMENTS | arguments, optimizer=lambda p: AdamW(p, lr=1e-2))
+    return toy(cls, rank=3, optimizer=lambda p: AdamW(p, lr=1e-2), **arguments)
 
 
 def fit(folder, module, *callbacks, epochs=4, **options):
     run = trainer(folder, *callbacks, chain={"every_n_epochs": 1}, max_epochs=epochs, **options)
     run.fit(module, batches(), batches(2))
     return run
-
-
-def saved(folder, module, chain):
-    """The checkpoint of the module after a fit of four epochs."""
-    run = trainer(folder, chain=chain, max_epochs=4)
-    run.fit(module, batches())
-    run.save_checkpoint(folder / "run.ckpt")
-    return folder / "run.ckpt"
 
 
 def test_back_to_the_best_and_on_in_one_process_equals_fresh_ones(tmp_path):
@@ -89,28 +79,33 @@ def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_pa
         assert_bit_equal(weights(loaded), weights(second))
 
 
-class WithHead(Toy):
-    def build_model(self):
-        return nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 6))
-
-
-@pytest.mark.parametrize("targets", [["0"], None])
-def test_a_checkpoint_is_loaded_with_any_number_of_its_links(tmp_path, targets):
-    module = make(WithHead, target_modules=targets, modules_to_save=["3"] if targets else [])
-    path = saved(tmp_path, module, {"every_n_epochs": 1} if targets else {})
+@pytest.mark.parametrize(("targets", "finished_links"), [(["0"], "merge"), (["0"], "stack"), (None, "auto")])
+def test_a_checkpoint_is_loaded_with_any_number_of_its_links_and_a_module_goes_back(tmp_path, targets, finished_links):
+    options = {"target_modules": targets, "modules_to_save": ["3"] if targets else [], "finished_links": finished_links}
+    module, path = make(Normed, **options), tmp_path / "run.ckpt"
+    run = trainer(tmp_path, chain={"every_n_epochs": 1} if targets else {}, max_epochs=4)
+    run.fit(module, batches(), batches(2))
+    run.save_checkpoint(path)
     most = 4 if targets else 1  # full fine-tuning is one link to go back from
     for links in range(most + 1):
-        loaded = WithHead.load_from_checkpoint(path, links=links)
+        loaded = Normed.load_from_checkpoint(path, links=links)
         expected = module.merged_model(links).eval().state_dict()
         for name, value in loaded.merged_model().eval().state_dict().items():
             torch.testing.assert_close(value, expected[name], msg=name)
         if targets:
+            recorded = module.full_chain()[links - 1].extras if links else {}
+            assert_bit_equal({name: expected[name] for name in recorded}, recorded)
             assert loaded.n_finished == min(links, 3)
             for layer in lora_layers(loaded.model).values():
                 assert layer.lora_A.any()
                 assert bool(layer.lora_B.any()) == (links == 4)
+    if targets:
+        first = module.chain.truncate(1)
+        module.adapted.go_to(first)
+        state = module.model.state_dict()
+        assert_bit_equal({name: state[name] for name in first[0].extras}, first[0].extras)
     with pytest.raises(UserError, match=r"^links: .* got 5"):
-        WithHead.load_from_checkpoint(path, links=5)
+        Normed.load_from_checkpoint(path, links=5)
 
 
 class Seedless(Toy):
@@ -126,7 +121,7 @@ class Seedless(Toy):
 
 def test_class_arguments_and_seed_come_from_the_checkpoint(tmp_path, caplog):
     module = Seedless(20, max, target_modules="all-linear", rank=2)
-    path = saved(tmp_path, module, {})
+    path = saved(module, tmp_path)
     loaded = COLAModule.load_from_checkpoint(path)
     assert (type(loaded), loaded.seed) == (Seedless, module.seed)
     assert_bit_equal(weights(loaded), weights(module))

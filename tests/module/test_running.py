@@ -70,15 +70,7 @@ def test_each_rank_and_size_of_a_stack_is_compiled_once_in_training_and_in_valid
 
 
 def language_model(folder, architecture, **arguments):
-    module = tiny.causal_lm(folder, architecture, **arguments)
-    module.configure_model()
-    set_B(module)
-    return module
-
-
-def set_B(module):
-    for layer in module.adapted.layers.values():
-        nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(1))
+    return tiny.with_live_link(tiny.causal_lm(folder, architecture, **arguments))
 
 
 def loss_of(module):
@@ -120,7 +112,7 @@ def test_activations_that_are_computed_twice_give_the_same_gradients(tmp_path, a
     saved = []
     for module in (once, twice):
         module.tie_knot()
-        set_B(module)
+        tiny.with_live_link(module)
         torch.manual_seed(3)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t):

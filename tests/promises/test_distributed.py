@@ -52,7 +52,7 @@ def distance(mine, theirs):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with what two processes leave: four links by every strategy, and what was sent."""
+    """A folder with what two processes leave: three links by every strategy, and what was sent."""
     folder = tmp_path_factory.mktemp("trained")
     tiny.folder(folder / "model", "opt")
     tiny.folder(folder / "llama")
@@ -80,7 +80,7 @@ def n_processes(device):
 
 @pytest.fixture(scope="module")
 def same(device, n_processes, request, tmp_path_factory):
-    """Gives the folder with what these processes leave of a job: four links by strategies, under gloo or NCCL."""
+    """Gives the folder with what these processes leave of a job: three links by strategies, under gloo or NCCL."""
 
     @functools.cache
     def folder_of(job):
@@ -109,15 +109,14 @@ def test_processes_are_equal_to_the_bit_and_the_single_process_to_rounding(same,
     assert distance(first, torch.load(tmp_path / "single.rank0.pt")) < tolerance
     state = StoredState.of(torch.load(same / f"{name}.ckpt", weights_only=True)["state_dict"])
     ranks = [link.rank for link in state.chain.links]
-    assert ranks == {"whole": [], "share": [6, 6, 6]}.get(name.partition("-")[0], [4, 2, 6])
+    assert ranks == {"whole": [], "share": [6, 6]}.get(name.partition("-")[0], [4, 2])
 
 
-def test_strategies_work_on_one_process(tmp_path):
+def test_strategies_work_on_one_process(trained, tmp_path):
     forked_torchrun(tmp_path, "alone", n=1)
     for name in run.ALONE:
-        run.fit(tmp_path, "single", **run.SAME[name])
-        (found,) = left_by(tmp_path, name, 1)
-        assert distance(found, torch.load(tmp_path / "single.rank0.pt")) < 1e-5
+        (found,), (expected, _) = left_by(tmp_path, name, 1), left_by(trained, name)
+        assert distance(found, expected) < 1e-5
 
 
 def test_tokens_weigh_alike_over_the_batches_of_all_processes(trained):
@@ -145,7 +144,7 @@ def test_a_run_moves_to_other_numbers_of_processes_and_other_strategies(went_on)
 
     def what(name):
         found = torch.load(went_on / f"{name}.rank0.pt")
-        return found | {"losses": found["losses"][-5:]}  # those since a resume
+        return found | {"losses": found["losses"][-3:]}  # those since a resume
 
     assert_bit_equal(what("dropped-resumed"), what("dropped"))
     for name, (_, stayed) in run.MOVED.items():
@@ -254,4 +253,4 @@ def test_where_one_process_is_killed_the_other_ends_with_an_error_and_the_last_c
     run.fit(tmp_path, "resumed", ckpt_path=last)
     run.fit(tmp_path, "single")
     resumed, single = (torch.load(tmp_path / f"{name}.rank0.pt") for name in ("resumed", "single"))
-    assert distance(resumed | {"losses": resumed["losses"][-11:]}, single | {"losses": single["losses"][-11:]}) < 1e-5
+    assert distance(resumed | {"losses": resumed["losses"][-7:]}, single | {"losses": single["losses"][-7:]}) < 1e-5

@@ -1,13 +1,15 @@
 """A run that is stopped anywhere and goes on from its last checkpoint is the run itself, to the bit."""
 
+import random
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -51,6 +53,14 @@ class Mixture(Normed):
         return tiny.mixture()
 
 
+class Scheduled(Normed):
+    """With a schedule of its own over this package's optimizer."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()["optimizer"]
+        return [optimizer], [CosineAnnealingLR(optimizer, 3)]
+
+
 STOPS = [("batch_start", k) for k in (0, 1, 9, 12, 23)]
 STOPS += [("forward", k) for k in (0, 4, 11)] + [("backward", k) for k in (1, 5, 7, 13, 16)]
 STOPS += [("batch_end", k) for k in (0, 2, 3, 7, 10, 12, 23)]
@@ -62,20 +72,7 @@ INSIDE = ("backward", 13)  # an epoch, a link and a window
 FEW = [INSIDE, ("batch_end", 7)]
 
 
-def own(configure):
-    """A module whose own ``configure_optimizers`` is the given function of it."""
-    return make(type("Own", (Normed,), {"configure_optimizers": configure}))
-
-
-def scheduled(module):
-    optimizer = AdamW([parameter for parameter in module.parameters() if parameter.requires_grad], lr=1e-2)
-    return [optimizer], [StepLR(optimizer, 1, 0.5)]
-
-
-def ours(module):
-    return Normed.configure_optimizers(module)["optimizer"]
-
-
+OWN_RANKS = {"rank_pattern": {"0": 5}, "alpha_pattern": {"0": 7}, "scaling": "rslora", "lr_ratio_B": 4}
 EXPERTS = {"target_modules": "all-linear", "experts": True, "modules_to_save": ["4"], "kept_optimizer_state": 0.5}
 ONE = {"accumulate_grad_batches": 1}
 
@@ -95,8 +92,8 @@ RUNS = {
     "float64, a layer outside": lambda: {"module": make(Outside), "precision": "64-true"},
     "torchdata's loader": lambda: {"data": Stateful()},
     "beside a longer loader": lambda: {"data": Beside(batch_size=4), "max_epochs": 2},
-    "its own optimizer and scheduler": lambda: {"module": own(scheduled)},
-    "a schedule over ours": lambda: {"module": own(lambda module: ([one := ours(module)], [CosineAnnealingLR(one, 3)]))},
+    "a schedule over ours": lambda: {"module": make(Scheduled)},
+    "ranks, alphas and rates of their own": lambda: {"module": make(**OWN_RANKS)},
     "either factor, by chance": lambda: {"module": make(trained_factors="random", kept_optimizer_state=0.1)},
     "the run's schedule": lambda: {"module": make(schedule_scope="run", warmup_steps=2, knot_warmup_steps=3)},
     "knots at a plateau": lambda: {"module": make(schedule_scope="run"), "chain": {"patience": 1, "min_delta": 0.02}},
@@ -114,7 +111,6 @@ PLACES = {
     "early stopping, windows of one": [[("validation", 1), ("batch_start", 0)], [("validation_end", 1), ("batch_start", 0)]],
     "torchdata's loader": [("batch_end", 2), *FEW],  # its order is drawn anew at an epoch's end, and before its first step
     "beside a longer loader": [("batch_end", 32)],
-    "its own optimizer and scheduler": [("batch_end", 15)],
     "a schedule over ours": [("batch_end", 15)],
     "knots at a plateau": [("validation", 4), ("validation_end", 1)],
 }
@@ -126,6 +122,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, name):
     options = RUNS[name]
     whole, expected, _ = fit(tmp_path / "whole", **options())
     assert "plateau" not in name or whole.n_finished > 1
+    assert "early" not in name or (len(expected.validations), whole.n_finished) == (4, 1)  # it counts on across a knot
     for stop in PLACES.get(name, [INSIDE]):
         path, done, finished = None, [{} for _ in expected.all], 0
         for k, moment in enumerate([*(stop if isinstance(stop, list) else [stop]), None]):
@@ -152,14 +149,22 @@ def assert_same_state(ours, theirs):
         assert first_difference(*progress, part) is None
 
 
+class Augmented(Data):
+    """Its rows get noise from all three global generators, as augmentation draws it."""
+
+    def collate(self, rows):
+        x, y = super().collate(rows)
+        return x + random.random() + np.random.rand() + torch.rand(1), y
+
+
 STOPPED = []  # runs with workers: torch waits five seconds for each of them when the run is collected as garbage
 
 
 def test_workers_prepare_the_same_batches_and_a_validation_starts_over_in_the_same_process_too(tmp_path):
-    _, expected, _ = fit(tmp_path / "whole")
-    module, before, run = fit(tmp_path, ("validation", 4), data=Data(batch_size=4, num_workers=2))
+    _, expected, _ = fit(tmp_path / "whole", data=Augmented(batch_size=4))
+    module, before, run = fit(tmp_path, ("validation", 4), data=Augmented(batch_size=4, num_workers=2))
     STOPPED.append(run)
-    _, after, _ = fit(tmp_path / "on", ckpt_path=last(tmp_path), module=module, data=Data(batch_size=4, num_workers=1))
+    _, after, _ = fit(tmp_path / "on", ckpt_path=last(tmp_path), module=module, data=Augmented(batch_size=4, num_workers=1))
     for first, second, all_ in zip(before.all, after.all, expected.all, strict=True):
         assert first | second == all_
 

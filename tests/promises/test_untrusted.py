@@ -15,8 +15,7 @@ from cola_lightning import COLACausalLM, COLAModule, UserError
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli.entry import main
 from tests.helpers import tiny
-from tests.helpers.toy import ValidatedToy as Toy
-from tests.helpers.toy import batches, toy, trainer
+from tests.helpers.toy import Toy, batches, saved, toy, trainer
 
 REFUSED = (UserError, pickle.UnpicklingError)
 
@@ -38,13 +37,6 @@ class Own(LlamaForCausalLM):
 def mark(tmp_path):
     """The file that code leaves behind where it runs."""
     return tmp_path / "ran"
-
-
-def fitted(tmp_path, module):
-    run = trainer(tmp_path, max_steps=0, limit_val_batches=0)
-    run.fit(module, batches(), batches())
-    run.save_checkpoint(tmp_path / "run.ckpt")
-    return tmp_path / "run.ckpt"
 
 
 def rewritten(path, *, class_path=None, hyper_parameters=None, **init_args):
@@ -77,7 +69,7 @@ def test_a_checkpoint_cannot_say_that_a_models_code_is_to_be_trusted(tmp_path, m
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(tmp_path / "cache")
     base = Path(tiny.folder(tmp_path / f"base_{tmp_path.name}"))
-    path = fitted(tmp_path, COLACausalLM(str(base), target_modules=["q_proj"], trust_remote_code=True))
+    path = saved(COLACausalLM(str(base), target_modules=["q_proj"], trust_remote_code=True), tmp_path)
     (base / "own.py").write_text(CODE.format(mark=str(mark)))
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
     config = json.loads((base / "config.json").read_text()) | {"model_type": "own", "architectures": ["Own"]}
@@ -112,7 +104,7 @@ class Executing:
 
 
 def test_objects_in_a_checkpoint_are_not_made(tmp_path, mark):
-    path = fitted(tmp_path, toy(Toy))
+    path = saved(toy(), tmp_path)
     honest = path.rename(tmp_path / "honest.ckpt")
     torch.save(torch.load(honest, weights_only=True) | {"x": Executing(mark)}, path)
     with path.open("rb") as file:
@@ -121,7 +113,7 @@ def test_objects_in_a_checkpoint_are_not_made(tmp_path, mark):
                 Toy.load_from_checkpoint(source)
     for source in (path, f"file://{path}"):
         with pytest.raises(REFUSED):
-            trainer(tmp_path, max_epochs=1).fit(toy(Toy), batches(), batches(), ckpt_path=source)
+            trainer(tmp_path, max_epochs=1).fit(toy(), batches(), ckpt_path=source)
     with pytest.raises(UserError):
         read_chain(path)
     assert Toy.load_from_checkpoint(f"file://{honest}").n_finished == 0
@@ -131,7 +123,7 @@ def test_objects_in_a_checkpoint_are_not_made(tmp_path, mark):
 
 
 def test_a_chain_folder_and_an_adapter_hold_no_code(tmp_path, mark):
-    path = fitted(tmp_path, COLACausalLM(tiny.folder(tmp_path / "base"), target_modules=["q_proj"]))
+    path = saved(COLACausalLM(tiny.folder(tmp_path / "base"), target_modules=["q_proj"]), tmp_path)
     for format_, name in (("chain", "chain.safetensors"), ("peft", "adapter_model.safetensors")):
         folder = tmp_path / format_
         assert main(["export", str(path), "--format", format_, "--output", str(folder)]) == 0
@@ -163,7 +155,7 @@ class Stranger:
 @pytest.mark.parametrize("name", ["call", "Stranger"])
 def test_only_a_cola_module_is_made(tmp_path, name):
     hyper_parameters = {"_instantiator": f"{__name__}.call", "_class_path": f"{__name__}.{name}"}
-    path = rewritten(fitted(tmp_path, toy(Toy)), class_path=f"{__name__}.{name}", hyper_parameters=hyper_parameters)
+    path = rewritten(saved(toy(), tmp_path), class_path=f"{__name__}.{name}", hyper_parameters=hyper_parameters)
     assert type(Toy.load_from_checkpoint(path, rank=2, alpha=4)) is Toy
     with pytest.raises(UserError):
         COLAModule.load_from_checkpoint(path)
@@ -175,7 +167,7 @@ def test_only_a_cola_module_is_made(tmp_path, name):
 def test_what_a_checkpoint_names_is_imported_and_its_model_read_by_transformers(tmp_path, mark, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "imported_by_name.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Own: pass\n")
-    path = fitted(tmp_path, COLACausalLM(tiny.folder(tmp_path / "one"), target_modules=["q_proj"]))
+    path = saved(COLACausalLM(tiny.folder(tmp_path / "one"), target_modules=["q_proj"]), tmp_path)
     with pytest.raises(UserError, match=r"^model\.model_name"):
         COLACausalLM.load_from_checkpoint(rewritten(path, model_name="no/where/at/all"))
     assert not mark.exists()
@@ -194,8 +186,8 @@ class Saving(Toy):
 
 def test_no_stored_argument_names_code(tmp_path):
     stored = {"optimizer": {"class_path": f"{__name__}.Stranger"}, "attn_implementation": "owner/kernel"}
-    path = rewritten(fitted(tmp_path, toy(Saving)), **stored, init_chain=str(tmp_path / "elsewhere"), compile=True)
+    path = rewritten(saved(toy(Saving), tmp_path), **stored, init_chain=str(tmp_path / "elsewhere"), compile=True)
     module = Saving.load_from_checkpoint(path)
     assert (module.init_chain, module.should_compile) == (None, False)
-    trainer(tmp_path, max_epochs=1).fit(module, batches(), batches())
+    trainer(tmp_path, max_epochs=1).fit(module, batches())
     assert called == []
