@@ -137,11 +137,6 @@ def as_parquet(path):
     return path / "rows.parquet"
 
 
-def as_saved(path):
-    datasets.load_dataset("parquet", data_files=str(as_parquet(path)))["train"].save_to_disk(path / "saved")
-    return path / "saved"
-
-
 def as_polars(path):
     """As polars and pandas with pyarrow's strings write it: the paths are large strings."""
     rows = pd.read_csv(listed(path))
@@ -150,7 +145,7 @@ def as_polars(path):
     return path / "rows.parquet"
 
 
-@pytest.mark.parametrize("form", [draw, listed, as_metadata, as_parquet, as_saved, as_polars])
+@pytest.mark.parametrize("form", [draw, listed, as_metadata, as_parquet, as_polars])
 def test_rows_in_each_form_are_the_same_pictures_and_labels_in_parts_with_the_same_share_of_each(tmp_path, form):
     data = set_up(data_of(form(tmp_path / "rows"), random_crop=1), "fit")
     assert data.label_names == CLASSES
