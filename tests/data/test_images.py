@@ -23,8 +23,6 @@ from tests.helpers.toy import assert_bit_equal, trainer, weights
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21, transformers 5.24
 
 TARGETS = {"vit": "all-linear", "resnet": ["convolution"], "convnext": "all-linear"}
-
-
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "convnext")]
 
 
@@ -137,6 +135,11 @@ def as_parquet(path):
     return path / "rows.parquet"
 
 
+def as_saved(path):
+    datasets.load_dataset("parquet", data_files=str(as_parquet(path)))["train"].save_to_disk(path / "saved")
+    return path / "saved"
+
+
 def as_polars(path):
     """As polars and pandas with pyarrow's strings write it: the paths are large strings."""
     rows = pd.read_csv(listed(path))
@@ -145,7 +148,7 @@ def as_polars(path):
     return path / "rows.parquet"
 
 
-@pytest.mark.parametrize("form", [draw, listed, as_metadata, as_parquet, as_polars])
+@pytest.mark.parametrize("form", [draw, listed, as_metadata, as_parquet, as_saved, as_polars])
 def test_rows_in_each_form_are_the_same_pictures_and_labels_in_parts_with_the_same_share_of_each(tmp_path, form):
     data = set_up(data_of(form(tmp_path / "rows"), random_crop=1), "fit")
     assert data.label_names == CLASSES

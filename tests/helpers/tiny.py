@@ -71,7 +71,6 @@ DENSE = {
     "granite": ("Granite", _KV | {"logits_scaling": 3.0}),
     "mamba": ("Mamba", {"intermediate_size": 64, "state_size": 8}),
     "mistral": ("Mistral", _KV | {"sliding_window": 4}),
-    "starcoder2": ("Starcoder2", _KV),
 }
 _OF_NEMOTRON = {"moe_shared_expert_intermediate_size": 16, "layers_block_type": ["mamba", "moe", "attention"]}
 _OF_QWEN3_NEXT = {"shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]}
