@@ -27,6 +27,7 @@ MADE = [
     ({"prompt": "Is it?", "options": [" red", " blue "], "label": "gold"}, "Is it?", (" red", " blue "), 1, ()),
     ({"prompt": "Is it?\n", "options": "all", "label": "gold"}, "Is it?\n", ("red", "blue"), 1, ()),
     ({"prompt": "Is it?", "options": ["no", " yes"]}, "Is it?", (" no", " yes"), 1, ()),
+    ({"prompt": "Is it?", "options": "all", "label": "gold", "delimiter": ""}, "Is it?", ("red", "blue"), 1, ()),
     ({"prompt": "Is it?", "options": "all", "label": "gold", "delimiter": ": "}, "Is it?", (": red", ": blue"), 1, ()),
     ({"prompt": "Which?", "answer": "gold", "delimiter": "\n"}, "Which?", ("\nblue\n",), 0, ("blue",)),
     ({"prompt": "Is it?", "options": [" {by.name}", " {gold} {{}}"]}, "Is it?", (" Al", " blue {}"), 1, ()),
