@@ -101,7 +101,7 @@ def test_a_folder_holds_a_file_a_split_in_any_format(tmp_path):
     texts = [data.tokenizer.decode(part[0]["input_ids"][1:-1]) for part in parts(data)]
     assert texts == [f"It was {k}." for k in range(3)]
     with pytest.raises(UserError, match=r"^data\.val_split") as caught:
-        attach(TextDataModule(str(tmp_path), val_split="no")).setup("fit")
+        attach(TextDataModule(str(tmp_path), val_split="no"), "fit")
     assert all(split in str(caught.value) for split in ("train", "dev", "test", "own", "notes"))
     write(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(UserError, match=r"train\.csv' and .*train\.jsonl'"):

@@ -146,17 +146,13 @@ def test_a_data_set_of_the_hub_is_trained_on_by_its_name(name, caplog):
     assert any(all(column in line for column in made.printed.split()) for line in caplog.messages)
 
 
-@pytest.mark.parametrize(
-    ("name", "option", "words"),
-    [
-        ("HuggingFaceH4/ultrachat_200k", "train_split", "train_sft test_sft train_gen"),
-        ("openai/gsm8k", "subset", "main socratic"),
-    ],
-)
-def test_what_a_set_has_is_listed_where_the_user_must_choose(name, option, words):
-    with pytest.raises(UserError) as raised:
+@pytest.mark.parametrize("name", [name for name, made in SETS.items() if made.arguments])
+def test_what_a_set_has_is_listed_where_the_user_must_choose(name):
+    option, *_ = SETS[name].arguments
+    names = SETS[name].subsets if option == "subset" else SETS[name].splits
+    with pytest.raises(UserError, match=rf"data\.{option}") as raised:
         read(name)
-    assert [word for word in [f"data.{option}", *words.split()] if not re.search(rf"(?<!\w){word}\b", str(raised.value))] == []
+    assert {*names.split()} <= {*re.findall(r"\w+", str(raised.value))}
 
 
 def test_a_revision_is_an_older_state_of_a_set(hub):

@@ -23,8 +23,6 @@ from tests.helpers.toy import assert_bit_equal, trainer, weights
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21, transformers 5.24
 
 TARGETS = {"vit": "all-linear", "resnet": ["convolution"], "convnext": "all-linear"}
-
-
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "convnext")]
 
 

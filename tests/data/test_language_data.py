@@ -29,13 +29,12 @@ ROWS = [
     }
     for k in range(46)
 ]
+SIZES, FIELDS = {"val_size": 23, "test_size": 23}, ["sentence", "question"]
 MODULES = {
-    "task": lambda source, **settings: PromptDataModule("SST2", source, **{"val_size": 23, "test_size": 23} | settings),
-    "answer": lambda source, **settings: TemplateDataModule(source, prompt="{sentence}?", answer="question", **settings),
-    "conversations": lambda source, **settings: TextDataModule(source, columns={"messages": "messages"}, **settings),
-    "classifier": lambda source, **settings: TextClassificationDataModule(
-        source, text_fields=["sentence", "question"], **settings
-    ),
+    "task": lambda source, **options: PromptDataModule("SST2", source, **SIZES | options),
+    "answer": lambda source, **options: TemplateDataModule(source, prompt="{sentence}?", answer="question", **options),
+    "conversations": lambda source, **options: TextDataModule(source, columns={"messages": "messages"}, **options),
+    "classifier": lambda source, **options: TextClassificationDataModule(source, text_fields=FIELDS, **options),
 }
 
 
@@ -212,9 +211,8 @@ def test_train_and_validation_are_drawn_together_from_train_and_test_from_valida
     tiny.write_rows(tmp_path, rows[:10], ["validation"])
 
     def parts(**sizes):
-        data = attach(PromptDataModule("SST2", sst2, **{"train_size": 25, "val_size": 12, "test_size": 9} | sizes))
-        for stage in ("fit", "test"):
-            data.setup(stage)
+        sizes = {"train_size": 25, "val_size": 12, "test_size": 9} | sizes
+        data = attach(PromptDataModule("SST2", sst2, **sizes), "fit", "test")
         return [prompts_of(part) for part in (data.train, data.val, data.test)]
 
     train, val, test = parts()
@@ -250,8 +248,8 @@ def test_a_drawn_row_that_cannot_be_used_is_skipped_and_counted_and_another_is_n
     tiny.write_rows(tmp_path, rows[:1], ["validation"])
 
     def drawn():
-        data = attach(PromptDataModule("ReCoRD", tiny.write_rows(tmp_path, rows, ["train"]), train_size=100, val_size=50))
-        data.setup("fit")
+        source = tiny.write_rows(tmp_path, rows, ["train"])
+        data = attach(PromptDataModule("ReCoRD", source, train_size=100, val_size=50), "fit")
         return data, [[int(prompt.split()[3]) for prompt in prompts_of(part)] for part in (data.train, data.val)]
 
     _, (train, val) = drawn()
@@ -287,8 +285,7 @@ def test_rows_without_a_label_or_an_answer_are_predicted_and_nothing_else(tmp_pa
         with pytest.raises(UserError, match=rf"{field} is null.*{place}, row \d+|{place}, row \d+.*: .*{field}"):
             data.setup(stage)
     for place, n_rows in ((source, 3), (f"{source}/train.jsonl", 20)):  # of a file, all rows
-        data = attach(PromptDataModule(name, place, test_size=3))
-        data.setup("predict")
+        data = attach(PromptDataModule(name, place, test_size=3), "predict")
         assert [row.example.answer for row in data.test].count(None) in (n_rows - 1, n_rows)
         assert list(data.collate(data.test)["prompt"]) == prompts_of(data.test)
 
@@ -304,7 +301,7 @@ def test_labelled_texts_are_cut_on_the_right_whatever_the_tokenizers_side_and_no
     assert [row["input_ids"] for row in data.test] == cut
     for arguments in ({"text_fields": "sentence"}, {"label_field": "gold"}):
         with pytest.raises(UserError, match=rf"data\.{next(iter(arguments))}: .* the columns premise, hypothesis, label"):
-            attach(TextClassificationDataModule(source, **arguments)).setup("fit")
-    empty = attach(TextClassificationDataModule(tiny.write_rows(tmp_path, [{"sentence": "", "label": 0}])), "gpt2")
+            attach(TextClassificationDataModule(source, **arguments), "fit")
+    empty = TextClassificationDataModule(tiny.write_rows(tmp_path, [{"sentence": "", "label": 0}]))
     with pytest.raises(UserError, match=r"no text: .*, row 0"):
-        empty.setup("test")
+        attach(empty, "test", architecture="gpt2")

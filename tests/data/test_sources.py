@@ -34,8 +34,7 @@ def test_a_pattern_names_the_files_of_one_split(tmp_path):
         write(tmp_path / "logs" / f"{k}.jsonl", ROWS[2 * k : 2 * k + 2])
     (tmp_path / "logs" / "0.txt").write_text("A note.")
     assert read(f"{tmp_path}/logs/*.jsonl") == {"train": ROWS}
-    data = attach(TextDataModule(f"{tmp_path}/logs/*.jsonl", val_size=2, max_new_tokens=4))
-    data.setup("predict")  # of one split all rows, as of a file
+    data = attach(TextDataModule(f"{tmp_path}/logs/*.jsonl", val_size=2, max_new_tokens=4), "predict")  # all rows, as of a file
     assert [row.prompt for row in data.test] == [row["text"] for row in ROWS]
     assert len(data.identity["files"]) == 3
     with pytest.raises(UserError, match=r"the same ending, one of .*, got .*0\.jsonl' and .*0\.txt'"):
@@ -56,8 +55,7 @@ def test_a_text_file_has_a_row_for_each_unit_that_is_not_blank(tmp_path, caplog)
     no_empty_line.write_text("One.\nTwo.\n")
     for unit, texts in UNITS.items():
         assert read(str(source), text_unit=unit) == {"train": [{"text": text} for text in texts]}
-        data = attach(TextDataModule(str(source), text_unit=unit, val_size=0))
-        data.setup("fit")
+        data = attach(TextDataModule(str(source), text_unit=unit, val_size=0), "fit")
         assert texts_of(data.train, data) == texts
     assert read(str(no_empty_line)) == {"train": [{"text": "One."}, {"text": "Two."}]}
     assert "lines.txt is one paragraph, so each line is a row; data.text_unit file makes it one" in caplog.text
@@ -70,8 +68,7 @@ def test_a_folder_that_datasets_has_saved_is_read(tmp_path):
     datasets.DatasetDict({"train": rows, "dev": rows.select([1])}).save_to_disk(tmp_path / "splits")
     assert read(str(tmp_path / "one")) == {"train": ROWS}
     assert read(str(tmp_path / "splits")) == {"train": ROWS, "dev": ROWS[1:2]}
-    data = attach(TextDataModule(str(tmp_path / "splits")))
-    data.setup("fit")
+    data = attach(TextDataModule(str(tmp_path / "splits")), "fit")
     assert [len(data.train), len(data.val), len(data.identity["files"])] == [6, 1, 2]
 
 
@@ -79,8 +76,7 @@ def test_a_fit_reads_no_test_split(tmp_path):
     for split in ("train", "validation"):
         write(tmp_path / f"{split}.csv", rows_of(0))
     (tmp_path / "test.csv").write_text("text,label\n")  # which cannot be read
-    data = attach(TemplateDataModule(str(tmp_path), prompt="{text}", options=["a", "b"]))
-    data.setup("fit")
+    data = attach(TemplateDataModule(str(tmp_path), prompt="{text}", options=["a", "b"]), "fit")
     assert [len(data.train), len(data.val)] == [20, 20]
     assert not data.can_be_tested
     with pytest.raises(UserError, match=r"test\.csv' cannot be read"):
@@ -98,10 +94,6 @@ def rows_file(path, start):
     return write(path / "rows.jsonl", rows_of(start))
 
 
-def csv_file(path, start):
-    return write(path / "rows.csv", rows_of(start))
-
-
 def one_split(path, start):
     write(path / "train.jsonl", rows_of(start))
     return str(path)
@@ -117,7 +109,7 @@ def pictures(path, start):
 KINDS = {
     "text": (TextDataModule, rows_file),
     "folder": (TextDataModule, one_split),
-    "labelled": (TextClassificationDataModule, csv_file),
+    "labelled": (TextClassificationDataModule, rows_file),
     "pictures": (ImageDataModule, pictures),
 }
 
@@ -177,10 +169,8 @@ def two(folder):
 def test_each_source_has_its_own_splits_columns_and_share_and_one_order_mixes_them(tmp_path):
     texts, requested = two(tmp_path)
     half = Source(requested.source, columns=requested.columns, share=0.5)
-    data = attach(TextDataModule((texts, half), chat_template=False, batch_size=4))
-    alone = [attach(TextDataModule([one], chat_template=False)) for one in (texts, half)]
-    for one in (data, *alone):
-        one.setup("fit")
+    data = attach(TextDataModule((texts, half), chat_template=False, batch_size=4), "fit")
+    alone = [attach(TextDataModule([one], chat_template=False), "fit") for one in (texts, half)]
     assert [len(data.train), len(data.val)] == [6 + 9, 6 + 1]
     for part in ("train", "val"):
         expected = [row for one in alone for row in getattr(one, part)]
@@ -193,9 +183,7 @@ def test_each_source_has_its_own_splits_columns_and_share_and_one_order_mixes_th
     assert [one["source"] for one in data.identity["sources"]] == [texts, requested.source]
     assert all(one["files"] for one in data.identity["sources"])
     assert data.identity["sources"][1]["share"] == 0.5
-    again, other = (attach(TextDataModule([half], chat_template=False, split_seed=seed)) for seed in (0, 1))
-    for one in (again, other):
-        one.setup("fit")
+    again, other = (attach(TextDataModule([half], chat_template=False, split_seed=seed), "fit") for seed in (0, 1))
     own, drawn, others = ({*map(str, one.train["input_ids"][:])} for one in (alone[1], again, other))
     assert drawn == own
     assert len(own | others) > 10  # the share is drawn from all rows, by the seed
@@ -205,16 +193,14 @@ def test_templates_and_classifiers_take_several_sources(tmp_path):
     labels = ["no", "yes", "perhaps"]
     first = write(tmp_path / "a.jsonl", [{"text": f"Is it {k}?", "label": labels[k % 2]} for k in range(20)])
     second = write(tmp_path / "b.csv", [{"text": f"Was it {k}?", "label": labels[1 + k % 2]} for k in range(10)])
-    templated = attach(TemplateDataModule([first, second], prompt="{text} ", options=labels))
-    templated.setup("fit")
+    templated = attach(TemplateDataModule([first, second], prompt="{text} ", options=labels), "fit")
     assert Counter(row.example.options[row.example.answer] for row in templated.train)["perhaps"] > 0
     assert [len(templated.train), len(templated.val)] == [18 + 9, 2 + 1]
     templated.setup("predict")
     assert [row.example.prompt for row in templated.test[18:22]] == ["Is it 18? ", "Is it 19? ", "Was it 0? ", "Was it 1? "]
     fields = [row["text"] for row in templated.fields_of([19, 20, 0])]  # of predicted rows, as the file of predictions has them
     assert fields == ["Is it 19?", "Was it 0?", "Is it 0?"]
-    classified = attach(TextClassificationDataModule([first, second]))
-    classified.setup("fit")
+    classified = attach(TextClassificationDataModule([first, second]), "fit")
     assert classified.label_names == sorted(labels)
     assert {*classified.train["labels"]} == {0, 1, 2}
 

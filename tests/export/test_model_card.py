@@ -14,15 +14,8 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
-from cola_lightning import (
-    Chain,
-    COLACausalLM,
-    PredictionWriter,
-    PromptDataModule,
-    TemplateDataModule,
-    TextDataModule,
-    UserError,
-)
+from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule, UserError
+from cola_lightning.chain import Chain
 from cola_lightning.cli import main
 from cola_lightning.export.card import Card
 from tests.helpers import tiny

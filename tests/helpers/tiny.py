@@ -44,90 +44,54 @@ CHAT = (
 SIZES = {"vocab_size": 400, "max_position_embeddings": 64}
 BODY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
-CONFIGS = {
-    "opt": lambda: transformers.OPTConfig(
-        **SIZES, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.0
-    ),
-    "llama": lambda: transformers.LlamaConfig(**SIZES, **BODY, num_key_value_heads=2),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-    ),
-    "qwen3": lambda: transformers.Qwen3Config(**SIZES, **BODY, num_key_value_heads=2, head_dim=8),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES, **BODY),
-    "phi3": lambda: transformers.Phi3Config(**SIZES, **BODY, num_key_value_heads=2, pad_token_id=None),
-    "roberta": lambda: transformers.RobertaConfig(**SIZES, **BODY, type_vocab_size=1),
-    "bert": lambda: transformers.BertConfig(**SIZES, **BODY),
-    "bloom": lambda: transformers.BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4),
-    "cohere": lambda: transformers.CohereConfig(**SIZES, **BODY, num_key_value_heads=2, logit_scale=0.3),
-    "falcon": lambda: transformers.FalconConfig(
-        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
-    ),
-    "gemma2": lambda: transformers.Gemma2Config(
-        **SIZES,
-        **BODY,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=6,
-        final_logit_softcapping=2.0,
-        tie_word_embeddings=False,
-    ),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**SIZES, **BODY, num_key_value_heads=2, head_dim=8, sliding_window=6),
-    "gpt_neo": lambda: transformers.GPTNeoConfig(
-        **SIZES, hidden_size=32, num_heads=4, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=4
-    ),
-    "granite": lambda: transformers.GraniteConfig(**SIZES, **BODY, num_key_value_heads=2, logits_scaling=3.0),
-    "mamba": lambda: transformers.MambaConfig(vocab_size=400, hidden_size=32, state_size=8, num_hidden_layers=2),
-    "mistral": lambda: transformers.MistralConfig(**SIZES, **BODY, num_key_value_heads=2, sliding_window=4),
-    "starcoder2": lambda: transformers.Starcoder2Config(**SIZES, **BODY, num_key_value_heads=2),
-}
-
 _KV, _FEW, _WIDE = {"num_key_value_heads": 2}, {"num_experts": 4, "num_experts_per_tok": 2}, {"moe_intermediate_size": 16}
+_HEADS = _KV | {"head_dim": 8}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 _ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 _ROUTED |= {"first_k_dense_replace": 1} | _WIDE
 _MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "mamba_n_groups": 2}
 _LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 
-# Mixtures of experts: the name of the configuration's class, and its fields.
-MIXTURES = {
-    "qwen3_moe": ("Qwen3Moe", _KV | _FEW | _WIDE | {"head_dim": 8}),
+# The name of the configuration's class, and the fields that it has besides those above.
+DENSE = {
+    "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
+    "llama": ("Llama", _KV),
+    "gpt2": ("GPT2", {"n_inner": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "qwen3": ("Qwen3", _HEADS),
+    "gpt_neox": ("GPTNeoX", {}),
+    "phi3": ("Phi3", _KV | {"pad_token_id": None}),
+    "roberta": ("Roberta", {"type_vocab_size": 1}),
+    "bert": ("Bert", {}),
+    "bloom": ("Bloom", {}),
+    "cohere": ("Cohere", _KV | {"logit_scale": 0.3}),
+    "falcon": ("Falcon", {"alibi": True}),
+    "gemma2": ("Gemma2", _HEADS | {"sliding_window": 6, "final_logit_softcapping": 2.0, "tie_word_embeddings": False}),
+    "gemma3": ("Gemma3Text", _HEADS | {"sliding_window": 6}),
+    "gpt_neo": ("GPTNeo", {"attention_types": [[["global", "local"], 1]], "window_size": 4}),
+    "granite": ("Granite", _KV | {"logits_scaling": 3.0}),
+    "mamba": ("Mamba", {"intermediate_size": 64, "state_size": 8}),
+    "mistral": ("Mistral", _KV | {"sliding_window": 4}),
+}
+_OF_NEMOTRON = {"moe_shared_expert_intermediate_size": 16, "layers_block_type": ["mamba", "moe", "attention"]}
+_OF_QWEN3_NEXT = {"shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]}
+MIXTURES = {  # of experts
+    "qwen3_moe": ("Qwen3Moe", _HEADS | _FEW | _WIDE),
     "mixtral": ("Mixtral", _KV | {"num_local_experts": 4}),
     "deepseek_v3": ("DeepseekV3", _LATENT | _ROUTED | {"num_key_value_heads": 4}),
-    "gpt_oss": ("GptOss", _KV | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "nemotron_h": (
-        "NemotronH",
-        _KV
-        | _ROUTED
-        | _MAMBA
-        | {"head_dim": 8, "moe_shared_expert_intermediate_size": 16, "layers_block_type": ["mamba", "moe", "attention"]},
-    ),
+    "gpt_oss": ("GptOss", _HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "nemotron_h": ("NemotronH", _HEADS | _ROUTED | _MAMBA | _OF_NEMOTRON),
     "qwen2_moe": ("Qwen2Moe", _KV | _FEW | _WIDE | {"shared_expert_intermediate_size": 16}),
-    "qwen3_next": (
-        "Qwen3Next",
-        _KV
-        | _FEW
-        | _WIDE
-        | _LINEAR
-        | {"head_dim": 8, "shared_expert_intermediate_size": 16}
-        | {"layer_types": ["linear_attention", "full_attention"]},
-    ),
+    "qwen3_next": ("Qwen3Next", _HEADS | _FEW | _WIDE | _LINEAR | _OF_QWEN3_NEXT),
     "deepseek_v2": ("DeepseekV2", _LATENT | _ROUTED),
-    "glm4_moe": ("Glm4Moe", _KV | _ROUTED | {"head_dim": 8}),
+    "glm4_moe": ("Glm4Moe", _HEADS | _ROUTED),
     "olmoe": ("Olmoe", _KV | _FEW),
     "phimoe": ("Phimoe", _KV | {"num_local_experts": 4}),
     "granitemoe": ("GraniteMoe", _KV | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "minimax_m2": ("MiniMaxM2", _KV | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8}),
-    "hunyuan_v1_moe": ("HunYuanMoEV1", _KV | {"head_dim": 8, "num_experts": 4, "moe_topk": 2}),
+    "minimax_m2": ("MiniMaxM2", _HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8}),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", _HEADS | {"num_experts": 4, "moe_topk": 2}),
     "ernie4_5_moe": ("Ernie4_5_Moe", _KV | _WIDE | {"moe_num_experts": 4, "moe_k": 2}),
     "lfm2_moe": ("Lfm2Moe", _KV | _FEW | _WIDE | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}),
 }
-
-
-def _mixture(name, fields):
-    return lambda: getattr(transformers, f"{name}Config")(**SIZES, **BODY, **fields)
-
-
-CONFIGS |= {architecture: _mixture(*mixture) for architecture, mixture in MIXTURES.items()}
 
 # What PEFT calls the attention's inputs.
 TARGETS = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "phi3": ["qkv_proj"]}
@@ -169,7 +133,8 @@ def tokenizer(architecture="llama", *, pad=False, eos=False, end="eos_token"):
 
 
 def config(architecture):
-    made = CONFIGS[architecture]()
+    name, fields = (DENSE | MIXTURES)[architecture]
+    made = getattr(transformers, f"{name}Config")(**SIZES | BODY | fields)
     made.bos_token_id, made.eos_token_id, made.pad_token_id = 0, 1, None if architecture != "roberta" else 1
     return made
 
@@ -205,10 +170,10 @@ def targets(architecture):
     return TARGETS.get(architecture, ["q_proj", "v_proj"])
 
 
-def causal_lm(path, architecture="llama", *, scale=3, changes=(), **arguments):
+def causal_lm(path, architecture="llama", *, cls=COLACausalLM, scale=3, changes=(), **arguments):
     """A module around such a model, which lies in a folder of the path."""
     name = folder(path / architecture, architecture, scale=scale, **dict(changes))
-    return COLACausalLM(name, **{"target_modules": targets(architecture), "rank": 2, "alpha": 4, "seed": 0} | arguments)
+    return cls(name, **{"target_modules": targets(architecture), "rank": 2, "alpha": 4, "seed": 0} | arguments)
 
 
 def with_live_link(module):
@@ -236,16 +201,13 @@ def losses_of_both(ours, theirs, steps, images=None):
         yield losses
 
 
-def plain_scores(module, example, max_length=None):
+def plain_scores(module, example):
     """The mean log-probability of each option's tokens, one option at a time, padded on the right, with all logits."""
     tokenizer, scores = module.tokenizer, []
     n_prompt = len(tokenizer(example.prompt.strip(" "))["input_ids"])
     for option in example.options:
         ids = tokenizer((example.prompt + option).strip(" "))["input_ids"]
         n_option = len(ids) - n_prompt
-        if max_length is not None and len(ids) > max_length:  # a beginning of sentence stays
-            begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-            ids = begin + ids[len(begin) - max_length :]
         padded = torch.tensor([ids + [tokenizer.pad_token_id] * 5])
         mask = torch.tensor([[1] * len(ids) + [0] * 5])
         logs = module.model(input_ids=padded, attention_mask=mask).logits[0].log_softmax(-1)
@@ -290,10 +252,9 @@ BYTE_GPT = ["--model.depth", "1", "--model.width", "16", "--model.heads", "2", "
 def english(folder, passage="The cat sat on the mat, and then it slept until the evening came."):
     """A folder of the tasks from which the byte GPT's English comes, each of two passages; what COLA_DATA_DIR is to be."""
     for task, field in {"squad": "context", "drop": "passage", "boolq": "passage"}.items():
-        (folder / task).mkdir(parents=True)
         for split in ("train", "validation", "test"):
-            row = json.dumps({field: f"{passage} {task} has a {split} split, which holds this alone."})
-            (folder / task / f"{split}.jsonl").write_text(row + "\n")
+            row = {field: f"{passage} {task} has a {split} split, which holds this alone."}
+            write_rows(folder / task, [row], [split])
     return folder
 
 
@@ -371,11 +332,11 @@ def reviews(**arguments):
     return TemplateDataModule(str(REVIEWS), **options | arguments)
 
 
-def attach(data, architecture="llama"):
-    """The data module with a tokenizer."""
-    data.tokenizer = tokenizer(architecture, pad=True)
-    data.tokenizer.model_max_length = 64
-    return data
+def attach(data, *stages, architecture="llama"):
+    """The data module with a tokenizer, after its setup for these stages."""
+    own = tokenizer(architecture, pad=True)
+    own.model_max_length = 64
+    return set_up(data, own, *stages)
 
 
 def assert_same_gradients(module, mine, theirs, relative=1e-4):
@@ -561,12 +522,9 @@ trainer:
 def make_language_folder(path):
     """A folder with a configuration, its model and its rows; of those in ``renamed`` a column has another name."""
     folder(path / "model", "opt")
-    words = [("great", 1), ("terrible", 0)]
-    rows = [(f"film {k} with {words[k % 2][0]} actors ", words[k % 2][1]) for k in range(40)]
     for name, label in (("rows", "label"), ("renamed", "gold")):
-        (path / name).mkdir()
-        lines = [json.dumps({"sentence": sentence, label: value}) + "\n" for sentence, value in rows]
-        (path / name / "train.jsonl").write_text("".join(lines))
-        (path / name / "validation.jsonl").write_text("".join(lines[::-1]))
+        rows = [{"sentence": f"film {k} with {('great', 'terrible')[k % 2]} actors ", label: 1 - k % 2} for k in range(40)]
+        write_rows(path / name, rows, ["train"])
+        write_rows(path / name, rows[::-1], ["validation"])
     (path / "config.yaml").write_text(LANGUAGE_CONFIG)
     return path

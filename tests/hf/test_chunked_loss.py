@@ -31,7 +31,6 @@ def loss_and_gradients(module, batch):
 
 # Experts, and logits that are capped, scaled or divided; the others have none of it, as llama.
 CASES = [(name, "links") for name in ("mixtral", "gemma2", "cohere", "granite")]
-CASES += [pytest.param(name, "links", marks=pytest.mark.slow) for name in ("opt", "gpt2", "bloom")]
 CASES += [("llama", options) for options in HOW] + [("gemma2", "head")]
 
 
