@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from cola_lightning.data.rows import Row
 from cola_lightning.data.text import Texts
 from cola_lightning.errors import UnusableRow
 from tests.helpers import tiny
+
+REAL = Path(os.environ.get("COLA_DATA_DIR", "none"), "real")
+needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs COLA_DATA_DIR with real")
 
 
 def cleaned(turns, columns=None, loss="all", **fields):
@@ -168,6 +172,17 @@ def test_a_prompt_keeps_its_system_prompt_and_a_response_too_long_has_no_stop_to
     ((row,),) = encode_responses(own, [Pair(f"{system}Old?", len(system), f" {long}")], 70)
     assert (len(row["input_ids"]), row["spans"][1]) == (70, 70)
     assert f"<s>{system}Old? {long}".startswith(own.decode(row["input_ids"]))
+
+
+@needs_real
+def test_function_calls_of_a_real_file_are_trained(tmp_path):
+    source = (REAL.parent / "chat_templates" / "qwen2_5.jinja").read_text()
+    own = tiny.chat_tokenizer(source, "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
+    (tmp_path / "rows.json").write_text(json.dumps(json.loads((REAL / "glaive_toolcall.json").read_text())[:40]))
+    data = tiny.set_up(TextDataModule(str(tmp_path / "rows.json"), max_length=8000, val_size=0), own, "fit")
+    trained = [own.decode([label for label in labels_of(row) if label != -100]) for row in data.train]
+    assert sum("<tool_call>\n{" in text for text in trained) > 10
+    assert not any("function_call" in text or "<tool_response>" in text for text in trained)
 
 
 @dataclass(frozen=True)

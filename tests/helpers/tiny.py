@@ -201,13 +201,16 @@ def losses_of_both(ours, theirs, steps, images=None):
         yield losses
 
 
-def plain_scores(module, example):
+def plain_scores(module, example, max_length=None):
     """The mean log-probability of each option's tokens, one option at a time, padded on the right, with all logits."""
     tokenizer, scores = module.tokenizer, []
     n_prompt = len(tokenizer(example.prompt.strip(" "))["input_ids"])
     for option in example.options:
         ids = tokenizer((example.prompt + option).strip(" "))["input_ids"]
         n_option = len(ids) - n_prompt
+        if max_length is not None and len(ids) > max_length:  # a beginning of sentence stays
+            begin = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+            ids = begin + ids[len(begin) - max_length :]
         padded = torch.tensor([ids + [tokenizer.pad_token_id] * 5])
         mask = torch.tensor([[1] * len(ids) + [0] * 5])
         logs = module.model(input_ids=padded, attention_mask=mask).logits[0].log_softmax(-1)

@@ -1,15 +1,19 @@
 """Option scores, losses and gradients against a plain forward, and what a run does with them."""
 
 import functools
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from cola_lightning import PredictionWriter, TextDataModule, UserError
+from cola_lightning import COLACausalLM, PredictionWriter, TextDataModule, UserError
 from cola_lightning.data.encoding import Pair, collate_language, encode_responses, encode_texts, labels_of
 from cola_lightning.data.examples import Example, collate_options, encode_examples
+from cola_lightning.data.splits import load_splits
+from cola_lightning.data.tasks import TASKS
 from tests.helpers import tiny
 from tests.helpers.tiny import assert_same_gradients, causal_lm, plain_scores, with_live_link
 from tests.helpers.toy import trainer
@@ -25,8 +29,8 @@ def module(request, tmp_path_factory):
     return with_live_link(causal_lm(tmp_path_factory.mktemp("model"), request.param))
 
 
-def option_batch(module, examples, loss="options"):
-    return collate_options(encode_examples(module.tokenizer, examples, 64), module.tokenizer.pad_token_id, loss)
+def option_batch(module, examples, loss="options", max_length=64):
+    return collate_options(encode_examples(module.tokenizer, examples, max_length), module.tokenizer.pad_token_id, loss)
 
 
 EXAMPLES = [
@@ -80,6 +84,28 @@ def test_options_share_the_computation_of_a_long_prompt_where_attention_allows_i
     for mine, example in zip(scores, MANY, strict=True):
         theirs = plain_scores(module, example)
         assert mine[: len(theirs)].tolist() == pytest.approx(theirs.tolist(), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    module = COLACausalLM(**tiny.SMOLLM2, target_modules=["q_proj", "v_proj"], seed=0)
+    return with_live_link(module).eval()
+
+
+@tiny.needs_smollm2
+@pytest.mark.slow
+@pytest.mark.skipif("COLA_DATA_DIR" not in os.environ, reason="COLA_DATA_DIR is not set")
+@pytest.mark.parametrize("task", ["SST2", "RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC", "COPA", "ReCoRD"])
+@torch.no_grad()
+def test_scores_of_real_rows_on_smollm2_are_those_of_one_option_at_a_time(smollm2, task):
+    rows = load_splits(str(Path(os.environ["COLA_DATA_DIR"], task.lower())))["validation"]()[:20]
+    examples = [TASKS[task].example(row) for row in rows]
+    for start in range(0, 20, 8):
+        batch = option_batch(smollm2, examples[start : start + 8], max_length=512)
+        for mine, example in zip(smollm2.option_scores(batch), examples[start:], strict=False):
+            expected = plain_scores(smollm2, example, 512).tolist()
+            assert mine[: len(expected)].tolist() == pytest.approx(expected, abs=1e-4)
+            assert int(mine.argmax()) == max(range(len(expected)), key=expected.__getitem__)
 
 
 def responses(module, pairs):

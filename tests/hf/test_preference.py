@@ -279,6 +279,13 @@ def test_values_that_no_run_can_have_are_refused(tmp_path):
             preference_lm(tmp_path, **options)
 
 
+def test_rows_that_are_no_pairs_are_refused(module):
+    batch = pair_batch(random_pairs())
+    del batch["n_pairs"]
+    with pytest.raises(UserError, match="pairs of a chosen and a rejected response"):
+        module.step(batch)
+
+
 def test_a_run_without_a_reference_trains_every_parameter(tmp_path):
     module = preference_lm(tmp_path, loss="simpo", target_modules=None)
     assert isinstance(fit(module, tmp_path), Trainer)
