@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cola_lightning import UserError
+from tests.helpers.resuming import Data
 from tests.helpers.toy import Toy, batches, toy, trainer
 
 
@@ -63,6 +64,20 @@ def test_draws_of_a_batch_depend_on_the_process_and_not_on_what_was_drawn_before
     first = noise(1, 0)
     assert noise(2, 0) == first
     assert len({*first[0], *noise(1, 1)[0]}) == 40
+
+
+class Drawn(Data):
+    """Its batches are what is drawn as they are put together, as augmentation is."""
+
+    def collate(self, rows):
+        return draws()
+
+
+def test_each_batch_of_rows_has_draws_of_its_own():
+    (data := Drawn(batch_size=4)).setup("fit")
+    first, again = ([tuple(batch) for batch in data.train_dataloader()] for _ in range(2))
+    assert first == again  # of one epoch
+    assert len({*first}) == len(first) > 1
 
 
 class Square(Toy):
