@@ -166,11 +166,19 @@ def read_adapter(folder: str | Path) -> Chain:
             if value not in ORDINARY[name] if name in ORDINARY else value and name not in HARMLESS:
                 raise UserError(f"adapter: {str(folder)!r} is not an ordinary LoRA: it has {name} {value!r}")
         with safe_open(folder / TENSORS_NAME, "pt") as file:
-            names = {name: name.replace("_orig_mod.", "").removeprefix(PREFIX) for name in file.keys()}  # noqa: SIM118  # no dict
-            tensors = {name: file.get_tensor(key) for key, name in names.items()}
+            names = {name: _plain(name) for name in file.keys()}  # noqa: SIM118  # no dict
+            tensors = {name: file.get_tensor(key) for key, name in names.items() if ".original_module." not in name}
             description = json.loads((file.metadata() or {}).get(LINKS_KEY, "null"))
         link = _as_link(tensors, config, str(folder))
         return Chain([link]) if description is None else _split(link, description, str(folder / TENSORS_NAME))
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what PEFT and ``torch.compile`` add to it.
+
+    Source: ``peft.utils.other.ModulesToSaveWrapper``, whose names are stored for resized embeddings (0.21).
+    """
+    return re.sub(r"\.modules_to_save(\.default)?\.", ".", name.replace("_orig_mod.", "").removeprefix(PREFIX))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -282,8 +290,9 @@ def concatenate(chain: Chain) -> dict[str, tuple[Tensor, Tensor]]:
     """
     factors = {}
     for name in chain.layers:
-        lora_A = torch.cat([link.factors[name][0] for link in chain.links], dim=-2)
-        lora_B = torch.cat([link.factors[name][1] * link.scaling(name) for link in chain.links], dim=-1)
+        links = chain.link_factors(name)
+        lora_A = torch.cat([lora_A for lora_A, _, _ in links], dim=-2)
+        lora_B = torch.cat([lora_B * scaling for _, lora_B, scaling in links], dim=-1)
         factors[name] = lora_A.float(), lora_B.float()
     return factors
 
@@ -306,6 +315,7 @@ def write_adapter(folder: Path, chain: Chain, base: AdapterBase, factors: Mappin
         tensors |= {name + ending: factor for ending, factor in zip(FACTORS, pair, strict=True)}
     tensors = {f"{PREFIX}{name}": value.clone().contiguous() for name, value in tensors.items()}
     is_whole = config.r == max(map(chain.total_rank, chain.layers))
+    is_whole &= all(len(link.factors) == len(factors) for link in chain.links)  # else the parts are of no known ranks
     description = {LINKS_KEY: json.dumps(chain.describe())} if is_whole else {}
     config.save_pretrained(str(folder))
     save_file(tensors, folder / TENSORS_NAME, {"format": "pt"} | description)

@@ -34,6 +34,10 @@ class Source(NamedTuple):
         is_named = equals and "/" not in name and is_stage_name(name) and not os.path.exists(text)
         return cls(path, name) if is_named else cls(str(text))
 
+    def __str__(self) -> str:
+        """The source as it is typed."""
+        return self.path if self.name is None else f"{self.name}={self.path}"
+
 
 def sources_of(given: str | Path | Sequence[str | Path]) -> list[Source]:
     """One source or several, as a user gives them."""

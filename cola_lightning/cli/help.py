@@ -118,7 +118,7 @@ LINKS += "By default, all links are used."
 SCALE = "Multiply what a stage or a link changes by a factor. Type the stage's name or the link's index: '{dpo: 0.5, 3: 0}'. "
 SCALE += "The first link is 0. The factor 0 leaves a link out. Fully trained modules, such as a new head, are not scaled. "
 SCALE += "Later links were trained on top of earlier ones, so measure a model without a link in the middle before you use it."
-CONTINUES = "These sources are not new adapters: the adapter of the source before went on. Type their names: `[dpo]`."
+CONTINUES = "These sources are not new adapters: the adapter of the source before went on. Type their names."
 BASE = "The model that the first adapter was trained on: a folder, or an id of the Hugging Face hub."
 TRUST = "Type `true` to run the Python files that come with the model. Do this only for a model that you trust. Default: false."
 DESCRIPTION = "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates."
@@ -198,7 +198,7 @@ def add_sources(parser: "ArgumentParser", name: str, kinds: str, **arguments: An
     """
     parser.add_argument(name, nargs="+", metavar="PATH", help=kinds, **arguments)
     parser.add_argument("--links", type=int | str | None, metavar="N", help=LINKS)
-    parser.add_argument("--continues", type=list[str], default=[], metavar="NAMES", help=CONTINUES)
+    parser.add_argument("--continues", nargs="+", default=[], metavar="NAME", help=CONTINUES)
 
 
 def read_sources(sources: "Sequence[str]", options: Any, field: str = "checkpoint") -> "Chain":

@@ -7,7 +7,9 @@ from pathlib import Path
 from cola_lightning.cli.help import BASE, SUBCOMMANDS, add_scale, add_sources, command_parser, parse_options, read_sources
 
 MERGED = "Prove this folder of a merged model, which any tool may have written."
-ADAPTER = "It should contain these: folders of PEFT adapters, chain folders or checkpoints, in the order of their training. Write "
+ADAPTER = (
+    "It should contain these: folders of PEFT adapters, chain folders or checkpoints, in the order of their training. Write "
+)
 ADAPTER += "NAME=PATH to name one."
 
 
@@ -29,7 +31,9 @@ def verify(words: Sequence[str]) -> int:
     parser.add_argument("--base", required=True, help=BASE)
     add_sources(parser, "--adapter", ADAPTER, required=True)
     add_scale(parser)
-    parser.add_argument("--json", action="store_true", help="Print JSON with the judgement of each tensor instead of the table.")
+    parser.add_argument(
+        "--json", action="store_true", help="Print JSON with the judgement of each tensor instead of the table."
+    )
     options = parse_options(parser, words)
 
     import rich
@@ -45,7 +49,9 @@ def verify(words: Sequence[str]) -> int:
     folders = {s.name or Path(s.path).name: Path(s.path).expanduser() for s in sources}
     configs = {name: read_config(path) for name, path in folders.items() if (path / CONFIG_NAME).is_file()}
     names = {s.path: s.name or (Path(s.path).name if Path(s.path).name in configs else None) for s in sources}
-    chain = read_sources([s.path if names[s.path] is None else f"{names[s.path]}={s.path}" for s in sources], options, "adapter")
+    chain = read_sources(
+        [s.path if names[s.path] is None else f"{names[s.path]}={s.path}" for s in sources], options, "adapter"
+    )
     adapters = {link.index: Adapter(link.name or f"link {link.index}", configs.get(link.name or "")) for link in chain.links}
     plan = make_plan(ModelFolder.open(options.base), chain)
     proof = verify_folder(plan, ModelFolder.open(options.merged, "merged"), adapters)

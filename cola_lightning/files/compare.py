@@ -1,7 +1,7 @@
 """Whether a stored tensor is what a merge should have made of it: to the bit, up to roundings, or not.
 
-Element by element, a difference may be what roundings leave. And over the whole tensor, the differences may not lie along any of
-the updates: in half precision an update is often smaller than a rounding, so that elements alone do not show that it is missing.
+Element by element, a difference may be what roundings leave. And over the whole tensor, the differences may not lie along any
+of the updates: in half precision an update is often smaller than a rounding, so elements alone do not show that it is missing.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cola_lightning.files.plan import Planned, Update
+from cola_lightning.files.plan import Planned
 from cola_lightning.files.stored import StoredTensor, chunks
 
 Kind = Literal["same bits", "rounding", "wrong"]
@@ -44,8 +44,8 @@ class Comparison:
     """A stored tensor, compared with what it should be.
 
     Attributes:
-        kind: ``same bits``, as W + B A in float32, rounded once; ``rounding``: it differs by what roundings change, also as PEFT
-            makes them: of W, of each update, and of each sum; or ``wrong``.
+        kind: ``same bits``, as W + B A in float32, rounded once; ``rounding``: it differs by what roundings change, also as
+            PEFT makes them: of W, of each update, and of each sum; or ``wrong``.
         n_different: elements that differ.
         n: elements.
         factors: for each update, how much of it is in the tensor: 1 is right.
@@ -59,22 +59,15 @@ class Comparison:
     sums: Sums | None = None
 
 
-def compare(
-    planned: Planned,
-    merged: StoredTensor,
-    updates: Sequence[Update] | None = None,
-    *,
-    through: torch.dtype | None = None,
-) -> Comparison:
+def compare(planned: Planned, merged: StoredTensor, through: torch.dtype | None = None) -> Comparison:
     """Compares a stored tensor with a planned one.
 
     Args:
         planned: what it should be.
         merged: what it is.
-        updates: other updates than the planned ones.
-        through: a dtype in which it was merged before it was stored in a wider one.
+        through: a dtype in which it was merged before it was stored in a wider one; None: its own.
     """
-    updates = planned.updates if updates is None else updates
+    updates = planned.updates
     if tuple(planned.shape) != merged.shape:
         return Comparison("wrong", prod(merged.shape), prod(merged.shape))
     dtype, wide, n_different = through or merged.dtype, planned.wide, 0

@@ -43,7 +43,9 @@ def write_merged(plan: Plan, folder: Path, *, dtype: torch.dtype | None = None, 
         write_tensors(folder / file, sizes, _rows(part, dtypes), base.metadata)
     if (base.path / INDEX_NAME).is_file():
         size = sum(torch.Size(planned.shape).numel() * dtypes[name].itemsize for name, planned in plan.tensors.items())
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+        index = json.loads((base.path / INDEX_NAME).read_text(encoding="utf-8"))
+        index["metadata"] = index.get("metadata", {}) | {"total_size": size}
+        index["weight_map"] = dict(sorted(files.items()))
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     config = base.config | plan.config
     for name in ("dtype", "torch_dtype") if dtype is not None else ():

@@ -1,10 +1,7 @@
 """What a chain does to each tensor of a model's folder: which rows it adds, and which values it replaces."""
 
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from math import prod
 from typing import Any
 
@@ -12,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cola_lightning.chain.chain import OUTSIDE, Chain
+from cola_lightning.chain.names import Names
 from cola_lightning.errors import UserError
-from cola_lightning.files.stored import CannotStream, ModelFolder, StoredTensor
+from cola_lightning.files.stored import CannotStream, ModelFolder, StoredTensor, chunks
 from cola_lightning.lora.layer import LinkFactors
 
 HEAD = "lm_head.weight"  # the name of an output layer that shares its weight with the embedding, and is in no file
@@ -40,7 +38,7 @@ class Update:
 
     def rows(self, first: int, last: int) -> Tensor:
         """Some of its rows; of experts, some of the experts."""
-        return self.left[first:last] @ (self.right if self.right.dim() == 2 else self.right[first:last])
+        return torch.matmul(self.left[first:last], self.right if self.right.dim() == 2 else self.right[first:last])
 
     def add_to(self, matrix: Tensor, first: int, last: int) -> None:
         """Adds some of its rows to a matrix, or to those of experts, in place."""
@@ -52,7 +50,7 @@ class Update:
     def sizes(self, first: int, last: int) -> Tensor:
         """An upper bound of the sums of absolute products that make up the rows: it bounds their rounding."""
         left, right = self.left[first:last], self.right if self.right.dim() == 2 else self.right[first:last]
-        return left.norm(dim=-1, keepdim=True) @ right.norm(dim=-2, keepdim=True)
+        return torch.matmul(left.norm(dim=-1, keepdim=True), right.norm(dim=-2, keepdim=True))
 
     def times(self, factor: float) -> "Update":
         """The update multiplied by a factor."""
@@ -80,7 +78,7 @@ class Planned:
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's."""
-        return self.base_or_value.shape
+        return tuple(self.base_or_value.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,7 +178,8 @@ def _updates(chain: Chain, layer: str, shape: tuple[int, ...], *, is_conv1d: boo
     updates = []
     for link in chain.updates:
         if layer in link.factors:
-            updates.append(_laid_out(link.index, layer, (*link.factors[layer], link.scaling(layer)), shape, is_conv1d=is_conv1d))
+            factors = (*link.factors[layer], link.scaling(layer))
+            updates.append(_laid_out(link.index, layer, factors, shape, is_conv1d=is_conv1d))
     return tuple(updates)
 
 
@@ -191,60 +190,19 @@ def _laid_out(link: int, layer: str, factors: LinkFactors, shape: tuple[int, ...
     n_out, n_in = lora_B.shape[-2], lora_A.shape[-1]
     if lora_A.dim() > 2 and n_out == n_in:
         raise CannotStream(f"base: the shape of the experts {layer!r} does not show which side is their input")
-    sizes = shape[: lora_A.dim() - 1] + (prod(shape[lora_A.dim() - 1 :]),)
+    sizes = (*shape[: lora_A.dim() - 1], prod(shape[lora_A.dim() - 1 :]))
     if sizes[-2:] == (n_out, n_in) and not (n_out == n_in and is_conv1d):
         return update
     if sizes[-2:] == (n_in, n_out):
         return update.transposed()
-    raise UserError(f"base: {layer!r} is {n_out} x {n_in} in the chain, and its weight has the shape {shape}. Is it another base?")
+    raise UserError(f"base: {layer!r} is {n_out} x {n_in} in the chain, but its weight has the shape {shape}: another base")
 
 
-# ---------------------------------------------------------------------- names
-
-
-class Names:
-    """Names of tensors, that are found by the names that other releases and other files have for them.
-
-    Files may lack the prefix that a model has (gpt2's), have another one (models of texts and images in transformers 4 and 5),
-    or have ``_orig_mod.`` in them (a compiled model's).
-
-    Args:
-        known: the names.
-
-    Example:
-        >>> names = Names(["h.0.attn.weight", "h.1.attn.weight", "vision.h.0.attn.weight"])
-        >>> names.find("transformer.h.1.attn.weight"), names.find("transformer.h.2.attn.weight")
-        ('h.1.attn.weight', None)
-    """
-
-    def __init__(self, known: Collection[str]) -> None:
-        self.known = known
-        self.by_end: dict[tuple[str, ...], list[str]] = {}
-        for name in known:
-            self.by_end.setdefault(_key(name), []).append(name)
-
-    def find(self, name: str) -> str | None:
-        """The known name of the same tensor: the one with the longest common end, and then the most common parts."""
-        if name in self.known:
-            return name
-
-        def score(known: str) -> tuple[int, int]:
-            mine, theirs = name.split("."), known.split(".")
-            end = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(mine), reversed(theirs), strict=False))
-            return len(list(end)), (Counter(mine) & Counter(theirs)).total()
-
-        scored = sorted(((score(known), known) for known in self.by_end.get(_key(name), ())), reverse=True)
-        is_found = scored and scored[0][0][0] >= 2 and (len(scored) == 1 or scored[0][0] > scored[1][0])
-        return scored[0][1] if is_found else None
-
-
-def _key(name: str) -> tuple[str, ...]:
-    """What all names of a tensor share: its last two parts, and its numbers."""
-    parts = name.split(".")
-    return (*parts[-2:], *filter(str.isdigit, parts))
-
-
-def matched(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
-    """For names, those by which other files know the same tensors; names without one are left out."""
-    found = Names(known)
-    return {name: other for name in names if (other := found.find(name)) is not None}
+def weight_norms(plan: Plan) -> dict[str, float]:
+    """The Frobenius norm of each adapted weight of the base, by the layer's name in the chain."""
+    norms = {}
+    for planned in plan.tensors.values():
+        for update in planned.updates[:1]:
+            parts = (torch.linalg.vector_norm(planned.rows(*rows), dtype=planned.wide) for rows in chunks(planned.shape))
+            norms[update.layer] = float(torch.stack(list(parts)).norm())
+    return norms

@@ -6,15 +6,16 @@ A cause is found by trying it: the tensor is compared with what the mistake woul
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cola_lightning.chain.names import matched
 from cola_lightning.chain.peft import value_of_layer
 from cola_lightning.files.compare import SMALLEST, Comparison, Kind, compare
-from cola_lightning.files.plan import EMBEDDING, HEAD, Plan, Planned, Update, matched
+from cola_lightning.files.plan import EMBEDDING, HEAD, Plan, Planned, Update
 from cola_lightning.files.stored import ModelFolder, StoredTensor
 
 if TYPE_CHECKING:
@@ -171,7 +172,8 @@ def _notes(plan: Plan, merged: ModelFolder, adapters: Mapping[int, Adapter]) -> 
         base = str((adapter.config or {}).get("base_model_name_or_path") or "")
         if FOUR_BITS.search(base):
             notes.append(f"{adapter.name} was trained on {base}, in 4 bits: merged into other weights, it gives another model")
-    for mine, theirs in {(plan.tensors[a].dtype, merged.tensors[b].dtype) for a, b in matched(plan.tensors, merged.tensors).items()}:
+    names = matched(plan.tensors, merged.tensors)
+    for mine, theirs in {(plan.tensors[name].dtype, merged.tensors[names[name]].dtype) for name in names}:
         if theirs.itemsize < mine.itemsize:
             notes.append(f"tensors of the base in {mine} are stored in {theirs}".replace("torch.", ""))
     return notes
@@ -206,36 +208,36 @@ def _finding(
     finding = Finding(name, "wrong", OTHER, compared.n_different, compared.n, place)
     if compared.sums is None and not (planned.value is not None and planned.base is not None):
         return replace(finding, cause=f"its shape is {merged.shape} and not {tuple(planned.shape)}")
-    causes = dict(_causes(planned, merged))
+    causes = {cause: (tried, through) for cause, tried, through in _causes(planned, merged, adapters)}
     for cause in sorted(causes, key=lambda cause: likely.index(cause) if cause in likely else len(likely)):
-        if causes[cause]().kind != "wrong":
-            names = {index: adapter.name for index, adapter in adapters.items()}
-            return replace(finding, cause=re.sub(r"link (\d+)", lambda found: names.get(int(found[1]), found[0]), cause))
+        tried, through = causes[cause]
+        if compare(tried, merged, through).kind != "wrong":
+            return replace(finding, cause=cause)
     if planned.updates and not is_other_base and (scaled := _scales(planned, merged, compared, adapters)):
         return replace(finding, cause=scaled)
     return finding
 
 
-def _causes(planned: Planned, merged: StoredTensor) -> Iterator[tuple[str, Callable[[], Comparison]]]:
-    """Mistakes, and the comparisons with what they would have made of a tensor."""
-    updates, plain = planned.updates, planned.value is None
-    if not plain:
-        yield LEFT, lambda: compare(replace(planned, value=None), merged)
+def _causes(
+    planned: Planned, merged: StoredTensor, adapters: Mapping[int, Adapter]
+) -> Iterator[tuple[str, Planned, torch.dtype | None]]:
+    """Mistakes, what each would have made of a tensor, and the smaller dtype in which it was made."""
+    updates, names = planned.updates, {index: adapter.name for index, adapter in adapters.items()}
+    if planned.value is not None:
+        yield LEFT, replace(planned, value=None), None
     if updates:
-        yield NOTHING, lambda: compare(planned, merged, [])
-        for update in updates:
-            others = [other for other in updates if other is not update]
-            flipped = [other.transposed() if other is update else other for other in updates]
-            if others:
-                yield f"link {update.link} was not merged", lambda others=others: compare(planned, merged, others)
-            if update.left.shape[-2] == update.right.shape[-1]:
-                yield f"link {update.link} was transposed", lambda flipped=flipped: compare(planned, merged, flipped)
-        if len(updates) > 1 and updates[0].left.shape[-2] == updates[0].right.shape[-1]:
-            yield "the updates were transposed", lambda: compare(planned, merged, [one.transposed() for one in updates])
-    for dtype in SMALLER:
-        if dtype.itemsize < merged.dtype.itemsize and merged.dtype.is_floating_point:
-            what = f"it was rounded to {dtype}".replace("torch.", "")
-            yield what, lambda dtype=dtype: compare(planned, merged, through=dtype)
+        yield NOTHING, replace(planned, updates=()), None
+    for place, update in enumerate(updates):
+        before, after, name = updates[:place], updates[place + 1 :], names.get(update.link, f"link {update.link}")
+        if before or after:
+            yield f"{name} was not merged", replace(planned, updates=before + after), None
+        if update.left.shape[-2] == update.right.shape[-1]:
+            yield f"{name} was transposed", replace(planned, updates=(*before, update.transposed(), *after)), None
+    if len(updates) > 1 and updates[0].left.shape[-2] == updates[0].right.shape[-1]:
+        yield "all updates were transposed", replace(planned, updates=tuple(one.transposed() for one in updates)), None
+    for dtype in SMALLER if merged.dtype.is_floating_point else ():
+        if dtype.itemsize < merged.dtype.itemsize:
+            yield f"it was rounded to {dtype}".replace("torch.", ""), planned, dtype
 
 
 def _scales(planned: Planned, merged: StoredTensor, compared: Comparison, adapters: Mapping[int, Adapter]) -> str:
@@ -244,9 +246,9 @@ def _scales(planned: Planned, merged: StoredTensor, compared: Comparison, adapte
     for _ in range(5):  # roundings hide some of an update, so that the first estimate may be off
         if not all(map(math.isfinite, factors)) or all(abs(factor - 1) <= SMALLEST for factor in factors):
             return ""
-        tried = compare(planned, merged, [one.times(factor) for one, factor in zip(planned.updates, factors, strict=True)])
+        pairs = list(zip(planned.updates, factors, strict=True))
+        tried = compare(replace(planned, updates=tuple(one.times(factor) for one, factor in pairs)), merged)
         if tried.kind != "wrong":
-            pairs = zip(planned.updates, factors, strict=True)
             return " and ".join(_scale(one, factor, adapters) for one, factor in pairs if abs(factor - 1) > 0.02)
         factors = [factor * more for factor, more in zip(factors, tried.factors, strict=True)]
     return ""
@@ -256,7 +258,8 @@ def _scale(update: Update, factor: float, adapters: Mapping[int, Adapter]) -> st
     """A factor of an adapter's update, and the mistakes that give it."""
     adapter, known = adapters.get(update.link, Adapter(f"link {update.link}")), {"merged or scaled twice": 2.0}
     if adapter.config is not None:
-        rank, alpha = (value_of_layer(adapter.config, update.layer, *names) for names in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")))
+        rank = value_of_layer(adapter.config, update.layer, "r", "rank_pattern")
+        alpha = value_of_layer(adapter.config, update.layer, "lora_alpha", "alpha_pattern")
         usual, stabilized = alpha / rank, alpha / rank**0.5
         right, other = (stabilized, usual) if adapter.config.get("use_rslora") else (usual, stabilized)
         what = ("alpha / r", "alpha / sqrt(r)") if right == stabilized else ("alpha / sqrt(r)", "alpha / r")

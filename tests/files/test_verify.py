@@ -1,6 +1,7 @@
 """Merges by peft are proven, and each seeded fault is named. Nothing here is computed by the code that is tested."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -88,7 +89,7 @@ def test_merges_by_peft_and_our_own_are_proven(tmp_path, capsys, kind, dtype):
     assert status == 0, printed["sentence"]
     assert {finding["kind"] for finding in printed["tensors"].values()} == {"same bits"}
     theirs = tiny.logits(load(tmp_path / "merged-True", torch.float32))
-    assert tiny.relative_difference(tiny.logits(load(tmp_path / "ours")), theirs) <= 4 * torch.finfo(dtype).eps
+    assert tiny.relative_difference(tiny.logits(load(tmp_path / "ours")), theirs) <= max(1e-5, 4 * torch.finfo(dtype).eps)
 
 
 # ---------------------------------------------------------------------- what is wrong
@@ -147,8 +148,12 @@ def one_element(name, index):
     return edit
 
 
-def restored(layers):
-    return lambda tensors, base: {name: base[name] if ".".join(name.split(".")[:3]) in layers else value for name, value in tensors.items()}
+def restored(layer):
+    return lambda tensors, base: {name: base[name] if name.startswith(layer) else value for name, value in tensors.items()}
+
+
+def without(name):
+    return lambda tensors, base: {other: value for other, value in tensors.items() if other != name}
 
 
 def transposed(tensors, base):
@@ -192,16 +197,19 @@ FAULTS = {
     "transposed": (spoiled(transposed), r"transposed \(model\.layers\.\d\.self_attn\.q_proj\.weight and 1 more\)"),
     "another base": (remerged(lambda made: (made / "other", [made / "sft", made / "dpo"])), "it is of another base"),
     "a layer is missing": (
-        spoiled(restored(["model.layers.1"])),
+        spoiled(restored("model.layers.1.")),
         r"3 of 21 .*: nothing was merged \(model\.layers\.1\.\S+ and 2 more\)$",
     ),
-    "one element of an adapted tensor": (spoiled(one_element(Q.format(1), 77)), r"1 of 21 .*other values \(\S*1\.self_attn\.q_proj"),
+    "one element of an adapted tensor": (
+        spoiled(one_element(Q.format(1), 77)),
+        r"1 of 21 .*other values \(\S*1\.self_attn\.q_proj",
+    ),
     "one element of another tensor": (spoiled(one_element("model.norm.weight", 3)), r"1 of 21 .*other values \(model\.norm"),
     "not a number": (
         spoiled(lambda tensors, base: tensors[Q.format(0)].view(-1)[5:6].fill_(float("nan")) and None),
         r"1 of 21 .*other values \(\S*q_proj",
     ),
-    "a tensor is missing": (spoiled(lambda tensors, base: tensors.pop("model.norm.weight") and tensors), r"it is missing \(model\.norm"),
+    "a tensor is missing": (spoiled(without("model.norm.weight")), r"it is missing \(model\.norm"),
     "a tensor too many": (
         spoiled(lambda tensors, base: tensors | {"model.more.weight": torch.ones(2)}),
         r"the base has no such tensor \(model\.more\.weight\)",
@@ -225,4 +233,4 @@ def test_a_fault_is_named(made, tmp_path, capsys, fault):
     spoil(made, merged)
     status, printed = proof(capsys, merged, made / "base", made / "sft", made / "dpo")
     assert status == 1
-    assert __import__("re").search(message, printed["sentence"]), printed["sentence"]
+    assert re.search(message, printed["sentence"]), printed["sentence"]
