@@ -3,6 +3,7 @@
 :class:`~cola_lightning.COLAModule` is a Lightning module around one; a custom training loop needs nothing more.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from cola_lightning.lora.config import Factor, LoRAConfig
 from cola_lightning.lora.inject import inject_lora
 from cola_lightning.lora.layer import LoRALayer, initialize_link, is_quantized, is_quantized_model, lora_layers, own_values
 from cola_lightning.lora.stack import Stack
-from cola_lightning.merge import add_links, cast_floats, free, merge
+from cola_lightning.merge import add_links, cast_floats, deep_copy, free, merge
 from cola_lightning.seeding import seeded_build
 from cola_lightning.trained_values import TrainedValues
 
@@ -517,7 +518,15 @@ class AdaptedModel:
             self.forget_links(chain)
             self.replay(chain)
 
-    # ------------------------------------------------------------------ a plain copy
+    # ------------------------------------------------------------------ copies
+
+    def copy_on_cpu(self) -> "AdaptedModel":
+        """A copy on the CPU, with nothing around it, that can be changed while this one is trained."""
+        other = copy.copy(self)
+        other.model = deep_copy(self.model, device="cpu").cpu()
+        other.trained, other.placement = copy.copy(self.trained), other._placement_of_model
+        other.trained.model, other.trained.around = other.model, None
+        return other
 
     def merged_model(
         self,

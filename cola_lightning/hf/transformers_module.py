@@ -18,12 +18,11 @@ from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
 from cola_lightning.hf.host_values import HostValues
 from cola_lightning.hf.metrics import Accuracy, Mean
-from cola_lightning.hf.named_base import TransformersBase
-from cola_lightning.hf.pretrained import Pretrained
 from cola_lightning.lora.inject import is_in_matching_modules
 from cola_lightning.lora.quantization import Quantization, quantize
 from cola_lightning.module.module import COLAModule
 from cola_lightning.module.progress import trainer_of
+from cola_lightning.pretrained import Pretrained, TransformersBase
 
 log = logging.getLogger(__name__)
 
