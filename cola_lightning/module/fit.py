@@ -241,8 +241,6 @@ class FitCallback(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        for parameter in self.module.adapted.frozen_factors():  # so that no optimizer of a subclass changes them, either
-            parameter.grad = None
         self._check_loss(trainer)
         step = f"step {trainer.global_step} (epoch {trainer.current_epoch}), in link {self.module.n_finished}"
         loss = self.module.step_loss.finish(optimizer, trainer.accumulate_grad_batches, step)

@@ -336,8 +336,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     def named_trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The :meth:`trained_parameters` with their names in the module."""
-        frozen = {id(factor) for factor in self.adapted.frozen_factors()}
-        return [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     # ------------------------------------------------------------------ links
 
