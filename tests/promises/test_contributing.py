@@ -12,7 +12,8 @@ import cola_lightning
 from cola_lightning import AdaptedModel, LoRAConfig, PromptDataModule
 from cola_lightning.data import tasks
 from cola_lightning.data.rows import Row
-from cola_lightning.lora import config, inject
+from cola_lightning.lora import inject
+from cola_lightning.lora.config import DRAWS
 from tests.helpers import tiny
 from tests.helpers.toy import ValidatedToy, trainer
 
@@ -23,7 +24,7 @@ TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 def _tables_of_before(monkeypatch):
     monkeypatch.setattr(inject, "_entries", dict(inject._entries))
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
-    monkeypatch.setattr(config, "DRAWS", dict(config.DRAWS))
+    monkeypatch.setitem(DRAWS, "orthogonal", None)  # which is removed after the test
 
 
 def example(heading):
