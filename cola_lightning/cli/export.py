@@ -1,11 +1,14 @@
 """``cola export``: converts a checkpoint, or adapters and their base, to a plain model, a PEFT adapter or a chain folder."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.chain.peft import CONFIG_NAME
+from cola_lightning.chain.peft import CONFIG_NAME, read_config
 from cola_lightning.chain.sources import sources_of
 from cola_lightning.cli.help import (
     BASE,
@@ -22,7 +25,9 @@ from cola_lightning.errors import UserError
 from cola_lightning.hub import upload
 
 if TYPE_CHECKING:
+    from cola_lightning.export.model import TrainedModel
     from cola_lightning.export.options import ExportOptions
+    from cola_lightning.module import COLAModule
 
 SOURCES = "Export this run: type its folder, or a checkpoint in it. Or export what you trained elsewhere onto --base: type the "
 SOURCES += "folders of the adapters in the order of their training. Write NAME=PATH to name one."
@@ -68,7 +73,9 @@ def export(words: Sequence[str]) -> None:
     for path in [*sources, options.base or ""]:
         export_options.check(path)
     if options.base is not None:
-        lines = export_onto(options.base, read_sources(options.sources, options), export_options, sources)
+        chain = read_sources(options.sources, options)
+        load = partial(_load, options.base, chain, sources[0])
+        lines = export_onto(options.base, chain, export_options, sources, load)
     elif len(sources) > 1 or Path(sources[0], CONFIG_NAME).expanduser().is_file():
         raise UserError("base: adapters do not contain their base. Add --base NAME: a folder, or an id of the hub")
     else:
@@ -81,12 +88,36 @@ def export(words: Sequence[str]) -> None:
 
 def _export_run(path: str, options: Any, export_options: "ExportOptions") -> list[str]:
     """Exports a run, which knows its base; returns the lines to report."""
-    from cola_lightning.export.module import export_module
+    from cola_lightning.export.module import export_chain, export_model
 
     opened = OpenedCheckpoint.open(path)
     state = opened.state
     chain = state.all_links(options.links).scaled(options.scale or {})
     if export_options.format == "chain":
-        return export_module(None, chain, export_options)
-    module = load_module(opened, options, "export")
-    return export_module(module, chain, export_options, module.adapted, state.facts["prompt_format"], state.facts["data"])
+        return export_chain(chain, export_options)
+    model = load_module(opened, options, "export").trained_model(state.facts["prompt_format"], state.facts["data"])
+    return export_model(replace(model, chain=chain), export_options)
+
+
+def _load(base: str, chain: Chain, source: str) -> "TrainedModel":
+    """A language model, or a classifier of texts, that begins with a chain.
+
+    Args:
+        base: a folder, or an id of the hub.
+        chain: the chain.
+        source: the first of its sources; an adapter says what its model is for.
+    """
+    from cola_lightning.hf import COLACausalLM, COLASequenceClassifier
+
+    extras = chain[-1].extras if len(chain) else {}
+    name, _, revision = base.partition("@")
+    saved = sorted({name.rpartition(".")[0] for name in extras})
+    arguments: dict[str, Any] = {"revision": revision or None, "target_modules": chain.layers, "modules_to_save": saved}
+    folder = Path(source).expanduser()
+    if (folder / CONFIG_NAME).is_file() and read_config(folder).get("task_type") == "SEQ_CLS":
+        n_labels = next((len(value) for name, value in extras.items() if name.endswith("weight")), 2)
+        module: COLAModule = COLASequenceClassifier(name, num_labels=n_labels, seed=0, **arguments)
+    else:
+        module = COLACausalLM(name, seed=0, **arguments)
+    module.first_chain = chain
+    return replace(module.trained_model({}, {}), chain=chain)
