@@ -138,6 +138,12 @@ def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Ten
     return q, r @ s.mT, p
 
 
+def joined(links: Sequence[LinkFactors]) -> tuple[Tensor, Tensor]:
+    """One pair of factors for the sum of several updates: A's rows and the scaled B's columns, link after link."""
+    lora_A = torch.cat([lora_A for lora_A, _, _ in links], dim=-2)
+    return lora_A, torch.cat([lora_B * scaling for _, lora_B, scaling in links], dim=-1)
+
+
 @dataclass(repr=False)
 class Chain:
     """Finished links in order.
