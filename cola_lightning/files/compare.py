@@ -83,12 +83,12 @@ def compare(planned: Planned, merged: StoredTensor, through: torch.dtype | None 
 def _roundings(planned: Planned, first: int, last: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """What tools make of some rows: all is added and rounded once; or each sum is rounded; or each update, too."""
     yield planned.merged(first, last, dtype)
-    each = twice = planned.rows(first, last).to(dtype)
-    for update in planned.updates:
-        part = update.rows(first, last).view(each.shape)
-        each, twice = (each.to(part.dtype) + part).to(dtype), (twice.to(part.dtype) + part.to(dtype).to(part.dtype)).to(dtype)
-    yield each
-    yield twice
+    for rounds_updates in (False, True):
+        rows = planned.rows(first, last).to(dtype)
+        for update in planned.updates:
+            part = update.rows(first, last).view(rows.shape)
+            rows = ((part.to(dtype).to(part.dtype) if rounds_updates else part) + rows.to(part.dtype)).to(dtype)
+        yield rows
 
 
 def _bits(values: Tensor) -> Tensor:
