@@ -238,7 +238,7 @@ def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
         link = Link(**fields, factors={}, extras=whole.extras if fields is described[-1] else {})
         for name, (lora_A, lora_B) in whole.factors.items():
             start = ends[name]
-            end = ends[name] = start + link.own_values.get(name, (link.rank, None))[0]
+            end = ends[name] = start + link.own_rank(name)
             link.factors[name] = lora_A[..., start:end, :].clone(), lora_B[..., start:end] / link.scaling(name)
         chain.append(link)
     return chain

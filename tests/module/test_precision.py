@@ -74,6 +74,8 @@ def test_a_chain_keeps_its_dtypes_and_its_loss_at_knots_and_its_bits(tmp_path, p
     assert max(module.changes) <= step
     loaded = Watched.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert_bit_equal(weights(loaded.model[0]), weights(module.model[0]))
+    for links in (0, 1, None):  # the first is the base, which is not rounded
+        assert_bit_equal(loaded.merged_model(links).state_dict(), module.merged_model(links).state_dict())
 
 
 class Clipped(Toy):
