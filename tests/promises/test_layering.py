@@ -4,6 +4,7 @@ import ast
 import graphlib
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 from tests.helpers import forked
@@ -46,6 +47,15 @@ def test_imports_point_downwards_and_not_in_a_circle_and_the_engine_needs_torch_
             assert {one.partition(".")[0] for one in imports(path, is_top_level=True)} <= ITS_NEEDS, name
     graphlib.TopologicalSorter(arrows).prepare()
     assert len({row_of(name) for name in arrows}) == sum(map(len, ROWS))
+
+
+def test_what_the_package_imports_at_once_is_installed_with_it():
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[^\w-]", one)[0].replace("pyyaml", "yaml") for one in needed}
+    names |= sys.stdlib_module_names | {"cola_lightning"}
+    for path in PACKAGE.rglob("*.py"):
+        if PATHS[path] not in BY_NAME:
+            assert {one.partition(".")[0] for one in imports(path, is_top_level=True)} <= names, path
 
 
 # What each command leaves alone of the libraries that nothing before it has imported; a fit, of those that Lightning does not.
