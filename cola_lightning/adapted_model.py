@@ -351,7 +351,7 @@ class AdaptedModel:
         """Replays the links of a chain that the layers do not hold yet, bit for bit as at its knots.
 
         Raises:
-            UserError: for factors of another size than a layer's, which torch may broadcast.
+            UserError: for factors of another size than a layer's, which torch may broadcast, and for NaN or infinite ones.
         """
         device = self.placement().device
         for name, layer in self.layers.items():
@@ -359,6 +359,8 @@ class AdaptedModel:
             for lora_A, lora_B, _ in chain.link_factors(name):
                 if (sizes := (*lora_A.shape[:-2], lora_A.shape[-1], lora_B.shape[-2])) != expected:
                     raise UserError(f"chain: the links of layer {name!r} must be for sizes {expected}, got {sizes}")
+                if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+                    raise UserError(f"chain: a link of layer {name!r} has NaN or infinite values")
         for layers in self.by_unit():
             for name, layer in layers.items():
                 add_links(name, layer, chain.links[self.n_finished :], device)

@@ -85,12 +85,11 @@ class Link:
         return self.own_values.get(name, (self.rank, None))[0]
 
     def has_usable_factors(self, name: str) -> bool:
-        """Whether one layer's A and B are finite numbers of one type, of the link's rank in this layer."""
+        """Whether one layer's A and B are numbers of one type, of the link's rank in this layer."""
         (A, B), rank = self.factors[name], self.own_rank(name)
         if not (A.dim() == B.dim() >= 2 and A.shape[:-2] == B.shape[:-2] and A.shape[-2] == B.shape[-1] == rank):
             return False
-        is_number = A.is_floating_point() or A.is_complex()
-        return is_number and A.dtype == B.dtype and all(bool(torch.isfinite(factor).all()) for factor in (A, B))
+        return A.dtype == B.dtype and (A.is_floating_point() or A.is_complex())
 
     @property
     def is_record(self) -> bool:
