@@ -106,7 +106,7 @@ class FitCallback(Callback):
         module, progress = self.module, self.module.fit_progress
         for callback in accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
-        module.step_loss.begin()
+        module.step_loss.begin(getattr(trainer.precision_plugin, "scaler", None))
         self._modes = [(part, part.training) for part in pl_module.modules()]
         self._is_first_step, self._is_loss_shown, self._without_gradient = True, False, None
         now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None

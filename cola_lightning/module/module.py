@@ -39,7 +39,7 @@ from cola_lightning.export.options import ExportOptions, Format
 from cola_lightning.module.arguments import RecordsArguments, class_path, device_of, read_arguments, rebuilt
 from cola_lightning.module.fit import attach
 from cola_lightning.module.fsdp import repeated_blocks, shard_module
-from cola_lightning.module.optimization import LinkConfig, LinkOptimization, OptimizerCallable
+from cola_lightning.module.optimization import LinkConfig, LinkOptimization, OptimizerCallable, check_no_averaging
 from cola_lightning.module.progress import FitProgress, trainer_of
 from cola_lightning.module.state import (
     StateDictError,
@@ -368,6 +368,7 @@ class COLAModule(LightningModule, RecordsArguments):
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
         self.step_loss.check()  # before the link is recorded
+        check_no_averaging(trainer_of(self))
         adapted, schedule = self.adapted, self.fit_progress.schedule
         planned = self.current.size if schedule.goes_on else schedule.rank_and_alpha(self.n_finished + 1, self.lora_config)
         rank, alpha = planned[0] if rank is None else rank, planned[1] if alpha is None else alpha

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -380,6 +380,21 @@ class LinkOptimization:
             if scheduler is not None:
                 rate = scheduler.base_lrs[k] = group["initial_lr"] = wanted["lr"]
                 group["lr"] = rate * self._lr_factor(scheduler.last_epoch)
+
+
+def check_no_averaging(trainer: Trainer | None) -> None:
+    """Refuses a knot in a fit that averages weights: those before a merge and after it.
+
+    Raises:
+        UserError: which names the callback.
+    """
+    is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
+    for callback in trainer.callbacks if is_fitting else ():  # type: ignore[union-attr]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} cannot be combined with knots. (You can average merged models "
+                "of several runs.)"
+            )
 
 
 def add_groups_of(old: Optimizer, new: Optimizer) -> None:
