@@ -24,7 +24,7 @@ from cola_lightning.console import is_logging_configured, log_on_console
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
-from cola_lightning.module.overview import configuration, describe_fit
+from cola_lightning.module.overview import WARNINGS, configuration, describe_fit, describe_resume, describe_schedulers
 from cola_lightning.module.progress import accumulation_schedulers, run_length
 from cola_lightning.module.rewind import Rewind, resume_rewound
 from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint
@@ -113,10 +113,15 @@ class FitCallback(Callback):
         progress.length = run_length(trainer, beginning_of_epoch(trainer, now) if is_resumed else now)
         progress.schedule = progress.schedule.in_run(progress.length, module.link_optimization.stable_share(progress.length))
         self._start_optimization(trainer, is_resumed=is_resumed)
+        module.link_optimization.check_used(trainer)
         self._check_links(progress.length)
         if trainer.is_global_zero and any(isinstance(c, ModelSummary) for c in trainer.callbacks):  # type: ignore[attr-defined]
             lines = describe_fit(trainer, module, [*pl_module.parameters()])
             log.info("before the first step\n%s", "\n".join(f"  {line}" for line in lines))
+        elif trainer.is_global_zero:
+            for line in (*describe_schedulers(trainer, module), describe_resume(trainer)):
+                if line.startswith(WARNINGS):
+                    log.warning(line.removeprefix("WARNING: "))
         for logger in trainer.loggers:
             logger.log_hyperparams(configuration(trainer, module))
         self._rewind.begin_fit(trainer, pl_module, module.adapted.trained.state().keys())

@@ -133,6 +133,12 @@ class COLAModule(LightningModule, RecordsArguments):
         **link: Any,
     ) -> None:
         super().__init__()
+        constructor = next(base for base in type(self).__mro__ if "__init__" in vars(base))
+        if issubclass(constructor, LightningModule) and not issubclass(constructor, COLAModule) and not link and seed is None:
+            name = type(self).__name__  # else no option could be given, and a link would be trained by default options
+            raise UserError(
+                f"model: {name} needs the line __init__ = COLAModule.__init__, because it has that of {constructor.__name__}"
+            )
         self.lora_config = LinkConfig(**link)
         for name, is_set in {"links": init_links is not None, "knot": init_knot != "cola", "continues": init_continues}.items():
             if is_set and init_chain is None:
