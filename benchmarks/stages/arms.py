@@ -14,7 +14,7 @@ class Arm:
         title: its name in the tables.
         knot: what it is. With ``record`` one LoRA goes on.
         replay: the share of each earlier stage's rows that a stage trains on again, in place of its own rows.
-        penalty: O-LoRA's penalty: ``released`` as its code computes it, ``written`` as equation 8 of its paper. Its weight is tuned.
+        penalty: O-LoRA's penalty: ``released`` as its code has it, ``written`` as equation 8 of its paper. Its weight is tuned.
         is_slao: whether each stage begins and ends as in SLAO.
         of: the arm whose finished chains it changes without training: each stage's update gets a factor.
         factors: ``fitted`` on the rows for validation, or ``average``: one over the number of stages.

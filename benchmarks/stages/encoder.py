@@ -4,16 +4,16 @@
     git clone https://github.com/cmnfriend/O-LoRA
 
 has the weights (83 MB), and the tasks in ``O-LoRA/CL_Benchmark``, which is looked for in ``$COLA_DATA_DIR``. The files for
-development there are the same as those for test, so the rows for validation are held out of ``train.json``. The orders are those of
-the protocol, without the tasks that are not in.
+development there are the same as those for test, so the rows for validation are held out of ``train.json``. The orders are
+those of the protocol, without the tasks that are not in.
 
 A task is in if its own model, trained alone, is five points better than the most frequent word on validation, at one of three
 rates: :func:`benchmarks.stages.learnable.try_alone` tries all candidates first. The candidates are the tasks whose files are
 complete in the copy that we had.
 
-As in the protocol, the labels are words that tasks share, such as True and False. One head has all of them, is frozen, and the same in
-all arms: its vectors are what the model, as it is, embeds the words to, and logits are 20 times the cosines, as this model was
-pre-trained. So everything that is learned and forgotten is in the links, as in a language model, whose output embeddings are
+As in the protocol, the labels are words that tasks share, such as True and False. One head has all of them, is frozen, and the
+same in all arms: its vectors are what the model, as it is, embeds the words to, and logits are 20 times the cosines, as the model
+was pre-trained. So all that is learned and forgotten is in the links, as in a language model, whose output embeddings are
 frozen. The protocol's prompts list a task's words, so a row's loss, in training and test, is among them.
 
 Only the upper two of six layers have links. The lower ones compute once for each row, which makes a run several times faster.

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-
 from benchmarks.lines import Lines, Rows
 from benchmarks.stages.arms import ARMS
 from benchmarks.stages.sequence import TaskSequence
@@ -16,7 +15,7 @@ MARGIN = 0.05  # how much better than the most frequent word a task's own model 
 
 
 def try_alone(sequence: TaskSequence, lines: Lines, folder: Path) -> None:
-    """Adds a line for each candidate and rate: its accuracy on validation, before and after training, and that of a constant."""
+    """Adds a line for each candidate and rate: its accuracy on validation, before and after, and that of a constant."""
     for task in sequence.candidates:
         rates = [sequence.rates[0] * factor for factor in FACTORS]
         missing = lines.missing({"arm": "task", "task": task, "rate": rate} for rate in rates)

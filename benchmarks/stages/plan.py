@@ -18,8 +18,8 @@ MOST = 9  # values of one setting that are tried
 def missing_runs(sequence: TaskSequence, lines: Lines) -> Iterator[Run]:
     """The runs that have no line, in the order of their use; settings come from the lines of the runs before them.
 
-    Of each round, the arms are tuned on the first order and seed, then repeated with the other orders and seeds. One LoRA runs at
-    their rates, too: which of the two makes the difference, the method or the rate?
+    Of each round, the arms are tuned on the first order and seed, then repeated with the other orders and seeds. One LoRA runs
+    at their rates, too: which of the two makes the difference, the method or the rate?
     """
     for arms in sequence.rounds:
         for arm in arms:

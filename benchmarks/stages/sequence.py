@@ -61,7 +61,7 @@ class TaskSequence(ABC):
 
     @abstractmethod
     def row_scores(self, model: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Values for each row: ``loss``, the sum of the losses of all that is predicted, ``score`` and those of ``more_scores``."""
+        """Values for each row: ``loss``, the sum of the losses of what is predicted, ``score``, those of ``more_scores``."""
 
     @abstractmethod
     def sizes(self, rows: Sequence[Row]) -> list[int]:
