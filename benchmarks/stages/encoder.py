@@ -8,11 +8,11 @@ development there are the same as those for test, so the rows for validation are
 those of the protocol, without the tasks that are not in.
 
 A task is in if its own model, trained alone, is five points better than the most frequent word on validation, at one of three
-rates: :func:`benchmarks.stages.learnable.try_alone` tries all candidates first. The candidates are the tasks whose files are
-complete in the copy that we had.
+rates: :func:`benchmarks.stages.learnable.try_alone` tries all candidates first. Five more tasks whose files are complete in
+the copy that we had (MNLI, WiC, COPA, BoolQA, RTE) were not tried.
 
 As in the protocol, the labels are words that tasks share, such as True and False. One head has all of them, is frozen, and the
-same in all arms: its vectors are what the model, as it is, embeds the words to, and logits are 20 times the cosines, as the model
+same in all arms: its vectors are what the model, as it is, embeds the words to; logits are 20 times the cosines, as the model
 was pre-trained. So all that is learned and forgotten is in the links, as in a language model, whose output embeddings are
 frozen. The protocol's prompts list a task's words, so a row's loss, in training and test, is among them.
 
@@ -187,7 +187,7 @@ ENCODER = EncoderTasks(
         ("CB", "QQP", "SST-2", "agnews", "amazon"),
         ("amazon", "CB", "QQP", "SST-2", "agnews"),
     ],
-    candidates=["MNLI", "CB", "WiC", "COPA", "QQP", "BoolQA", "RTE", "amazon", "SST-2", "agnews"],
+    candidates=["CB", "QQP", "amazon", "SST-2", "agnews"],
     seeds=3,
     rates=[4e-3, 2e-3, 8e-3],
     rounds=[
