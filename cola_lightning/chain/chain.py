@@ -136,6 +136,12 @@ def is_of_experts(lora_A: Tensor) -> bool:
     return lora_A.dim() > 2
 
 
+def factors_of_sum(links: Sequence[LinkFactors]) -> tuple[Tensor, Tensor]:
+    """Factors of the sum of links: A's rows and the scaled B's columns, link after link."""
+    lora_A = torch.cat([lora_A for lora_A, _, _ in links], dim=-2)
+    return lora_A, torch.cat([lora_B * scaling for _, lora_B, scaling in links], dim=-1)
+
+
 def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Q, C and P with B A = Q C P^T, where Q and P have orthonormal columns: the SVD of the small C gives that of B A.
 

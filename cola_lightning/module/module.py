@@ -429,9 +429,13 @@ class COLAModule(LightningModule, RecordsArguments):
         return start if end is None or end.global_step < start.global_step else end
 
     def _logged(self) -> Mapping[str, Tensor]:
-        """The metrics that the Trainer has logged last; before the current link's first step they are the last link's."""
+        """The metrics that a fit has logged last; before the current link's first step they are the last link's."""
         trainer = trainer_of(self)
-        if trainer is None or (trainer.training and trainer.global_step == self.current.start.global_step):
+        if (
+            trainer is None
+            or trainer.state.fn != "fit"
+            or (trainer.training and trainer.global_step == self.current.start.global_step)
+        ):
             return {}
         return trainer.callback_metrics
 
