@@ -28,6 +28,7 @@ def export(words: Sequence[str]) -> None:
     from cola_lightning.export.module import export_chain, export_model
     from cola_lightning.export.options import ExportOptions
     from cola_lightning.module import COLAModule
+    from cola_lightning.module.exports import trained_model
 
     parser = command_parser("export", SUBCOMMANDS["export"])
     add_checkpoint(parser, "Export this run: type its folder, or a checkpoint in it.")
@@ -51,7 +52,7 @@ def export(words: Sequence[str]) -> None:
         lines = export_chain(chain, export_options)
     else:
         module = load_module(opened, options, "export")
-        model = module.trained_model(state.facts["prompt_format"], state.facts["data"])
+        model = trained_model(module, state.facts.prompt_format, state.facts.data)
         lines = export_model(replace(model, chain=chain), export_options)
     print("\n".join(lines))
     print(f"written: {export_options.folder}")

@@ -150,7 +150,7 @@ class SourceDataModule(EpochDataModule):
         """The contents of the sources that the run of ``--ckpt_path`` and its earlier stages used; empty if one is unknown."""
         state, contents = self.checkpoint, list[Any]()
         while state is not None:
-            data, (path, *_) = state.facts["data"], state.facts["init_chain_source"]
+            data, (path, *_) = state.facts.data, state.facts.init_chain
             contents += map(contents_of, data.get("sources", [data] if data else []))
             try:
                 state = OpenedCheckpoint.open(path).state if path else None

@@ -138,7 +138,7 @@ def test_averaged_weights_are_refused_beside_knots_and_without_them_a_checkpoint
     saving = ModelCheckpoint(dirpath=tmp_path, filename="5", every_n_train_steps=5)
     trainer(tmp_path, EMAWeightAveraging(), saving, chain={}, max_steps=5, enable_checkpointing=True).fit(toy(), batches())
     state = StoredState.of(torch.load(tmp_path / "5.ckpt", weights_only=True)["state_dict"])
-    assert state.facts["position"] == [0, 5]
+    assert state.facts.position == (0, 5)
 
 
 def test_what_a_run_never_reaches_is_a_warning(tmp_path, caplog):
