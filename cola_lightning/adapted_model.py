@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning import layout
-from cola_lightning.chain.base import base_copies, base_values, check_same_base, check_same_layers, describe_base
+from cola_lightning.chain.base import (
+    base_copies,
+    base_values,
+    check_has_layers,
+    check_same_base,
+    check_same_norms,
+    describe_base,
+)
 from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
 from cola_lightning.chain.current import CurrentLink
+from cola_lightning.chain.names import matched
 from cola_lightning.chain.schedule import Knot, merged_share
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
@@ -356,10 +364,16 @@ class AdaptedModel:
         Raises:
             UserError: for a chain of another base, or of other layers.
         """
+        base = self.chain.base
+        if not set(chain.layers) <= base.weight_norms.keys():  # of another release, or saved after torch.compile
+            chain = chain.renamed(matched(chain.layers, base.weight_norms))
+        check_has_layers(chain.layers, base.weight_norms)
         if chain.base.fingerprint:
-            check_same_base(chain.base, self.chain.base)
-        elif chain.links:  # of PEFT, whose base is not known
-            check_same_layers(chain.layers, self.chain.base.weight_norms)
+            check_same_base(replace(chain.base, weight_norms=base.weight_norms), base)
+        else:  # of adapters: not all of its values are known, or none
+            check_same_norms(chain.base, base)
+        if chain.links and knot != "cola" and chain[-1].factors.keys() != base.weight_norms.keys():
+            raise UserError("model.init_knot: the last link goes on, so it must have all layers of model.target_modules")
         links, state, trained = list(chain.links), layout.state_dict(self.model), self.trained.values()
         if links:  # peft writes embeddings and heads with an adapter that has them as targets: the base's own values
             frozen = {name: value for name, value in links[-1].extras.items() if name in state and name not in trained}

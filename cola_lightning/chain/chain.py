@@ -177,6 +177,15 @@ class Chain:
         """The chain of its :attr:`updates`, which are numbered anew."""
         return Chain([replace(link, index=index) for index, link in enumerate(self.updates)], self.base)
 
+    def renamed(self, names: Mapping[str, str]) -> "Chain":
+        """The chain for a model whose layers have other names."""
+
+        def rename(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {names.get(name, name): value for name, value in values.items()}
+
+        links = [replace(link, factors=rename(link.factors), own_values=rename(link.own_values)) for link in self.links]
+        return Chain(links, self.base)
+
     def append(self, link: Link) -> None:
         """Adds the next finished link, whose index is the chain's length."""
         assert link.index == len(self.links), "links are appended in order"

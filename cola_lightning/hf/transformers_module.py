@@ -215,7 +215,7 @@ class TransformersModule(COLAModule, ABC):
         if frozen := [name for name in names if name not in trained]:
             what = "model: not in the files of %r, so it stays random, because model.modules_to_save does not name it: %s"
             log.warning(what, self.pretrained.name, ", ".join(frozen))
-        if self.run.start.path is None:
+        if self.run.start.sources is None:
             self.random_modules = trained
 
     @override

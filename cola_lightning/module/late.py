@@ -204,7 +204,7 @@ class LateModel(LightningModule):
                 rank, alpha = run.size_of(len(chain))
                 raise UserError(
                     f"model.init_knot: with {run.start.knot}, the rank and alpha must be those of the last link of "
-                    f"{run.start.path!r}, {last[0]} and {last[1]:g}, got {rank} and {alpha:g}"
+                    f"{run.start.sources!r}, {last[0]} and {last[1]:g}, got {rank} and {alpha:g}"
                 )
             adapted.start_from(chain, run.start.knot)
             run.first_link = len(chain)

@@ -15,11 +15,10 @@ from torch.optim import AdamW
 from typing_extensions import override
 
 from cola_lightning.chain import Chain, Link
-from cola_lightning.chain.chain import as_number, number_of_links
+from cola_lightning.chain.chain import number_of_links
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.chain.schedule import Knot
 from cola_lightning.constants import Dtype
-from cola_lightning.errors import UserError
 from cola_lightning.export.options import ExportOptions, Format
 from cola_lightning.module.adopt import adopt
 from cola_lightning.module.arguments import RecordsArguments
@@ -44,9 +43,11 @@ class COLAModule(LateModel, RecordsArguments):
         seed: Seed for initialising A, for dropout, and for anything random in ``build_model``. ``null`` uses that of
             ``seed_everything``, or a random one, which is stored.
         optimizer: Called with the trainable parameters, once for each link. Default: fused AdamW with a learning rate of 1e-3.
-        init_chain: Start from the links of this chain folder, checkpoint, or folder of an ordinary PEFT LoRA. ``null`` starts
-            from the base. Checkpoints of the run contain these links too.
+        init_chain: Start from the links of this chain folder, checkpoint, or folder of an ordinary PEFT LoRA, or from those of
+            a list of them, in the order of their training. ``sft=out/sft`` names the links of a source. ``null`` starts from
+            the base. Checkpoints of the run contain these links too.
         init_links: Use only the first N links of ``init_chain``, or those up to a stage's name. ``null`` uses all.
+        init_continues: Names of sources in ``init_chain`` that are no new adapters: the adapter of the source before went on.
         init_knot: What happens to the last link of ``init_chain`` when the run begins, as at a knot (``chain.knot``). ``cola``
             merges it, and a new link begins. ``half`` merges half of it; A and the rest of B go on. ``record`` only records it;
             A and B go on: one LoRA over several runs. The optimizer and its learning-rate schedule are new in each run.
@@ -89,8 +90,9 @@ class COLAModule(LateModel, RecordsArguments):
         *,
         seed: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-3, fused=True),
-        init_chain: str | None = None,
+        init_chain: tuple[str, ...] | str | None = None,  # of a list, jsonargparse would read the entries from the file
         init_links: int | str | None = None,
+        init_continues: tuple[str, ...] = (),
         init_knot: Knot = "cola",
         save_base: bool = False,
         compile: bool = False,
@@ -98,11 +100,7 @@ class COLAModule(LateModel, RecordsArguments):
         **link: Any,
     ) -> None:
         super().__init__()
-        for name, value, default in (("init_links", init_links, None), ("init_knot", init_knot, "cola")):
-            if value != default and init_chain is None:
-                raise UserError(f"model.{name}: needs model.init_chain")
-        links = None if init_links is None else as_number(init_links)
-        start = InitChain(None if init_chain is None else str(init_chain), links, init_knot)
+        start = InitChain.of(init_chain, init_links, init_continues, init_knot)
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         seed = None if seed is None else int(seed)
         self.run = Run(self, self.constructor_arguments, LinkConfig(**link), optimizer, seed, start)
@@ -397,7 +395,7 @@ class COLAModule(LateModel, RecordsArguments):
             links: how many of its links are loaded, or the name of the last stage; None: all.
             scale: factors of the links' updates, see :meth:`load_from_checkpoint`.
         """
-        self.run.expected = ExpectedState(links, scale, state.facts.seed, state.facts.base_weights is not None)
+        self.run.expect(ExpectedState(links, scale, state.facts.seed, state.facts.base_weights is not None))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

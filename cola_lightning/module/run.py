@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
@@ -22,10 +22,12 @@ from torch.optim import Optimizer
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
+from cola_lightning.chain.chain import as_number
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.facts import ModuleArguments
 from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, Knot, RunLength
+from cola_lightning.chain.sources import sources_of
 from cola_lightning.errors import UserError
 from cola_lightning.module.optimization import (
     LinkConfig,
@@ -48,37 +50,53 @@ class InitChain:
     """The chain that a run begins from.
 
     Attributes:
-        path: of a chain folder, a checkpoint, or a PEFT LoRA's folder; None: the run begins from the base.
+        sources: the path of a chain folder, a checkpoint, or a PEFT LoRA's folder, or a list of them; None: the base.
         links: how many of its links, or the name of the last stage; None: all.
+        continues: names of sources that are no new adapters.
         knot: what happens to the last of these links.
     """
 
-    path: str | None = None
+    sources: str | list[str] | None = None
     links: int | str | None = None
+    continues: Sequence[str] = ()
     knot: Knot = "cola"
 
-    @functools.cached_property
-    def chain(self) -> Chain | None:
-        """The chain; None if the run begins from the base.
+    @classmethod
+    def of(cls, sources: Any, links: int | str | None, continues: Sequence[str], knot: Knot) -> Self:
+        """The chain that a module's arguments name.
+
+        Raises:
+            UserError: for arguments of a chain without one.
+        """
+        for name, is_set in {"links": links is not None, "knot": knot != "cola", "continues": continues}.items():
+            if is_set and sources is None:
+                raise UserError(f"model.init_{name}: needs model.init_chain")
+        paths = list(map(str, sources)) if isinstance(sources, list | tuple) else sources and str(sources)
+        return cls(paths, None if links is None else as_number(links), list(continues), knot)
+
+    def read(self) -> Chain | None:
+        """Reads the chain; None if the run begins from the base.
 
         Raises:
             UserError: if there is no such chain.
         """
-        if self.path is None:
+        if self.sources is None:
             return None
-        chain = read_chain(self.path, self.links, "model.init_chain")
+        chain = read_chain(self.sources, self.links, "model.init_chain", self.continues)
         if not chain.links and self.links != 0:
             raise UserError(
-                f"model.init_chain: {self.path!r} has no links, because its model was trained without any. Export it "
+                f"model.init_chain: {self.sources!r} has no links, because its model was trained without any. Export it "
                 "(cola export --format merged), and use the folder as the model"
             )
         return chain
 
-    @property
-    def source(self) -> list[str | int | None]:
-        """The absolute path, how many links were requested, and the knot unless it is ``cola``: for checkpoints."""
-        path = self.path and str(Path(os.path.expanduser(self.path)).absolute())
-        return [path, self.links, *([] if self.knot == "cola" else [self.knot])]
+    def describe(self) -> list[Any]:
+        """The absolute path or paths, how many links were requested, and the knot and others if set: for checkpoints."""
+        sources = [] if self.sources is None else sources_of(self.sources)
+        paths = [str(source._replace(path=str(Path(os.path.expanduser(source.path)).absolute()))) for source in sources]
+        options: list[Any] = [] if self.knot == "cola" else [self.knot]
+        options += [list(self.continues)] if self.continues else []
+        return [paths if isinstance(self.sources, list) else next(iter(paths), None), self.links, *options]
 
 
 @dataclass(frozen=True)
@@ -161,10 +179,14 @@ class Run:
         assert self.made is not None
         return self.made
 
-    @property
+    @functools.cached_property
     def first_chain(self) -> Chain | None:
         """The chain that the run begins from; None if it begins from the base, or a state is expected."""
-        return None if self.expected.seed is not None else self.start.chain
+        return self.start.read()
+
+    def expect(self, state: ExpectedState) -> None:
+        """Prepares for a state that will be loaded, in place of the chain that the run begins from."""
+        self.expected, self.first_chain = state, None
 
     @property
     def seed(self) -> int | None:
@@ -278,10 +300,11 @@ class Run:
         return self.schedule.rank_and_alpha(link, self.config)
 
     def note_progress(self) -> None:
-        """Notes in the current link how far it has come, and the metrics that the Trainer has logged for it."""
+        """Notes in the current link how far it has come, and the metrics that a fit has logged for it."""
         self.current.end = self.position
         trainer = trainer_of(self.module)
-        if trainer is None or (trainer.training and trainer.global_step == self.current.start.global_step):
+        is_fit = trainer is not None and trainer.state.fn == "fit"
+        if trainer is None or not is_fit or (trainer.training and trainer.global_step == self.current.start.global_step):
             return  # before the link's first step the metrics are the last link's
         logged = trainer.callback_metrics.items()
         self.current.metrics |= {n: float(value) for n, value in logged if value is not self._not_of_the_link.get(n)}

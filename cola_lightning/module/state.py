@@ -59,7 +59,7 @@ def facts_of(run: Run) -> StoredFacts:
         start=current.start,
         position=current.end,
         dtype=str(adapted.cast_dtype).removeprefix("torch.") if live else None,
-        init_chain=run.start.source,
+        init_chain=run.start.describe(),
         first_link=run.first_link,
         n_earlier_fits=run.n_earlier_fits,
         has_knots=run.schedule.has_knots,
@@ -250,7 +250,7 @@ def _check_same_choices(run: Run, state: StoredState) -> None:
     choices = {  # by the options: what the checkpoint's run had, and what this one has
         "trainer.precision, model.finished_links": (_dtype_of(run, state), run.adapted.cast_dtype),
         "model.seed, or seed_everything": (facts.seed, run.user_seed),
-        "model.init_chain": (facts.init_chain, run.start.path and run.start.source),
+        "model.init_chain": (facts.init_chain, run.start.sources and run.start.describe()),
         "chain (has knots)": (facts.has_knots, has_knots),
         "chain.knot, chain.share": ([facts.knot, facts.share], [schedule.knot, schedule.merged_share] if has_knots else None),
         "model.rank, model.alpha, chain.ranks, chain.alphas": (facts.sizes, sizes if state.live else None),
