@@ -11,7 +11,7 @@ import pickle
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -166,14 +166,15 @@ def _live_link(
         layers: the names of the adapted layers.
         extras: the names of what else the link records.
     """
-    factors = {}
+    factors, link = {}, Link(**fields, factors={})
     for name in layers:
         lora_A, lora_B = (state_dict.get(f"{prefix}model.{name}.lora_{factor}") for factor in "AB")
         if lora_A is not None and lora_B is not None:
-            rank, _ = fields["own_values"].get(name, (fields["rank"], None))
+            rank = link.own_rank(name)
             factors[name] = lora_A[..., :rank, :].contiguous(), lora_B[..., :rank].contiguous()
     names = {name: prefix + (name.removeprefix(OUTSIDE) if name.startswith(OUTSIDE) else f"model.{name}") for name in extras}
-    return Link(**fields, factors=factors, extras={name: state_dict[key] for name, key in names.items() if key in state_dict})
+    extras = {name: state_dict[key] for name, key in names.items() if key in state_dict}
+    return replace(link, factors=factors, extras=extras)
 
 
 @dataclass

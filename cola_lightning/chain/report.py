@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cola_lightning.chain.chain import Chain, Link, core_of_product
+from cola_lightning.chain.chain import Chain, Link, core_of_product, factors_of_sum
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import LinkFactors
 from cola_lightning.writing import atomic_file
@@ -176,19 +176,13 @@ def overlaps(chain: Chain) -> list[Overlap]:
     found = []
     for (first, mine), (second, theirs) in itertools.combinations(updates.items(), 2):
         if both := [name for name in mine if name in theirs and mine[name][0][0].dim() == 2]:
-            parts = [_overlap(joined(mine[name]), joined(theirs[name])) for name in both]
+            parts = [_overlap(factors_of_sum(mine[name]), factors_of_sum(theirs[name])) for name in both]
             product, squares_a, squares_b, subspaces = map(math.fsum, zip(*parts, strict=True))
             norms = math.sqrt(squares_a), math.sqrt(squares_b)
             cosine = product / (norms[0] * norms[1]) if all(norms) else 0.0
             angle = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
             found.append(Overlap((first, second), norms, angle, subspaces / len(both)))
     return found
-
-
-def joined(links: Sequence[LinkFactors]) -> tuple[Tensor, Tensor]:
-    """Factors of the sum of links: A's rows and the scaled B's columns, link after link."""
-    lora_A = torch.cat([lora_A for lora_A, _, _ in links], dim=-2)
-    return lora_A, torch.cat([lora_B * scaling for _, lora_B, scaling in links], dim=-1)
 
 
 def _overlap(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tuple[float, float, float, float]:

@@ -24,7 +24,7 @@ from cola_lightning.console import is_logging_configured, log_on_console
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
-from cola_lightning.module.overview import configuration, describe_fit
+from cola_lightning.module.overview import WARNINGS, configuration, describe_fit, describe_resume, describe_schedulers
 from cola_lightning.module.rewind import Rewind, awaiting_validation, can_validate, resume_rewound
 from cola_lightning.module.run import Run, accumulation_schedulers, run_length
 from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint
@@ -102,16 +102,21 @@ class FitCallback(Callback):
         run = self.run
         for callback in accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
-        run.step_loss.begin()
+        run.step_loss.begin(getattr(trainer.precision_plugin, "scaler", None))
         self._is_first_step, self._is_loss_shown, self._without_gradient = True, False, None
         now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
         run.length = run_length(trainer, beginning_of_epoch(trainer, now) if is_resumed else now)
         run.schedule = run.schedule.in_run(run.length, run.stable_share(run.length))
         self._start_optimization(trainer, is_resumed=is_resumed)
+        run.check_used(trainer)
         self._check_links(run.length)
         if trainer.is_global_zero and any(isinstance(c, ModelSummary) for c in trainer.callbacks):  # type: ignore[attr-defined]
             lines = describe_fit(trainer, run, [*pl_module.parameters()])
             log.info("before the first step\n%s", "\n".join(f"  {line}" for line in lines))
+        elif trainer.is_global_zero:
+            for line in (*describe_schedulers(trainer, run), describe_resume(trainer)):
+                if line.startswith(WARNINGS):
+                    log.warning(line.removeprefix("WARNING: "))
         for logger in trainer.loggers:
             logger.log_hyperparams(configuration(trainer, run))
         self._rewind.begin_fit(trainer, pl_module, run.adapted.trained.state().keys())

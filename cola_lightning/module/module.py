@@ -19,6 +19,7 @@ from cola_lightning.chain.chain import number_of_links
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.chain.schedule import Knot
 from cola_lightning.constants import Dtype
+from cola_lightning.errors import UserError
 from cola_lightning.export.options import ExportOptions, Format
 from cola_lightning.module.adopt import adopt
 from cola_lightning.module.arguments import RecordsArguments
@@ -100,6 +101,12 @@ class COLAModule(LateModel, RecordsArguments):
         **link: Any,
     ) -> None:
         super().__init__()
+        constructor = next(base for base in type(self).__mro__ if "__init__" in vars(base))
+        if issubclass(constructor, LightningModule) and not issubclass(constructor, COLAModule) and not link and seed is None:
+            name = type(self).__name__  # else no option could be given, and a link would be trained by default options
+            raise UserError(
+                f"model: {name} needs the line __init__ = COLAModule.__init__, because it has that of {constructor.__name__}"
+            )
         start = InitChain.of(init_chain, init_links, init_continues, init_knot)
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         seed = None if seed is None else int(seed)

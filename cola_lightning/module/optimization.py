@@ -3,12 +3,13 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
@@ -19,6 +20,7 @@ from cola_lightning.lora.inject import is_in_matching_modules
 
 log = logging.getLogger(__name__)
 
+OF_SCHEDULES = ("lr_schedule", "warmup_steps", "decay_steps", "schedule_scope", "knot_warmup_steps")  # options of LinkConfig
 DECAY_STEPS = 0.4  # of a stable schedule: the share of its steps
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -159,6 +161,16 @@ def parameter_groups(trained: Sequence[tuple[str, nn.Parameter]], config: LinkCo
     if not saved:
         raise UserError("model.modules_to_save_lr: needs model.modules_to_save")
     return [*groups, {"params": saved, "lr": config.modules_to_save_lr}]
+
+
+def is_default_optimizer(make_optimizer: OptimizerCallable) -> bool:
+    """Whether a function makes the optimizer that a module has by default; the command line always passes one."""
+    parameter = nn.Parameter(torch.zeros(1, 1))
+    default = AdamW([parameter], lr=1e-3, fused=True)
+    with suppress(Exception):  # of a user's function, which may need other parameters
+        made = make_optimizer([parameter])
+        return type(made) is AdamW and made.defaults == default.defaults
+    return False
 
 
 def add_groups_of(old: Optimizer, new: Optimizer) -> None:

@@ -26,6 +26,7 @@ from cola_lightning.module.run import Run
 from cola_lightning.module.state import described_data
 
 MOST_KINDS, MOST_KNOTS = 5, 8  # that are named
+WARNINGS = ("WARNING", "resume: not exact")  # begin lines that say what is most likely not meant
 HORIZONS = ("total_steps", "T_max", "total_iters")  # the attributes in which torch's schedulers have their length
 
 

@@ -8,13 +8,18 @@ import os
 import secrets
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,11 +35,13 @@ from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, Kno
 from cola_lightning.chain.sources import sources_of
 from cola_lightning.errors import UserError
 from cola_lightning.module.optimization import (
+    OF_SCHEDULES,
     LinkConfig,
     LinkLR,
     OptimizerCallable,
     add_groups_of,
     copy_state,
+    is_default_optimizer,
     lr_factor,
     parameter_groups,
     phase_length,
@@ -327,6 +334,7 @@ class Run:
     def tie_knot(self, rank: int | None = None, alpha: float | None = None) -> Link:
         """Finishes the current link and begins the next, see :meth:`COLAModule.tie_knot`."""
         self.step_loss.check()  # before the link is recorded
+        check_no_averaging(trainer_of(self.module))
         schedule, adapted = self.schedule, self.adapted
         planned = self.current.size if schedule.goes_on else self.size_of(adapted.n_finished + 1)
         rank, alpha = planned[0] if rank is None else rank, planned[1] if alpha is None else alpha
@@ -367,9 +375,9 @@ class Run:
         Raises:
             UserError: for a learning rate of fully trained modules where there are none.
         """
-        config = self.config
+        config, groups = self.config, parameter_groups(trained, self.config)
         try:
-            optimizer = self.make_optimizer(parameter_groups(trained, config))
+            optimizer = self.make_optimizer(groups)
         except ValueError as error:  # an optimizer's own message for a mistyped value
             raise UserError(f"model.optimizer: {error}") from error
         # Torch's GradScaler has a fused optimizer unscale the gradients in its step, and Lightning then refuses to clip them
@@ -457,6 +465,27 @@ class Run:
             shortest = min(links, default=math.inf)
             if shortest < steps:
                 raise UserError(f"model.{name}: must be at most {shortest}, the steps of the shortest link, got {steps:g}")
+
+    def check_used(self, trainer: Trainer) -> None:
+        """Refuses options without an effect, because a ``configure_optimizers`` makes an optimizer or a schedule of its own.
+
+        Raises:
+            UserError: which names them.
+        """
+        schedulers, unused = [config.scheduler for config in trainer.lr_scheduler_configs], list[str]()
+        if self._optimizer not in trainer.optimizers:
+            unused = ["lr_ratio_B", "modules_to_save_lr", *OF_SCHEDULES]
+        elif self._scheduler is not None and self._scheduler not in schedulers:
+            unused = list(OF_SCHEDULES)
+        defaults = {field.name: field.default for field in fields(LinkConfig)}
+        given = [f"model.{name}" for name in unused if getattr(self.config, name) != defaults[name]]
+        if self._optimizer not in trainer.optimizers and not is_default_optimizer(self.make_optimizer):
+            given.insert(0, "model.optimizer")
+        if given:
+            name = type(self.module).__name__
+            raise UserError(
+                f"{', '.join(given)}: no effect, because configure_optimizers of {name} sets this itself. Set it there"
+            )
 
     def check_without_horizon(self, length: RunLength) -> None:
         """Refuses a learning-rate schedule that needs a length that is not known beforehand: a link's, or the run's."""
@@ -552,6 +581,21 @@ def run_length(trainer: Trainer, epoch_start: FitPosition) -> RunLength:
         max_steps=math.inf if max_steps < 0 else max_steps,
         epoch_start=epoch_start,
     )
+
+
+def check_no_averaging(trainer: Trainer | None) -> None:
+    """Refuses a knot in a fit that averages weights: those before a merge and after it.
+
+    Raises:
+        UserError: which names the callback.
+    """
+    is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
+    for callback in trainer.callbacks if is_fitting else ():  # type: ignore[union-attr]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} cannot be combined with knots. (You can average merged models "
+                "of several runs.)"
+            )
 
 
 def accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
