@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cola_lightning.chain.base import BaseIdentity
-from cola_lightning.chain.chain import Chain, Link, check_version, damage_refused, is_of_experts, joined, link_fields
+from cola_lightning.chain.chain import Chain, Link, check_version, damage_refused, factors_of_sum, is_of_experts, link_fields
 from cola_lightning.errors import UserError
 from cola_lightning.lora.attention import input_projections, is_windows
 from cola_lightning.lora.config import value_of
@@ -254,7 +254,7 @@ def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
         link = Link(**fields, factors={}, extras=whole.extras if fields is described[-1] else {})
         for name, (lora_A, lora_B) in whole.factors.items():
             start = ends[name]
-            end = ends[name] = start + link.own_values.get(name, (link.rank, None))[0]
+            end = ends[name] = start + link.own_rank(name)
             link.factors[name] = lora_A[..., start:end, :].clone(), lora_B[..., start:end] / link.scaling(name)
         chain.append(link)
     return chain
@@ -290,7 +290,7 @@ def concatenate(chain: Chain) -> dict[str, tuple[Tensor, Tensor]]:
     """
     factors = {}
     for name in chain.layers:
-        lora_A, lora_B = joined(chain.link_factors(name))
+        lora_A, lora_B = factors_of_sum(chain.link_factors(name))
         factors[name] = lora_A.float(), lora_B.float()
     return factors
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cola_lightning.chain.chain import Chain, Link, core_of_product, joined
+from cola_lightning.chain.chain import Chain, Link, core_of_product, factors_of_sum
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import LinkFactors
 from cola_lightning.writing import atomic_file
@@ -149,58 +149,67 @@ def _report_layer(link: Link, name: str, weight_norm: float | None) -> LayerRepo
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far the updates of two stages overlap, in the layers that both adapt.
+    """How far the updates of two stages overlap; the numbers are means over the layers that both adapt.
 
     Attributes:
         stages: their names.
         norms: the Frobenius norms of their updates over these layers.
-        angle: the angle between the spaces of their columns in degrees, from the mean square of the cosines of the principal
-            angles, as a mean over the layers: 0 where one space contains the other, 90 where the two do not interfere.
+        angle: the angle between the updates as vectors, in degrees: 0 where they are parallel, 90 where they do not interfere.
+        subspace: the share of the smaller update's columns' space that lies in the other's, from 0 to 1.
     """
 
     stages: tuple[str, str]
     norms: tuple[float, float]
     angle: float
+    subspace: float
 
 
 def overlaps(chain: Chain) -> list[Overlap]:
     """The overlap of each two stages of a chain. A stage after a record counts by how it differs from that record."""
     updates: dict[str, dict[str, list[LinkFactors]]] = {}
     for before, link in zip([None, *chain.links], chain.links, strict=False):
-        of_stage = updates.setdefault(link.name or "-", {})
-        for name in link.factors:
-            of_stage.setdefault(name, []).append((*link.factors[name], link.whole().scaling(name)))
-            if before is not None and before.is_record and name in before.factors:
+        of_stage = updates.setdefault(link.name or "", {})
+        for name, (lora_A, lora_B) in link.factors.items():
+            of_stage.setdefault(name, []).append((lora_A, lora_B, link.whole().scaling(name)))
+            if before is not None and before.is_record and before.name != link.name and name in before.factors:
                 of_stage[name].append((*before.factors[name], -before.whole().scaling(name)))
     found = []
     for (first, mine), (second, theirs) in itertools.combinations(updates.items(), 2):
-        both = [name for name in mine if name in theirs]
-        pairs = [[core_of_product(*joined(links[name])) for links in (mine, theirs)] for name in both]
-        norms = [math.hypot(*(float(pair[side][1].norm()) for pair in pairs)) for side in (0, 1)]
-        angles = [_angle([_columns(q, core) for q, core, _ in pair]) for pair in pairs if pair[0][0].dim() == 2]
-        if angles:
-            found.append(Overlap((first, second), (norms[0], norms[1]), statistics.fmean(angles)))
+        if both := [name for name in mine if name in theirs and mine[name][0][0].dim() == 2]:
+            parts = [_overlap(factors_of_sum(mine[name]), factors_of_sum(theirs[name])) for name in both]
+            product, squares_a, squares_b, subspaces = map(math.fsum, zip(*parts, strict=True))
+            norms = math.sqrt(squares_a), math.sqrt(squares_b)
+            cosine = product / (norms[0] * norms[1]) if all(norms) else 0.0
+            angle = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+            found.append(Overlap((first, second), norms, angle, subspaces / len(both)))
     return found
 
 
-def _columns(q: Tensor, core: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of an update, see :func:`core_of_product`."""
-    u, values, _ = torch.linalg.svd(core, full_matrices=False)
-    return torch.matmul(q, u[:, values > 1e-9 * values.max()])
-
-
-def _angle(bases: Sequence[Tensor]) -> float:
-    """The angle between the spaces of two orthonormal bases, in degrees."""
-    smaller = min(basis.shape[1] for basis in bases)
+def _overlap(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tuple[float, float, float, float]:
+    """The inner product of two updates, their squared norms, and the share of the smaller one's columns in the other's."""
+    (q, core, p), (other_q, other_core, other_p) = core_of_product(*mine), core_of_product(*theirs)
+    product = float((core * (q.mT @ other_q @ other_core @ (other_p.mT @ p))).sum())
+    bases = [q @ _columns(core), other_q @ _columns(other_core)]
+    smaller = min(base.shape[1] for base in bases)
     shared = float((bases[0].mT @ bases[1]).square().sum()) / smaller if smaller else 0.0
-    return math.degrees(math.acos(math.sqrt(min(1.0, shared))))
+    return product, float(core.square().sum()), float(other_core.square().sum()), shared
+
+
+def _columns(core: Tensor) -> Tensor:
+    """An orthonormal basis of a matrix' columns."""
+    u, values, _ = torch.linalg.svd(core, full_matrices=False)
+    columns: Tensor = u[:, values > 1e-9 * values.max()]
+    return columns
 
 
 def overlaps_table(found: Sequence[Overlap]) -> "Table":
     """The overlaps as a human-readable table."""
-    names = ("stages", "norms of their updates", "angle between their subspaces")
-    cells = [(one.stages, [f"{norm:.3g}" for norm in one.norms], [f"{one.angle:.1f}°"]) for one in found]
-    return metrics_table([dict(zip(names, map(" and ".join, row), strict=True)) for row in cells])
+    rows = [
+        {"stages": " and ".join(one.stages), "norms": " and ".join(f"{norm:.3g}" for norm in one.norms)}
+        | {"angle": f"{one.angle:.1f}°", "shared subspace": f"{one.subspace:.2f}"}
+        for one in found
+    ]
+    return metrics_table(rows)
 
 
 def table(reports: Sequence[LinkReport]) -> "Table":

@@ -3,14 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cola_lightning.cli.help import BASE, SUBCOMMANDS, add_scale, add_sources, command_parser, parse_options, read_sources
 
 MERGED = "Prove this folder of a merged model, which any tool may have written."
-ADAPTER = (
-    "It should contain these: folders of PEFT adapters, chain folders or checkpoints, in the order of their training. Write "
-)
-ADAPTER += "NAME=PATH to name one."
+ADAPTER = "It should contain these: folders of PEFT adapters, chain folders or checkpoints, in the order of their training. "
+ADAPTER += "Write NAME=PATH to name one."
 
 
 def verify(words: Sequence[str]) -> int:
@@ -39,19 +38,20 @@ def verify(words: Sequence[str]) -> int:
     import rich
 
     from cola_lightning.chain.peft import CONFIG_NAME, read_config
-    from cola_lightning.chain.sources import sources_of
+    from cola_lightning.chain.sources import Source, sources_of
     from cola_lightning.files.plan import make_plan
     from cola_lightning.files.stored import ModelFolder
     from cola_lightning.files.verify import Adapter
     from cola_lightning.files.verify import verify as verify_folder
 
-    sources = sources_of(options.adapter)
-    folders = {s.name or Path(s.path).name: Path(s.path).expanduser() for s in sources}
-    configs = {name: read_config(path) for name, path in folders.items() if (path / CONFIG_NAME).is_file()}
-    names = {s.path: s.name or (Path(s.path).name if Path(s.path).name in configs else None) for s in sources}
-    chain = read_sources(
-        [s.path if names[s.path] is None else f"{names[s.path]}={s.path}" for s in sources], options, "adapter"
-    )
+    sources, configs = list[Source](), dict[str, Any]()
+    for source in sources_of(options.adapter):
+        folder, name = Path(source.path).expanduser(), source.name
+        if (folder / CONFIG_NAME).is_file():
+            name = name or folder.name
+            configs[name] = read_config(folder)
+        sources.append(Source(source.path, name))
+    chain = read_sources([*map(str, sources)], options, "adapter")
     adapters = {link.index: Adapter(link.name or f"link {link.index}", configs.get(link.name or "")) for link in chain.links}
     plan = make_plan(ModelFolder.open(options.base), chain)
     proof = verify_folder(plan, ModelFolder.open(options.merged, "merged"), adapters)

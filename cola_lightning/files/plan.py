@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -133,6 +134,16 @@ class Plan:
     tensors: dict[str, Planned]
     config: dict[str, Any]
 
+    @property
+    def embedding(self) -> str | None:
+        """The name of the input's embedding; None: it has none of the usual names."""
+        return embedding_of(self.tensors)
+
+
+def embedding_of(names: Iterable[str]) -> str | None:
+    """The first name that an input's embedding has; None: there is none."""
+    return next(filter(EMBEDDING.fullmatch, names), None)
+
 
 def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
     """What a chain makes of a base.
@@ -143,7 +154,7 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
     """
     names, config = Names(folder.tensors), dict[str, Any]()
     planned = {name: Planned(tensor) for name, tensor in folder.tensors.items()}
-    embedding = next(filter(EMBEDDING.fullmatch, folder.tensors), None)
+    embedding = embedding_of(folder.tensors)
     has_head = names.find(HEAD) is not None
     for layer in chain.layers:
         name = next(filter(None, map(names.find, (f"{layer}.weight", layer, f"{layer}_weight"))), None)

@@ -15,7 +15,7 @@ import torch
 from cola_lightning.chain.names import matched
 from cola_lightning.chain.peft import value_of_layer
 from cola_lightning.files.compare import SMALLEST, Comparison, Kind, compare
-from cola_lightning.files.plan import EMBEDDING, HEAD, Plan, Planned, Update
+from cola_lightning.files.plan import HEAD, Plan, Planned, Update
 from cola_lightning.files.stored import ModelFolder, StoredTensor
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def verify(plan: Plan, merged: ModelFolder, adapters: Mapping[int, Adapter]) -> 
         findings = [replace(found, cause=OTHER_BASE) if found.cause == OTHER else found for found in findings]
     for name in merged.tensors.keys() - set(names.values()):
         is_unmerged = re.search(r"\.(lora_|base_layer\.|modules_to_save\.)", name)
-        embedding = next(filter(EMBEDDING.fullmatch, plan.tensors), None)
+        embedding = plan.embedding
         if name.endswith(HEAD) and embedding and compare(plan.tensors[embedding], merged.tensors[name]).kind != "wrong":
             continue
         findings.append(Finding(name, "wrong", UNMERGED if is_unmerged else "the base has no such tensor"))
@@ -161,9 +161,10 @@ def _is_other_base(findings: Sequence[Finding]) -> bool:
 
 def _is_copy(plan: Plan, name: str) -> bool:
     """Whether the base's files store a tied weight a second time, under this name."""
-    stored, embedding = plan.tensors[name], next(filter(EMBEDDING.fullmatch, plan.tensors), None)
-    is_plain = name.endswith(HEAD) and embedding is not None and not stored.updates and stored.value is None
-    return is_plain and stored.base is not None and compare(plan.tensors[str(embedding)], stored.base).kind == "same bits"
+    stored, embedding = plan.tensors[name], plan.embedding
+    if not name.endswith(HEAD) or embedding is None or stored.base is None or stored.updates or stored.value is not None:
+        return False
+    return compare(plan.tensors[embedding], stored.base).kind == "same bits"
 
 
 def _notes(plan: Plan, merged: ModelFolder, adapters: Mapping[int, Adapter]) -> list[str]:

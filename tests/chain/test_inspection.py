@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from cola_lightning.chain import BaseIdentity, Chain, Link
-from cola_lightning.chain.report import effective_rank, overlaps, report, table, to_json
+from cola_lightning.chain.report import effective_rank, report, table, to_json
 
 SHAPES = {"wide": (5, 9), "high": (12, 4), "square": (6, 6), "small": (2, 3)}  # out, in
 
@@ -72,18 +72,3 @@ def test_a_table_shows_every_number_whole_and_json_is_strict(chain):
     assert "val_[red]x nan" in text  # no markup
     assert text.splitlines()[-1].split()[:4] == ["2", "1", "3", "7"]
     assert table(report(Chain())).row_count == 0
-
-
-def test_the_overlap_of_stages_is_what_their_full_updates_say(chain):
-    for link, name in zip(chain.links, ("a", "b", "b"), strict=True):
-        object.__setattr__(link, "name", name)
-    (overlap,) = overlaps(chain)
-    both = ["wide", "high"]
-    updates = [{name: chain[index].delta(name).double() for name in both} for index in (0, 1)]
-    assert overlap.norms == pytest.approx([math.hypot(*(float(u.norm()) for u in of_stage.values())) for of_stage in updates])
-    angles = []
-    for name in both:
-        u, v = (torch.linalg.svd(of_stage[name])[0][:, :rank] for of_stage, rank in zip(updates, (4, 2), strict=True))
-        angles.append(math.degrees(math.acos(math.sqrt(float((u.T @ v).square().sum()) / 2))))
-    assert overlap.angle == pytest.approx(sum(angles) / 2)
-    assert overlaps(Chain(chain.links[:1])) == []
