@@ -21,7 +21,7 @@ from cola_lightning.hf.metrics import Accuracy, Mean
 from cola_lightning.lora.inject import is_in_matching_modules
 from cola_lightning.lora.quantization import Quantization, quantize
 from cola_lightning.module.module import COLAModule
-from cola_lightning.module.progress import trainer_of
+from cola_lightning.module.run import trainer_of
 from cola_lightning.pretrained import Pretrained, TransformersBase
 
 log = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ class TransformersModule(COLAModule, ABC):
             self.new_weights = new_weights
         if not self.lora_config.modules_to_save:
             self.lora_config = replace(self.lora_config, modules_to_save=self.choose_modules_to_save(model))
-        if new_weights and not self.is_made:
+        if new_weights and self.run.made is None:
             self._note_random_modules(self.pretrained.new_modules(model, new_weights))
         tokenizer = self.tokenizer
         if tokenizer is not None and tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
@@ -215,13 +215,13 @@ class TransformersModule(COLAModule, ABC):
         if frozen := [name for name in names if name not in trained]:
             what = "model: not in the files of %r, so it stays random, because model.modules_to_save does not name it: %s"
             log.warning(what, self.pretrained.name, ", ".join(frozen))
-        if self.init_chain is None:
+        if self.run.start.sources is None:
             self.random_modules = trained
 
     @override
     def expect_state(self, state: StoredState, **requested: Any) -> None:
         super().expect_state(state, **requested)
-        self.trained_template = state.facts["prompt_format"].get("template")
+        self.trained_template = state.facts.prompt_format.get("template")
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
