@@ -141,5 +141,6 @@ def one_line(message: str) -> str:
     paragraph.sort(key=lambda line: "Got value" not in line)  # else by the order in which a union's types were tried
     message = "; ".join(line.strip().removeprefix("- ") for line in paragraph if not TRIED.match(line)).replace(":; ", ": ")
     message = re.sub(r"<class '([^']+)'>|typing\.|\. Got value: Namespace\(.*", r"\1", message)
+    message = re.sub(r"Literal\[([^]]+)\]", r"one of \1", message)
     message = re.sub(r"Expected an? ([^;]+)(?:\. Got|; Given) value: ([^;]*)", r"must be \1, got '\2'", message)
     return f"{'.'.join(fields)}: {message}"

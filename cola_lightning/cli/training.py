@@ -173,6 +173,12 @@ class COLACLI(LightningCLI):
         self.options = parser
 
     @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser._action_groups[-1].title = "The checkpoint"  # else the first line of the docstring of the Trainer's method
+        return parser
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         words = as_texts(replacing_knots(self.words))
         if words[0] in self.subcommands():  # not as defaults: theirs would stay with another class
@@ -566,8 +572,8 @@ def read_groups(path: str) -> dict[str, dict[str, Any]]:
 
 
 def _inside_init_args(option: re.Match[str]) -> str:
-    if option["value"] is None:  # jsonargparse says so
-        return option[0]
+    if option["value"] is None:  # jsonargparse would name the group alone
+        raise UserError(f"{option['group']}.{option['name']}: a value must follow")
     text = yaml.safe_dump({option["name"]: option["value"]}, default_style='"', default_flow_style=True, width=sys.maxsize)
     return f"--{option['group']}.init_args={text.strip()}"
 
