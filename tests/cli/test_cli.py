@@ -74,7 +74,7 @@ def checkpoint_of(version):
 
 
 def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(printed, capfd):
-    assert "  model: link 0 of rank 1 and alpha 1 on 3 of 3 linear layers\n" in printed
+    assert "  model: link 0 of rank 1 and alpha 1 on 3 of 3 layers\n" in printed
     assert "  parameters: 330 of 9,300 are trained (3.55%)\n" in printed
     assert "  resume: exact, from every checkpoint\n  checkpoints: runs/version_0/checkpoints\n" in printed
     assert "link 0 finished: steps 0 to 9, rank 1, update norm" in printed
