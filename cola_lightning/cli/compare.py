@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from cola_lightning.cli.entry import refusal
 from cola_lightning.cli.help import command_parser, parse_options
 from cola_lightning.study.comparison import Comparison
 
@@ -24,9 +25,15 @@ def compare(words: Sequence[str]) -> int:
         UserError: for invalid arguments.
     """
     if words and words[0] == "--run":  # the process of one run
+        from cola_lightning.runs.child import send
         from cola_lightning.study.run import run
 
-        return run(words[1])
+        try:
+            return run(words[1])
+        except Exception as error:
+            if (refused := refusal(error)) is not None:
+                send(refused[0])
+            raise
     cut = list(words).index("--") if "--" in words else len(words)
     parser = command_parser("compare", DESCRIPTION)
     parser.add_class_arguments(Comparison)

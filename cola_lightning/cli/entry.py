@@ -44,9 +44,9 @@ def main(args: Sequence[str] | None = None) -> int:
                 return exit_.code or 0
             raise
         except Exception as error:
-            if (refusal := _refusal(error)) is None:
+            if (refused := refusal(error)) is None:
                 raise
-            message, status = refusal
+            message, status = refused
             print(f"error: {message}", file=sys.stderr)
             return status
 
@@ -69,7 +69,7 @@ def _run(words: list[str]) -> int:
     return module.train(words) if is_lightnings else getattr(module, first)(words[1:]) or 0
 
 
-def _refusal(error: BaseException) -> tuple[str, int] | None:
+def refusal(error: BaseException) -> tuple[str, int] | None:
     """The message of an error in one line and the exit status; None for what is reported by its traceback.
 
     That is what fails in the user's own code, and what neither this package, jsonargparse nor Lightning refuses.
@@ -90,9 +90,9 @@ def _refusal(error: BaseException) -> tuple[str, int] | None:
 
 def _is_refused_by_lightning(error: BaseException) -> bool:
     """Whether Lightning's own code raised an error, for arguments (a val_check_interval above the number of batches, say)."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    lightning = sys.modules.get("lightning")
-    if lightning is None or not raised_in.is_relative_to(Path(str(lightning.__file__)).parent):
+    frames, lightning = traceback.extract_tb(error.__traceback__), sys.modules.get("lightning")
+    # An exception that another process has passed on has no frames.
+    if lightning is None or not frames or not Path(frames[-1].filename).is_relative_to(Path(str(lightning.__file__)).parent):
         return False
     kinds = TypeError | ValueError | RuntimeError | ImportError
     return isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException"

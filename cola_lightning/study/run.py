@@ -1,18 +1,8 @@
-"""One run of a study: its folder, which process executes it, and what that does: a fit, then validation and test.
+"""What the process of one run of a study does: a fit, then validation and test."""
 
-The folders are all that processes know of each other, on one machine or on several with a shared disk. A run is finished
-if its folder has a ``result.json``, executed if it has the claim of a living process, and otherwise free.
-"""
-
-import contextlib
 import json
 import logging
-import os
-import re
 import resource
-import shutil
-import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -31,103 +21,16 @@ from cola_lightning.chain.base import base_values, fingerprint_of
 from cola_lightning.cli.training import COLACLI
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.module import COLAModule
+from cola_lightning.runs.folder import LAST
 from cola_lightning.study.results import Result, write
 
 log = logging.getLogger(__name__)
 
 OPTIONS, LOG, RESULT = "run.json", "log.txt", "result.json"
-TOUCH_EVERY, DEAD_AFTER = 1.0, 600.0  # seconds
 
 
-def claim_run(folder: Path) -> Path | None:
-    """Claims a run for this process; returns the claim, a file, or None if it is finished or another process executes it.
-
-    Only one process can create the file of the next number. An abandoned claim stays: if it had to be removed first, the slower
-    of two processes would remove the new claim of the other.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    claims = list(folder.glob("claim.*"))
-    if any(map(_is_alive, claims)):
-        return None
-    claim = folder / f"claim.{1 + max((int(other.suffix[1:]) for other in claims), default=0)}"
-    try:
-        with claim.open("x") as file:
-            file.write(f"{socket.gethostname()} {os.getpid()}")
-    except FileExistsError:
-        return None
-    if (folder / RESULT).exists():  # its process has removed its claim
-        claim.unlink()
-        return None
-    return claim
-
-
-def _is_alive(claim: Path) -> bool:
-    """Whether a claim's process lives: it touches its claim, and one of this machine can be looked for."""
-    try:
-        host, _, process = claim.read_text(encoding="utf-8").partition(" ")
-        if host == socket.gethostname():
-            with contextlib.suppress(PermissionError):  # another user's
-                os.kill(int(process), 0)
-        return time.time() - claim.stat().st_mtime < DEAD_AFTER
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def execute(claim: Path, options: Mapping[str, Any], command: str = "compare") -> bool:
-    """Executes a claimed run in a process of its own, and returns whether it has a result.
-
-    So its peak memory is its own, and if it is killed the study goes on. A run that was stopped before resumes from its last
-    checkpoint, if it has the same options.
-
-    Args:
-        claim: of this process.
-        options: see :func:`run`.
-        command: the subcommand of ``cola`` that executes a run if it gets ``--run`` and the run's folder.
-
-    Raises:
-        UserError: if the run refuses its arguments, which ends the study: it is the config, or one of its methods.
-    """
-    folder = claim.parent
-    text, path = json.dumps(options, indent=1), folder / OPTIONS
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of another run
-        path.write_text(text, encoding="utf-8")
-    with (folder / LOG).open("w") as output:
-        words = [sys.executable, "-m", "cola_lightning", command, "--run", str(folder)]
-        # In a session of its own: the terminal's Ctrl-C goes to this process alone, which then stops the run by one signal.
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        while process.poll() is None:
-            os.utime(claim)
-            time.sleep(TOUCH_EVERY)
-    finally:
-        process.terminate()  # it finishes its batch, and writes its state
-        process.wait()
-    if process.returncode == 2:
-        text = (folder / LOG).read_text(encoding="locale", errors="replace")
-        raise UserError([f"a run was refused, see {folder / LOG}", *re.findall("^error: (.*)", text, re.MULTILINE)][-1])
-    return (folder / RESULT).exists()
-
-
-# ---------------------------------------------------------------------- in the process of a run
-
-
-class ChildWatch(RunWatch):
-    """Watches a fit as ``cola fit`` does, and ends it if the process that began it is gone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parent = os.getppid()
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if os.getppid() != self.parent:  # another process may begin this run anew
-            os._exit(1)
-        super().on_train_batch_end(trainer)
-
-
-class Recorder(ChildWatch):
-    """A :class:`ChildWatch` that records what a study needs of a fit.
+class Recorder(RunWatch):
+    """A :class:`RunWatch` that records what a study needs of a fit.
 
     Args:
         metric: the validation metric's name.
@@ -185,8 +88,9 @@ def run(folder: str) -> int:
     """Fits, validates and tests, and writes the run's result.
 
     Args:
-        folder: the run's. Its ``run.json`` has ``words``, the arguments of ``cola fit``; ``metric``, the validation metric's
-            name, ``val_...`` (the test metric's is ``test_...``); and ``result``, the fields of the Result that are known.
+        folder: the run's. Its ``run.json`` has ``config``, the complete configuration of the fit; ``metric``, the validation
+            metric's name, ``val_...`` (the test metric's is ``test_...``); and ``result``, the fields of the Result that are
+            known.
 
     Returns:
         The exit status.
@@ -197,12 +101,12 @@ def run(folder: str) -> int:
     options = json.loads((Path(folder) / OPTIONS).read_text(encoding="utf-8"))
     metric, test_metric, facts = options["metric"], f"test_{options['metric'].removeprefix('val_')}", options["result"]
     warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # the log is in it
-    recorder, cli, words = Recorder(metric), None, options["words"]
-    if (last := Path(folder) / "checkpoints" / "last.ckpt").exists():
-        words += ["--ckpt_path", str(last)]
+    recorder, cli, config = Recorder(metric), None, options["config"]
+    if (last := Path(folder) / LAST).exists():
+        config |= {"ckpt_path": str(last)}
     with recorder.listening():
         try:
-            cli = COLACLI(["fit", *words], recorder)
+            cli = COLACLI(["fit"], recorder, None, config)
         except NonFiniteError as error:
             log.warning("diverged: %s", error)
         facts |= recorder.facts | {"peak_memory": _peak_memory()}

@@ -11,13 +11,16 @@ import rich
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from cola_lightning.cli.training import MadeFit, as_words, in_silence, resolve
 from cola_lightning.errors import UserError
+from cola_lightning.runs.child import execute
+from cola_lightning.runs.facts import changes, facts_of
+from cola_lightning.runs.folder import LAST, claim, read_record, set_aside, write_record
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.config import as_words, check_same, data_files, resolve_config
 from cola_lightning.study.figures import draw_curves, draw_points
 from cola_lightning.study.methods import method, model_option
 from cola_lightning.study.results import Result, RunKey, at_best_rates, best_rates, read, warning_about, write
-from cola_lightning.study.run import LOG, RESULT, claim_run, execute
+from cola_lightning.study.run import LOG, OPTIONS, RESULT
 from cola_lightning.study.table import MethodSummary, as_csv, as_markdown, on_screen, summarize
 from cola_lightning.writing import atomic_file
 
@@ -41,7 +44,7 @@ class Study:
     def __init__(self, comparison: Comparison, fit_words: Sequence[str]) -> None:
         self.comparison, self.output = comparison, Path(comparison.output)
         self.words = ["--config", comparison.config, *fit_words]
-        self.config = resolve_config(self.words)
+        self.config = resolve(self.words)
         optimizer, seed = model_option(self.config, "optimizer"), self.config["model"]["init_args"].get("seed")
         for name, value in {"model.seed": seed, "ckpt_path": self.config["ckpt_path"]}.items():
             if value is not None:
@@ -50,10 +53,11 @@ class Study:
         self.rates = rates if isinstance(rates, dict) else dict.fromkeys(comparison.methods, rates)
         self.methods = {name: method(name, self.config) for name in comparison.methods}
         for options in [dict.fromkeys(comparison.also_seeded, 0), *(chosen.options for chosen in self.methods.values())]:
-            resolve_config([*self.words, *as_words(options)])  # what parsing refuses is refused here, before any time is lost
-        self.shared = {name: value for name, value in self.config.items() if name != "seed_everything"}
-        self.shared |= {"also_seeded": comparison.also_seeded, "metric": comparison.metric, "mode": comparison.better}
-        self.shared |= data_files(self.config)
+            resolve([*self.words, *as_words(options)])  # what parsing refuses is refused here, before any time is lost
+        with in_silence():
+            data = MadeFit(self.config).datamodule
+        more = {"also_seeded": comparison.also_seeded, "metric": comparison.metric, "mode": comparison.better}
+        self.shared = facts_of(self.config | {"seed_everything": None}, data, **more)
         self.failed: set[RunKey] = set()
 
     def _settle_config(self) -> None:
@@ -61,7 +65,9 @@ class Study:
         path = self.output / CONFIG
         if path.exists():
             known = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            check_same(self.shared, {"metric": None} | known, str(path))  # a file of another kind has none
+            for name, here, there in changes(self.shared, known):
+                what = f"{name} has changed since" if name.startswith("what ") else f"{name} is {here!r} here, but {there!r} in"
+                raise UserError(f"config: {what} {path}. Use another --output for another study")
         else:
             with atomic_file(path, is_shared=True) as partial:
                 partial.write_text(yaml.safe_dump(self.shared, sort_keys=False), encoding="utf-8")
@@ -111,15 +117,21 @@ class Study:
         """Executes a run, unless it is another process's; returns whether it was this one's."""
         name = f"{run.method}-lr{run.learning_rate}-seed{run.seed}"
         folder = self.output / "runs" / name
-        if (claim := claim_run(folder)) is None:
+        if (claimed := claim(self.output / ".claims" / name)) is None:
             return False
-        self.bar.update(self.task, description=name)
         try:
-            is_finished = execute(claim, self._run_options(run, folder))
+            if (folder / RESULT).exists():  # since this process has looked for it
+                return False
+            self.bar.update(self.task, description=name)
+            self._prepare(folder, self._run_options(run, folder))
+            status, refusal = execute(["compare", "--run", str(folder)], folder / LOG, claimed)
         finally:
-            claim.unlink(missing_ok=True)
+            claimed.close()
             if not self._results():  # the next command may have another config
                 (self.output / CONFIG).unlink(missing_ok=True)
+        if status == 2:  # it is the config, or one of its methods
+            raise UserError(refusal or f"a run was refused, see {folder / LOG}")
+        is_finished = (folder / RESULT).exists()
         if is_finished:
             log.info("finished: %s: %s %.4f", name, self.comparison.metric, self._results()[run].value(self.comparison.better))
             if not self.comparison.keep_checkpoints:
@@ -130,18 +142,28 @@ class Study:
             log.error("failed: %s", folder / LOG)
         return True
 
+    def _prepare(self, folder: Path, options: Mapping[str, Any]) -> None:
+        """Makes a run's folder ready: it goes on if it was stopped with the same options, and is kept aside otherwise."""
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = read_record(folder / OPTIONS)
+        facts, before = ({**one.get("config", {}), "contents": one.get("contents", {})} for one in (options, earlier))
+        if (folder / LAST).exists() and (change := next(changes(facts, before), None)):
+            kept = set_aside(folder)
+            log.info("%s: %s has changed. The run that was stopped is kept in %s", folder.name, change[0], kept)
+        write_record(folder / OPTIONS, options)
+
     def _run_options(self, run: RunKey, folder: Path) -> dict[str, Any]:
         """What the run's process has to know."""
         chosen = self.methods[run.method]
-        changes = {**chosen.options, "model.optimizer.lr": run.learning_rate, "trainer.default_root_dir": str(folder)}
-        changes |= dict.fromkeys(("seed_everything", *self.comparison.also_seeded), run.seed)
-        changes |= dict.fromkeys(("trainer.enable_progress_bar", "trainer.enable_model_summary"), False)
+        changed = {**chosen.options, "model.optimizer.lr": run.learning_rate, "trainer.default_root_dir": str(folder)}
+        changed |= dict.fromkeys(("seed_everything", *self.comparison.also_seeded), run.seed)
+        changed |= dict.fromkeys(("trainer.enable_progress_bar", "trainer.enable_model_summary"), False)
         if self.config["trainer"]["logger"] in (None, True):  # metrics.csv and checkpoints in the folder itself
             in_folder = {"save_dir": str(folder), "name": "", "version": ""}
-            changes["trainer.logger"] = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": in_folder}
+            changed["trainer.logger"] = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": in_folder}
         known = run._asdict() | {"rank": chosen.rank, "links": chosen.links}
-        words = [*self.words, *as_words(changes)]
-        return {"words": words, "metric": self.comparison.metric, "result": known, "config": self.shared}
+        config = resolve([*self.words, *as_words(changed)])
+        return {"config": config, "contents": self.shared["contents"], "metric": self.comparison.metric, "result": known}
 
     def _write(self) -> tuple[list[MethodSummary], str]:
         """Writes the results, the tables and the figures; returns the table's rows, and a warning about them or nothing."""

@@ -17,8 +17,8 @@ from transformers import Adafactor
 from cola_lightning import ChainOfLoRA, ChainSchedule, LoRAConfig, UserError, inject_lora
 from cola_lightning.cli import main
 from cola_lightning.cli.help import ELSEWHERE
+from cola_lightning.cli.training import resolve
 from cola_lightning.data import TemplateDataModule, TextDataModule
-from cola_lightning.study.config import resolve_config
 from cola_lightning.study.methods import method
 from tests.helpers import tiny
 from tests.helpers.comparing import config
@@ -124,7 +124,7 @@ def write_checkpoint(path, changes):
 
 def test_what_is_typed_here_exists():
     words = [word for here in ELSEWHERE.values() for word in here.split()]
-    assert resolve_config(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
+    assert resolve(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES, ids=[words.replace(DIGITS, "digits.yaml") for words, _ in MISTAKES])

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from cola_lightning.cli import main
-from cola_lightning.study.config import resolve_config
+from cola_lightning.cli.training import resolve
 from cola_lightning.study.results import Result, write
 from cola_lightning.study.run import run
 from tests.helpers.toy import DIGITS
@@ -40,10 +40,10 @@ KNOWN = {}
 
 
 def known_config(*words):
-    """As ``resolve_config``, which takes a fifth of a second, once for the same options and contents of files."""
+    """As ``resolve``, which takes a fifth of a second, once for the same options and contents of files."""
     given = tuple(Path(word).read_text() if word.endswith(".yaml") else word for word in words)
     if given not in KNOWN:
-        KNOWN[given] = resolve_config(words)
+        KNOWN[given] = resolve(words)
     return copy.deepcopy(KNOWN[given])
 
 

@@ -51,7 +51,9 @@ def test_imports_point_downwards_and_not_in_a_circle_and_the_engine_needs_torch_
 
 def test_what_the_package_imports_at_once_is_installed_with_it():
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    names = {re.split(r"[^\w-]", one)[0].replace("pyyaml", "yaml") for one in needed} | sys.stdlib_module_names | {"cola_lightning"}
+    names = (
+        {re.split(r"[^\w-]", one)[0].replace("pyyaml", "yaml") for one in needed} | sys.stdlib_module_names | {"cola_lightning"}
+    )
     for path in PACKAGE.rglob("*.py"):
         if PATHS[path] not in BY_NAME:
             assert {one.partition(".")[0] for one in imports(path, is_top_level=True)} <= names, path

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from cola_lightning.stages.run import run as run_stage
 from lightning.pytorch import Callback
 from scipy import stats
 
@@ -23,7 +24,6 @@ from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
 from cola_lightning.stages.matrix import Column, Difference, Matrix
 from cola_lightning.stages.replay import Replay
-from cola_lightning.stages.run import run as run_stage
 from cola_lightning.stages.stages import Stages
 from cola_lightning.study import run
 from tests.helpers import forked, tiny

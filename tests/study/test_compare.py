@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cola_lightning.study.config import as_words, check_same, resolve_config
 from lightning.pytorch import Callback
 from scipy import stats
 
@@ -18,7 +19,6 @@ from cola_lightning.cli import main
 from cola_lightning.errors import UserError
 from cola_lightning.study import study
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.config import as_words, check_same, resolve_config
 from cola_lightning.study.figures import mean_curve
 from cola_lightning.study.methods import method
 from cola_lightning.study.results import Result, at_best_rates, best_rates, write
