@@ -468,15 +468,16 @@ class COLACLI(LightningCLI):
 # ---------------------------------------------------------------------- a fit as a value
 
 
-class MadeFit(COLACLI):
-    """A fit whose objects are made, and which does not run.
+class MadeRun(COLACLI):
+    """A run whose objects are made, and which is left to the caller.
 
     Args:
         config: its complete configuration.
+        subcommand: what it would do.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(["fit"], RunWatch(), None, config)
+    def __init__(self, config: Mapping[str, Any], subcommand: str = "fit") -> None:
+        super().__init__([subcommand], RunWatch(), None, config)
 
     @override
     def _run_subcommand(self, subcommand: str) -> None: ...

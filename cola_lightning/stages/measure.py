@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from cola_lightning import layout
-from cola_lightning.callbacks.command import RunWatch
 from cola_lightning.chain.chain import number_of_links
-from cola_lightning.cli.training import COLACLI, in_silence
+from cola_lightning.cli.training import MadeRun, in_silence
 from cola_lightning.errors import UserError, one_line
 from cola_lightning.hf.transformers_module import RowValues
 from cola_lightning.module import COLAModule
@@ -69,96 +68,91 @@ class RowCollector(Callback):
         self.rows = {name: [[n for part in parts for n in part[name][place]] for place in (0, 1)] for name in parts[0]}
 
 
-class Evaluation(COLACLI):
-    """A ``cola test`` or ``cola validate`` whose objects are made, and then used by :func:`measure`."""
+class Measurer:
+    """Measures states of a checkpoint's model on the data of several stages.
 
-    @override
-    def _run_subcommand(self, subcommand: str) -> None: ...
-
-
-class Task:
-    """A stage's data, and the options by which it is measured.
+    Stages with one class of module and equal options share a model. Their links are those of the last stage.
 
     Args:
-        name: the stage's.
-        config: the complete configuration of the stage's fit.
-        of_last: that of the last stage, whose links are measured.
-
-    Attributes:
-        config: a complete configuration. Tasks with the same ``model`` and ``trainer`` are measured on one model.
-        reference: of preferences, as a number of links or a stage.
+        configs: the complete configuration of each stage's fit, by its name, in order.
+        checkpoint: of the last one.
+        keeps_models: whether the models stay in memory for another call, each with a copy of its base, from which a state with
+            other factors is made.
     """
 
-    def __init__(self, name: str, config: Mapping[str, Any], of_last: Mapping[str, Any]) -> None:
-        self.name, model = name, config["model"]
-        theirs = of_last["model"]["init_args"]
-        of_links = ({field.name for field in fields(LinkConfig)} | {"optimizer"}) & model["init_args"].keys() & theirs.keys()
-        init_args = model["init_args"] | {name: theirs[name] for name in of_links}
-        init_args |= {"init_chain": None, "init_links": None, "init_knot": "cola"}
-        self.reference = init_args.get("reference", "start")
-        if "reference" in init_args:  # which rows without these links do not have: they are their own reference
-            init_args["reference"] = "start"
-        trainer = config["trainer"] | {"logger": False}
-        trainer |= {name: value for name, value in of_last["trainer"].items() if name in OF_FIT}
-        self.config = config | {"model": model | {"init_args": init_args}, "trainer": trainer}
+    def __init__(self, configs: Mapping[str, Mapping[str, Any]], checkpoint: Path, *, keeps_models: bool) -> None:
+        self.checkpoint, self.keeps_models = checkpoint, keeps_models
+        self.groups: dict[str, dict[str, dict[str, Any]]] = {}
+        self.references: dict[str, Any] = {}  # of preferences, as a number of links or a stage
+        *_, last = configs.values()
+        of_links = {field.name for field in fields(LinkConfig)} | {"optimizer"}
+        for name, config in configs.items():
+            own, theirs = config["model"]["init_args"], last["model"]["init_args"]
+            init_args = own | {name: theirs[name] for name in of_links & own.keys() & theirs.keys()}
+            init_args |= {"init_chain": None, "init_links": None, "init_knot": "cola"}
+            if keeps_models and not init_args.get("quantization"):
+                init_args["save_base"] = True
+            self.references[name] = init_args.get("reference", "start")
+            if "reference" in init_args:  # which rows without these links do not have: they are their own reference
+                init_args["reference"] = "start"
+            trainer = {name: (last if name in OF_FIT else config)["trainer"][name] for name in config["trainer"]}
+            shared = {"model": config["model"] | {"init_args": init_args}, "trainer": trainer | {"logger": False}}
+            ours = config | shared | {"ckpt_path": str(checkpoint)}
+            self.groups.setdefault(json.dumps(shared), {})[name] = ours
+        self.made: dict[str, dict[str, MadeRun]] = {}
 
+    def measure(self, command: str, states: Mapping[str, Scale], *, may_refuse: bool = False) -> dict[str, list[Row]]:
+        """Measures states of the model.
 
-def measure(
-    tasks: Sequence[Task], checkpoint: Path, command: str, states: Mapping[str, Scale], *, may_refuse: bool = False
-) -> dict[str, list[Row]]:
-    """Measures states of a checkpoint's model on the data of stages.
+        Args:
+            command: ``test``, or ``validate`` for the validation data.
+            states: by their names, factors of the stages' updates. A state whose name is ``base`` or a stage's is the model
+                without the later stages, and another one has all stages.
+            may_refuse: whether a stage that the command refuses, such as one without test rows, is left out with a warning.
 
-    Args:
-        tasks: the stages' data.
-        checkpoint: of the last stage.
-        command: ``test``, or ``validate`` for the validation data.
-        states: by their names, factors of the stages' updates. A state whose name is ``base`` or a stage's is the model without
-            the later stages, and another one has all stages.
-        may_refuse: whether a task that the command refuses, such as one without test rows, is left out with a warning.
+        Returns:
+            By stage, a row for each state, with ``links``, ``stage``, metrics, and ``row_values``: by metric, what each row
+            adds.
 
-    Returns:
-        By task, a row for each state, with ``links``, ``stage``, metrics, and ``row_values``: by metric, what each row adds.
+        Raises:
+            UserError: if the command refuses a stage.
+        """
+        rows: dict[str, list[Row]] = {}
+        for key, configs in self.groups.items():
+            with in_silence():
+                made = self.made.pop(key, None) or {name: MadeRun(config, "test") for name, config in configs.items()}
+            rows |= self._measure_group(made, command, states, may_refuse=may_refuse)
+            if self.keeps_models:
+                self.made[key] = made
+        return {name: rows[name] for name in self.references if name in rows}
 
-    Raises:
-        UserError: if the command refuses a task.
-    """
-    rows: dict[str, list[Row]] = {task.name: [] for task in tasks}
-    groups: dict[str, list[Task]] = {}
-    for task in tasks:
-        groups.setdefault(json.dumps([task.config["model"], task.config["trainer"]]), []).append(task)
-    for group in groups.values():
-        watch, collector = RunWatch(), RowCollector()
-        with watch.listening():
-            runs = {task.name: _evaluation(task, checkpoint, command, watch, states) for task in group}
-            opened, trainer, module = (getattr(runs[group[0].name], name) for name in ("opened", "trainer", "model"))
-            trainer.callbacks = [collector, *trainer.callbacks]
-            names = opened.state.names
-            links = {"base": 0} | {name: number_of_links(name, names) for name in names if name}
-            for number, (state, scale) in enumerate(states.items(), start=1):  # outside of the tasks: links are only added
-                log.info("%s %s: state %d of %d", command, ", ".join(runs), number, len(states))
-                for task in [task for task in group if task.name in rows]:
-                    is_start = task.reference in ("start", "link")
-                    collector.first_link = names.index(task.name) if is_start else number_of_links(task.reference, names)
-                    n_links = links.get(state, len(names))
-                    module.expect_state(opened.state, links=n_links, scale=scale)
-                    run = trainer.test if command == "test" else trainer.validate
+    def _measure_group(
+        self, made: Mapping[str, MadeRun], command: str, states: Mapping[str, Scale], *, may_refuse: bool
+    ) -> dict[str, list[Row]]:
+        rows: dict[str, list[Row]] = {name: [] for name in made}
+        first: Any = next(iter(made.values()))
+        trainer, names = first.trainer, first.opened.state.names
+        run = trainer.test if command == "test" else trainer.validate
+        trainer.callbacks = [collector := RowCollector(), *(c for c in trainer.callbacks if not isinstance(c, RowCollector))]
+        links = {"base": 0} | {name: number_of_links(name, names) for name in names if name}
+        with first.watch.listening():
+            for number, (state, scale) in enumerate(states.items(), start=1):  # outside of the stages: links are only added
+                log.info("%s %s: state %d of %d", command, ", ".join(rows), number, len(states))
+                for name in list(rows):
+                    reference, n_links = self.references[name], links.get(state, len(names))
+                    is_start = reference in ("start", "link")
+                    collector.first_link = names.index(name) if is_start else number_of_links(reference, names)
+                    first.model.expect_state(first.opened.state, links=n_links, scale=scale)
                     try:
                         with in_silence():
-                            found = run(module, datamodule=runs[task.name].datamodule, ckpt_path=str(checkpoint), verbose=False)
+                            data = made[name].datamodule
+                            found = run(first.model, datamodule=data, ckpt_path=str(self.checkpoint), verbose=False)
                     except (UserError, MisconfigurationException) as error:
                         if not may_refuse:
-                            raise UserError(f"stages.{task.name}: {one_line(str(error))}") from error
-                        log.warning("stage %s: is not in the matrix (%s)", task.name, one_line(str(error)))
-                        del rows[task.name]
+                            raise UserError(f"stages.{name}: {one_line(str(error))}") from error
+                        log.warning("stage %s: is not in the matrix (%s)", name, one_line(str(error)))
+                        del rows[name]
                         continue
                     row = {"links": n_links, "stage": state, "row_values": collector.rows}
-                    rows[task.name].append({name: value for metrics in (row, *found) for name, value in metrics.items()})
-    return rows
-
-
-def _evaluation(task: Task, checkpoint: Path, command: str, watch: RunWatch, states: Mapping[str, Scale]) -> Evaluation:
-    """The objects of a command for a task's data."""
-    init_args, config = task.config["model"]["init_args"], task.config | {"ckpt_path": str(checkpoint)}
-    if any(states.values()) and not init_args.get("quantization"):  # each state begins at the base, which stays in memory
-        config["model"] = config["model"] | {"init_args": init_args | {"save_base": True}}
-    return Evaluation([command], watch, None, config)
+                    rows[name].append({key: value for metrics in (row, *found) for key, value in metrics.items()})
+        return rows

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import rich
 import yaml
@@ -24,13 +24,13 @@ from cola_lightning.callbacks.command import RunWatch
 from cola_lightning.chain.base import BaseIdentity, check_same_base
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.schedule import RESERVED, is_stage_name
-from cola_lightning.cli.training import COLACLI, MadeFit, in_silence, resolve
+from cola_lightning.cli.training import COLACLI, MadeRun, in_silence, resolve
 from cola_lightning.errors import UserError, causes, one_line
 from cola_lightning.runs.facts import DEVICES, changes, facts_of, option_changes
 from cola_lightning.runs.folder import LAST, claim, hash_of_last, read_record, set_aside, write_record
 from cola_lightning.runs.processes import by_first, is_first, join
 from cola_lightning.stages.matrix import SHOWN, Matrix, scales_table
-from cola_lightning.stages.measure import Row, Task, measure
+from cola_lightning.stages.measure import Measurer, Row
 from cola_lightning.stages.options import StagesOptions
 from cola_lightning.stages.replay import add_replay
 from cola_lightning.stages.scales import Scale, fit_scales
@@ -120,10 +120,10 @@ class Stages:
         with_replay = {name: {**config, "trainer": dict(config["trainer"])} for name, config in configs.items()}
         if options.replay is not None:
             add_replay(with_replay, options.replay)
-        self.stages = list[Stage]()
+        self.stages, self.measurer = list[Stage](), cast(Measurer | None, None)
         for name, config in configs.items():
             with _of_stage(name), in_silence():
-                fit = MadeFit(config)
+                fit = MadeRun(config)
                 has_replay = with_replay[name]["trainer"] != config["trainer"]
                 before = {"knot": options.knot if self.stages else None, "replay": options.replay if has_replay else None}
                 facts = facts_of(config, fit.datamodule, **before)
@@ -251,9 +251,9 @@ class Stages:
 
     def _show(self, finished: Sequence[Stage], *, is_finished: bool) -> int:
         """Measures and shows the matrix of the finished stages; returns the exit status."""
-        may_refuse = self.options.max_forgetting is None
+        may_refuse, self.finished = self.options.max_forgetting is None, finished
         states: dict[str, Scale] = {name: {} for name in ("base", *(stage.name for stage in finished))}
-        tests = self._measure("matrix", finished, finished[-1], "test", states, may_refuse=may_refuse)
+        tests = self._measure("matrix", "test", states, may_refuse=may_refuse)
         kinds = {stage.name: " ".join(stage.config[name]["class_path"] for name in ("model", "data")) for stage in finished}
         matrix = Matrix.of(tests, kinds)
         if not matrix.columns:
@@ -296,7 +296,7 @@ class Stages:
         def losses_of(name: str, tried: Sequence[Scale]) -> list[list[float]]:
             states = {str(number): scale for number, scale in enumerate(tried)}  # no stage can have a number as its name
             log.info("fit_scales: stage %s (%d of %d)", name, names.index(name) + 1, len(names))
-            tasks = self._measure(f"scales of {name}", self.stages, self.stages[-1], "validate", states).values()
+            tasks = self._measure(f"scales of {name}", "validate", states).values()
             losses = [[sum(row[key] for key in row if key.startswith("val_loss")) for row in rows] for rows in tasks]
             return [list(of_state) for of_state in zip(*losses, strict=True)]
 
@@ -309,8 +309,7 @@ class Stages:
         if not factors:
             log.info("fit_scales: no other factor is better than 1")
             return
-        of_tasks = [stage for stage in self.stages if stage.name in tests]
-        scaled = self._measure("scaled", of_tasks, self.stages[-1], "test", {"0": scale})
+        scaled = self._measure("scaled", "test", {"0": scale}, may_refuse=True)
         columns = Matrix.of({name: [*tests[name], *rows] for name, rows in scaled.items()}, kinds).columns
         if is_first():
             rich.print(scales_table(names[-1], columns))
@@ -318,28 +317,24 @@ class Stages:
         log.info("export it: %s", shlex.join(["cola", "export", run, "--scale", factor_text, "--output", "DIR"]))
 
     def _measure(
-        self,
-        what: str,
-        stages: Sequence[Stage],
-        last: Stage,
-        command: str,
-        states: Mapping[str, Scale],
-        *,
-        may_refuse: bool = False,
+        self, what: str, command: str, states: Mapping[str, Scale], *, may_refuse: bool = False
     ) -> dict[str, list[Row]]:
-        """The rows of :func:`measure`, of the last stage's checkpoint, from the file of a call that asked for the same."""
-        path, facts = self.folder / "measured" / f"{what}.json", {stage.name: stage.facts for stage in stages}
+        """Measures the finished stages, unless the file of an earlier call has the same; see :meth:`Measurer.measure`."""
+        path, facts = self.folder / "measured" / f"{what}.json", {stage.name: stage.facts for stage in self.finished}
 
         def find() -> dict[str, Any] | None:
             known = read_record(path)
-            is_known = bool(known) and known["facts"].keys() == facts.keys() and known["asked"] == asked
-            is_known = is_known and not any(True for name in facts for _ in changes(facts[name], known["facts"][name]))
-            return known["rows"] if is_known else None
+            is_same = known.get("asked") == asked and known["facts"].keys() == facts.keys()
+            is_same = is_same and not any(any(changes(facts[name], known["facts"][name])) for name in facts)
+            return known["rows"] if is_same else None
 
+        last = self.finished[-1]
         asked = {"states": dict(states), "checkpoint": by_first(lambda: last.record["checkpoint"])}
         if (rows := by_first(find)) is None:
-            tasks = [Task(stage.name, stage.config, last.config) for stage in stages]
-            rows = measure(tasks, last.folder / LAST, command, states, may_refuse=may_refuse)
+            if self.measurer is None:
+                configs = {stage.name: stage.config for stage in self.finished}
+                self.measurer = Measurer(configs, last.folder / LAST, keeps_models=self.options.fit_scales)
+            rows = self.measurer.measure(command, states, may_refuse=may_refuse)
             by_first(lambda: write_record(path, {"asked": asked, "facts": facts, "rows": rows}))
         return rows
 

@@ -11,7 +11,7 @@ import rich
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from cola_lightning.cli.training import MadeFit, as_words, in_silence, resolve
+from cola_lightning.cli.training import MadeRun, as_words, in_silence, resolve
 from cola_lightning.errors import UserError
 from cola_lightning.runs.child import execute
 from cola_lightning.runs.facts import changes, facts_of
@@ -55,7 +55,7 @@ class Study:
         for options in [dict.fromkeys(comparison.also_seeded, 0), *(chosen.options for chosen in self.methods.values())]:
             resolve([*self.words, *as_words(options)])  # what parsing refuses is refused here, before any time is lost
         with in_silence():
-            data = MadeFit(self.config).datamodule
+            data = MadeRun(self.config).datamodule
         more = {"also_seeded": comparison.also_seeded, "metric": comparison.metric, "mode": comparison.better}
         self.shared = facts_of(self.config | {"seed_everything": None}, data, **more)
         self.failed: set[RunKey] = set()
