@@ -3,6 +3,7 @@
 :class:`~cola_lightning.COLAModule` is a Lightning module around one; a custom training loop needs nothing more.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,14 +17,14 @@ from cola_lightning import layout
 from cola_lightning.chain.base import base_copies, base_values, check_same_base, check_same_layers, describe_base
 from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
 from cola_lightning.chain.current import CurrentLink
-from cola_lightning.chain.schedule import Knot, frozen_factor, merged_share
+from cola_lightning.chain.schedule import Knot, merged_share
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
-from cola_lightning.lora.config import Factor, LoRAConfig
+from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.lora.inject import inject_lora
 from cola_lightning.lora.layer import LoRALayer, initialize_link, is_quantized, is_quantized_model, lora_layers, own_values
 from cola_lightning.lora.stack import Stack
-from cola_lightning.merge import add_links, cast_floats, free, merge
+from cola_lightning.merge import add_links, cast_floats, deep_copy, free, merge
 from cola_lightning.seeding import seeded_build
 from cola_lightning.trained_values import TrainedValues
 
@@ -153,18 +154,7 @@ class AdaptedModel:
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters for the optimizer, a new one for each link: the current link's factors and fully trained modules."""
-        frozen = {id(parameter) for parameter in self.frozen_factors()}
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad and id(parameter) not in frozen]
-
-    @property
-    def frozen_factor(self) -> Factor | None:
-        """The factor that the current link does not train, ``A`` or ``B``; None if it trains both."""
-        return frozen_factor(self.config.trained_factors, self.seed, self.n_finished)
-
-    def frozen_factors(self) -> list[nn.Parameter]:
-        """The factors that the current link does not train; they have gradients, but are in no optimizer."""
-        frozen = self.frozen_factor
-        return [] if frozen is None else [getattr(layer, f"lora_{frozen}") for layer in self.layers.values()]
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def by_unit(self) -> Iterator[dict[str, LoRALayer]]:
         """Iterates over the adapted layers by name, in groups; a group's weights may be read and written during its turn."""
@@ -180,13 +170,13 @@ class AdaptedModel:
     # ------------------------------------------------------------------ links
 
     def begin_link(self, rank: int, alpha: float) -> None:
-        """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function does not change.
+        """Begins the next link: draws A from (seed, link, layer) and zeroes B; the function does not change.
 
         Raises:
             UserError: for a model without links, or values that no link of it can have.
         """
         self.current.begin(*self.checked_link(rank, alpha))
-        initialize_link(self.layers, self.seed, self.n_finished, *self.current.size, self.frozen_factor or "A")
+        initialize_link(self.layers, self.seed, self.n_finished, *self.current.size)
 
     def checked_link(self, rank: int, alpha: float, knot: Knot = "cola") -> tuple[int, float]:
         """A link's rank and alpha as plain numbers: numpy's would be in checkpoints and chain folders.
@@ -279,7 +269,7 @@ class AdaptedModel:
         """
         link = self.live_link()
         following = self.checked_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha, knot)
-        link = replace(link, share=merged_share(knot, share, self.config.trained_factors))
+        link = replace(link, share=merged_share(knot, share))
         if not link.is_record:
             for layers in self.by_unit():
                 for layer in layers.values():
@@ -388,7 +378,7 @@ class AdaptedModel:
             mine = {name: layout.gather(state[name]) for name in frozen}
             unchanged = {name for name, value in frozen.items() if torch.equal(mine[name], value.to(mine[name].dtype))}
             extras = {name: value for name, value in links[-1].extras.items() if name not in unchanged}
-            links[-1] = replace(links[-1], extras=extras, share=merged_share(knot, None, self.config.trained_factors))
+            links[-1] = replace(links[-1], extras=extras, share=merged_share(knot))
         self.replay(Chain(links, self.chain.base))
         if links:
             self.trained.load(links[-1].extras)
@@ -517,7 +507,15 @@ class AdaptedModel:
             self.forget_links(chain)
             self.replay(chain)
 
-    # ------------------------------------------------------------------ a plain copy
+    # ------------------------------------------------------------------ copies
+
+    def copy_on_cpu(self) -> "AdaptedModel":
+        """A copy on the CPU, with nothing around it, that can be changed while this one is trained."""
+        other = copy.copy(self)
+        other.model = deep_copy(self.model, device="cpu").cpu()
+        other.trained, other.placement = copy.copy(self.trained), other._placement_of_model
+        other.trained.model, other.trained.around = other.model, None
+        return other
 
     def merged_model(
         self,

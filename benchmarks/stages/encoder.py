@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from benchmarks.stages.sequence import Data, TaskSequence
-from cola_lightning.hf.pretrained import Pretrained, package_folder
+from cola_lightning.pretrained import Pretrained, package_folder
 
 N_LOWER = 4  # layers that only compute each row's states once
 SCALE = 20  # of the cosines, as in sentence-transformers' MultipleNegativesRankingLoss

@@ -20,7 +20,7 @@ from benchmarks.stages.sequence import Data, Row, TaskSequence
 from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.data.encoding import LanguageRow, collate_language, tokenize
 from cola_lightning.hf.logits import split_by_length
-from cola_lightning.hf.pretrained import Pretrained
+from cola_lightning.pretrained import Pretrained
 
 
 def read_pairs(task: str, folder: Path) -> list[tuple[str, str]]:

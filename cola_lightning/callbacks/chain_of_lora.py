@@ -14,7 +14,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
 from cola_lightning.chain import Link
-from cola_lightning.chain.schedule import ChainSchedule, FitPosition, UserRule, is_plateau, merged_share
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, UserRule, is_plateau
 from cola_lightning.errors import UserError
 from cola_lightning.module import COLAModule
 from cola_lightning.module.arguments import WholeSignature
@@ -117,9 +117,8 @@ class ChainOfLoRA(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.schedule.has_knots:
-            adapted, config = self.module.adapted, self.module.lora_config
-            adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
-            merged_share(self.schedule.knot, self.schedule.share, config.trained_factors)
+            config = self.module.lora_config
+            self.module.adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
         if self.schedule.patience is not None and not sum(trainer.num_val_batches):
             raise UserError(
                 "chain.patience: this run has no validation. It needs rows for validation, a validation_step, and a "

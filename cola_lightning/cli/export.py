@@ -1,6 +1,7 @@
 """``cola export``: converts a checkpoint to a plain model, a PEFT adapter or a chain folder."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
@@ -24,7 +25,7 @@ def export(words: Sequence[str]) -> None:
         UserError: for invalid arguments.
         ExportError: if the export does not pass its verification; it is then deleted.
     """
-    from cola_lightning.export.module import export_module
+    from cola_lightning.export.module import export_chain, export_model
     from cola_lightning.export.options import ExportOptions
     from cola_lightning.module import COLAModule
 
@@ -47,10 +48,11 @@ def export(words: Sequence[str]) -> None:
     state = opened.state
     chain = state.all_links(options.links).scaled(options.scale or {})
     if export_options.format == "chain":
-        lines = export_module(None, chain, export_options)
+        lines = export_chain(chain, export_options)
     else:
         module = load_module(opened, options, "export")
-        lines = export_module(module, chain, export_options, module.adapted, state.facts["prompt_format"], state.facts["data"])
+        model = module.trained_model(state.facts["prompt_format"], state.facts["data"])
+        lines = export_model(replace(model, chain=chain), export_options)
     print("\n".join(lines))
     print(f"written: {export_options.folder}")
     if options.push_to_hub is not None:

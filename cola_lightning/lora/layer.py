@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from cola_lightning import layout
-from cola_lightning.lora.config import DRAWS, Factor, LoRAConfig, value_of
+from cola_lightning.lora.config import DRAWS, LoRAConfig, value_of
 from cola_lightning.lora.stack import Stack
 from cola_lightning.seeding import derive_seed
 
@@ -87,9 +87,8 @@ class LoRALayer(nn.Module):
     ``matrix_sizes``, ``project_down``, ``project_up`` and ``update``; :func:`~cola_lightning.register_lora_layer` registers it.
 
     Attributes:
-        lora_A: max_rank x in (of experts: experts x max_rank x in), the factor that is drawn at random, except by
-            rules that draw the other.
-        lora_B: out x max_rank (experts x out x max_rank), the factor that then starts at zero.
+        lora_A: max_rank x in (of experts: experts x max_rank x in), the factor that is drawn at random.
+        lora_B: out x max_rank (experts x out x max_rank), the factor that starts at zero.
         rank: rank of the current link; the rows of A and columns of B beyond it are zero and unused.
         alpha: the update is scaled by ``alpha / rank``.
         lora_config: what the model's links are like.
@@ -327,22 +326,19 @@ class LoRALayer(nn.Module):
             stack.push(*link)
         return stack
 
-    def reset(self, generator: torch.Generator | None = None, drawn: Factor = "A") -> None:
+    def reset(self, generator: torch.Generator | None = None) -> None:
         """Begins a new link of the present rank in place: draws A, zeroes B, drops their gradients.
 
         A is drawn on the CPU in fp32 and then copied, so the same generator gives the same A on any device and in any dtype.
 
         Args:
             generator: for drawing A; None means torch's global generator.
-            drawn: the factor that is drawn; the other is zero. B is drawn as the A of the transposed layer would be.
         """
-        *matrices, n_values = self.lora_A[..., 0, :].shape if drawn == "A" else self.lora_B[..., 0].shape
-        rows = torch.zeros(*matrices, self.rank, n_values, dtype=torch.float32, device="cpu")
+        *matrices, _, n_in = self.lora_A.shape
+        rows = torch.zeros(*matrices, self.rank, n_in, dtype=torch.float32, device="cpu")
         DRAWS[self.lora_config.init](rows, generator)
-        full = F.pad(rows, (0, 0, 0, self.max_rank - self.rank))
-        lora_A, lora_B = (full, torch.zeros_like(self.lora_B)) if drawn == "A" else (torch.zeros_like(self.lora_A), full.mT)
-        layout.copy_(self.lora_A, lora_A)
-        layout.copy_(self.lora_B, lora_B)
+        layout.copy_(self.lora_A, F.pad(rows, (0, 0, 0, self.max_rank - self.rank)))
+        layout.copy_(self.lora_B, torch.zeros_like(self.lora_B))
         self.lora_A.grad = self.lora_B.grad = None
 
     @override
@@ -415,14 +411,12 @@ def own_values(layers: Mapping[str, LoRALayer], rank: int, alpha: float) -> dict
     return {name: value for name, value in values.items() if value != (rank, alpha / rank)}
 
 
-def initialize_link(
-    layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float, drawn: Factor = "A"
-) -> None:
-    """Initialises a link in every layer: A drawn from (seed, link, layer name), B zero, or the other way round.
+def initialize_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float) -> None:
+    """Initialises a link in every layer: A drawn from (seed, link, layer name), B zero.
 
     The draw depends on nothing else: not on the global generator, the device, or the number of processes.
     """
     for name, layer in layers.items():
         generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
         layer.rank, layer.alpha = layer.rank_and_alpha(rank, alpha)
-        layer.reset(generator, drawn)
+        layer.reset(generator)

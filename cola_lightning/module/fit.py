@@ -24,11 +24,10 @@ from cola_lightning.console import is_logging_configured, log_on_console
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
-from cola_lightning.module.overview import describe_fit
+from cola_lightning.module.overview import configuration, describe_fit
 from cola_lightning.module.progress import accumulation_schedulers, run_length
 from cola_lightning.module.rewind import Rewind, resume_rewound
 from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint
-from cola_lightning.module.training_log import TrainingLog
 from cola_lightning.seeding import derive_seed, seeded
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ class FitCallback(Callback):
         self._rewind = Rewind()
         self._batch = ExitStack()  # the scope of a batch's seed
         self._console = ExitStack()  # the scope in which a fit's log lines are shown
-        self._log: TrainingLog | None = None  # of the fit, from its start on
         self._is_validating = False  # whether a validation inside the fit has begun and not ended
         self._modes: list[tuple[nn.Module, bool]] = []  # which parts were in training mode when the fit began
         self._is_first_step = self._is_loss_shown = False
@@ -119,7 +117,8 @@ class FitCallback(Callback):
         if trainer.is_global_zero and any(isinstance(c, ModelSummary) for c in trainer.callbacks):  # type: ignore[attr-defined]
             lines = describe_fit(trainer, module, [*pl_module.parameters()])
             log.info("before the first step\n%s", "\n".join(f"  {line}" for line in lines))
-        self._log = TrainingLog(trainer, module)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(configuration(trainer, module))
         self._rewind.begin_fit(trainer, pl_module, module.adapted.trained.state().keys())
 
     def _start_optimization(self, trainer: Trainer, *, is_resumed: bool) -> None:
@@ -190,8 +189,6 @@ class FitCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batch.close()
-        if self._log is not None:
-            self._log.flush(trainer)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._rewind.expect_window(trainer, batch_idx + 1)
 
@@ -211,8 +208,6 @@ class FitCallback(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_validating and self._log is not None:
-            self._log.restart_clock()
         self._is_validating = False
 
     def _restore_generators(self, *args: Any, **kwargs: Any) -> None:
@@ -241,16 +236,12 @@ class FitCallback(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        for parameter in self.module.adapted.frozen_factors():  # so that no optimizer of a subclass changes them, either
-            parameter.grad = None
         self._check_loss(trainer)
         step = f"step {trainer.global_step} (epoch {trainer.current_epoch}), in link {self.module.n_finished}"
         loss = self.module.step_loss.finish(optimizer, trainer.accumulate_grad_batches, step)
         if loss is not None:
             pl_module.log("train_loss", loss)
         self._is_loss_shown = loss is not None
-        if self._log is not None:
-            self._log.add(trainer, optimizer)
         if self._is_first_step and self._without_gradient is not None:
             self._is_first_step = False
             if trainer.is_global_zero:

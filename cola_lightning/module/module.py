@@ -1,5 +1,6 @@
 """The Lightning module that owns a base model and its chain."""
 
+import copy
 import functools
 import inspect
 import logging
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -31,7 +32,8 @@ from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.schedule import FitPosition, Knot
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
-from cola_lightning.export.module import export_trained
+from cola_lightning.export.model import TrainedModel
+from cola_lightning.export.module import export_chain, export_model
 from cola_lightning.export.options import ExportOptions, Format
 from cola_lightning.module.arguments import RecordsArguments, class_path, device_of, read_arguments, rebuilt
 from cola_lightning.module.fit import attach
@@ -46,9 +48,7 @@ from cola_lightning.module.state import (
     state_of,
 )
 from cola_lightning.module.step_loss import StepLoss
-
-if TYPE_CHECKING:
-    from cola_lightning.hf.named_base import TransformersBase
+from cola_lightning.pretrained import TransformersBase
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +248,7 @@ class COLAModule(LightningModule, RecordsArguments):
         return class_path(type(self))
 
     @property
-    def named_base(self) -> "TransformersBase | None":
+    def named_base(self) -> TransformersBase | None:
         """For exports: the base that transformers and PEFT load by its name; None: they know no name of it."""
         return None
 
@@ -336,8 +336,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     def named_trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The :meth:`trained_parameters` with their names in the module."""
-        frozen = {id(factor) for factor in self.adapted.frozen_factors()}
-        return [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     # ------------------------------------------------------------------ links
 
@@ -669,8 +668,37 @@ class COLAModule(LightningModule, RecordsArguments):
         """
         base = None if base_folder is None else Path(base_folder)
         options = ExportOptions(Path(folder), format, dtype, max_rank, base, license, verify, overwrite)
-        prompt_format, data = (data_facts(trainer_of(self), name) for name in ("prompt_format", "identity"))
-        return export_trained(self, options, prompt_format, data)
+        self.make_model()
+        if format == "chain":
+            return export_chain(self.full_chain(), options)
+        if self.is_sharded:  # to compare logits, every process would have to write
+            raise UserError(
+                f"format: a sharded model can only be exported as chain, got {format}. Use `cola export`, or "
+                "load_from_checkpoint in one process, on a checkpoint"
+            )
+        model = self.trained_model(*(data_facts(trainer_of(self), name) for name in ("prompt_format", "identity")))
+        return export_model(replace(model, adapted=self.adapted.copy_on_cpu()), options)
+
+    def trained_model(self, prompt_format: Mapping[str, Any], data: Mapping[str, Any]) -> TrainedModel:
+        """The model as an export needs it, and would use up.
+
+        Args:
+            prompt_format: how the data module prompts the model (``EpochDataModule.prompt_format``); empty: it does not.
+            data: which data the model was trained on (``EpochDataModule.identity``).
+        """
+        outside = [name for name, value in self.adapted.trained.outside().items() if value.requires_grad]
+        return TrainedModel(
+            self.adapted,
+            self.full_chain(),
+            self.base_name,
+            self.named_base,
+            tokenizer=copy.deepcopy(getattr(self, "image_processor", None) or getattr(self, "tokenizer", None)),
+            example=self.example_input_array,
+            arguments={name: self.constructor_arguments[name] for name in ("class_path", "init_args")},
+            prompt_format=prompt_format,
+            data=data,
+            outside=outside,
+        )
 
     # ------------------------------------------------------------------ training
 

@@ -27,7 +27,6 @@ class StepLoss:
 
     def begin(self) -> None:
         """Begins a fit."""
-        self.n_tokens = 0  # of this process' batches so far, without padding; 0 if batches have none
         self._last: tuple[Late, str] | None = None  # the loss of the last step, and which one it was
         self._begin_window()
 

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -108,12 +109,16 @@ class Command:
 class Fork:
     """In the place of ``subprocess.Popen``, in a process that may be killed: its runs are forked from it."""
 
-    def __init__(self, command, stdout, stderr, start_new_session):
+    def __init__(self, command, stdin, stdout, stderr, start_new_session, pass_fds):
         self.returncode, self.pid = None, os.fork()
         if self.pid == 0:
             os.setsid()
+            os.dup2(stdin, 0)
             os.dup2(stdout.fileno(), 1)
             os.dup2(stdout.fileno(), 2)
+            os.closerange(3, 256)  # as in a new process, which then has no end of its parent's socket
+            child = sys.modules["cola_lightning.runs.child"]
+            threading.Thread(target=child._end_with_parent, daemon=True).start()
             status = sys.modules["cola_lightning.cli"].main(command[3:])
             sys.stderr.flush()
             os._exit(status)
@@ -130,16 +135,17 @@ class Fork:
     def wait(self):
         while self.poll() is None:
             time.sleep(0.05)
+        return self.returncode
 
 
 # A program: a command of the package that begins others, each of them such a fork.
 COMMAND = """
 import sys, types
 from cola_lightning.cli import main
-from cola_lightning.study import run
+from cola_lightning.runs import child
 from tests.helpers.forked import Fork
 
-run.subprocess, run.TOUCH_EVERY = types.SimpleNamespace(Popen=Fork, STDOUT=None), 0.1
+child.subprocess = types.SimpleNamespace(Popen=Fork, STDOUT=None)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -12,7 +12,6 @@ from torch.optim import AdamW
 
 from cola_lightning import UserError, lora_layers
 from cola_lightning.chain.checkpoint import StoredState
-from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.lora.layer import initialize_link
 from tests.helpers.toy import Toy, Watch, assert_bit_equal, batches, toy, trainer, weights
@@ -101,20 +100,6 @@ def test_without_knots_and_without_the_callback_it_is_lora(tmp_path):
     trainer(tmp_path, chain={}, max_epochs=2).fit(with_callback, batches())
     trainer(tmp_path, max_epochs=2).fit(without, batches())
     assert_bit_equal(weights(with_callback), weights(without))
-
-
-@pytest.mark.parametrize("factors", ["B", "random"])
-def test_an_optimizer_of_ones_own_with_all_factors_trains_those_of_the_rule(tmp_path, factors):
-    class Own(Toy):
-        def configure_optimizers(self):
-            return AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
-
-    module, drawn = toy(Own, trained_factors=factors), toy(Own, trained_factors=factors)
-    trainer(tmp_path, chain={}, max_epochs=1, accumulate_grad_batches=2).fit(module, batches())
-    frozen = f"lora_{frozen_factor(factors, 0, 0)}"
-    for name, value in drawn.model.state_dict().items():
-        if ".lora_" in name:
-            assert torch.equal(value, module.model.state_dict()[name]) == name.endswith(frozen)
 
 
 def test_a_chain_beside_weights_that_are_trained_is_refused(tmp_path):

@@ -94,7 +94,7 @@ RUNS = {
     "beside a longer loader": lambda: {"data": Beside(batch_size=4), "max_epochs": 2},
     "a schedule over ours": lambda: {"module": make(Scheduled)},
     "ranks, alphas and rates of their own": lambda: {"module": make(**OWN_RANKS)},
-    "either factor, by chance": lambda: {"module": make(trained_factors="random", kept_optimizer_state=0.1)},
+    "a share of the optimizer's state": lambda: {"module": make(kept_optimizer_state=0.1)},
     "the run's schedule": lambda: {"module": make(schedule_scope="run", warmup_steps=2, knot_warmup_steps=3)},
     "knots at a plateau": lambda: {"module": make(schedule_scope="run"), "chain": {"patience": 1, "min_delta": 0.02}},
 }

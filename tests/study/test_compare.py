@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cola_lightning.study.config import as_words, check_same, resolve_config
 from lightning.pytorch import Callback
 from scipy import stats
 
 from cola_lightning.cli import main
+from cola_lightning.cli.training import as_words, resolve
 from cola_lightning.errors import UserError
+from cola_lightning.runs.folder import claim
 from cola_lightning.study import study
 from cola_lightning.study.comparison import Comparison
 from cola_lightning.study.figures import mean_curve
 from cola_lightning.study.methods import method
-from cola_lightning.study.results import Result, at_best_rates, best_rates, write
+from cola_lightning.study.results import Result, at_best_rates, best_rates
 from cola_lightning.study.table import summarize
 from tests.helpers import forked
 from tests.helpers.comparing import compare, config, execute_here, known_config, made_up
@@ -60,10 +61,10 @@ def test_a_method_is_options_of_a_fit(name, given, links, rank):
 
 def test_a_chain_in_steps_is_compared_over_epochs_and_no_method_changes_a_runs_length():
     words = ["--config", str(ROOT / "configs" / "smollm2.yaml")]
-    given = resolve_config(words)
+    given = resolve(words)
     for name in ("relora", "lora-sum-rank-4"):
         found = method(name, given)
-        mine = resolve_config([*words, *as_words(found.options)])
+        mine = resolve([*words, *as_words(found.options)])
         assert mine["trainer"] == given["trainer"]
         if name == "relora":
             assert (found.rank, found.links) == (8, 1)  # as many as are known before the run
@@ -126,21 +127,20 @@ class Runs:
     """Made-up runs: ``asked`` are their names, ``changes`` fields of some results, ``failing`` the names of those that fail."""
 
     def __init__(self):
-        self.requested, self.words, self.failing, self.changes, self.stop_at = [], [], set(), {}, None
+        self.requested, self.configs, self.failing, self.changes, self.stop_at = [], [], set(), {}, None
 
-    def __call__(self, claim, requested):
-        name = claim.parent.name
-        assert claim.read_text().endswith(f" {os.getpid()}")  # so another process leaves the run alone
+    def __call__(self, words, log, claim):
+        name = Path(words[-1]).name
         if self.stop_at == len(self.requested):
             raise KeyboardInterrupt
         self.requested.append(name)
-        self.words.append(requested["words"])
+        self.configs.append(json.loads(Path(words[-1], "run.json").read_text())["config"])
         if name in self.failing:
-            return False
-        made_up(claim, requested)
-        path = claim.parent / "result.json"
+            return 1, ""
+        made_up(words, log, claim)
+        path = Path(words[-1], "result.json")
         path.write_text(json.dumps(json.loads(path.read_text()) | self.changes.get(name, {})))
-        return True
+        return 0, ""
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def runs(_without_figures, monkeypatch):
     """Its configuration is resolved once for all tests."""
     made = Runs()
     monkeypatch.setattr(study, "execute", made)
-    monkeypatch.setattr(study, "resolve_config", lambda words: known_config(*words))
+    monkeypatch.setattr(study, "resolve", lambda words: known_config(*words))
     return made
 
 
@@ -175,7 +175,6 @@ def test_a_study_leaves_lines_and_tables(tmp_path, runs, capsys):
     assert "| cola-2 | 1 | 2 | 0.01 | 2 |" in (tmp_path / "table.md").read_text()
     assert "cola-2" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(runs.requested)
-    assert not list(tmp_path.rglob("claim*"))
 
 
 @pytest.mark.parametrize(("field", "values"), [("base", ["of this machine", "of another"]), ("steps", [10, 7])])
@@ -223,7 +222,7 @@ def test_options_of_a_fit_and_seeds_of_splits_are_every_runs(tmp_path, runs):
     words = ["--also_seeded", "[data.split_seed]"]
     assert compare(tmp_path, *words, methods="[lora]", fit=["--trainer.max_epochs", "7"]) == 0
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["max_epochs"] == 7
-    for seed, given in enumerate(map(resolve_config, runs.words)):
+    for seed, given in enumerate(runs.configs):
         assert (given["trainer"]["max_epochs"], given["seed_everything"]) == (7, seed)
         assert given["data"]["init_args"]["split_seed"] == seed
 
@@ -253,34 +252,23 @@ def test_the_rows_of_a_study_may_be_a_folder_of_pictures_and_other_pictures_are_
     assert "Use another --output" in capsys.readouterr().err
 
 
-def test_an_option_introduced_since_then_or_one_that_was_off_is_no_other_config():
-    for known, mine in ({"a": {"b": 1}}, {"a": {"b": 1, "new": 2}, "new": 3}), ({"a": {"b": 0, "old": False}}, {"a": {"b": 0}}):
-        check_same(mine, known, "it")
-    known = {"a": {"class_path": "C"}}
-    for mine, differs in ({"a": None}, "a"), ({"a": {"class_path": "C", "dict_kwargs": {"b": 1}}}, r"a\.dict_kwargs"):
-        with pytest.raises(UserError, match=f"^config: {differs} is "):
-            check_same(mine, known, "it")
-
-
 # ---------------------------------------------------------------------- several processes, and those that are killed
 
 
-@pytest.mark.parametrize("is_alive", [True, False])
-def test_a_run_of_another_machine_is_left_to_it_while_that_lives(tmp_path, runs, monkeypatch, is_alive):
-    claim = tmp_path / "runs" / "lora-lr0.02-seed0" / "claim.1"
-    claim.parent.mkdir(parents=True)
-    claim.write_text("elsewhere 1")
-    if not is_alive:
-        os.utime(claim, (0, 0))
-
-    def end_elsewhere(_):
-        write([result(rate=0.02, validation=0.5)], claim.parent / "result.json")
-        claim.unlink()
-
-    monkeypatch.setattr(study.time, "sleep", end_elsewhere)
+def test_a_run_of_another_process_is_left_to_it_while_that_lives(tmp_path, runs, monkeypatch):
+    """Another process has the claim of a run. When it ends the run, it gives its result; when it is killed, the run is free."""
+    path = tmp_path / ".claims" / "lora-lr0.02-seed0"
+    program = (
+        f"from cola_lightning.runs.folder import claim, Path\nfile = claim(Path({str(path)!r}))\nprint('has it', flush=True)"
+    )
+    other = forked.Command("-c", f"{program}\nimport time\ntime.sleep(60)", log=tmp_path / "other.txt")
+    while "has it" not in (tmp_path / "other.txt").read_text():
+        time.sleep(0.01)
+    assert claim(path) is None
+    monkeypatch.setattr(study.time, "sleep", lambda _: (os.kill(other.pid, signal.SIGKILL), other._process.join()))
     assert compare(tmp_path) == 0
-    assert len(runs.requested) == (3 if is_alive else 4)
-    assert (lines(tmp_path)[-1 if is_alive else 0]["validation"] == 0.5) == is_alive
+    assert runs.requested[-1] == "lora-lr0.02-seed0"
+    assert len(runs.requested) == 4
 
 
 # ---------------------------------------------------------------------- runs that are run
