@@ -1,6 +1,7 @@
 """``cola fit``, ``validate``, ``test`` and ``predict``: stock LightningCLI with the groups ``chain`` and ``last``."""
 
 import contextlib
+import copy
 import csv
 import itertools
 import json
@@ -184,7 +185,8 @@ class COLACLI(LightningCLI):
     def _parse(self, parser: LightningArgumentParser) -> None:
         if self.resolved is not None:
             (name,) = self.words
-            self.config = parser.parse_object({"subcommand": name, name: self.resolved})
+            # A copy: the parser puts its own objects into lists.
+            self.config = parser.parse_object({"subcommand": name, name: copy.deepcopy(self.resolved)})
             return
         words = as_texts(replacing_knots(self.words))
         if words[0] in self.subcommands():  # not as defaults: theirs would stay with another class

@@ -256,7 +256,6 @@ def test_the_rows_of_a_study_may_be_a_folder_of_pictures_and_other_pictures_are_
 
 
 def test_a_run_of_another_process_is_left_to_it_while_that_lives(tmp_path, runs, monkeypatch):
-    """Another process has the claim of a run. When it ends the run, it gives its result; when it is killed, the run is free."""
     path = tmp_path / ".claims" / "lora-lr0.02-seed0"
     program = (
         f"from cola_lightning.runs.folder import claim, Path\nfile = claim(Path({str(path)!r}))\nprint('has it', flush=True)"
@@ -265,7 +264,7 @@ def test_a_run_of_another_process_is_left_to_it_while_that_lives(tmp_path, runs,
     while "has it" not in (tmp_path / "other.txt").read_text():
         time.sleep(0.01)
     assert claim(path) is None
-    monkeypatch.setattr(study.time, "sleep", lambda _: (os.kill(other.pid, signal.SIGKILL), other._process.join()))
+    monkeypatch.setattr(study.time, "sleep", lambda _: (os.kill(other.pid, signal.SIGKILL), other.finish()))
     assert compare(tmp_path) == 0
     assert runs.requested[-1] == "lora-lr0.02-seed0"
     assert len(runs.requested) == 4
