@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import rich
 import yaml
@@ -115,7 +115,7 @@ class Stages:
     """
 
     def __init__(self, options: StagesOptions, fit_words: Sequence[str]) -> None:
-        self.options, self.folder = options, Path(options.output)
+        self.options, self.folder, self.claim = options, Path(options.output), cast(TextIO | None, None)
         configs = stage_configs(options, fit_words)
         with_replay = {name: {**config, "trainer": dict(config["trainer"])} for name, config in configs.items()}
         if options.replay is not None:
@@ -136,6 +136,13 @@ class Stages:
         join(self.first_trainer)
         if not by_first(self._claim):
             raise UserError(f"output: another process is at work in {str(self.folder)!r}. Wait for its end")
+        try:
+            return self._run()
+        finally:
+            if self.claim is not None:
+                self.claim.close()
+
+    def _run(self) -> int:
         self._rehearse(by_first(self._missing))
         finished, failure = list[Stage](), None
         for stage in self.stages:
@@ -159,7 +166,7 @@ class Stages:
     # ------------------------------------------------------------------ what is missing
 
     def _claim(self) -> bool:
-        self.claim = claim(self.folder / ".claim")  # as long as this object lives
+        self.claim = claim(self.folder / ".claim")
         return self.claim is not None
 
     def _missing(self) -> list[str]:
