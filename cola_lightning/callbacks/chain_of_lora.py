@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
 # No public name identifies the strategies whose child processes return only weights.
@@ -18,6 +17,7 @@ from cola_lightning.chain.schedule import ChainSchedule, FitPosition, UserRule, 
 from cola_lightning.errors import UserError
 from cola_lightning.module import COLAModule
 from cola_lightning.module.arguments import WholeSignature
+from cola_lightning.module.optimization import check_no_averaging
 
 log = logging.getLogger(__name__)
 
@@ -202,12 +202,8 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
     if not isinstance(module, COLAModule):
         raise UserError(f"model: ChainOfLoRA needs a COLAModule, got a {type(module).__name__}")
     check_strategy(trainer.strategy)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if schedule.has_knots and isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            raise UserError(
-                f"trainer.callbacks: {type(callback).__name__} cannot be combined with knots. (You can average merged models "
-                "of several runs.)"
-            )
+    if schedule.has_knots:
+        check_no_averaging(trainer)
     ranks, largest = schedule.ranks or [], module.lora_config.rank
     if max(ranks, default=0) > largest:
         raise UserError(f"chain.ranks: must be at most {largest} (model.rank), got {max(ranks)}")

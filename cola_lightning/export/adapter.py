@@ -48,13 +48,13 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
     adapted, named_base = model.adapted, model.named_base
     if options.base_folder is None and named_base is not None and not named_base.is_found_by_name:
         raise UserError(f"base_folder must be given: peft cannot load {model.base_name!r} by its name, only from a folder")
-    dtype = adapted.cast_dtype
+    dtype, is_stacked = adapted.cast_dtype, not adapted.merges
     adapted.upcast()  # so that the base without links is the one that was trained on
     reference = reference_logits(adapted.model, model.example) if options.verify else None
     if named_base is not None:
-        base, code = _load_base(named_base, adapted, options.base_folder, dtype, model.tokenizer)
+        base, code = _load_base(named_base, adapted, options.base_folder, dtype, model.tokenizer, is_stacked=is_stacked)
     else:
-        plain, code = adapted.merged_model(0, in_place=True), "module.merged_model(0)"
+        plain, code = adapted.merged_model(0, in_place=True, is_rounded=True), "module.merged_model(0)"
         base = AdapterBase(plain, model.base_name, adapted.config.modules_to_save)
     chain, lines = model.chain.without_records(), list[str]()
     factors = concatenate(chain)
@@ -66,6 +66,11 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
             factors[name] = lora_A, lora_B
             lines.append(f"{name}: relative error {error:.3g}")
     lines += [f"one adapter of rank {rank}", f"its base: {code}"]
+    if dtype.itemsize < 4 and not is_stacked and options.base_folder is None:
+        half = str(dtype).removeprefix("torch.")
+        lines.append(f"in training, this base was rounded to {half}, except the adapted layers; base_folder writes it so")
+    if reference is not None:
+        reference.round_buffers(base.model)
     with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
         write_adapter(partial, chain, base, factors)
         if (labels := chain.base.labels) is not None:  # no config.json: transformers would take the folder for a whole model
@@ -91,7 +96,13 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
 
 
 def _load_base(
-    named_base: TransformersBase, adapted: AdaptedModel, folder: Path | None, dtype: torch.dtype, tokenizer: Any
+    named_base: TransformersBase,
+    adapted: AdaptedModel,
+    folder: Path | None,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    *,
+    is_stacked: bool,
 ) -> tuple[AdapterBase, str]:
     """Loads the base as a user of the adapter does: by its name, or from a folder, to which it is written first.
 
@@ -104,6 +115,7 @@ def _load_base(
         folder: a folder for the base; None: PEFT finds it by its name.
         dtype: the dtype to which a precision cast the base.
         tokenizer: the module's, which is written to the folder too.
+        is_stacked: whether the precision cast the adapted layers too.
 
     Returns:
         The base, and the code that loads it.
@@ -112,7 +124,7 @@ def _load_base(
         UserError: if values differ.
     """
     quantized = [f"{name}.weight" for name, part in adapted.model.named_modules() if is_quantized(part)]
-    base = adapted.merged_model(0, in_place=True)
+    base = adapted.merged_model(0, in_place=True, is_rounded=True)
     modules_to_save = list(adapted.config.modules_to_save)
     new_modules = named_base.new_modules(base, named_base.new_weights)
     not_in_files = [*modules_to_save, *new_modules, *(quantized if folder else ())]
@@ -135,7 +147,7 @@ def _load_base(
             f"format: peft cannot be used. The adapter would name {named_base.model_name!r} as its base, but {different[0]!r} "
             "of the base that was trained on differs from it. Use merged"
         )
-    half = str(dtype).removeprefix("torch.") if dtype.itemsize < 4 else None
+    half = str(dtype).removeprefix("torch.") if dtype.itemsize < 4 and is_stacked else None
     code = named_base.loading_code(half or named_base.dtype, is_quantized=bool(quantized))
     return named_base.adapter_base(loaded, modules_to_save), code
 

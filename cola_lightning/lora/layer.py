@@ -341,6 +341,12 @@ class LoRALayer(nn.Module):
         layout.copy_(self.lora_B, torch.zeros_like(self.lora_B))
         self.lora_A.grad = self.lora_B.grad = None
 
+    @property
+    def wide_parameters(self) -> list[Tensor]:
+        """Those that no cast narrows below float32: A and B, a weight that links are merged into, and its bias."""
+        merged_into = (self.weight, self.bias) if self.stack is None else ()
+        return [parameter for parameter in (self.lora_A, self.lora_B, *merged_into) if parameter is not None]
+
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts as usual, but never narrows below fp32: A and B, a weight that links are merged into, and its bias.
@@ -348,9 +354,7 @@ class LoRALayer(nn.Module):
         Rounding to half precision would lose most of a merged link (an update of 1e-3 of the weight's norm is 78 % lost in
         bf16), and a cast back after Lightning's own would come too late for values that were just loaded.
         """
-        merged_into = (self.weight, self.bias) if self.stack is None else ()
-        wide = [parameter for parameter in (self.lora_A, self.lora_B, *merged_into) if parameter is not None]
-        wide_ids = {id(tensor) for parameter in wide for tensor in (parameter, parameter.grad)}
+        wide_ids = {id(tensor) for parameter in self.wide_parameters for tensor in (parameter, parameter.grad)}
 
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cola_lightning.module.module import COLAModule
 
 MOST_KINDS, MOST_KNOTS = 5, 8  # that are named
+WARNINGS = ("WARNING", "resume: not exact")  # begin lines that say what is most likely not meant
 HORIZONS = ("total_steps", "T_max", "total_iters")  # the attributes in which torch's schedulers have their length
 
 

@@ -135,8 +135,13 @@ def test_averaged_weights_are_refused_beside_knots_and_without_them_a_checkpoint
     for rule in ({"at_steps": [3]}, {"patience": 1}):
         with pytest.raises(UserError, match=r"trainer\.callbacks: EMAWeightAveraging cannot be combined with knots"):
             trainer(tmp_path, EMAWeightAveraging(), chain=rule, max_epochs=1).fit(toy(), batches())
+    by_hand = Watch(lambda trainer, module: trainer.global_step == 3 and module.tie_knot())
+    with pytest.raises(UserError, match=r"trainer\.callbacks: EMAWeightAveraging cannot be combined with knots"):
+        trainer(tmp_path, EMAWeightAveraging(), by_hand, max_epochs=1).fit(toy(), batches())
     saving = ModelCheckpoint(dirpath=tmp_path, filename="5", every_n_train_steps=5)
-    trainer(tmp_path, EMAWeightAveraging(), saving, chain={}, max_steps=5, enable_checkpointing=True).fit(toy(), batches())
+    module = toy()
+    trainer(tmp_path, EMAWeightAveraging(), saving, chain={}, max_steps=5, enable_checkpointing=True).fit(module, batches())
+    module.tie_knot()  # of the averaged weights
     state = StoredState.of(torch.load(tmp_path / "5.ckpt", weights_only=True)["state_dict"])
     assert state.facts["position"] == [0, 5]
 

@@ -42,10 +42,8 @@ def test_imports_point_downwards_and_not_in_a_circle_and_the_engine_needs_torch_
         found = {FILES.get(one, FILES.get(one.rpartition(".")[0])) for one in imports(path)} - {None, name}
         row, entry = row_of(name)
         assert not [one for one in found if row_of(one)[0] >= row and row_of(one)[1] != entry], name
-        arrows[name] = {FILES.get(one, FILES.get(one.rpartition(".")[0])) for one in imports(path, for_types=False)} - {
-            None,
-            name,
-        }
+        at_run_time = imports(path, for_types=False)
+        arrows[name] = {FILES.get(one, FILES.get(one.rpartition(".")[0])) for one in at_run_time} - {None, name}
         assert not found & BY_NAME, name
         if entry in TORCH_ONLY and name not in BY_NAME:
             assert {one.partition(".")[0] for one in imports(path, is_top_level=True)} <= ITS_NEEDS, name
