@@ -476,10 +476,24 @@ class MadeRun(COLACLI):
     Args:
         config: its complete configuration.
         subcommand: what it would do.
+        watch: handles signals; None: a new one.
+        folder: the run's; None: a new one.
     """
 
-    def __init__(self, config: Mapping[str, Any], subcommand: str = "fit") -> None:
-        super().__init__([subcommand], RunWatch(), None, config)
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        subcommand: str = "fit",
+        *,
+        watch: RunWatch | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        super().__init__([subcommand], watch or RunWatch(), folder, config)
+
+    def fit(self) -> None:
+        """Trains."""
+        with self.watch.listening():
+            self.trainer.fit(**self._prepare_subcommand_kwargs("fit"))
 
     @override
     def _run_subcommand(self, subcommand: str) -> None: ...
@@ -609,13 +623,13 @@ def data_class(words: Sequence[str]) -> str:
 
 
 def read_groups(path: str) -> dict[str, dict[str, Any]]:
-    """The groups of options in a configuration file; none where it cannot be read, which jsonargparse says.
+    """The groups of options in a configuration file or text; none where it cannot be read, which jsonargparse says.
 
     Raises:
         UserError: for mistakes of which jsonargparse's message names neither the file nor the place.
     """
     try:
-        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
+        text = path if path.startswith("{") else Path(os.path.expanduser(path)).read_text(encoding="utf-8")
         config = yaml.safe_load(text)
     except (OSError, ValueError, yaml.reader.ReaderError):
         return {}
@@ -631,7 +645,8 @@ def read_groups(path: str) -> dict[str, dict[str, Any]]:
         names = groups.get(group, {}).keys()
         if names & IN_CLASS and (outside := sorted(map(str, names - IN_CLASS))):
             name = outside[0]
-            raise UserError(f"{group}.{name}: {path} has it next to init_args. Move it inside: {group}.init_args.{name}")
+            place = "the config" if text is path else path
+            raise UserError(f"{group}.{name}: {place} has it next to init_args. Move it inside: {group}.init_args.{name}")
     return groups
 
 

@@ -1,10 +1,11 @@
 """A resumable sequence of stages: finds those that are missing, or whose result would be another one, and trains them."""
 
 import gc
+import itertools
 import logging
 import re
 import shlex
-import tempfile
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,30 +18,25 @@ from typing import Any, TextIO, cast
 import rich
 import yaml
 from jsonargparse import ArgumentError
-from typing_extensions import override
 
 from cola_lightning import layout
-from cola_lightning.callbacks.command import RunWatch
-from cola_lightning.chain.base import BaseIdentity, check_same_base
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.schedule import RESERVED, is_stage_name
-from cola_lightning.cli.training import COLACLI, MadeRun, in_silence, resolve
-from cola_lightning.errors import UserError, causes, one_line
-from cola_lightning.runs.facts import DEVICES, changes, facts_of, option_changes
-from cola_lightning.runs.folder import LAST, claim, hash_of_last, read_record, set_aside, write_record
+from cola_lightning.cli.training import MadeRun, in_silence, resolve
+from cola_lightning.errors import OutsideError, UserError, causes, one_line
+from cola_lightning.runs.facts import facts_of
+from cola_lightning.runs.folder import LAST, RECORD, begin, claim, hash_of_last, read_record, why_again, write_record
 from cola_lightning.runs.processes import by_first, is_first, join
 from cola_lightning.stages.matrix import SHOWN, Matrix, scales_table
 from cola_lightning.stages.measure import Measurer, Row
 from cola_lightning.stages.options import StagesOptions
 from cola_lightning.stages.replay import add_replay
 from cola_lightning.stages.scales import Scale, fit_scales
-from cola_lightning.study.methods import model_option
 from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 
 Config = dict[str, Any]
-RECORD = "run.json"  # in a stage's folder: what its result depends on and, once it is finished, a hash of its checkpoint
 TAKEN = ("base", "null", "measured")  # a row of the matrix; no name for the parser; a folder of this command's
 NAME = re.compile(r"\w[\w. -]{0,99}")
 
@@ -69,40 +65,6 @@ class Stage:
         return read_record(self.folder / RECORD)
 
 
-class Rehearsal(COLACLI):
-    """A fit that ends before its first step: by then it has read its rows, made its model, and refused what it refuses.
-
-    Args:
-        config: the fit's complete configuration.
-        before: the base of the stage before it, on which this one must go on.
-    """
-
-    def __init__(self, config: Config, before: BaseIdentity | None) -> None:
-        self.before = before
-        quiet = {"max_steps": 0, "max_epochs": 1, "max_time": None, "num_sanity_val_steps": 0, "logger": False}
-        trainer = config["trainer"] | quiet | {"enable_progress_bar": False, "enable_model_summary": False}
-        super().__init__(["fit"], RunWatch(), None, config | {"trainer": trainer})
-        self.base: BaseIdentity = self.model.adapted.chain.base
-        if before is not None:
-            check_same_base(before, self.base)
-
-    @override
-    def instantiate_classes(self) -> None:
-        super().instantiate_classes()
-        if self.before is not None and self.model.labels_of_base is None:  # as from the chain
-            self.model.labels_of_base = self.before.labels
-
-    @override
-    def after_fit(self) -> None: ...
-
-
-class StageFit(COLACLI):
-    """The fit of a stage, whose next command is the same one again."""
-
-    @override
-    def _log_command(self, what: str, subcommand: str) -> None: ...
-
-
 class Stages:
     """A sequence of stages, from the first to the last.
 
@@ -123,13 +85,12 @@ class Stages:
         self.stages, self.measurer = list[Stage](), cast(Measurer | None, None)
         for name, config in configs.items():
             with _of_stage(name), in_silence():
-                fit = MadeRun(config)
+                made = MadeRun(config)
                 has_replay = with_replay[name]["trainer"] != config["trainer"]
                 before = {"knot": options.knot if self.stages else None, "replay": options.replay if has_replay else None}
-                facts = facts_of(config, fit.datamodule, **before)
+                facts = facts_of(config, made.datamodule, **before)
+            self.first_trainer = self.first_trainer if self.stages else made.trainer
             self.stages.append(Stage(name, self.folder / name, config, with_replay[name], facts))
-            if name == next(iter(configs)):
-                self.first_trainer = fit.trainer
 
     def run(self) -> int:
         """Trains the stages that are missing, in order, and then shows the matrix; returns the exit status."""
@@ -142,12 +103,16 @@ class Stages:
             if self.claim is not None:
                 self.claim.close()
 
+    def _claim(self) -> bool:
+        self.claim = claim(self.folder / ".claim")
+        return self.claim is not None
+
     def _run(self) -> int:
-        self._rehearse(by_first(self._missing))
+        self._rehearse(by_first(lambda: sum(1 for _ in itertools.takewhile(self._is_finished, self.stages))))
         finished, failure = list[Stage](), None
         for stage in self.stages:
             try:
-                self._train(stage, finished[-1] if finished else None)
+                self._train(stage)
             except Exception as error:
                 if layout.has_processes() or not finished:  # the other processes may not get here
                     raise
@@ -163,96 +128,72 @@ class Stages:
             raise failure
         return status
 
-    # ------------------------------------------------------------------ what is missing
+    def _rehearse(self, n_finished: int) -> None:
+        """Lets each stage refuse what it refuses, before anything is trained, and what is measured at the end too.
 
-    def _claim(self) -> bool:
-        self.claim = claim(self.folder / ".claim")
-        return self.claim is not None
+        A rehearsal is a fit that ends before its first step. By then it has read its rows and made its model, which begins from
+        that of the rehearsal before it.
 
-    def _missing(self) -> list[str]:
-        """The stages that have to be trained from their start, as far as that is known before the first one is trained."""
-        missing, after = list[str](), None
-        for stage in self.stages:
-            record = stage.record
-            if not record and (stage.folder / LAST).exists():
-                raise UserError(f"output: {str(stage.folder)!r} has another run, which would be lost. Use another --output")
-            if missing:  # the stage before may come out as it was
-                after = record.get("facts", {}).get("after")
-            if why_again(stage, stage.facts | {"after": after}) is not None:
-                missing.append(stage.name)
-            after = record.get("checkpoint")
-        return missing
-
-    def _rehearse(self, missing: Sequence[str]) -> None:
-        """Lets each missing stage refuse what it refuses, before anything is trained, and what is measured at the end too.
+        Args:
+            n_finished: how many stages are finished.
 
         Raises:
             UserError: naming the stage.
         """
-        base: BaseIdentity | None = None
-        for stage in self.stages:
-            if stage.name not in missing:
-                base = read_chain(stage.folder).base
-                continue
+        chain = read_chain(self.stages[n_finished - 1].folder) if 0 < n_finished < len(self.stages) else None
+        quiet = {"max_steps": 0, "max_epochs": 1, "max_time": None, "num_sanity_val_steps": 0, "logger": False}
+        quiet |= {"enable_progress_bar": False, "enable_model_summary": False}
+        for stage in self.stages[n_finished:]:
             with _of_stage(stage.name), in_silence():
-                log.debug("rehearsal of stage %s", stage.name)
-                rehearsal = Rehearsal(stage.fit_config, base)
-                base, data, options = rehearsal.base, rehearsal.datamodule, self.options
-                if options.fit_scales and not sum(rehearsal.trainer.num_val_batches):
+                made = MadeRun(stage.fit_config | {"trainer": stage.fit_config["trainer"] | quiet})
+                if chain is not None:
+                    made.model.first_chain, made.model.init_knot = chain, self.options.knot
+                made.fit()
+                if self.options.fit_scales and not sum(made.trainer.num_val_batches):
                     raise UserError("--fit_scales needs validation rows, and there are none. Set data.val_size")
-                if options.max_forgetting is not None and not getattr(data, "can_be_tested", True):
+                if self.options.max_forgetting is not None and not getattr(made.datamodule, "can_be_tested", True):
                     raise UserError("--max_forgetting needs test rows, and there are none. Set data.test_size")
-            del rehearsal, data
+                chain = made.model.full_chain()
+            del made
             gc.collect()
 
     # ------------------------------------------------------------------ a stage
 
-    def _train(self, stage: Stage, before: Stage | None) -> None:
+    def _before(self, stage: Stage) -> Stage | None:
+        return self.stages[self.stages.index(stage) - 1] if stage is not self.stages[0] else None
+
+    def _facts(self, stage: Stage) -> dict[str, Any]:
+        """All that the result of a stage depends on."""
+        before = self._before(stage)
+        return stage.facts | {"the stage before it": None if before is None else before.record.get("checkpoint")}
+
+    def _is_finished(self, stage: Stage) -> bool:
+        return "checkpoint" in stage.record and why_again(stage.folder, self._facts(stage)) is None
+
+    def _train(self, stage: Stage) -> None:
         """Trains a stage, or resumes it, unless it is finished."""
-        config = by_first(lambda: self._begin(stage, before))
-        if config is None:
+        if (config := by_first(lambda: self._begin(stage))) is None:
             return
-        watch = RunWatch()
-        with _of_stage(stage.name), watch.listening(), warnings.catch_warnings():
+        with _of_stage(stage.name), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # of a run that was stopped
-            StageFit(["fit"], watch, stage.folder, config)
+            MadeRun(config, folder=stage.folder).fit()
         by_first(lambda: write_record(stage.folder / RECORD, stage.record | {"checkpoint": hash_of_last(stage.folder)}))
 
-    def _begin(self, stage: Stage, before: Stage | None) -> Config | None:
-        """Makes a stage's folder ready for its fit; returns the configuration of that, or None if the stage is finished."""
-        place = f"stage {stage.name} ({self.stages.index(stage) + 1} of {len(self.stages)})"
-        facts = stage.facts | {"after": None if before is None else before.record["checkpoint"]}
-        record, why = stage.record, why_again(stage, facts)
-        if why is None and "checkpoint" in record:
-            log.info("%s: finished", place)
+    def _begin(self, stage: Stage) -> Config | None:
+        """Makes a stage's folder ready; returns the configuration of its fit, or None if it is finished."""
+        name, before = f"stage {stage.name} ({self.stages.index(stage) + 1} of {len(self.stages)})", self._before(stage)
+        if self._is_finished(stage):
+            log.info("%s: finished", name)
             return None
-        if why is None:
-            for name, here, there in option_changes(facts, record["facts"]):
-                if name in DEVICES:
-                    log.info("%s: goes on with %s %s, and began with %s", place, name, here, there)
-            log.info("%s: goes on from %s", place, stage.folder / LAST)
-            return self._fit_config(stage, record["init_chain"]) | {"ckpt_path": str(stage.folder / LAST)}
-        if why:
-            log.info("%s: %s, so it is trained again. The earlier run is kept in %s", place, why, set_aside(stage.folder))
         init_chain = None if before is None else str((before.folder / LAST).absolute())
-        write_record(stage.folder / RECORD, {"facts": facts, "init_chain": init_chain})
-        log.info("%s: training", place)
-        return self._fit_config(stage, init_chain)
-
-    def _fit_config(self, stage: Stage, init_chain: str | None) -> Config:
-        """The configuration of a stage's fit.
-
-        Args:
-            stage: the stage.
-            init_chain: the checkpoint that it begins from; None: that of its own options.
-        """
+        last = begin(stage.folder, self._facts(stage), name, init_chain=init_chain)
         config, model = stage.fit_config, stage.fit_config["model"]
-        init_args = model["init_args"]
-        if init_chain is not None:
-            init_args = init_args | {"init_chain": init_chain, "init_knot": self.options.knot}
+        if before is not None:
+            of_chain = {"init_chain": stage.record["init_chain"], "init_knot": self.options.knot}
+            model = model | {"init_args": model["init_args"] | of_chain}
         # Where Lightning writes, and looks for, the checkpoint of a job that the cluster has requeued.
         trainer = config["trainer"] | {"default_root_dir": str(stage.folder)}
-        return config | {"model": model | {"init_args": init_args}, "trainer": trainer}
+        return config | {"model": model, "trainer": trainer, "ckpt_path": last and str(last)}
 
     # ------------------------------------------------------------------ the matrix
 
@@ -327,42 +268,17 @@ class Stages:
         self, what: str, command: str, states: Mapping[str, Scale], *, may_refuse: bool = False
     ) -> dict[str, list[Row]]:
         """Measures the finished stages, unless the file of an earlier call has the same; see :meth:`Measurer.measure`."""
-        path, facts = self.folder / "measured" / f"{what}.json", {stage.name: stage.facts for stage in self.finished}
-
-        def find() -> dict[str, Any] | None:
-            known = read_record(path)
-            is_same = known.get("asked") == asked and known["facts"].keys() == facts.keys()
-            is_same = is_same and not any(any(changes(facts[name], known["facts"][name])) for name in facts)
-            return known["rows"] if is_same else None
-
-        last = self.finished[-1]
-        asked = {"states": dict(states), "checkpoint": by_first(lambda: last.record["checkpoint"])}
-        if (rows := by_first(find)) is None:
-            if self.measurer is None:
-                configs = {stage.name: stage.config for stage in self.finished}
-                self.measurer = Measurer(configs, last.folder / LAST, keeps_models=self.options.fit_scales)
-            rows = self.measurer.measure(command, states, may_refuse=may_refuse)
-            by_first(lambda: write_record(path, {"asked": asked, "facts": facts, "rows": rows}))
+        path, last = self.folder / "measured" / f"{what}.json", self.finished[-1]
+        facts = {stage.name: stage.facts for stage in self.finished}
+        asked = {"states": dict(states), "checkpoint": by_first(lambda: last.record["checkpoint"]), "facts": facts}
+        if (known := by_first(lambda: read_record(path))).get("asked") == asked:
+            return dict(known["rows"])
+        if self.measurer is None:
+            configs = {stage.name: stage.config for stage in self.finished}
+            self.measurer = Measurer(configs, last.folder / LAST, keeps_models=self.options.fit_scales)
+        rows = self.measurer.measure(command, states, may_refuse=may_refuse)
+        by_first(lambda: write_record(path, {"asked": asked, "rows": rows}))
         return rows
-
-
-def why_again(stage: Stage, facts: Mapping[str, Any]) -> str | None:
-    """Why a stage is trained from its start; empty if nothing was trained before, None if it is finished or goes on.
-
-    Args:
-        stage: the stage.
-        facts: what its result depends on, with the stage before it.
-    """
-    record, last = stage.record, hash_of_last(stage.folder)
-    if last is None and "checkpoint" not in record:
-        return ""
-    if "facts" not in record:
-        return "another version of cola-lightning has written its record"
-    for name, here, there in changes(facts, record["facts"]):
-        name = {"after": "the stage before it"}.get(name, name)
-        values = "" if name.startswith(("the ", "what ")) else f" (now {here}, before {there})"
-        return f"{name} has changed{values}"
-    return None if record.get("checkpoint", last) == last else "its checkpoint is not the one that was written"
 
 
 @contextmanager
@@ -371,12 +287,12 @@ def _of_stage(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        refusal = next((cause for cause in causes(error) if isinstance(cause, UserError | ArgumentError)), None)
+        refusal = next((cause for cause in causes(error) if isinstance(cause, UserError | OutsideError | ArgumentError)), None)
         if refusal is None:
             error.add_note(f"in stage {name}")
             raise
         message = one_line(str(refusal)) + "".join(getattr(refusal, "__notes__", []))
-        raise UserError(f"stages.{name}: {message}") from error
+        raise (OutsideError if isinstance(refusal, OutsideError) else UserError)(f"stages.{name}: {message}") from error
 
 
 # ---------------------------------------------------------------------- the configuration
@@ -394,20 +310,10 @@ def stage_configs(options: StagesOptions, fit_words: Sequence[str]) -> dict[str,
     """
     base, stages = read_stages(options.config)
     configs = dict[str, Config]()
-    sizes = list[tuple[Any, Any]]()
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, "config.yaml"), Path(folder, "stage.yaml")]
-        for name, given in stages.items():
-            for file, content in zip(files, (base, given), strict=True):
-                file.write_text(yaml.safe_dump(content), encoding="utf-8")
-            try:
-                with _of_stage(name):
-                    config = resolve([*(word for file in files for word in ("--config", str(file))), *fit_words])
-            except UserError as error:
-                message = str(error)
-                for file in files:
-                    message = message.replace(str(file), options.config)
-                raise UserError(message) from error
+    for name, given in stages.items():
+        with _of_stage(name):
+            texts = [yaml.safe_dump(part, default_flow_style=True, width=sys.maxsize) for part in (base, given)]
+            config = resolve([*(word for text in texts for word in ("--config", text)), *fit_words])
             model_given = (given.get("model") or {}).get("init_args") or {}
             for option, is_given, why in (
                 ("ckpt_path", config["ckpt_path"] is not None, "A stage that was stopped is resumed by itself"),
@@ -415,16 +321,11 @@ def stage_configs(options: StagesOptions, fit_words: Sequence[str]) -> dict[str,
                 ("model.init_chain", configs and model_given.get("init_chain"), "A stage begins from the one before it"),
             ):
                 if is_given:
-                    raise UserError(f"stages.{name}: {option} must be left out. {why}")
-            config["chain"] = config["chain"] | {"name": name}
-            sizes.append((model_option(config, "rank"), model_option(config, "alpha")))
-            if configs:
-                config["model"]["init_args"] |= {"init_chain": None, "init_links": None, "init_knot": "cola"}
-                if options.knot != "cola" and sizes[-1] != sizes[0]:
-                    raise UserError(
-                        f"stages.{name}: with --knot {options.knot}, all stages have one model.rank and model.alpha"
-                    )
-            configs[name] = config
+                    raise UserError(f"{option} must be left out. {why}")
+        config["chain"] = config["chain"] | {"name": name}
+        if configs:
+            config["model"]["init_args"] |= {"init_chain": None, "init_links": None, "init_continues": [], "init_knot": "cola"}
+        configs[name] = config
     return configs
 
 

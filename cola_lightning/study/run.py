@@ -1,6 +1,6 @@
-"""What the process of one run of a study does: a fit, then validation and test."""
+"""One run of a study: a fit, then validation and test."""
 
-import json
+import contextlib
 import logging
 import resource
 import sys
@@ -13,20 +13,16 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from cola_lightning.callbacks.command import RunWatch
 from cola_lightning.chain.base import base_values, fingerprint_of
-from cola_lightning.cli.training import COLACLI
+from cola_lightning.cli.training import MadeRun
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.module import COLAModule
-from cola_lightning.runs.folder import LAST
-from cola_lightning.study.results import Result, write
+from cola_lightning.study.results import Result
 
 log = logging.getLogger(__name__)
-
-OPTIONS, LOG, RESULT = "run.json", "log.txt", "result.json"
 
 
 class Recorder(RunWatch):
@@ -84,49 +80,48 @@ class Recorder(RunWatch):
             self.facts["curve"].append((trainer.global_step, float(trainer.callback_metrics[self.metric])))
 
 
-def run(folder: str) -> int:
-    """Fits, validates and tests, and writes the run's result.
+def measured(config: Mapping[str, Any], folder: Path, metric: str, known: Mapping[str, Any]) -> Result:
+    """Fits, validates and tests.
 
     Args:
-        folder: the run's. Its ``run.json`` has ``config``, the complete configuration of the fit; ``metric``, the validation
-            metric's name, ``val_...`` (the test metric's is ``test_...``); and ``result``, the fields of the Result that are
-            known.
+        config: the complete configuration of the fit.
+        folder: the run's.
+        metric: the validation metric's name, ``val_...``; the test metric's is ``test_...``.
+        known: the fields of the Result that are known.
 
     Returns:
-        The exit status.
+        The run's result.
 
     Raises:
         UserError: if the run has no such metric.
     """
-    options = json.loads((Path(folder) / OPTIONS).read_text(encoding="utf-8"))
-    metric, test_metric, facts = options["metric"], f"test_{options['metric'].removeprefix('val_')}", options["result"]
-    warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # the log is in it
-    recorder, cli, config = Recorder(metric), None, options["config"]
-    if (last := Path(folder) / LAST).exists():
-        config |= {"ckpt_path": str(last)}
-    with recorder.listening():
-        try:
-            cli = COLACLI(["fit"], recorder, None, config)
-        except NonFiniteError as error:
-            log.warning("diverged: %s", error)
-        facts |= recorder.facts | {"peak_memory": _peak_memory()}
-        found: dict[str, float | None] = dict.fromkeys((metric, test_metric))
-        if cli is not None:
-            module, trainer, arguments = cli.model, cli.trainer, {"datamodule": cli.datamodule, "verbose": False}
-            if module.lora_config.target_modules is not None:
-                links = module.full_chain().links
-                knots = [link.end_step for link in links[:-1]]
-                facts |= {"rank": max(link.rank for link in links), "links": len(links), "knots": knots}
-            savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-            best_paths = [saver.best_model_path for saver in savers if saver.monitor is not None]
-            arguments["ckpt_path"] = next(filter(None, best_paths), None)  # the best; None: what is in memory
+    recorder, is_finite = Recorder(metric), True
+    _begin_peak_memory()
+    warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # of a run that was stopped
+    made = MadeRun(config, watch=recorder, folder=folder)
+    try:
+        made.fit()
+    except NonFiniteError as error:
+        log.warning("diverged: %s", error)
+        is_finite = False
+    facts = {**known, **recorder.facts, "peak_memory": _peak_memory()}
+    found: dict[str, float | None] = dict.fromkeys((metric, test_metric := f"test_{metric.removeprefix('val_')}"))
+    if is_finite:
+        module, trainer = made.model, made.trainer
+        if module.lora_config.target_modules is not None:
+            links = module.full_chain().links
+            knots = [link.end_step for link in links[:-1]]
+            facts |= {"rank": max(link.rank for link in links), "links": len(links), "knots": knots}
+        savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        best_paths = [saver.best_model_path for saver in savers if saver.monitor is not None]
+        best = next(filter(None, best_paths), None)  # None: what is in memory
+        arguments = {"datamodule": made.datamodule, "verbose": False, "ckpt_path": best}
+        with recorder.listening():
             loader_metrics = [*trainer.validate(module, **arguments), *trainer.test(module, **arguments)]
-            found = {name: value for metrics in loader_metrics for name, value in metrics.items()}
+        found = {name: value for metrics in loader_metrics for name, value in metrics.items()}
     for name in (metric, test_metric):
         check_logged(name, found)
-    result = Result(**facts, validation=found[metric], test=found[test_metric])
-    rank_zero_only(write)([result], Path(folder) / RESULT)
-    return 0
+    return Result(**facts, validation=found[metric], test=found[test_metric])
 
 
 def check_logged(metric: str, found: Mapping[str, Any]) -> None:
@@ -147,11 +142,19 @@ def _check_measurable(trainer: Trainer) -> None:
         )
 
 
+def _begin_peak_memory() -> None:
+    """Forgets the peak of the runs before this one."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # of another system than Linux
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
 def _peak_memory() -> float:
     """Peak memory in MB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
         return held / 1e6
-    if sys.platform == "linux":  # where getrusage's peak is at least that of the process that began this one
+    if sys.platform == "linux":  # where getrusage's peak is that of all runs
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # in bytes on macOS

@@ -14,13 +14,10 @@ import logging
 import multiprocessing
 import os
 import runpy
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import traceback
 import types
 import warnings
@@ -104,50 +101,6 @@ class Command:
             self._process.kill()
             self._process.join()
             self._folder.cleanup()
-
-
-class Fork:
-    """In the place of ``subprocess.Popen``, in a process that may be killed: its runs are forked from it."""
-
-    def __init__(self, command, stdin, stdout, stderr, start_new_session, pass_fds):
-        self.returncode, self.pid = None, os.fork()
-        if self.pid == 0:
-            os.setsid()
-            os.dup2(stdin, 0)
-            os.dup2(stdout.fileno(), 1)
-            os.dup2(stdout.fileno(), 2)
-            os.closerange(3, 256)  # as in a new process, which then has no end of its parent's socket
-            child = sys.modules["cola_lightning.runs.child"]
-            threading.Thread(target=child._end_with_parent, daemon=True).start()
-            status = sys.modules["cola_lightning.cli"].main(command[3:])
-            sys.stderr.flush()
-            os._exit(status)
-
-    def poll(self):
-        pid, status = os.waitpid(self.pid, os.WNOHANG) if self.returncode is None else (0, 0)
-        self.returncode = os.waitstatus_to_exitcode(status) if pid else self.returncode
-        return self.returncode
-
-    def terminate(self):
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGTERM)
-
-    def wait(self):
-        while self.poll() is None:
-            time.sleep(0.05)
-        return self.returncode
-
-
-# A program: a command of the package that begins others, each of them such a fork.
-COMMAND = """
-import sys, types
-from cola_lightning.cli import main
-from cola_lightning.runs import child
-from tests.helpers.forked import Fork
-
-child.subprocess = types.SimpleNamespace(Popen=Fork, STDOUT=None)
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def run(*arguments, timeout=None, check=False, **options):

@@ -231,7 +231,13 @@ def test_a_change_of_what_a_result_depends_on_trains_again_and_keeps_the_earlier
     del config["stages"]["pairs"]
     config["stages"]["flipped"]["data"] = {
         "class_path": "TextDataModule",
-        "init_args": {"source": "texts/*.jsonl", "test_size": 2, "val_size": 2, "chat_template": "chat.jinja"},
+        "init_args": {
+            "source": "texts/*.jsonl",
+            "train_size": None,
+            "test_size": 2,
+            "val_size": 2,
+            "chat_template": "chat.jinja",
+        },
     }
     Path("texts").mkdir()
     for name in ("a", "b"):
@@ -279,23 +285,24 @@ def test_a_change_of_what_a_result_depends_on_trains_again_and_keeps_the_earlier
         "knot": lambda: None,
         "is not the one that was written": lambda: Path("out/flipped/checkpoints/last.ckpt").write_bytes(last),
     }
-    for number, (what, change) in enumerate(changed.items(), start=1):
+    for number, (what, change) in enumerate(changed.items(), start=2):
         change()
         write(config)
-        names, out = train("--knot", "record" if number < 4 else "cola")
+        knot = "record" if number < 5 else "cola"
+        names, out = train("--knot", knot)
         assert (names, what in out) == (["flipped"], True), out
         assert Path(f"out/flipped.{number}/checkpoints/last.ckpt").exists()
-        assert train("--knot", "record" if number < 4 else "cola")[0] == []
-    assert Path("out/flipped.1/checkpoints/last.ckpt").read_bytes() == last
+        assert train("--knot", knot)[0] == []
+    assert Path("out/flipped.2/checkpoints/last.ckpt").read_bytes() == last
     assert Path("out/good/checkpoints/last.ckpt").read_bytes() == Path("good.ckpt").read_bytes()
 
     Path("out/flipped").rename("out/other")
     Path("out/other/run.json").unlink()  # as in a fit's folder
     config["stages"]["other"] = config["stages"].pop("flipped")
     write(config)
-    assert stages() == 2
-    assert "has another run" in capfd.readouterr().err
-    assert chain("other")
+    names, out = train()
+    assert (names, "its folder has another run" in out) == (["other"], True)
+    assert chain("other.1")
 
 
 def test_other_weights_of_the_model_are_another_model(config, capfd, monkeypatch):
@@ -305,7 +312,7 @@ def test_other_weights_of_the_model_are_another_model(config, capfd, monkeypatch
     write(config)
     assert stages() == 0
     assert trained_in(capfd.readouterr().out) == []  # the same contents
-    tiny.folder("other", "llama", scale=2)
+    tiny.folder("other", "opt", scale=2)
     shutil.copy("other/model.safetensors", "copy/model.safetensors")
     assert stages() == 0
     out = capfd.readouterr().out
@@ -402,7 +409,9 @@ def two_stages(trained, output, words, name="flipped", callbacks=()):
     (trained / "two.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     if name == "flipped" and not output.exists():
         shutil.copytree(trained / "out" / "good", output / "good")
-    return forked.Command("-c", forked.COMMAND, "stages", "--config", "two.yaml", "--output", str(output), *words, cwd=trained)
+    return forked.Command(
+        "-m", "cola_lightning", "stages", "--config", "two.yaml", "--output", str(output), *words, cwd=trained
+    )
 
 
 @pytest.mark.parametrize(
@@ -471,12 +480,9 @@ MISTAKES = [
     (("  flipped:", "  good:"), [], "stages: there are two stages 'good'"),
     (("  flipped:", "  2:"), [], "stages: .* got '2'"),
     (("  flipped:", "  all:"), [], "stages: .* got 'all'"),
-    *(
-        (("  flipped:", f"  {name}:"), [], "stages: .* got ")
-        for name in ("base", "'null'", "~", "..", "../x", "a/b", "-x", "x" * 300)
-    ),
+    *((("  flipped:", f"  {name}:"), [], "stages: .* got ") for name in NO_NAMES),
     (("source: flipped", "sauce: flipped"), [], r"stages\.flipped: .*'sauce'.*data\.source"),
-    (("COLAPreferenceLM", "COLAPreferenceLM\n      rank: 3"), [], r"stages\.pairs: model\.rank: stages\.yaml "),
+    (("COLAPreferenceLM", "COLAPreferenceLM\n      rank: 3"), [], r"stages\.pairs: model\.rank: "),
     (("stages:", "stags:"), [], "stages: "),
     (("seed_everything: 0", "seed_everything: 0\nckpt_path: runs"), [], r"stages\.good: ckpt_path "),
     (("seed_everything: 0", "seed_everything: 0\nchain: {name: x}"), [], r"stages\.good: chain\.name "),
@@ -500,12 +506,12 @@ MISTAKES = [
 @pytest.mark.usefixtures("config")
 def test_a_mistake_is_one_line_before_anything_is_trained_or_moved(capfd):
     text, before = Path("stages.yaml").read_text(), written()
-    tiny.folder("other", "llama", scale=2)
+    tiny.folder("other", "opt", scale=2)
     for (old, new), words, message in MISTAKES:
         assert old in text
         Path("stages.yaml").write_text(text.replace(old, new))
-        for output in ("out", "new"):
-            assert stages(*words, output=output) == 2, message
+        for output in ("out", "new") if "source: flippd" in new else ("new",):
+            assert stages(*words, output=output) == (1 if "flippd" in new else 2), message  # 1: perhaps it is on the hub
             (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
             assert re.match(f"error: {message}", line), line
     assert not list(Path("new").rglob("*.ckpt"))

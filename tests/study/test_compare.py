@@ -1,5 +1,6 @@
 """``cola compare``: methods on one config, at equal numbers of optimizer steps."""
 
+import dataclasses
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from cola_lightning.study.methods import method
 from cola_lightning.study.results import Result, at_best_rates, best_rates
 from cola_lightning.study.table import summarize
 from tests.helpers import forked
-from tests.helpers.comparing import compare, config, execute_here, known_config, made_up
+from tests.helpers.comparing import compare, config, known_config, made_up
 from tests.helpers.tiny import draw, picture
 from tests.helpers.toy import DIGITS, read_csv
 
@@ -129,18 +130,14 @@ class Runs:
     def __init__(self):
         self.requested, self.configs, self.failing, self.changes, self.stop_at = [], [], set(), {}, None
 
-    def __call__(self, words, log, claim):
-        name = Path(words[-1]).name
+    def __call__(self, config, folder, metric, known):
         if self.stop_at == len(self.requested):
             raise KeyboardInterrupt
-        self.requested.append(name)
-        self.configs.append(json.loads(Path(words[-1], "run.json").read_text())["config"])
-        if name in self.failing:
-            return 1, ""
-        made_up(words, log, claim)
-        path = Path(words[-1], "result.json")
-        path.write_text(json.dumps(json.loads(path.read_text()) | self.changes.get(name, {})))
-        return 0, ""
+        self.requested.append(folder.name)
+        self.configs.append(config)
+        if folder.name in self.failing:
+            raise ZeroDivisionError
+        return dataclasses.replace(made_up(config, folder, metric, known), **self.changes.get(folder.name, {}))
 
 
 @pytest.fixture
@@ -154,7 +151,7 @@ def _without_figures(monkeypatch):
 def runs(_without_figures, monkeypatch):
     """Its configuration is resolved once for all tests."""
     made = Runs()
-    monkeypatch.setattr(study, "execute", made)
+    monkeypatch.setattr(study, "measured", made)
     monkeypatch.setattr(study, "resolve", lambda words: known_config(*words))
     return made
 
@@ -209,7 +206,9 @@ def test_seeds_that_compare_no_rates_run_at_the_best_alone_and_a_failed_run_stop
     assert compare(tmp_path, *words, seeds=3) == 1
     assert runs.requested[:3] == ["lora-lr0.01-seed0", "lora-lr0.02-seed0", "cola-2-lr0.03-seed0"]
     assert runs.requested[3:] == ["lora-lr0.01-seed1", "lora-lr0.01-seed2"]
-    assert "cola-2-lr0.03-seed0/log.txt" in capsys.readouterr().out.replace("\n", "")
+    printed = capsys.readouterr().out.replace("\n", "")
+    assert "failed: cola-2-lr0.03-seed0" in printed
+    assert "ZeroDivisionError" in printed
     runs.failing, runs.stop_at = set(), 6
     assert compare(tmp_path, *words, seeds=3) == 130  # Ctrl-C: the run in hand is lost
     assert len(lines(tmp_path)) == 5
@@ -275,12 +274,6 @@ def test_a_run_of_another_process_is_left_to_it_while_that_lives(tmp_path, runs,
 SHORT = ["--trainer.max_epochs", "2", "--chain.every_n_epochs", "1"]
 
 
-@pytest.fixture
-def here(monkeypatch):
-    monkeypatch.setattr(study, "execute", execute_here)
-
-
-@pytest.mark.usefixtures("here")
 def test_a_run_is_the_fit_of_the_same_values(tmp_path):
     assert compare(tmp_path / "study", "--metric", "val_accuracy", methods="[cola, full]", seeds=1, fit=SHORT) == 0
     line, of_full = lines(tmp_path / "study")
@@ -302,7 +295,7 @@ def test_a_run_is_the_fit_of_the_same_values(tmp_path):
     assert not list(folder.rglob("*.ckpt"))
 
 
-@pytest.mark.usefixtures("here", "_without_figures")
+@pytest.mark.usefixtures("_without_figures")
 def test_the_weights_that_the_config_keeps_are_the_ones_that_are_measured(tmp_path):
     keeping = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val_accuracy", "mode": "min"}}  # of the first epoch
     fit = [*SHORT, "--model.optimizer.lr", "0.1", "--trainer.callbacks+", json.dumps(keeping)]
@@ -313,7 +306,6 @@ def test_the_weights_that_the_config_keeps_are_the_ones_that_are_measured(tmp_pa
     assert (line["validation"], line["links"]) == (first, 2)
 
 
-@pytest.mark.usefixtures("here")
 def test_what_cannot_be_measured_or_divided_is_refused_before_the_first_step(tmp_path, capsys):
     too_long, mistyped = ["--trainer.max_steps", "1000"], ["--metric", "val_acuracy", "--mode", "max"]
     for words, fit, message in (([], too_long, "trainer.max_steps: "), (mistyped, [], "metric: .*val_accuracy")):
@@ -323,7 +315,7 @@ def test_what_cannot_be_measured_or_divided_is_refused_before_the_first_step(tmp
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-@pytest.mark.usefixtures("here", "_without_figures")
+@pytest.mark.usefixtures("_without_figures")
 def test_a_run_that_diverges_has_a_line(tmp_path):
     diverging = [*SHORT, "--trainer.check_val_every_n_epoch", "9", "--model.optimizer.weight_decay", "3"]
     assert compare(tmp_path, "--learning_rates", "[1e6]", methods="[full]", seeds=1, fit=diverging) == 0
@@ -333,7 +325,7 @@ def test_a_run_that_diverges_has_a_line(tmp_path):
 
 
 class StopOnce(Callback):
-    """Sends a signal to the study's process after ten steps of its run; once, for which it has a file."""
+    """Sends a signal to the process after ten steps of its run; once, for which it has a file."""
 
     def __init__(self, marker: str, number: int):
         self.marker, self.number = Path(marker), number
@@ -341,18 +333,23 @@ class StopOnce(Callback):
     def on_train_batch_end(self, trainer, *args):
         if trainer.global_step == 10 and not self.marker.exists():
             self.marker.touch()
-            os.kill(os.getppid(), self.number)
-            time.sleep(0.5)  # until its end is known
+            os.kill(os.getpid(), self.number)
 
 
-# The command, whose runs are forked from it.
-COMMAND = "from cola_lightning.study import study\nstudy.draw_curves = study.draw_points = lambda *_: None\n" + forked.COMMAND
+# The command, without figures.
+COMMAND = """
+import sys
+from cola_lightning.cli import main
+from cola_lightning.study import study
+study.draw_curves = study.draw_points = lambda *_: None
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_a_study_that_is_stopped_or_killed_ends_its_run_which_then_resumes(tmp_path, number, status):
+def test_a_study_that_is_stopped_or_killed_goes_on_with_its_run(tmp_path, number, status):
     stop = {"class_path": "tests.study.test_compare.StopOnce", "init_args": {"marker": "stopped", "number": int(number)}}
 
     def compared(folder, *fit):
@@ -361,14 +358,15 @@ def test_a_study_that_is_stopped_or_killed_ends_its_run_which_then_resumes(tmp_p
 
     refused = compared("resumed", "--model.target_modules", "[nosuch]")
     assert refused.returncode == 2
-    assert "error: model.target_modules: " in refused.stderr  # said by its run
+    assert "error: model.target_modules: " in refused.stderr
     done = compared("resumed")  # with other options: there is no result yet that binds it
     assert done.returncode == status, done.stderr
     assert not list(tmp_path.rglob("result.json"))
-    assert [compared(folder).returncode for folder in ("resumed", "whole")] == [0, 0]
+    again = compared("resumed")
+    assert ": goes on from resumed/runs/cola-lr0.02-seed0/checkpoints/last.ckpt" in again.stdout.replace("\n", "")
+    assert [again.returncode, compared("whole").returncode] == [0, 0]
     ((mine,), (theirs,)) = (lines(tmp_path / folder) for folder in ("resumed", "whole"))
     assert mine | {"seconds": 0, "peak_memory": 0} == theirs | {"seconds": 0, "peak_memory": 0}
     resumed, whole = (tmp_path / folder / "runs" / "cola-lr0.02-seed0" for folder in ("resumed", "whole"))
-    assert "Restored all states" in (resumed / "log.txt").read_text()
     resumed, whole = (read_csv(run / "metrics.csv") for run in (resumed, whole))
     assert [row["train_loss"] for row in resumed] == [row["train_loss"] for row in whole]
