@@ -74,39 +74,34 @@ def changes(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Chan
 
 def option_changes(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Change]:
     """The options that have changed, also if they name the same files, or are those of the devices."""
-    for name in [*mine, *(theirs.keys() - mine.keys())]:
-        yield from _changes_of_value(mine.get(name), theirs.get(name), name)
+    here, there = (dict(one for group in mine for one in _options(facts.get(group), group)) for facts in (mine, theirs))
+    for option, value in here.items():
+        name, owner, argument = option
+        before = there[option] if option in there else _defaults(owner).get(argument) if owner else None
+        if value != before:
+            yield name, value, before
 
 
-def _changes_of_value(mine: Any, theirs: Any, name: str) -> Iterator[Change]:
-    """The changes of an option: of one that is a class, those of its arguments."""
-    if name in NO_MATTER or mine == theirs:
+def _options(value: Any, name: str, owner: str = "", argument: str = "") -> Iterator[tuple[tuple[str, str, str], Any]]:
+    """The options in a value: the name of each, the class whose argument it is, the argument's name there, and its value.
+
+    An option that is a class has its arguments as options.
+    """
+    if name in NO_MATTER:
         return
-    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs) and _are_classes([*mine, *theirs]):
-        for here, there in zip(mine, theirs, strict=True):
-            yield from _changes_of_value(here, there, name)
-    elif not (isinstance(mine, Mapping) and isinstance(theirs, Mapping)):
-        yield name, mine, theirs
-    elif name in GROUPS:
-        yield from _changes_of_arguments(mine, theirs, name, GROUPS[name])
-    elif "class_path" in mine and mine["class_path"] == theirs.get("class_path"):
-        both = [one.get("init_args") or {} for one in (mine, theirs)]
-        yield from _changes_of_arguments(*both, name, mine["class_path"])
-        yield from _changes_of_value(mine.get("dict_kwargs") or {}, theirs.get("dict_kwargs") or {}, f"{name}.dict_kwargs")
+    if isinstance(value, Mapping) and ("class_path" in value or name in GROUPS):
+        owner_below = value.get("class_path") or GROUPS[name]
+        if "class_path" in value:
+            yield (name, owner, argument), owner_below
+            value = (value.get("init_args") or {}) | {"dict_kwargs": value.get("dict_kwargs") or None}
+        for below, one in value.items():
+            yield from _options(one, f"{name}.{below}", owner_below, below)
+    elif isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+        yield (name, owner, argument), len(value)
+        for place, one in enumerate(value):
+            yield from _options(one, f"{name}[{place}]")
     else:
-        yield name, mine, theirs
-
-
-def _are_classes(values: list[Any]) -> bool:
-    return all(isinstance(one, Mapping) for one in values)
-
-
-def _changes_of_arguments(mine: Mapping[str, Any], theirs: Mapping[str, Any], name: str, owner: str) -> Iterator[Change]:
-    for key in {**theirs, **mine}:
-        if key in mine and key in theirs:
-            yield from _changes_of_value(mine[key], theirs[key], f"{name}.{key}")
-        elif (given := mine.get(key, theirs.get(key))) not in (None, False, _defaults(owner).get(key)):
-            yield from _changes_of_value(given if key in mine else None, given if key in theirs else None, f"{name}.{key}")
+        yield (name, owner, argument), value
 
 
 @functools.cache

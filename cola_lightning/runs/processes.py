@@ -30,15 +30,14 @@ def by_first(function: Callable[[], T]) -> T:
     """What the function returns in the first process, which alone calls it; an exception is raised in all of them."""
     if not layout.has_processes():
         return function()
-    outcome: list[Any] = [None]
+    outcome: list[Any] = [None, None]
     if is_first():
         try:
-            outcome = [(function(), None)]
+            outcome[0] = function()
         except Exception as error:
-            outcome = [(None, error)]
+            outcome[1] = error
     torch.distributed.broadcast_object_list(outcome)
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    result: T = value
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
     return result

@@ -97,7 +97,7 @@ class Measurer:
                 init_args["reference"] = "start"
             trainer = {name: (last if name in OF_FIT else config)["trainer"][name] for name in config["trainer"]}
             shared = {"model": config["model"] | {"init_args": init_args}, "trainer": trainer | {"logger": False}}
-            ours = config | shared | {"ckpt_path": str(checkpoint)}
+            ours = {**config, **shared} | {"ckpt_path": str(checkpoint)}
             self.groups.setdefault(json.dumps(shared), {})[name] = ours
         self.made: dict[str, dict[str, MadeRun]] = {}
 

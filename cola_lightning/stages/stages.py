@@ -18,6 +18,7 @@ from typing import Any, TextIO, cast
 import rich
 import yaml
 from jsonargparse import ArgumentError
+from lightning.pytorch import Trainer
 
 from cola_lightning import layout
 from cola_lightning.chain.checkpoint import read_chain
@@ -82,19 +83,19 @@ class Stages:
         with_replay = {name: {**config, "trainer": dict(config["trainer"])} for name, config in configs.items()}
         if options.replay is not None:
             add_replay(with_replay, options.replay)
-        self.stages, self.measurer = list[Stage](), cast(Measurer | None, None)
+        self.stages, self.measurer, self.trainer = list[Stage](), cast(Measurer | None, None), cast(Trainer, None)
         for name, config in configs.items():
             with _of_stage(name), in_silence():
                 made = MadeRun(config)
+                self.trainer = self.trainer or made.trainer
                 has_replay = with_replay[name]["trainer"] != config["trainer"]
                 before = {"knot": options.knot if self.stages else None, "replay": options.replay if has_replay else None}
                 facts = facts_of(config, made.datamodule, **before)
-            self.first_trainer = self.first_trainer if self.stages else made.trainer
             self.stages.append(Stage(name, self.folder / name, config, with_replay[name], facts))
 
     def run(self) -> int:
         """Trains the stages that are missing, in order, and then shows the matrix; returns the exit status."""
-        join(self.first_trainer)
+        join(self.trainer)
         if not by_first(self._claim):
             raise UserError(f"output: another process is at work in {str(self.folder)!r}. Wait for its end")
         try:
