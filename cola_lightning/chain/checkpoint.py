@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cola_lightning.chain.chain import JSON_NAME, METADATA, OUTSIDE, Chain, Link, link_fields, unpack
+from cola_lightning.chain.facts import StoredFacts
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
 from cola_lightning.chain.sources import join, sources_of
 from cola_lightning.errors import UserError, nearest_path
@@ -101,12 +102,12 @@ class StoredState:
     Attributes:
         chain: the finished links.
         live: the current link; None: trained without links. It has the layers and values that the state dict has.
-        facts: all else, by name; :func:`cola_lightning.module.state.facts_of` lists it.
+        facts: all else.
     """
 
     chain: Chain
     live: Link | None
-    facts: dict[str, Any]
+    facts: StoredFacts
 
     @classmethod
     def of(
@@ -127,10 +128,13 @@ class StoredState:
         packed = {key.removeprefix(start): value for key, value in state_dict.items() if str(key).startswith(start)}
         if not isinstance(packed.get(METADATA), Tensor):
             raise UserError(f"{field}: {name!r} contains no chain. Was it written by another package?")
-        chain, facts = unpack(packed, name)
-        fields, extras = facts.pop("live"), facts.pop("trained")
-        live = None if fields is None else _live_link(state_dict, prefix, link_fields(fields), chain.base.weight_norms, extras)
-        return cls(chain, live, facts)
+        chain, stored = unpack(packed, name)
+        facts = StoredFacts.of(stored)
+        if facts.live is None:
+            return cls(chain, None, facts)
+        steps = {"start_step": facts.start.global_step, "end_step": facts.position.global_step}
+        fields = link_fields({**facts.live, **steps})
+        return cls(chain, _live_link(state_dict, prefix, fields, chain.base.weight_norms, facts.extras), facts)
 
     @property
     def names(self) -> list[str | None]:

@@ -391,7 +391,7 @@ class COLACLI(LightningCLI):
             if isinstance(self.datamodule, SourceDataModule):
                 self.datamodule.checkpoint = self.opened.state
         else:
-            _ = self.model.first_chain  # a chain that does not exist is refused here, before the data is prepared
+            _ = self.model.run.first_chain  # a chain that does not exist is refused here, before the data is prepared
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

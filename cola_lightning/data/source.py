@@ -151,7 +151,7 @@ class SourceDataModule(EpochDataModule):
         """The contents of the sources that the run of ``--ckpt_path`` and its earlier stages used; empty if one is unknown."""
         states, contents = [self.checkpoint], list[Any]()
         for state in filter(None, states):
-            data, (paths, *_) = state.facts["data"], state.facts["init_chain_source"]
+            data, (paths, *_) = state.facts.data, state.facts.init_chain
             contents += map(contents_of, data.get("sources", [data] if data else []))
             try:
                 states += [OpenedCheckpoint.open(source.path).state for source in sources_of(paths or [])]

@@ -45,7 +45,7 @@ class RowCollector(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, COLAModule)
-        pl_module.fit_progress.first_link, self.rows = self.first_link, {}
+        pl_module.run.first_link, self.rows = self.first_link, {}
 
     on_test_start = on_validation_start
 

@@ -17,14 +17,14 @@ from typing import Any, TextIO, cast
 
 import rich
 import yaml
-from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 
 from cola_lightning import layout
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.schedule import RESERVED, is_stage_name
 from cola_lightning.cli.training import MadeRun, in_silence, resolve
-from cola_lightning.errors import OutsideError, UserError, causes, one_line
+from cola_lightning.errors import OutsideError, UserError, one_line, refusal
+from cola_lightning.module.run import InitChain
 from cola_lightning.runs.facts import facts_of
 from cola_lightning.runs.folder import LAST, RECORD, begin, claim, hash_of_last, read_record, why_again, write_record
 from cola_lightning.runs.processes import by_first, is_first, join
@@ -148,7 +148,9 @@ class Stages:
             with _of_stage(stage.name), in_silence():
                 made = MadeRun(stage.fit_config | {"trainer": stage.fit_config["trainer"] | quiet})
                 if chain is not None:
-                    made.model.first_chain, made.model.init_knot = chain, self.options.knot
+                    before = str(self.stages[self.stages.index(stage) - 1].folder)
+                    made.model.run.start = InitChain(before, knot=self.options.knot)
+                    made.model.run.first_chain = chain
                 made.fit()
                 if self.options.fit_scales and not sum(made.trainer.num_val_batches):
                     raise UserError("--fit_scales needs validation rows, and there are none. Set data.val_size")
@@ -288,12 +290,10 @@ def _of_stage(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        refusal = next((cause for cause in causes(error) if isinstance(cause, UserError | OutsideError | ArgumentError)), None)
-        if refusal is None:
-            error.add_note(f"in stage {name}")
+        if (refused := refusal(error)) is None:
             raise
-        message = one_line(str(refusal)) + "".join(getattr(refusal, "__notes__", []))
-        raise (OutsideError if isinstance(refusal, OutsideError) else UserError)(f"stages.{name}: {message}") from error
+        message, status = refused
+        raise (UserError if status == 2 else OutsideError)(f"stages.{name}: {message}") from error
 
 
 # ---------------------------------------------------------------------- the configuration

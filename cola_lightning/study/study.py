@@ -13,9 +13,8 @@ import rich
 import yaml
 
 from cola_lightning import layout
-from cola_lightning.cli.entry import refusal
 from cola_lightning.cli.training import MadeRun, as_words, in_silence, resolve
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, refusal
 from cola_lightning.runs.facts import changes, facts_of
 from cola_lightning.runs.folder import begin, claim
 from cola_lightning.runs.processes import by_first, is_first, join

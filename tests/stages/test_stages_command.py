@@ -46,7 +46,7 @@ class KillOnce(Callback):
         self.marker, self.name, self.when = Path(marker), name, when
 
     def _kill(self, module, when):
-        if self.when == when and module.current.name == self.name and not self.marker.exists():
+        if self.when == when and module.run.current.name == self.name and not self.marker.exists():
             self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -491,7 +491,7 @@ MISTAKES = [
     (("", ""), ["--replay", "2"], "replay: must be a share"),
     (("", ""), ["--max_forgetting", "-1"], "max_forgetting: must be at least 0"),
     (("", ""), ["--fit_scales", "true", "--knot", "half"], "fit_scales: needs --knot cola"),
-    (("", ""), ["--knot", "half"], r"stages\.pairs: with --knot half"),
+    (("", ""), ["--knot", "half"], r"stages\.pairs: model\.init_knot: with half"),
     # What a fit refuses once its rows are read, or its model is made.
     (("source: flipped", "source: flippd"), [], r"stages\.flipped: data\.source"),
     (("rank: 3", "rank: 0"), [], r"stages\.pairs: .*rank"),
