@@ -152,6 +152,7 @@ class Stages:
                     made.model.run.start = InitChain(before, knot=self.options.knot)
                     made.model.run.first_chain = chain
                 made.fit()
+                made.trainer.fit_loop.epoch_loop.val_loop.setup_data()
                 if self.options.fit_scales and not sum(made.trainer.num_val_batches):
                     raise UserError("--fit_scales needs validation rows, and there are none. Set data.val_size")
                 if self.options.max_forgetting is not None and not getattr(made.datamodule, "can_be_tested", True):

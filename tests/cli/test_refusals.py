@@ -59,7 +59,7 @@ MISTAKES = [
     (FIT + "--config beside.yaml", "model.optimizer: .*inside its init_args"),
     (FIT + "--links 2", "model.init_links: "),
     (FIT + "--ckpt_path last --trainer.default_root_dir rows", "ckpt_path: "),
-    (FIT + "--ckpt_path last --model.rank 2", r"ckpt_path: .*version_0.*last\.ckpt \(model\.init_args\.rank\)"),
+    (FIT + "--ckpt_path last --model.rank 2", r"ckpt_path: .*version_0.*last\.ckpt \(model\.rank\)"),
     (f"test --config {DIGITS} --ckpt_path runs/version_1", "ckpt_path: .*; the nearest that exist: runs/version_0"),
     (f"test --config {DIGITS} --ckpt_path {LAST} --links -1", "links: "),
     (RESUME + "--links 1", "links: fit resumes the whole chain"),
