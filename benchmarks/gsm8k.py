@@ -24,7 +24,7 @@ from benchmarks.stages.measures import difference_of
 from benchmarks.studies import Results, Study, best_of, results_of
 from cola_lightning import COLACausalLM
 from cola_lightning.cli import main as cola
-from cola_lightning.study.config import as_words
+from cola_lightning.cli.training import as_words
 from cola_lightning.study.results import Result
 from cola_lightning.study.table import shown_test, summarize
 
@@ -221,7 +221,7 @@ def difference(ours: Sequence[Losses], theirs: Sequence[Losses]) -> tuple[float,
     mine, other = (
         [np.array([[loss for loss, _ in rows]]) * tokens / tokens.sum() for rows in seeds] for seeds in (ours, theirs)
     )
-    return difference_of(mine, other, tokens)
+    return difference_of(mine, other, list(tokens))
 
 
 COLUMNS = ("GSM8K, Zig", "method", "rate", "seeds", "test loss", "to LoRA")

@@ -9,9 +9,9 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from cola_lightning.chain.chain import JSON_NAME, METADATA, OUTSIDE, Chain, Link, link_fields, unpack
+from cola_lightning.chain.facts import StoredFacts
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
+from cola_lightning.chain.sources import join, sources_of
 from cola_lightning.errors import UserError, nearest_path
 
 log = logging.getLogger(__name__)
@@ -100,12 +102,12 @@ class StoredState:
     Attributes:
         chain: the finished links.
         live: the current link; None: trained without links. It has the layers and values that the state dict has.
-        facts: all else, by name; :func:`cola_lightning.module.state.facts_of` lists it.
+        facts: all else.
     """
 
     chain: Chain
     live: Link | None
-    facts: dict[str, Any]
+    facts: StoredFacts
 
     @classmethod
     def of(
@@ -126,10 +128,13 @@ class StoredState:
         packed = {key.removeprefix(start): value for key, value in state_dict.items() if str(key).startswith(start)}
         if not isinstance(packed.get(METADATA), Tensor):
             raise UserError(f"{field}: {name!r} contains no chain. Was it written by another package?")
-        chain, facts = unpack(packed, name)
-        fields, extras = facts.pop("live"), facts.pop("trained")
-        live = None if fields is None else _live_link(state_dict, prefix, link_fields(fields), chain.base.weight_norms, extras)
-        return cls(chain, live, facts)
+        chain, stored = unpack(packed, name)
+        facts = StoredFacts.of(stored)
+        if facts.live is None:
+            return cls(chain, None, facts)
+        steps = {"start_step": facts.start.global_step, "end_step": facts.position.global_step}
+        fields = link_fields({**facts.live, **steps})
+        return cls(chain, _live_link(state_dict, prefix, fields, chain.base.weight_norms, facts.extras), facts)
 
     @property
     def names(self) -> list[str | None]:
@@ -161,14 +166,15 @@ def _live_link(
         layers: the names of the adapted layers.
         extras: the names of what else the link records.
     """
-    factors = {}
+    factors, link = {}, Link(**fields, factors={})
     for name in layers:
         lora_A, lora_B = (state_dict.get(f"{prefix}model.{name}.lora_{factor}") for factor in "AB")
         if lora_A is not None and lora_B is not None:
-            rank, _ = fields["own_values"].get(name, (fields["rank"], None))
+            rank = link.own_rank(name)
             factors[name] = lora_A[..., :rank, :].contiguous(), lora_B[..., :rank].contiguous()
     names = {name: prefix + (name.removeprefix(OUTSIDE) if name.startswith(OUTSIDE) else f"model.{name}") for name in extras}
-    return Link(**fields, factors=factors, extras={name: state_dict[key] for name, key in names.items() if key in state_dict})
+    extras = {name: state_dict[key] for name, key in names.items() if key in state_dict}
+    return replace(link, factors=factors, extras=extras)
 
 
 @dataclass
@@ -213,20 +219,32 @@ class OpenedCheckpoint:
         return contents
 
 
-def read_chain(path: str | Path, links: int | str | None = None, field: str = "checkpoint") -> Chain:
+def read_chain(
+    source: str | Path | Sequence[str | Path],
+    links: int | str | None = None,
+    field: str = "checkpoint",
+    continues: Collection[str] = (),
+) -> Chain:
     """Reads a chain without its base.
 
     Args:
-        path: a checkpoint or a run's folder, whose current link becomes the chain's last; a chain folder; or the folder of a
+        source: a checkpoint or a run's folder, whose current link becomes the chain's last; a chain folder; or the folder of a
             PEFT LoRA, which is one link. An adapter of a chain holds the trained modules of its last link alone, so with fewer
-            links they begin as in the base.
+            links they begin as in the base. Several of them, in order, are joined; each may have a name: ``sft=out/sft``.
         links: the number of links, from the first, or the name of the last stage; None: all.
-        field: the path's name in messages.
+        field: the source's name in messages.
+        continues: see :func:`cola_lightning.chain.sources.join`.
 
     Raises:
         UserError: if the path is none of these, or the files are damaged.
     """
-    path = Path(os.path.expanduser(last_checkpoint_of(path)))
+    sources = sources_of(source)
+    chain = join([(source, _read_one(source.path, field)) for source in sources], continues, field)
+    return chain if links is None else chain.truncate(links)
+
+
+def _read_one(source: str, field: str) -> Chain:
+    path = Path(os.path.expanduser(last_checkpoint_of(source)))
     if path.is_file():
         chain = OpenedCheckpoint.open(path, field).state.all_links()
     elif (path / JSON_NAME).is_file():
@@ -235,8 +253,9 @@ def read_chain(path: str | Path, links: int | str | None = None, field: str = "c
         chain = read_adapter(path)
     else:
         what = "is no run's folder, checkpoint, chain folder or PEFT adapter" if path.is_dir() else "does not exist"
+        inside = sorted(path.glob(f"*/{CONFIG_NAME}"), key=lambda config: config.stat().st_mtime)
+        what += f", but {str(inside[-1].parent)!r} is" if inside else ""
         raise UserError(f"{field}: {str(path)!r} {what}{nearest_path(path)}")
-    chain = chain if links is None else chain.truncate(links)
     if (name := _not_finite(chain)) is not None:
         raise UserError(f"{field}: {str(path)!r} contains NaN or infinite values (in {name!r})")
     return chain

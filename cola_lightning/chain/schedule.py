@@ -1,7 +1,7 @@
-"""When knots are tied, and each link's rank, alpha, trained factors and length.
+"""When knots are tied, and each link's rank, alpha and length.
 
 Everything here is a pure function, of counters (an epoch and a global step: optimizer steps since the start of the run, as
-Lightning counts them), of a metric's values or of a seed. There is no state between calls, so a resumed run makes the same
+Lightning counts them) or of a metric's values. There is no state between calls, so a resumed run makes the same
 decisions.
 """
 
@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 from cola_lightning.chain.chain import as_number
-from cola_lightning.errors import UserError
-from cola_lightning.lora.config import Factor, LoRAConfig, TrainedFactors, is_rank
-from cola_lightning.seeding import derive_seed
+from cola_lightning.errors import UserError, check_name
+from cola_lightning.lora.config import LoRAConfig, is_rank
 
 Mode = Literal["min", "max"]
 Knot = Literal["cola", "half", "record"]
@@ -136,8 +135,11 @@ class ChainSchedule:
             raise UserError(f"chain: {' and '.join(given)} cannot be combined. Use at most one of {', '.join(KNOT_OPTIONS)}")
         counts = ("every_n_epochs", "every_n_train_steps", "knots", "patience")
         for name, is_valid, valid in (
-            *((name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1") for name in counts),
-            *((name, _increases(getattr(self, name) or ()), "increasing, from 1 on") for name in ("at_epochs", "at_steps")),
+            *(
+                (name, is_rank(1 if getattr(self, name) is None else getattr(self, name)), "a whole number from 1")
+                for name in counts
+            ),
+            *((name, _increases(getattr(self, name) or ()), "whole, increasing from 1") for name in ("at_epochs", "at_steps")),
             ("until", 0 < self.until < 1, "between 0 and 1"),
             ("until", self.knots is not None or self.until == UNTIL, "left out without chain.knots"),
             ("name", self.name is None or is_stage_name(self.name), f"a text other than a number, {', '.join(RESERVED)}"),
@@ -149,6 +151,7 @@ class ChainSchedule:
                 raise UserError(f"chain.{name}: must be {valid}, got {getattr(self, name)}")
         if self.patience is None and (self.monitor, self.min_delta, self.mode) != ("val_loss", 0.0, "min"):
             raise UserError("chain.monitor, chain.min_delta, chain.mode: need chain.patience")
+        check_name("chain.mode", self.mode, get_args(Mode))
         merged_share(self.knot, self.share)
 
     @property
@@ -266,13 +269,12 @@ class UserRule(ChainSchedule):
         return True
 
 
-def merged_share(knot: Knot, share: float | None = None, trained_factors: TrainedFactors = "both") -> float:
+def merged_share(knot: Knot, share: float | None = None) -> float:
     """The share of a link's B A that a knot merges. The rest stays in B, where the next link begins with it.
 
     Args:
         knot: its kind, see :class:`ChainSchedule`.
         share: of ``half``; None: 0.5.
-        trained_factors: of each link.
 
     Raises:
         UserError: for what no knot can do.
@@ -281,12 +283,9 @@ def merged_share(knot: Knot, share: float | None = None, trained_factors: Traine
         >>> merged_share("cola"), merged_share("half"), merged_share("half", 0.3), merged_share("record")
         (1.0, 0.5, 0.3, 0.0)
     """
-    if knot not in get_args(Knot):
-        raise UserError(f"chain.knot: must be {' or '.join(get_args(Knot))}, got {knot!r}")
+    check_name("chain.knot", knot, get_args(Knot))
     if share is not None and (knot != "half" or not 0 < share <= 1):
         raise UserError(f"chain.share: must be above 0 and at most 1, with chain.knot half, got {share} with {knot}")
-    if knot != "cola" and trained_factors == "random":  # the next link may train the other factor
-        raise UserError(f"chain.knot: {knot} cannot be combined with model.trained_factors random")
     if knot == "half":
         return 0.5 if share is None else share
     return 1.0 if knot == "cola" else 0.0
@@ -298,7 +297,7 @@ def is_stage_name(name: str) -> bool:
 
 
 def _increases(knots: Sequence[int]) -> bool:
-    return all(a < b for a, b in itertools.pairwise((0, *knots)))
+    return all(a < b and b % 1 == 0 for a, b in itertools.pairwise((0, *knots)))
 
 
 def is_plateau(values: Iterable[float], patience: int, min_delta: float = 0.0, mode: Mode = "min") -> bool:
@@ -319,29 +318,3 @@ def is_plateau(values: Iterable[float], patience: int, min_delta: float = 0.0, m
         is_better = sign * value < best - min_delta  # NaN is no improvement
         best, waited = (sign * value, 0) if is_better else (best, waited + 1)
     return waited >= patience
-
-
-# A rule's name -> the factor that a link does not train, from the run's seed and the link's index; see frozen_factor.
-FROZEN_FACTOR: dict[str, Callable[[int, int], Factor | None]] = {
-    "both": lambda seed, link: None,
-    "B": lambda seed, link: "A",
-    "random": lambda seed, link: "B" if derive_seed(seed, link, "frozen factor") % 2 else "A",
-}
-
-
-def frozen_factor(trained: TrainedFactors, seed: int, link: int) -> Factor | None:
-    """The factor that a link does not train: it is drawn, and the other begins at zero. None if both are trained.
-
-    Args:
-        trained: ``both`` (LoRA, COLA, ReLoRA); ``B``: A stays as drawn; ``random``: a randomly chosen factor.
-        seed: the run's seed.
-        link: the link's index.
-
-    Example:
-        >>> [frozen_factor("random", 0, link) for link in range(5, 11)]
-        ['A', 'B', 'A', 'A', 'B', 'A']
-
-    Source: ``B``: Zhu et al., "Asymmetry in Low-Rank Adapters" (arXiv 2402.16842); ``random``: Malinovsky et al., "Randomized
-        Asymmetric Chain of LoRA" (arXiv 2410.08305), algorithm 1.
-    """
-    return FROZEN_FACTOR[trained](seed, link)

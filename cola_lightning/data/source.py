@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset
 from typing_extensions import override
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, StoredState
+from cola_lightning.chain.sources import sources_of
 from cola_lightning.data.base import EpochDataModule
 from cola_lightning.data.drawing import as_count, check_shares, draw
 from cola_lightning.data.preprocessing import Preprocessor, prepare
@@ -148,13 +149,13 @@ class SourceDataModule(EpochDataModule):
     @functools.cached_property
     def _trained_on(self) -> list[Any]:
         """The contents of the sources that the run of ``--ckpt_path`` and its earlier stages used; empty if one is unknown."""
-        state, contents = self.checkpoint, list[Any]()
-        while state is not None:
-            data, (path, *_) = state.facts["data"], state.facts["init_chain_source"]
+        states, contents = [self.checkpoint], list[Any]()
+        for state in filter(None, states):
+            data, (paths, *_) = state.facts.data, state.facts.init_chain
             contents += map(contents_of, data.get("sources", [data] if data else []))
             try:
-                state = OpenedCheckpoint.open(path).state if path else None
-            except UserError:  # it was moved, or is a chain folder, which has no data
+                states += [OpenedCheckpoint.open(source.path).state for source in sources_of(paths or [])]
+            except UserError:  # it was moved, or is a chain folder or an adapter, which has no data
                 data = {}
             if not data:
                 return []

@@ -26,7 +26,6 @@ from cola_lightning.hf.logits import (
     has_router_loss,
     logits_and_router_loss,
     logits_by_length,
-    shared_logits,
     split_by_length,
     takes_mask_of_pairs,
 )
@@ -193,7 +192,7 @@ class COLACausalLM(TransformersModule):
                 attention_mask=batch["prompt_mask"],
                 generation_config=config,
                 tokenizer=tokenizer,  # which stop strings need
-                synced_gpus=self.is_sharded,  # then weights are gathered at each token: all processes go on until all are done
+                synced_gpus=self.run.is_sharded,  # then weights are gathered at each token: all processes go on to the end
                 streamer=streamer and _FilteredStreamer(hidden, streamer),
             )
         new = [[token for token in row if token not in hidden] for row in generated[:, batch["prompt_ids"].shape[1] :].tolist()]
@@ -206,8 +205,7 @@ class COLACausalLM(TransformersModule):
             batch: ``input_ids`` and ``attention_mask`` (sequences x length, padded on the left): the tokens before each
                 option's last one, once for all options that share them; ``option_rows`` (rows x options): the index of each
                 option's sequence; ``option_ids`` (rows x options x tokens, -100 before an option's first token): the option's
-                tokens. Where options of several tokens share a prompt, ``n_sequences`` and ``n_shared`` (rows), see
-                :func:`~cola_lightning.hf.logits.shared_logits`: without gradients the prompt is then computed once.
+                tokens.
 
         Shape:
             result: rows x options, in float32; -inf where a row has fewer options.
@@ -221,8 +219,6 @@ class COLACausalLM(TransformersModule):
         router_loss: Tensor | float = 0.0
         if not self._may_split:
             logits, router_loss = logits_and_router_loss(self.model, batch, n_positions)
-        elif "n_shared" in batch and not torch.is_grad_enabled() and self._takes_mask_of_pairs:
-            logits = shared_logits(self.model, batch, n_positions, arrays)
         else:
             logits = logits_by_length(self.model, batch, n_positions, arrays)
         return _mean_log_probabilities(logits, batch), router_loss
@@ -276,7 +272,7 @@ class COLACausalLM(TransformersModule):
 
         Not if new shapes are compiled, if all processes must take part, or for a router's loss, which is not a sum over rows.
         """
-        return not (self.should_compile or self.is_sharded or has_router_loss(self.model))
+        return not (self.should_compile or self.run.is_sharded or has_router_loss(self.model))
 
     def language_parts(self, batch: Batch) -> Iterator[tuple[list[int], Batch, Array, Array]]:
         """A language-model batch, split into forward passes of rows of similar length, where that saves time.
@@ -359,7 +355,7 @@ class COLACausalLM(TransformersModule):
 
     def is_chunked(self, n_positions: int) -> bool:
         """Whether the loss at these positions is computed in chunks, so that their logits never exist together."""
-        if self.chunked_loss is None and not self.is_wrapped_by_fsdp1:  # which has its weights in the forward pass alone
+        if self.chunked_loss is None and not self.run.is_wrapped_by_fsdp1:  # which has its weights in the forward pass alone
             return n_bytes(self.model, n_positions) > CHUNKED_ABOVE
         return bool(self.chunked_loss)
 

@@ -4,6 +4,7 @@ import ast
 import graphlib
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 from tests.helpers import forked
@@ -21,9 +22,8 @@ ITS_NEEDS = {"torch", "numpy", "typing_extensions", "safetensors", "cola_lightni
 
 
 def imports(path, is_top_level=False):
-    """Dotted names that a file imports when it runs: not those that only a type checker reads."""
+    """Dotted names that a file imports, inside of functions and for types too."""
     tree = ast.parse(path.read_text())
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
     nodes = tree.body if is_top_level else list(ast.walk(tree))
     plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     return plain + [f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
@@ -46,6 +46,15 @@ def test_imports_point_downwards_and_not_in_a_circle_and_the_engine_needs_torch_
             assert {one.partition(".")[0] for one in imports(path, is_top_level=True)} <= ITS_NEEDS, name
     graphlib.TopologicalSorter(arrows).prepare()
     assert len({row_of(name) for name in arrows}) == sum(map(len, ROWS))
+
+
+def test_what_the_package_imports_at_once_is_installed_with_it():
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[^\w-]", one)[0].replace("pyyaml", "yaml") for one in needed}
+    names |= sys.stdlib_module_names | {"cola_lightning"}
+    for path in PACKAGE.rglob("*.py"):
+        if PATHS[path] not in BY_NAME:
+            assert {one.partition(".")[0] for one in imports(path, is_top_level=True)} <= names, path
 
 
 # What each command leaves alone of the libraries that nothing before it has imported; a fit, of those that Lightning does not.

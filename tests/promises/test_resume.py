@@ -92,9 +92,9 @@ RUNS = {
     "float64, a layer outside": lambda: {"module": make(Outside), "precision": "64-true"},
     "torchdata's loader": lambda: {"data": Stateful()},
     "beside a longer loader": lambda: {"data": Beside(batch_size=4), "max_epochs": 2},
-    "a schedule over ours": lambda: {"module": make(Scheduled)},
+    "a schedule over ours": lambda: {"module": make(Scheduled, lr_schedule="linear")},
     "ranks, alphas and rates of their own": lambda: {"module": make(**OWN_RANKS)},
-    "either factor, by chance": lambda: {"module": make(trained_factors="random", kept_optimizer_state=0.1)},
+    "a share of the optimizer's state": lambda: {"module": make(kept_optimizer_state=0.1)},
     "the run's schedule": lambda: {"module": make(schedule_scope="run", warmup_steps=2, knot_warmup_steps=3)},
     "knots at a plateau": lambda: {"module": make(schedule_scope="run"), "chain": {"patience": 1, "min_delta": 0.02}},
 }
@@ -271,6 +271,7 @@ def test_a_choice_that_the_checkpoint_would_overrule_is_refused_and_nothing_is_w
         "chain.ranks": {"chain": {"at_steps": [4], "ranks": [2, 2]}},
         "chain": {"chain": {"at_steps": []}},
         "trainer.precision": {"precision": "64-true"},
+        "model.init": {"module": make(init="gaussian")},
         "data.batch_size": {"data": Data(batch_size=2)},
     }.items():
         with pytest.raises(UserError, match=rf"^[^:]*{field}\b"):
