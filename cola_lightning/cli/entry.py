@@ -20,6 +20,8 @@ from cola_lightning.cli.help import SUBCOMMANDS, overview
 from cola_lightning.console import log_on_console
 from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_line, passes_through_own_code
 
+EXTRAS = {"peft": "peft", "bitsandbytes": "nf4", "matplotlib": "plot", "PIL": "images"}  # in pyproject.toml, by package
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line.
@@ -77,6 +79,8 @@ def _refusal(error: BaseException) -> tuple[str, int] | None:
     for cause in causes(error):  # jsonargparse wraps a constructor's exceptions
         if isinstance(cause, UserError | OutsideError):
             return str(cause), 1 if isinstance(cause, OutsideError) else 2
+        if isinstance(cause, ModuleNotFoundError) and cause.name in EXTRAS:
+            return f"the package {cause.name} is not installed. It comes with pip install '.[{EXTRAS[cause.name]}]'", 2
         if passes_through_own_code(cause):
             return None
     from jsonargparse import ArgumentError
