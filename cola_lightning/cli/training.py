@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import rich
 import yaml
@@ -57,6 +57,7 @@ from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.state import AtomicCheckpointIO, data_facts
 from cola_lightning.runs.facts import option_changes
+from cola_lightning.runs.folder import claim, is_claimed
 from cola_lightning.writing import atomic_file, check_writable
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,27 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"formatter_class": help_formatter()} | kwargs)
 
 
+class RunSaver(ConfigSaver):
+    """Also claims the run while it trains, by its configuration's file, so that nobody resumes it beside itself."""
+
+    claim: TextIO | None = None
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if not self.already_saved:
+            super().on_train_batch_start(trainer, *args)
+            path = Path(run_folder(trainer), self.config_filename)
+            if trainer.is_global_zero and path.is_file():  # and not at a URL
+                with contextlib.suppress(OSError):  # of a disk without locks
+                    self.claim = claim(path)
+
+    def _release(self, *args: Any, **kwargs: Any) -> None:
+        if self.claim is not None:
+            self.claim.close()
+
+    teardown = on_exception = _release
+
+
 class TestedState(NamedTuple):
     """A state of a checkpoint's model that is measured.
 
@@ -142,7 +164,7 @@ class COLACLI(LightningCLI):
             # True would build one optimizer for all links; the module builds one for each link.
             auto_configure_optimizers=False,
             seed_everything_default=0,  # as Lightning's own, which it warns of
-            save_config_callback=ConfigSaver,
+            save_config_callback=RunSaver,
             trainer_defaults={"callbacks": [PredictionWriter(), watch]},
             parser_class=Parser,
             parser_kwargs=strict | by_command | {"prog": "cola", "description": DESCRIPTION, "version": __version__},
@@ -285,6 +307,9 @@ class COLACLI(LightningCLI):
         if config.ckpt_path is not None and (is_part or "://" not in config.ckpt_path):
             self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
             config.ckpt_path = self.opened.path  # of a run's folder, the file in it
+            run = Path(self.opened.path).parent.parent
+            if self.subcommand == "fit" and (run / "config.yaml").is_file() and is_claimed(run / "config.yaml"):
+                raise UserError(f"ckpt_path: the run in {shortest(run)} is still running. Wait for its end, or stop it")
 
     def _newest_of_same_run(self, files: Set[Path]) -> Path:
         """The newest ``last.ckpt`` of a run with this command's model, data and chain; warns of a newer run without one.
