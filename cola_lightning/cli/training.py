@@ -32,7 +32,7 @@ from typing_extensions import override
 import cola_lightning.data  # noqa: F401  # gives the command line the data modules' short names
 from cola_lightning import __version__, layout
 from cola_lightning.callbacks.chain_of_lora import ChainOfLoRA, check_strategy
-from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, RunWatch
+from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, ProgressLines, RunWatch
 from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
 from cola_lightning.callbacks.run_folder import run_folder
@@ -383,7 +383,7 @@ class COLACLI(LightningCLI):
             callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
             callbacks = kwargs["callbacks"] = list(filter(None, callbacks))
             if config.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-                callbacks.append(ChainProgressBar())
+                callbacks.append(ChainProgressBar() if rich.get_console().is_terminal else ProgressLines())
             if config.enable_checkpointing is not False:
                 callbacks.append(self._get(self.config_init, "last"))
         is_described = config.enable_model_summary is None and not config.barebones
