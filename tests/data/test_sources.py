@@ -126,7 +126,7 @@ def parts(make, source, *stages, of=None, **options):
 
 def checkpoint(data):
     """What a checkpoint says of the data of its fit."""
-    return SimpleNamespace(facts={"data": data.identity, "init_chain_source": [None, None]})
+    return SimpleNamespace(facts=SimpleNamespace(data=data.identity, init_chain=[None, None]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
