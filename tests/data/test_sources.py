@@ -126,7 +126,7 @@ def parts(make, source, *stages, of=None, **options):
 
 def checkpoint(data):
     """What a checkpoint says of the data of its fit."""
-    return SimpleNamespace(facts={"data": data.identity, "init_chain_source": [None, None]})
+    return SimpleNamespace(facts=SimpleNamespace(data=data.identity, init_chain=[None, None]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,7 +169,7 @@ def two(folder):
 def test_each_source_has_its_own_splits_columns_and_share_and_one_order_mixes_them(tmp_path):
     texts, requested = two(tmp_path)
     half = Source(requested.source, columns=requested.columns, share=0.5)
-    data = attach(TextDataModule((texts, half), chat_template=False, batch_size=4), "fit")
+    data = attach(TextDataModule((texts, half), chat_template=False, batch_size=4, length_grouped=False), "fit")
     alone = [attach(TextDataModule([one], chat_template=False), "fit") for one in (texts, half)]
     assert [len(data.train), len(data.val)] == [6 + 9, 6 + 1]
     for part in ("train", "val"):
