@@ -214,7 +214,14 @@ class OpenedCheckpoint:
 
 
 def read_chain(path: str | Path, links: int | str | None = None, field: str = "checkpoint") -> Chain:
-    """Reads a chain without its base.
+    """Reads a chain without its base; see :func:`read_chain_and_facts`."""
+    return read_chain_and_facts(path, links, field)[0]
+
+
+def read_chain_and_facts(
+    path: str | Path, links: int | str | None = None, field: str = "checkpoint"
+) -> tuple[Chain, dict[str, Any]]:
+    """Reads a chain without its base, and the facts of its :class:`StoredState`, if it is in a checkpoint.
 
     Args:
         path: a checkpoint or a run's folder, whose current link becomes the chain's last; a chain folder; or the folder of a
@@ -226,9 +233,10 @@ def read_chain(path: str | Path, links: int | str | None = None, field: str = "c
     Raises:
         UserError: if the path is none of these, or the files are damaged.
     """
-    path = Path(os.path.expanduser(last_checkpoint_of(path)))
+    path, facts = Path(os.path.expanduser(last_checkpoint_of(path))), dict[str, Any]()
     if path.is_file():
-        chain = OpenedCheckpoint.open(path, field).state.all_links()
+        state = OpenedCheckpoint.open(path, field).state
+        chain, facts = state.all_links(), state.facts
     elif (path / JSON_NAME).is_file():
         chain = Chain.load(path)
     elif (path / CONFIG_NAME).is_file():
@@ -239,7 +247,7 @@ def read_chain(path: str | Path, links: int | str | None = None, field: str = "c
     chain = chain if links is None else chain.truncate(links)
     if (name := _not_finite(chain)) is not None:
         raise UserError(f"{field}: {str(path)!r} contains NaN or infinite values (in {name!r})")
-    return chain
+    return chain, facts
 
 
 def _not_finite(chain: Chain) -> str | None:

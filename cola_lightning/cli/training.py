@@ -50,7 +50,6 @@ from cola_lightning.cli.help import (
     help_formatter,
     usage,
 )
-from cola_lightning.data.source import SourceDataModule
 from cola_lightning.errors import Interruption, UserError, nearest, nearest_path
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
@@ -370,8 +369,6 @@ class COLACLI(LightningCLI):
         if self.opened is not None:
             scale = self.config[self.subcommand].get("scale")
             self.model.expect_state(self.opened.state, links=self.links, scale=scale)
-            if isinstance(self.datamodule, SourceDataModule):
-                self.datamodule.checkpoint = self.opened.state
         else:
             _ = self.model.first_chain  # a chain that does not exist is refused here, before the data is prepared
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cola_lightning.data.drawing import as_count, draw
+from cola_lightning.data.split import as_count, draw
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 S = TypeVar("S")
@@ -95,6 +95,7 @@ class Rows:
     Args:
         data: the rows, a ``datasets.Dataset``.
         place: names the split in messages.
+        contents: computes the hash of each of the split's files, in order, or the split's name on the hub.
 
     Attributes:
         split: all rows of the split.
@@ -106,9 +107,9 @@ class Rows:
     may_lack_targets = False
     source_columns: Mapping[str, str] | None = None
 
-    def __init__(self, data: Any, place: str) -> None:
+    def __init__(self, data: Any, place: str, contents: Callable[[], list[str]]) -> None:
         self.data = self.split = data
-        self.place, self.numbers = place, np.arange(len(data))
+        self.place, self.contents, self.numbers = place, contents, np.arange(len(data))
 
     @property
     def columns(self) -> list[str]:
@@ -160,8 +161,15 @@ class Rows:
         other.data, other.numbers = self.data.select(places), self.numbers[places]
         return other
 
+    def at(self, numbers: Sequence[int]) -> "Rows":
+        """Those of the rows that are at these positions in the split."""
+        places = np.full(len(self.split), -1)
+        places[self.numbers] = np.arange(len(self))
+        found = places[np.asarray(numbers, dtype=int)]
+        return self.select(found[found >= 0])
+
     def drawn(self, sizes: Mapping[str, float | None], seed: int, groups: Sequence[object] | None = None) -> dict[str, "Rows"]:
-        """Disjoint parts of the rows, see :func:`~cola_lightning.data.drawing.draw`; in their order if one part takes all.
+        """Disjoint parts of the rows, see :func:`~cola_lightning.data.split.draw`; in their order if one part takes all.
 
         Args:
             sizes: the size of each part, ``train``, ``val`` or ``test``; None: the rest.

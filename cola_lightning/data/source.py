@@ -1,6 +1,7 @@
 """Base class of data modules whose rows are from a file, a folder or the hub: their splits, sizes and examples."""
 
 import functools
+import hashlib
 import itertools
 import logging
 from abc import abstractmethod
@@ -12,12 +13,11 @@ import numpy as np
 from torch.utils.data import ConcatDataset
 from typing_extensions import override
 
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, StoredState
-from cola_lightning.data.base import EpochDataModule
-from cola_lightning.data.drawing import as_count, check_shares, draw
+from cola_lightning.data.base import EpochDataModule, EpochLoader
 from cola_lightning.data.preprocessing import Preprocessor, prepare
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import MOST_VALIDATION_ROWS, VALIDATION_SHARE, Rows
+from cola_lightning.data.split import HeldOut, as_count, check_shares, draw, find_record
 from cola_lightning.data.splits import Splits, TextUnit, choose_split, files_identity, is_file, is_on_hub, load_splits
 from cola_lightning.errors import UserError, shortened_text
 
@@ -84,7 +84,7 @@ class SourceDataModule(EpochDataModule):
             One row may be skipped in any case, unless this is 0. It does not limit ``predict``.
     """
 
-    main_process_only = frozenset({"_splits", "_rows_of_predict", "_indices", "unpredicted"})
+    main_process_only = frozenset({"_splits", "_rows_of_predict", "_indices", "unpredicted", "_held_out", "_held_out_at_setup"})
     _indices: Sequence[int] = ()  # of the rows that are predicted, among those that predict reads
     unpredicted: dict[int, str]  # for each of the others, by its index, the reason
     preprocessor: Preprocessor | None = None
@@ -118,7 +118,9 @@ class SourceDataModule(EpochDataModule):
         if not 0 <= max_skipped <= 1:
             raise UserError(f"data.max_skipped must be a share of the rows, from 0 to 1, got {max_skipped}")
         self.max_skipped = max_skipped
-        self.checkpoint: StoredState | None = None  # the one that is evaluated, of --ckpt_path
+        self.rows_hash = ""  # of the training rows
+        self._held_out: list[dict[str, Any] | None] = []
+        self._held_out_at_setup = self._held_out
         self._logged: set[str] = set()
         self._sizes = list[str]()  # of the parts, by source
 
@@ -146,21 +148,6 @@ class SourceDataModule(EpochDataModule):
         return identities[0] if len(identities) == 1 else {"sources": identities}
 
     @functools.cached_property
-    def _trained_on(self) -> list[Any]:
-        """The contents of the sources that the run of ``--ckpt_path`` and its earlier stages used; empty if one is unknown."""
-        state, contents = self.checkpoint, list[Any]()
-        while state is not None:
-            data, (path, *_) = state.facts["data"], state.facts["init_chain_source"]
-            contents += map(contents_of, data.get("sources", [data] if data else []))
-            try:
-                state = OpenedCheckpoint.open(path).state if path else None
-            except UserError:  # it was moved, or is a chain folder, which has no data
-                data = {}
-            if not data:
-                return []
-        return contents
-
-    @functools.cached_property
     def _splits(self) -> list[Splits]:
         """The splits of each source, each with the share of its rows that is used."""
         return [
@@ -181,6 +168,11 @@ class SourceDataModule(EpochDataModule):
         return rows
 
     # ------------------------------------------------------------------ splits
+
+    @property
+    def held_out(self) -> list[dict[str, Any] | None]:
+        """The rows that runs have held out, of which the trained module knows: :attr:`COLAModule.held_out`."""
+        return getattr(self.trainer and self.trainer.lightning_module, "held_out", self._held_out)
 
     def _evaluation_split(self, splits: Splits, part: str) -> Callable[[], Rows] | None:
         """What reads the validation or the test split; None: there is none, or its rows are drawn from the train split."""
@@ -216,7 +208,7 @@ class SourceDataModule(EpochDataModule):
         self._sizes.clear()
         parts, total = self.parts(stage), RowReport()
         for part in reversed(STAGE_PARTS.get(stage, ["test"])):
-            if not parts.get(part) and stage == "fit":
+            if not parts.get(part) and stage == "fit" and part != "train":
                 setattr(self, part, [])
                 continue
             if not parts.get(part):
@@ -239,7 +231,10 @@ class SourceDataModule(EpochDataModule):
                 reasons = f": {total.reasons()}" if total.skipped else ""
                 raise UserError(f"data.source: no row of {self.source!r} can be used for {PURPOSES[purpose]}{reasons}")
             setattr(self, part, encoded)
-        self._report = total
+        self._report, self._held_out_at_setup = total, [*self.held_out]
+        if stage == "fit":
+            rows = [[*some.contents(), hashlib.sha256(some.numbers.tobytes()).hexdigest()] for some in parts["train"]]
+            self.rows_hash = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
         if stage != "predict":  # of all parts together: one of few rows may have more by chance
             self.check_skipped(total)
             return
@@ -262,42 +257,42 @@ class SourceDataModule(EpochDataModule):
         parts: dict[str, list[Rows]] = {}
         for source, splits in zip(self.sources, self._splits, strict=True):
             for part, rows in self._parts_of(source, splits, stage).items():
-                parts.setdefault(part, []).append(rows)
+                if len(rows):
+                    parts.setdefault(part, []).append(rows)
         return parts
 
     def _parts_of(self, source: Source, splits: Splits, stage: str) -> dict[str, Rows]:
         """The rows of a source that a stage needs. This is the rule for each stage, which docs/data.md tells users.
 
         * ``fit``: a named split, or what is drawn from the train split; a file is a train split.
-        * ``test`` and ``validate``: the same rows, held out by the fit. All rows, if they have no split of their own and the
-          source is not the data of ``ckpt_path``'s fit, or their size is 1.0.
+        * ``test`` and ``validate``: a named split, or the rows that a run on the same data has held out. All rows, if they
+          have no split of their own and no run was trained on them, or their size is 1.0.
         * ``predict``: all rows of a file; else those that ``test`` measures, if ``test_split`` is given; else all rows of the
           test split, of the validation split, or of the train split, whichever there is.
         """
-        names, has_splits = STAGE_PARTS.get(stage, ["test"]), not is_file(source.source)
-        own = self._evaluation_split(splits, names[-1]) if has_splits else None
         if stage == "fit":
-            takes_all = False
-        elif stage == "predict":
+            return self._drawn_parts(splits, ["train", "val"], stage)
+        part, has_splits = "val" if stage == "validate" else "test", not is_file(source.source)
+        own = self._evaluation_split(splits, part) if has_splits else None
+        reads = [own, self._evaluation_split(splits, "val")] if has_splits else [*splits.values()]
+        read = next(filter(None, reads), functools.partial(self._train_rows, splits))
+        size, records = self.val_size if part == "val" else self.test_size, self.held_out
+        if stage == "predict":
             takes_all = not has_splits or self.test_split is None or self.test_size == 0
-        else:
-            size = self.val_size if stage == "validate" else self.test_size
-            takes_all = own is None and ((isinstance(size, float) and size == 1) or self._is_other_data(source, *names))
-        if not takes_all:
-            parts = self._drawn_parts(splits, names, may_lack_targets=stage == "predict")
-        else:
-            reads = [own, self._evaluation_split(splits, "val")] if has_splits else [*splits.values()]
-            read = next(filter(None, reads), functools.partial(self._train_rows, splits))
-            parts = {names[0]: read()}
-        return {part: rows.lacking_targets() if stage == "predict" else rows for part, rows in parts.items()}
-
-    def _is_other_data(self, source: Source, part: str) -> bool:
-        """Whether a source is not the data of ``ckpt_path``'s fit."""
-        if is_other := bool(self._trained_on) and contents_of(identity_of(source)) not in self._trained_on:
+            parts = {part: read()} if takes_all else self._drawn_parts(splits, [part], stage)
+            return {part: rows.lacking_targets() for part, rows in parts.items()}
+        if not (isinstance(size, float) and size == 1):
+            for one in [own] if own else [splits.get(self.train_split), read]:
+                if one is not None and (record := find_record(rows := one(), records)) is not None:
+                    held_out = rows.at(getattr(record, part))
+                    self._log(f"{rows.place}: {len(held_out)} rows for {PURPOSES[part]}, as the fit held them out")
+                    return {part: held_out}
+            if own is not None or not records or None in records:
+                return self._drawn_parts(splits, [part], stage)
             self._log(f"{source.source}: not the data of ckpt_path's fit, so all rows are used for {PURPOSES[part]}")
-        return is_other
+        return {part: read()} if own is None else self._drawn_parts(splits, [part], stage)
 
-    def _drawn_parts(self, splits: Splits, names: Sequence[str], *, may_lack_targets: bool) -> dict[str, Rows]:
+    def _drawn_parts(self, splits: Splits, names: Sequence[str], stage: str) -> dict[str, Rows]:
         parts, drawn = dict[str, Rows](), {"train": self.train_size}
         for part, size in (("val", self.val_size), ("test", self.test_size)):
             read = self._evaluation_split(splits, part)
@@ -307,24 +302,38 @@ class SourceDataModule(EpochDataModule):
                 drawn[part] = size
         if not drawn.keys().isdisjoint(names):
             train = self._train_rows(splits)
-            parts |= self._drawn(train.lacking_targets() if may_lack_targets else train, drawn, parts)
+            parts |= self._drawn(train.lacking_targets() if stage == "predict" else train, drawn, parts, stage)
         return parts
 
-    def _drawn(self, rows: Rows, sizes: Mapping[str, Any], others: Mapping[str, Rows]) -> dict[str, Rows]:
+    def _drawn(self, rows: Rows, sizes: Mapping[str, Any], others: Mapping[str, Rows], stage: str) -> dict[str, Rows]:
         """Draws parts from the train split: the training rows, and those that have no split; logs all of them.
+
+        What an earlier run on the split has held out stays held out in a fit, also if the sizes or the seed are others.
 
         Args:
             rows: the train split.
             sizes: the parts' sizes.
             others: parts that have a split.
+            stage: what they are drawn for.
         """
         default = min(as_count(VALIDATION_SHARE, len(rows)), MOST_VALIDATION_ROWS)
         sizes = {part: default if (part, size) == ("val", None) else size for part, size in sizes.items()}
         is_drawn = len(sizes) > 1 or self.train_size is not None
-        groups = self.groups(rows) if is_drawn else None
-        drawn = rows.drawn(sizes, self.split_seed, groups)
+        drawn = rows.drawn(sizes, self.split_seed, self.groups(rows) if is_drawn else None)
+        how = ", by data.split_seed" * is_drawn
+        if stage == "fit":
+            held_out = {part: drawn[part].numbers.tolist() if part in drawn else [] for part in ("val", "test")}
+            record = find_record(rows, self.held_out)
+            if record is None:
+                self.held_out.append(asdict(HeldOut(rows.contents(), len(rows.split), **held_out)))
+            elif {part: rows.at(getattr(record, part)).numbers.tolist() for part in held_out} != held_out:
+                free = rows.select(np.flatnonzero(~np.isin(rows.numbers, [*record.val, *record.test])))
+                groups = None if self.train_size is None else self.groups(free)
+                of_record = {part: rows.at(getattr(record, part)) for part in sizes if part != "train"}
+                drawn = free.drawn({"train": self.train_size}, self.split_seed, groups) | of_record
+                how = ", as an earlier run held them out"
         counts = [f"{len(some)}{' rows' * (part == 'train')} for {PURPOSES[part]}" for part, some in drawn.items()]
-        lines = [f"{rows.place}: {', '.join(counts)}" + ", by data.split_seed" * is_drawn]
+        lines = [f"{rows.place}: {', '.join(counts)}{how}"]
         lines += [f"{some.place}: {len(some)} of {len(some.split)} for {PURPOSES[part]}" for part, some in others.items()]
         self._sizes.append("; ".join(lines))
         self._log(self._sizes[-1])
@@ -356,6 +365,34 @@ class SourceDataModule(EpochDataModule):
     @override
     def prompt_format(self) -> dict[str, Any]:
         return dict(self.preprocessor.prompt_format) if self.preprocessor else {}
+
+    @override
+    def train_dataloader(self) -> EpochLoader:
+        if any(run not in self.held_out for run in self._held_out_at_setup):
+            raise UserError(
+                "data: the run that is resumed has held out other rows of data.source. Use its data.split_seed and sizes"
+            )
+        return super().train_dataloader()
+
+    @override
+    def val_dataloader(self) -> Any:
+        self._follow_checkpoint()
+        return super().val_dataloader()
+
+    @override
+    def test_dataloader(self) -> EpochLoader:
+        self._follow_checkpoint()
+        return super().test_dataloader()
+
+    def _follow_checkpoint(self) -> None:
+        """Sets up the rows to measure again, if the Trainer has loaded a checkpoint that holds out others since the setup."""
+        stage = self.trainer and self.trainer.state.fn
+        if stage in ("validate", "test") and self.held_out != self._held_out_at_setup:
+            self.setup(stage)
+
+    @override
+    def _order(self) -> dict[str, Any]:
+        return {"data.source (a hash of its training rows)": self.rows_hash} | super()._order()
 
     @override
     def length(self, row: Any) -> int:
@@ -399,12 +436,6 @@ def identity_of(source: Source) -> dict[str, Any]:
     """A source, and the size and hash of its files on this machine; of the hub, its name alone."""
     options = {name: value for name, value in asdict(source).items() if value and (name, value) != ("share", 1)}
     return options | files_identity(source.source)
-
-
-def contents_of(identity: Mapping[str, Any]) -> Any:
-    """What tells whether two sources hold the same rows, wherever their files are."""
-    files = identity.get("files", {})
-    return sorted(files.values()) or identity.get("folder") or [identity["source"], identity.get("subset")]
 
 
 def joined(parts: Sequence[Any]) -> Any:

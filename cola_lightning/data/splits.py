@@ -87,7 +87,23 @@ def load_splits(
     data: Any = datasets.load_from_disk(path) if path.is_dir() else hub_data(source, subset, revision)
     if not isinstance(data, dict):
         data = {"train": data}
-    return {split: functools.partial(Rows, rows, f"{source}, {split}") for split, rows in data.items()}
+    return {
+        split: functools.partial(
+            *(Rows, rows, f"{source}, {split}"),
+            functools.partial(_contents_of_saved, rows) if path.is_dir() else contents_on_hub(source, subset, split, "whole"),
+        )
+        for split, rows in data.items()
+    }
+
+
+def _contents_of_saved(data: Any) -> list[str]:
+    return hashes_of([Path(file["filename"]) for file in data.cache_files])
+
+
+def contents_on_hub(source: str, subset: str | None, split: str, how: str) -> Callable[[], list[str]]:
+    """The ``contents`` of the :class:`Rows` of a split on the hub: its name, and ``how`` its rows were read."""
+    name = f"{source} {subset or ''} {split}"
+    return lambda: [name, f"{name} {how}"]
 
 
 def choose_split(splits: Splits, name: str | None, usual_names: Sequence[str], option: str) -> Callable[[], Rows] | None:
@@ -111,14 +127,24 @@ def files_identity(source: str) -> dict[str, Any]:
         return {}
     files = _matches(source) or (sorted(path.rglob("data-*.arrow")) if _is_saved(path) else [])
     if not files and not any(_ending(file.name) for file in path.iterdir() if file.is_file()):
-        known = [(str(file.relative_to(path)), file.stat().st_size) for file in paths_inside(path) if file.is_file()]
-        return {"folder": [len(known), hashlib.sha256(repr(known).encode()).hexdigest()]}
+        return {"folder": [sum(file.is_file() for file in paths_inside(path)), folder_hash(path)]}
     files = files or [file for files_of_split in _files_by_split(path).values() for file in files_of_split]
     names, identities = [file.name for file in files], {}
     for file in files:
         name = file.name if names.count(file.name) == 1 else str(file)
         identities[name] = [file.stat().st_size, _hash_of(file)]
     return {"files": identities}
+
+
+def folder_hash(folder: Path) -> str:
+    """A hash of the names and sizes of the files in a folder."""
+    known = [(str(file.relative_to(folder)), file.stat().st_size) for file in paths_inside(folder) if file.is_file()]
+    return hashlib.sha256(repr(known).encode()).hexdigest()
+
+
+def hashes_of(files: Sequence[Path]) -> list[str]:
+    """The hashes of files, in their order."""
+    return [_hash_of(file) for file in files]
 
 
 def _hash_of(file: Path) -> str:
@@ -171,7 +197,7 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
 
 
 def _reader(files: list[Path], place: str, text_unit: TextUnit) -> Callable[[], Rows]:
-    return functools.cache(lambda: Rows(_read(files, text_unit), place))
+    return functools.cache(lambda: Rows(_read(files, text_unit), place, lambda: hashes_of(files)))
 
 
 def _texts(batch: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -26,7 +26,7 @@ from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.chain import as_number, number_of_links
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, StoredState, read_chain
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, StoredState, read_chain_and_facts
 from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.schedule import FitPosition, Knot
 from cola_lightning.constants import Dtype
@@ -275,13 +275,23 @@ class COLAModule(LightningModule, RecordsArguments):
         """
         if self.init_chain is None:
             return None
-        chain = read_chain(self.init_chain, self.init_links, "model.init_chain")
+        chain, facts = read_chain_and_facts(self.init_chain, self.init_links, "model.init_chain")
+        self.fit_progress.restore_held_out(facts)
         if not chain.links and self.init_links != 0:
             raise UserError(
                 f"model.init_chain: {self.init_chain!r} has no links, because its model was trained without any. Export it "
                 "(cola export --format merged), and use the folder as the model"
             )
         return chain
+
+    @property
+    def held_out(self) -> list[dict[str, Any] | None]:
+        """Which rows were held out by the runs that trained this module, see :class:`~cola_lightning.data.split.HeldOut`.
+
+        None among them is a run of which that is unknown.
+        """
+        _ = self.first_chain  # which knows it of earlier runs
+        return self.fit_progress.held_out
 
     @property
     def chain(self) -> Chain:
@@ -728,6 +738,7 @@ class COLAModule(LightningModule, RecordsArguments):
         """
         self.requested, self.first_chain = (links, scale or {}), None
         self._stored_seed, self._is_base_stored = state.facts["seed"], "base_weights" in state.facts
+        self.fit_progress.restore_held_out(state.facts)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

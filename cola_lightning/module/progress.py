@@ -23,6 +23,7 @@ class FitProgress:
         is_continued: whether the fit continues the Trainer's last one, so that it is no new run.
         n_earlier_fits: how many fits have trained the module before this one, which draws other numbers than they did.
         length: length of the present fit; None while it is not known.
+        held_out: see :attr:`COLAModule.held_out`; the data module of a fit adds its own rows.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class FitProgress:
         self.is_continued = False
         self.n_earlier_fits = 0
         self.length: RunLength | None = None
+        self.held_out: list[dict[str, Any] | None] = []
         self._trainer: weakref.ref[Trainer] | None = None  # of the last fit; an evaluation by another may have followed
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,6 +60,8 @@ class FitProgress:
         if not self.is_continued:
             current.start = now
             self.n_earlier_fits += self.end is not None and self.end.global_step > 0
+        if not hasattr(getattr(trainer, "datamodule", None), "held_out") and None not in self.held_out:
+            self.held_out.append(None)
 
     def known_length(self) -> RunLength | None:
         """The length of the fit; None if there is none, or its data is not set up.
@@ -76,11 +80,19 @@ class FitProgress:
             "first_link": self.first_link,
             "has_knots": self.schedule.has_knots,
             "knot": [self.schedule.knot, self.schedule.merged_share],
+            "held_out": self.held_out,
         }
 
     def restore(self, stored: Mapping[str, Any]) -> None:
         """Restores what :meth:`to_store` returned, except for the schedule, which is an option of each fit."""
         self.n_earlier_fits, self.first_link = stored["n_before"], stored.get("first_link", 0)
+        self.restore_held_out(stored)
+
+    def restore_held_out(self, stored: Mapping[str, Any]) -> None:
+        """Restores which rows were held out, also before the other values are due; those that the present fit added stay."""
+        earlier = stored.get("held_out", [None])
+        known = {name for run in earlier if run is not None for name in run["contents"]}
+        self.held_out = [*earlier, *(own for own in self.held_out if own is None or known.isdisjoint(own["contents"]))]
 
 
 def run_length(trainer: Trainer, epoch_start: FitPosition) -> RunLength:

@@ -1,13 +1,17 @@
-"""How many rows a part of the data has, and which ones: they are drawn by a seed."""
+"""Which rows a part of the data has: they are drawn by a seed, and a record says which rows were held out."""
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from cola_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from cola_lightning.data.rows import Rows
 
 
 def check_shares(**sizes: float | None) -> None:
@@ -56,3 +60,45 @@ def draw(n_rows: int, sizes: Sequence[int], seed: int, what: str, groups: Sequen
         order = order[np.argsort(places[order], kind="stable")]
     starts = np.cumsum([0, *sizes[:-1]])
     return [order[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Which rows of a split were held out by the first run of a chain that trained on the split.
+
+    Checkpoints store it, for the runs of all stages. No later run trains on these rows, and an evaluation measures them.
+
+    Attributes:
+        contents: the hash of each of the split's files, in order, or the split's name on the hub: they are the same wherever
+            the files are.
+        n_rows: how many rows the split has.
+        val: the positions of the validation rows in the split.
+        test: those of the test rows.
+    """
+
+    contents: list[str]
+    n_rows: int
+    val: list[int]
+    test: list[int]
+
+
+def find_record(rows: "Rows", records: Iterable[Mapping[str, Any] | None]) -> HeldOut | None:
+    """The record of the split of these rows, which may have got more files at its end; None: no run has trained on it.
+
+    Args:
+        rows: of the split.
+        records: of all runs, as checkpoints store them: the fields of :class:`HeldOut`; None: it is unknown.
+
+    Raises:
+        UserError: if a run has trained on some of its files, and nobody can tell on which of their rows.
+    """
+    contents = rows.contents()
+    for record in (HeldOut(**fields) for fields in records if fields is not None):
+        if contents[: len(record.contents)] == record.contents and record.n_rows <= len(rows.split):
+            return record
+        if not {*contents}.isdisjoint(record.contents):
+            raise UserError(
+                f"data.source: this run or an earlier one was trained on rows of {rows.place}, and which of them it held out "
+                "is unknown, because it read them together with others, or in another version. Name the files as that run did"
+            )
+    return None
