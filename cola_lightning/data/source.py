@@ -73,9 +73,9 @@ class SourceDataModule(EpochDataModule):
             training rows. ``null`` uses all of the validation split, or else draws 10 % of the training rows, at most 1,000. 0
             turns validation off.
         test_size: Number or share of test rows, which are drawn in the same way. ``null`` uses all of the test split. If there
-            is none, there are no test rows. ``cola test`` and ``cola validate`` measure the rows that the fit of
-            ``--ckpt_path`` held out. Other data than the fit's, if it has no test or validation split, is measured on all rows.
-            1.0 takes all rows, except in a fit.
+            is none, there are no test rows. ``cola test`` and ``cola validate`` measure the rows that the runs of the model held
+            out, whatever the sizes. Data that no run was trained on, if it has no test or validation split, is measured on all
+            rows. 1.0 takes all rows, except in a fit.
         split_seed: Seed by which rows are drawn.
         num_workers: Number of worker processes that prepare batches. With 0 the main process prepares them.
         num_proc: Number of processes that prepare rows: they tokenize texts, or check whether pictures can be read. ``null``
