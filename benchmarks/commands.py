@@ -23,7 +23,7 @@ from benchmarks.lines import Lines, Rows, main
 from benchmarks.steps import BESIDE, SMOLLM2, beside
 from cola_lightning.data.splits import load_splits
 from cola_lightning.data.tasks import TASKS as PAPER_TASKS
-from cola_lightning.hf.pretrained import Pretrained
+from cola_lightning.pretrained import Pretrained
 from cola_lightning.study.config import as_words
 
 FILE = Path(__file__).with_suffix(".jsonl")

@@ -18,15 +18,13 @@ from cola_lightning.study.table import short_cells, summarize
 FILE = Path(__file__).with_suffix(".jsonl")
 COLUMNS = ("", "method", "rate", "splits", "test accuracy", "difference to LoRA")
 NAMES = {"lora": "LoRA", "cola": "10 links", "lora-sum-rank": "LoRA of the summed rank", "full": "full fine-tuning"}
-NAMES |= {"rac": "RAC-LoRA, 10 links", "relora": "ReLoRA, 10 links"}
-NAMES |= {"asymmetric": "LoRA, B alone trained", "plateau": "links until a plateau"}
+NAMES |= {"relora": "ReLoRA, 10 links", "plateau": "links until a plateau"}
 TUNING_SEEDS = 3
 
 CHAIN = [1e-2, 2e-2, 4e-2]
-ONE_FACTOR = [2e-2, 4e-2, 8e-2, 16e-2, 1e-2, 32e-2]
-RATES = {"lora": CHAIN, "cola": CHAIN, "rac": ONE_FACTOR}
+RATES = {"lora": CHAIN, "cola": CHAIN}
 # Full fine-tuning has no rank, and the head's weight (10 x 64) no rank of 20: both are run at rank 1.
-RANK_1 = {"lora-sum-rank": [1e-2, 2e-2], "full": [2e-3, 4e-3], "relora": CHAIN, "asymmetric": ONE_FACTOR}
+RANK_1 = {"lora-sum-rank": [1e-2, 2e-2], "full": [2e-3, 4e-3], "relora": CHAIN}
 PLATEAU = {"chain.every_n_epochs": None, "chain.patience": 2}
 
 

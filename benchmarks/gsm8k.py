@@ -221,7 +221,7 @@ def difference(ours: Sequence[Losses], theirs: Sequence[Losses]) -> tuple[float,
     mine, other = (
         [np.array([[loss for loss, _ in rows]]) * tokens / tokens.sum() for rows in seeds] for seeds in (ours, theirs)
     )
-    return difference_of(mine, other, tokens)
+    return difference_of(mine, other, list(tokens))
 
 
 COLUMNS = ("GSM8K, Zig", "method", "rate", "seeds", "test loss", "to LoRA")

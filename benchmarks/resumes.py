@@ -112,7 +112,7 @@ def by_trainer(case: str, folder: Path, killing: Killing, *, resumes: bool, trl:
     import datasets
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    class Kill(TrainerCallback):  # type: ignore[misc]
+    class Kill(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             killing.batch()
 
@@ -134,11 +134,12 @@ def by_trainer(case: str, folder: Path, killing: Killing, *, resumes: bool, trl:
         "remove_unused_columns": False,
         **({"ddp_backend": "gloo"} if case == "processes" else {}),
     }
-    data, callbacks = datasets.Dataset.from_list(rows()), [Kill()]
+    data, callbacks = datasets.Dataset.from_list(rows()), list[TrainerCallback]([Kill()])
     if trl:
         from tokenizers import Tokenizer, models
         from transformers import PreTrainedTokenizerFast
-        from trl import SFTConfig, SFTTrainer
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
 
         fast: Any = Tokenizer(models.WordLevel({f"w{k}": k for k in range(VOCABULARY)}, unk_token="w1"))
         tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="w0", eos_token="w2")  # type: ignore[no-untyped-call]

@@ -27,7 +27,6 @@ from .hf.transformers_module import TransformersModule as TransformersModule
 from .lora.config import LoRAConfig as LoRAConfig
 from .lora.inject import inject_lora as inject_lora
 from .lora.inject import register_lora_layer as register_lora_layer
-from .lora.inject import strip_lora as strip_lora
 from .lora.layer import LoRALayer as LoRALayer
 from .lora.layer import lora_layers as lora_layers
 from .lora.layer_types import LoRALinear as LoRALinear

@@ -3,6 +3,7 @@
 :class:`~cola_lightning.COLAModule` is a Lightning module around one; a custom training loop needs nothing more.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,17 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from cola_lightning import layout
-from cola_lightning.chain.base import base_copies, base_values, check_same_base, check_same_layers, describe_base
+from cola_lightning.chain.base import (
+    base_copies,
+    base_values,
+    check_has_layers,
+    check_same_base,
+    check_same_norms,
+    describe_base,
+)
 from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
 from cola_lightning.chain.current import CurrentLink
-from cola_lightning.chain.schedule import Knot, frozen_factor, merged_share
+from cola_lightning.chain.names import matched
+from cola_lightning.chain.schedule import Knot, merged_share
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
-from cola_lightning.lora.config import Factor, LoRAConfig
+from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.lora.inject import inject_lora
 from cola_lightning.lora.layer import LoRALayer, initialize_link, is_quantized, is_quantized_model, lora_layers, own_values
 from cola_lightning.lora.stack import Stack
-from cola_lightning.merge import add_links, cast_floats, free, merge
+from cola_lightning.merge import add_links, cast_floats, deep_copy, free, merge, round_floats
 from cola_lightning.seeding import seeded_build
 from cola_lightning.trained_values import TrainedValues
 
@@ -101,6 +110,7 @@ class AdaptedModel:
         self.chain = Chain(base=describe_base(self.model, name))
         self.base_weights = base_copies(self.model) if is_saved else None
         self.current = CurrentLink() if current is None else current
+        self._rounded_to = torch.float32  # what a precision has rounded the values to into which no link is merged
         self._earlier: tuple[Any, list[Link], tuple[list[Stack], dict[str, Tensor]]] | None = None  # see _earlier_state
         if self.layers:
             self.begin_link(self.config.rank, self.config.alpha)
@@ -142,9 +152,9 @@ class AdaptedModel:
 
     @property
     def cast_dtype(self) -> torch.dtype:
-        """The dtype to which a precision has cast adapted layers; float32: it left them unchanged."""
+        """The dtype to which a precision has cast the model, except weights that links are merged into; float32: to none."""
         layers = self.layers.values()
-        return next((layer.dtype for layer in layers if layer.is_narrowed or layer.dtype == torch.float64), torch.float32)
+        return next((layer.dtype for layer in layers if layer.is_narrowed or layer.dtype == torch.float64), self._rounded_to)
 
     @property
     def merges(self) -> bool:
@@ -153,18 +163,7 @@ class AdaptedModel:
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters for the optimizer, a new one for each link: the current link's factors and fully trained modules."""
-        frozen = {id(parameter) for parameter in self.frozen_factors()}
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad and id(parameter) not in frozen]
-
-    @property
-    def frozen_factor(self) -> Factor | None:
-        """The factor that the current link does not train, ``A`` or ``B``; None if it trains both."""
-        return frozen_factor(self.config.trained_factors, self.seed, self.n_finished)
-
-    def frozen_factors(self) -> list[nn.Parameter]:
-        """The factors that the current link does not train; they have gradients, but are in no optimizer."""
-        frozen = self.frozen_factor
-        return [] if frozen is None else [getattr(layer, f"lora_{frozen}") for layer in self.layers.values()]
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def by_unit(self) -> Iterator[dict[str, LoRALayer]]:
         """Iterates over the adapted layers by name, in groups; a group's weights may be read and written during its turn."""
@@ -180,13 +179,13 @@ class AdaptedModel:
     # ------------------------------------------------------------------ links
 
     def begin_link(self, rank: int, alpha: float) -> None:
-        """Begins the next link: draws one factor from (seed, link, layer), zeroes the other; the function does not change.
+        """Begins the next link: draws A from (seed, link, layer) and zeroes B; the function does not change.
 
         Raises:
             UserError: for a model without links, or values that no link of it can have.
         """
         self.current.begin(*self.checked_link(rank, alpha))
-        initialize_link(self.layers, self.seed, self.n_finished, *self.current.size, self.frozen_factor or "A")
+        initialize_link(self.layers, self.seed, self.n_finished, *self.current.size)
 
     def checked_link(self, rank: int, alpha: float, knot: Knot = "cola") -> tuple[int, float]:
         """A link's rank and alpha as plain numbers: numpy's would be in checkpoints and chain folders.
@@ -279,7 +278,7 @@ class AdaptedModel:
         """
         link = self.live_link()
         following = self.checked_link(link.rank if rank is None else rank, link.alpha if alpha is None else alpha, knot)
-        link = replace(link, share=merged_share(knot, share, self.config.trained_factors))
+        link = replace(link, share=merged_share(knot, share))
         if not link.is_record:
             for layers in self.by_unit():
                 for layer in layers.values():
@@ -341,13 +340,25 @@ class AdaptedModel:
             extras = self.extras_after(chain)
             if self.merges:
                 self._write_base(self.model)
+                round_floats(self.model, self._rounded_to)
             self.forget_links(chain)
             self.trained.write(extras)
         self.replay(chain)
 
     def replay(self, chain: Chain) -> None:
-        """Replays the links of a chain that the layers do not hold yet, bit for bit as at its knots."""
+        """Replays the links of a chain that the layers do not hold yet, bit for bit as at its knots.
+
+        Raises:
+            UserError: for factors of another size than a layer's, which torch may broadcast, and for NaN or infinite ones.
+        """
         device = self.placement().device
+        for name, layer in self.layers.items():
+            expected = *layer.matrices(layer), *layer.matrix_sizes(layer)
+            for lora_A, lora_B, _ in chain.link_factors(name):
+                if (sizes := (*lora_A.shape[:-2], lora_A.shape[-1], lora_B.shape[-2])) != expected:
+                    raise UserError(f"chain: the links of layer {name!r} must be for sizes {expected}, got {sizes}")
+                if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+                    raise UserError(f"chain: a link of layer {name!r} has NaN or infinite values")
         for layers in self.by_unit():
             for name, layer in layers.items():
                 add_links(name, layer, chain.links[self.n_finished :], device)
@@ -365,6 +376,7 @@ class AdaptedModel:
         if weights is not None:
             self.base_weights = weights
             self._write_base(self.model)
+            round_floats(self.model, self._rounded_to)
             self.forget_links(chain)
 
     def start_from(self, chain: Chain, knot: Knot = "cola") -> None:
@@ -378,17 +390,23 @@ class AdaptedModel:
         Raises:
             UserError: for a chain of another base, or of other layers.
         """
+        base = self.chain.base
+        if not set(chain.layers) <= base.weight_norms.keys():  # of another release, or saved after torch.compile
+            chain = chain.renamed(matched(chain.layers, base.weight_norms))
+        check_has_layers(chain.layers, base.weight_norms)
         if chain.base.fingerprint:
-            check_same_base(chain.base, self.chain.base)
-        elif chain.links:  # of PEFT, whose base is not known
-            check_same_layers(chain.layers, self.chain.base.weight_norms)
+            check_same_base(replace(chain.base, weight_norms=base.weight_norms), base)
+        else:  # of adapters: not all of its values are known, or none
+            check_same_norms(chain.base, base)
+        if chain.links and knot != "cola" and chain[-1].factors.keys() != base.weight_norms.keys():
+            raise UserError("model.init_knot: the last link goes on, so it must have all layers of model.target_modules")
         links, state, trained = list(chain.links), layout.state_dict(self.model), self.trained.values()
         if links:  # peft writes embeddings and heads with an adapter that has them as targets: the base's own values
             frozen = {name: value for name, value in links[-1].extras.items() if name in state and name not in trained}
             mine = {name: layout.gather(state[name]) for name in frozen}
             unchanged = {name for name, value in frozen.items() if torch.equal(mine[name], value.to(mine[name].dtype))}
             extras = {name: value for name, value in links[-1].extras.items() if name not in unchanged}
-            links[-1] = replace(links[-1], extras=extras, share=merged_share(knot, None, self.config.trained_factors))
+            links[-1] = replace(links[-1], extras=extras, share=merged_share(knot))
         self.replay(Chain(links, self.chain.base))
         if links:
             self.trained.load(links[-1].extras)
@@ -478,7 +496,8 @@ class AdaptedModel:
         """Casts the adapted layers as a precision of this dtype will cast the model, before links are replayed on them.
 
         It upcasts only to float64, and then the whole model; a layer into which links are merged is never downcast, but with
-        ``finished_links: auto`` they are stacked from here on, and the layer is cast.
+        ``finished_links: auto`` they are stacked from here on, and the layer is cast. Other values are rounded to half
+        precision, and keep their dtype: the model has the weights of a training in it, and computes in float32 without one.
 
         Raises:
             UserError: if sharded layers would have to be cast.
@@ -502,6 +521,9 @@ class AdaptedModel:
                 cast_floats(layer, dtype)
         if dtype == torch.float64 and not is_sharded:
             self.model.double()
+        if dtype.itemsize < 4 and not is_sharded:
+            self._rounded_to = dtype
+            round_floats(self.model, dtype)
 
     def upcast(self) -> None:
         """Casts half-precision tensors to float32, has 4-bit layers compute in it, and restores stacked links from the chain.
@@ -517,7 +539,15 @@ class AdaptedModel:
             self.forget_links(chain)
             self.replay(chain)
 
-    # ------------------------------------------------------------------ a plain copy
+    # ------------------------------------------------------------------ copies
+
+    def copy_on_cpu(self) -> "AdaptedModel":
+        """A copy on the CPU, with nothing around it, that can be changed while this one is trained."""
+        other = copy.copy(self)
+        other.model = deep_copy(self.model, device="cpu").cpu()
+        other.trained, other.placement = copy.copy(self.trained), other._placement_of_model
+        other.trained.model, other.trained.around = other.model, None
+        return other
 
     def merged_model(
         self,
@@ -526,6 +556,7 @@ class AdaptedModel:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         in_place: bool = False,
+        is_rounded: bool = False,
     ) -> nn.Module:
         """A plain copy of the model with the chain merged into its weights: no LoRA layers, no cost at inference.
 
@@ -538,6 +569,7 @@ class AdaptedModel:
                 (float64 where that was float64); without links, the model's own.
             device: where the copy is; None: where the model is.
             in_place: this model is not needed any more: its memory is used, and it must not be used again.
+            is_rounded: whether the base without links (0) is as a precision has rounded it for the training.
 
         Raises:
             UserError: if there are fewer links.
@@ -560,7 +592,7 @@ class AdaptedModel:
             if in_place:
                 free(self.model)
             model = self.rebuild_base().train(is_training)
-            if links and is_narrowed:
+            if (links or is_rounded) and self.cast_dtype.itemsize < 4:
                 cast_floats(model, self.cast_dtype)
             if device is None and not placement.is_sharded and len(devices) == 1:  # a rebuilt one is on the CPU
                 device = devices.pop()

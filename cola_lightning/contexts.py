@@ -20,8 +20,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def with_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Inside the block, an attribute of the module, such as its ``forward``, has another value."""
+def with_attribute(module: object, name: str, value: Any) -> Iterator[None]:
+    """Inside the block, an attribute of an object, such as a module's ``forward``, has another value."""
     had_value, before = name in vars(module), vars(module).get(name)
     setattr(module, name, value)
     try:

@@ -124,6 +124,23 @@ def cast_floats(model: nn.Module, dtype: torch.dtype, *, half_only: bool = False
     model._apply(cast)  # type: ignore[no-untyped-call]
 
 
+@torch.no_grad()
+def round_floats(model: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds to half precision, in place, the tensors that a cast of the model would change; they keep their dtype.
+
+    Args:
+        model: an adapted model.
+        dtype: of half precision; a wider one changes nothing.
+    """
+    if dtype.itemsize >= 4:
+        return
+    wide = {id(value) for layer in lora_layers(model).values() for value in layer.wide_parameters}
+    for module in model.modules():
+        for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if value.is_floating_point() and id(value) not in wide:
+                value.copy_(value.to(dtype))
+
+
 def free(model: nn.Module) -> None:
     """Frees the memory of a model that is not needed any more, whoever still refers to it.
 

@@ -56,7 +56,7 @@ IDEAS = """\
 | `loraplus_lr_ratio` | `lr_ratio_B: 16` |
 | DoRA, PiSSA, LoftQ | not available |
 """
-COMMANDS = ["generate", "inspect", "export", "stages", "compare", "configs"]
+COMMANDS = ["generate", "inspect", "export", "verify", "stages", "compare", "configs"]
 
 
 def shown(default: Any) -> str:

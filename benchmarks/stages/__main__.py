@@ -21,6 +21,7 @@ import torch
 from benchmarks.lines import Lines, show
 from benchmarks.stages.encoder import ENCODER
 from benchmarks.stages.language import LANGUAGE
+from benchmarks.stages.learnable import try_alone
 from benchmarks.stages.plan import run_missing
 from benchmarks.stages.sequence import TaskSequence
 from benchmarks.stages.tables import table, table_of_rates
@@ -39,8 +40,10 @@ def main() -> None:
     lines = Lines(sequence.file)
     if not options.table:
         torch.set_num_threads(1)
+        folder = Path(os.environ.get("COLA_DATA_DIR", "."))
         with quiet():
-            run_missing(sequence, lines, sequence.read_data(Path(os.environ.get("COLA_DATA_DIR", "."))))
+            try_alone(sequence, lines, folder)
+            run_missing(sequence, lines, sequence.read_data(folder))
     for rows in (table_of_rates(sequence, lines), table(sequence, lines)):
         show(rows[0], rows[1:])
         print()

@@ -20,7 +20,7 @@ from benchmarks.stages.sequence import Data, Row, TaskSequence
 from cola_lightning.constants import IGNORE_INDEX
 from cola_lightning.data.encoding import LanguageRow, collate_language, tokenize
 from cola_lightning.hf.logits import split_by_length
-from cola_lightning.hf.pretrained import Pretrained
+from cola_lightning.pretrained import Pretrained
 
 
 def read_pairs(task: str, folder: Path) -> list[tuple[str, str]]:
@@ -107,6 +107,12 @@ LANGUAGE = LanguageTasks(
     orders=[("gsm8k", "tools", "squad", "orca"), ("orca", "squad", "tools", "gsm8k"), ("tools", "orca", "gsm8k", "squad")],
     seeds=2,
     rates=[1e-3, 5e-4, 2e-3],
+    rounds=[
+        ("lora", "link"),
+        ("lora-replay", "link-replay"),
+        ("joint",),
+        ("lora-scaled", "link-scaled"),
+    ],
     # A step takes 3.5 seconds in bfloat16 with eager attention, whose backward pass is faster here; 4.2 with sdpa, and 8.4 in
     # float32 (one core with avx512_bf16).
     steps=60,

@@ -1,4 +1,4 @@
-"""A factor for each stage of a finished run, fitted afterwards on the rows for validation."""
+"""A factor for each stage of a finished run: fitted afterwards on the rows for validation, or the same for all."""
 
 import time
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.stages.arms import ARMS
 from benchmarks.stages.sequence import Data, Run, TaskSequence
-from benchmarks.stages.training import evaluate, matrices, train, validation_losses
+from benchmarks.stages.training import evaluate, matrices, of_validation, train, validation_scores
 from cola_lightning.chain.chain import Chain, Link
 
 SCALES = (0.5, 0.75, 1.25)  # what is tried for each stage, besides 1
@@ -33,30 +33,32 @@ def stage_updates(chain: Chain) -> Chain:
     return Chain(updates, chain.base)
 
 
-def fit_scales(sequence: TaskSequence, run: Run, data: Data) -> dict[str, Any]:
-    """Fits one factor after another, each on the mean loss of all tasks.
+def rescale(sequence: TaskSequence, run: Run, data: Data) -> dict[str, Any]:
+    """Gives each stage of the run of another arm its factor, fitted one after another on the mean loss of all tasks, or equal.
 
     Returns:
         as :func:`train`, and the ``scales`` in the order of the stages.
     """
     start = time.perf_counter()
-    of = run | {"arm": ARMS[run["arm"]].scaled}
+    arm = ARMS[run["arm"]]
+    of = run | {"arm": arm.of}
     if not sequence.chain_folder(of).exists():
         train(sequence, of, data)
     adapted, updates = sequence.adapted_model(run["seed"]), stage_updates(Chain.load(sequence.chain_folder(of)))
 
-    def losses(scales: Sequence[float]) -> list[float]:
+    def validation(scales: Sequence[float]) -> dict[str, list[float]]:
         adapted.go_to(updates.scaled(dict(enumerate(scales))))
-        return validation_losses(sequence, adapted.model, data)
+        return validation_scores(sequence, adapted.model, data)
 
-    scales = [1.0] * len(updates)
-    validation = losses(scales)
-    for stage in range(len(scales)):
+    scales = [1.0 if arm.factors == "fitted" else 1 / len(updates)] * len(updates)
+    best = validation(scales)
+    for stage in range(len(scales)) if arm.factors == "fitted" else ():
         for scale in SCALES:
             tried = [*scales[:stage], scale, *scales[stage + 1 :]]
-            found = losses(tried)
-            if sum(found) < sum(validation):
-                scales, validation = tried, found
-    losses(scales)
-    found_at_end = matrices([evaluate(sequence, adapted.model, data, "test")])
-    return {"scales": scales} | found_at_end | {"validation": validation, "seconds": round(time.perf_counter() - start)}
+            found = validation(tried)
+            if sum(found["loss"]) < sum(best["loss"]):
+                scales, best = tried, found
+    validation(scales)
+    at_end = matrices(sequence, [evaluate(sequence, adapted.model, data, "test")])
+    seconds = {"seconds": round(time.perf_counter() - start)}
+    return {"scales": scales} | at_end | of_validation(sequence, best) | seconds

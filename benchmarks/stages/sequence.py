@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from cola_lightning import AdaptedModel, LoRAConfig
 
 Row = Any  # what a sequence reads for one example
 Data = Mapping[str, Mapping[str, Sequence[Row]]]  # a task's rows for train, validation and test
-Run = dict[str, Any]  # the arm, the order's index, the seed and the learning rate
+Run = dict[str, Any]  # the arm, the order's index, the seed, and the settings that are tuned
+SETTINGS = ("rate", "weight", "norms")  # the learning rate, and the weights of O-LoRA's penalty and of its factors' norms
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,11 @@ class TaskSequence(ABC):
     orders: Sequence[Sequence[str]]
     seeds: int  # how many
     rates: Sequence[float]  # the learning rates that each arm tries first
+    rounds: Sequence[Sequence[str]]  # the arms, in the order in which they are tuned and repeated
     steps: int  # of a stage
     batch_size: int
     eval_batch_size: int
-    n_test: int  # rows of each task
+    n_test: int  # rows of each task, at most
     n_validation: int
     n_rows: int  # all rows of a task that are used, at most
     max_tokens: int  # of a row
@@ -39,7 +41,10 @@ class TaskSequence(ABC):
     alpha: float = 16
     autocast: torch.dtype | None = torch.bfloat16  # None: float32
     decimals: int = 4  # of a row's losses in the lines
-    more_scores: Mapping[str, str] = field(default_factory=dict)  # titles of what the lines have besides losses
+    score: Literal["loss", "accuracy"] = "loss"  # what counts: the lines have it for each row
+    more_scores: Mapping[str, str] = field(default_factory=dict)  # titles of other scores, of which the lines have the means
+    n_between: int | None = None  # test rows of each task that are scored after a stage that is not the last; None: all
+    candidates: Sequence[str] = ()  # tasks that are tried alone, to see which can be learned
 
     @property
     def file(self) -> Path:
@@ -56,7 +61,7 @@ class TaskSequence(ABC):
 
     @abstractmethod
     def row_scores(self, model: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Values for each row: ``loss``, the sum of the losses of all that is predicted, and those of ``more_scores``."""
+        """Values for each row: ``loss``, the sum of the losses of what is predicted, ``score``, those of ``more_scores``."""
 
     @abstractmethod
     def sizes(self, rows: Sequence[Row]) -> list[int]:
@@ -73,4 +78,5 @@ class TaskSequence(ABC):
 
     def chain_folder(self, run: Run) -> Path:
         """Where a run's chain is stored."""
-        return self.chains / f"{run['arm']}-{run['order']}-{run['seed']}-{run['rate']:g}"
+        settings = (f"{run[name]:g}" for name in SETTINGS if name in run)
+        return self.chains / "-".join([run["arm"], str(run["order"]), str(run["seed"]), *settings])

@@ -1,5 +1,6 @@
 """The tables of a sequence's lines."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from benchmarks.stages.measures import (
     difference_of,
     forgetting,
     score_at_the_end,
+    total,
 )
-from benchmarks.stages.plan import best_rate, tuning
+from benchmarks.stages.plan import best_settings, tuned_like, tuning
 from benchmarks.stages.sequence import TaskSequence
 
 
@@ -24,26 +26,26 @@ def table(sequence: TaskSequence, lines: Lines) -> list[list[str]]:
 
     The last row is one LoRA at the best rate of a new link, if there are several such runs.
     """
-    measures: dict[str, Measure] = {"loss at the end": at_the_end, "forgetting": forgetting}
+    measures: dict[str, Measure] = {f"{sequence.score} at the end": at_the_end, "forgetting": forgetting}
     measures["after its own stage"] = after_own_stage
     measures |= {title: score_at_the_end(name) for name, title in sequence.more_scores.items()}
     found = [["arm", "rate", "runs", *(cell for title in measures for cell in (title, "to one LoRA"))]]
-    if not (tokens := _tokens(lines)).size:
+    if not (tokens := _tokens(lines)):
         return found
-    rows = [(ARMS[arm].title, arm, best_rate(lines, arm)) for arm in ARMS if tuning(lines, ARMS[arm].scaled or arm)]
-    best = {arm: rate for _, arm, rate in rows}
-    loras = _at_rate(lines, "lora", best.get("lora"))
-    if best.keys() >= {"lora", "link"} and best["lora"] != best["link"] and len(_at_rate(lines, "lora", best["link"])) > 1:
+    rows = [(ARMS[arm].title, arm, best_settings(sequence, lines, arm)) for arm in ARMS if tuning(lines, tuned_like(arm))]
+    best = {arm: settings for _, arm, settings in rows}
+    loras = _at_settings(lines, "lora", best.get("lora", {}))
+    if best.keys() >= {"lora", "link"} and best["lora"] != best["link"] and len(_at_settings(lines, "lora", best["link"])) > 1:
         rows.append(("one LoRA, at the rate of a new link", "lora", best["link"]))
-    for title, arm, rate in rows:
-        if not (of_arm := _at_rate(lines, arm, rate)):
+    for title, arm, settings in rows:
+        if not (of_arm := _at_settings(lines, arm, settings)):
             continue
-        cells = [title, f"{rate:g}", str(len(of_arm))]
+        cells = [title, f"{settings['rate']:g}", str(len(of_arm))]
         pairs = [(line, loras[key]) for key, line in of_arm.items() if key in loras and line is not loras[key]]
         for measure in measures.values():
             is_of_end = measure not in (forgetting, after_own_stage)
             has_measure = is_of_end or len(next(iter(of_arm.values()))["matrix"]) == len(sequence.tasks)
-            means = [float(measure(sequence, line, tokens).sum()) for line in of_arm.values()] if has_measure else []
+            means = [total(measure(sequence, line, tokens)) for line in of_arm.values()] if has_measure else []
             cells.append(f"{np.mean(means):.3f}" if means else "")
             if not has_measure or not pairs:
                 cells.append("")
@@ -62,22 +64,24 @@ def table_of_rates(sequence: TaskSequence, lines: Lines) -> list[list[str]]:
     ends = [line for line in lines.results if line["arm"] == "base"]
     of_rates = [line for arm in ARMS for line in tuning(lines, arm)]
     for line in ends + sorted(of_rates, key=lambda line: (order.index(line["arm"]), line["rate"])):
-        losses = at_the_end(sequence, line, tokens)
+        scores = at_the_end(sequence, line, tokens)
         cells = [ARMS[line["arm"]].title, f"{line['rate']:g}"] if line["arm"] in ARMS else ["before training", ""]
         if "scales" in line:
             cells[0] += f" ({', '.join(f'{scale:g}' for scale in line['scales'])})"
         cells.append(f"{np.mean(line['validation']):.3f}")
-        cells += [f"{loss * len(sequence.tasks):.3f}" for loss in losses.sum(1)] + [f"{losses.sum():.3f}"]
+        cells += [f"{of.sum() * len(sequence.tasks):.3f}" for of in scores] + [f"{total(scores):.3f}"]
         measures = (forgetting, after_own_stage) if len(line["matrix"]) == len(sequence.tasks) else ()
-        found.append(cells + ([f"{measure(sequence, line, tokens).sum():.3f}" for measure in measures] or [""] * 2))
+        found.append(cells + ([f"{total(measure(sequence, line, tokens)):.3f}" for measure in measures] or [""] * 2))
     return found
 
 
-def _at_rate(lines: Lines, arm: str, rate: float | None) -> dict[tuple[int, int], dict[str, Any]]:
-    """The lines of an arm with a rate, by order and seed."""
-    return {(line["order"], line["seed"]): line for line in lines.results if (line["arm"], line.get("rate")) == (arm, rate)}
+def _at_settings(lines: Lines, arm: str, settings: Mapping[str, float]) -> dict[tuple[int, int], dict[str, Any]]:
+    """The lines of an arm with these settings, by order and seed."""
+    found = [line for line in lines.results if line["arm"] == arm and settings.items() <= line.items()]
+    return {(line["order"], line["seed"]): line for line in found}
 
 
-def _tokens(lines: Lines) -> Array:
-    """How many tokens with a loss each test row has: tasks x rows; empty without the base's line."""
-    return np.array(next((line["tokens"] for line in lines.results if line["arm"] == "base"), []), dtype=float)
+def _tokens(lines: Lines) -> list[Array]:
+    """How many tokens with a loss each test row has, of each task; empty without the base's line."""
+    base: dict[str, Any] = next((line for line in lines.results if line["arm"] == "base"), {})
+    return [np.array(of, dtype=float) for of in base.get("tokens", [])]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
 # No public name identifies the strategies whose child processes return only weights.
@@ -14,10 +13,11 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
 from cola_lightning.chain import Link
-from cola_lightning.chain.schedule import ChainSchedule, FitPosition, UserRule, is_plateau, merged_share
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition, UserRule, is_plateau
 from cola_lightning.errors import UserError
 from cola_lightning.module import COLAModule
 from cola_lightning.module.arguments import WholeSignature
+from cola_lightning.module.optimization import check_no_averaging
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +117,8 @@ class ChainOfLoRA(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.schedule.has_knots:
-            adapted, config = self.module.adapted, self.module.lora_config
-            adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
-            merged_share(self.schedule.knot, self.schedule.share, config.trained_factors)
+            config = self.module.lora_config
+            self.module.adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
         if self.schedule.patience is not None and not sum(trainer.num_val_batches):
             raise UserError(
                 "chain.patience: this run has no validation. It needs rows for validation, a validation_step, and a "
@@ -203,12 +202,8 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
     if not isinstance(module, COLAModule):
         raise UserError(f"model: ChainOfLoRA needs a COLAModule, got a {type(module).__name__}")
     check_strategy(trainer.strategy)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if schedule.has_knots and isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            raise UserError(
-                f"trainer.callbacks: {type(callback).__name__} cannot be combined with knots. (You can average merged models "
-                "of several runs.)"
-            )
+    if schedule.has_knots:
+        check_no_averaging(trainer)
     ranks, largest = schedule.ranks or [], module.lora_config.rank
     if max(ranks, default=0) > largest:
         raise UserError(f"chain.ranks: must be at most {largest} (model.rank), got {max(ranks)}")

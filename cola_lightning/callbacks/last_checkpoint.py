@@ -61,8 +61,11 @@ class LastCheckpoint(ModelCheckpoint):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         is_alone = trainer.world_size == 1 or isinstance(exception, Interruption)  # else other processes may not get here
-        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-        is_halfway = batches.ready == self._stepping_batch and batches.processed < batches.ready
+        loop = trainer.fit_loop.epoch_loop
+        batches, rates = loop.batch_progress.total, loop.scheduler_progress.total
+        is_in_step = batches.ready == self._stepping_batch and batches.processed < batches.ready  # type: ignore[attr-defined]
+        # Between the two, the weights are those after the step, and the learning rate is not.
+        is_halfway = is_in_step or rates.completed < rates.ready
         is_refused = isinstance(exception, UserError) and trainer.global_step == self._first_step  # nothing was trained
         if self._first_step is None or is_refused or is_halfway or not is_alone:
             return

@@ -146,6 +146,29 @@ def check_same_layers(expected: Collection[str], received: Collection[str]) -> N
         raise UserError(f"model.target_modules: must name the layers of the chain, but {missing} does not adapt {alone[0]!r}")
 
 
+def check_has_layers(layers: Collection[str], received: Collection[str]) -> None:
+    """Refuses a model that does not adapt all layers of a chain; it may adapt more.
+
+    Raises:
+        UserError: naming a layer.
+    """
+    if missing := [name for name in layers if name not in received]:
+        raise UserError(
+            f"model.target_modules: must name the layers of the chain, but this module does not adapt {missing[0]!r}"
+        )
+
+
+def check_same_norms(expected: BaseIdentity, received: BaseIdentity) -> None:
+    """Refuses a base whose weights have other norms than those of a chain, whose base's other values may not be known.
+
+    Raises:
+        UserError: naming a layer.
+    """
+    for name, norm in expected.weight_norms.items():
+        if name in received.weight_norms and abs(received.weight_norms[name] - norm) > 0.01 * norm:
+            raise UserError(f"base: the weight of {name!r} is another one than that of the chain's base {expected.name!r}")
+
+
 # ---------------------------------------------------------------------- its values
 
 

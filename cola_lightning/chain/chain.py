@@ -80,6 +80,17 @@ class Link:
         """The factor in front of a layer's B A, which includes the link's share."""
         return self.own_values.get(name, (self.rank, self.alpha / self.rank))[1] * self.share
 
+    def own_rank(self, name: str) -> int:
+        """The rank of one layer's factors."""
+        return self.own_values.get(name, (self.rank, None))[0]
+
+    def has_usable_factors(self, name: str) -> bool:
+        """Whether one layer's A and B are numbers of one type, of the link's rank in this layer."""
+        (A, B), rank = self.factors[name], self.own_rank(name)
+        if not (A.dim() == B.dim() >= 2 and A.shape[:-2] == B.shape[:-2] and A.shape[-2] == B.shape[-1] == rank):
+            return False
+        return A.dtype == B.dtype and (A.is_floating_point() or A.is_complex())
+
     @property
     def is_record(self) -> bool:
         """Whether its knot only recorded it, so that it adds nothing to a layer: the next link contains it."""
@@ -123,6 +134,12 @@ class Link:
 def is_of_experts(lora_A: Tensor) -> bool:
     """Whether a factor holds one matrix for each expert."""
     return lora_A.dim() > 2
+
+
+def factors_of_sum(links: Sequence[LinkFactors]) -> tuple[Tensor, Tensor]:
+    """Factors of the sum of links: A's rows and the scaled B's columns, link after link."""
+    lora_A = torch.cat([lora_A for lora_A, _, _ in links], dim=-2)
+    return lora_A, torch.cat([lora_B * scaling for _, lora_B, scaling in links], dim=-1)
 
 
 def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,6 +193,15 @@ class Chain:
     def without_records(self) -> "Chain":
         """The chain of its :attr:`updates`, which are numbered anew."""
         return Chain([replace(link, index=index) for index, link in enumerate(self.updates)], self.base)
+
+    def renamed(self, names: Mapping[str, str]) -> "Chain":
+        """The chain for a model whose layers have other names."""
+
+        def rename(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {names.get(name, name): value for name, value in values.items()}
+
+        links = [replace(link, factors=rename(link.factors), own_values=rename(link.own_values)) for link in self.links]
+        return Chain(links, self.base)
 
     def append(self, link: Link) -> None:
         """Adds the next finished link, whose index is the chain's length."""
@@ -275,18 +301,27 @@ class Chain:
         """The chain of a :meth:`describe` and its :meth:`tensors`.
 
         Raises:
-            UserError: for an unknown format version.
-            KeyError, TypeError: if the description does not match the tensors.
+            UserError: for an unknown format version, and for factors that are missing or that no link can have.
+            KeyError, TypeError: if the description does not match the tensors otherwise.
         """
         check_version(description["format_version"], where)
         chain = cls(base=BaseIdentity(**description["base"]))
         for described in description["links"]:
             start = f"{described['index']}."
             values = {name.removeprefix(start): tensor.cpu() for name, tensor in tensors.items() if name.startswith(start)}
-            targets = [name for name in description["targets"] if f"{name}.lora_A" in values]
-            factors = {name: (values.pop(f"{name}.lora_A"), values.pop(f"{name}.lora_B")) for name in targets}
+            pairs = {name: [values.pop(f"{name}.lora_{factor}", None) for factor in "AB"] for name in description["targets"]}
+            factors = {name: (A, B) for name, (A, B) in pairs.items() if A is not None and B is not None}
             extras = {name.removeprefix("extras."): value for name, value in values.items()}
-            chain.links.append(Link(**link_fields(described), factors=factors, extras=extras))
+            link = Link(**link_fields(described), factors=factors, extras=extras)
+            if len(factors) != described["layers"]:
+                without = next((repr(name) for name in pairs if name not in factors), "a layer")
+                raise UserError(f"chain: {where!r} has no factors of {without} in link {link.index}")
+            if wrong := [name for name in factors if not link.has_usable_factors(name)]:
+                rank = link.own_rank(wrong[0])
+                raise UserError(
+                    f"chain: in {where!r}, link {link.index} has factors of {wrong[0]!r} with NaN, or not of rank {rank}"
+                )
+            chain.links.append(link)
         return chain
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:

@@ -9,9 +9,9 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cola_lightning.chain.chain import JSON_NAME, METADATA, OUTSIDE, Chain, Link, link_fields, unpack
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
+from cola_lightning.chain.sources import join, sources_of
 from cola_lightning.errors import UserError, nearest_path
 
 log = logging.getLogger(__name__)
@@ -161,14 +162,15 @@ def _live_link(
         layers: the names of the adapted layers.
         extras: the names of what else the link records.
     """
-    factors = {}
+    factors, link = {}, Link(**fields, factors={})
     for name in layers:
         lora_A, lora_B = (state_dict.get(f"{prefix}model.{name}.lora_{factor}") for factor in "AB")
         if lora_A is not None and lora_B is not None:
-            rank, _ = fields["own_values"].get(name, (fields["rank"], None))
+            rank = link.own_rank(name)
             factors[name] = lora_A[..., :rank, :].contiguous(), lora_B[..., :rank].contiguous()
     names = {name: prefix + (name.removeprefix(OUTSIDE) if name.startswith(OUTSIDE) else f"model.{name}") for name in extras}
-    return Link(**fields, factors=factors, extras={name: state_dict[key] for name, key in names.items() if key in state_dict})
+    extras = {name: state_dict[key] for name, key in names.items() if key in state_dict}
+    return replace(link, factors=factors, extras=extras)
 
 
 @dataclass
@@ -213,41 +215,59 @@ class OpenedCheckpoint:
         return contents
 
 
-def read_chain(path: str | Path, links: int | str | None = None, field: str = "checkpoint") -> Chain:
-    """Reads a chain without its base; see :func:`read_chain_and_facts`."""
-    return read_chain_and_facts(path, links, field)[0]
+def read_chain(
+    source: str | Path | Sequence[str | Path],
+    links: int | str | None = None,
+    field: str = "checkpoint",
+    continues: Collection[str] = (),
+) -> Chain:
+    """Reads a chain without its base; see :func:`read_chain_and_held_out`."""
+    return read_chain_and_held_out(source, links, field, continues)[0]
 
 
-def read_chain_and_facts(
-    path: str | Path, links: int | str | None = None, field: str = "checkpoint"
-) -> tuple[Chain, dict[str, Any]]:
-    """Reads a chain without its base, and the facts of its :class:`StoredState`, if it is in a checkpoint.
+def read_chain_and_held_out(
+    source: str | Path | Sequence[str | Path],
+    links: int | str | None = None,
+    field: str = "checkpoint",
+    continues: Collection[str] = (),
+) -> tuple[Chain, list[dict[str, Any] | None]]:
+    """Reads a chain without its base, and which rows the runs that trained it held out; None among them: unknown.
 
     Args:
-        path: a checkpoint or a run's folder, whose current link becomes the chain's last; a chain folder; or the folder of a
+        source: a checkpoint or a run's folder, whose current link becomes the chain's last; a chain folder; or the folder of a
             PEFT LoRA, which is one link. An adapter of a chain holds the trained modules of its last link alone, so with fewer
-            links they begin as in the base.
+            links they begin as in the base. Several of them, in order, are joined; each may have a name: ``sft=out/sft``.
         links: the number of links, from the first, or the name of the last stage; None: all.
-        field: the path's name in messages.
+        field: the source's name in messages.
+        continues: see :func:`cola_lightning.chain.sources.join`.
 
     Raises:
         UserError: if the path is none of these, or the files are damaged.
     """
-    path, facts = Path(os.path.expanduser(last_checkpoint_of(path))), dict[str, Any]()
+    sources = sources_of(source)
+    chains, held_out = zip(*(_read_one(source.path, field) for source in sources), strict=True)
+    chain = join([*zip(sources, chains, strict=True)], continues, field)
+    return chain if links is None else chain.truncate(links), [run for runs in held_out for run in runs]
+
+
+def _read_one(source: str, field: str) -> tuple[Chain, list[dict[str, Any] | None]]:
+    path = Path(os.path.expanduser(last_checkpoint_of(source)))
+    held_out: list[dict[str, Any] | None] = [None]
     if path.is_file():
         state = OpenedCheckpoint.open(path, field).state
-        chain, facts = state.all_links(), state.facts
+        chain, held_out = state.all_links(), state.facts.get("held_out", held_out)
     elif (path / JSON_NAME).is_file():
         chain = Chain.load(path)
     elif (path / CONFIG_NAME).is_file():
         chain = read_adapter(path)
     else:
         what = "is no run's folder, checkpoint, chain folder or PEFT adapter" if path.is_dir() else "does not exist"
+        inside = sorted(path.glob(f"*/{CONFIG_NAME}"), key=lambda config: config.stat().st_mtime)
+        what += f", but {str(inside[-1].parent)!r} is" if inside else ""
         raise UserError(f"{field}: {str(path)!r} {what}{nearest_path(path)}")
-    chain = chain if links is None else chain.truncate(links)
     if (name := _not_finite(chain)) is not None:
         raise UserError(f"{field}: {str(path)!r} contains NaN or infinite values (in {name!r})")
-    return chain, facts
+    return chain, held_out
 
 
 def _not_finite(chain: Chain) -> str | None:

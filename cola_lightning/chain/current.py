@@ -12,14 +12,14 @@ class CurrentLink:
 
     Args:
         position: returns the epoch and the optimizer step that training has reached; None: nobody counts them.
-        logged: returns the metrics that were logged last, by name; None: nobody logs any.
+        logged: returns the metrics that a fit has logged last, by name; None: nobody logs any.
 
     Attributes:
         rank: of its factors; 0 in a model without links.
         alpha: its update is scaled by ``alpha / rank``.
         start: the position at which it began.
         name: the name of its stage; None: it has none.
-        earlier: its metrics from an earlier run of a Trainer, which clears its own when its next run begins.
+        earlier: its metrics from an earlier fit; a Trainer clears its own when its next run begins.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class CurrentLink:
         now = self.position
         if now.global_step != self.start.global_step:
             self.earlier = {}
-            self.begin_metrics()
+            self.begin_metrics(self._logged())
         self.rank, self.alpha, self.start = rank, alpha, now
 
-    def begin_metrics(self) -> None:
+    def begin_metrics(self, logged: Mapping[str, Tensor]) -> None:
         """Records what was logged before, which is not the link's."""
-        self._of_last_link = dict(self._logged())
+        self._of_last_link = dict(logged)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cola_lightning.chain.base import BaseIdentity
-from cola_lightning.chain.chain import Chain, Link, check_version, damage_refused, is_of_experts, link_fields
+from cola_lightning.chain.chain import Chain, Link, check_version, damage_refused, factors_of_sum, is_of_experts, link_fields
 from cola_lightning.errors import UserError
 from cola_lightning.lora.attention import input_projections, is_windows
 from cola_lightning.lora.config import value_of
@@ -158,16 +158,32 @@ def read_adapter(folder: str | Path) -> Chain:
         UserError: for an adapter of another type, or a damaged one.
     """
     folder = Path(folder)
+    if not (folder / TENSORS_NAME).exists() and (folder / "adapter_model.bin").exists():
+        raise UserError(f"adapter: {str(folder)!r} has a pickle, adapter_model.bin. Load it with peft, and save it again")
     with damage_refused(f"adapter: the LoRA in {str(folder)!r}"):
-        config = {"peft_type": None, **json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))}
+        config = {"peft_type": None, **read_config(folder)}
         for name, value in config.items():
             if value not in ORDINARY[name] if name in ORDINARY else value and name not in HARMLESS:
                 raise UserError(f"adapter: {str(folder)!r} is not an ordinary LoRA: it has {name} {value!r}")
         with safe_open(folder / TENSORS_NAME, "pt") as file:
-            tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+            names = {name: _plain(name) for name in file.keys()}  # noqa: SIM118  # no dict
+            tensors = {name: file.get_tensor(key) for key, name in names.items() if ".original_module." not in name}
             description = json.loads((file.metadata() or {}).get(LINKS_KEY, "null"))
         link = _as_link(tensors, config, str(folder))
         return Chain([link]) if description is None else _split(link, description, str(folder / TENSORS_NAME))
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what PEFT and ``torch.compile`` add to it.
+
+    Source: ``peft.utils.other.ModulesToSaveWrapper``, whose names are stored for resized embeddings (0.21).
+    """
+    return re.sub(r"\.modules_to_save(\.default)?\.", ".", name.replace("_orig_mod.", "").removeprefix(PREFIX))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter."""
+    return dict(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
 
 
 def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> Link:
@@ -195,10 +211,10 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
             layer, lora_B = (
                 (f"{target}.in_proj", lora_B) if name == target else (f"{target}.out_proj", lora_B * out_proj_updates())
             )
-        elif len(lora_A) != _value_of(config, name, "r", "rank_pattern") and (projection := _projection(config, name)):
+        elif len(lora_A) != value_of_layer(config, name, "r", "rank_pattern") and (projection := _projection(config, name)):
             layer = target = projection
-            lora_A, lora_B = experts_from_peft(lora_A, lora_B, _value_of(config, target, "r", "rank_pattern"))
-        alpha, rank = _value_of(config, target, "lora_alpha", "alpha_pattern"), lora_A.shape[-2]
+            lora_A, lora_B = experts_from_peft(lora_A, lora_B, value_of_layer(config, target, "r", "rank_pattern"))
+        alpha, rank = value_of_layer(config, target, "lora_alpha", "alpha_pattern"), lora_A.shape[-2]
         scaled[layer] = lora_A, lora_B * float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
     largest = max(lora_A.shape[-2] for lora_A, _ in scaled.values())
     factors = {name: padded(pair, largest) for name, pair in scaled.items()}
@@ -216,7 +232,7 @@ def _projection(config: dict[str, Any], name: str) -> str | None:
     return {wrapper: projection for projection, wrapper in wrapper_names(experts, wrapped).items()}[name] if wrapped else None
 
 
-def _value_of(config: dict[str, Any], name: str, field: str, pattern: str) -> Any:
+def value_of_layer(config: Mapping[str, Any], name: str, field: str, pattern: str) -> Any:
     """A layer's value of a field that has patterns.
 
     Source: ``peft.LoraConfig`` (8 is the default of ``r`` and ``lora_alpha``).
@@ -238,7 +254,7 @@ def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
         link = Link(**fields, factors={}, extras=whole.extras if fields is described[-1] else {})
         for name, (lora_A, lora_B) in whole.factors.items():
             start = ends[name]
-            end = ends[name] = start + link.own_values.get(name, (link.rank, None))[0]
+            end = ends[name] = start + link.own_rank(name)
             link.factors[name] = lora_A[..., start:end, :].clone(), lora_B[..., start:end] / link.scaling(name)
         chain.append(link)
     return chain
@@ -274,8 +290,7 @@ def concatenate(chain: Chain) -> dict[str, tuple[Tensor, Tensor]]:
     """
     factors = {}
     for name in chain.layers:
-        lora_A = torch.cat([link.factors[name][0] for link in chain.links], dim=-2)
-        lora_B = torch.cat([link.factors[name][1] * link.scaling(name) for link in chain.links], dim=-1)
+        lora_A, lora_B = factors_of_sum(chain.link_factors(name))
         factors[name] = lora_A.float(), lora_B.float()
     return factors
 
@@ -298,6 +313,7 @@ def write_adapter(folder: Path, chain: Chain, base: AdapterBase, factors: Mappin
         tensors |= {name + ending: factor for ending, factor in zip(FACTORS, pair, strict=True)}
     tensors = {f"{PREFIX}{name}": value.clone().contiguous() for name, value in tensors.items()}
     is_whole = config.r == max(map(chain.total_rank, chain.layers))
+    is_whole &= all(len(link.factors) == len(factors) for link in chain.links)  # else the parts are of no known ranks
     description = {LINKS_KEY: json.dumps(chain.describe())} if is_whole else {}
     config.save_pretrained(str(folder))
     save_file(tensors, folder / TENSORS_NAME, {"format": "pt"} | description)

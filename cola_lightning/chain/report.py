@@ -3,6 +3,7 @@
 Source: Roy & Vetterli, "The effective rank" (EUSIPCO 2007), section 2.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cola_lightning.chain.chain import Chain, Link, core_of_product
+from cola_lightning.chain.chain import Chain, Link, core_of_product, factors_of_sum
 from cola_lightning.errors import UserError
+from cola_lightning.lora.layer import LinkFactors
 from cola_lightning.writing import atomic_file
 
 if TYPE_CHECKING:
@@ -143,6 +145,71 @@ def _report_layer(link: Link, name: str, weight_norm: float | None) -> LayerRepo
     norm, largest = float(values.norm()), values.flatten().sort(descending=True).values[:rank]
     mean_rank = statistics.fmean(map(effective_rank, values))
     return LayerReport(norm, norm / weight_norm if weight_norm else None, largest.tolist(), mean_rank)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far the updates of two stages overlap; the numbers are means over the layers that both adapt.
+
+    Attributes:
+        stages: their names.
+        norms: the Frobenius norms of their updates over these layers.
+        angle: the angle between the updates as vectors, in degrees: 0 where they are parallel, 90 where they do not interfere.
+        subspace: the share of the smaller update's columns' space that lies in the other's, from 0 to 1.
+    """
+
+    stages: tuple[str, str]
+    norms: tuple[float, float]
+    angle: float
+    subspace: float
+
+
+def overlaps(chain: Chain) -> list[Overlap]:
+    """The overlap of each two stages of a chain. A stage after a record counts by how it differs from that record."""
+    updates: dict[str, dict[str, list[LinkFactors]]] = {}
+    for before, link in zip([None, *chain.links], chain.links, strict=False):
+        of_stage = updates.setdefault(link.name or "", {})
+        for name, (lora_A, lora_B) in link.factors.items():
+            of_stage.setdefault(name, []).append((lora_A, lora_B, link.whole().scaling(name)))
+            if before is not None and before.is_record and before.name != link.name and name in before.factors:
+                of_stage[name].append((*before.factors[name], -before.whole().scaling(name)))
+    found = []
+    for (first, mine), (second, theirs) in itertools.combinations(updates.items(), 2):
+        if both := [name for name in mine if name in theirs and mine[name][0][0].dim() == 2]:
+            parts = [_overlap(factors_of_sum(mine[name]), factors_of_sum(theirs[name])) for name in both]
+            product, squares_a, squares_b, subspaces = map(math.fsum, zip(*parts, strict=True))
+            norms = math.sqrt(squares_a), math.sqrt(squares_b)
+            cosine = product / (norms[0] * norms[1]) if all(norms) else 0.0
+            angle = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+            found.append(Overlap((first, second), norms, angle, subspaces / len(both)))
+    return found
+
+
+def _overlap(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tuple[float, float, float, float]:
+    """The inner product of two updates, their squared norms, and the share of the smaller one's columns in the other's."""
+    (q, core, p), (other_q, other_core, other_p) = core_of_product(*mine), core_of_product(*theirs)
+    product = float((core * (q.mT @ other_q @ other_core @ (other_p.mT @ p))).sum())
+    bases = [q @ _columns(core), other_q @ _columns(other_core)]
+    smaller = min(base.shape[1] for base in bases)
+    shared = float((bases[0].mT @ bases[1]).square().sum()) / smaller if smaller else 0.0
+    return product, float(core.square().sum()), float(other_core.square().sum()), shared
+
+
+def _columns(core: Tensor) -> Tensor:
+    """An orthonormal basis of a matrix' columns."""
+    u, values, _ = torch.linalg.svd(core, full_matrices=False)
+    columns: Tensor = u[:, values > 1e-9 * values.max()]
+    return columns
+
+
+def overlaps_table(found: Sequence[Overlap]) -> "Table":
+    """The overlaps as a human-readable table."""
+    rows = [
+        {"stages": " and ".join(one.stages), "norms": " and ".join(f"{norm:.3g}" for norm in one.norms)}
+        | {"angle": f"{one.angle:.1f}°", "shared subspace": f"{one.subspace:.2f}"}
+        for one in found
+    ]
+    return metrics_table(rows)
 
 
 def table(reports: Sequence[LinkReport]) -> "Table":

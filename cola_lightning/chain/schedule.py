@@ -1,7 +1,7 @@
-"""When knots are tied, and each link's rank, alpha, trained factors and length.
+"""When knots are tied, and each link's rank, alpha and length.
 
 Everything here is a pure function, of counters (an epoch and a global step: optimizer steps since the start of the run, as
-Lightning counts them), of a metric's values or of a seed. There is no state between calls, so a resumed run makes the same
+Lightning counts them) or of a metric's values. There is no state between calls, so a resumed run makes the same
 decisions.
 """
 
@@ -13,8 +13,7 @@ from typing import Literal, NamedTuple, get_args
 
 from cola_lightning.chain.chain import as_number
 from cola_lightning.errors import UserError
-from cola_lightning.lora.config import Factor, LoRAConfig, TrainedFactors, is_rank
-from cola_lightning.seeding import derive_seed
+from cola_lightning.lora.config import LoRAConfig, is_rank
 
 Mode = Literal["min", "max"]
 Knot = Literal["cola", "half", "record"]
@@ -266,13 +265,12 @@ class UserRule(ChainSchedule):
         return True
 
 
-def merged_share(knot: Knot, share: float | None = None, trained_factors: TrainedFactors = "both") -> float:
+def merged_share(knot: Knot, share: float | None = None) -> float:
     """The share of a link's B A that a knot merges. The rest stays in B, where the next link begins with it.
 
     Args:
         knot: its kind, see :class:`ChainSchedule`.
         share: of ``half``; None: 0.5.
-        trained_factors: of each link.
 
     Raises:
         UserError: for what no knot can do.
@@ -285,8 +283,6 @@ def merged_share(knot: Knot, share: float | None = None, trained_factors: Traine
         raise UserError(f"chain.knot: must be {' or '.join(get_args(Knot))}, got {knot!r}")
     if share is not None and (knot != "half" or not 0 < share <= 1):
         raise UserError(f"chain.share: must be above 0 and at most 1, with chain.knot half, got {share} with {knot}")
-    if knot != "cola" and trained_factors == "random":  # the next link may train the other factor
-        raise UserError(f"chain.knot: {knot} cannot be combined with model.trained_factors random")
     if knot == "half":
         return 0.5 if share is None else share
     return 1.0 if knot == "cola" else 0.0
@@ -319,29 +315,3 @@ def is_plateau(values: Iterable[float], patience: int, min_delta: float = 0.0, m
         is_better = sign * value < best - min_delta  # NaN is no improvement
         best, waited = (sign * value, 0) if is_better else (best, waited + 1)
     return waited >= patience
-
-
-# A rule's name -> the factor that a link does not train, from the run's seed and the link's index; see frozen_factor.
-FROZEN_FACTOR: dict[str, Callable[[int, int], Factor | None]] = {
-    "both": lambda seed, link: None,
-    "B": lambda seed, link: "A",
-    "random": lambda seed, link: "B" if derive_seed(seed, link, "frozen factor") % 2 else "A",
-}
-
-
-def frozen_factor(trained: TrainedFactors, seed: int, link: int) -> Factor | None:
-    """The factor that a link does not train: it is drawn, and the other begins at zero. None if both are trained.
-
-    Args:
-        trained: ``both`` (LoRA, COLA, ReLoRA); ``B``: A stays as drawn; ``random``: a randomly chosen factor.
-        seed: the run's seed.
-        link: the link's index.
-
-    Example:
-        >>> [frozen_factor("random", 0, link) for link in range(5, 11)]
-        ['A', 'B', 'A', 'A', 'B', 'A']
-
-    Source: ``B``: Zhu et al., "Asymmetry in Low-Rank Adapters" (arXiv 2402.16842); ``random``: Malinovsky et al., "Randomized
-        Asymmetric Chain of LoRA" (arXiv 2410.08305), algorithm 1.
-    """
-    return FROZEN_FACTOR[trained](seed, link)

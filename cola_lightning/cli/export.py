@@ -1,12 +1,37 @@
-"""``cola export``: converts a checkpoint to a plain model, a PEFT adapter or a chain folder."""
+"""``cola export``: converts a checkpoint, or adapters and their base, to a plain model, a PEFT adapter or a chain folder."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, add_scale, command_parser, load_module, parse_options
+from cola_lightning.chain.peft import CONFIG_NAME, read_config
+from cola_lightning.chain.sources import sources_of
+from cola_lightning.cli.help import (
+    BASE,
+    SUBCOMMANDS,
+    TRUST,
+    add_scale,
+    add_sources,
+    command_parser,
+    load_module,
+    parse_options,
+    read_sources,
+)
+from cola_lightning.errors import UserError
 from cola_lightning.hub import upload
 
+if TYPE_CHECKING:
+    from cola_lightning.export.model import TrainedModel
+    from cola_lightning.export.options import ExportOptions
+    from cola_lightning.module import COLAModule
+
+SOURCES = "Export this run: type its folder, or a checkpoint in it. Or export what you trained elsewhere onto --base: type the "
+SOURCES += "folders of the adapters in the order of their training. Write NAME=PATH to name one."
+OF_SOURCES = " It is read; --base_folder is written. A run knows its base."
 OUTPUT = "Write the export to this folder. It must not exist, or it must be empty, unless you add --overwrite."
 PUSH_TO_HUB = "Also upload the folder to this model repository of the Hugging Face hub: `owner/name`. A new one is private."
 PUBLIC = "With --push_to_hub, make a new repository public. A repository that exists stays public or private."
@@ -24,12 +49,14 @@ def export(words: Sequence[str]) -> None:
         UserError: for invalid arguments.
         ExportError: if the export does not pass its verification; it is then deleted.
     """
-    from cola_lightning.export.module import export_module
     from cola_lightning.export.options import ExportOptions
+    from cola_lightning.export.streamed import export_onto
     from cola_lightning.module import COLAModule
 
     parser = command_parser("export", SUBCOMMANDS["export"])
-    add_checkpoint(parser, "Export this run: type its folder, or a checkpoint in it.")
+    parser.usage = "cola export PATH [PATH ...] [OPTIONS]"
+    add_sources(parser, "sources", SOURCES)
+    parser.add_argument("--base", metavar="NAME", help=BASE + OF_SOURCES)
     add_scale(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=OUTPUT)
     parser.add_method_arguments(COLAModule, "export", as_group=False, skip={"folder", "verify", "overwrite"})
@@ -42,16 +69,55 @@ def export(words: Sequence[str]) -> None:
     arguments = {name: options[name] for name in ("dtype", "max_rank", "license", "overwrite")}
     arguments["base_folder"] = options.base_folder and Path(options.base_folder).expanduser()
     export_options = ExportOptions(options.output, options.format, verify=not options.no_verify, **arguments)
-    export_options.check(options.checkpoint)
-    opened = OpenedCheckpoint.open(options.checkpoint)
-    state = opened.state
-    chain = state.all_links(options.links).scaled(options.scale or {})
-    if export_options.format == "chain":
-        lines = export_module(None, chain, export_options)
+    sources = [source.path for source in sources_of(options.sources)]
+    for path in [*sources, options.base or ""]:
+        export_options.check(path)
+    if options.base is not None:
+        chain = read_sources(options.sources, options)
+        load = partial(_load, options.base, chain, sources[0])
+        lines = export_onto(options.base, chain, export_options, sources, load)
+    elif len(sources) > 1 or Path(sources[0], CONFIG_NAME).expanduser().is_file():
+        raise UserError("base: adapters do not contain their base. Add --base NAME: a folder, or an id of the hub")
     else:
-        module = load_module(opened, options, "export")
-        lines = export_module(module, chain, export_options, module.adapted, state.facts["prompt_format"], state.facts["data"])
+        lines = _export_run(sources[0], options, export_options)
     print("\n".join(lines))
     print(f"written: {export_options.folder}")
     if options.push_to_hub is not None:
         print(f"uploaded: {upload(export_options.folder, options.push_to_hub, is_public=options.public)}")
+
+
+def _export_run(path: str, options: Any, export_options: "ExportOptions") -> list[str]:
+    """Exports a run, which knows its base; returns the lines to report."""
+    from cola_lightning.export.module import export_chain, export_model
+
+    opened = OpenedCheckpoint.open(path)
+    state = opened.state
+    chain = state.all_links(options.links).scaled(options.scale or {})
+    if export_options.format == "chain":
+        return export_chain(chain, export_options)
+    model = load_module(opened, options, "export").trained_model(state.facts["prompt_format"], state.facts["data"])
+    return export_model(replace(model, chain=chain), export_options)
+
+
+def _load(base: str, chain: Chain, source: str) -> "TrainedModel":
+    """A language model, or a classifier of texts, that begins with a chain.
+
+    Args:
+        base: a folder, or an id of the hub.
+        chain: the chain.
+        source: the first of its sources; an adapter says what its model is for.
+    """
+    from cola_lightning.hf import COLACausalLM, COLASequenceClassifier
+
+    extras = chain[-1].extras if len(chain) else {}
+    name, _, revision = base.partition("@")
+    saved = sorted({name.rpartition(".")[0] for name in extras})
+    arguments: dict[str, Any] = {"revision": revision or None, "target_modules": chain.layers, "modules_to_save": saved}
+    folder = Path(source).expanduser()
+    if (folder / CONFIG_NAME).is_file() and read_config(folder).get("task_type") == "SEQ_CLS":
+        n_labels = next((len(value) for name, value in extras.items() if name.endswith("weight")), 2)
+        module: COLAModule = COLASequenceClassifier(name, num_labels=n_labels, seed=0, **arguments)
+    else:
+        module = COLACausalLM(name, seed=0, **arguments)
+    module.first_chain = chain
+    return replace(module.trained_model({}, {}), chain=chain)

@@ -14,6 +14,7 @@ from cola_lightning.errors import UserError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
+    from cola_lightning.chain.chain import Chain
     from cola_lightning.chain.checkpoint import OpenedCheckpoint
     from cola_lightning.module import COLAModule
 
@@ -29,6 +30,7 @@ SUBCOMMANDS = {
     "inspect": "Shows what each link of a checkpoint or chain did.",
     "configs": "Lists and copies the configs that come with the package.",
     "export": "Writes a plain model, a PEFT adapter or a chain folder.",
+    "verify": "Proves or refutes a merge, which any tool may have made.",
 }
 # What most people set; a value in lower case is the default, of the classes that a run has where none is named.
 MAIN_OPTIONS = {
@@ -99,6 +101,7 @@ EXAMPLES = {
     "inspect": "cola inspect runs/version_0 --plot chain.png",
     "configs": "cola configs quickstart",
     "export": "cola export runs/version_0 --format merged --output merged",
+    "verify": "cola verify merged --base Qwen/Qwen3-0.6B --adapter out/sft out/dpo",
 }
 SHOWN = ("fit", "generate", "export")  # in `cola --help`
 # What `cola test --help` and others show of these options; the options of a fit, and groups of them, that they do not show.
@@ -115,6 +118,8 @@ LINKS += "By default, all links are used."
 SCALE = "Multiply what a stage or a link changes by a factor. Type the stage's name or the link's index: '{dpo: 0.5, 3: 0}'. "
 SCALE += "The first link is 0. The factor 0 leaves a link out. Fully trained modules, such as a new head, are not scaled. "
 SCALE += "Later links were trained on top of earlier ones, so measure a model without a link in the middle before you use it."
+CONTINUES = "These sources are not new adapters: the adapter of the source before went on. Type their names."
+BASE = "The model that the first adapter was trained on: a folder, or an id of the Hugging Face hub."
 TRUST = "Type `true` to run the Python files that come with the model. Do this only for a model that you trust. Default: false."
 DESCRIPTION = "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates."
 
@@ -180,6 +185,27 @@ def command_parser(command: str, description: str) -> "ArgumentParser":
         exit_on_error=False,
         allow_abbrev=False,
     )
+
+
+def add_sources(parser: "ArgumentParser", name: str, kinds: str, **arguments: Any) -> None:
+    """Adds the sources of a command's links, one or several, and which of their links are used.
+
+    Args:
+        parser: the command's.
+        name: the argument's name.
+        kinds: what they may be, for ``--help``.
+        **arguments: for ``add_argument``.
+    """
+    parser.add_argument(name, nargs="+", metavar="PATH", help=kinds, **arguments)
+    parser.add_argument("--links", type=int | str | None, metavar="N", help=LINKS)
+    parser.add_argument("--continues", nargs="+", default=[], metavar="NAME", help=CONTINUES)
+
+
+def read_sources(sources: "Sequence[str]", options: Any, field: str = "checkpoint") -> "Chain":
+    """The chain of a command's sources, as its options ask for it."""
+    from cola_lightning.chain.checkpoint import read_chain
+
+    return read_chain(sources, options.links, field, options.continues).scaled(options.get("scale") or {})
 
 
 def add_checkpoint(parser: "ArgumentParser", kinds: str) -> None:

@@ -14,7 +14,7 @@ from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.data.base import EpochDataModule, check_sizes, from_module
 from cola_lightning.data.chat_encoding import fit_prompt
-from cola_lightning.data.encoding import TOO_LONG, TooLong, n_common, pad_left, room_for_prompt, tokenize, truncate_left
+from cola_lightning.data.encoding import TOO_LONG, TooLong, pad_left, room_for_prompt, tokenize, truncate_left
 from cola_lightning.data.labels import count_classes
 from cola_lightning.data.preprocessing import Size, TokenPreprocessor
 from cola_lightning.data.rows import Row, each, together
@@ -78,7 +78,6 @@ class EncodedExample:
         option_ids: for each option, its tokens.
         prompt_ids: the prompt, with room left for the answer, if an answer is to be generated; else empty. Without an option,
             all other token fields are empty.
-        n_shared: length of the common prefix of all prefixes, without positions at which an option's tokens are predicted.
         n_lost: how many tokens were too many, and are left out.
     """
 
@@ -87,7 +86,6 @@ class EncodedExample:
     prefix_of: list[int]
     option_ids: list[list[int]]
     prompt_ids: list[int]
-    n_shared: int
     n_lost: int = 0
 
     def __len__(self) -> int:
@@ -174,7 +172,7 @@ def encode_examples(
         used = example.right() if is_learned else example
         prompt_ids = truncate_left(prompt, room, tokenizer) if used.is_generated else []
         sequences = [truncate_left(before + ids, room, tokenizer) for before, ids in zip(befores, options, strict=True)]
-        return _with_prefixes(EncodedExample(used, [], [], options, prompt_ids, 0, n_lost), sequences)
+        return _with_prefixes(EncodedExample(used, [], [], options, prompt_ids, n_lost), sequences)
 
     return each(encode, zip(examples, together(tokens, each(texts, examples)), strict=True))
 
@@ -185,10 +183,8 @@ def _with_prefixes(encoded: EncodedExample, sequences: list[list[int]]) -> Encod
         return encoded
     befores = [ids[:-1] for ids in sequences]
     prefixes = [ids for k, ids in enumerate(befores) if ids not in befores[:k]]
-    n_free = min(len(before) - len(ids) for before, ids in zip(befores, encoded.option_ids, strict=True))
-    n_shared = min(n_free, *(n_common(prefixes[0], prefix) for prefix in prefixes))
     prefix_of = [prefixes.index(ids) for ids in befores]
-    return replace(encoded, prefixes=prefixes, prefix_of=prefix_of, n_shared=max(n_shared, 0))
+    return replace(encoded, prefixes=prefixes, prefix_of=prefix_of)
 
 
 # ---------------------------------------------------------------------- batches
@@ -219,9 +215,6 @@ def collate_options(
     if any(row.example.accepted for row in rows):
         right = [row.example.accepted or [row.example.answer] for row in rows]
         batch["accepted"] = torch.tensor([[k in places for k in range(n_options)] for places in right])
-    if len(prefixes) > len(rows):
-        batch["n_sequences"] = torch.tensor([len(row.prefixes) for row in rows])
-        batch["n_shared"] = torch.tensor([row.n_shared for row in rows])
     return batch | {
         "input_ids": pad_left(prefixes, pad),
         "attention_mask": pad_left([[1] * len(prefix) for prefix in prefixes], 0),

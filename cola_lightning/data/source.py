@@ -73,7 +73,7 @@ class SourceDataModule(EpochDataModule):
             training rows. ``null`` uses all of the validation split, or else draws 10 % of the training rows, at most 1,000. 0
             turns validation off.
         test_size: Number or share of test rows, which are drawn in the same way. ``null`` uses all of the test split. If there
-            is none, there are no test rows. ``cola test`` and ``cola validate`` measure the rows that the runs of the model held
+            is none, there are no test rows. ``cola test`` and ``cola validate`` measure the rows that the model's runs held
             out, whatever the sizes. Data that no run was trained on, if it has no test or validation split, is measured on all
             rows. 1.0 takes all rows, except in a fit.
         split_seed: Seed by which rows are drawn.
@@ -265,8 +265,8 @@ class SourceDataModule(EpochDataModule):
         """The rows of a source that a stage needs. This is the rule for each stage, which docs/data.md tells users.
 
         * ``fit``: a named split, or what is drawn from the train split; a file is a train split.
-        * ``test`` and ``validate``: a named split, or the rows that a run on the same data has held out. All rows, if they
-          have no split of their own and no run was trained on them, or their size is 1.0.
+        * ``test`` and ``validate``: their own split, or else the rows that the runs of the model held out. All rows, if no run
+          was trained on them, or their size is 1.0.
         * ``predict``: all rows of a file; else those that ``test`` measures, if ``test_split`` is given; else all rows of the
           test split, of the validation split, or of the train split, whichever there is.
         """
@@ -276,21 +276,21 @@ class SourceDataModule(EpochDataModule):
         own = self._evaluation_split(splits, part) if has_splits else None
         reads = [own, self._evaluation_split(splits, "val")] if has_splits else [*splits.values()]
         read = next(filter(None, reads), functools.partial(self._train_rows, splits))
-        size, records = self.val_size if part == "val" else self.test_size, self.held_out
         if stage == "predict":
             takes_all = not has_splits or self.test_split is None or self.test_size == 0
             parts = {part: read()} if takes_all else self._drawn_parts(splits, [part], stage)
             return {part: rows.lacking_targets() for part, rows in parts.items()}
-        if not (isinstance(size, float) and size == 1):
-            for one in [own] if own else [splits.get(self.train_split), read]:
-                if one is not None and (record := find_record(rows := one(), records)) is not None:
-                    held_out = rows.at(getattr(record, part))
-                    self._log(f"{rows.place}: {len(held_out)} rows for {PURPOSES[part]}, as the fit held them out")
-                    return {part: held_out}
-            if own is not None or not records or None in records:
-                return self._drawn_parts(splits, [part], stage)
-            self._log(f"{source.source}: not the data of ckpt_path's fit, so all rows are used for {PURPOSES[part]}")
-        return {part: read()} if own is None else self._drawn_parts(splits, [part], stage)
+        size = self.val_size if part == "val" else self.test_size
+        takes_all = own is None and isinstance(size, float) and size == 1
+        if own is None and not takes_all:
+            rows = splits.get(self.train_split, read)()
+            if (record := find_record(rows, self.held_out)) is not None:
+                held_out = rows.at(getattr(record, part))
+                self._log(f"{rows.place}: {len(held_out)} rows for {PURPOSES[part]}, as the fit held them out")
+                return {part: held_out}
+            if takes_all := bool(self.held_out) and None not in self.held_out:
+                self._log(f"{source.source}: no run of the model used it, so all rows are used for {PURPOSES[part]}")
+        return {part: read()} if takes_all else self._drawn_parts(splits, [part], stage)
 
     def _drawn_parts(self, splits: Splits, names: Sequence[str], stage: str) -> dict[str, Rows]:
         parts, drawn = dict[str, Rows](), {"train": self.train_size}
@@ -365,14 +365,6 @@ class SourceDataModule(EpochDataModule):
     @override
     def prompt_format(self) -> dict[str, Any]:
         return dict(self.preprocessor.prompt_format) if self.preprocessor else {}
-
-    @override
-    def train_dataloader(self) -> EpochLoader:
-        if any(run not in self.held_out for run in self._held_out_at_setup):
-            raise UserError(
-                "data: the run that is resumed has held out other rows of data.source. Use its data.split_seed and sizes"
-            )
-        return super().train_dataloader()
 
     @override
     def val_dataloader(self) -> Any:

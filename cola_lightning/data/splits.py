@@ -29,6 +29,7 @@ COMPRESSIONS = (".gz", ".zst")
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # in a folder of DatasetDict.save_to_disk, or of Dataset.save_to_disk
 SHARD = re.compile(r"-\d+-of-\d+$")  # the end of the name of a file that has a part of a split
 SPLIT = re.compile("train|val|dev|eval|test")  # in a file's name, which then says its split
+FILES_READ = 100  # at most, of a folder of pictures: all of them may be many gigabytes
 WORTH_A_BAR_BYTES = 10**8  # of files, whose preparation takes seconds
 
 
@@ -89,15 +90,15 @@ def load_splits(
         data = {"train": data}
     return {
         split: functools.partial(
-            *(Rows, rows, f"{source}, {split}"),
-            functools.partial(_contents_of_saved, rows) if path.is_dir() else contents_on_hub(source, subset, split, "whole"),
+            Rows,
+            rows,
+            f"{source}, {split}",
+            functools.partial(hashes_of, [Path(file["filename"]) for file in rows.cache_files])
+            if path.is_dir()
+            else contents_on_hub(source, subset, split, "whole"),
         )
         for split, rows in data.items()
     }
-
-
-def _contents_of_saved(data: Any) -> list[str]:
-    return hashes_of([Path(file["filename"]) for file in data.cache_files])
 
 
 def contents_on_hub(source: str, subset: str | None, split: str, how: str) -> Callable[[], list[str]]:
@@ -137,9 +138,11 @@ def files_identity(source: str) -> dict[str, Any]:
 
 
 def folder_hash(folder: Path) -> str:
-    """A hash of the names and sizes of the files in a folder."""
-    known = [(str(file.relative_to(folder)), file.stat().st_size) for file in paths_inside(folder) if file.is_file()]
-    return hashlib.sha256(repr(known).encode()).hexdigest()
+    """A hash of the names and sizes of the files in a folder, and of what is in some of them."""
+    files = [file for file in paths_inside(folder) if file.is_file()]
+    known = [(str(file.relative_to(folder)), file.stat().st_size) for file in files]
+    some = [_hash_of(file) for file in files[:: len(files) // FILES_READ + 1]]
+    return hashlib.sha256(repr([known, some]).encode()).hexdigest()
 
 
 def hashes_of(files: Sequence[Path]) -> list[str]:

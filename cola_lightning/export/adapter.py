@@ -4,42 +4,37 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain.chain import Chain, core_of_product
+from cola_lightning.chain.chain import core_of_product
 from cola_lightning.chain.peft import AdapterBase, concatenate, write_adapter
 from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
+from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.options import ExportOptions
 from cola_lightning.export.verify import digest, loading_again, reference_logits
 from cola_lightning.lora.inject import is_in_matching_modules
 from cola_lightning.lora.layer import is_quantized
 from cola_lightning.lora.quantization import dequantize
 from cola_lightning.merge import cast_floats, free
+from cola_lightning.pretrained import TransformersBase
 from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.writing import atomic_folder
-
-if TYPE_CHECKING:
-    from cola_lightning.hf.named_base import TransformersBase
-    from cola_lightning.module.module import COLAModule
 
 FUSED_OFF = "torch.backends.mha.set_fastpath_enabled(False)"
 
 
-def export_adapter(module: "COLAModule", adapted: AdaptedModel, chain: Chain, options: ExportOptions, card: Card) -> list[str]:
+def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
     """Writes a chain as one ordinary PEFT LoRA.
 
     Args:
-        module: the exported module.
-        adapted: its adapted model, which is upcast in place.
-        chain: the chain, the current link included.
+        model: the model, which is used up.
         options: the folder, the rank, and whether to compare.
-        card: the model card.
 
     Returns:
         Lines to report: the errors of recompression, the rank, the base, and the comparison.
@@ -50,18 +45,18 @@ def export_adapter(module: "COLAModule", adapted: AdaptedModel, chain: Chain, op
     """
     from peft import PeftModel
 
-    named_base = module.named_base
+    adapted, named_base = model.adapted, model.named_base
     if options.base_folder is None and named_base is not None and not named_base.is_found_by_name:
-        raise UserError(f"base_folder must be given: peft cannot load {module.base_name!r} by its name, only from a folder")
-    dtype = adapted.cast_dtype
+        raise UserError(f"base_folder must be given: peft cannot load {model.base_name!r} by its name, only from a folder")
+    dtype, is_stacked = adapted.cast_dtype, not adapted.merges
     adapted.upcast()  # so that the base without links is the one that was trained on
-    reference = reference_logits(adapted.model, module.example_input_array) if options.verify else None
+    reference = reference_logits(adapted.model, model.example) if options.verify else None
     if named_base is not None:
-        base, code = _load_base(named_base, adapted, options.base_folder, dtype, card.tokenizer)
+        base, code = _load_base(named_base, adapted, options.base_folder, dtype, model.tokenizer, is_stacked=is_stacked)
     else:
-        model, code = adapted.merged_model(0, in_place=True), "module.merged_model(0)"
-        base = AdapterBase(model, module.base_name, adapted.config.modules_to_save)
-    chain, lines = chain.without_records(), list[str]()
+        plain, code = adapted.merged_model(0, in_place=True, is_rounded=True), "module.merged_model(0)"
+        base = AdapterBase(plain, model.base_name, adapted.config.modules_to_save)
+    chain, lines = model.chain.without_records(), list[str]()
     factors = concatenate(chain)
     total = max(lora_A.shape[-2] for lora_A, _ in factors.values())
     rank = min(total, options.max_rank or total)
@@ -71,6 +66,11 @@ def export_adapter(module: "COLAModule", adapted: AdaptedModel, chain: Chain, op
             factors[name] = lora_A, lora_B
             lines.append(f"{name}: relative error {error:.3g}")
     lines += [f"one adapter of rank {rank}", f"its base: {code}"]
+    if dtype.itemsize < 4 and not is_stacked and options.base_folder is None:
+        half = str(dtype).removeprefix("torch.")
+        lines.append(f"in training, this base was rounded to {half}, except the adapted layers; base_folder writes it so")
+    if reference is not None:
+        reference.round_buffers(base.model)
     with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
         write_adapter(partial, chain, base, factors)
         if (labels := chain.base.labels) is not None:  # no config.json: transformers would take the folder for a whole model
@@ -80,7 +80,7 @@ def export_adapter(module: "COLAModule", adapted: AdaptedModel, chain: Chain, op
         if any(isinstance(part, nn.TransformerEncoderLayer) for part in base.model.modules()):
             lines.append(f"before it is used: {FUSED_OFF}, because torch's fused encoder layers ignore PEFT's adapters")
             loading = f"{loading}\n\nimport torch\n\n{FUSED_OFF}  # torch's fused encoder layers ignore PEFT's adapters"
-        card.write(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
+        Card(model, options.license).write(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
         if reference is None:
             return [*lines, "not compared" + (", because no input is known" if options.verify else "")]
         with loading_again():
@@ -96,7 +96,13 @@ def export_adapter(module: "COLAModule", adapted: AdaptedModel, chain: Chain, op
 
 
 def _load_base(
-    named_base: "TransformersBase", adapted: AdaptedModel, folder: Path | None, dtype: torch.dtype, tokenizer: Any
+    named_base: TransformersBase,
+    adapted: AdaptedModel,
+    folder: Path | None,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    *,
+    is_stacked: bool,
 ) -> tuple[AdapterBase, str]:
     """Loads the base as a user of the adapter does: by its name, or from a folder, to which it is written first.
 
@@ -109,6 +115,7 @@ def _load_base(
         folder: a folder for the base; None: PEFT finds it by its name.
         dtype: the dtype to which a precision cast the base.
         tokenizer: the module's, which is written to the folder too.
+        is_stacked: whether the precision cast the adapted layers too.
 
     Returns:
         The base, and the code that loads it.
@@ -117,7 +124,7 @@ def _load_base(
         UserError: if values differ.
     """
     quantized = [f"{name}.weight" for name, part in adapted.model.named_modules() if is_quantized(part)]
-    base = adapted.merged_model(0, in_place=True)
+    base = adapted.merged_model(0, in_place=True, is_rounded=True)
     modules_to_save = list(adapted.config.modules_to_save)
     new_modules = named_base.new_modules(base, named_base.new_weights)
     not_in_files = [*modules_to_save, *new_modules, *(quantized if folder else ())]
@@ -140,7 +147,7 @@ def _load_base(
             f"format: peft cannot be used. The adapter would name {named_base.model_name!r} as its base, but {different[0]!r} "
             "of the base that was trained on differs from it. Use merged"
         )
-    half = str(dtype).removeprefix("torch.") if dtype.itemsize < 4 else None
+    half = str(dtype).removeprefix("torch.") if dtype.itemsize < 4 and is_stacked else None
     code = named_base.loading_code(half or named_base.dtype, is_quantized=bool(quantized))
     return named_base.adapter_base(loaded, modules_to_save), code
 

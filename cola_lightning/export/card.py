@@ -4,19 +4,15 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from cola_lightning import __version__
-from cola_lightning.chain import Chain
 from cola_lightning.chat_template import n_appended
 from cola_lightning.constants import MAX_NEW_TOKENS
 from cola_lightning.decoding import Decoding
+from cola_lightning.export.model import TrainedModel
 from cola_lightning.hub import is_repo_id
-
-if TYPE_CHECKING:
-    from cola_lightning.module.module import COLAModule
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).parent / "card.md"  # for Jinja
@@ -28,20 +24,12 @@ class Card:
     """The model card of an export.
 
     Args:
-        module: the exported module.
-        chain: the exported links.
-        tokenizer: the module's, or its image processor, which is written too; None: it has none.
+        model: the exported model, whose tokenizer is written too.
         license: the hub's identifier, such as ``apache-2.0``; None: not stated.
-        prompt_format: how the model was prompted (``EpochDataModule.prompt_format``); empty: it was not.
-        data: which data it was trained on (``EpochDataModule.identity``).
     """
 
-    module: "COLAModule"
-    chain: Chain
-    tokenizer: Any
-    license: str | None
-    prompt_format: dict[str, Any]
-    data: dict[str, Any]
+    model: TrainedModel
+    license: str | None = None
 
     def write(self, folder: Path, kind: str, loading: str) -> None:
         """Writes the card and the tokenizer.
@@ -53,12 +41,11 @@ class Card:
         """
         from huggingface_hub import ModelCard, ModelCardData
 
-        if hasattr(self.tokenizer, "save_pretrained"):
-            self.tokenizer.save_pretrained(folder)
-        named_base = self.module.named_base
-        base = self.module.base_name if named_base is None else named_base.model_name
-        arguments = self.module.constructor_arguments | {"data": self.data}
-        arguments = {name: arguments[name] for name in ("class_path", "init_args", "data") if arguments[name]}
+        model, named_base, tokenizer = self.model, self.model.named_base, self.model.tokenizer
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(folder)
+        base = model.base_name if named_base is None else named_base.model_name
+        arguments = {name: value for name, value in {**model.arguments, "data": model.data}.items() if value}
         data = ModelCardData(
             base_model=base if named_base is not None and is_repo_id(base) and not os.path.isdir(base) else None,
             library_name="peft" if kind.startswith("PEFT") else "transformers",
@@ -72,12 +59,12 @@ class Card:
             kind=kind,
             version=__version__,
             loading=loading,
-            prompt_format={"chat_template_kwargs": {}} | self.prompt_format,
-            n_appended=n_appended(self.tokenizer) if self.prompt_format else 0,
-            max_new_tokens=MAX_NEW_TOKENS if self.prompt_format.get("kind") == "answer" else Decoding.max_new_tokens,
+            prompt_format={"chat_template_kwargs": {}, **model.prompt_format},
+            n_appended=n_appended(tokenizer) if model.prompt_format else 0,
+            max_new_tokens=MAX_NEW_TOKENS if model.prompt_format.get("kind") == "answer" else Decoding.max_new_tokens,
             dumps=lambda value: json.dumps(value, ensure_ascii=False),
-            links=self.chain.links,
-            metrics=list(dict.fromkeys(name for link in self.chain.links for name in link.metrics)),
+            links=model.chain.links,
+            metrics=list(dict.fromkeys(name for link in model.chain.links for name in link.metrics)),
             arguments=yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True).strip(),
         )
         card.save(folder / CARD_NAME)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -38,10 +38,35 @@ def loading_again() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ReferenceLogits:
-    """Inputs for a model, and the expected logits."""
+    """Inputs for a model, and the expected logits.
+
+    Attributes:
+        inputs: the model's inputs.
+        logits: its logits for them.
+        buffers: its buffers that no file holds, such as the scale of Gemma's embeddings, by name.
+    """
 
     inputs: Mapping[str, Any] | tuple[Any, ...]
     logits: Tensor
+    buffers: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Self:
+        """A model's logits for these inputs."""
+        stored = model.state_dict().keys()
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name not in stored}
+        return cls(inputs, first_output(model, inputs), buffers)
+
+    def round_buffers(self, model: nn.Module) -> None:
+        """Rounds the buffers of a model that was loaded in float32 where half precision has rounded the module's.
+
+        No file holds them, so only their rounding may differ: the comparison is of what the file holds.
+        """
+        for name, buffer in model.named_buffers():
+            mine = self.buffers.get(name)
+            roundings = (buffer.to(half).to(buffer.dtype) for half in (torch.bfloat16, torch.float16))
+            if mine is not None and any(torch.equal(rounded, mine.to(buffer.dtype)) for rounded in roundings):
+                buffer.copy_(mine)
 
     def compare(self, model: nn.Module, loaded: str, *, is_same: bool = True) -> str:
         """Reports how far the logits of an export, loaded again, are from the expected ones.
@@ -82,14 +107,14 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
     """
     if example is not None:
         inputs: Any = example if isinstance(example, Mapping | tuple) else (example,)
-        return ReferenceLogits(inputs, first_output(model, inputs))
+        return ReferenceLogits.of(model, inputs)
     parameters = inspect.signature(model.forward).parameters
     if not {"input_ids", "pixel_values"} & parameters.keys():
         return None
     try:
         if "input_ids" not in parameters:
             inputs = _random_pictures(model.config)
-            return ReferenceLogits(inputs, first_output(model, inputs))
+            return ReferenceLogits.of(model, inputs)
         config = model.config.get_text_config()
         row = torch.randint(config.vocab_size, (12,), generator=torch.Generator().manual_seed(0))
         ids = torch.stack([row, row.flip(0)])
@@ -97,7 +122,7 @@ def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:
         if end in range(config.vocab_size):
             ids = torch.cat([ids, torch.full((2, 1), end)], dim=1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return ReferenceLogits(inputs, first_output(model, inputs))
+        return ReferenceLogits.of(model, inputs)
     except Exception as error:  # an encoder-decoder, a model of texts and images, a configuration that is not transformers'
         what = f"{type(model).__name__} does not take tokens alone ({one_line(repr(error))})"
         log.warning("no logits are compared: %s. Set example_input_array of the module to compare those of other inputs", what)

@@ -26,7 +26,6 @@ from cola_lightning.hf.logits import (
     has_router_loss,
     logits_and_router_loss,
     logits_by_length,
-    shared_logits,
     split_by_length,
     takes_mask_of_pairs,
 )
@@ -206,8 +205,7 @@ class COLACausalLM(TransformersModule):
             batch: ``input_ids`` and ``attention_mask`` (sequences x length, padded on the left): the tokens before each
                 option's last one, once for all options that share them; ``option_rows`` (rows x options): the index of each
                 option's sequence; ``option_ids`` (rows x options x tokens, -100 before an option's first token): the option's
-                tokens. Where options of several tokens share a prompt, ``n_sequences`` and ``n_shared`` (rows), see
-                :func:`~cola_lightning.hf.logits.shared_logits`: without gradients the prompt is then computed once.
+                tokens.
 
         Shape:
             result: rows x options, in float32; -inf where a row has fewer options.
@@ -221,8 +219,6 @@ class COLACausalLM(TransformersModule):
         router_loss: Tensor | float = 0.0
         if not self._may_split:
             logits, router_loss = logits_and_router_loss(self.model, batch, n_positions)
-        elif "n_shared" in batch and not torch.is_grad_enabled() and self._takes_mask_of_pairs:
-            logits = shared_logits(self.model, batch, n_positions, arrays)
         else:
             logits = logits_by_length(self.model, batch, n_positions, arrays)
         return _mean_log_probabilities(logits, batch), router_loss

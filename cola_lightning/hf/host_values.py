@@ -11,7 +11,7 @@ Batch = Mapping[str, Any]
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]  # a batch's values on the host
 
-SHAPE_FIELDS = {"attention_mask", "labels", "n_sequences", "n_shared"}  # the fields whose values decide on the shapes of a step
+SHAPE_FIELDS = {"attention_mask", "labels"}  # the fields whose values decide on the shapes of a step
 
 
 class HostValues:

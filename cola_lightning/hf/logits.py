@@ -16,9 +16,6 @@ from cola_lightning.hf.host_values import Arrays, Batch, to_device
 
 log = logging.getLogger(__name__)
 
-# Options share their prompt where that leaves less than half of the tokens to be computed: attention is over all of them.
-WORTH_SHARING = 2
-
 # The cost of one more forward pass, in tokens. On a CPU it reads the weights once more: 14 to 20 per thread were measured (135
 # million parameters, 1 and 2 threads). Elsewhere, not measured, as many as keep a GPU busy.
 PASS_COST_PER_THREAD = 16
@@ -197,44 +194,11 @@ def logits_by_length(model: nn.Module, batch: Batch, n_positions: int, arrays: A
     if len(logits) == 1:
         return logits[0]
     order = torch.tensor(list(itertools.chain(*rows))).argsort()
-    return _concatenate(logits, n_positions)[to_device(order, logits[0].device)]
-
-
-def _concatenate(parts: list[Tensor], n_positions: int) -> Tensor:
-    return torch.cat([F.pad(part, (0, 0, n_positions - part.shape[1], 0)) for part in parts])  # a part's rows may be shorter
+    padded = [F.pad(part, (0, 0, n_positions - part.shape[1], 0)) for part in logits]  # a part's rows may be shorter
+    return torch.cat(padded)[to_device(order, logits[0].device)]
 
 
 # ---------------------------------------------------------------------- sequences in one row
-
-
-def shared_logits(model: nn.Module, batch: Batch, n_positions: int, arrays: Arrays) -> Tensor:
-    """The logits at the last positions of an option batch's sequences, with each row's shared prefix computed once.
-
-    Args:
-        model: a Hugging Face model that :func:`takes_mask_of_pairs`.
-        batch: ``input_ids`` and ``attention_mask`` (sequences x length, padded on the left), row by row;
-            ``n_sequences`` and ``n_shared`` (rows): the number of a row's sequences, and of the tokens in their shared prefix,
-            without those at the requested positions.
-        n_positions: number of positions at the end.
-        arrays: the mask and the numbers on the host.
-
-    Shape:
-        result: sequences x positions x vocabulary, in float32.
-    """
-    logits: list[Tensor] = []
-    first, all_lengths = 0, arrays["attention_mask"].sum(1).tolist()
-    for n_sequences, n_shared in zip(arrays["n_sequences"].tolist(), arrays["n_shared"].tolist(), strict=True):
-        ids, mask = (batch[name][first : first + n_sequences] for name in ("input_ids", "attention_mask"))
-        lengths = all_lengths[first : first + n_sequences]
-        first += n_sequences
-        longest = max(lengths)
-        if n_sequences * longest < WORTH_SHARING * (n_shared + sum(lengths) - n_sequences * n_shared):
-            padded = {"input_ids": ids[:, -longest:], "attention_mask": mask[:, -longest:]}
-            logits.append(logits_at(model, padded, n_positions))
-        else:
-            sequences = [row[-length:] for row, length in zip(ids, lengths, strict=True)]
-            logits.append(_logits_in_one_row(model, sequences, n_shared, n_positions))
-    return _concatenate(logits, n_positions)
 
 
 def _logits_in_one_row(model: nn.Module, sequences: Sequence[Tensor], n_shared: int, n_positions: int) -> Tensor:

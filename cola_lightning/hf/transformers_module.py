@@ -18,12 +18,11 @@ from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
 from cola_lightning.hf.host_values import HostValues
 from cola_lightning.hf.metrics import Accuracy, Mean
-from cola_lightning.hf.named_base import TransformersBase
-from cola_lightning.hf.pretrained import Pretrained
 from cola_lightning.lora.inject import is_in_matching_modules
 from cola_lightning.lora.quantization import Quantization, quantize
 from cola_lightning.module.module import COLAModule
 from cola_lightning.module.progress import trainer_of
+from cola_lightning.pretrained import Pretrained, TransformersBase
 
 log = logging.getLogger(__name__)
 
@@ -263,24 +262,12 @@ class TransformersModule(COLAModule, ABC):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         output = self.step(batch)
-        trainer = trainer_of(self)
         for name, values in output.logged.items():
             self.log(name, values.mean(), batch_size=output.size)
-        if trainer is None:  # without one, a window has no end
+        if trainer_of(self) is None:  # without one, a window has no end
             self.log("train_loss", output.loss, batch_size=output.size, prog_bar=True)
             return output.loss
-        if trainer.loggers:
-            self.step_loss.n_tokens += self._n_tokens(batch)
         return self.step_loss.weigh(output.loss, output.size if self.loss_average == "step" else None)
-
-    def _n_tokens(self, batch: Any) -> int:
-        """How many tokens a batch has, without padding; 0 if that is not known."""
-        named = batch if isinstance(batch, Mapping) else {}
-        mask, ids, options = (named.get(name) for name in ("attention_mask", "input_ids", "option_ids"))
-        n_tokens = 0 if ids is None else ids.numel()
-        if mask is not None and mask.dim() == 2:
-            n_tokens = int(self.host_values.get(mask).numpy().sum())
-        return n_tokens + (0 if options is None else int((self.host_values.get(options).numpy() >= 0).sum()))
 
     @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from cola_lightning.errors import UserError
 
-Init = Literal["kaiming", "gaussian"]  # how the factor that does not begin at zero is drawn
+Init = Literal["kaiming", "gaussian"]  # how A is drawn
 FinishedLinks = Literal["auto", "merge", "stack"]
 Scaling = Literal["lora", "rslora"]
-Factor = Literal["A", "B"]
-TrainedFactors = Literal["both", "B", "random"]
 
 
 def kaiming_(rows: Tensor, generator: torch.Generator | None) -> None:
@@ -79,9 +77,6 @@ class LoRAConfig:
             LoRA).
         dropout: Probability with which training drops an input of A.
         init: How A is initialised: ``kaiming`` (uniform, a = sqrt(5), PEFT's default) or ``gaussian`` (std 1 / rank).
-        trained_factors: ``both`` trains A and B of each link. ``B`` leaves A at its random initial values (asymmetric LoRA).
-            ``random`` trains one of the two, chosen at random for each link, and leaves the other at its initial values
-            (RAC-LoRA).
         modules_to_save: Modules that are trained completely, such as a new head: a list of names or dotted name endings. Layers
             in them get no links.
         finished_links: ``merge`` adds a finished link to the frozen weights, which are stored in float32 for that. ``stack``
@@ -110,7 +105,6 @@ class LoRAConfig:
     scaling: Scaling = "lora"
     dropout: float = 0.0
     init: Init = "kaiming"
-    trained_factors: TrainedFactors = "both"
     modules_to_save: Sequence[str] = ()
     finished_links: FinishedLinks = "auto"
 

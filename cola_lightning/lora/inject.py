@@ -27,7 +27,7 @@ from cola_lightning.lora.attention import (
 )
 from cola_lightning.lora.config import LoRAConfig, is_matched
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, open_experts
-from cola_lightning.lora.layer import LoRALayer, cast_, is_quantized, lora_layers
+from cola_lightning.lora.layer import LoRALayer, is_quantized, lora_layers
 from cola_lightning.lora.layer_types import LoRAConv1d, LoRAConv2d, LoRALinear
 from cola_lightning.lora.quantization import dequantize_, keep_layout
 
@@ -150,7 +150,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     if config.target_modules is None:
         return []
     if lora_layers(model):  # whose links a second call would freeze
-        raise UserError("model: it already has LoRA layers. Name all targets in one call, or call strip_lora first")
+        raise UserError("model: it already has LoRA layers. Name all targets in one call")
     if config.experts or config.target_modules != ALL_LINEAR:
         open_experts(model)
     open_attention(model)
@@ -187,31 +187,6 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
     for name in saved:
         model.get_submodule(name).requires_grad_()
     return names
-
-
-def strip_lora(model: nn.Module) -> None:
-    """Makes the LoRA layers plain ones again, in place, with their other attributes and the same ``Parameter`` objects.
-
-    The model's function stays: each current link, and each stack, is first added to its weight, in float32, rounded once. A
-    4-bit weight that has links is de-quantised for that, into a new parameter.
-
-    Args:
-        model: an adapted model.
-    """
-    for layer in lora_layers(model).values():
-        stack, is_upcast = layer.stack, layer.stack is None and layer.source_dtype.endswith("16")
-        dtype = getattr(torch, layer.source_dtype) if is_upcast else layer.dtype
-        if layer.has_begun or (stack is not None and stack.rank):
-            begin_merging(layer, torch.promote_types(layer.dtype, torch.float32))
-            if stack is not None:
-                lora_A, lora_B = (factor.to(layer.weight.dtype) for factor in stack.factors)
-                layer.add_finished_link(lora_A, lora_B, 1.0)
-            layer.finish()
-        layer.strip_()
-        for parameter in layer.parameters(recurse=False):
-            if parameter.is_floating_point():
-                cast_(parameter, dtype)
-    restore_(model)
 
 
 def begin_merging(layer: LoRALayer, wide: torch.dtype) -> None:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from cola_lightning import layout
-from cola_lightning.lora.config import DRAWS, Factor, LoRAConfig, value_of
+from cola_lightning.lora.config import DRAWS, LoRAConfig, value_of
 from cola_lightning.lora.stack import Stack
 from cola_lightning.seeding import derive_seed
 
@@ -87,9 +87,8 @@ class LoRALayer(nn.Module):
     ``matrix_sizes``, ``project_down``, ``project_up`` and ``update``; :func:`~cola_lightning.register_lora_layer` registers it.
 
     Attributes:
-        lora_A: max_rank x in (of experts: experts x max_rank x in), the factor that is drawn at random, except by
-            rules that draw the other.
-        lora_B: out x max_rank (experts x out x max_rank), the factor that then starts at zero.
+        lora_A: max_rank x in (of experts: experts x max_rank x in), the factor that is drawn at random.
+        lora_B: out x max_rank (experts x out x max_rank), the factor that starts at zero.
         rank: rank of the current link; the rows of A and columns of B beyond it are zero and unused.
         alpha: the update is scaled by ``alpha / rank``.
         lora_config: what the model's links are like.
@@ -327,23 +326,26 @@ class LoRALayer(nn.Module):
             stack.push(*link)
         return stack
 
-    def reset(self, generator: torch.Generator | None = None, drawn: Factor = "A") -> None:
+    def reset(self, generator: torch.Generator | None = None) -> None:
         """Begins a new link of the present rank in place: draws A, zeroes B, drops their gradients.
 
         A is drawn on the CPU in fp32 and then copied, so the same generator gives the same A on any device and in any dtype.
 
         Args:
             generator: for drawing A; None means torch's global generator.
-            drawn: the factor that is drawn; the other is zero. B is drawn as the A of the transposed layer would be.
         """
-        *matrices, n_values = self.lora_A[..., 0, :].shape if drawn == "A" else self.lora_B[..., 0].shape
-        rows = torch.zeros(*matrices, self.rank, n_values, dtype=torch.float32, device="cpu")
+        *matrices, _, n_in = self.lora_A.shape
+        rows = torch.zeros(*matrices, self.rank, n_in, dtype=torch.float32, device="cpu")
         DRAWS[self.lora_config.init](rows, generator)
-        full = F.pad(rows, (0, 0, 0, self.max_rank - self.rank))
-        lora_A, lora_B = (full, torch.zeros_like(self.lora_B)) if drawn == "A" else (torch.zeros_like(self.lora_A), full.mT)
-        layout.copy_(self.lora_A, lora_A)
-        layout.copy_(self.lora_B, lora_B)
+        layout.copy_(self.lora_A, F.pad(rows, (0, 0, 0, self.max_rank - self.rank)))
+        layout.copy_(self.lora_B, torch.zeros_like(self.lora_B))
         self.lora_A.grad = self.lora_B.grad = None
+
+    @property
+    def wide_parameters(self) -> list[Tensor]:
+        """Those that no cast narrows below float32: A and B, a weight that links are merged into, and its bias."""
+        merged_into = (self.weight, self.bias) if self.stack is None else ()
+        return [parameter for parameter in (self.lora_A, self.lora_B, *merged_into) if parameter is not None]
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -352,9 +354,7 @@ class LoRALayer(nn.Module):
         Rounding to half precision would lose most of a merged link (an update of 1e-3 of the weight's norm is 78 % lost in
         bf16), and a cast back after Lightning's own would come too late for values that were just loaded.
         """
-        merged_into = (self.weight, self.bias) if self.stack is None else ()
-        wide = [parameter for parameter in (self.lora_A, self.lora_B, *merged_into) if parameter is not None]
-        wide_ids = {id(tensor) for parameter in wide for tensor in (parameter, parameter.grad)}
+        wide_ids = {id(tensor) for parameter in self.wide_parameters for tensor in (parameter, parameter.grad)}
 
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -415,14 +415,12 @@ def own_values(layers: Mapping[str, LoRALayer], rank: int, alpha: float) -> dict
     return {name: value for name, value in values.items() if value != (rank, alpha / rank)}
 
 
-def initialize_link(
-    layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float, drawn: Factor = "A"
-) -> None:
-    """Initialises a link in every layer: A drawn from (seed, link, layer name), B zero, or the other way round.
+def initialize_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float) -> None:
+    """Initialises a link in every layer: A drawn from (seed, link, layer name), B zero.
 
     The draw depends on nothing else: not on the global generator, the device, or the number of processes.
     """
     for name, layer in layers.items():
         generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
         layer.rank, layer.alpha = layer.rank_and_alpha(rank, alpha)
-        layer.reset(generator, drawn)
+        layer.reset(generator)

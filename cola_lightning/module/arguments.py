@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 # Neither written to a checkpoint nor taken from one: arguments of the training, of which inference needs none, and those by
 # which another person's file could have code executed.
-NOT_RECORDED = {"optimizer", "init_chain", "init_links", "init_knot", "compile", "activation_checkpointing"}
+NOT_RECORDED = {"optimizer", "init_chain", "init_links", "init_knot", "init_continues", "compile", "activation_checkpointing"}
 NOT_RECORDED |= {"trust_remote_code", "attn_implementation"}  # attn_implementation may name a kernel of the hub
 
 # Names of arguments that no file may hold. (``pad_token``, ``max_new_tokens`` and such are no secrets.)

@@ -24,11 +24,10 @@ from cola_lightning.console import is_logging_configured, log_on_console
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
-from cola_lightning.module.overview import describe_fit
+from cola_lightning.module.overview import WARNINGS, configuration, describe_fit, describe_resume, describe_schedulers
 from cola_lightning.module.progress import accumulation_schedulers, run_length
-from cola_lightning.module.rewind import Rewind, resume_rewound
+from cola_lightning.module.rewind import Rewind, awaiting_validation, can_validate, resume_rewound
 from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint
-from cola_lightning.module.training_log import TrainingLog
 from cola_lightning.seeding import derive_seed, seeded
 
 if TYPE_CHECKING:
@@ -54,10 +53,9 @@ class FitCallback(Callback):
         self.module = module
         self._rewind = Rewind()
         self._batch = ExitStack()  # the scope of a batch's seed
+        self._pending = ExitStack()  # the scope in which a resumed fit awaits the validation that comes first
+        self._has_pending = False  # whether there is one
         self._console = ExitStack()  # the scope in which a fit's log lines are shown
-        self._log: TrainingLog | None = None  # of the fit, from its start on
-        self._is_validating = False  # whether a validation inside the fit has begun and not ended
-        self._modes: list[tuple[nn.Module, bool]] = []  # which parts were in training mode when the fit began
         self._is_first_step = self._is_loss_shown = False
         self._without_gradient: list[str] | None = None  # known after a backward pass
         self._logged: dict[str, Tensor] = {}  # the metrics that the Trainer of the resumed checkpoint had logged last
@@ -83,7 +81,7 @@ class FitCallback(Callback):
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
         check_one_seed(module.seed)
-        self._is_validating = False  # an earlier run of this Trainer may have failed in a validation
+        self._has_pending = False
         if stage == "fit":
             module.fit_progress.begin_fit(trainer, schedule_of(trainer), module.current)
 
@@ -105,22 +103,30 @@ class FitCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pending.close()  # the length of the fit is as it was
         module, progress = self.module, self.module.fit_progress
         for callback in accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
-        module.step_loss.begin()
-        self._modes = [(part, part.training) for part in pl_module.modules()]
+        module.step_loss.begin(getattr(trainer.precision_plugin, "scaler", None))
         self._is_first_step, self._is_loss_shown, self._without_gradient = True, False, None
         now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
         progress.length = run_length(trainer, beginning_of_epoch(trainer, now) if is_resumed else now)
         progress.schedule = progress.schedule.in_run(progress.length, module.link_optimization.stable_share(progress.length))
         self._start_optimization(trainer, is_resumed=is_resumed)
+        module.link_optimization.check_used(trainer)
         self._check_links(progress.length)
         if trainer.is_global_zero and any(isinstance(c, ModelSummary) for c in trainer.callbacks):  # type: ignore[attr-defined]
             lines = describe_fit(trainer, module, [*pl_module.parameters()])
             log.info("before the first step\n%s", "\n".join(f"  {line}" for line in lines))
-        self._log = TrainingLog(trainer, module)
+        elif trainer.is_global_zero:
+            for line in (*describe_schedulers(trainer, module), describe_resume(trainer)):
+                if line.startswith(WARNINGS):
+                    log.warning(line.removeprefix("WARNING: "))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(configuration(trainer, module))
         self._rewind.begin_fit(trainer, pl_module, module.adapted.trained.state().keys())
+        if self._has_pending and can_validate(trainer):
+            self._pending.enter_context(awaiting_validation(trainer))
 
     def _start_optimization(self, trainer: Trainer, *, is_resumed: bool) -> None:
         """Resumes the current link's optimizer, or begins the link as the schedule says."""
@@ -129,7 +135,7 @@ class FitCallback(Callback):
             device = trainer.strategy.root_device
             # Lightning does not restore them, and a rule that reads metrics may need them.
             trainer.callback_metrics.update({name: value.to(device) for name, value in self._logged.items()})
-            module.current.begin_metrics()
+            module.current.begin_metrics(trainer.callback_metrics)
             module.link_optimization.resume(trainer)
             return
         begin_as_scheduled(module.adapted, module.fit_progress.schedule)
@@ -148,19 +154,21 @@ class FitCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._rewind.interrupt(trainer)
+        modes = getattr(trainer._active_loop, "_module_mode", None)
+        if modes is not None:  # of an evaluation, after which Lightning leaves evaluation mode on: a fit would lose dropout
+            modes.restore(pl_module)
         self._leave(trainer, pl_module)
-        if self._is_validating:  # Lightning leaves evaluation mode on: the next fit would lose dropout
-            for part, is_training in self._modes:
-                part.training = is_training
 
     def _leave(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Cleans up at the end of a Trainer's run, and stores where it ended."""
         self._batch.close()
+        self._pending.close()
         progress, current = self.module.fit_progress, self.module.current
         if trainer.state.fn == "fit":
             progress.end = FitPosition(trainer.current_epoch, trainer.global_step)
-        if trainer.state.fn in ("fit", "validate") and self.module.is_made:
-            current.earlier = current.metrics  # the Trainer's next run clears its own
+            if self.module.is_made:
+                current.earlier = current.metrics  # the Trainer's next run clears its own
         fitter = progress.trainer
         if fitter is not None and fitter.state.status == TrainerStatus.RUNNING and fitter.lightning_module is pl_module:
             pl_module.trainer = fitter  # inside of whose fit another Trainer has evaluated the module
@@ -176,7 +184,7 @@ class FitCallback(Callback):
         if progress.length is not None:  # earlier epochs may have been of another length, if their data were loaded again
             now = FitPosition(trainer.current_epoch, trainer.global_step)
             progress.length = replace(progress.length, epoch_start=now)
-        self._rewind.expect_window(trainer, 0)
+        self._rewind.begin_epoch(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -190,30 +198,27 @@ class FitCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batch.close()
-        if self._log is not None:
-            self._log.flush(trainer)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._rewind.expect_window(trainer, batch_idx + 1)
+        self._rewind.end_batch(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if is_validating_in_fit(trainer):
+            self._pending.close()
             self._check_loss(trainer)
-            self._is_validating = True
+            self._rewind.begin_validation(trainer, pl_module)
             align_logged_step(trainer)
 
     @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._is_validating:
+        if is_validating_in_fit(trainer):
             self._seed("validation", trainer.global_rank, trainer.global_step, dataloader_idx, batch_idx)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_validating and self._log is not None:
-            self._log.restart_clock()
-        self._is_validating = False
+        if is_validating_in_fit(trainer):
+            self._rewind.end_validation()
 
     def _restore_generators(self, *args: Any, **kwargs: Any) -> None:
         """Ends the scope of a batch's seed."""
@@ -241,16 +246,12 @@ class FitCallback(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        for parameter in self.module.adapted.frozen_factors():  # so that no optimizer of a subclass changes them, either
-            parameter.grad = None
         self._check_loss(trainer)
         step = f"step {trainer.global_step} (epoch {trainer.current_epoch}), in link {self.module.n_finished}"
         loss = self.module.step_loss.finish(optimizer, trainer.accumulate_grad_batches, step)
         if loss is not None:
             pl_module.log("train_loss", loss)
         self._is_loss_shown = loss is not None
-        if self._log is not None:
-            self._log.add(trainer, optimizer)
         if self._is_first_step and self._without_gradient is not None:
             self._is_first_step = False
             if trainer.is_global_zero:
@@ -270,14 +271,16 @@ class FitCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         prepare_checkpoint(self.module, checkpoint)
         if self.module.fit_progress.trainer is trainer:  # of a fit
-            self._rewind.write(checkpoint, trainer, self.state_key, is_validating=self._is_validating)
+            self._rewind.write(checkpoint, trainer, self.state_key)
             logged = {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()}
-            checkpoint["callbacks"][self.state_key]["logged"] = logged
+            checkpoint["callbacks"].setdefault(self.state_key, {})["logged"] = logged
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         if trainer.state.fn == "fit":
-            resume_rewound(checkpoint, self.state_key)
+            self._has_pending = resume_rewound(checkpoint, self.state_key)
+            if self._has_pending:
+                self._pending.enter_context(awaiting_validation(trainer))
             self._logged = checkpoint["callbacks"].get(self.state_key, {}).get("logged", {})
 
 
@@ -386,6 +389,11 @@ def beginning_of_epoch(trainer: Trainer, now: FitPosition) -> FitPosition:
     """When the epoch began; earlier ones may have been of another length, in a run that resumes with other options."""
     window = max(1, trainer.accumulate_grad_batches)  # fewer are refused with the run's length
     return FitPosition(now.epoch, now.global_step - math.ceil((trainer.fit_loop.batch_idx + 1) / window))
+
+
+def is_validating_in_fit(trainer: Trainer) -> bool:
+    """Whether a validation inside a fit is running, and not the sanity check before it."""
+    return trainer.state.fn == "fit" and trainer.validating
 
 
 def align_logged_step(trainer: Trainer) -> None:

@@ -1,5 +1,6 @@
 """The Lightning module that owns a base model and its chain."""
 
+import copy
 import functools
 import inspect
 import logging
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -26,17 +27,19 @@ from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.chain import as_number, number_of_links
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, StoredState, read_chain_and_facts
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, StoredState, read_chain_and_held_out
 from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.schedule import FitPosition, Knot
+from cola_lightning.chain.sources import sources_of
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError
-from cola_lightning.export.module import export_trained
+from cola_lightning.export.model import TrainedModel
+from cola_lightning.export.module import export_chain, export_model
 from cola_lightning.export.options import ExportOptions, Format
 from cola_lightning.module.arguments import RecordsArguments, class_path, device_of, read_arguments, rebuilt
 from cola_lightning.module.fit import attach
 from cola_lightning.module.fsdp import repeated_blocks, shard_module
-from cola_lightning.module.optimization import LinkConfig, LinkOptimization, OptimizerCallable
+from cola_lightning.module.optimization import LinkConfig, LinkOptimization, OptimizerCallable, check_no_averaging
 from cola_lightning.module.progress import FitProgress, trainer_of
 from cola_lightning.module.state import (
     StateDictError,
@@ -46,9 +49,7 @@ from cola_lightning.module.state import (
     state_of,
 )
 from cola_lightning.module.step_loss import StepLoss
-
-if TYPE_CHECKING:
-    from cola_lightning.hf.named_base import TransformersBase
+from cola_lightning.pretrained import TransformersBase
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +68,11 @@ class COLAModule(LightningModule, RecordsArguments):
         seed: Seed for initialising A, for dropout, and for anything random in ``build_model``. ``null`` uses that of
             ``seed_everything``, or a random one, which is stored.
         optimizer: Called with the trainable parameters, once for each link. Default: fused AdamW with a learning rate of 1e-3.
-        init_chain: Start from the links of this chain folder, checkpoint, or folder of an ordinary PEFT LoRA. ``null`` starts
-            from the base. Checkpoints of the run contain these links too.
+        init_chain: Start from the links of this chain folder, checkpoint, or folder of an ordinary PEFT LoRA, or from those of
+            a list of them, in the order of their training. ``sft=out/sft`` names the links of a source. ``null`` starts from
+            the base. Checkpoints of the run contain these links too.
         init_links: Use only the first N links of ``init_chain``, or those up to a stage's name. ``null`` uses all.
+        init_continues: Names of sources in ``init_chain`` that are no new adapters: the adapter of the source before went on.
         init_knot: What happens to the last link of ``init_chain`` when the run begins, as at a knot (``chain.knot``). ``cola``
             merges it, and a new link begins. ``half`` merges half of it; A and the rest of B go on. ``record`` only records it;
             A and B go on: one LoRA over several runs. The optimizer and its learning-rate schedule are new in each run.
@@ -120,8 +123,9 @@ class COLAModule(LightningModule, RecordsArguments):
         *,
         seed: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-3, fused=True),
-        init_chain: str | None = None,
+        init_chain: tuple[str, ...] | str | None = None,  # of a list, jsonargparse would read the entries from the file
         init_links: int | str | None = None,
+        init_continues: tuple[str, ...] = (),
         init_knot: Knot = "cola",
         save_base: bool = False,
         compile: bool = False,
@@ -129,16 +133,22 @@ class COLAModule(LightningModule, RecordsArguments):
         **link: Any,
     ) -> None:
         super().__init__()
+        constructor = next(base for base in type(self).__mro__ if "__init__" in vars(base))
+        if issubclass(constructor, LightningModule) and not issubclass(constructor, COLAModule) and not link and seed is None:
+            name = type(self).__name__  # else no option could be given, and a link would be trained by default options
+            raise UserError(
+                f"model: {name} needs the line __init__ = COLAModule.__init__, because it has that of {constructor.__name__}"
+            )
         self.lora_config = LinkConfig(**link)
-        for name, value, default in (("init_links", init_links, None), ("init_knot", init_knot, "cola")):
-            if value != default and init_chain is None:
-                raise UserError(f"model.{name}: needs model.init_chain")
+        for name, is_set in {"links": init_links is not None, "knot": init_knot != "cola", "continues": init_continues}.items():
+            if is_set and init_chain is None:
+                raise UserError(f"model.init_{name}: needs model.init_chain")
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         self.user_seed = None if seed is None else int(seed)
         self.save_base = save_base
-        self.init_chain = None if init_chain is None else str(init_chain)
+        self.init_chain = list(map(str, init_chain)) if isinstance(init_chain, list | tuple) else init_chain and str(init_chain)
         self.init_links = None if init_links is None else as_number(init_links)
-        self.init_knot = init_knot
+        self.init_knot, self.init_continues = init_knot, list(init_continues)
         self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
         self.fit_progress, self.step_loss = FitProgress(), StepLoss()
         self.current = CurrentLink(self._position, self._logged)
@@ -248,7 +258,7 @@ class COLAModule(LightningModule, RecordsArguments):
         return class_path(type(self))
 
     @property
-    def named_base(self) -> "TransformersBase | None":
+    def named_base(self) -> TransformersBase | None:
         """For exports: the base that transformers and PEFT load by its name; None: they know no name of it."""
         return None
 
@@ -275,8 +285,8 @@ class COLAModule(LightningModule, RecordsArguments):
         """
         if self.init_chain is None:
             return None
-        chain, facts = read_chain_and_facts(self.init_chain, self.init_links, "model.init_chain")
-        self.fit_progress.restore_held_out(facts)
+        chain, held_out = read_chain_and_held_out(self.init_chain, self.init_links, "model.init_chain", self.init_continues)
+        self.fit_progress.restore_held_out(held_out)
         if not chain.links and self.init_links != 0:
             raise UserError(
                 f"model.init_chain: {self.init_chain!r} has no links, because its model was trained without any. Export it "
@@ -330,10 +340,13 @@ class COLAModule(LightningModule, RecordsArguments):
         return self._is_base_stored or (self._adapted is not None and self._adapted.base_weights is not None)
 
     @property
-    def init_chain_source(self) -> list[str | int | None]:
-        """The path of ``init_chain``, how many of its links were requested, and ``init_knot`` unless it is ``cola``."""
-        path = self.init_chain and str(Path(os.path.expanduser(self.init_chain)).absolute())
-        return [path, self.init_links, *([] if self.init_knot == "cola" else [self.init_knot])]
+    def init_chain_source(self) -> list[Any]:
+        """The path of ``init_chain`` or its list, how many of its links were requested, and ``init_knot`` and others if set."""
+        sources = [] if self.init_chain is None else sources_of(self.init_chain)
+        paths = [str(source._replace(path=str(Path(os.path.expanduser(source.path)).absolute()))) for source in sources]
+        options: list[Any] = [] if self.init_knot == "cola" else [self.init_knot]
+        options += [self.init_continues] if self.init_continues else []
+        return [paths if isinstance(self.init_chain, list) else next(iter(paths), None), self.init_links, *options]
 
     @property
     def is_sharded(self) -> bool:
@@ -346,8 +359,7 @@ class COLAModule(LightningModule, RecordsArguments):
 
     def named_trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The :meth:`trained_parameters` with their names in the module."""
-        frozen = {id(factor) for factor in self.adapted.frozen_factors()}
-        return [(name, p) for name, p in self.named_parameters() if p.requires_grad and id(p) not in frozen]
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     # ------------------------------------------------------------------ links
 
@@ -372,6 +384,7 @@ class COLAModule(LightningModule, RecordsArguments):
         Source: Xia et al., arXiv 2401.04151, section 3, "Tie a knot" and "Extend the chain".
         """
         self.step_loss.check()  # before the link is recorded
+        check_no_averaging(trainer_of(self))
         adapted, schedule = self.adapted, self.fit_progress.schedule
         planned = self.current.size if schedule.goes_on else schedule.rank_and_alpha(self.n_finished + 1, self.lora_config)
         rank, alpha = planned[0] if rank is None else rank, planned[1] if alpha is None else alpha
@@ -426,9 +439,13 @@ class COLAModule(LightningModule, RecordsArguments):
         return start if end is None or end.global_step < start.global_step else end
 
     def _logged(self) -> Mapping[str, Tensor]:
-        """The metrics that the Trainer has logged last; before the current link's first step they are the last link's."""
+        """The metrics that a fit has logged last; before the current link's first step they are the last link's."""
         trainer = trainer_of(self)
-        if trainer is None or (trainer.training and trainer.global_step == self.current.start.global_step):
+        if (
+            trainer is None
+            or trainer.state.fn != "fit"
+            or (trainer.training and trainer.global_step == self.current.start.global_step)
+        ):
             return {}
         return trainer.callback_metrics
 
@@ -679,8 +696,37 @@ class COLAModule(LightningModule, RecordsArguments):
         """
         base = None if base_folder is None else Path(base_folder)
         options = ExportOptions(Path(folder), format, dtype, max_rank, base, license, verify, overwrite)
-        prompt_format, data = (data_facts(trainer_of(self), name) for name in ("prompt_format", "identity"))
-        return export_trained(self, options, prompt_format, data)
+        self.make_model()
+        if format == "chain":
+            return export_chain(self.full_chain(), options)
+        if self.is_sharded:  # to compare logits, every process would have to write
+            raise UserError(
+                f"format: a sharded model can only be exported as chain, got {format}. Use `cola export`, or "
+                "load_from_checkpoint in one process, on a checkpoint"
+            )
+        model = self.trained_model(*(data_facts(trainer_of(self), name) for name in ("prompt_format", "identity")))
+        return export_model(replace(model, adapted=self.adapted.copy_on_cpu()), options)
+
+    def trained_model(self, prompt_format: Mapping[str, Any], data: Mapping[str, Any]) -> TrainedModel:
+        """The model as an export needs it, and would use up.
+
+        Args:
+            prompt_format: how the data module prompts the model (``EpochDataModule.prompt_format``); empty: it does not.
+            data: which data the model was trained on (``EpochDataModule.identity``).
+        """
+        outside = [name for name, value in self.adapted.trained.outside().items() if value.requires_grad]
+        return TrainedModel(
+            self.adapted,
+            self.full_chain(),
+            self.base_name,
+            self.named_base,
+            tokenizer=copy.deepcopy(getattr(self, "image_processor", None) or getattr(self, "tokenizer", None)),
+            example=self.example_input_array,
+            arguments={name: self.constructor_arguments[name] for name in ("class_path", "init_args")},
+            prompt_format=prompt_format,
+            data=data,
+            outside=outside,
+        )
 
     # ------------------------------------------------------------------ training
 
@@ -738,7 +784,7 @@ class COLAModule(LightningModule, RecordsArguments):
         """
         self.requested, self.first_chain = (links, scale or {}), None
         self._stored_seed, self._is_base_stored = state.facts["seed"], "base_weights" in state.facts
-        self.fit_progress.restore_held_out(state.facts)
+        self.fit_progress.restore_held_out(state.facts.get("held_out", [None]))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

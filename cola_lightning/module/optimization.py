@@ -4,16 +4,17 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
@@ -27,6 +28,7 @@ from cola_lightning.module.progress import FitProgress, trainer_of
 
 log = logging.getLogger(__name__)
 
+OF_SCHEDULES = ("lr_schedule", "warmup_steps", "decay_steps", "schedule_scope", "knot_warmup_steps")  # options of LinkConfig
 DECAY_STEPS = 0.4  # of a stable schedule: the share of its steps
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -301,6 +303,27 @@ class LinkOptimization:
             if shortest < steps:
                 raise UserError(f"model.{name}: must be at most {shortest}, the steps of the shortest link, got {steps:g}")
 
+    def check_used(self, trainer: Trainer) -> None:
+        """Refuses options without an effect, because a ``configure_optimizers`` makes an optimizer or a schedule of its own.
+
+        Raises:
+            UserError: which names them.
+        """
+        schedulers, unused = [config.scheduler for config in trainer.lr_scheduler_configs], list[str]()
+        if self._optimizer not in trainer.optimizers:
+            unused = ["lr_ratio_B", "modules_to_save_lr", *OF_SCHEDULES]
+        elif self._scheduler is not None and self._scheduler not in schedulers:
+            unused = list(OF_SCHEDULES)
+        defaults = {field.name: field.default for field in fields(LinkConfig)}
+        given = [f"model.{name}" for name in unused if getattr(self.config, name) != defaults[name]]
+        if self._optimizer not in trainer.optimizers and not is_default_optimizer(self.make_optimizer):
+            given.insert(0, "model.optimizer")
+        if given:
+            name = type(trainer.lightning_module).__name__
+            raise UserError(
+                f"{', '.join(given)}: no effect, because configure_optimizers of {name} sets this itself. Set it there"
+            )
+
     def check_without_horizon(self, run: RunLength) -> None:
         """Refuses a learning-rate schedule that needs a length that is not known beforehand: a link's, or the run's.
 
@@ -380,6 +403,31 @@ class LinkOptimization:
             if scheduler is not None:
                 rate = scheduler.base_lrs[k] = group["initial_lr"] = wanted["lr"]
                 group["lr"] = rate * self._lr_factor(scheduler.last_epoch)
+
+
+def is_default_optimizer(make_optimizer: OptimizerCallable) -> bool:
+    """Whether a function makes the optimizer that a module has by default; the command line always passes one."""
+    parameter = nn.Parameter(torch.zeros(1, 1))
+    default = AdamW([parameter], lr=1e-3, fused=True)
+    with suppress(Exception):  # of a user's function, which may need other parameters
+        made = make_optimizer([parameter])
+        return type(made) is AdamW and made.defaults == default.defaults
+    return False
+
+
+def check_no_averaging(trainer: Trainer | None) -> None:
+    """Refuses a knot in a fit that averages weights: those before a merge and after it.
+
+    Raises:
+        UserError: which names the callback.
+    """
+    is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
+    for callback in trainer.callbacks if is_fitting else ():  # type: ignore[union-attr]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} cannot be combined with knots. (You can average merged models "
+                "of several runs.)"
+            )
 
 
 def add_groups_of(old: Optimizer, new: Optimizer) -> None:

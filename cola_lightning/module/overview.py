@@ -1,11 +1,14 @@
-"""What a fit will do, in one block before its first step: what is trained, on which data, when knots fall, how it resumes."""
+"""What a fit will do, before its first step: for its reader, and its configuration for loggers."""
 
+import json
 import math
 import os
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
@@ -17,12 +20,15 @@ from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.lora.experts import is_experts
 from cola_lightning.lora.inject import is_linear
 from cola_lightning.lora.layer import is_quantized, lora_layers
+from cola_lightning.module.arguments import MARK, class_path, is_recorded
 from cola_lightning.module.optimization import LinkLR
+from cola_lightning.module.state import data_facts
 
 if TYPE_CHECKING:
     from cola_lightning.module.module import COLAModule
 
 MOST_KINDS, MOST_KNOTS = 5, 8  # that are named
+WARNINGS = ("WARNING", "resume: not exact")  # begin lines that say what is most likely not meant
 HORIZONS = ("total_steps", "T_max", "total_iters")  # the attributes in which torch's schedulers have their length
 
 
@@ -143,3 +149,30 @@ def describe_folder(trainer: Any) -> str:
     folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     found = next((str(folder) for folder in folders if folder is not None), None)
     return "no checkpoint is written" if found is None else f"checkpoints: {found.removeprefix(f'{os.getcwd()}{os.sep}')}"
+
+
+# ---------------------------------------------------------------------- for loggers
+
+
+def configuration(trainer: Trainer, module: "COLAModule") -> dict[str, dict[str, Any]]:
+    """The plain options of a fit, for loggers: of model, data, chain and optimizer; no secret, and nothing that is not set."""
+    arguments, optimizer = module.constructor_arguments, trainer.optimizers[0]
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    found = {
+        "model": {"class_path": arguments["class_path"]} | arguments["defaults"] | arguments["init_args"],
+        "chain": asdict(module.fit_progress.schedule),
+        "optimizer": {"class_path": class_path(type(optimizer))} | _plain(optimizer.defaults),
+    }
+    if data is not None:
+        found["data"] = {"class_path": class_path(type(data))} | data_facts(trainer, "identity") | _plain(vars(data))
+    is_set = {part: {name: value for name, value in options.items() if value is not None} for part, options in found.items()}
+    text = json.dumps(is_set, default=str)  # of a marked configuration or dtype, its contents
+    plain: dict[str, dict[str, Any]] = json.loads(text, object_hook=lambda value: value["value"] if MARK in value else value)
+    return plain
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are numbers, texts or pairs of numbers, without what is private, a secret or Lightning's."""
+    kinds, of_lightning = bool | int | float | str | tuple, vars(LightningDataModule())
+    named = {name: value for name, value in values.items() if isinstance(value, kinds) and is_recorded(name)}
+    return {name: value for name, value in named.items() if name[0] != "_" and name not in of_lightning}

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, RunLength
+from cola_lightning.errors import UserError
 
 
 class FitProgress:
@@ -83,14 +84,26 @@ class FitProgress:
             "held_out": self.held_out,
         }
 
-    def restore(self, stored: Mapping[str, Any]) -> None:
-        """Restores what :meth:`to_store` returned, except for the schedule, which is an option of each fit."""
-        self.n_earlier_fits, self.first_link = stored["n_before"], stored.get("first_link", 0)
-        self.restore_held_out(stored)
+    def restore(self, stored: Mapping[str, Any], *, is_resumed: bool) -> None:
+        """Restores what :meth:`to_store` returned, except for the schedule, which is an option of each fit.
 
-    def restore_held_out(self, stored: Mapping[str, Any]) -> None:
+        Args:
+            stored: what it returned.
+            is_resumed: whether the fit that stored it goes on.
+
+        Raises:
+            UserError: if the fit that goes on has held out other rows than this one does.
+        """
+        self.n_earlier_fits, self.first_link = stored["n_before"], stored.get("first_link", 0)
+        held_out, earlier = self.held_out, stored.get("held_out", [None])
+        self.restore_held_out(earlier)
+        if is_resumed and any(run not in self.held_out for run in held_out if run is not None):
+            raise UserError(
+                "data: the run that is resumed has held out other rows of data.source. Use its data.split_seed and sizes"
+            )
+
+    def restore_held_out(self, earlier: list[dict[str, Any] | None]) -> None:
         """Restores which rows were held out, also before the other values are due; those that the present fit added stay."""
-        earlier = stored.get("held_out", [None])
         known = {name for run in earlier if run is not None for name in run["contents"]}
         self.held_out = [*earlier, *(own for own in self.held_out if own is None or known.isdisjoint(own["contents"]))]
 

@@ -205,7 +205,7 @@ def restore(module: "COLAModule", state: StoredState) -> bool:
     unscaled = state.chain if has_current else state.all_links(None if has_all else links)
     chain = unscaled.scaled(scale)
     check_same_base(chain.base, adapted.chain.base, is_stored="base_weights" in facts)
-    if trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None:
+    if is_resumed := trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None:
         _check_same_choices(module, state)
     dtype = _dtype_of(module, state) if has_current or chain.links else adapted.cast_dtype  # the base alone has none
     adapted.take_base(chain, facts.get("base_weights"))
@@ -215,7 +215,7 @@ def restore(module: "COLAModule", state: StoredState) -> bool:
     if adapted.cast_dtype == torch.float64 and not module.is_sharded:  # what is trained outside of the model, too
         module.double()
     adapted.seed = facts["seed"]
-    progress.restore(facts)
+    progress.restore(facts, is_resumed=is_resumed)
     progress.end = FitPosition(*facts["position"]) if has_current else None
     current.start, current.name = FitPosition(*facts["link_start"]), state.names[-1] if has_current else None
     current.earlier = {} if state.live is None or not has_current else state.live.metrics

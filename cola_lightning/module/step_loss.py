@@ -5,6 +5,7 @@ computed there, losses stay on the device, and whether they are finite is read o
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +26,14 @@ class StepLoss:
     def __init__(self) -> None:
         self.begin()
 
-    def begin(self) -> None:
-        """Begins a fit."""
-        self.n_tokens = 0  # of this process' batches so far, without padding; 0 if batches have none
+    def begin(self, scaler: Any = None) -> None:
+        """Begins a fit.
+
+        Args:
+            scaler: the gradient scaler of its precision, which multiplies losses, and skips steps that are not finite; None:
+                it has none.
+        """
+        self.scaler = scaler
         self._last: tuple[Late, str] | None = None  # the loss of the last step, and which one it was
         self._begin_window()
 
@@ -59,9 +65,12 @@ class StepLoss:
         return loss if factor == 1 else loss * factor
 
     def add(self, loss: Tensor) -> None:
-        """Records a batch's loss, so that it is checked if it was not weighed."""
+        """Records a batch's loss before its backward pass, so that it is checked if it was not weighed."""
         if self.total is None:
-            self.unweighed = loss.detach() if self.unweighed is None else self.unweighed + loss.detach()
+            loss = loss.detach()
+            if self.scaler is not None:  # on the device, see above
+                loss = loss / self.scaler.scale(torch.ones_like(loss))
+            self.unweighed = loss if self.unweighed is None else self.unweighed + loss
 
     def finish(self, optimizer: Optimizer, n_batches: int, step: str) -> Tensor | None:
         """Scales the gradients at the window's end, and begins the next; all processes must call this.
@@ -92,12 +101,13 @@ class StepLoss:
         """The loss of the last step that was finished; None if there is none.
 
         Raises:
-            NonFiniteError: if it is not finite.
+            NonFiniteError: if it is not finite. A gradient scaler skips the first such steps, until its scale is below 1.
         """
         if self._last is None:
             return None
         late, step = self._last
-        if not math.isfinite(loss := late.read()):
+        loss = late.read()
+        if not math.isfinite(loss) and (self.scaler is None or self.scaler.get_scale() < 1):
             raise NonFiniteError(
                 f"the training loss is {loss} at {step}; a lower learning rate or trainer.gradient_clip_val may help"
             )

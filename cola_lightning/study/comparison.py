@@ -21,10 +21,9 @@ class Comparison:
         config: Train every run with this config file of ``cola fit``. Each run sets its own seed, learning rate and method.
         output: Write the table, the figures and the runs to this folder.
         methods: Compare these methods, for example ``[lora, cola-4]``. ``lora`` is one link, ``cola`` the config's chain, and
-            ``lora-sum-rank`` one link whose rank is the sum over the chain. ``full`` trains all parameters. ``rac`` is
-            RAC-LoRA, ``relora`` is ReLoRA, and ``asymmetric`` is one link that trains B only. ``same-A`` keeps A and the
-            optimizer over its knots, and ``share`` also leaves half of B A. ``cola-4`` is a chain of four links of equal
-            length.
+            ``lora-sum-rank`` one link whose rank is the sum over the chain. ``full`` trains all parameters.
+            ``relora`` is ReLoRA. ``same-A`` keeps A and the optimizer over its knots, and ``share`` also leaves half of B A.
+            ``cola-4`` is a chain of four links of equal length.
         seeds: Run each method this many times, with the seeds 0, 1, 2 and so on.
         learning_rates: Try these learning rates for every method (``[1e-3, 1e-2]``), or others for each method
             (``{lora: [1e-3, 1e-2], full: [1e-4]}``). The rate that is best on validation is reported. Without this option,

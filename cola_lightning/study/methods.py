@@ -12,7 +12,7 @@ from cola_lightning.lora.config import LoRAConfig
 
 Config = Mapping[str, Any]
 
-RULES: dict[str, Any] = {"trained_factors": "both", "kept_optimizer_state": 0}  # COLA's, from which the relatives differ
+RULES: dict[str, Any] = {"kept_optimizer_state": 0}  # COLA's, from which the relatives differ
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,6 @@ def _full(config: Config, chain: FindChain) -> Method:
     return Method(0, None, chain_options() | alone)
 
 
-def _rac(config: Config, chain: FindChain) -> Method:
-    """A chain in which each link trains one factor, and the other stays as drawn: RAC-LoRA."""
-    found = _cola(config, chain)
-    return replace(found, options={**found.options, **_without_rules(config), "model.trained_factors": "random"})
-
-
 def _relora(config: Config, chain: FindChain) -> Method:
     """A chain whose optimizer retains 1 % of its state over a knot, with one cosine and a warm-up after each knot: ReLoRA.
 
@@ -119,23 +113,16 @@ def _same_A(share: float) -> Callable[[Config, FindChain], Method]:
     return same_A
 
 
-def _asymmetric(config: Config, chain: FindChain) -> Method:
-    """One link that trains only B; A stays as drawn."""
-    return Method(1, _rank(config), chain_options() | _without_rules(config) | {"model.trained_factors": "B"})
-
-
 METHODS: dict[str, Callable[[Config, FindChain], Method]] = {
     "lora": _lora,
     "lora-sum-rank": _lora_sum_rank,
     "cola": _cola,
     "full": _full,
-    "rac": _rac,
     "relora": _relora,
-    "asymmetric": _asymmetric,
     "same-A": _same_A(1.0),
     "share": _same_A(0.5),
 }
-WITHOUT_CHAIN = ("lora", "full", "asymmetric")
+WITHOUT_CHAIN = ("lora", "full")
 
 
 def _without_rules(config: Config) -> dict[str, Any]:

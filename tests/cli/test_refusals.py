@@ -208,7 +208,6 @@ REFUSALS = {
     ],
     fit: [
         ({"chain": {"ranks": [2, 3]}}, r"chain\.ranks"),
-        ({"trained_factors": "random", "chain": {"every_n_epochs": 1, "knot": "half"}}, r"chain\.knot"),
         ({"warmup_steps": 11, "chain": {"every_n_epochs": 1}}, r"model\.warmup_steps"),
         ({"schedule_scope": "run", "knot_warmup_steps": 7, "chain": {"every_n_train_steps": 6}}, r"model\.knot_warmup_steps"),
         (UNKNOWN_LENGTH, r"model\.lr_schedule: trainer\.max_steps"),

@@ -178,7 +178,7 @@ def test_rows_that_were_trained_on_are_never_measured_as_held_out(tmp_path):
     assert numbers(whole.test, whole) == sorted(trained + held_out)
     folder = tmp_path / "folder"  # a file of it, or the split itself, is the same data
     write(folder / "train.jsonl", rows_of(0))
-    for source, options in [(folder, {"val_split": "train"}), (folder / "train.jsonl", {})]:
+    for source, options in [(folder, {"val_split": "train", "val_size": 9}), (folder / "train.jsonl", {})]:
         data = parts(TextDataModule, str(source), "validate", of=fit.held_out, **options)
         assert numbers(data.val, data) == held_out
     write(tmp_path / "more.jsonl", rows_of(20))

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from cola_lightning.data.encoding import Continued, n_common, tokenize, tokenize_continued
-from cola_lightning.hf.pretrained import Pretrained
+from cola_lightning.pretrained import Pretrained
 from tests.helpers import tiny
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]

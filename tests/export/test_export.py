@@ -186,7 +186,7 @@ def test_weights_that_overflow_in_half_precision_are_not_kept(tmp_path):
 
 @pytest.mark.parametrize("mode", ["merge", "stack"])
 def test_what_a_precision_has_rounded_is_exported_as_it_was_trained_and_the_base_as_it_was(tmp_path, capsys, mode):
-    folder = tiny.folder(tmp_path, "llama")
+    folder = tiny.folder(tmp_path, "gemma2", hidden_size=24)  # scales its embeddings by 24 ** 0.5, which no file holds
     module = COLACausalLM(folder, rank=2, alpha=4, seed=0, finished_links=mode, lr_schedule="constant")
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 300, (4, 2, 8)).unbind()]
     run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2, precision="bf16-true")
@@ -196,6 +196,8 @@ def test_what_a_precision_has_rounded_is_exported_as_it_was_trained_and_the_base
     printed = capsys.readouterr().out
     assert f", dtype='{'bfloat16' if mode == 'stack' else 'float32'}'" in printed
     assert float(re.search(r"differ from the module's by at most ([^,]*),", printed)[1]) <= 1e-4
+    assert command(path, "merged", tmp_path / "merged", "--dtype", "float32") == 0
+    assert_bit_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict(), module.merged_model().state_dict())
     assert command(path, "merged", tmp_path / "base", "--links", "0") == 0
     base, again = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "base"))
     assert_bit_equal(again.state_dict(), base.state_dict())
@@ -380,7 +382,7 @@ def test_what_gives_other_logits_is_not_kept(tmp_path, format_, overwrite, monke
     if overwrite:
         output.mkdir()
         (output / "former.txt").write_text("former")
-    before, wrong = contents(tmp_path), ReferenceLogits({"input": torch.ones(3, 8)}, torch.zeros(3, 6))
+    before, wrong = contents(tmp_path), ReferenceLogits({"input": torch.ones(3, 8)}, torch.zeros(3, 6), {})
     exporter = "adapter" if format_ == "peft" else "module"
     monkeypatch.setattr(f"cola_lightning.export.{exporter}.reference_logits", lambda *_: wrong)
     with pytest.raises(ExportError, match="deleted"):

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,8 @@ def test_a_card_says_what_was_exported_and_how_it_was_trained(module, tmp_path, 
     assert arguments["class_path"] == "cola_lightning.COLACausalLM"
     assert (arguments["init_args"]["rank"], arguments["init_args"]["alpha"]) == (4, 6.0)
     assert "base_model" not in data  # a folder of this machine
-    Card(COLACausalLM("owner/name"), module.full_chain(), None, None, {}, {}).write(tmp_path, "PEFT adapter", "")
+    named = replace(module.named_base, model_name="owner/name")
+    Card(replace(module.trained_model({}, {}), named_base=named, tokenizer=None)).write(tmp_path, "PEFT adapter", "")
     assert card(tmp_path)[0]["base_model"] == "owner/name"
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cola_lightning import ChainOfLoRA, COLAModule, LoRAConfig, LoRALayer, lora_layers
 from cola_lightning.lora import quantization
-from cola_lightning.lora.inject import lora_class
+from cola_lightning.lora.inject import begin_merging, lora_class, restore_
 
 # Of commands: a run of three links on the digits, and where its checkpoint is.
 DIGITS = str(Path(__file__).parents[2] / "examples" / "digits.yaml")
@@ -100,6 +100,18 @@ def quantized_linear(dtype=torch.float32, bias=True):
     model = nn.Sequential(nn.Linear(64, 96, bias=bias, dtype=dtype))
     quantization.quantize(model, dtype)
     return model[0]
+
+
+def strip_lora(model):
+    """Merges the links of a model into its weights, in place, and makes its layers plain ones."""
+    for layer in lora_layers(model).values():
+        stack = layer.stack
+        begin_merging(layer, torch.float32)
+        if stack is not None:
+            layer.add_finished_link(*(factor.float() for factor in stack.factors), 1.0)
+        layer.finish()
+        layer.strip_()
+    restore_(model)
 
 
 def with_trained_link(layer, seed=2):

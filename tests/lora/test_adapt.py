@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from cola_lightning import LoRAConfig, LoRALinear, UserError, inject_lora, lora_layers, register_lora_layer, strip_lora
+from cola_lightning import LoRAConfig, LoRALinear, UserError, inject_lora, lora_layers, register_lora_layer
 from cola_lightning.lora import inject
 from cola_lightning.module.overview import frozen_kinds
-from tests.helpers.toy import Grid, LoRAGrid, assert_near, network, with_trained_link
+from tests.helpers.toy import Grid, LoRAGrid, assert_near, network, strip_lora, with_trained_link
 
 
 @pytest.fixture(autouse=True)

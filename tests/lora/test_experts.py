@@ -15,12 +15,12 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from cola_lightning import AdaptedModel, COLACausalLM, LoRAConfig, inject_lora, lora_layers, strip_lora
+from cola_lightning import AdaptedModel, COLACausalLM, LoRAConfig, inject_lora, lora_layers
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.lora.experts import LoRAExpertsProjection
 from cola_lightning.module.overview import describe_model, frozen_kinds
 from tests.helpers import tiny
-from tests.helpers.toy import assert_near, difference, trainer, with_trained_links
+from tests.helpers.toy import assert_near, difference, strip_lora, trainer, with_trained_links
 
 PROJECTIONS = ["experts.gate_up_proj", "experts.down_proj"]
 

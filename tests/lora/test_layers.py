@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from cola_lightning import AdaptedModel, Chain, LoRAConfig, LoRALayer, inject_lora, register_lora_layer, strip_lora
+from cola_lightning import AdaptedModel, Chain, LoRAConfig, LoRALayer, register_lora_layer
 from cola_lightning.lora import inject
 from cola_lightning.lora.attention import InputProjection
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection
@@ -178,39 +178,6 @@ def test_a_finished_link_is_in_the_weight_or_beside_it_to_the_bit(kind, mode):
     assert_near(layer(x), expected, 1e-6)
     assert torch.equal(dense_weight(layer), before + delta if mode == "merge" else before)
     assert mode == "merge" or layer.stack.rank == 2
-
-
-@variants
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stripped_a_layer_is_the_plain_one_again_with_its_links(kind, mode, dtype):
-    base = quantized_linear(dtype) if kind == "4-bit" else make(kind).to(dtype)
-    model, x = nn.Sequential(base), inputs(kind, dtype)
-    expected, values = model(x), weights(base)
-    parameters, plain_class = dict(base.named_parameters()), type(base)
-    inject_lora(model, LoRAConfig(["0"], rank=2, alpha=2, finished_links=mode))
-    wide = torch.float32 if mode == "merge" else dtype
-    assert base.dtype == wide
-    assert model(x).dtype == dtype
-    strip_lora(model)
-    assert (model[0] is base, type(base)) == (True, plain_class)
-    assert all(getattr(base, name) is parameter for name, parameter in parameters.items())
-    assert {value.dtype for value in base.parameters()} <= {dtype, torch.uint8}
-    assert_bit_equal(weights(base), values)
-    assert torch.equal(model(x), expected)
-
-    before = dense_weight(base).double()
-    inject_lora(model, LoRAConfig(["0"], rank=2, alpha=2, finished_links=mode))
-    finished = with_trained_link(base).delta_weight().double()
-    base.finish()
-    if mode == "stack":  # where it is in the precision of the base
-        A, B = (factor.double() for factor in base.stack.factors)
-        finished = laid_out(B @ A, base)
-    exact = before + finished + with_trained_link(base, seed=3).delta_weight().double()
-    strip_lora(model)
-    assert type(base) is (nn.Linear if kind == "4-bit" else plain_class)
-    assert kind == "4-bit" or base.weight is parameters["weight"]
-    assert {value.dtype for value in base.parameters()} == {dtype}
-    torch.testing.assert_close(base.weight.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)  # rounded once
 
 
 @variants

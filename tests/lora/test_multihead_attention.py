@@ -10,12 +10,12 @@ from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from cola_lightning import LoRAConfig, UserError, inject_lora, lora_layers, strip_lora
+from cola_lightning import LoRAConfig, UserError, inject_lora, lora_layers
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import as_peft_weights, out_proj_updates, read_adapter
 from cola_lightning.export.adapter import FUSED_OFF
 from cola_lightning.module.overview import frozen_kinds
-from tests.helpers.toy import Toy, assert_bit_equal, assert_near, difference, toy, trainer, with_trained_links
+from tests.helpers.toy import Toy, assert_bit_equal, assert_near, difference, strip_lora, toy, trainer, with_trained_links
 
 
 class Attention(nn.Module):

@@ -12,7 +12,6 @@ from torch.optim import AdamW
 
 from cola_lightning import UserError, lora_layers
 from cola_lightning.chain.checkpoint import StoredState
-from cola_lightning.chain.schedule import frozen_factor
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.lora.layer import initialize_link
 from tests.helpers.toy import Toy, Watch, assert_bit_equal, batches, toy, trainer, weights
@@ -103,20 +102,6 @@ def test_without_knots_and_without_the_callback_it_is_lora(tmp_path):
     assert_bit_equal(weights(with_callback), weights(without))
 
 
-@pytest.mark.parametrize("factors", ["B", "random"])
-def test_an_optimizer_of_ones_own_with_all_factors_trains_those_of_the_rule(tmp_path, factors):
-    class Own(Toy):
-        def configure_optimizers(self):
-            return AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
-
-    module, drawn = toy(Own, trained_factors=factors), toy(Own, trained_factors=factors)
-    trainer(tmp_path, chain={}, max_epochs=1, accumulate_grad_batches=2).fit(module, batches())
-    frozen = f"lora_{frozen_factor(factors, 0, 0)}"
-    for name, value in drawn.model.state_dict().items():
-        if ".lora_" in name:
-            assert torch.equal(value, module.model.state_dict()[name]) == name.endswith(frozen)
-
-
 def test_a_chain_beside_weights_that_are_trained_is_refused(tmp_path):
     module = toy()
     module.configure_model()
@@ -150,8 +135,13 @@ def test_averaged_weights_are_refused_beside_knots_and_without_them_a_checkpoint
     for rule in ({"at_steps": [3]}, {"patience": 1}):
         with pytest.raises(UserError, match=r"trainer\.callbacks: EMAWeightAveraging cannot be combined with knots"):
             trainer(tmp_path, EMAWeightAveraging(), chain=rule, max_epochs=1).fit(toy(), batches())
+    by_hand = Watch(lambda trainer, module: trainer.global_step == 3 and module.tie_knot())
+    with pytest.raises(UserError, match=r"trainer\.callbacks: EMAWeightAveraging cannot be combined with knots"):
+        trainer(tmp_path, EMAWeightAveraging(), by_hand, max_epochs=1).fit(toy(), batches())
     saving = ModelCheckpoint(dirpath=tmp_path, filename="5", every_n_train_steps=5)
-    trainer(tmp_path, EMAWeightAveraging(), saving, chain={}, max_steps=5, enable_checkpointing=True).fit(toy(), batches())
+    module = toy()
+    trainer(tmp_path, EMAWeightAveraging(), saving, chain={}, max_steps=5, enable_checkpointing=True).fit(module, batches())
+    module.tie_knot()  # of the averaged weights
     state = StoredState.of(torch.load(tmp_path / "5.ckpt", weights_only=True)["state_dict"])
     assert state.facts["position"] == [0, 5]
 

@@ -298,7 +298,7 @@ def test_the_defaults_of_this_package_are_recorded(tmp_path):
     """A later version may have others."""
     for module in (toy(), COLACausalLM(tiny.folder(tmp_path / "lm"), rank=2)):
         recorded = module.constructor_arguments["defaults"]
-        assert (recorded["init"], recorded["dropout"], recorded["trained_factors"]) == ("kaiming", 0.0, "both")
+        assert (recorded["init"], recorded["dropout"], recorded["scaling"]) == ("kaiming", 0.0, "lora")
         assert not {"optimizer", "compile", "trust_remote_code", "rank", "model_name"} & recorded.keys()
 
 

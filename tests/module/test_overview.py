@@ -1,6 +1,8 @@
 """Before its first step a fit says what it will do: what is trained, when knots fall, and whether a resume is exact."""
 
+import dataclasses
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from cola_lightning import UserError
+from cola_lightning.module.optimization import LinkConfig
 from tests.helpers.resuming import Data
 from tests.helpers.toy import Toy, batches, toy, trainer
 
@@ -75,6 +79,43 @@ def test_a_schedule_over_the_run_is_named_where_each_link_has_its_own(tmp_path, 
         "WARNING: OneCycleLR takes 30 steps, but each link has 10, and a scheduler of its own. "
         "Use self.link_steps in configure_optimizers"
     ]
+
+
+def test_without_the_summary_what_is_wrong_is_said_still(tmp_path, caplog):
+    shuffled = DataLoader(batches().dataset, batch_size=4, shuffle=True)
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3).fit(toy(OneCycle), shuffled)
+    assert not block(caplog)
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.split()[0] for text in warnings if "resume" in text or "OneCycleLR" in text] == ["OneCycleLR", "resume:"]
+
+
+class OwnSchedule(Toy):
+    """This package's optimizer, and a schedule of its own."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()["optimizer"]
+        return [optimizer], [OneCycleLR(optimizer, 1e-2, total_steps=100)]
+
+
+@pytest.mark.parametrize("is_by_command", [False, True])
+@pytest.mark.parametrize(
+    ("cls", "options", "unused"),
+    [
+        (OneCycle, {}, None),
+        (OneCycle, {"kept_optimizer_state": 0.5}, None),
+        (OneCycle, {"optimizer": lambda parameters: AdamW(parameters, lr=0.1)}, "model.optimizer"),
+        (OneCycle, {"lr_ratio_B": 4.0, "warmup_steps": 3.0}, "model.lr_ratio_B, model.warmup_steps"),
+        (OwnSchedule, {"optimizer": lambda parameters: AdamW(parameters, lr=0.1), "lr_ratio_B": 4.0}, None),
+        (OwnSchedule, {"lr_schedule": "cosine"}, "model.lr_schedule"),
+        (Toy, {"lr_schedule": "constant", "lr_ratio_B": 4.0}, None),
+    ],
+)
+def test_an_option_that_a_modules_own_optimizer_does_not_use_is_refused(tmp_path, cls, options, unused, is_by_command):
+    if is_by_command:  # it passes each option, also those that are not given
+        options = {field.name: field.default for field in dataclasses.fields(LinkConfig)} | {"rank": 2, "alpha": 4} | options
+        options.setdefault("optimizer", lambda parameters: AdamW(parameters, lr=1e-3, fused=True))
+    with pytest.raises(UserError, match=rf"^{unused}: ") if unused else nullcontext():
+        trainer(tmp_path, max_steps=1).fit(toy(cls, **options), batches())
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13

@@ -1,5 +1,7 @@
 """Every precision of Lightning's with links merged and stacked: what is kept in which dtype, and what a knot changes."""
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
@@ -8,6 +10,7 @@ from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 
 from cola_lightning import AdaptedModel, LastCheckpoint, LoRAConfig
+from cola_lightning.errors import NonFiniteError
 from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, batches, toy, trainer, weights
 
 # precision, the dtype of a stacked-upon weight, of A, B and a merged-into weight, the relative step of what is computed, mode
@@ -74,6 +77,8 @@ def test_a_chain_keeps_its_dtypes_and_its_loss_at_knots_and_its_bits(tmp_path, p
     assert max(module.changes) <= step
     loaded = Watched.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert_bit_equal(weights(loaded.model[0]), weights(module.model[0]))
+    for links in (0, 1, None):  # the first is the base, which is not rounded
+        assert_bit_equal(loaded.merged_model(links).state_dict(), module.merged_model(links).state_dict())
 
 
 class Clipped(Toy):
@@ -89,6 +94,27 @@ def test_gradients_of_the_default_optimizer_are_clipped_under_16_mixed(tmp_path)
     trainer(tmp_path, max_steps=2, gradient_clip_val=1e-3, **options("16-mixed")).fit(module, batches(2))
     assert module.trainer.optimizers[0].param_groups[0]["fused"]
     assert module.norm == pytest.approx(1e-3, rel=1e-3)
+
+
+class Overflowing(Toy):
+    """Has no finite loss in the batches from ``first`` to ``last``."""
+
+    first, last = 2, 3
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * (float("inf") if self.first <= batch_idx <= self.last else 1)
+
+
+def test_the_gradient_scaler_of_16_mixed_skips_a_step_without_a_finite_loss_and_only_where_all_are_so_the_fit_ends(tmp_path):
+    module = toy(Overflowing)
+    trainer(tmp_path, max_steps=6, **options("16-mixed")).fit(module, batches())
+    assert all(torch.isfinite(value).all() for value in module.state_dict().values())
+    assert module.step_loss.check() == pytest.approx(float(module.trainer.callback_metrics["train_loss"]))  # not the scaled one
+    module = toy(Overflowing)
+    module.last = math.inf
+    with pytest.raises(NonFiniteError, match="loss is inf at step"):
+        trainer(tmp_path, max_epochs=3, **options("16-mixed")).fit(module, batches())
 
 
 @pytest.mark.parametrize(("precision", "is_read_early"), [("bf16-mixed", True), ("bf16-true", True), ("16-true", False)])

@@ -316,7 +316,6 @@ def test_a_stage_begins_with_a_knot_and_resumes(tmp_path, finished_links, knot):
     ("arguments", "message"),
     [
         ({"rank": 1}, r"^model\.init_knot: with half, .* 2 and 4, got 1 and 4$"),
-        ({"trained_factors": "random"}, r"^chain\.knot: half "),
         ({"alpha_pattern": {"0": 3}}, r"^model\.rank_pattern, model\.alpha_pattern, model\.scaling: "),
     ],
 )

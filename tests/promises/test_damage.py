@@ -188,3 +188,30 @@ def test_a_file_of_another_kind_is_refused(stored, tmp_path):
     for read in (read_chain, resumed):
         with pytest.raises(UserError, match=r"^checkpoint"):
             read(path)
+
+
+SPOILED = {  # what a finished link's factors may be in a state dict that someone has changed
+    "without A": lambda pair: (None, pair[1]),
+    "without B": lambda pair: (pair[0], None),
+    "without both": lambda pair: (None, None),
+    "of another rank": lambda pair: (pair[0][:1], pair[1]),
+    "of a smaller rank": lambda pair: (pair[0][:1], pair[1][:, :1]),
+    "of one input": lambda pair: (pair[0][:, :1], pair[1]),  # which torch would broadcast
+    "of one output": lambda pair: (pair[0], pair[1][:1]),
+    "of another type": lambda pair: (pair[0].long(), pair[1]),
+    "not finite": lambda pair: (pair[0], pair[1] * float("nan")),
+}
+
+
+@pytest.mark.parametrize("is_in_plain_torch", [False, True])
+@pytest.mark.parametrize("change", SPOILED)
+def test_a_state_without_a_links_factors_or_with_others_is_refused(change, is_in_plain_torch):
+    module = make(target_modules=["0", "2"], modules_to_save=[])
+    module.tie_knot()
+    part, prefix = (module.adapted, "") if is_in_plain_torch else (module, "chain.")
+    state = part.state_dict()
+    names = [f"{prefix}0.0.lora_{factor}" for factor in "AB"]
+    for name, value in zip(names, SPOILED[change]([state.pop(name) for name in names]), strict=True):
+        state |= {} if value is None else {name: value}
+    with pytest.raises(UserError, match=r"'0'|link 0"):
+        part.load_state_dict(state)

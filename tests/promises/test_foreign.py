@@ -188,6 +188,12 @@ class Backbone(ChainedTask):
         return self.adopt(Task()).model[:2]
 
 
+class Forgetful(Task, COLAModule):
+    """Its constructor is Task's, which takes no option of a link."""
+
+    build_model = ChainedTask.build_model
+
+
 def having(name, value):
     """A chain of a module with an attribute that is also one of COLAModule's."""
 
@@ -198,6 +204,11 @@ def having(name, value):
             return self.adopt(task).model
 
     return Having
+
+
+def test_a_class_whose_constructor_takes_no_option_of_a_link_is_refused():
+    with pytest.raises(UserError, match="Forgetful needs the line"):
+        Forgetful()
 
 
 @pytest.mark.parametrize(

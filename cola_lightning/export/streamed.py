@@ -1,0 +1,68 @@
+"""Exports of chains whose base is a folder: merged without loading it where that is possible, and proven."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from cola_lightning.chain.chain import Chain
+from cola_lightning.errors import ExportError
+from cola_lightning.export.model import TrainedModel
+from cola_lightning.export.module import export_chain, export_model
+from cola_lightning.export.options import ExportOptions
+from cola_lightning.files.merge import write_merged
+from cola_lightning.files.plan import make_plan, weight_norms
+from cola_lightning.files.stored import CannotStream, ModelFolder
+from cola_lightning.files.verify import verify
+from cola_lightning.writing import atomic_folder
+
+
+def export_onto(
+    base: str, chain: Chain, options: ExportOptions, sources: Sequence[str], load: Callable[[], TrainedModel]
+) -> list[str]:
+    """Exports a chain and its base.
+
+    Args:
+        base: a folder, or an id of the hub.
+        chain: the links.
+        options: format, folder and checks.
+        sources: the paths of the links' sources; the tokenizer is that of the last one, if it has one.
+        load: loads the whole model, where that is needed.
+
+    Returns:
+        The lines to report.
+
+    Raises:
+        UserError: for a base that does not fit.
+        ExportError: if what is written is not what it should be; it is removed.
+    """
+    if options.format == "chain":
+        norms = weight_norms(make_plan(ModelFolder.open(base), chain))
+        return export_chain(Chain(chain.links, replace(chain.base, name=base, weight_norms=norms)), options)
+    lines = list[str]()
+    if options.format == "merged":
+        try:
+            return _export_streamed(base, chain, options, Path(sources[-1]).expanduser())
+        except CannotStream as error:
+            lines.append(f"the whole model was loaded: {error}")
+    return [*export_model(load(), options), *lines]
+
+
+def _export_streamed(base: str, chain: Chain, options: ExportOptions, last: Path) -> list[str]:
+    plan = make_plan(ModelFolder.open(base), chain)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
+        write_merged(plan, partial, dtype=dtype, tokenizer=last)
+        license_ = {} if options.license is None else {"license": options.license}
+        card = yaml.safe_dump(
+            license_ | {"base_model": base, "library_name": "transformers", "tags": ["lora", "cola_lightning"]}
+        )
+        (partial / "README.md").write_text(f"---\n{card}---\n\n{chain!r}\n", encoding="utf-8")
+        if not options.verify:
+            return ["not compared"]
+        proof = verify(plan, ModelFolder.open(str(partial)), {})
+        if proof.wrong:
+            raise ExportError(f"the export was deleted: {proof.sentence}")
+        return [proof.sentence, *proof.notes]

@@ -1,0 +1,72 @@
+"""A merge that streams: a base and a chain become a plain model, a few rows of a tensor at a time."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cola_lightning.errors import UserError
+from cola_lightning.files.plan import Plan, Planned
+from cola_lightning.files.stored import CONFIG_NAME, INDEX_NAME, NAMES, chunks, write_tensors
+
+# What a trainer saves next to its adapter, for which the base has files, too.
+TOKENIZER = re.compile(r"tokenizer.*|.*\.jinja|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model")
+NOT_COPIED = re.compile(r"README\.md|\..*|.*\.(safetensors|index\.json|bin|pt|pth|gguf|h5|msgpack)")
+
+
+def write_merged(plan: Plan, folder: Path, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None) -> None:
+    """Writes a merged model: shards, index, configuration and tokenizer are the base's, unless the chain changes them.
+
+    Args:
+        plan: what the chain makes of the base.
+        folder: an empty folder.
+        dtype: of its floating-point tensors; None: the base's.
+        tokenizer: a folder with the tokenizer that the last trainer saved; None: it is the base's.
+    """
+    base = plan.folder
+    for path in base.path.iterdir():
+        if path.is_file() and not NOT_COPIED.fullmatch(path.name):
+            shutil.copyfile(path, folder / path.name)
+    for path in tokenizer.iterdir() if tokenizer is not None and (tokenizer / "tokenizer_config.json").is_file() else ():
+        if path.is_file() and TOKENIZER.fullmatch(path.name):
+            shutil.copyfile(path, folder / path.name)
+    files = {name: tensor.file.name for name, tensor in base.tensors.items()}
+    files |= {name: next(reversed(files.values())) for name in plan.tensors.keys() - files.keys()}
+    dtypes = {name: _dtype(planned, dtype) for name, planned in plan.tensors.items()}
+    for file in dict.fromkeys(files.values()):
+        part = {name: planned for name, planned in plan.tensors.items() if files[name] == file}
+        sizes = {name: (dtypes[name], planned.shape) for name, planned in part.items()}
+        write_tensors(folder / file, sizes, _rows(part, dtypes), base.metadata)
+    if (base.path / INDEX_NAME).is_file():
+        size = sum(torch.Size(planned.shape).numel() * dtypes[name].itemsize for name, planned in plan.tensors.items())
+        index = json.loads((base.path / INDEX_NAME).read_text(encoding="utf-8"))
+        index["metadata"] = index.get("metadata", {}) | {"total_size": size}
+        index["weight_map"] = dict(sorted(files.items()))
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    config = base.config | plan.config
+    for name in ("dtype", "torch_dtype") if dtype is not None else ():
+        config |= {name: str(dtype).removeprefix("torch.")} if name in config else {}
+    if config != base.config:
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _dtype(planned: Planned, dtype: torch.dtype | None) -> torch.dtype:
+    return planned.dtype if dtype is None or not planned.dtype.is_floating_point else dtype
+
+
+def _rows(part: dict[str, Planned], dtypes: dict[str, torch.dtype]) -> Iterator[Tensor]:
+    """The rows of a shard, in order.
+
+    Raises:
+        UserError: for a merged weight that is not finite.
+    """
+    for name, planned in part.items():
+        for first, last in chunks(planned.shape):
+            rows = planned.merged(first, last, dtypes[name])
+            if planned.updates and not rows.isfinite().all():
+                raise UserError(f"base: {name!r} is not finite after the merge, in {NAMES[dtypes[name]]}")
+            yield rows

@@ -1,0 +1,205 @@
+"""Tensors in safetensors files: read and written a few rows at a time, so that a small machine is enough for a large model.
+
+Files are read by ``read``, not mapped: mapped pages count as memory, and safetensors has no writer that streams.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola_lightning.errors import UserError, nearest_path, one_line
+from cola_lightning.hub import needed_for
+
+INDEX_NAME, WEIGHTS_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.safetensors", "config.json"
+DTYPES = {  # by their names in safetensors
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CHUNK = 2**22  # elements that are computed at once
+
+
+class CannotStream(UserError):
+    """A model that must be loaded whole, and why."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        file: the file.
+        dtype: its dtype.
+        shape: its shape.
+        start: where its bytes begin in the file.
+    """
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Some of its rows, along the first dimension; a number is one row."""
+        shape = (last - first, *self.shape[1:])
+        values = torch.empty(shape, dtype=self.dtype)
+        n_bytes = values.numel() * self.dtype.itemsize
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.start + first * n_bytes // max(1, last - first))
+            left = memoryview(bytes_of(values))
+            while left:
+                if not (n_read := file.readinto(left)):
+                    raise UserError(f"base: {str(self.file)!r} ends too early. Download or copy it again")
+                left = left[n_read:]
+        return values if self.shape else values[0]
+
+
+def bytes_of(values: Tensor) -> Any:
+    """The bytes of a contiguous tensor, which share its memory."""
+    return values.reshape(-1).view(torch.uint8).numpy()
+
+
+def chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Iterates over the rows of a tensor of this shape, a few at a time: the first of them, and the one after the last."""
+    n_rows, of_row = (shape[0], prod(shape[1:])) if shape else (1, 1)
+    step = max(1, CHUNK // max(1, of_row))
+    for first in range(0, n_rows, step):
+        yield first, min(n_rows, first + step)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder with the safetensors files of a model.
+
+    Attributes:
+        path: the folder.
+        tensors: by name, in the order of the files.
+        config: its ``config.json``; empty if it has none.
+        metadata: of its first file.
+    """
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    config: dict[str, Any]
+    metadata: dict[str, str]
+
+    @classmethod
+    def open(cls, name: str, field: str = "base") -> "ModelFolder":
+        """Reads the headers of a model's files.
+
+        Args:
+            name: a folder, or an id of the Hugging Face hub, after which ``@`` and a revision may follow.
+            field: the name's in messages.
+
+        Raises:
+            CannotStream: for a model without safetensors files, or a quantized one.
+            UserError: for a folder without a model, and damaged files.
+            HubError: for files that are neither in the cache nor on a hub that answers.
+        """
+        path = _folder(name, field)
+        config = _read_json(path / CONFIG_NAME, field) if (path / CONFIG_NAME).is_file() else {}
+        if "quantization_config" in config:
+            method = config["quantization_config"].get("quant_method", "some method")
+            raise CannotStream(f"{field}: {name} is quantized ({method}), so its files do not hold its weights as numbers")
+        if (path / INDEX_NAME).is_file():
+            files = dict.fromkeys(_read_json(path / INDEX_NAME, field)["weight_map"].values())
+        else:
+            files = dict.fromkeys([WEIGHTS_NAME] if (path / WEIGHTS_NAME).is_file() else [])
+        if not files:
+            raise CannotStream(f"{field}: {name} has no {WEIGHTS_NAME}")
+        tensors, metadata = dict[str, StoredTensor](), dict[str, str]()
+        for file in files:
+            found, of_file = read_header(path / file, field)
+            tensors |= found
+            metadata = metadata or of_file
+        return cls(path, tensors, config, metadata)
+
+
+def _folder(name: str, field: str) -> Path:
+    """The folder of a model; of one on the hub, that of its files in the cache."""
+    from cola_lightning.hub import is_repo_id
+
+    path = Path(os.path.expanduser(name))
+    repo_id, _, revision = name.partition("@")
+    if path.is_dir():
+        return path
+    if not is_repo_id(repo_id):
+        raise UserError(f"{field}: there is no folder {name!r}{nearest_path(path)}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    with needed_for(f"{field}: {name!r}"):
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns))
+
+
+def _read_json(path: Path, field: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{field}: {str(path)!r} is damaged ({one_line(str(error))})") from error
+
+
+def read_header(path: Path, field: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a safetensors file, in their order in the file, and its metadata.
+
+    Raises:
+        UserError: for a damaged file, or one that is too short.
+
+    Source: the format is described in the README of https://github.com/huggingface/safetensors.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+            header = json.loads(file.read(length if length < size else 0))
+        metadata = header.pop("__metadata__", {})
+        begin, found = 8 + length, {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (start, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            if end - start != prod(shape) * dtype.itemsize or begin + end > size:
+                raise ValueError(f"{name} does not fit in the file")
+            found[name] = StoredTensor(path, dtype, shape, begin + start)
+        return found, metadata
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{field}: {str(path)!r} is damaged or incomplete ({one_line(str(error))})") from error
+
+
+def write_tensors(
+    path: Path, sizes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], rows: Iterable[Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file from parts of its tensors.
+
+    Args:
+        path: the file.
+        sizes: dtype and shape of each tensor, in their order in the file.
+        rows: their rows, in this order.
+        metadata: of the file.
+    """
+    header, end = dict[str, Any](), 0
+    for name, (dtype, shape) in sizes.items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps({"__metadata__": {"format": "pt"} | dict(metadata)} | header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in rows:
+            file.write(bytes_of(part.contiguous()))

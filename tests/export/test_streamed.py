@@ -1,0 +1,196 @@
+"""Exports of adapters onto a base that is only read: what is written, and that nothing half-written stays."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from cola_lightning import COLACausalLM, UserError
+from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.cli import main
+from tests.helpers import forked, tiny
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+def load(path, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def adapted(base, folder, seed=0, **fields):
+    model = get_peft_model(base, LoraConfig(**{"r": 3, "lora_alpha": 7, "target_modules": TARGETS} | fields))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A base in bfloat16 in three shards, two adapters on it, and peft's logits after each; paths are relative."""
+    monkeypatch.chdir(tmp_path)
+    model = load(tiny.folder(tmp_path / "start"), torch.bfloat16)
+    model.save_pretrained("base", max_shard_size="30KB")
+    tiny.tokenizer().save_pretrained("base")
+    first = adapted(load("base"), "sft")
+    logits = {"base": tiny.logits(load("base")), "sft": tiny.logits(first)}
+    logits["dpo"] = tiny.logits(adapted(first.merge_and_unload(), "dpo", 1, target_modules=["q_proj", "v_proj"], r=4))
+    return logits
+
+
+def export(*words, base="base", format_="merged", output="out"):
+    return main(["export", *words, "--base", base, "--format", format_, "--output", output])
+
+
+BOTH = ("sft=sft", "dpo=dpo")
+
+
+def test_a_merge_has_the_shards_and_files_of_its_base(made, tmp_path):
+    files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    for path in (tmp_path / "base").iterdir():  # as the hub's cache has it
+        path.rename(tmp_path / f"blob-{path.name}")
+        path.symlink_to(tmp_path / f"blob-{path.name}")
+    os.chmod(tmp_path / "base", 0o555)
+    assert export(*BOTH) == 0
+    written = {path.name: path for path in (tmp_path / "out").iterdir()}
+    assert written.keys() == files.keys() | {"README.md"}
+    assert not any(path.is_symlink() for path in written.values())
+    assert sum(name.endswith(".safetensors") for name in files) >= 3
+    same = [name for name in files if not name.endswith(".safetensors")]
+    assert {name: json.loads(written[name].read_text()) for name in same if name.endswith("json")} == {
+        name: json.loads(files[name]) for name in same if name.endswith("json")
+    }
+    for name in files.keys() - set(same):
+        before, after = load_file(tmp_path / f"blob-{name}"), load_file(written[name])
+        assert {key: value.dtype for key, value in before.items()} == {key: value.dtype for key, value in after.items()}
+        assert all(torch.equal(before[key], after[key]) for key in before if "proj" not in key or "o_proj" in key)
+    assert tiny.relative_difference(tiny.logits(load("out")), made["dpo"]) <= 2**-7
+    assert main(["verify", "out", "--base", "base", "--adapter", "sft", "dpo"]) == 0
+    assert main(["verify", "out", "--base", "base", "--adapter", "sft"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "stage"),
+    [(["--links", "sft"], "sft"), (["--links", "0"], "base"), (["--scale", "{dpo: 0}"], "sft"), ([], "dpo")],
+    ids=["a stage", "the base", "a factor", "all"],
+)
+def test_links_and_factors_count_as_for_a_run(made, words, stage):
+    assert export(*BOTH, "--dtype", "float32", *words) == 0
+    assert json.loads(Path("out/config.json").read_text())["dtype"] == "float32"
+    assert tiny.relative_difference(tiny.logits(load("out")), made[stage]) <= 1e-5
+
+
+def test_adapters_become_one_adapter_or_a_chain_that_knows_its_base(made, tmp_path):
+    assert export(*BOTH, format_="peft") == 0
+    assert tiny.relative_difference(tiny.logits(PeftModel.from_pretrained(load("base"), "out")), made["dpo"]) <= 1e-5
+    assert export(*BOTH, "--max_rank", "4", format_="peft", output="small") == 0
+    assert json.loads(Path("small/adapter_config.json").read_text())["r"] == 4
+    assert export(*BOTH, format_="chain", output="chain") == 0
+    chain = read_chain("chain")
+    assert [link.name for link in chain.links] == ["sft", "dpo"]
+    assert chain.base.weight_norms.keys() == set(chain.layers)
+    arguments = {"target_modules": [*TARGETS, "v_proj"], "seed": 0, "init_chain": "chain"}
+    assert tiny.relative_difference(tiny.logits(COLACausalLM("base", **arguments).model), made["dpo"]) <= 1e-5
+    with pytest.raises(UserError, match=r"^base: the weight of "):
+        COLACausalLM(tiny.folder(tmp_path / "other", scale=2), **arguments).configure_model()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_resized_embeddings_and_the_tokenizer_are_the_last_trainers(made):
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    tokenizer.add_tokens(["<new>"])
+    base = load("base")
+    base.resize_token_embeddings(410)
+    model = adapted(base, "sft", modules_to_save=["embed_tokens", "lm_head"])
+    tokenizer.save_pretrained("sft")
+    assert export("sft", "--dtype", "float32") == 0
+    merged = load("out")
+    assert merged.config.vocab_size == 410
+    assert tiny.relative_difference(tiny.logits(merged), tiny.logits(model)) <= 1e-5
+    assert "<new>" in AutoTokenizer.from_pretrained("out").get_vocab()
+
+
+def test_what_cannot_be_streamed_is_loaded(made, tmp_path, capsys):
+    name = tiny.folder(tmp_path / "bert", "bert", "AutoModel")
+    base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=3)
+    model = adapted(base, "head", target_modules=["query"], task_type="SEQ_CLS")
+    capsys.readouterr()
+    assert export("head", base=name) == 0
+    assert "the whole model was loaded: base: " in capsys.readouterr().out
+    merged = AutoModelForSequenceClassification.from_pretrained("out")
+    assert tiny.relative_difference(tiny.logits(merged), tiny.logits(model)) <= 1e-5
+
+
+# ---------------------------------------------------------------------- what is refused, and what is left behind
+
+
+def damage(name, change):
+    path = f"{name}/adapter_model.safetensors"
+    save_file({key: change(value) for key, value in load_file(path).items()}, path)
+
+
+REFUSED = {
+    "an adapter without its base": (lambda: None, ["export", *BOTH, "--format", "merged", "--output", "out"], "base: "),
+    "no number": (lambda: damage("dpo", lambda value: value * float("nan")), None, "checkpoint: 'dpo' contains NaN"),
+    "a damaged adapter": (
+        lambda: os.truncate("dpo/adapter_model.safetensors", 900),
+        None,
+        "adapter: the LoRA in 'dpo' is damaged",
+    ),
+    "a damaged base": (lambda: os.truncate("base/model-00001-of-00003.safetensors", 900), None, "base: 'base/model-00001"),
+    "other sizes": (lambda: damage("dpo", lambda value: value[:, :5].clone()), None, "base: "),
+    "no base": (lambda: shutil.move("base", "bose"), None, "base: 'base' is neither"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_mistake_is_one_line_and_nothing_is_written(made, capsys, monkeypatch, reason):
+    spoil, words, message = REFUSED[reason]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    spoil()
+    before = sorted(os.listdir())
+    capsys.readouterr()
+    assert (main(words) if words else export(*BOTH)) in (1, 2)
+    assert f"error: {message}" in capsys.readouterr().err
+    assert sorted(os.listdir()) == before
+
+
+def test_a_full_disk_leaves_nothing_half_written(made, monkeypatch, capsys):
+    def full(values):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("cola_lightning.files.stored.bytes_of", full)
+    before = sorted(os.listdir())
+    assert export(*BOTH) == 1
+    assert "error: out could not be written (No space left on device)" in capsys.readouterr().err.replace(f"{os.getcwd()}/", "")
+    assert sorted(os.listdir()) == before
+
+
+def test_a_killed_export_leaves_the_old_folder(made):
+    assert export("sft") == 0
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    program = f"""
+import os
+from cola_lightning.cli import main
+from cola_lightning.files import merge
+write, written = merge.write_tensors, []
+def killed(*arguments):
+    write(*arguments)
+    written.append(0)
+    if len(written) == 2:
+        os.kill(os.getpid(), 9)
+merge.write_tensors = killed
+main(["export", *{BOTH}, "--base", "base", "--format", "merged", "--output", "out", "--overwrite"])
+"""
+    assert forked.run("-c", program).returncode == -9
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
