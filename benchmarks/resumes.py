@@ -185,7 +185,7 @@ def by_lightning(case: str, folder: Path, killing: Killing, *, resumes: bool) ->
     seed_everything(0)
     data, is_grouped = rows(), case == "grouped"
     lengths = [len(row["input_ids"]) for row in data]
-    sampler: Any = LengthGroupedSampler(BATCH, lengths=lengths) if is_grouped else None  # type: ignore[no-untyped-call]
+    sampler: Any = LengthGroupedSampler(BATCH, lengths=lengths) if is_grouped else None
     loading: dict[str, Any] = {"num_workers": 2} if case == "workers" else {}
     loader: Any = DataLoader(data, BATCH, shuffle=not is_grouped, sampler=sampler, collate_fn=collator(case), **loading)  # type: ignore[arg-type]
     saving = ModelCheckpoint(folder, every_n_train_steps=STEPS.get(case, EVERY), save_last=True)

@@ -139,18 +139,6 @@ class AdaptedModel:
         return any(layer.has_begun for layer in self.layers.values())
 
     @property
-    def is_at_knot(self) -> bool:
-        """Whether the current link is as the last knot left it, so that the model is that of the finished links."""
-        if not self.chain.links or self.chain[-1].share == 1:
-            return not self.has_begun
-        last = self.chain[-1]
-        return all(
-            torch.equal(layout.gather(mine), left.to(mine.dtype))
-            for name, layer in self.layers.items()
-            for mine, left in zip(layer.factors, last.left(name), strict=True)
-        )
-
-    @property
     def cast_dtype(self) -> torch.dtype:
         """The dtype to which a precision has cast the model, except weights that links are merged into; float32: to none."""
         layers = self.layers.values()
@@ -239,10 +227,10 @@ class AdaptedModel:
             self.n_finished,
             *current.size,
             start_step=current.start.global_step,
-            end_step=current.position.global_step,
+            end_step=current.end.global_step,
             factors=factors,
             extras=extras,
-            metrics=current.metrics,
+            metrics=dict(current.metrics),
             own_values=own_values(layers, *current.size),
             name=current.name,
         )

@@ -55,6 +55,16 @@ class Interruption(SystemExit):
     """A signal asked the run to stop: exit status 130 or 143. After a KeyboardInterrupt Lightning ignores a second Ctrl-C."""
 
 
+def check_name(option: str, value: object, names: Iterable[str]) -> None:
+    """Refuses a value of an option that is none of the option's names.
+
+    Raises:
+        UserError: which lists the names.
+    """
+    if value not in (known := list(names)):
+        raise UserError(f"{option}: must be {' or '.join(known)}, got {value!r}")
+
+
 def nearest(word: str, names: Iterable[str], full_name: Callable[[str], str] = str) -> str:
     """The names that are most similar to an unknown word, as the end of a message; if no name is similar, the first three.
 

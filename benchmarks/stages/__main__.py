@@ -8,8 +8,8 @@ appends a line after each run, so you can stop it at any time and call it again.
 
     python -m benchmarks.stages --table
 
-runs nothing, and prints the tables from the lines. In every arm a stage has a new optimizer and a new learning-rate schedule.
-The arms differ in what happens between two stages.
+runs nothing, prints the tables from the lines, and draws ``encoder.png``. In every arm a stage has a new optimizer and a new
+learning-rate schedule. The arms differ in what happens between two stages.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from benchmarks.lines import Lines, show
 from benchmarks.stages.encoder import ENCODER
 from benchmarks.stages.language import LANGUAGE
 from benchmarks.stages.learnable import try_alone
+from benchmarks.stages.picture import draw
 from benchmarks.stages.plan import run_missing
 from benchmarks.stages.sequence import TaskSequence
 from benchmarks.stages.tables import table, table_of_rates
@@ -47,6 +48,7 @@ def main() -> None:
     for rows in (table_of_rates(sequence, lines), table(sequence, lines)):
         show(rows[0], rows[1:])
         print()
+    draw(sequence, lines, sequence.file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The tables of a sequence's lines."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,37 +30,41 @@ def table(sequence: TaskSequence, lines: Lines) -> list[list[str]]:
     measures["after its own stage"] = after_own_stage
     measures |= {title: score_at_the_end(name) for name, title in sequence.more_scores.items()}
     found = [["arm", "rate", "runs", *(cell for title in measures for cell in (title, "to one LoRA"))]]
-    if not (tokens := _tokens(lines)):
+    found[0].insert(5, "to a new link")
+    if not (tokens := tokens_of(lines)):
         return found
     rows = [(ARMS[arm].title, arm, best_settings(sequence, lines, arm)) for arm in ARMS if tuning(lines, tuned_like(arm))]
     best = {arm: settings for _, arm, settings in rows}
-    loras = _at_settings(lines, "lora", best.get("lora", {}))
-    if best.keys() >= {"lora", "link"} and best["lora"] != best["link"] and len(_at_settings(lines, "lora", best["link"])) > 1:
+    loras, links = (of_settings(lines, arm, best.get(arm, {})) for arm in ("lora", "link"))
+    if best.keys() >= {"lora", "link"} and best["lora"] != best["link"] and len(of_settings(lines, "lora", best["link"])) > 1:
         rows.append(("one LoRA, at the rate of a new link", "lora", best["link"]))
     for title, arm, settings in rows:
-        if not (of_arm := _at_settings(lines, arm, settings)):
+        if not (of_arm := of_settings(lines, arm, settings)):
             continue
         cells = [title, f"{settings['rate']:g}", str(len(of_arm))]
-        pairs = [(line, loras[key]) for key, line in of_arm.items() if key in loras and line is not loras[key]]
         for measure in measures.values():
             is_of_end = measure not in (forgetting, after_own_stage)
             has_measure = is_of_end or len(next(iter(of_arm.values()))["matrix"]) == len(sequence.tasks)
             means = [total(measure(sequence, line, tokens)) for line in of_arm.values()] if has_measure else []
             cells.append(f"{np.mean(means):.3f}" if means else "")
-            if not has_measure or not pairs:
-                cells.append("")
-                continue
-            ours, theirs = ([measure(sequence, line, tokens) for line in side] for side in zip(*pairs, strict=True))
-            mean, low, high = difference_of(ours, theirs, tokens)
-            cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if low < high else f"{mean:+.3f}")
+            for others in (loras, links) if measure is at_the_end else (loras,):
+                pairs = [(line, others[key]) for key, line in of_arm.items() if key in others and line is not others[key]]
+                cells.append(_difference(sequence, measure, pairs, tokens) if has_measure and pairs else "")
         found.append(cells)
     return found
+
+
+def _difference(sequence: TaskSequence, measure: Measure, pairs: Sequence[tuple[Any, Any]], tokens: Sequence[Array]) -> str:
+    """The mean difference of two arms' lines with its interval, if there is one."""
+    ours, theirs = ([measure(sequence, line, tokens) for line in side] for side in zip(*pairs, strict=True))
+    mean, low, high = difference_of(ours, theirs, tokens)
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if low < high else f"{mean:+.3f}"
 
 
 def table_of_rates(sequence: TaskSequence, lines: Lines) -> list[list[str]]:
     """The head, the base, and a row for each run of the first order and seed: its losses at the end, and its measures."""
     found = [["arm", "rate", "validation", *sequence.tasks.values(), "mean", "forgetting", "after its own stage"]]
-    tokens, order = _tokens(lines), list(ARMS)
+    tokens, order = tokens_of(lines), list(ARMS)
     ends = [line for line in lines.results if line["arm"] == "base"]
     of_rates = [line for arm in ARMS for line in tuning(lines, arm)]
     for line in ends + sorted(of_rates, key=lambda line: (order.index(line["arm"]), line["rate"])):
@@ -75,13 +79,13 @@ def table_of_rates(sequence: TaskSequence, lines: Lines) -> list[list[str]]:
     return found
 
 
-def _at_settings(lines: Lines, arm: str, settings: Mapping[str, float]) -> dict[tuple[int, int], dict[str, Any]]:
+def of_settings(lines: Lines, arm: str, settings: Mapping[str, float]) -> dict[tuple[int, int], dict[str, Any]]:
     """The lines of an arm with these settings, by order and seed."""
     found = [line for line in lines.results if line["arm"] == arm and settings.items() <= line.items()]
     return {(line["order"], line["seed"]): line for line in found}
 
 
-def _tokens(lines: Lines) -> list[Array]:
+def tokens_of(lines: Lines) -> list[Array]:
     """How many tokens with a loss each test row has, of each task; empty without the base's line."""
     base: dict[str, Any] = next((line for line in lines.results if line["arm"] == "base"), {})
     return [np.array(of, dtype=float) for of in base.get("tokens", [])]

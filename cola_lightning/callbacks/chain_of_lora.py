@@ -17,7 +17,7 @@ from cola_lightning.chain.schedule import ChainSchedule, FitPosition, UserRule, 
 from cola_lightning.errors import UserError
 from cola_lightning.module import COLAModule
 from cola_lightning.module.arguments import WholeSignature
-from cola_lightning.module.optimization import check_no_averaging
+from cola_lightning.module.run import check_no_averaging
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +65,11 @@ class ChainOfLoRA(Callback):
             epoch: epochs finished.
             global_step: optimizer steps taken.
         """
-        start, schedule = self.module.current.start, self.schedule
+        start, schedule = self.module.run.current.start, self.schedule
         if schedule.patience is not None:  # a value known at a link's first step belongs to the previous link
             known = (value for step, value in self._values.items() if start.global_step < step <= global_step)
             return is_plateau(known, schedule.patience, schedule.min_delta, schedule.mode)
-        return self.module.fit_progress.schedule.is_due(start, FitPosition(epoch, global_step))
+        return self.module.run.schedule.is_due(start, FitPosition(epoch, global_step))
 
     @property
     def _has_user_rule(self) -> bool:
@@ -91,10 +91,10 @@ class ChainOfLoRA(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         now = FitPosition(trainer.current_epoch, trainer.global_step)
         is_inside_window, self._last_step = now.global_step == self._last_step, now.global_step
-        if now.global_step == self.module.current.start.global_step:
-            if now != self.module.current.start:  # a knot tied by hand at the end of an epoch counted that epoch
-                self.module.current.start = now
-                self.module.link_optimization.renew(self.module, self.module.adapted)
+        if now.global_step == self.module.run.current.start.global_step:
+            if now != self.module.run.current.start:  # a knot tied by hand at the end of an epoch counted that epoch
+                self.module.run.count_from(now)
+                self.module.run.renew()
             return
         if is_inside_window:  # of accumulated batches
             return
@@ -147,7 +147,7 @@ class ChainOfLoRA(Callback):
         """The current link's values of the monitored metric; nothing before a run has begun."""
         if not self._values:
             return {}
-        start = self.module.current.start.global_step
+        start = self.module.run.current.start.global_step
         values = {step: value for step, value in self._values.items() if step > start}
         return {"values": values, "monitor": self._monitored}
 

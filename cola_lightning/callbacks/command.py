@@ -78,7 +78,7 @@ class RunWatch(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._is_waited_for = self.has_begun = True
         signal.signal(signal.SIGTERM, self._handle)  # until Lightning restores it after the fit, in place of its own
-        length = pl_module.fit_progress.known_length()
+        length = pl_module.run.known_length()
         if self.validates_at_end and length is not None and not self.is_interval_given:
             trainer.log_every_n_steps = int(max(1, min(trainer.log_every_n_steps, length.end_step // 10)))
 

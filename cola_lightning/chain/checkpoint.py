@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cola_lightning.chain.chain import JSON_NAME, METADATA, OUTSIDE, Chain, Link, link_fields, unpack
+from cola_lightning.chain.facts import Records, StoredFacts
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
 from cola_lightning.chain.sources import join, sources_of
 from cola_lightning.errors import UserError, nearest_path
@@ -101,12 +102,12 @@ class StoredState:
     Attributes:
         chain: the finished links.
         live: the current link; None: trained without links. It has the layers and values that the state dict has.
-        facts: all else, by name; :func:`cola_lightning.module.state.facts_of` lists it.
+        facts: all else.
     """
 
     chain: Chain
     live: Link | None
-    facts: dict[str, Any]
+    facts: StoredFacts
 
     @classmethod
     def of(
@@ -127,10 +128,13 @@ class StoredState:
         packed = {key.removeprefix(start): value for key, value in state_dict.items() if str(key).startswith(start)}
         if not isinstance(packed.get(METADATA), Tensor):
             raise UserError(f"{field}: {name!r} contains no chain. Was it written by another package?")
-        chain, facts = unpack(packed, name)
-        fields, extras = facts.pop("live"), facts.pop("trained")
-        live = None if fields is None else _live_link(state_dict, prefix, link_fields(fields), chain.base.weight_norms, extras)
-        return cls(chain, live, facts)
+        chain, stored = unpack(packed, name)
+        facts = StoredFacts.of(stored)
+        if facts.live is None:
+            return cls(chain, None, facts)
+        steps = {"start_step": facts.start.global_step, "end_step": facts.position.global_step}
+        fields = link_fields({**facts.live, **steps})
+        return cls(chain, _live_link(state_dict, prefix, fields, chain.base.weight_norms, facts.extras), facts)
 
     @property
     def names(self) -> list[str | None]:
@@ -230,7 +234,7 @@ def read_chain_and_held_out(
     links: int | str | None = None,
     field: str = "checkpoint",
     continues: Collection[str] = (),
-) -> tuple[Chain, list[dict[str, Any] | None]]:
+) -> tuple[Chain, Records]:
     """Reads a chain without its base, and which rows the runs that trained it held out; None among them: unknown.
 
     Args:
@@ -250,12 +254,12 @@ def read_chain_and_held_out(
     return chain if links is None else chain.truncate(links), [run for runs in held_out for run in runs]
 
 
-def _read_one(source: str, field: str) -> tuple[Chain, list[dict[str, Any] | None]]:
+def _read_one(source: str, field: str) -> tuple[Chain, Records]:
     path = Path(os.path.expanduser(last_checkpoint_of(source)))
-    held_out: list[dict[str, Any] | None] = [None]
+    held_out: Records = [None]
     if path.is_file():
         state = OpenedCheckpoint.open(path, field).state
-        chain, held_out = state.all_links(), state.facts.get("held_out", held_out)
+        chain, held_out = state.all_links(), state.facts.held_out
     elif (path / JSON_NAME).is_file():
         chain = Chain.load(path)
     elif (path / CONFIG_NAME).is_file():

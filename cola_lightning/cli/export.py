@@ -89,13 +89,14 @@ def export(words: Sequence[str]) -> None:
 def _export_run(path: str, options: Any, export_options: "ExportOptions") -> list[str]:
     """Exports a run, which knows its base; returns the lines to report."""
     from cola_lightning.export.module import export_chain, export_model
+    from cola_lightning.module.exports import trained_model
 
     opened = OpenedCheckpoint.open(path)
     state = opened.state
     chain = state.all_links(options.links).scaled(options.scale or {})
     if export_options.format == "chain":
         return export_chain(chain, export_options)
-    model = load_module(opened, options, "export").trained_model(state.facts["prompt_format"], state.facts["data"])
+    model = trained_model(load_module(opened, options, "export"), state.facts.prompt_format, state.facts.data)
     return export_model(replace(model, chain=chain), export_options)
 
 
@@ -108,6 +109,7 @@ def _load(base: str, chain: Chain, source: str) -> "TrainedModel":
         source: the first of its sources; an adapter says what its model is for.
     """
     from cola_lightning.hf import COLACausalLM, COLASequenceClassifier
+    from cola_lightning.module.exports import trained_model
 
     extras = chain[-1].extras if len(chain) else {}
     name, _, revision = base.partition("@")
@@ -119,5 +121,5 @@ def _load(base: str, chain: Chain, source: str) -> "TrainedModel":
         module: COLAModule = COLASequenceClassifier(name, num_labels=n_labels, seed=0, **arguments)
     else:
         module = COLACausalLM(name, seed=0, **arguments)
-    module.first_chain = chain
-    return replace(module.trained_model({}, {}), chain=chain)
+    module.run.first_chain = chain
+    return replace(trained_model(module, {}, {}), chain=chain)

@@ -38,7 +38,7 @@ def generate(words: Sequence[str]) -> None:
     if prompt is not None and not prompt.strip():
         raise UserError("prompt: is empty. Pass one with --prompt or on standard input")
     opened = OpenedCheckpoint.open(options.checkpoint)
-    module, prompt_format = load_module(opened, options, "generate"), opened.state.facts["prompt_format"]
+    module, prompt_format = load_module(opened, options, "generate"), opened.state.facts.prompt_format
     import torch
 
     from cola_lightning.hf import COLACausalLM

@@ -248,13 +248,13 @@ def load_module(opened: "OpenedCheckpoint", options: Any, method: str) -> "COLAM
     from cola_lightning.hub import quiet
     from cola_lightning.module import COLAModule, find_class
 
-    arguments = opened.state.facts["module"]
-    if arguments["not_plain"]:
+    arguments = opened.state.facts.module
+    if arguments.not_plain:
         raise UserError(
-            f"checkpoint: {arguments['not_plain'][0]!r} of {arguments['class_path']} is not a plain value. Load the checkpoint "
+            f"checkpoint: {arguments.not_plain[0]!r} of {arguments.class_path} is not a plain value. Load the checkpoint "
             f"in Python, and call {method}() of the module"
         )
-    find_class(arguments["class_path"])
+    find_class(arguments.class_path)
     more: dict[str, Any] = {"trust_remote_code": True} if options.trust_remote_code else {}  # not every class has it
     with quiet():
         return COLAModule.load_from_checkpoint(opened, links=options.links, scale=options.scale, **more)

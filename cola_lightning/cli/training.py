@@ -370,7 +370,7 @@ class COLACLI(LightningCLI):
             scale = self.config[self.subcommand].get("scale")
             self.model.expect_state(self.opened.state, links=self.links, scale=scale)
         else:
-            _ = self.model.first_chain  # a chain that does not exist is refused here, before the data is prepared
+            _ = self.model.run.first_chain  # a chain that does not exist is refused here, before the data is prepared
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

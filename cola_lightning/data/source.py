@@ -16,8 +16,17 @@ from typing_extensions import override
 from cola_lightning.data.base import EpochDataModule, EpochLoader
 from cola_lightning.data.preprocessing import Preprocessor, prepare
 from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import MOST_VALIDATION_ROWS, VALIDATION_SHARE, Rows
-from cola_lightning.data.split import HeldOut, as_count, check_shares, draw, find_record
+from cola_lightning.data.rows import Rows
+from cola_lightning.data.split import (
+    MOST_VALIDATION_ROWS,
+    VALIDATION_SHARE,
+    HeldOut,
+    as_count,
+    check_shares,
+    draw,
+    drawn,
+    find_record,
+)
 from cola_lightning.data.splits import Splits, TextUnit, choose_split, files_identity, is_file, is_on_hub, load_splits
 from cola_lightning.errors import UserError, shortened_text
 
@@ -171,8 +180,9 @@ class SourceDataModule(EpochDataModule):
 
     @property
     def held_out(self) -> list[dict[str, Any] | None]:
-        """The rows that runs have held out, of which the trained module knows: :attr:`COLAModule.held_out`."""
-        return getattr(self.trainer and self.trainer.lightning_module, "held_out", self._held_out)
+        """The rows that runs have held out, of which the trained module's run knows."""
+        run = getattr(self.trainer and self.trainer.lightning_module, "run", None)
+        return getattr(run, "held_out", self._held_out)
 
     def _evaluation_split(self, splits: Splits, part: str) -> Callable[[], Rows] | None:
         """What reads the validation or the test split; None: there is none, or its rows are drawn from the train split."""
@@ -293,16 +303,16 @@ class SourceDataModule(EpochDataModule):
         return {part: read()} if takes_all else self._drawn_parts(splits, [part], stage)
 
     def _drawn_parts(self, splits: Splits, names: Sequence[str], stage: str) -> dict[str, Rows]:
-        parts, drawn = dict[str, Rows](), {"train": self.train_size}
+        parts, sizes = dict[str, Rows](), {"train": self.train_size}
         for part, size in (("val", self.val_size), ("test", self.test_size)):
             read = self._evaluation_split(splits, part)
             if read is not None and size != 0 and part in names:
-                parts |= read().drawn({part: size}, self.split_seed)
+                parts |= drawn(read(), {part: size}, self.split_seed)
             elif read is None and (size or (part == "val" and size is None)):
-                drawn[part] = size
-        if not drawn.keys().isdisjoint(names):
+                sizes[part] = size
+        if not sizes.keys().isdisjoint(names):
             train = self._train_rows(splits)
-            parts |= self._drawn(train.lacking_targets() if stage == "predict" else train, drawn, parts, stage)
+            parts |= self._drawn(train.lacking_targets() if stage == "predict" else train, sizes, parts, stage)
         return parts
 
     def _drawn(self, rows: Rows, sizes: Mapping[str, Any], others: Mapping[str, Rows], stage: str) -> dict[str, Rows]:
@@ -319,10 +329,10 @@ class SourceDataModule(EpochDataModule):
         default = min(as_count(VALIDATION_SHARE, len(rows)), MOST_VALIDATION_ROWS)
         sizes = {part: default if (part, size) == ("val", None) else size for part, size in sizes.items()}
         is_drawn = len(sizes) > 1 or self.train_size is not None
-        drawn = rows.drawn(sizes, self.split_seed, self.groups(rows) if is_drawn else None)
+        parts = drawn(rows, sizes, self.split_seed, self.groups(rows) if is_drawn else None)
         how = ", by data.split_seed" * is_drawn
         if stage == "fit":
-            held_out = {part: drawn[part].numbers.tolist() if part in drawn else [] for part in ("val", "test")}
+            held_out = {part: parts[part].numbers.tolist() if part in parts else [] for part in ("val", "test")}
             record = find_record(rows, self.held_out)
             if record is None:
                 self.held_out.append(asdict(HeldOut(rows.contents(), len(rows.split), **held_out)))
@@ -330,14 +340,14 @@ class SourceDataModule(EpochDataModule):
                 free = rows.select(np.flatnonzero(~np.isin(rows.numbers, [*record.val, *record.test])))
                 groups = None if self.train_size is None else self.groups(free)
                 of_record = {part: rows.at(getattr(record, part)) for part in sizes if part != "train"}
-                drawn = free.drawn({"train": self.train_size}, self.split_seed, groups) | of_record
+                parts = drawn(free, {"train": self.train_size}, self.split_seed, groups) | of_record
                 how = ", as an earlier run held them out"
-        counts = [f"{len(some)}{' rows' * (part == 'train')} for {PURPOSES[part]}" for part, some in drawn.items()]
+        counts = [f"{len(some)}{' rows' * (part == 'train')} for {PURPOSES[part]}" for part, some in parts.items()]
         lines = [f"{rows.place}: {', '.join(counts)}{how}"]
         lines += [f"{some.place}: {len(some)} of {len(some.split)} for {PURPOSES[part]}" for part, some in others.items()]
         self._sizes.append("; ".join(lines))
         self._log(self._sizes[-1])
-        return drawn
+        return parts
 
     @override
     def describe(self) -> list[str]:

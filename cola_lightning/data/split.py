@@ -3,15 +3,15 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from cola_lightning.data.rows import Rows
 from cola_lightning.errors import UserError
 
-if TYPE_CHECKING:
-    from cola_lightning.data.rows import Rows
+VALIDATION_SHARE, MOST_VALIDATION_ROWS = 0.1, 1_000  # of the training rows, if there is no validation split
 
 
 def check_shares(**sizes: float | None) -> None:
@@ -62,6 +62,28 @@ def draw(n_rows: int, sizes: Sequence[int], seed: int, what: str, groups: Sequen
     return [order[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
+def drawn(rows: Rows, sizes: Mapping[str, float | None], seed: int, groups: Sequence[object] | None = None) -> dict[str, Rows]:
+    """Disjoint parts of the rows, see :func:`draw`; in their order if one part takes all.
+
+    Args:
+        rows: the rows.
+        sizes: the size of each part, ``train``, ``val`` or ``test``; None: the rest.
+        seed: the permutation's seed.
+        groups: each row's group.
+
+    Raises:
+        UserError: if there are fewer rows than the parts need.
+    """
+    if [*sizes.values()] == [None]:
+        return dict.fromkeys(sizes, rows)
+    counts = {part: None if size is None else as_count(size, len(rows)) for part, size in sizes.items()}
+    rest = max(len(rows) - sum(count or 0 for count in counts.values()), 1)
+    needed = [rest if count is None else count for count in counts.values()]
+    what = f"{' + '.join(f'data.{part}_size' for part in counts)}, of {rows.place}"
+    places_of_parts = draw(len(rows), needed, seed, what, groups)
+    return {part: rows.select(places) for part, places in zip(counts, places_of_parts, strict=True)}
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Which rows of a split were held out by the first run of a chain that trained on the split.
@@ -82,7 +104,7 @@ class HeldOut:
     test: list[int]
 
 
-def find_record(rows: "Rows", records: Iterable[Mapping[str, Any] | None]) -> HeldOut | None:
+def find_record(rows: Rows, records: Iterable[Mapping[str, Any] | None]) -> HeldOut | None:
     """The record of the split of these rows, which may have got more files at its end; None: no run has trained on it.
 
     Args:

@@ -192,7 +192,7 @@ class COLACausalLM(TransformersModule):
                 attention_mask=batch["prompt_mask"],
                 generation_config=config,
                 tokenizer=tokenizer,  # which stop strings need
-                synced_gpus=self.is_sharded,  # then weights are gathered at each token: all processes go on until all are done
+                synced_gpus=self.run.is_sharded,  # then weights are gathered at each token: all processes go on to the end
                 streamer=streamer and _FilteredStreamer(hidden, streamer),
             )
         new = [[token for token in row if token not in hidden] for row in generated[:, batch["prompt_ids"].shape[1] :].tolist()]
@@ -272,7 +272,7 @@ class COLACausalLM(TransformersModule):
 
         Not if new shapes are compiled, if all processes must take part, or for a router's loss, which is not a sum over rows.
         """
-        return not (self.should_compile or self.is_sharded or has_router_loss(self.model))
+        return not (self.should_compile or self.run.is_sharded or has_router_loss(self.model))
 
     def language_parts(self, batch: Batch) -> Iterator[tuple[list[int], Batch, Array, Array]]:
         """A language-model batch, split into forward passes of rows of similar length, where that saves time.
@@ -355,7 +355,7 @@ class COLACausalLM(TransformersModule):
 
     def is_chunked(self, n_positions: int) -> bool:
         """Whether the loss at these positions is computed in chunks, so that their logits never exist together."""
-        if self.chunked_loss is None and not self.is_wrapped_by_fsdp1:  # which has its weights in the forward pass alone
+        if self.chunked_loss is None and not self.run.is_wrapped_by_fsdp1:  # which has its weights in the forward pass alone
             return n_bytes(self.model, n_positions) > CHUNKED_ABOVE
         return bool(self.chunked_loss)
 

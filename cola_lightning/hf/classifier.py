@@ -72,9 +72,9 @@ class Classifier(TransformersModule):
         """The labels in the order of the model's outputs; None while they are not known."""
         if self.labels_of_base is not None:
             return self.labels_of_base
-        if self.is_made:
+        if self.run.made is not None:
             return self.chain.base.labels
-        return None if self.first_chain is None else self.first_chain.base.labels
+        return None if self.run.first_chain is None else self.run.first_chain.base.labels
 
     def settle_labels(self, found: Sequence[str]) -> None:
         """Sets the model's labels to the data's, unless they are known already.
@@ -91,14 +91,14 @@ class Classifier(TransformersModule):
         places = [str(place) for place in range(self.num_labels)]
         if self._has_num_labels and set(found) <= set(places):
             found = places
-        if len(found) < 2 or ((self._has_num_labels or self.is_made) and len(found) != self.num_labels):
+        if len(found) < 2 or ((self._has_num_labels or self.run.made is not None) and len(found) != self.num_labels):
             raise UserError(f"model.num_labels: is {self.num_labels}, but the data has {len(found)}: {', '.join(found)}")
         names = [name for _, name in sorted(self.pretrained.config().id2label.items())]  # a pretrained head may have them
         self._set_labels(names if sorted(names) == sorted(found) else found)
 
     def _set_labels(self, names: Sequence[str]) -> None:
         self.labels_of_base, self.num_labels = list(names), len(names)
-        if self.is_made:
+        if self.run.made is not None:
             self.describe_labels(self.model.config)
             self.adapted.chain.base = replace(self.adapted.chain.base, labels=self.labels_of_base)
 
@@ -113,7 +113,7 @@ class Classifier(TransformersModule):
         if self.labels_of_base is None and state.chain.base.labels is not None:
             self._set_labels(state.chain.base.labels)
         if not self.lora_config.modules_to_save:  # what was chosen when the chain began
-            self.lora_config = replace(self.lora_config, modules_to_save=state.facts["modules_to_save"])
+            self.lora_config = replace(self.lora_config, modules_to_save=state.facts.modules_to_save)
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -134,7 +134,7 @@ class Classifier(TransformersModule):
 
     @override
     def build_model(self) -> Any:
-        if not self.is_made and self.label_names is not None:
+        if self.run.made is None and self.label_names is not None:
             self._set_labels(self.label_names)
         model: Any = super().build_model()
         if self.labels_of_base is not None:

@@ -118,7 +118,7 @@ class COLAPreferenceLM(COLACausalLM):
     @property
     def reference_links(self) -> int | str:
         """How many links the reference model has, or the last stage in it."""
-        start = min(self.fit_progress.first_link, self.n_finished)  # fewer after a roll back
+        start = min(self.run.first_link, self.n_finished)  # fewer after a roll back
         named = {"start": start, "link": self.n_finished}
         return named.get(self.reference, self.reference) if isinstance(self.reference, str) else self.reference
 
@@ -195,11 +195,8 @@ class COLAPreferenceLM(COLACausalLM):
         super().on_fit_start()
         if self.preference_loss not in WITH_REFERENCE:
             return
-        is_new_run = self.trainer.ckpt_path is None and not self.fit_progress.is_continued
-        if self.reference == "start" and is_new_run and not self.adapted.is_at_knot:
-            log.info("the current link is finished, because the model as it is now is the reference")
-            self.tie_knot()
-            self.fit_progress.first_link = self.n_finished
+        if self.reference == "start" and self.trainer.ckpt_path is None:
+            self.run.finish_first_link()
         if number_of_links(self.reference_links, self.link_names) > self.n_finished:
             raise UserError(
                 f"model.reference: {self.reference!r} is the link that is being trained, so the loss would never change. Use "

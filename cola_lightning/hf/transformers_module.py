@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,17 @@ from typing_extensions import override
 
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.constants import Dtype
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, check_name
 from cola_lightning.hf.host_values import HostValues
 from cola_lightning.hf.metrics import Accuracy, Mean
 from cola_lightning.lora.inject import is_in_matching_modules
 from cola_lightning.lora.quantization import Quantization, quantize
 from cola_lightning.module.module import COLAModule
-from cola_lightning.module.progress import trainer_of
+from cola_lightning.module.run import trainer_of
 from cola_lightning.pretrained import Pretrained, TransformersBase
 
 log = logging.getLogger(__name__)
+LossAverage = Literal["step", "batch"]
 
 
 class RowValues(NamedTuple):
@@ -114,10 +115,11 @@ class TransformersModule(COLAModule, ABC):
         trust_remote_code: bool = False,
         gguf_file: str | None = None,
         weights: str | None = None,
-        loss_average: Literal["step", "batch"] = "step",
+        loss_average: LossAverage = "step",
         **chain: Any,
     ) -> None:
         super().__init__(**chain)
+        check_name("model.loss_average", loss_average, get_args(LossAverage))
         self.loss_average = loss_average
         self.pretrained = Pretrained(model_name, revision, dtype, attn_implementation, trust_remote_code, gguf_file, weights)
         self.quantization = quantization
@@ -199,7 +201,7 @@ class TransformersModule(COLAModule, ABC):
             self.new_weights = new_weights
         if not self.lora_config.modules_to_save:
             self.lora_config = replace(self.lora_config, modules_to_save=self.choose_modules_to_save(model))
-        if new_weights and not self.is_made:
+        if new_weights and self.run.made is None:
             self._note_random_modules(self.pretrained.new_modules(model, new_weights))
         tokenizer = self.tokenizer
         if tokenizer is not None and tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
@@ -215,13 +217,13 @@ class TransformersModule(COLAModule, ABC):
         if frozen := [name for name in names if name not in trained]:
             what = "model: not in the files of %r, so it stays random, because model.modules_to_save does not name it: %s"
             log.warning(what, self.pretrained.name, ", ".join(frozen))
-        if self.init_chain is None:
+        if self.run.start.sources is None:
             self.random_modules = trained
 
     @override
     def expect_state(self, state: StoredState, **requested: Any) -> None:
         super().expect_state(state, **requested)
-        self.trained_template = state.facts["prompt_format"].get("template")
+        self.trained_template = state.facts.prompt_format.get("template")
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -19,6 +19,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
 
 import cola_lightning
+from cola_lightning.chain.facts import ModuleArguments
 from cola_lightning.errors import UserError
 from cola_lightning.module.optimization import LinkConfig
 
@@ -64,17 +65,16 @@ class RecordsArguments:
     (A separate class: jsonargparse takes the signature of ``__new__`` where a class defines one next to its ``__init__``.)
 
     Attributes:
-        constructor_arguments: ``class_path``; the plain ``init_args``; ``defaults`` of others, which may change later; and
-            ``not_plain``: names of arguments without a plain value.
+        constructor_arguments: how the module is made again.
     """
 
-    constructor_arguments: dict[str, Any]
+    constructor_arguments: ModuleArguments
     __signature__ = WholeSignature(LightningModule, LinkConfig)
 
     def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
         """Records the arguments, by name, as they are before ``__init__`` may change them."""
         self = super().__new__(cls)
-        recorded: dict[str, Any] = {"class_path": class_path(cls), "init_args": {}, "not_plain": [], "defaults": {}}
+        recorded = ModuleArguments(class_path(cls))
         with suppress(TypeError):  # __init__ will raise it
             bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
             parameters = list(bound.signature.parameters.values())[1:]  # without self
@@ -84,10 +84,10 @@ class RecordsArguments:
                     arguments |= arguments.pop(parameter.name, {})
             for name in filter(is_recorded, arguments):
                 try:
-                    recorded["init_args"][name] = to_plain(arguments[name], is_marked=True)
+                    recorded.init_args[name] = to_plain(arguments[name], is_marked=True)
                 except TypeError:
-                    recorded["not_plain"].append(name)
-            recorded["defaults"] = {name: value for name, value in _defaults(cls).items() if name not in arguments}
+                    recorded.not_plain.append(name)
+            recorded.defaults = {name: value for name, value in _defaults(cls).items() if name not in arguments}
         self.__dict__["constructor_arguments"] = recorded
         return self
 
@@ -195,7 +195,7 @@ BY_MARK: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def rebuilt(cls: Any, recorded: Mapping[str, Any], replacements: dict[str, Any]) -> Any:
+def rebuilt(cls: Any, recorded: ModuleArguments, replacements: dict[str, Any]) -> Any:
     """A module that is made as a checkpoint's was, without its values.
 
     Args:
@@ -204,15 +204,15 @@ def rebuilt(cls: Any, recorded: Mapping[str, Any], replacements: dict[str, Any])
         replacements: arguments in place of the checkpoint's.
     """
     try:
-        found = find_class(recorded["class_path"])
+        found = find_class(recorded.class_path)
         cls = found if issubclass(found, cls) else cls
     except UserError as error:  # it was in a script, say
-        if cls.__name__ != recorded["class_path"].rpartition(".")[2]:
+        if cls.__name__ != recorded.class_path.rpartition(".")[2]:
             log.warning("%s. It is loaded as a %s", error, cls.__name__)
-    for name in recorded["not_plain"]:
+    for name in recorded.not_plain:
         if name not in replacements:
             log.warning("checkpoint: %r is not stored, because it is not a plain value. Pass it, or its default is used", name)
-    stored = _accepted(cls, recorded["defaults"] | recorded["init_args"])
+    stored = _accepted(cls, recorded.defaults | recorded.init_args)
     return cls(**{name: from_plain(value) for name, value in stored.items() if is_recorded(name)} | replacements)
 
 

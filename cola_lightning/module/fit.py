@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -25,13 +25,10 @@ from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.overview import WARNINGS, configuration, describe_fit, describe_resume, describe_schedulers
-from cola_lightning.module.progress import accumulation_schedulers, run_length
 from cola_lightning.module.rewind import Rewind, awaiting_validation, can_validate, resume_rewound
+from cola_lightning.module.run import Run, accumulation_schedulers, run_length
 from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint
 from cola_lightning.seeding import derive_seed, seeded
-
-if TYPE_CHECKING:
-    from cola_lightning.module.module import COLAModule
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +43,11 @@ class FitCallback(Callback):
     Fits of a module that has been trained before draw other numbers than those fits did.
 
     Args:
-        module: the module.
+        run: what the module's training is.
     """
 
-    def __init__(self, module: "COLAModule") -> None:
-        self.module = module
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self._rewind = Rewind()
         self._batch = ExitStack()  # the scope of a batch's seed
         self._pending = ExitStack()  # the scope in which a resumed fit awaits the validation that comes first
@@ -69,88 +66,86 @@ class FitCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        module = self.module
-        if pl_module is not module:  # a later module of the Trainer's, which is not of this package
+        run = self.run
+        if pl_module is not run.module:  # a later module of the Trainer's, which is not of this package
             trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
             return
-        check_sharding(trainer.strategy, module)
+        check_sharding(trainer.strategy, run)
         replicate_trained(trainer.strategy)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if shards(trainer.strategy):  # in a later fit FSDP2 would gather into tensors made in inference mode
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
-        check_one_seed(module.seed)
+        check_one_seed(run.seed)
         self._has_pending = False
         if stage == "fit":
-            module.fit_progress.begin_fit(trainer, schedule_of(trainer), module.current)
+            run.begin_fit(trainer, schedule_of(trainer))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.module.make_model()  # which Lightning has done, except where a subclass' configure_model left super() out
-        adapted, progress = self.module.adapted, self.module.fit_progress
-        if not (self.module.is_sharded or is_quantized_model(adapted.model) or trainer.precision in ("bf16-true", "16-true")):
+        run: Any = self.run
+        run.module.make_model()  # which Lightning has done, except where a subclass' configure_model left super() out
+        adapted = run.adapted
+        if not (run.is_sharded or is_quantized_model(adapted.model) or trainer.precision in ("bf16-true", "16-true")):
             check_unchanged(adapted.model, adapted.chain.base, adapted.layers.keys() if adapted.n_finished else ())
         warn_of_half_precision(adapted.model)
-        check_frozen(adapted, progress.schedule)
+        check_frozen(adapted, run.schedule)
         if trainer.ckpt_path is not None:
             return
         adapted.trained.record_initial()  # parameters that a hook has added since the model was made
-        if not progress.is_continued:
-            progress.first_link = adapted.n_finished
-        if adapted.is_at_knot:
-            self.module.current.name = progress.schedule.name or self.module.current.name
+        run.begin_links()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pending.close()  # the length of the fit is as it was
-        module, progress = self.module, self.module.fit_progress
+        run = self.run
         for callback in accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
-        module.step_loss.begin(getattr(trainer.precision_plugin, "scaler", None))
+        run.step_loss.begin(getattr(trainer.precision_plugin, "scaler", None))
         self._is_first_step, self._is_loss_shown, self._without_gradient = True, False, None
         now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
-        progress.length = run_length(trainer, beginning_of_epoch(trainer, now) if is_resumed else now)
-        progress.schedule = progress.schedule.in_run(progress.length, module.link_optimization.stable_share(progress.length))
+        run.length = run_length(trainer, beginning_of_epoch(trainer, now) if is_resumed else now)
+        run.schedule = run.schedule.in_run(run.length, run.stable_share(run.length))
         self._start_optimization(trainer, is_resumed=is_resumed)
-        module.link_optimization.check_used(trainer)
-        self._check_links(progress.length)
+        run.check_used(trainer)
+        self._check_links(run.length)
         if trainer.is_global_zero and any(isinstance(c, ModelSummary) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            lines = describe_fit(trainer, module, [*pl_module.parameters()])
+            lines = describe_fit(trainer, run, [*pl_module.parameters()])
             log.info("before the first step\n%s", "\n".join(f"  {line}" for line in lines))
         elif trainer.is_global_zero:
-            for line in (*describe_schedulers(trainer, module), describe_resume(trainer)):
+            for line in (*describe_schedulers(trainer, run), describe_resume(trainer)):
                 if line.startswith(WARNINGS):
                     log.warning(line.removeprefix("WARNING: "))
         for logger in trainer.loggers:
-            logger.log_hyperparams(configuration(trainer, module))
-        self._rewind.begin_fit(trainer, pl_module, module.adapted.trained.state().keys())
+            logger.log_hyperparams(configuration(trainer, run))
+        self._rewind.begin_fit(trainer, pl_module, run.adapted.trained.state().keys())
         if self._has_pending and can_validate(trainer):
             self._pending.enter_context(awaiting_validation(trainer))
 
     def _start_optimization(self, trainer: Trainer, *, is_resumed: bool) -> None:
         """Resumes the current link's optimizer, or begins the link as the schedule says."""
-        module = self.module
+        run = self.run
         if is_resumed:
             device = trainer.strategy.root_device
             # Lightning does not restore them, and a rule that reads metrics may need them.
             trainer.callback_metrics.update({name: value.to(device) for name, value in self._logged.items()})
-            module.current.begin_metrics(trainer.callback_metrics)
-            module.link_optimization.resume(trainer)
+            run.forget_logged()
+            run.resume_optimizer(trainer)
             return
-        begin_as_scheduled(module.adapted, module.fit_progress.schedule)
+        run.begin_as_scheduled()
         if trainer.global_step:  # the first rate was set before the run's length was known
             trainer.strategy.setup_optimizers(trainer)
 
     def _check_links(self, length: RunLength) -> None:
         """Checks options against the remaining links of this fit, as far as their lengths are known."""
-        progress, optimization = self.module.fit_progress, self.module.link_optimization
-        if progress.schedule.has_unknown_lengths(length) or length.end_step == math.inf:
-            optimization.check_without_horizon(length)
+        run = self.run
+        if run.schedule.has_unknown_lengths(length) or length.end_step == math.inf:
+            run.check_without_horizon(length)
             return
-        lengths = progress.schedule.link_lengths(self.module.current.start, length)
-        warn_of_lengths(progress.schedule, lengths, self.module.n_finished)
-        optimization.check_lengths(length)
+        lengths = run.schedule.link_lengths(run.current.start, length)
+        warn_of_lengths(run.schedule, lengths, run.adapted.n_finished)
+        run.check_lengths(length)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -164,12 +159,11 @@ class FitCallback(Callback):
         """Cleans up at the end of a Trainer's run, and stores where it ended."""
         self._batch.close()
         self._pending.close()
-        progress, current = self.module.fit_progress, self.module.current
+        run = self.run
         if trainer.state.fn == "fit":
-            progress.end = FitPosition(trainer.current_epoch, trainer.global_step)
-            if self.module.is_made:
-                current.earlier = current.metrics  # the Trainer's next run clears its own
-        fitter = progress.trainer
+            run.end = FitPosition(trainer.current_epoch, trainer.global_step)
+            run.note_progress()  # the Trainer's next run clears its metrics
+        fitter = run.trainer
         if fitter is not None and fitter.state.status == TrainerStatus.RUNNING and fitter.lightning_module is pl_module:
             pl_module.trainer = fitter  # inside of whose fit another Trainer has evaluated the module
         self._console.close()
@@ -180,10 +174,10 @@ class FitCallback(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        progress = self.module.fit_progress
-        if progress.length is not None:  # earlier epochs may have been of another length, if their data were loaded again
+        run = self.run
+        if run.length is not None:  # earlier epochs may have been of another length, if their data were loaded again
             now = FitPosition(trainer.current_epoch, trainer.global_step)
-            progress.length = replace(progress.length, epoch_start=now)
+            run.length = replace(run.length, epoch_start=now)
         self._rewind.begin_epoch(trainer)
 
     @override
@@ -229,37 +223,37 @@ class FitCallback(Callback):
     def _seed(self, *place: object) -> None:
         """Seeds the global generators for a batch; they are restored after it."""
         self._batch.close()
-        assert self.module.seed is not None
-        n_before = self.module.fit_progress.n_earlier_fits
-        self._batch.enter_context(seeded(derive_seed(self.module.seed, *place, *[f"after {n_before}"] * (n_before > 0))))
+        n_before = self.run.n_earlier_fits
+        self._batch.enter_context(seeded(derive_seed(self.run.adapted.seed, *place, *[f"after {n_before}"] * (n_before > 0))))
 
     # ------------------------------------------------------------------ steps
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self.module.step_loss.add(loss)
+        self.run.step_loss.add(loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_first_step:  # here: later a strategy that averages gradients fills in zeros where there is none
-            self._without_gradient = without_gradient(self.module.adapted.model)
+            self._without_gradient = without_gradient(self.run.adapted.model)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._check_loss(trainer)
-        step = f"step {trainer.global_step} (epoch {trainer.current_epoch}), in link {self.module.n_finished}"
-        loss = self.module.step_loss.finish(optimizer, trainer.accumulate_grad_batches, step)
+        self.run.current.is_trained = True
+        step = f"step {trainer.global_step} (epoch {trainer.current_epoch}), in link {self.run.adapted.n_finished}"
+        loss = self.run.step_loss.finish(optimizer, trainer.accumulate_grad_batches, step)
         if loss is not None:
             pl_module.log("train_loss", loss)
         self._is_loss_shown = loss is not None
         if self._is_first_step and self._without_gradient is not None:
             self._is_first_step = False
             if trainer.is_global_zero:
-                warn_of_no_gradient(self._without_gradient, self.module.adapted.model)
+                warn_of_no_gradient(self._without_gradient, self.run.adapted.model)
 
     def _check_loss(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Checks the loss of the last step, and shows it: a progress bar of Lightning's would read a new one at each batch."""
-        loss = self.module.step_loss.check()
+        loss = self.run.step_loss.check()
         if loss is not None and self._is_loss_shown:
             trainer.progress_bar_metrics["train_loss"] = loss
 
@@ -269,8 +263,8 @@ class FitCallback(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        prepare_checkpoint(self.module, checkpoint)
-        if self.module.fit_progress.trainer is trainer:  # of a fit
+        prepare_checkpoint(self.run, checkpoint)
+        if self.run.trainer is trainer:  # of a fit
             self._rewind.write(checkpoint, trainer, self.state_key)
             logged = {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()}
             checkpoint["callbacks"].setdefault(self.state_key, {})["logged"] = logged
@@ -284,12 +278,12 @@ class FitCallback(Callback):
             self._logged = checkpoint["callbacks"].get(self.state_key, {}).get("logged", {})
 
 
-def attach(module: "COLAModule", trainer: Trainer) -> None:
+def attach(run: Run, trainer: Trainer) -> None:
     """Attaches a module's callback to its Trainer: after the user's, and before those that write checkpoints."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    fit_callback = next((c for c in callbacks if isinstance(c, FitCallback) and c.module is module), None)
+    fit_callback = next((c for c in callbacks if isinstance(c, FitCallback) and c.run is run), None)
     if fit_callback is None:
-        fit_callback = FitCallback(module)
+        fit_callback = FitCallback(run)
         others = [c for c in callbacks if not isinstance(c, FitCallback)]  # of another module
         last = [c for c in others if isinstance(c, Checkpoint)]
         first = [c for c in others if c not in last]
@@ -327,17 +321,6 @@ def warn_of_half_precision(model: nn.Module) -> None:
             "fully trained parameters are in half precision, which rounds small steps away: model.dtype float32 with "
             "trainer.precision bf16-mixed keeps them in float32"
         )
-
-
-def begin_as_scheduled(adapted: AdaptedModel, schedule: ChainSchedule) -> None:
-    """Begins the current link again if it is older than the schedule, which requests another rank or alpha.
-
-    A link that has been trained stays as it is.
-    """
-    planned, is_requested = schedule.rank_and_alpha(adapted.n_finished, adapted.config), schedule.ranks or schedule.alphas
-    is_other = adapted.layers and adapted.current.size != planned
-    if is_other and not adapted.has_begun and (is_requested or not adapted.n_finished):
-        adapted.begin_link(*planned)
 
 
 def warn_of_lengths(schedule: ChainSchedule, lengths: list[int], n_finished: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -20,6 +21,7 @@ from typing_extensions import override
 from cola_lightning import layout
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
+from cola_lightning.module.run import Run
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -61,17 +63,17 @@ def replicate_trained(strategy: Strategy) -> None:
         strategy.__class__ = type(type(strategy).__name__, (ReplicatedTrainables, type(strategy)), {})
 
 
-def check_sharding(strategy: Strategy, module: Any) -> None:
+def check_sharding(strategy: Strategy, run: Run) -> None:
     """Refuses what a strategy does not support, before any model is made.
 
     Raises:
         UserError: for tensor parallelism, for FSDP1 with full fine-tuning, and for a module laid out for another strategy.
     """
-    is_sharded = module.is_made and layout.is_model_sharded(module.model)
-    if module.is_wrapped_by_fsdp1 or (is_sharded and not isinstance(strategy, ModelParallelStrategy)):
+    is_sharded = run.made is not None and layout.is_model_sharded(run.made.model)
+    if run.is_wrapped_by_fsdp1 or (is_sharded and not isinstance(strategy, ModelParallelStrategy)):
         raise UserError(
             "trainer.strategy: this module has already been sharded. Load a new one with "
-            f"{type(module).__name__}.load_from_checkpoint"
+            f"{type(run.module).__name__}.load_from_checkpoint"
         )
     mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
     if mesh is not None and (n_tensor := mesh["tensor_parallel"].size()) > 1:
@@ -79,7 +81,7 @@ def check_sharding(strategy: Strategy, module: Any) -> None:
             f"trainer.strategy: tensor parallelism is not supported, got tensor_parallel_size {n_tensor}. Use "
             f"data_parallel_size {mesh.size()} and tensor_parallel_size 1"
         )
-    if isinstance(strategy, FSDPStrategy) and module.lora_config.target_modules is None:
+    if isinstance(strategy, FSDPStrategy) and run.config.target_modules is None:
         raise UserError(
             "trainer.strategy: fsdp does not work with full fine-tuning (model.target_modules is null). Use "
             "ModelParallelStrategy (FSDP2) or ddp"
@@ -91,28 +93,29 @@ def shards(strategy: Strategy) -> bool:
     return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
 
 
-def shard_module(strategy: Strategy, module: Any) -> None:
-    """Shards a COLA module's model, if the strategy shards and has not done so yet.
+def shard_module(strategy: Strategy, run: Run, shard_model: Callable[[DeviceMesh], None]) -> None:
+    """Shards a module's model, if the strategy shards and has not done so yet.
 
     Args:
         strategy: the Trainer's strategy.
-        module: a :class:`~cola_lightning.COLAModule` with its model.
+        run: the module's, with its model.
+        shard_model: shards the model under FSDP2.
 
     Raises:
         UserError: for a base that cannot be sharded.
     """
     if not shards(strategy):
         return
-    if is_quantized_model(module.model):
+    if is_quantized_model(run.adapted.model):
         raise UserError("trainer.strategy: a 4-bit base cannot be sharded. Use ddp or one device")
     if isinstance(strategy, FSDPStrategy):
-        if not module.is_wrapped_by_fsdp1:
-            _configure_fsdp1(strategy, module)
-        module.is_wrapped_by_fsdp1 = True
-    elif not layout.is_model_sharded(module.model):
+        if not run.is_wrapped_by_fsdp1:
+            _configure_fsdp1(strategy, run.module)
+        run.is_wrapped_by_fsdp1 = True
+    elif not layout.is_model_sharded(run.adapted.model):
         mesh = cast(ModelParallelStrategy, strategy).device_mesh["data_parallel"]
-        with without_trained(module.model) if module.lora_config.target_modules is not None else nullcontext():
-            module.shard_model(mesh)
+        with without_trained(run.adapted.model) if run.config.target_modules is not None else nullcontext():
+            shard_model(mesh)
 
 
 class ReplicatedTrainables(Strategy):

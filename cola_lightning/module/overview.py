@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -22,30 +22,28 @@ from cola_lightning.lora.inject import is_linear
 from cola_lightning.lora.layer import is_quantized, lora_layers
 from cola_lightning.module.arguments import MARK, class_path, is_recorded
 from cola_lightning.module.optimization import LinkLR
-from cola_lightning.module.state import data_facts
-
-if TYPE_CHECKING:
-    from cola_lightning.module.module import COLAModule
+from cola_lightning.module.run import Run
+from cola_lightning.module.state import described_data
 
 MOST_KINDS, MOST_KNOTS = 5, 8  # that are named
 WARNINGS = ("WARNING", "resume: not exact")  # begin lines that say what is most likely not meant
 HORIZONS = ("total_steps", "T_max", "total_iters")  # the attributes in which torch's schedulers have their length
 
 
-def describe_fit(trainer: Any, module: "COLAModule", parameters: list[nn.Parameter]) -> list[str]:
+def describe_fit(trainer: Any, run: Run, parameters: list[nn.Parameter]) -> list[str]:
     """The lines of the block, at most fifteen.
 
     Args:
         trainer: the Trainer of the fit, whose data is set up.
-        module: its module.
+        run: what the module's training is.
         parameters: all parameters of the module.
     """
     data = trainer.datamodule
-    lines = [*describe_model(module.adapted), describe_parameters(module, parameters)]
+    lines = [*describe_model(run.adapted), describe_parameters(run, parameters)]
     described = data.describe() if hasattr(data, "describe") else None  # another package's may be for something else
     lines += described if isinstance(described, list) else [f"data: {trainer.num_training_batches} batches in an epoch"]
-    if module.adapted.layers:
-        lines += [describe_knots(module), *describe_schedulers(trainer, module)]
+    if run.adapted.layers:
+        lines += [describe_knots(run), *describe_schedulers(trainer, run)]
     return [*lines, describe_resume(trainer), describe_folder(trainer)]
 
 
@@ -77,29 +75,31 @@ def frozen_kinds(model: nn.Module) -> Counter[str]:
     return kinds
 
 
-def describe_parameters(module: "COLAModule", parameters: list[nn.Parameter]) -> str:
+def describe_parameters(run: Run, parameters: list[nn.Parameter]) -> str:
     """How many parameters are trained."""
-    if layout.has_fsdp1(module.adapted.model):  # which hides sharded parameters in flat ones
+    if layout.has_fsdp1(run.adapted.model):  # which hides sharded parameters in flat ones
         return "parameters: sharded by FSDP"
-    n_trained = sum(parameter.numel() for parameter in module.trained_parameters() if not is_lazy(parameter))
-    packed = [part.get_parameter("weight") for part in module.adapted.model.modules() if is_quantized(part)]
+    n_trained = sum(
+        parameter.numel() for parameter in run.module.parameters() if parameter.requires_grad and not is_lazy(parameter)
+    )
+    packed = [part.get_parameter("weight") for part in run.adapted.model.modules() if is_quantized(part)]
     known = [parameter for parameter in parameters if not is_lazy(parameter)]
     n_all = sum(parameter.numel() for parameter in [*known, *packed])  # a packed weight has two values in a byte
     lazy = ", and those of lazy modules" if len(known) < len(parameters) else ""
     return f"parameters: {n_trained:,} of {n_all:,} are trained ({n_trained / max(1, n_all):.2%}){lazy}"
 
 
-def describe_knots(module: "COLAModule") -> str:
+def describe_knots(run: Run) -> str:
     """What the knots of the fit do, and when they fall."""
-    schedule = module.fit_progress.schedule
-    if schedule.knot == "half" and schedule.has_knots and module.lora_config.lr_schedule != "stable":
-        advice = f"Knots of half were measured with model.lr_schedule stable, here it is {module.lora_config.lr_schedule}"
-        return f"{_knots(module)}. {advice}"
-    return _knots(module)
+    schedule = run.schedule
+    if schedule.knot == "half" and schedule.has_knots and run.config.lr_schedule != "stable":
+        advice = f"Knots of half were measured with model.lr_schedule stable, here it is {run.config.lr_schedule}"
+        return f"{_knots(run)}. {advice}"
+    return _knots(run)
 
 
-def _knots(module: "COLAModule") -> str:
-    schedule, length, start = module.fit_progress.schedule, module.fit_progress.length, module.current.start
+def _knots(run: Run) -> str:
+    schedule, length, start = run.schedule, run.length, run.current.start
     if not schedule.has_knots:
         return "knots: none, so this is plain LoRA"
     if length is None or schedule.has_unknown_lengths(length) or length.end_step == math.inf:
@@ -114,12 +114,12 @@ def _knots(module: "COLAModule") -> str:
     return f"knots ({schedule.knot}): before steps {shown}, of {length.end_step:,} steps"
 
 
-def describe_schedulers(trainer: Trainer, module: "COLAModule") -> list[str]:
+def describe_schedulers(trainer: Trainer, run: Run) -> list[str]:
     """A line for each learning-rate scheduler of the user's that would not end with the link it is made for."""
-    length, schedule = module.fit_progress.length, module.fit_progress.schedule
+    length, schedule = run.length, run.schedule
     if length is None or not schedule.has_knots or schedule.goes_on:
         return []
-    steps, lines = module.link_optimization.link_steps(length), list[str]()
+    steps, lines = run.steps_in(length), list[str]()
     for config in trainer.lr_scheduler_configs:
         name = type(config.scheduler).__name__
         horizon = next((getattr(config.scheduler, field) for field in HORIZONS if hasattr(config.scheduler, field)), 0)
@@ -154,17 +154,17 @@ def describe_folder(trainer: Any) -> str:
 # ---------------------------------------------------------------------- for loggers
 
 
-def configuration(trainer: Trainer, module: "COLAModule") -> dict[str, dict[str, Any]]:
+def configuration(trainer: Trainer, run: Run) -> dict[str, dict[str, Any]]:
     """The plain options of a fit, for loggers: of model, data, chain and optimizer; no secret, and nothing that is not set."""
-    arguments, optimizer = module.constructor_arguments, trainer.optimizers[0]
+    arguments, optimizer = run.arguments, trainer.optimizers[0]
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     found = {
-        "model": {"class_path": arguments["class_path"]} | arguments["defaults"] | arguments["init_args"],
-        "chain": asdict(module.fit_progress.schedule),
+        "model": {"class_path": arguments.class_path} | arguments.defaults | arguments.init_args,
+        "chain": asdict(run.schedule),
         "optimizer": {"class_path": class_path(type(optimizer))} | _plain(optimizer.defaults),
     }
     if data is not None:
-        found["data"] = {"class_path": class_path(type(data))} | data_facts(trainer, "identity") | _plain(vars(data))
+        found["data"] = {"class_path": class_path(type(data))} | described_data(run, "identity") | _plain(vars(data))
     is_set = {part: {name: value for name, value in options.items() if value is not None} for part, options in found.items()}
     text = json.dumps(is_set, default=str)  # of a marked configuration or dtype, its contents
     plain: dict[str, dict[str, Any]] = json.loads(text, object_hook=lambda value: value["value"] if MARK in value else value)

@@ -4,8 +4,9 @@ Lightning's checkpoint contains the state dict, and so everything that a resume 
 """
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -18,15 +19,12 @@ from cola_lightning import layout
 from cola_lightning.chain.base import check_same_base, weight_of
 from cola_lightning.chain.chain import METADATA, describe_link, number_of_links, pack
 from cola_lightning.chain.checkpoint import STATE_PREFIX, OpenedCheckpoint, StoredState, read_archive
-from cola_lightning.chain.schedule import FitPosition
+from cola_lightning.chain.facts import StoredFacts
 from cola_lightning.errors import NonFiniteError, UserError, causes
 from cola_lightning.module.arguments import plain_hyperparameters, to_plain
-from cola_lightning.module.progress import trainer_of
+from cola_lightning.module.run import Run, trainer_of
 from cola_lightning.trained_values import is_frozen
 from cola_lightning.writing import atomic_file
-
-if TYPE_CHECKING:
-    from cola_lightning.module.module import COLAModule
 
 
 class StateDictError(UserError, RuntimeError):
@@ -36,55 +34,59 @@ class StateDictError(UserError, RuntimeError):
 # ---------------------------------------------------------------------- what is stored
 
 
-def state_of(module: "COLAModule", prefix: str = "") -> dict[str, Tensor]:
-    """A module's state besides its trained values: its finished links, and its :func:`facts_of`.
+def state_of(run: Run, prefix: str = "") -> dict[str, Tensor]:
+    """A run's state besides the trained values: its finished links, and its :func:`facts_of`.
 
     Args:
-        module: the module.
+        run: the run.
         prefix: begins the names.
     """
-    packed = pack(module.adapted.chain, facts_of(module))
+    packed = pack(run.adapted.chain, facts_of(run).to_store())
     return {f"{prefix}{STATE_PREFIX}{name}": value for name, value in packed.items()}
 
 
-def facts_of(module: "COLAModule") -> dict[str, Any]:
-    """What is stored of a module besides its trained values and its finished links; :func:`restore` reads it.
+def facts_of(run: Run) -> StoredFacts:
+    """What is stored of a run besides its trained values and its finished links; :func:`restore` reads it."""
+    adapted, current = run.adapted, run.current
+    live = describe_link(run.live_link(has_tensors=False)) if adapted.layers else None
+    run.note_progress()
+    return StoredFacts(
+        module=run.arguments,
+        seed=adapted.seed,
+        live=live and {name: value for name, value in live.items() if name not in ("start_step", "end_step")},
+        extras=list(adapted.trained.recorded()) if live else [],
+        is_trained=current.is_trained,
+        start=current.start,
+        position=current.end,
+        dtype=str(adapted.cast_dtype).removeprefix("torch.") if live else None,
+        init_chain=run.start.describe(),
+        first_link=run.first_link,
+        n_earlier_fits=run.n_earlier_fits,
+        has_knots=run.schedule.has_knots,
+        knot=run.schedule.knot,
+        share=run.schedule.merged_share,
+        sizes=[list(run.size_of(link)) for link in range(adapted.n_finished + 1)],
+        modules_to_save=list(run.config.modules_to_save),
+        prompt_format=described_data(run, "prompt_format"),
+        data=described_data(run, "identity"),
+        held_out=run.held_out,
+        initial=adapted.trained.initial,
+        base_weights=adapted.base_weights,
+    )
 
-    A fact that a later release adds is missing in earlier files: read it with ``get``.
+
+def described_data(run: Run, name: str) -> dict[str, Any]:
+    """The ``prompt_format`` or ``identity`` of the Trainer's data module, if it has one that JSON can hold; else empty.
+
+    Args:
+        run: the run, whose module may have a Trainer.
+        name: which of the two; data modules of this package have both.
     """
-    adapted, current, trainer = module.adapted, module.current, trainer_of(module)
-    live = describe_link(adapted.live_link(has_tensors=False)) if adapted.layers else None
-    facts = {
-        "module": module.constructor_arguments,  # how it is made again
-        "live": live,  # the current link, without its tensors
-        "trained": list(adapted.trained.recorded()) if live else [],  # names of what else a link records
-        "dtype": str(adapted.cast_dtype).removeprefix("torch.") if live else None,  # to which a precision has cast layers
-        "seed": adapted.seed,
-        "init_chain_source": module.init_chain_source,
-        "first_values": adapted.trained.initial,
-        "link_start": list(current.start),
-        "position": list(current.position),
-        "scheduled": _scheduled(module, module.n_finished + 1),
-        "modules_to_save": list(module.lora_config.modules_to_save),
-        "prompt_format": data_facts(trainer, "prompt_format"),
-        "data": data_facts(trainer, "identity"),
-        **module.fit_progress.to_store(),
-    }
-    return facts if adapted.base_weights is None else facts | {"base_weights": adapted.base_weights}
-
-
-def _scheduled(module: "COLAModule", n_links: int) -> list[list[float]]:
-    """The rank and alpha that the schedule has for each of the first links."""
-    return [list(module.fit_progress.schedule.rank_and_alpha(link, module.lora_config)) for link in range(n_links)]
+    return data_facts(trainer_of(run.module), name)
 
 
 def data_facts(trainer: Any, name: str) -> dict[str, Any]:
-    """The ``prompt_format`` or ``identity`` of the trainer's data module, if it has one that JSON can hold; else an empty dict.
-
-    Args:
-        trainer: the trainer.
-        name: which of the two; data modules of this package have both.
-    """
+    """The :func:`described_data` of a Trainer."""
     value = getattr(getattr(trainer, "datamodule", None), name, None)
     with contextlib.suppress(TypeError):  # another attribute of that name
         return dict(to_plain(value)) if isinstance(value, dict) else {}
@@ -94,20 +96,20 @@ def data_facts(trainer: Any, name: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the file
 
 
-def prepare_checkpoint(module: "COLAModule", checkpoint: dict[str, Any]) -> None:
+def prepare_checkpoint(run: Run, checkpoint: dict[str, Any]) -> None:
     """Completes a checkpoint, and refuses one from which no run could go on.
 
     Raises:
         NonFiniteError: for a loss or a trained value that is not finite, and after a knot that failed halfway.
     """
-    module.step_loss.check()
-    named = module.named_parameters()
+    run.step_loss.check()
+    named = run.module.named_parameters()
     values = ((name, value) for name, value in named if value.requires_grad and not is_lazy(value))
     reason = next((f"{name!r} is no longer finite" for name, value in values if not torch.isfinite(value).all()), None)
-    if module.is_tying_knot:
+    if run.is_tying_knot:
         reason = "a knot failed halfway"
     if reason is not None:
-        raise NonFiniteError(f"{reason}, in link {module.n_finished}: this checkpoint is not written")
+        raise NonFiniteError(f"{reason}, in link {run.adapted.n_finished}: this checkpoint is not written")
     current = checkpoint.get("current_model_state", {}).items()  # weight averaging has put a copy's state in the place of it
     checkpoint["state_dict"] |= {name: value for name, value in current if name.startswith(STATE_PREFIX)}
     checkpoint |= plain_hyperparameters(checkpoint)
@@ -153,7 +155,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 # ---------------------------------------------------------------------- loading
 
 
-def prepare_loading(module: "COLAModule", state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+def prepare_loading(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Restores a module from a state dict before torch loads its values, also for a module inside another one.
 
     A hook of torch's, which may change the state dict. It takes our own entries from it, and adds what no state dict of ours
@@ -163,17 +165,18 @@ def prepare_loading(module: "COLAModule", state_dict: dict[str, Any], prefix: st
         UserError: if the chain was trained on another base, or is shorter than requested.
     """
     module.make_model()
+    adapted = module.run.adapted
     _, _, missing_keys, *_ = args
     has_current = True
     packed = [name for name in state_dict if name.startswith(prefix + STATE_PREFIX)]
     if packed:
-        has_current = restore(module, StoredState.of(state_dict, prefix=prefix))
+        has_current = restore(module.run, StoredState.of(state_dict, prefix=prefix))
         for name in packed:
             del state_dict[name]
-    elif module.adapted.layers or module.adapted.trained.frozen_names():  # else the values are all
+    elif adapted.layers or adapted.trained.frozen_names():  # else the values are all
         missing_keys.append(f"{prefix}{STATE_PREFIX}{METADATA}")
-    values, trained = nn.Module.state_dict(module, prefix=prefix, keep_vars=True), module.adapted.trained.state(prefix)
-    model_names = module.adapted.trained.aliases()
+    values, trained = nn.Module.state_dict(module, prefix=prefix, keep_vars=True), adapted.trained.state(prefix)
+    model_names = adapted.trained.aliases()
     if not has_current:  # the values of what is trained are of a later link
         state_dict.update({name: value for name, value in trained.items() if not is_frozen(value)})
     for name in trained.keys() & state_dict.keys():
@@ -184,8 +187,8 @@ def prepare_loading(module: "COLAModule", state_dict: dict[str, Any], prefix: st
             state_dict.setdefault(name, state_dict.get(prefix + model_names.get(name_in_module, name_in_module), value))
 
 
-def restore(module: "COLAModule", state: StoredState) -> bool:
-    """Brings a module to a state: its base, its finished links, and where the current link began.
+def restore(run: Run, state: StoredState) -> bool:
+    """Brings a run to a state: its base, its finished links, and where the current link began.
 
     If fewer links are requested, a link begins after them, and what else is trained gets
     the values after the last of them. With a ``scale`` a link begins after all of them, because the current link is scaled too.
@@ -196,63 +199,64 @@ def restore(module: "COLAModule", state: StoredState) -> bool:
     Raises:
         UserError: for a state of another base, or with fewer links than requested; to resume a fit also with other options.
     """
-    trainer, adapted, facts = trainer_of(module), module.adapted, state.facts
-    progress, current = module.fit_progress, module.current
-    (requested, scale), module.requested = module.requested, (None, {})
+    trainer, adapted, facts, current = trainer_of(run.module), run.adapted, state.facts, run.current
+    requested, scale = run.expected.links, run.expected.scale or {}
+    run.expected = replace(run.expected, links=None, scale=None)
     links = number_of_links(requested, state.names)
     has_all = links == len(state.names)
     has_current = has_all and not scale
     unscaled = state.chain if has_current else state.all_links(None if has_all else links)
     chain = unscaled.scaled(scale)
-    check_same_base(chain.base, adapted.chain.base, is_stored="base_weights" in facts)
+    check_same_base(chain.base, adapted.chain.base, is_stored=facts.base_weights is not None)
     if is_resumed := trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None:
-        _check_same_choices(module, state)
-    dtype = _dtype_of(module, state) if has_current or chain.links else adapted.cast_dtype  # the base alone has none
-    adapted.take_base(chain, facts.get("base_weights"))
+        _check_same_choices(run, state)
+    dtype = _dtype_of(run, state) if has_current or chain.links else adapted.cast_dtype  # the base alone has none
+    adapted.take_base(chain, facts.base_weights)
     if dtype != adapted.cast_dtype:
         adapted.cast(dtype)
     adapted.go_to(chain)
-    if adapted.cast_dtype == torch.float64 and not module.is_sharded:  # what is trained outside of the model, too
-        module.double()
-    adapted.seed = facts["seed"]
-    progress.restore(facts, is_resumed=is_resumed)
-    progress.end = FitPosition(*facts["position"]) if has_current else None
-    current.start, current.name = FitPosition(*facts["link_start"]), state.names[-1] if has_current else None
-    current.earlier = {} if state.live is None or not has_current else state.live.metrics
-    adapted.trained.initial = dict(facts["first_values"])
+    if adapted.cast_dtype == torch.float64 and not run.is_sharded:  # what is trained outside of the model, too
+        run.module.double()
+    adapted.seed, adapted.trained.initial = facts.seed, dict(facts.initial)
+    run.restore_held_out(facts.held_out, is_resumed=is_resumed)
+    run.n_earlier_fits, run.first_link = facts.n_earlier_fits, facts.first_link
+    run.end = facts.position if has_current else None
+    run.count_from(facts.start)
+    current.name, current.metrics, current.is_trained = None, {}, False
     if not has_current:
         adapted.trained.write(adapted.extras_after(unscaled))
         if adapted.layers:
-            adapted.begin_link(*progress.schedule.rank_and_alpha(adapted.n_finished, module.lora_config))
+            adapted.begin_link(*run.size_of(adapted.n_finished))
         return False
     if state.live is not None:
         adapted.resume_link(state.live)
+        current.name, current.metrics, current.is_trained = state.live.name, dict(state.live.metrics), facts.is_trained
     return True
 
 
-def _dtype_of(module: "COLAModule", state: StoredState) -> torch.dtype:
+def _dtype_of(run: Run, state: StoredState) -> torch.dtype:
     """The dtype to which the state's run cast adapted weights; without links, the module's own."""
-    dtype: torch.dtype = getattr(torch, state.facts["dtype"]) if state.facts["dtype"] else module.adapted.cast_dtype
+    dtype: torch.dtype = getattr(torch, state.facts.dtype) if state.facts.dtype else run.adapted.cast_dtype
     return dtype
 
 
-def _check_same_choices(module: "COLAModule", state: StoredState) -> None:
+def _check_same_choices(run: Run, state: StoredState) -> None:
     """Refuses to resume a fit with options that the checkpoint's would override.
 
     Raises:
         UserError: for the first that differs.
     """
-    facts, schedule = state.facts, module.fit_progress.schedule
-    has_knots = facts["has_knots"] and schedule.has_knots
-    scheduled = _scheduled(module, len(facts["scheduled"]))
+    facts, schedule = state.facts, run.schedule
+    has_knots = facts.has_knots and schedule.has_knots
+    sizes = [list(run.size_of(link)) for link in range(len(facts.sizes))]
     choices = {  # by the options: what the checkpoint's run had, and what this one has
-        "trainer.precision, model.finished_links": (_dtype_of(module, state), module.adapted.cast_dtype),
-        "model.seed, or seed_everything": (facts["seed"], module.user_seed),
-        "model.init_chain": (facts["init_chain_source"], module.init_chain and module.init_chain_source),
-        "chain (has knots)": (facts["has_knots"], has_knots),
-        "chain.knot, chain.share": (facts.get("knot"), [schedule.knot, schedule.merged_share] if has_knots else None),
-        "model.rank, model.alpha, chain.ranks, chain.alphas": (facts["scheduled"], scheduled if state.live else None),
+        "trainer.precision, model.finished_links": (_dtype_of(run, state), run.adapted.cast_dtype),
+        "model.seed, or seed_everything": (facts.seed, run.user_seed),
+        "model.init_chain": (facts.init_chain, run.start.sources and run.start.describe()),
+        "chain (has knots)": (facts.has_knots, has_knots),
+        "chain.knot, chain.share": ([facts.knot, facts.share], [schedule.knot, schedule.merged_share] if has_knots else None),
+        "model.rank, model.alpha, chain.ranks, chain.alphas": (facts.sizes, sizes if state.live else None),
     }
     for options, (before, now) in choices.items():
-        if now not in (None, before) and before is not None:  # an older release did not store it
+        if now not in (None, before):
             raise UserError(f"{options}: must be {before}, as in the run that wrote the checkpoint, got {now}")

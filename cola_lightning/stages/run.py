@@ -39,7 +39,7 @@ class TestWatch(ChildWatch):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, COLAModule)
-        pl_module.fit_progress.first_link = self.first_link
+        pl_module.run.first_link = self.first_link
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

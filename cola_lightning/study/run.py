@@ -158,7 +158,7 @@ class Recorder(ChildWatch):
         assert isinstance(pl_module, COLAModule)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.facts["trainable_parameters"] = sum(parameter.numel() for group in groups for parameter in group["params"])
-        if not pl_module.is_sharded and "base" not in self.facts:  # of a run that resumes, whose base has links merged
+        if not pl_module.run.is_sharded and "base" not in self.facts:  # of a run that resumes, whose base has links merged
             self.facts["base"] = fingerprint_of(base_values(pl_module.model))
         self._started_at = time.perf_counter() - self.facts["seconds"]
 

@@ -47,18 +47,18 @@ def expected_logits(name, links):
 
 
 @pytest.mark.parametrize("links", range(4))
-def test_a_chain_and_a_checkpoint_of_the_first_format_give_the_logits_that_they_gave(links):
+def test_a_chain_and_a_checkpoint_of_this_format_give_the_logits_that_they_gave(links):
     options = {"target_modules": ["0", "2"], "modules_to_save": ["4"], "rank": 3, "alpha": 6, "seed": 0}
-    module = Fixed(**options, init_chain=str(FIXTURES / "chain-1"), init_links=links)
-    torch.testing.assert_close(module.model(inputs()), expected_logits("chain-1", links), rtol=1e-5, atol=1e-6)
+    module = Fixed(**options, init_chain=str(FIXTURES / f"chain-{VERSION}"), init_links=links)
+    torch.testing.assert_close(module.model(inputs()), expected_logits(f"chain-{VERSION}", links), rtol=1e-5, atol=1e-6)
     assert [link.rank for link in module.chain.links] == [3, 1, 2][:links]
-    loaded = Trained.load_from_checkpoint(FIXTURES / "checkpoint-1.ckpt", links=links)
-    expected = expected_logits("checkpoint-1", links)
+    loaded = Trained.load_from_checkpoint(FIXTURES / f"checkpoint-{VERSION}.ckpt", links=links)
+    expected = expected_logits(f"checkpoint-{VERSION}", links)
     torch.testing.assert_close(loaded.merged_model()(inputs()), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_adapter_of_the_first_format_is_the_chain_that_it_was():
-    chain, adapter = (read_chain(FIXTURES / f"{kind}-1") for kind in ("chain", "adapter"))
+def test_an_adapter_of_this_format_is_the_chain_that_it_was():
+    chain, adapter = (read_chain(FIXTURES / f"{kind}-{VERSION}") for kind in ("chain", "adapter"))
     assert adapter.is_beginning_of(chain)
     assert len(adapter) == len(chain)
     assert adapter.links[-1].extras.keys() == chain.links[-1].extras.keys()
@@ -69,7 +69,7 @@ def test_a_later_version_is_refused(tmp_path):
     Chain([make_link(0, 2)], BaseIdentity("a")).save(tmp_path)
     path = tmp_path / "chain.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": VERSION + 1}))
-    with pytest.raises(UserError, match=r"^chain: .* has 2"):
+    with pytest.raises(UserError, match=rf"^chain: .* has {VERSION + 1}"):
         Chain.load(tmp_path)
 
 

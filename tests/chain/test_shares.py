@@ -132,7 +132,7 @@ class OwnDecay(ValidatedToy):
     """A module with an optimizer of its own, and a schedule over the steps of its link."""
 
     def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.trained_parameters(), lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD([p for _, p in self.named_trained_parameters()], lr=0.1, momentum=0.9)
         return [optimizer], [{"scheduler": LinearLR(optimizer, 1.0, 0.0, self.link_steps), "interval": "step"}]
 
 

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -123,7 +124,7 @@ KINDS = {
 def parts(make, source, *stages, of=(), **options):
     """A data module after its setup for these stages of a module of runs that have held out ``of``."""
     data = make(source, **options)
-    module = tiny.stub(tiny.tokenizer(pad=True), label_names=["a", "b"], num_labels=2, held_out=[*of])
+    module = tiny.stub(tiny.tokenizer(pad=True), label_names=["a", "b"], num_labels=2, run=SimpleNamespace(held_out=[*of]))
     data.trainer = tiny.process(module=module)
     for stage in stages:
         data.setup(stage)

@@ -19,6 +19,7 @@ from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, Tem
 from cola_lightning.chain import Chain
 from cola_lightning.cli import main
 from cola_lightning.export.card import Card
+from cola_lightning.module.exports import trained_model
 from tests.helpers import tiny
 from tests.helpers.tiny import CHAT
 from tests.helpers.toy import assert_bit_equal, batches, saved, toy, trainer, weights
@@ -53,7 +54,7 @@ def test_a_card_says_what_was_exported_and_how_it_was_trained(module, tmp_path, 
     assert (arguments["init_args"]["rank"], arguments["init_args"]["alpha"]) == (4, 6.0)
     assert "base_model" not in data  # a folder of this machine
     named = replace(module.named_base, model_name="owner/name")
-    Card(replace(module.trained_model({}, {}), named_base=named, tokenizer=None)).write(tmp_path, "PEFT adapter", "")
+    Card(replace(trained_model(module, {}, {}), named_base=named, tokenizer=None)).write(tmp_path, "PEFT adapter", "")
     assert card(tmp_path)[0]["base_model"] == "owner/name"
 
 

@@ -186,10 +186,10 @@ def test_the_first_loss_is_log_2_and_after_a_knot_again_if_the_reference_moves(
     assert module.step(batch).loss.item() == LOG_2 == F.softplus(torch.tensor(0.0)).item()
     tiny.with_live_link(module)
     assert module.step(batch).loss.item() != pytest.approx(LOG_2, abs=1e-3)
-    values = [value.clone() for value in module.trained_parameters()]
+    values = [value.clone() for _, value in module.named_trained_parameters()]
     module.adapted.tie_knot(knot=knot)
     if knot == "record":  # the model goes on as it is
-        assert all(map(torch.equal, module.trained_parameters(), values))
+        assert all(torch.equal(now, then) for (_, now), then in zip(module.named_trained_parameters(), values, strict=True))
         module.eval()
     assert (module.step(batch).loss.item() == pytest.approx(LOG_2, abs=1e-6)) is moves
     if knot == "record":  # and the reference does not
@@ -209,7 +209,7 @@ def test_the_reference_is_the_model_after_the_links_of_the_first_chain_however_t
     tmp_path, reference, options
 ):
     first = tiny.with_live_link(preference_lm(tmp_path, **options))
-    first.current.name = "sft"
+    first.run.current.name = "sft"
     first.full_chain().save(tmp_path / "chain")
     module = preference_lm(tmp_path, init_chain=str(tmp_path / "chain"), reference=reference, **options)
     module.configure_model()
@@ -228,7 +228,7 @@ def test_the_reference_is_the_model_after_the_links_of_the_first_chain_however_t
 def test_a_loaded_model_is_the_start_of_the_next_run(tmp_path):
     """As with init_chain: its current link is finished, and a new one begins."""
     sft = tiny.with_live_link(tiny.causal_lm(tmp_path))
-    sft.current.name = "sft"
+    sft.run.current.name = "sft"
     module = COLAPreferenceLM.load_from_checkpoint(saved(sft, tmp_path))
     first = first_losses(module, tmp_path, chain={"name": "dpo"})
     assert first[0] == pytest.approx(LOG_2, abs=1e-6) != pytest.approx(first[1], abs=1e-6)

@@ -125,7 +125,7 @@ def test_a_base_that_is_kept_is_as_it_was_before_it_was_cast_and_taken_from_the_
     base = toy().merged_model(0).state_dict()
     assert_bit_equal(module.merged_model(0).state_dict(), base)
     state = StoredState.of(torch.load(last(tmp_path), weights_only=True)["state_dict"])
-    assert_bit_equal(state.facts["base_weights"], base)
+    assert_bit_equal(state.facts.base_weights, base)
     other, x = make(Elsewhere, finished_links=mode, save_base=True), torch.randn(3, 8)
     trainer(tmp_path, chain={}).validate(other, batches(2), ckpt_path=last(tmp_path), verbose=False)
     assert torch.equal(other.merged_model()(x), module.merged_model()(x))

@@ -143,7 +143,7 @@ def test_averaged_weights_are_refused_beside_knots_and_without_them_a_checkpoint
     trainer(tmp_path, EMAWeightAveraging(), saving, chain={}, max_steps=5, enable_checkpointing=True).fit(module, batches())
     module.tie_knot()  # of the averaged weights
     state = StoredState.of(torch.load(tmp_path / "5.ckpt", weights_only=True)["state_dict"])
-    assert state.facts["position"] == [0, 5]
+    assert state.facts.position == (0, 5)
 
 
 def test_what_a_run_never_reaches_is_a_warning(tmp_path, caplog):

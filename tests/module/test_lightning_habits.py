@@ -171,7 +171,7 @@ def test_a_state_dict_is_tensors_that_other_tools_take_as_they_are(tmp_path):
     loaded = toy()
     loaded.load_state_dict(load_file(tmp_path / "state.safetensors"))
     assert_bit_equal(weights(loaded), weights(module))
-    assert (loaded.n_finished, loaded.current.start, len(loaded.chain)) == (2, module.current.start, 2)
+    assert (loaded.n_finished, loaded.run.current.start, len(loaded.chain)) == (2, module.run.current.start, 2)
 
 
 # ---------------------------------------------------------------------- what is asked of a checkpoint counts
@@ -297,7 +297,7 @@ def test_a_configuration_comes_back_as_one_and_to_a_data_module_as_a_dict(tmp_pa
 def test_the_defaults_of_this_package_are_recorded(tmp_path):
     """A later version may have others."""
     for module in (toy(), COLACausalLM(tiny.folder(tmp_path / "lm"), rank=2)):
-        recorded = module.constructor_arguments["defaults"]
+        recorded = module.constructor_arguments.defaults
         assert (recorded["init"], recorded["dropout"], recorded["scaling"]) == ("kaiming", 0.0, "lora")
         assert not {"optimizer", "compile", "trust_remote_code", "rank", "model_name"} & recorded.keys()
 
@@ -311,7 +311,7 @@ def test_a_search_for_a_batch_size_or_a_rate_leaves_a_run_as_it_would_be_with_wh
             return DataLoader(batches(20).dataset, batch_size=self.batch_size)
 
         def configure_optimizers(self):
-            return AdamW(self.trained_parameters(), lr=self.lr)
+            return AdamW([p for _, p in self.named_trained_parameters()], lr=self.lr)
 
     def fit(batch_size, rate, *callbacks, is_tuned=False):
         module, run = toy(Tuned, dropout=0.3), trainer(tmp_path, *callbacks, max_epochs=1, chain={"every_n_train_steps": 8})

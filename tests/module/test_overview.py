@@ -33,7 +33,7 @@ class OneCycle(Toy):
     is_over_run = True
 
     def configure_optimizers(self):
-        optimizer = AdamW(self.trained_parameters(), lr=1e-2)
+        optimizer = AdamW([p for _, p in self.named_trained_parameters()], lr=1e-2)
         steps = self.trainer.estimated_stepping_batches if self.is_over_run else self.link_steps
         scheduler = OneCycleLR(optimizer, 1e-2, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -85,7 +85,7 @@ class Clipped(Toy):
     """Remembers the norm of the gradients with which the optimizer stepped."""
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.norm = nn.utils.get_total_norm([parameter.grad for parameter in self.trained_parameters()])
+        self.norm = nn.utils.get_total_norm([parameter.grad for _, parameter in self.named_trained_parameters()])
 
 
 def test_gradients_of_the_default_optimizer_are_clipped_under_16_mixed(tmp_path):

@@ -75,7 +75,7 @@ def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_pa
         run.save_checkpoint(tmp_path / "more.ckpt")
         (tmp_path / "chain").rename(tmp_path / "elsewhere")
         loaded = Watched.load_from_checkpoint(tmp_path / "more.ckpt")
-        assert loaded.init_chain is None
+        assert loaded.run.start.sources is None
         assert_bit_equal(weights(loaded), weights(second))
 
 

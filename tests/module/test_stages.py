@@ -32,7 +32,7 @@ def staged(module):
     """A module with two links of the stage sft, and a live one of dpo."""
     tiny.three_links(module)
     module.chain.links[:] = [replace(link, name="sft") for link in module.chain.links]
-    module.current.name = "dpo"
+    module.run.current.name = "dpo"
     return module
 
 
@@ -290,7 +290,7 @@ def test_a_stage_begins_with_a_knot_and_resumes(tmp_path, finished_links, knot):
     begun.configure_model()
     assert_near(begun(x), first(x), 1e-6)
     assert [link.share for link in begun.chain.links] == [1.0, 1.0 - (KEPT[knot] or 0.0)]
-    assert begun.adapted.is_at_knot
+    assert begun.run.is_at_knot
     for name, layer in begun.adapted.layers.items():
         lora_A, lora_B = live.factors[name]
         assert torch.equal(layer.lora_A, lora_A) is (knot != "cola")
@@ -299,7 +299,7 @@ def test_a_stage_begins_with_a_knot_and_resumes(tmp_path, finished_links, knot):
     inside = {"at": [4], "name": "dpo", "knot": "record"}
     second = fit(tmp_path / "dpo", make(**options), 8, **inside)
     assert second.link_names == ["sft", "sft", "dpo", "dpo"]
-    assert not second.adapted.is_at_knot
+    assert not second.run.is_at_knot
     assert_bit_equal(weights(second.merged_model("sft")), weights(first.merged_model()))
     with second.at("sft") as model:
         assert_near(model(x), first(x), 1e-6)

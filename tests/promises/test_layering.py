@@ -21,11 +21,9 @@ BY_NAME = {"lora/conv1d", "lora/linear4bit"}  # layers of other packages, import
 ITS_NEEDS = {"torch", "numpy", "typing_extensions", "safetensors", "cola_lightning"} | sys.stdlib_module_names
 
 
-def imports(path, is_top_level=False, for_types=True):
+def imports(path, is_top_level=False):
     """Dotted names that a file imports, inside of functions and for types too."""
     tree = ast.parse(path.read_text())
-    if not for_types:
-        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
     nodes = tree.body if is_top_level else list(ast.walk(tree))
     plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     return plain + [f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
@@ -42,8 +40,7 @@ def test_imports_point_downwards_and_not_in_a_circle_and_the_engine_needs_torch_
         found = {FILES.get(one, FILES.get(one.rpartition(".")[0])) for one in imports(path)} - {None, name}
         row, entry = row_of(name)
         assert not [one for one in found if row_of(one)[0] >= row and row_of(one)[1] != entry], name
-        at_run_time = imports(path, for_types=False)
-        arrows[name] = {FILES.get(one, FILES.get(one.rpartition(".")[0])) for one in at_run_time} - {None, name}
+        arrows[name] = found
         assert not found & BY_NAME, name
         if entry in TORCH_ONLY and name not in BY_NAME:
             assert {one.partition(".")[0] for one in imports(path, is_top_level=True)} <= ITS_NEEDS, name

@@ -188,6 +188,6 @@ def test_no_stored_argument_names_code(tmp_path):
     stored = {"optimizer": {"class_path": f"{__name__}.Stranger"}, "attn_implementation": "owner/kernel"}
     path = rewritten(saved(toy(Saving), tmp_path), **stored, init_chain=str(tmp_path / "elsewhere"), compile=True)
     module = Saving.load_from_checkpoint(path)
-    assert (module.init_chain, module.should_compile) == (None, False)
+    assert (module.run.start.sources, module.should_compile) == (None, False)
     trainer(tmp_path, max_epochs=1).fit(module, batches())
     assert called == []

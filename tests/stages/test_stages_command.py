@@ -50,7 +50,7 @@ class KillOnce(Callback):
         self.marker, self.name, self.whom, self.when = Path(marker), name, whom, when
 
     def _kill(self, module, when):
-        if self.when == when and module.current.name == self.name and not self.marker.exists():
+        if self.when == when and module.run.current.name == self.name and not self.marker.exists():
             self.marker.touch()
             os.kill(os.getpid() if self.whom == "fit" else os.getppid(), signal.SIGKILL)
             time.sleep(0.5)  # until its end is known

@@ -1,0 +1,37 @@
+"""Another LightningModule's layers, metrics and attributes, taken over by a COLA module."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from cola_lightning.errors import UserError
+
+
+def adopt(module: Any, task: LightningModule, own: type) -> None:
+    """Gives a module the other one's attributes, see :meth:`COLAModule.adopt`.
+
+    Args:
+        module: the module that takes them over.
+        task: the other module.
+        own: COLAModule, whose attributes the other module may not have.
+
+    Raises:
+        UserError: if the module's class is not derived from the other class first, or both have an attribute of a name.
+    """
+    classes, name = type(module).__mro__, type(task).__name__
+    if type(task) not in classes[: classes.index(own)]:  # else this class' optimizer would be used without a word
+        raise UserError(f"adopt: {type(module).__name__} must be a class ({name}, COLAModule), with {name} first")
+    names = {name for cls in own.__mro__ if cls.__module__.startswith("cola_lightning.") for name in vars(cls)}
+    ours = {*names, *vars(own())}.difference(dir(LightningModule()), vars(type(task)))
+    if both := ours.intersection([*vars(task), *task._modules, *task._parameters, *task._buffers]):
+        raise UserError(
+            f"adopt: {name} has an attribute {min(both)!r}, which is COLAModule's own. Rename the task's, or delete it before "
+            "adopt()"
+        )
+    module._modules.setdefault("model", None)  # first, so that its parameters have its name, and no other one
+    initial = vars(LightningModule())
+    for key, value in vars(task).items():
+        if key in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            vars(module)[key].update(value)
+        elif key not in initial or (not isinstance(initial[key], dict) and value != initial[key]):
+            vars(module)[key] = value

@@ -1,0 +1,51 @@
+"""A module as an export needs it."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from cola_lightning.errors import UserError
+from cola_lightning.export.model import TrainedModel
+from cola_lightning.export.module import export_chain, export_model
+from cola_lightning.export.options import ExportOptions
+from cola_lightning.module.late import LateModel
+from cola_lightning.module.state import described_data
+
+
+def export(module: LateModel, options: ExportOptions) -> list[str]:
+    """Exports a module that may be in training, from a copy on the CPU; see :meth:`COLAModule.export`."""
+    module.make_model()
+    run = module.run
+    if options.format == "chain":
+        return export_chain(run.full_chain(), options)
+    if run.is_sharded:  # to compare logits, every process would have to write
+        raise UserError(
+            f"format: a sharded model can only be exported as chain, got {options.format}. Use `cola export`, or "
+            "load_from_checkpoint in one process, on a checkpoint"
+        )
+    model = trained_model(module, described_data(run, "prompt_format"), described_data(run, "identity"))
+    return export_model(replace(model, adapted=run.adapted.copy_on_cpu()), options)
+
+
+def trained_model(module: LateModel, prompt_format: Mapping[str, Any], data: Mapping[str, Any]) -> TrainedModel:
+    """A module's model, which an export would use up.
+
+    Args:
+        module: the module.
+        prompt_format: how the data module prompts the model (``EpochDataModule.prompt_format``); empty: it does not.
+        data: which data the model was trained on (``EpochDataModule.identity``).
+    """
+    adapted, arguments = module.adapted, module.run.arguments
+    return TrainedModel(
+        adapted,
+        module.run.full_chain(),
+        module.base_name,
+        module.named_base,
+        tokenizer=copy.deepcopy(getattr(module, "image_processor", None) or getattr(module, "tokenizer", None)),
+        example=module.example_input_array,
+        arguments={"class_path": arguments.class_path, "init_args": arguments.init_args},
+        prompt_format=prompt_format,
+        data=data,
+        outside=[name for name, value in adapted.trained.outside().items() if value.requires_grad],
+    )
