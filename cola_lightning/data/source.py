@@ -440,6 +440,12 @@ def identity_of(source: Source) -> dict[str, Any]:
     return options | files_identity(source.source)
 
 
+def contents_of(identity: Mapping[str, Any]) -> Any:
+    """What tells whether two sources hold the same rows, wherever their files are."""
+    files = identity.get("files", {})
+    return sorted(files.values()) or identity.get("folder") or [identity["source"], identity.get("subset")]
+
+
 def joined(parts: Sequence[Any]) -> Any:
     """The encoded rows of all sources: a data set of ``datasets``, or a list."""
     if len(parts) == 1 or not isinstance(parts[0], list):

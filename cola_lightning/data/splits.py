@@ -133,7 +133,7 @@ def files_identity(source: str) -> dict[str, Any]:
     names, identities = [file.name for file in files], {}
     for file in files:
         name = file.name if names.count(file.name) == 1 else str(file)
-        identities[name] = [file.stat().st_size, _hash_of(file)]
+        identities[name] = [file.stat().st_size, hash_of_file(file)]
     return {"files": identities}
 
 
@@ -141,16 +141,16 @@ def folder_hash(folder: Path) -> str:
     """A hash of the names and sizes of the files in a folder, and of what is in some of them."""
     files = [file for file in paths_inside(folder) if file.is_file()]
     known = [(str(file.relative_to(folder)), file.stat().st_size) for file in files]
-    some = [_hash_of(file) for file in files[:: len(files) // FILES_READ + 1]]
+    some = [hash_of_file(file) for file in files[:: len(files) // FILES_READ + 1]]
     return hashlib.sha256(repr([known, some]).encode()).hexdigest()
 
 
 def hashes_of(files: Sequence[Path]) -> list[str]:
     """The hashes of files, in their order."""
-    return [_hash_of(file) for file in files]
+    return [hash_of_file(file) for file in files]
 
 
-def _hash_of(file: Path) -> str:
+def hash_of_file(file: Path) -> str:
     """The SHA-256 of a file. It is computed once and stored: each process of a run, and the next run, asks for it again."""
     import datasets
 

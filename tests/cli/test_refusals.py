@@ -17,8 +17,8 @@ from transformers import Adafactor
 from cola_lightning import ChainOfLoRA, ChainSchedule, LoRAConfig, UserError, inject_lora
 from cola_lightning.cli import main
 from cola_lightning.cli.help import ELSEWHERE
+from cola_lightning.cli.training import resolve
 from cola_lightning.data import TemplateDataModule, TextDataModule
-from cola_lightning.study.config import resolve_config
 from cola_lightning.study.methods import method
 from tests.helpers import tiny
 from tests.helpers.comparing import config
@@ -59,7 +59,7 @@ MISTAKES = [
     (FIT + "--config beside.yaml", "model.optimizer: .*inside its init_args"),
     (FIT + "--links 2", "model.init_links: "),
     (FIT + "--ckpt_path last --trainer.default_root_dir rows", "ckpt_path: "),
-    (FIT + "--ckpt_path last --model.rank 2", r"ckpt_path: .*version_0.*last\.ckpt \(model\.init_args\.rank\)"),
+    (FIT + "--ckpt_path last --model.rank 2", r"ckpt_path: .*version_0.*last\.ckpt \(model\.rank\)"),
     (f"test --config {DIGITS} --ckpt_path runs/version_1", "ckpt_path: .*; the nearest that exist: runs/version_0"),
     (f"test --config {DIGITS} --ckpt_path {LAST} --links -1", "links: "),
     (RESUME + "--links 1", "links: fit resumes the whole chain"),
@@ -124,7 +124,7 @@ def write_checkpoint(path, changes):
 
 def test_what_is_typed_here_exists():
     words = [word for here in ELSEWHERE.values() for word in here.split()]
-    assert resolve_config(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
+    assert resolve(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES, ids=[words.replace(DIGITS, "digits.yaml") for words, _ in MISTAKES])
