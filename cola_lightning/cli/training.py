@@ -51,7 +51,6 @@ from cola_lightning.cli.help import (
     help_formatter,
     usage,
 )
-from cola_lightning.data.source import SourceDataModule
 from cola_lightning.errors import Interruption, UserError, nearest, nearest_path
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
@@ -307,9 +306,9 @@ class COLACLI(LightningCLI):
         if config.ckpt_path is not None and (is_part or "://" not in config.ckpt_path):
             self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
             config.ckpt_path = self.opened.path  # of a run's folder, the file in it
-            run = Path(self.opened.path).parent.parent
-            if self.subcommand == "fit" and (run / "config.yaml").is_file() and is_claimed(run / "config.yaml"):
-                raise UserError(f"ckpt_path: the run in {shortest(run)} is still running. Wait for its end, or stop it")
+            own = Path(self.opened.path).parent.parent / "config.yaml"
+            if self.subcommand == "fit" and own.is_file() and is_claimed(own):
+                raise UserError(f"ckpt_path: the run in {shortest(own.parent)} is still running. Wait for its end, or stop it")
 
     def _newest_of_same_run(self, files: Set[Path]) -> Path:
         """The newest ``last.ckpt`` of a run with this command's model, data and chain; warns of a newer run without one.
@@ -419,8 +418,6 @@ class COLACLI(LightningCLI):
         if self.opened is not None:
             scale = self.config[self.subcommand].get("scale")
             self.model.expect_state(self.opened.state, links=self.links, scale=scale)
-            if isinstance(self.datamodule, SourceDataModule):
-                self.datamodule.checkpoint = self.opened.state
         else:
             _ = self.model.run.first_chain  # a chain that does not exist is refused here, before the data is prepared
 

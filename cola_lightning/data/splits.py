@@ -29,6 +29,7 @@ COMPRESSIONS = (".gz", ".zst")
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # in a folder of DatasetDict.save_to_disk, or of Dataset.save_to_disk
 SHARD = re.compile(r"-\d+-of-\d+$")  # the end of the name of a file that has a part of a split
 SPLIT = re.compile("train|val|dev|eval|test")  # in a file's name, which then says its split
+FILES_READ = 100  # at most, of a folder of pictures: all of them may be many gigabytes
 WORTH_A_BAR_BYTES = 10**8  # of files, whose preparation takes seconds
 
 
@@ -87,7 +88,23 @@ def load_splits(
     data: Any = datasets.load_from_disk(path) if path.is_dir() else hub_data(source, subset, revision)
     if not isinstance(data, dict):
         data = {"train": data}
-    return {split: functools.partial(Rows, rows, f"{source}, {split}") for split, rows in data.items()}
+    return {
+        split: functools.partial(
+            Rows,
+            rows,
+            f"{source}, {split}",
+            functools.partial(hashes_of, [Path(file["filename"]) for file in rows.cache_files])
+            if path.is_dir()
+            else contents_on_hub(source, subset, split, "whole"),
+        )
+        for split, rows in data.items()
+    }
+
+
+def contents_on_hub(source: str, subset: str | None, split: str, how: str) -> Callable[[], list[str]]:
+    """The ``contents`` of the :class:`Rows` of a split on the hub: its name, and ``how`` its rows were read."""
+    name = f"{source} {subset or ''} {split}"
+    return lambda: [name, f"{name} {how}"]
 
 
 def choose_split(splits: Splits, name: str | None, usual_names: Sequence[str], option: str) -> Callable[[], Rows] | None:
@@ -111,14 +128,26 @@ def files_identity(source: str) -> dict[str, Any]:
         return {}
     files = _matches(source) or (sorted(path.rglob("data-*.arrow")) if _is_saved(path) else [])
     if not files and not any(_ending(file.name) for file in path.iterdir() if file.is_file()):
-        known = [(str(file.relative_to(path)), file.stat().st_size) for file in paths_inside(path) if file.is_file()]
-        return {"folder": [len(known), hashlib.sha256(repr(known).encode()).hexdigest()]}
+        return {"folder": [sum(file.is_file() for file in paths_inside(path)), folder_hash(path)]}
     files = files or [file for files_of_split in _files_by_split(path).values() for file in files_of_split]
     names, identities = [file.name for file in files], {}
     for file in files:
         name = file.name if names.count(file.name) == 1 else str(file)
         identities[name] = [file.stat().st_size, hash_of_file(file)]
     return {"files": identities}
+
+
+def folder_hash(folder: Path) -> str:
+    """A hash of the names and sizes of the files in a folder, and of what is in some of them."""
+    files = [file for file in paths_inside(folder) if file.is_file()]
+    known = [(str(file.relative_to(folder)), file.stat().st_size) for file in files]
+    some = [hash_of_file(file) for file in files[:: len(files) // FILES_READ + 1]]
+    return hashlib.sha256(repr([known, some]).encode()).hexdigest()
+
+
+def hashes_of(files: Sequence[Path]) -> list[str]:
+    """The hashes of files, in their order."""
+    return [hash_of_file(file) for file in files]
 
 
 def hash_of_file(file: Path) -> str:
@@ -171,7 +200,7 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
 
 
 def _reader(files: list[Path], place: str, text_unit: TextUnit) -> Callable[[], Rows]:
-    return functools.cache(lambda: Rows(_read(files, text_unit), place))
+    return functools.cache(lambda: Rows(_read(files, text_unit), place, lambda: hashes_of(files)))
 
 
 def _texts(batch: dict[str, list[str]]) -> dict[str, list[str]]:
