@@ -80,8 +80,6 @@ MISTAKES = [
     (f"export {LAST} --format merged --max_rank 2 --output out", "max_rank: "),
     (f"export {LAST} --format chain --output runs --overwrite", "output: "),
     (f"export {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
-    (COMPARE + "--methods []", "methods: "),
-    (COMPARE + "--seeds 0", "seeds: must be at least 1, got 0"),
     (COMPARE + '--learning_rates {"lora":[]}', "learning_rates: "),
     (COMPARE + "--methods [lore]", "methods: .*the nearest that exist: lora"),
     (COMPARE + '--learning_rates {"cola":[0.1]}', "learning_rates: each of lora needs a list"),
