@@ -250,5 +250,5 @@ def test_as_many_interruptions_as_stated_are_tested():
     n, signals = len(SETUPS) * len(KILLS), Counter(kill.signal for kill in KILLS for _ in SETUPS)
     words = "{SIGKILL} by SIGKILL, {SIGINT} by SIGINT, {SIGTERM} by SIGTERM".format_map(signals)
     readme, guarantees = (" ".join(PAGES[page].split()) for page in ("README.md", "docs/guarantees.md"))
-    assert f"In {n} of {n} interruptions ({words}) the resumed run" in readme
+    assert f"{n} of {n} interruptions ended with the same bits" in readme
     assert f'{n} of {n} by `pytest -m "" tests/promises/test_kills.py`: {words}' in guarantees
