@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cola_lightning.study.figures import mean_curve
 from lightning.pytorch import Callback
 from scipy import stats
 
@@ -21,7 +22,6 @@ from cola_lightning.errors import UserError
 from cola_lightning.runs.folder import claim
 from cola_lightning.study import study
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.figures import mean_curve
 from cola_lightning.study.methods import method
 from cola_lightning.study.results import Result, at_best_rates, best_rates
 from cola_lightning.study.table import summarize
