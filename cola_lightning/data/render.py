@@ -41,7 +41,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
         # A first token is not predicted.
         encoded: list[LanguageRow] = [{"input_ids": piece, "spans": [1, len(piece)]} for piece in pieces if len(piece) > 1]
-        rows.append(encoded or UnusableRow("no text"))
+        rows.append(encoded or UnusableRow("no text" if max_length > 1 else "data.max_length leaves no token to predict"))
     return rows
 
 
@@ -329,8 +329,8 @@ def _stopped(template: ChatTemplate, turns: list[LanguageRow]) -> list[LanguageR
                 stop = following["input_ids"][len(ids) : len(ids) + 1]  # a tool's turn, notes, and not the user's
             elif template.is_plain:
                 stop = []  # the last turn alone has the end of text
-        elif ids[-1:] == stop:
-            stop = []  # the row has it
+        elif not template.writes_special_tokens and ids[-1:] == stop:
+            stop = []  # the response has it
         stopped.append({"input_ids": [*ids, *stop], "spans": [turn["spans"][0], len(ids) + len(stop)]})
     return stopped
 
@@ -366,7 +366,8 @@ def _row(turns: Sequence[LanguageRow], max_length: int, n_lost: int) -> Language
     spans = [(max(start, 1), min(end, len(ids))) for start, end in (turn["spans"] for turn in turns)]
     spans = [(start, end) for start, end in spans if start < end]  # a first token is not predicted
     if not spans:
-        raise UnusableRow("no words of the assistant")
+        is_cut = len(ids) < _length(turns[-1])
+        raise UnusableRow("data.max_length leaves no room for the response" if is_cut else "no words of the assistant")
     return {"input_ids": ids, "spans": [place for span in spans for place in span], "lost": n_lost}
 
 

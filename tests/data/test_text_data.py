@@ -211,3 +211,10 @@ def test_a_model_without_a_template_is_trained_on_the_prompt_as_it_is_and_the_re
     assert [text.strip() for text in trained] == ["No.</s>"] * 5
     with pytest.raises(UserError, match="its tokenizer has no chat template"):
         encoded(AS_TURNS, tmp_path, own)
+
+
+@pytest.mark.parametrize("row", [{"text": "It was old."}, {"prompt": "Is it old?", "response": " Yes."}])
+def test_a_length_that_leaves_nothing_to_train_ends_a_fit(tmp_path, row):
+    source = tiny.write_file(tmp_path / "rows.jsonl", [row] * 8)
+    with pytest.raises(UserError, match="max_length"):
+        tiny.attach(TextDataModule(source, max_length=1, chat_template=False), "fit")
