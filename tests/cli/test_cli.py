@@ -365,7 +365,7 @@ def test_what_is_no_text_is_read_as_yaml():
 def test_a_class_has_its_own_defaults_and_not_those_of_the_class_where_none_is_named():
     Path("task.yaml").write_text("data: {class_path: PromptDataModule, init_args: {task: RTE}}\n")
     for words in (["-c", "task.yaml"], ["--data=PromptDataModule", "--data.task", "RTE"]):
-        data = resolve(words)["data"]["init_args"]
+        data = resolve([*words, "--model.model_name", "x"])["data"]["init_args"]
         assert (data["max_length"], data["length_grouped"], data["test_split"]) == (2048, False, "validation")
 
 

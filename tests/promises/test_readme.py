@@ -247,7 +247,7 @@ def test_the_notebook_on_pictures_works_line_by_line():
 # ---------------------------------------------------------------------- interruptions
 
 
-def test_as_many_interruptions_as_stated_are_tested():
+def test_the_pages_state_as_many_interruptions_as_the_slow_tests_have():
     """What else the pages state in numbers is compared with its lines in tests/benchmarks/test_pages.py."""
     n, signals = len(SETUPS) * len(KILLS), Counter(kill.signal for kill in KILLS for _ in SETUPS)
     words = "{SIGKILL} by SIGKILL, {SIGINT} by SIGINT, {SIGTERM} by SIGTERM".format_map(signals)
