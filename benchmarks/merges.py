@@ -4,7 +4,8 @@
 
 makes a random Llama of TinyLlama's shape in bfloat16 (2.2 GB, four shards) and two adapters of rank 16 on all linear layers,
 in a temporary folder of 10 GB. The commands take turns, each in a new process with one CPU thread. ``peft`` loads the model,
-merges one adapter after the other (``merge_and_unload``), and saves. Seconds are of CPU time, and contain the imports. The memory is the peak above that of a process which only imports what the commands import. It takes about ten minutes.
+merges one adapter after the other (``merge_and_unload``), and saves. Seconds are of CPU time, and contain the imports. The
+memory is the peak above that of a process which only imports what the commands import. It takes about ten minutes.
 """
 
 import statistics
