@@ -21,6 +21,7 @@ from benchmarks import (
     packing,
     paper_table,
     peft_table,
+    resumes,
     scale,
     speed,
     vocabulary,
@@ -112,6 +113,7 @@ TABLES: dict[tuple[str, str], Callable[[], Rows]] = {
     (ALL, "| small GPT |"): of(knots, knots.rows),
     (ALL, "| 1.1 billion parameters |"): of(merges, merges.rows),
     ("docs/api.md", "| class or function |"): public_names,
+    ("docs/compared.md", "| killed and resumed |"): of(resumes, resumes.table),
     ("docs/scaling.md", "| model | full"): of(scale, scale.rows),
     ("docs/speed.md", "| what | time / theirs |"): peft_table.rows,
     ("docs/results.md", "| small GPT |"): lambda: in_short(
