@@ -307,9 +307,11 @@ class COLACLI(LightningCLI):
         if config.ckpt_path is not None and (is_part or "://" not in config.ckpt_path):
             self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
             config.ckpt_path = self.opened.path  # of a run's folder, the file in it
-            run = Path(self.opened.path).parent.parent
-            if self.subcommand == "fit" and (run / "config.yaml").is_file() and is_claimed(run / "config.yaml"):
-                raise UserError(f"ckpt_path: the run in {shortest(run)} is still running. Wait for its end, or stop it")
+            saved = Path(self.opened.path).parent.parent / "config.yaml"
+            if self.subcommand == "fit" and saved.is_file() and is_claimed(saved):
+                raise UserError(
+                    f"ckpt_path: the run in {shortest(saved.parent)} is still running. Wait for its end, or stop it"
+                )
 
     def _newest_of_same_run(self, files: Set[Path]) -> Path:
         """The newest ``last.ckpt`` of a run with this command's model, data and chain; warns of a newer run without one.
