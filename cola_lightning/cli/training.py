@@ -51,7 +51,6 @@ from cola_lightning.cli.help import (
     help_formatter,
     usage,
 )
-from cola_lightning.data.source import SourceDataModule
 from cola_lightning.errors import Interruption, UserError, nearest, nearest_path
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
@@ -307,11 +306,9 @@ class COLACLI(LightningCLI):
         if config.ckpt_path is not None and (is_part or "://" not in config.ckpt_path):
             self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
             config.ckpt_path = self.opened.path  # of a run's folder, the file in it
-            saved = Path(self.opened.path).parent.parent / "config.yaml"
-            if self.subcommand == "fit" and saved.is_file() and is_claimed(saved):
-                raise UserError(
-                    f"ckpt_path: the run in {shortest(saved.parent)} is still running. Wait for its end, or stop it"
-                )
+            own = Path(self.opened.path).parent.parent / "config.yaml"
+            if self.subcommand == "fit" and own.is_file() and is_claimed(own):
+                raise UserError(f"ckpt_path: the run in {shortest(own.parent)} is still running. Wait for its end, or stop it")
 
     def _newest_of_same_run(self, files: Set[Path]) -> Path:
         """The newest ``last.ckpt`` of a run with this command's model, data and chain; warns of a newer run without one.
@@ -421,8 +418,6 @@ class COLACLI(LightningCLI):
         if self.opened is not None:
             scale = self.config[self.subcommand].get("scale")
             self.model.expect_state(self.opened.state, links=self.links, scale=scale)
-            if isinstance(self.datamodule, SourceDataModule):
-                self.datamodule.checkpoint = self.opened.state
         else:
             _ = self.model.run.first_chain  # a chain that does not exist is refused here, before the data is prepared
 
@@ -664,7 +659,9 @@ def read_groups(path: str) -> dict[str, dict[str, Any]]:
     try:
         text = path if path.startswith("{") else Path(os.path.expanduser(path)).read_text(encoding="utf-8")
         config = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.reader.ReaderError):
+    except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
+        raise UserError(f"config: {path} is not a text file in UTF-8") from error
+    except (OSError, ValueError):
         return {}
     except yaml.MarkedYAMLError as error:
         number = error.problem_mark.line if error.problem_mark is not None else 0

@@ -9,9 +9,9 @@ from torch.utils.data import ConcatDataset, Subset
 from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule
-from cola_lightning.data.drawing import as_count, draw
 from cola_lightning.data.examples import OptionBatches
-from cola_lightning.data.source import joined
+from cola_lightning.data.source import SourceDataModule, joined
+from cola_lightning.data.split import as_count, draw
 from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ class Replay(Callback):
             n_rows = len(data.train)
             places = sorted(draw(n_rows, [as_count(self.share, n_rows)], data.split_seed, name)[0].tolist())
             parts.append(rows_at(data.train, places))
+            if isinstance(own, SourceDataModule):
+                own.rows_hash += data.rows_hash
             log.info("replay: %d of %d training rows of %s", len(places), n_rows, name)
         has_columns = all(isinstance(part, list) or hasattr(part, "select") for part in parts)
         own.train = joined(parts) if has_columns else ConcatDataset(parts)
@@ -79,7 +81,7 @@ def add_replay(configs: Mapping[str, dict[str, Any]], share: float) -> None:
     for index, (name, config) in enumerate(configs.items()):
         same = [earlier for earlier in names[:index] if _kind(configs[earlier]) == _kind(config)]
         if others := [earlier for earlier in names[:index] if earlier not in same]:
-            what = "the classes of model and data, or data.chat_template, are others"
+            what = "the classes of model and data, data.chat_template, or data.packing, are others"
             log.info("stage %s: replays no rows of %s (%s)", name, ", ".join(others), what)
         if same:
             init_args = {"share": share, "data": {earlier: configs[earlier]["data"] for earlier in same}}
@@ -91,4 +93,5 @@ def add_replay(configs: Mapping[str, dict[str, Any]], share: float) -> None:
 def _kind(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two stages have in common if one can replay the other's rows."""
     data = config["data"]
-    return config["model"]["class_path"], data["class_path"], data.get("init_args", {}).get("chat_template")
+    options = data.get("init_args", {})
+    return config["model"]["class_path"], data["class_path"], options.get("chat_template"), options.get("packing")
