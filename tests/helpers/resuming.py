@@ -93,11 +93,9 @@ class Recorder(Callback):
         return self.losses, self.validations, self.rows, self.rates
 
 
-HOOKS = [
-    name
-    for name in vars(Callback)
-    if name.startswith("on_") and not re.search("exception|checkpoint|test|predict|sanity", name)
-]
+# Those of a fit, except for those after its last step, where nothing is left to be done.
+OTHERS = "exception|checkpoint|test|predict|sanity|train_end|fit_end"
+HOOKS = [name for name in vars(Callback) if name.startswith("on_") and not re.search(OTHERS, name)]
 
 
 def _stopping(name):
