@@ -80,7 +80,6 @@ MISTAKES = [
     (f"export {LAST} --format merged --max_rank 2 --output out", "max_rank: "),
     (f"export {LAST} --format chain --output runs --overwrite", "output: "),
     (f"export {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
-    (COMPARE + '--learning_rates {"lora":[]}', "learning_rates: "),
     (COMPARE + "--methods [lore]", "methods: .*the nearest that exist: lora"),
     (COMPARE + '--learning_rates {"cola":[0.1]}', "learning_rates: each of lora needs a list"),
     (COMPARE + "--metric val_acuracy", "metric: .*val_acuracy.* --mode.*; the nearest that exist: val_accuracy"),
@@ -232,7 +231,7 @@ REFUSALS = {
         (("cola", {}, {"max_epochs": 3}), "methods: knots"),
         (("cola-9", {}, {"max_epochs": 3}), "methods: 3 epochs .* cannot have 9 links"),
         (("lora-sum-rank-2", {}, {"max_epochs": 2}, ("rank", "alpha", "rank_pattern")), "methods: model.rank_pattern"),
-        (("lora", (), (), ()), r"model: rank must be set, but own\.Module"),
+        (("lora-sum-rank-2", (), (), ()), r"model: rank must be set, but own\.Module"),
     ],
 }
 
