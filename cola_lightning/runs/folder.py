@@ -40,6 +40,16 @@ def claim(path: Path) -> TextIO | None:
     return file
 
 
+def is_claimed(path: Path) -> bool:
+    """Whether a process has claimed a file; on a disk without locks, nobody can."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+    return False
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """A record; empty if there is no such file.
 

@@ -21,7 +21,9 @@ import yaml
 from lightning.pytorch import Trainer
 
 from cola_lightning import layout
-from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.chain import Chain
+from cola_lightning.chain.checkpoint import read_chain_and_held_out
+from cola_lightning.chain.facts import Records
 from cola_lightning.chain.schedule import RESERVED, is_stage_name
 from cola_lightning.cli.training import MadeRun, in_silence, resolve
 from cola_lightning.errors import OutsideError, UserError, one_line, refusal
@@ -135,7 +137,9 @@ class Stages:
         Raises:
             UserError: naming the stage.
         """
-        chain = read_chain(self.stages[n_finished - 1].folder) if 0 < n_finished < len(self.stages) else None
+        chain, held_out = cast(Chain | None, None), cast(Records, ())
+        if 0 < n_finished < len(self.stages):
+            chain, held_out = read_chain_and_held_out(self.stages[n_finished - 1].folder)
         quiet = {"max_steps": 0, "max_epochs": 1, "max_time": None, "num_sanity_val_steps": 0, "logger": False}
         quiet |= {"enable_progress_bar": False, "enable_model_summary": False}
         for stage in self.stages[n_finished:]:
@@ -145,13 +149,14 @@ class Stages:
                     before = str(self.stages[self.stages.index(stage) - 1].folder)
                     made.model.run.start = InitChain(before, knot=self.options.knot)
                     made.model.run.first_chain = chain
+                    made.model.run.restore_held_out(held_out)
                 made.fit()
                 made.trainer.fit_loop.epoch_loop.val_loop.setup_data()
                 if self.options.fit_scales and not sum(made.trainer.num_val_batches):
                     raise UserError("--fit_scales needs validation rows, and there are none. Set data.val_size")
                 if self.options.max_forgetting is not None and not getattr(made.datamodule, "can_be_tested", True):
                     raise UserError("--max_forgetting needs test rows, and there are none. Set data.test_size")
-                chain = made.model.full_chain()
+                chain, held_out = made.model.full_chain(), made.model.run.held_out
             del made
             gc.collect()
 

@@ -40,7 +40,6 @@ def lines(tmp_path, monkeypatch):
     monkeypatch.setattr(gsm8k, "TASKS", {"gsm8k": "GSM8K"})
     monkeypatch.setattr(gsm8k, "CALLS", [(Setting("gsm8k", 1, 4), {"lora": [1e-3], "cola-4": [1e-3]}, 1)])
     monkeypatch.setattr(study, "resolve", lambda words: known_config(*words))
-    monkeypatch.setattr(study, "draw_curves", lambda *_: None)  # it takes longer than all else
     monkeypatch.setattr(sys, "argv", ["cola"])
     return Lines(tmp_path / "gsm8k.jsonl")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
@@ -74,7 +75,7 @@ def checkpoint_of(version):
 
 
 def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(printed, capfd):
-    assert "  model: link 0 of rank 1 and alpha 1 on 3 of 3 linear layers\n" in printed
+    assert "  model: link 0 of rank 1 and alpha 1 on 3 of 3 layers\n" in printed
     assert "  parameters: 330 of 9,300 are trained (3.55%)\n" in printed
     assert "  resume: exact, from every checkpoint\n  checkpoints: runs/version_0/checkpoints\n" in printed
     assert "link 0 finished: steps 0 to 9, rank 1, update norm" in printed
@@ -120,6 +121,23 @@ def test_the_newest_run_of_the_same_options_is_resumed_and_its_configuration_hol
     expected = f"error: ckpt_path: {resumed[-1]} is a finished run (step 36, epoch 4), so nothing is left to train. Raise "
     assert capfd.readouterr().err.splitlines()[-1].startswith(expected)
     assert not Path("runs/version_5").exists()
+
+
+class Impatient(Callback):
+    """Resumes the run while it is running."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3:
+            Path("statuses").write_text(f"{[fit('--ckpt_path', path) for path in ('last', 'runs/version_0')]}")
+
+
+def test_a_run_that_is_still_running_is_not_resumed_beside_itself(capfd):
+    assert fit("--trainer.callbacks+=tests.cli.test_cli.Impatient") == 0
+    assert Path("statuses").read_text() == "[2, 2]"
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [line.partition(" is still")[0] for line in errors] == ["error: ckpt_path: the run in runs/version_0"] * 2
+    assert [path.name for path in Path("runs").iterdir()] == ["version_0"]
+    assert fit("--ckpt_path", "runs/version_0", "--trainer.max_epochs", "4") == 0  # once it has ended
 
 
 @pytest.mark.usefixtures("printed")
@@ -365,7 +383,7 @@ def test_what_is_no_text_is_read_as_yaml():
 def test_a_class_has_its_own_defaults_and_not_those_of_the_class_where_none_is_named():
     Path("task.yaml").write_text("data: {class_path: PromptDataModule, init_args: {task: RTE}}\n")
     for words in (["-c", "task.yaml"], ["--data=PromptDataModule", "--data.task", "RTE"]):
-        data = resolve(words)["data"]["init_args"]
+        data = resolve([*words, "--model.model_name", "x"])["data"]["init_args"]
         assert (data["max_length"], data["length_grouped"], data["test_split"]) == (2048, False, "validation")
 
 

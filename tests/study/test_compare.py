@@ -21,7 +21,6 @@ from cola_lightning.errors import UserError
 from cola_lightning.runs.folder import claim
 from cola_lightning.study import study
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.figures import mean_curve
 from cola_lightning.study.methods import method
 from cola_lightning.study.results import Result, at_best_rates, best_rates
 from cola_lightning.study.table import summarize
@@ -114,9 +113,6 @@ def test_differences_to_lora_are_paired_by_seed_and_no_interval_is_made_up():
     assert (one.difference, one.low, one.deviation) == (-0.5, None, None)
     alone, lost = rows(cola=[1.0], full=[None])
     assert (alone.difference, lost.test, lost.diverged) == (None, None, 1)
-    curves = [result(curve=[[5, 1.0], [10, 2.0]]), result(seed=1, curve=[[5, 3.0]]), result(seed=2, validation=None)]
-    assert mean_curve(curves) == {5: 2.0}
-    assert mean_curve([result(curve=[], steps=9, validation=v) for v in (1.0, 3.0, None)]) == {9: 2.0}  # validated at their end
 
 
 # ---------------------------------------------------------------------- a study whose runs are made up
@@ -139,13 +135,7 @@ class Runs:
 
 
 @pytest.fixture
-def _without_figures(monkeypatch):
-    """They take longer than all else."""
-    monkeypatch.setattr(study, "draw_curves", lambda *_: None)
-
-
-@pytest.fixture
-def runs(_without_figures, monkeypatch):
+def runs(monkeypatch):
     """Its configuration is resolved once for all tests."""
     made = Runs()
     monkeypatch.setattr(study, "measured", made)
@@ -290,7 +280,6 @@ def test_a_run_is_the_fit_of_the_same_values(tmp_path):
     assert not list(folder.rglob("*.ckpt"))
 
 
-@pytest.mark.usefixtures("_without_figures")
 def test_the_weights_that_the_config_keeps_are_the_ones_that_are_measured(tmp_path):
     keeping = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val_accuracy", "mode": "min"}}  # of the first epoch
     fit = [*SHORT, "--model.optimizer.lr", "0.1", "--trainer.callbacks+", json.dumps(keeping)]
@@ -310,7 +299,6 @@ def test_what_cannot_be_measured_or_divided_is_refused_before_the_first_step(tmp
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-@pytest.mark.usefixtures("_without_figures")
 def test_a_run_that_diverges_has_a_line(tmp_path):
     diverging = [*SHORT, "--trainer.check_val_every_n_epoch", "9", "--model.optimizer.weight_decay", "3"]
     assert compare(tmp_path, "--learning_rates", "[1e6]", methods="[full]", seeds=1, fit=diverging) == 0
@@ -331,12 +319,9 @@ class StopOnce(Callback):
             os.kill(os.getpid(), self.number)
 
 
-# The command, without figures.
 COMMAND = """
 import sys
 from cola_lightning.cli import main
-from cola_lightning.study import study
-study.draw_curves = lambda *_: None
 sys.exit(main(sys.argv[1:]))
 """
 
