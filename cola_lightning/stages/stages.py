@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +20,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from cola_lightning import layout
-from cola_lightning.chain import Chain
 from cola_lightning.chain.checkpoint import read_chain_and_held_out
-from cola_lightning.chain.facts import Records
 from cola_lightning.chain.schedule import RESERVED, is_stage_name
 from cola_lightning.cli.training import MadeRun, in_silence, resolve
 from cola_lightning.errors import OutsideError, UserError, one_line, refusal
@@ -54,19 +51,31 @@ class Stage:
         folder: its run's.
         config: the complete configuration of its fit, without replay and the chain that it begins from.
         fit_config: the same with replay.
-        facts: what its result depends on, besides the stage before it.
+        own_facts: what its result depends on, besides the stage before it.
+        before: that stage; None: it is the first.
     """
 
     name: str
     folder: Path
     config: Config
     fit_config: Config
-    facts: dict[str, Any]
+    own_facts: dict[str, Any]
+    before: "Stage | None"
 
     @property
     def record(self) -> dict[str, Any]:
         """What is known of its run; empty if it has not begun."""
         return read_record(self.folder / RECORD)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that its result depends on."""
+        return self.own_facts | {"the stage before it": self.before and self.before.record.get("checkpoint")}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it is trained, and would be trained to the same result."""
+        return "checkpoint" in self.record and why_again(self.folder, self.facts) is None
 
 
 class Stages:
@@ -86,15 +95,15 @@ class Stages:
         with_replay = {name: {**config, "trainer": dict(config["trainer"])} for name, config in configs.items()}
         if options.replay is not None:
             add_replay(with_replay, options.replay)
-        self.stages, self.measurer, self.trainer = list[Stage](), cast(Measurer | None, None), cast(Trainer, None)
+        self.stages, self.trainer = list[Stage](), cast(Trainer, None)
         for name, config in configs.items():
             with _of_stage(name), in_silence():
                 made = MadeRun(config)
                 self.trainer = self.trainer or made.trainer
                 has_replay = with_replay[name]["trainer"] != config["trainer"]
-                before = {"knot": options.knot if self.stages else None, "replay": options.replay if has_replay else None}
-                facts = facts_of(config, made.datamodule, **before)
-            self.stages.append(Stage(name, self.folder / name, config, with_replay[name], facts))
+                knot, before = (options.knot, self.stages[-1]) if self.stages else (None, None)
+                facts = facts_of(config, made.datamodule, knot=knot, replay=options.replay if has_replay else None)
+            self.stages.append(Stage(name, self.folder / name, config, with_replay[name], facts, before))
 
     def run(self) -> int:
         """Trains the stages that are missing, in order, and then shows the matrix; returns the exit status."""
@@ -105,7 +114,7 @@ class Stages:
             return self._run()
 
     def _run(self) -> int:
-        self._rehearse(by_first(lambda: sum(1 for _ in itertools.takewhile(self._is_finished, self.stages))))
+        self._rehearse(by_first(lambda: [*itertools.takewhile(lambda stage: stage.is_finished, self.stages)]))
         finished, failure = list[Stage](), None
         for stage in self.stages:
             try:
@@ -125,71 +134,56 @@ class Stages:
             raise failure
         return status
 
-    def _rehearse(self, n_finished: int) -> None:
+    def _rehearse(self, finished: Sequence[Stage]) -> None:
         """Lets each stage refuse what it refuses, before anything is trained, and what is measured at the end too.
 
         A rehearsal is a fit that ends before its first step. By then it has read its rows and made its model, which begins from
         that of the rehearsal before it.
 
         Args:
-            n_finished: how many stages are finished.
+            finished: the stages that need none.
 
         Raises:
             UserError: naming the stage.
         """
-        chain, held_out = cast(Chain | None, None), cast(Records, ())
-        if 0 < n_finished < len(self.stages):
-            chain, held_out = read_chain_and_held_out(self.stages[n_finished - 1].folder)
-        quiet = {"max_steps": 0, "max_epochs": 1, "max_time": None, "num_sanity_val_steps": 0, "logger": False}
-        quiet |= {"enable_progress_bar": False, "enable_model_summary": False}
-        for stage in self.stages[n_finished:]:
+        missing = self.stages[len(finished) :]
+        chain, held_out = read_chain_and_held_out(finished[-1].folder) if finished and missing else (None, [])
+        quiet = {"max_steps": 0, "max_time": None, "num_sanity_val_steps": 0, "logger": False, "enable_progress_bar": False}
+        for stage in missing:
             with _of_stage(stage.name), in_silence():
                 made = MadeRun(stage.fit_config | {"trainer": stage.fit_config["trainer"] | quiet})
-                if chain is not None:
-                    before = str(self.stages[self.stages.index(stage) - 1].folder)
-                    made.model.run.start = InitChain(before, knot=self.options.knot)
-                    made.model.run.first_chain = chain
-                    made.model.run.restore_held_out(held_out)
+                run = made.model.run
+                if stage.before is not None:
+                    run.start, run.first_chain = InitChain(str(stage.before.folder), knot=self.options.knot), chain
+                    run.restore_held_out(held_out)
                 made.fit()
                 made.trainer.fit_loop.epoch_loop.val_loop.setup_data()
                 if self.options.fit_scales and not sum(made.trainer.num_val_batches):
                     raise UserError("--fit_scales needs validation rows, and there are none. Set data.val_size")
                 if self.options.max_forgetting is not None and not getattr(made.datamodule, "can_be_tested", True):
                     raise UserError("--max_forgetting needs test rows, and there are none. Set data.test_size")
-                chain, held_out = made.model.full_chain(), made.model.run.held_out
-            del made
+                chain, held_out = made.model.full_chain(), run.held_out
+            del made, run
             gc.collect()
 
     # ------------------------------------------------------------------ a stage
-
-    def _before(self, stage: Stage) -> Stage | None:
-        return self.stages[self.stages.index(stage) - 1] if stage is not self.stages[0] else None
-
-    def _facts(self, stage: Stage) -> dict[str, Any]:
-        """All that the result of a stage depends on."""
-        before = self._before(stage)
-        return stage.facts | {"the stage before it": None if before is None else before.record.get("checkpoint")}
-
-    def _is_finished(self, stage: Stage) -> bool:
-        return "checkpoint" in stage.record and why_again(stage.folder, self._facts(stage)) is None
 
     def _train(self, stage: Stage) -> None:
         """Trains a stage, or resumes it, unless it is finished."""
         if (config := by_first(lambda: self._begin(stage))) is None:
             return
-        with _of_stage(stage.name), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # of a run that was stopped
+        with _of_stage(stage.name):
             MadeRun(config, folder=stage.folder).fit()
         by_first(lambda: write_record(stage.folder / RECORD, stage.record | {"checkpoint": hash_of_last(stage.folder)}))
 
     def _begin(self, stage: Stage) -> Config | None:
         """Makes a stage's folder ready; returns the configuration of its fit, or None if it is finished."""
-        name, before = f"stage {stage.name} ({self.stages.index(stage) + 1} of {len(self.stages)})", self._before(stage)
-        if self._is_finished(stage):
+        name, before = f"stage {stage.name} ({self.stages.index(stage) + 1} of {len(self.stages)})", stage.before
+        if stage.is_finished:
             log.info("%s: finished", name)
             return None
         init_chain = None if before is None else str((before.folder / LAST).absolute())
-        last = begin(stage.folder, self._facts(stage), name, init_chain=init_chain)
+        last = begin(stage.folder, stage.facts, name, init_chain=init_chain)
         config, model = stage.fit_config, stage.fit_config["model"]
         if before is not None:
             of_chain = {"init_chain": stage.record["init_chain"], "init_knot": self.options.knot}
@@ -202,7 +196,8 @@ class Stages:
 
     def _show(self, finished: Sequence[Stage], *, is_finished: bool) -> int:
         """Measures and shows the matrix of the finished stages; returns the exit status."""
-        self.finished = finished
+        configs, last = {stage.name: stage.config for stage in finished}, finished[-1].folder / LAST
+        self.finished, self.measurer = finished, Measurer(configs, last, keeps_models=self.options.fit_scales)
         tests = self._measure("matrix", "test", {name: {} for name in ("base", *(stage.name for stage in finished))})
         if self.options.max_forgetting is not None and len(tests) < len(finished):
             raise UserError("--max_forgetting needs test rows of every stage. Set data.test_size")
@@ -263,13 +258,10 @@ class Stages:
     def _measure(self, what: str, command: str, states: Mapping[str, Scale]) -> dict[str, list[Row]]:
         """Measures the finished stages, unless the file of an earlier call has the same; see :meth:`Measurer.measure`."""
         path, last = self.folder / "measured" / f"{what}.json", self.finished[-1]
-        facts = {stage.name: stage.facts for stage in self.finished}
+        facts = {stage.name: stage.own_facts for stage in self.finished}
         asked = {"states": dict(states), "checkpoint": by_first(lambda: last.record["checkpoint"]), "facts": facts}
         if (known := by_first(lambda: read_record(path))).get("asked") == asked:
             return dict(known["rows"])
-        if self.measurer is None:
-            configs = {stage.name: stage.config for stage in self.finished}
-            self.measurer = Measurer(configs, last.folder / LAST, keeps_models=self.options.fit_scales)
         rows = self.measurer.measure(command, states)
         by_first(lambda: write_record(path, {"asked": asked, "rows": rows}))
         return rows

@@ -2,7 +2,6 @@
 
 import logging
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -89,7 +88,6 @@ def measured(config: Mapping[str, Any], folder: Path, metric: str, key: RunKey) 
     is_finite, has_gpu = True, torch.cuda.is_available()
     if has_gpu:
         torch.cuda.reset_peak_memory_stats()
-    warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # of a run that was stopped
     made = MadeRun(config, watch=recorder, folder=folder)
     module, trainer = made.model, made.trainer
     try:
