@@ -20,12 +20,14 @@ import yaml
 from lightning.pytorch import Trainer
 
 from cola_lightning import layout
-from cola_lightning.chain.checkpoint import read_chain_and_held_out
+from cola_lightning.chain.checkpoint import read_chain, read_chain_and_held_out
 from cola_lightning.chain.schedule import RESERVED, is_stage_name
+from cola_lightning.chain.sources import Source
+from cola_lightning.chain.sources import join as join_chains
 from cola_lightning.cli.training import MadeRun, in_silence, resolve
 from cola_lightning.errors import OutsideError, UserError, one_line, refusal
 from cola_lightning.module.run import InitChain
-from cola_lightning.runs.facts import facts_of
+from cola_lightning.runs.facts import facts_of, with_contents
 from cola_lightning.runs.folder import LAST, RECORD, begin, hash_of_last, read_record, why_again, write_record
 from cola_lightning.runs.processes import by_first, claimed, is_first, join
 from cola_lightning.stages.matrix import SHOWN, Matrix, scales_table
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 Config = dict[str, Any]
 TAKEN = ("base", "null", "measured")  # a row of the matrix; no name for the parser; a folder of this command's
 NAME = re.compile(r"\w[\w. -]{0,99}")
+NO_STEPS = {"max_steps": 0, "max_time": None, "num_sanity_val_steps": 0, "logger": False, "enable_progress_bar": False}
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Stage:
         fit_config: the same with replay.
         own_facts: what its result depends on, besides the stage before it.
         before: that stage; None: it is the first.
+        given: how it is given; empty: it is trained.
     """
 
     name: str
@@ -61,6 +65,17 @@ class Stage:
     fit_config: Config
     own_facts: dict[str, Any]
     before: "Stage | None"
+    given: Config
+
+    @property
+    def init_args(self) -> Config:
+        """The options of a model that goes on from this stage."""
+        if not self.given:
+            return {"init_chain": [str((self.folder / LAST).absolute())], "init_continues": []}
+        before = self.before.init_args if self.before is not None else {"init_chain": [], "init_continues": []}
+        source = f"{self.name}={Path(self.given['adapter']).expanduser().absolute()}"
+        continues = [self.name] if self.given.get("continues") else []
+        return {name: [*before[name], *more] for name, more in (("init_chain", [source]), ("init_continues", continues))}
 
     @property
     def record(self) -> dict[str, Any]:
@@ -91,7 +106,7 @@ class Stages:
 
     def __init__(self, options: StagesOptions, fit_words: Sequence[str]) -> None:
         self.options, self.folder = options, Path(options.output)
-        configs = stage_configs(options, fit_words)
+        configs, given = stage_configs(options, fit_words)
         with_replay = {name: {**config, "trainer": dict(config["trainer"])} for name, config in configs.items()}
         if options.replay is not None:
             add_replay(with_replay, options.replay)
@@ -100,10 +115,11 @@ class Stages:
             with _of_stage(name), in_silence():
                 made = MadeRun(config)
                 self.trainer = self.trainer or made.trainer
-                has_replay = with_replay[name]["trainer"] != config["trainer"]
+                fit_config = config if given[name] else with_replay[name]
+                replay = None if fit_config["trainer"] == config["trainer"] else options.replay
                 knot, before = (options.knot, self.stages[-1]) if self.stages else (None, None)
-                facts = facts_of(config, made.datamodule, knot=knot, replay=options.replay if has_replay else None)
-            self.stages.append(Stage(name, self.folder / name, config, with_replay[name], facts, before))
+                facts = facts_of(config, made.datamodule, knot=knot, replay=replay, given=with_contents(given[name]) or None)
+            self.stages.append(Stage(name, self.folder / name, config, fit_config, facts, before, given[name]))
 
     def run(self) -> int:
         """Trains the stages that are missing, in order, and then shows the matrix; returns the exit status."""
@@ -148,13 +164,18 @@ class Stages:
         """
         missing = self.stages[len(finished) :]
         chain, held_out = read_chain_and_held_out(finished[-1].folder) if finished and missing else (None, [])
-        quiet = {"max_steps": 0, "max_time": None, "num_sanity_val_steps": 0, "logger": False, "enable_progress_bar": False}
         for stage in missing:
             with _of_stage(stage.name), in_silence():
-                made = MadeRun(stage.fit_config | {"trainer": stage.fit_config["trainer"] | quiet})
-                run = made.model.run
-                if stage.before is not None:
-                    run.start, run.first_chain = InitChain(str(stage.before.folder), knot=self.options.knot), chain
+                made = MadeRun(stage.fit_config | {"trainer": stage.fit_config["trainer"] | NO_STEPS})
+                run, knot = made.model.run, self.options.knot
+                if stage.given:
+                    source, knot = Source(stage.given["adapter"], stage.name), "cola"
+                    chains = [] if chain is None else [(Source("the stage before"), chain)]
+                    continues = [stage.name] if stage.given.get("continues") else []
+                    chain = join_chains([*chains, (source, read_chain(source.path, field="adapter"))], continues)
+                if chain is not None:
+                    place = str(self.folder if stage.before is None else stage.before.folder)  # for messages
+                    run.start, run.first_chain = InitChain(place, knot=knot), chain
                     run.restore_held_out(held_out)
                 made.fit()
                 made.trainer.fit_loop.epoch_loop.val_loop.setup_data()
@@ -162,7 +183,7 @@ class Stages:
                     raise UserError("--fit_scales needs validation rows, and there are none. Set data.val_size")
                 if self.options.max_forgetting is not None and not getattr(made.datamodule, "can_be_tested", True):
                     raise UserError("--max_forgetting needs test rows, and there are none. Set data.test_size")
-                chain, held_out = made.model.full_chain(), run.held_out
+                chain, held_out = chain if stage.given else made.model.full_chain(), run.held_out
             del made, run
             gc.collect()
 
@@ -173,7 +194,9 @@ class Stages:
         if (config := by_first(lambda: self._begin(stage))) is None:
             return
         with _of_stage(stage.name):
-            MadeRun(config, folder=stage.folder).fit()
+            (made := MadeRun(config, folder=stage.folder)).fit()
+            if stage.given:  # a fit of no steps has written none
+                made.trainer.save_checkpoint(stage.folder / LAST)
         by_first(lambda: write_record(stage.folder / RECORD, stage.record | {"checkpoint": hash_of_last(stage.folder)}))
 
     def _begin(self, stage: Stage) -> Config | None:
@@ -182,14 +205,16 @@ class Stages:
         if stage.is_finished:
             log.info("%s: finished", name)
             return None
-        init_chain = None if before is None else str((before.folder / LAST).absolute())
-        last = begin(stage.folder, stage.facts, name, init_chain=init_chain)
+        of_chain = {"init_knot": self.options.knot, **before.init_args} if before is not None else {}
+        if stage.given:
+            of_chain = {"init_knot": "cola", **stage.init_args}
+        last = begin(stage.folder, stage.facts, name, of_chain=of_chain)
         config, model = stage.fit_config, stage.fit_config["model"]
-        if before is not None:
-            of_chain = {"init_chain": stage.record["init_chain"], "init_knot": self.options.knot}
-            model = model | {"init_args": model["init_args"] | of_chain}
+        model = model | {"init_args": model["init_args"] | stage.record["of_chain"]}
         # Where Lightning writes, and looks for, the checkpoint of a job that the cluster has requeued.
         trainer = config["trainer"] | {"default_root_dir": str(stage.folder)}
+        if stage.given:  # without a name for its empty link, which then belongs to no stage
+            trainer, config = trainer | NO_STEPS, config | {"chain": config["chain"] | {"name": None}}
         return config | {"model": model, "trainer": trainer, "ckpt_path": last and str(last)}
 
     # ------------------------------------------------------------------ the matrix
@@ -282,8 +307,8 @@ def _of_stage(name: str) -> Iterator[None]:
 # ---------------------------------------------------------------------- the configuration
 
 
-def stage_configs(options: StagesOptions, fit_words: Sequence[str]) -> dict[str, Config]:
-    """The complete configuration of each stage's fit, by its name, in order.
+def stage_configs(options: StagesOptions, fit_words: Sequence[str]) -> tuple[dict[str, Config], dict[str, Config]]:
+    """The complete configuration of each stage's fit, by its name, in order, and how stages are given.
 
     Args:
         options: those of the command.
@@ -293,9 +318,14 @@ def stage_configs(options: StagesOptions, fit_words: Sequence[str]) -> dict[str,
         UserError: for names that no stage can have, and for what a fit would refuse when its options are parsed.
     """
     base, stages = read_stages(options.config)
-    configs = dict[str, Config]()
+    configs, adapters = dict[str, Config](), dict[str, Config]()
     for name, given in stages.items():
         with _of_stage(name):
+            adapters[name] = {key: given.pop(key) for key in ("adapter", "continues") if key in given}
+            if adapters[name].get("continues") and options.fit_scales:
+                raise UserError(
+                    "--fit_scales needs a new adapter in each stage, and this one continues that of the stage before it"
+                )
             texts = [yaml.safe_dump(part, default_flow_style=True, width=sys.maxsize) for part in (base, given)]
             config = resolve([*(word for text in texts for word in ("--config", text)), *fit_words])
             model_given = (given.get("model") or {}).get("init_args") or {}
@@ -310,7 +340,7 @@ def stage_configs(options: StagesOptions, fit_words: Sequence[str]) -> dict[str,
         if configs:
             config["model"]["init_args"] |= {"init_chain": None, "init_links": None, "init_continues": [], "init_knot": "cola"}
         configs[name] = config
-    return configs
+    return configs, adapters
 
 
 def read_stages(path: str) -> tuple[Config, dict[str, Config]]:
