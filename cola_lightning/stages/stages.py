@@ -30,7 +30,7 @@ from cola_lightning.module.run import InitChain
 from cola_lightning.runs.facts import facts_of, with_contents
 from cola_lightning.runs.folder import LAST, RECORD, begin, hash_of_last, read_record, why_again, write_record
 from cola_lightning.runs.processes import by_first, claimed, is_first, join
-from cola_lightning.stages.matrix import SHOWN, Matrix, scales_table
+from cola_lightning.stages.matrix import Matrix, scales_table
 from cola_lightning.stages.measure import Measurer, Row
 from cola_lightning.stages.options import StagesOptions
 from cola_lightning.stages.replay import add_replay
@@ -68,14 +68,13 @@ class Stage:
     given: Config
 
     @property
-    def init_args(self) -> Config:
-        """The options of a model that goes on from this stage."""
+    def sources(self) -> tuple[list[str], list[str]]:
+        """From where its chain is read, and the names of those that continue the adapter before them."""
         if not self.given:
-            return {"init_chain": [str((self.folder / LAST).absolute())], "init_continues": []}
-        before = self.before.init_args if self.before is not None else {"init_chain": [], "init_continues": []}
+            return [str((self.folder / LAST).absolute())], []
+        sources, continues = self.before.sources if self.before is not None else ([], [])
         source = f"{self.name}={Path(self.given['adapter']).expanduser().absolute()}"
-        continues = [self.name] if self.given.get("continues") else []
-        return {name: [*before[name], *more] for name, more in (("init_chain", [source]), ("init_continues", continues))}
+        return [*sources, source], [*continues, *[self.name][: bool(self.given.get("continues"))]]
 
     @property
     def record(self) -> dict[str, Any]:
@@ -205,9 +204,10 @@ class Stages:
         if stage.is_finished:
             log.info("%s: finished", name)
             return None
-        of_chain = {"init_knot": self.options.knot, **before.init_args} if before is not None else {}
-        if stage.given:
-            of_chain = {"init_knot": "cola", **stage.init_args}
+        first, of_chain = stage if stage.given else before, dict[str, Any]()
+        if first is not None:
+            of_chain = dict(zip(("init_chain", "init_continues"), first.sources, strict=True))
+            of_chain["init_knot"] = "cola" if stage.given else self.options.knot
         last = begin(stage.folder, stage.facts, name, of_chain=of_chain)
         config, model = stage.fit_config, stage.fit_config["model"]
         model = model | {"init_args": model["init_args"] | stage.record["of_chain"]}
@@ -227,12 +227,9 @@ class Stages:
         if self.options.max_forgetting is not None and len(tests) < len(finished):
             raise UserError("--max_forgetting needs test rows of every stage. Set data.test_size")
         matrix = Matrix.of(tests)
-        if not matrix.columns:
-            log.warning("no matrix: no stage has tests that log %s", " or ".join(f"test_{name}" for name in SHOWN))
-            return 0
         if is_first():
             matrix.write(self.folder)
-            if find_spec("matplotlib"):
+            if matrix.columns and find_spec("matplotlib"):
                 matrix.draw(self.folder / "matrix.png")
             rich.print(matrix.on_screen())
         for sentence in matrix.averages:
@@ -269,10 +266,6 @@ class Stages:
         if is_first():
             with atomic_file(self.folder / "scales.yaml") as partial:
                 partial.write_text(yaml.safe_dump(dict(scale), sort_keys=False), encoding="utf-8")
-        log.info("written: %s", self.folder / "scales.yaml")
-        if not factors:
-            log.info("fit_scales: no other factor is better than 1")
-            return
         scaled = self._measure("scaled", "test", {"0": scale})
         columns = Matrix.of({name: [*tests[name], *rows] for name, rows in scaled.items()}).columns
         if is_first():
@@ -361,11 +354,9 @@ def read_stages(path: str) -> tuple[Config, dict[str, Config]]:
     nodes = next(value for key, value in root.value if key.value == "stages").value
     names = [key.value for key, _ in nodes]  # as they are written: a dict would not have a name twice
     for index, name in enumerate(names):
-        if not NAME.fullmatch(name) or not is_stage_name(name) or name in TAKEN:
+        if not NAME.fullmatch(name) or not is_stage_name(name) or name in (*TAKEN, *names[:index]):
             raise UserError(
-                f"stages: a stage's name is that of its folder: up to 100 letters, digits, dots and hyphens, but no number and "
-                f"none of {', '.join([*TAKEN, *RESERVED])}, got {name!r}"
+                f"stages: a stage has a name of its own, that of its folder: up to 100 letters, digits, dots, hyphens, but no "
+                f"number and none of {', '.join([*TAKEN, *RESERVED])}, got {name!r}"
             )
-        if name in names[:index]:
-            raise UserError(f"stages: there are two stages {name!r}. Each needs a name of its own")
     return config, {name: changes or {} for name, changes in zip(names, stages.values(), strict=True)}
