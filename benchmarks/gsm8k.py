@@ -245,7 +245,7 @@ def rows(results: Results) -> Rows:
                     f"{TASKS[setting.task]}, rank {setting.rank}, {setting.steps:,} steps",
                     name_in(setting, chosen[0].method),
                     ", ".join(f"**{rate:g}**" if rate == best and len(rates) > 1 else f"{rate:g}" for rate in rates),
-                    str(summary.seeds) if summary.seeds > 1 else "",
+                    str(len(summary.runs)) if len(summary.runs) > 1 else "",
                     shown_test(summary),
                     "{:+.4f} [{:+.4f}, {:+.4f}]".format(*gap) if gap else "",
                 ]

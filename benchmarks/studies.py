@@ -77,4 +77,4 @@ def run(lines: Lines, studies: Iterable[Study], more: Callable[[Path], Mapping[s
 
 def short_cells(row: MethodSummary, name: str) -> list[str]:
     """A row's cells in a document: a name, learning rate, number of seeds, test metric, difference to LoRA."""
-    return [name, f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]
+    return [name, f"{row.learning_rate:g}", str(len(row.runs)), shown_test(row, 3), shown_difference(row, 3)]

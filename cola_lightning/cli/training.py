@@ -520,7 +520,8 @@ class MadeRun(COLACLI):
 
     def fit(self) -> None:
         """Trains."""
-        with self.watch.listening():
+        with self.watch.listening(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # of a run that was stopped
             self.trainer.fit(**self._prepare_subcommand_kwargs("fit"))
 
     @override

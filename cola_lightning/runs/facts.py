@@ -39,7 +39,7 @@ def facts_of(config: Mapping[str, Any], data: Any, **more: Any) -> dict[str, Any
     contents = dict[str, Any]()
     for group in ("model", "data"):
         for name, value in (config[group].get("init_args") or {}).items():  # any text may be a path
-            if (found := _with_contents(value)) != value:
+            if (found := with_contents(value)) != value:
                 contents[f"{group}.{name}"] = found
     if isinstance(data, SourceDataModule):  # which knows what else it reads, such as the files that match a pattern
         sources = data.identity.get("sources", [data.identity])
@@ -110,12 +110,12 @@ def _defaults(class_path: str) -> dict[str, Any]:
     return dict(yaml.safe_load(text) or {})
 
 
-def _with_contents(value: Any) -> Any:
+def with_contents(value: Any) -> Any:
     """A value in which each text that is the path of a file, or of a folder, is replaced by a hash of its contents."""
     if isinstance(value, Mapping):
-        return {name: _with_contents(one) for name, one in value.items()}
+        return {name: with_contents(one) for name, one in value.items()}
     if isinstance(value, list):
-        return [_with_contents(one) for one in value]
+        return [with_contents(one) for one in value]
     if not isinstance(value, str) or not value:
         return value
     path = package_folder(value) if value.startswith(PACKAGE_PREFIX) else Path(os.path.expanduser(value))

@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,17 +20,17 @@ import yaml
 from lightning.pytorch import Trainer
 
 from cola_lightning import layout
-from cola_lightning.chain import Chain
-from cola_lightning.chain.checkpoint import read_chain_and_held_out
-from cola_lightning.chain.facts import Records
+from cola_lightning.chain.checkpoint import read_chain, read_chain_and_held_out
 from cola_lightning.chain.schedule import RESERVED, is_stage_name
+from cola_lightning.chain.sources import Source
+from cola_lightning.chain.sources import join as join_chains
 from cola_lightning.cli.training import MadeRun, in_silence, resolve
 from cola_lightning.errors import OutsideError, UserError, one_line, refusal
 from cola_lightning.module.run import InitChain
-from cola_lightning.runs.facts import facts_of
+from cola_lightning.runs.facts import facts_of, with_contents
 from cola_lightning.runs.folder import LAST, RECORD, begin, hash_of_last, read_record, why_again, write_record
 from cola_lightning.runs.processes import by_first, claimed, is_first, join
-from cola_lightning.stages.matrix import SHOWN, Matrix, scales_table
+from cola_lightning.stages.matrix import Matrix, scales_table
 from cola_lightning.stages.measure import Measurer, Row
 from cola_lightning.stages.options import StagesOptions
 from cola_lightning.stages.replay import add_replay
@@ -43,6 +42,7 @@ log = logging.getLogger(__name__)
 Config = dict[str, Any]
 TAKEN = ("base", "null", "measured")  # a row of the matrix; no name for the parser; a folder of this command's
 NAME = re.compile(r"\w[\w. -]{0,99}")
+NO_STEPS = {"max_steps": 0, "max_time": None, "num_sanity_val_steps": 0, "logger": False, "enable_progress_bar": False}
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,42 @@ class Stage:
         folder: its run's.
         config: the complete configuration of its fit, without replay and the chain that it begins from.
         fit_config: the same with replay.
-        facts: what its result depends on, besides the stage before it.
+        own_facts: what its result depends on, besides the stage before it.
+        before: that stage; None: it is the first.
+        given: how it is given; empty: it is trained.
     """
 
     name: str
     folder: Path
     config: Config
     fit_config: Config
-    facts: dict[str, Any]
+    own_facts: dict[str, Any]
+    before: "Stage | None"
+    given: Config
+
+    @property
+    def sources(self) -> tuple[list[str], list[str]]:
+        """From where its chain is read, and the names of those that continue the adapter before them."""
+        if not self.given:
+            return [str((self.folder / LAST).absolute())], []
+        sources, continues = self.before.sources if self.before is not None else ([], [])
+        source = f"{self.name}={Path(self.given['adapter']).expanduser().absolute()}"
+        return [*sources, source], [*continues, *[self.name][: bool(self.given.get("continues"))]]
 
     @property
     def record(self) -> dict[str, Any]:
         """What is known of its run; empty if it has not begun."""
         return read_record(self.folder / RECORD)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that its result depends on."""
+        return self.own_facts | {"the stage before it": self.before and self.before.record.get("checkpoint")}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it is trained, and would be trained to the same result."""
+        return "checkpoint" in self.record and why_again(self.folder, self.facts) is None
 
 
 class Stages:
@@ -82,19 +105,20 @@ class Stages:
 
     def __init__(self, options: StagesOptions, fit_words: Sequence[str]) -> None:
         self.options, self.folder = options, Path(options.output)
-        configs = stage_configs(options, fit_words)
+        configs, given = stage_configs(options, fit_words)
         with_replay = {name: {**config, "trainer": dict(config["trainer"])} for name, config in configs.items()}
         if options.replay is not None:
             add_replay(with_replay, options.replay)
-        self.stages, self.measurer, self.trainer = list[Stage](), cast(Measurer | None, None), cast(Trainer, None)
+        self.stages, self.trainer = list[Stage](), cast(Trainer, None)
         for name, config in configs.items():
             with _of_stage(name), in_silence():
                 made = MadeRun(config)
                 self.trainer = self.trainer or made.trainer
-                has_replay = with_replay[name]["trainer"] != config["trainer"]
-                before = {"knot": options.knot if self.stages else None, "replay": options.replay if has_replay else None}
-                facts = facts_of(config, made.datamodule, **before)
-            self.stages.append(Stage(name, self.folder / name, config, with_replay[name], facts))
+                fit_config = config if given[name] else with_replay[name]
+                replay = None if fit_config["trainer"] == config["trainer"] else options.replay
+                knot, before = (options.knot, self.stages[-1]) if self.stages else (None, None)
+                facts = facts_of(config, made.datamodule, knot=knot, replay=replay, given=with_contents(given[name]) or None)
+            self.stages.append(Stage(name, self.folder / name, config, fit_config, facts, before, given[name]))
 
     def run(self) -> int:
         """Trains the stages that are missing, in order, and then shows the matrix; returns the exit status."""
@@ -105,7 +129,7 @@ class Stages:
             return self._run()
 
     def _run(self) -> int:
-        self._rehearse(by_first(lambda: sum(1 for _ in itertools.takewhile(self._is_finished, self.stages))))
+        self._rehearse(by_first(lambda: [*itertools.takewhile(lambda stage: stage.is_finished, self.stages)]))
         finished, failure = list[Stage](), None
         for stage in self.stages:
             try:
@@ -125,94 +149,87 @@ class Stages:
             raise failure
         return status
 
-    def _rehearse(self, n_finished: int) -> None:
+    def _rehearse(self, finished: Sequence[Stage]) -> None:
         """Lets each stage refuse what it refuses, before anything is trained, and what is measured at the end too.
 
         A rehearsal is a fit that ends before its first step. By then it has read its rows and made its model, which begins from
         that of the rehearsal before it.
 
         Args:
-            n_finished: how many stages are finished.
+            finished: the stages that need none.
 
         Raises:
             UserError: naming the stage.
         """
-        chain, held_out = cast(Chain | None, None), cast(Records, ())
-        if 0 < n_finished < len(self.stages):
-            chain, held_out = read_chain_and_held_out(self.stages[n_finished - 1].folder)
-        quiet = {"max_steps": 0, "max_epochs": 1, "max_time": None, "num_sanity_val_steps": 0, "logger": False}
-        quiet |= {"enable_progress_bar": False, "enable_model_summary": False}
-        for stage in self.stages[n_finished:]:
+        missing = self.stages[len(finished) :]
+        chain, held_out = read_chain_and_held_out(finished[-1].folder) if finished and missing else (None, [])
+        for stage in missing:
             with _of_stage(stage.name), in_silence():
-                made = MadeRun(stage.fit_config | {"trainer": stage.fit_config["trainer"] | quiet})
+                made = MadeRun(stage.fit_config | {"trainer": stage.fit_config["trainer"] | NO_STEPS})
+                run, knot = made.model.run, self.options.knot
+                if stage.given:
+                    source, knot = Source(stage.given["adapter"], stage.name), "cola"
+                    chains = [] if chain is None else [(Source("the stage before"), chain)]
+                    continues = [stage.name] if stage.given.get("continues") else []
+                    chain = join_chains([*chains, (source, read_chain(source.path, field="adapter"))], continues)
                 if chain is not None:
-                    before = str(self.stages[self.stages.index(stage) - 1].folder)
-                    made.model.run.start = InitChain(before, knot=self.options.knot)
-                    made.model.run.first_chain = chain
-                    made.model.run.restore_held_out(held_out)
+                    place = str(self.folder if stage.before is None else stage.before.folder)  # for messages
+                    run.start, run.first_chain = InitChain(place, knot=knot), chain
+                    run.restore_held_out(held_out)
                 made.fit()
                 made.trainer.fit_loop.epoch_loop.val_loop.setup_data()
                 if self.options.fit_scales and not sum(made.trainer.num_val_batches):
                     raise UserError("--fit_scales needs validation rows, and there are none. Set data.val_size")
                 if self.options.max_forgetting is not None and not getattr(made.datamodule, "can_be_tested", True):
                     raise UserError("--max_forgetting needs test rows, and there are none. Set data.test_size")
-                chain, held_out = made.model.full_chain(), made.model.run.held_out
-            del made
+                chain, held_out = chain if stage.given else made.model.full_chain(), run.held_out
+            del made, run
             gc.collect()
 
     # ------------------------------------------------------------------ a stage
-
-    def _before(self, stage: Stage) -> Stage | None:
-        return self.stages[self.stages.index(stage) - 1] if stage is not self.stages[0] else None
-
-    def _facts(self, stage: Stage) -> dict[str, Any]:
-        """All that the result of a stage depends on."""
-        before = self._before(stage)
-        return stage.facts | {"the stage before it": None if before is None else before.record.get("checkpoint")}
-
-    def _is_finished(self, stage: Stage) -> bool:
-        return "checkpoint" in stage.record and why_again(stage.folder, self._facts(stage)) is None
 
     def _train(self, stage: Stage) -> None:
         """Trains a stage, or resumes it, unless it is finished."""
         if (config := by_first(lambda: self._begin(stage))) is None:
             return
-        with _of_stage(stage.name), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # of a run that was stopped
-            MadeRun(config, folder=stage.folder).fit()
+        with _of_stage(stage.name):
+            (made := MadeRun(config, folder=stage.folder)).fit()
+            if stage.given:  # a fit of no steps has written none
+                made.trainer.save_checkpoint(stage.folder / LAST)
         by_first(lambda: write_record(stage.folder / RECORD, stage.record | {"checkpoint": hash_of_last(stage.folder)}))
 
     def _begin(self, stage: Stage) -> Config | None:
         """Makes a stage's folder ready; returns the configuration of its fit, or None if it is finished."""
-        name, before = f"stage {stage.name} ({self.stages.index(stage) + 1} of {len(self.stages)})", self._before(stage)
-        if self._is_finished(stage):
+        name, before = f"stage {stage.name} ({self.stages.index(stage) + 1} of {len(self.stages)})", stage.before
+        if stage.is_finished:
             log.info("%s: finished", name)
             return None
-        init_chain = None if before is None else str((before.folder / LAST).absolute())
-        last = begin(stage.folder, self._facts(stage), name, init_chain=init_chain)
+        first, of_chain = stage if stage.given else before, dict[str, Any]()
+        if first is not None:
+            of_chain = dict(zip(("init_chain", "init_continues"), first.sources, strict=True))
+            of_chain["init_knot"] = "cola" if stage.given else self.options.knot
+        last = begin(stage.folder, stage.facts, name, of_chain=of_chain)
         config, model = stage.fit_config, stage.fit_config["model"]
-        if before is not None:
-            of_chain = {"init_chain": stage.record["init_chain"], "init_knot": self.options.knot}
-            model = model | {"init_args": model["init_args"] | of_chain}
+        model = model | {"init_args": model["init_args"] | stage.record["of_chain"]}
         # Where Lightning writes, and looks for, the checkpoint of a job that the cluster has requeued.
         trainer = config["trainer"] | {"default_root_dir": str(stage.folder)}
+        if stage.given:  # without a name for its empty link, which then belongs to no stage
+            trainer, config = trainer | NO_STEPS, config | {"chain": config["chain"] | {"name": None}}
         return config | {"model": model, "trainer": trainer, "ckpt_path": last and str(last)}
 
     # ------------------------------------------------------------------ the matrix
 
     def _show(self, finished: Sequence[Stage], *, is_finished: bool) -> int:
         """Measures and shows the matrix of the finished stages; returns the exit status."""
-        self.finished = finished
+        configs, last = {stage.name: stage.config for stage in finished}, finished[-1].folder / LAST
+        self.finished, self.measurer = finished, Measurer(configs, last, keeps_models=self.options.fit_scales)
         tests = self._measure("matrix", "test", {name: {} for name in ("base", *(stage.name for stage in finished))})
         if self.options.max_forgetting is not None and len(tests) < len(finished):
             raise UserError("--max_forgetting needs test rows of every stage. Set data.test_size")
         matrix = Matrix.of(tests)
-        if not matrix.columns:
-            log.warning("no matrix: no stage has tests that log %s", " or ".join(f"test_{name}" for name in SHOWN))
-            return 0
         if is_first():
             matrix.write(self.folder)
-            if find_spec("matplotlib"):
+            if matrix.columns and find_spec("matplotlib"):
                 matrix.draw(self.folder / "matrix.png")
             rich.print(matrix.on_screen())
         for sentence in matrix.averages:
@@ -249,10 +266,6 @@ class Stages:
         if is_first():
             with atomic_file(self.folder / "scales.yaml") as partial:
                 partial.write_text(yaml.safe_dump(dict(scale), sort_keys=False), encoding="utf-8")
-        log.info("written: %s", self.folder / "scales.yaml")
-        if not factors:
-            log.info("fit_scales: no other factor is better than 1")
-            return
         scaled = self._measure("scaled", "test", {"0": scale})
         columns = Matrix.of({name: [*tests[name], *rows] for name, rows in scaled.items()}).columns
         if is_first():
@@ -263,13 +276,10 @@ class Stages:
     def _measure(self, what: str, command: str, states: Mapping[str, Scale]) -> dict[str, list[Row]]:
         """Measures the finished stages, unless the file of an earlier call has the same; see :meth:`Measurer.measure`."""
         path, last = self.folder / "measured" / f"{what}.json", self.finished[-1]
-        facts = {stage.name: stage.facts for stage in self.finished}
+        facts = {stage.name: stage.own_facts for stage in self.finished}
         asked = {"states": dict(states), "checkpoint": by_first(lambda: last.record["checkpoint"]), "facts": facts}
         if (known := by_first(lambda: read_record(path))).get("asked") == asked:
             return dict(known["rows"])
-        if self.measurer is None:
-            configs = {stage.name: stage.config for stage in self.finished}
-            self.measurer = Measurer(configs, last.folder / LAST, keeps_models=self.options.fit_scales)
         rows = self.measurer.measure(command, states)
         by_first(lambda: write_record(path, {"asked": asked, "rows": rows}))
         return rows
@@ -290,8 +300,8 @@ def _of_stage(name: str) -> Iterator[None]:
 # ---------------------------------------------------------------------- the configuration
 
 
-def stage_configs(options: StagesOptions, fit_words: Sequence[str]) -> dict[str, Config]:
-    """The complete configuration of each stage's fit, by its name, in order.
+def stage_configs(options: StagesOptions, fit_words: Sequence[str]) -> tuple[dict[str, Config], dict[str, Config]]:
+    """The complete configuration of each stage's fit, by its name, in order, and how stages are given.
 
     Args:
         options: those of the command.
@@ -301,9 +311,14 @@ def stage_configs(options: StagesOptions, fit_words: Sequence[str]) -> dict[str,
         UserError: for names that no stage can have, and for what a fit would refuse when its options are parsed.
     """
     base, stages = read_stages(options.config)
-    configs = dict[str, Config]()
+    configs, adapters = dict[str, Config](), dict[str, Config]()
     for name, given in stages.items():
         with _of_stage(name):
+            adapters[name] = {key: given.pop(key) for key in ("adapter", "continues") if key in given}
+            if adapters[name].get("continues") and options.fit_scales:
+                raise UserError(
+                    "--fit_scales needs a new adapter in each stage, and this one continues that of the stage before it"
+                )
             texts = [yaml.safe_dump(part, default_flow_style=True, width=sys.maxsize) for part in (base, given)]
             config = resolve([*(word for text in texts for word in ("--config", text)), *fit_words])
             model_given = (given.get("model") or {}).get("init_args") or {}
@@ -318,7 +333,7 @@ def stage_configs(options: StagesOptions, fit_words: Sequence[str]) -> dict[str,
         if configs:
             config["model"]["init_args"] |= {"init_chain": None, "init_links": None, "init_continues": [], "init_knot": "cola"}
         configs[name] = config
-    return configs
+    return configs, adapters
 
 
 def read_stages(path: str) -> tuple[Config, dict[str, Config]]:
@@ -339,11 +354,9 @@ def read_stages(path: str) -> tuple[Config, dict[str, Config]]:
     nodes = next(value for key, value in root.value if key.value == "stages").value
     names = [key.value for key, _ in nodes]  # as they are written: a dict would not have a name twice
     for index, name in enumerate(names):
-        if not NAME.fullmatch(name) or not is_stage_name(name) or name in TAKEN:
+        if not NAME.fullmatch(name) or not is_stage_name(name) or name in (*TAKEN, *names[:index]):
             raise UserError(
-                f"stages: a stage's name is that of its folder: up to 100 letters, digits, dots and hyphens, but no number and "
-                f"none of {', '.join([*TAKEN, *RESERVED])}, got {name!r}"
+                f"stages: a stage has a name of its own, that of its folder: up to 100 letters, digits, dots, hyphens, but no "
+                f"number and none of {', '.join([*TAKEN, *RESERVED])}, got {name!r}"
             )
-        if name in names[:index]:
-            raise UserError(f"stages: there are two stages {name!r}. Each needs a name of its own")
     return config, {name: changes or {} for name, changes in zip(names, stages.values(), strict=True)}

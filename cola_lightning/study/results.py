@@ -48,7 +48,6 @@ class Result:
         test: the final test metric; None likewise.
         steps: optimizer steps taken.
         seconds: duration of the fit, including validations.
-        peak_memory: peak memory of the GPU in MB; None on a CPU, where the runs share a process.
         trainable_parameters: of one link, at the largest rank; of the model for full fine-tuning.
         knots: the optimizer steps before which a link was finished.
         curve: the optimizer step and the validation metric, at each validation.
@@ -64,7 +63,6 @@ class Result:
     test: float | None
     steps: int
     seconds: float
-    peak_memory: float | None
     trainable_parameters: int
     knots: Sequence[int] = ()
     curve: Sequence[tuple[int, float]] = ()
@@ -95,7 +93,8 @@ def write(results: Iterable[Result], path: Path) -> None:
 def read(path: Path) -> list[Result]:
     """Reads the results that :func:`write` wrote; empty if there is no file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [Result(**json.loads(line)) for line in lines]
+    known = Result.__dataclass_fields__  # an earlier version knew more
+    return [Result(**{name: value for name, value in json.loads(line).items() if name in known}) for line in lines]
 
 
 def best_rates(results: Iterable[Result], mode: Mode, tuning_seeds: Sequence[int]) -> dict[str, float]:

@@ -2,12 +2,10 @@
 
 import logging
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
@@ -86,10 +84,7 @@ def measured(config: Mapping[str, Any], folder: Path, metric: str, key: RunKey) 
     """
     recorder, test_metric = Recorder(metric), f"test_{metric.removeprefix('val_')}"
     found: dict[str, float | None] = {metric: None, test_metric: None}
-    is_finite, has_gpu = True, torch.cuda.is_available()
-    if has_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # of a run that was stopped
+    is_finite = True
     made = MadeRun(config, watch=recorder, folder=folder)
     module, trainer = made.model, made.trainer
     try:
@@ -101,7 +96,6 @@ def measured(config: Mapping[str, Any], folder: Path, metric: str, key: RunKey) 
     facts: dict[str, Any] = {"rank": max((link.rank for link in links), default=None), "links": len(links)}
     facts |= {"knots": [link.end_step for link in links[:-1]], "steps": trainer.global_step, "seconds": recorder.seconds}
     facts |= {"curve": recorder.curve, "base": recorder.base}
-    facts["peak_memory"] = torch.cuda.max_memory_allocated() / 1e6 if has_gpu else None
     facts["trainable_parameters"] = sum(values.numel() for values in module.parameters() if values.requires_grad)
     if is_finite:
         savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]

@@ -69,9 +69,7 @@ class Study:
                 time.sleep(WAIT)
         table, warning = by_first(self._write)
         if is_first():
-            rich.print(on_screen(table, self.comparison.metric))
-        if warning:
-            log.warning(warning)
+            rich.print(on_screen(table, self.comparison.metric), warning, sep="\n")
         return 0 if self.failed <= by_first(self._results).keys() else 1  # another process may have had more success
 
     def _results(self) -> dict[RunKey, Result]:

@@ -20,10 +20,8 @@ class MethodSummary:
 
     Attributes:
         method: the method's name.
-        rank: the largest rank of its links; None for full fine-tuning.
-        links: median number of links; 0 for full fine-tuning.
         learning_rate: the best on validation.
-        seeds: number of runs.
+        runs: its runs.
         diverged: number of diverged runs; the metrics are those of the others.
         validation: mean validation metric.
         test: mean test metric.
@@ -31,16 +29,11 @@ class MethodSummary:
         difference: mean difference of the test metric to LoRA's, paired by seed; None without a pair.
         low: lower end of its 95 % interval, by Student's t; None for fewer than two seeds.
         high: upper end of that interval.
-        seconds: median duration of a fit.
-        peak_memory: median, in MB; None if it is not known.
-        trainable_parameters: of the first run.
     """
 
     method: str
-    rank: int | None
-    links: int
     learning_rate: float
-    seeds: int
+    runs: Sequence[Result]
     diverged: int
     validation: float | None
     test: float | None
@@ -48,9 +41,6 @@ class MethodSummary:
     difference: float | None
     low: float | None
     high: float | None
-    seconds: float
-    peak_memory: float | None
-    trainable_parameters: int
 
 
 def summarize(results: Mapping[str, Sequence[Result]]) -> list[MethodSummary]:
@@ -74,10 +64,8 @@ def _summary(name: str, results: Sequence[Result], baseline: Mapping[int, float]
     low, high = _interval(differences)
     return MethodSummary(
         method=name,
-        rank=first.rank,
-        links=statistics.median_low(result.links for result in results if not tests or result.seed in tests),
         learning_rate=first.learning_rate,
-        seeds=len(results),
+        runs=results,
         diverged=len(results) - len(tests),
         validation=_mean([result.validation for result in results if result.validation is not None]),
         test=_mean([*tests.values()]),
@@ -85,9 +73,6 @@ def _summary(name: str, results: Sequence[Result], baseline: Mapping[int, float]
         difference=_mean(differences),
         low=low,
         high=high,
-        seconds=statistics.median(result.seconds for result in results),
-        peak_memory=None if first.peak_memory is None else statistics.median(result.peak_memory or 0 for result in results),
-        trainable_parameters=first.trainable_parameters,
     )
 
 
@@ -122,16 +107,15 @@ def shown_difference(row: MethodSummary, digits: int = 4) -> str:
 
 COLUMNS: dict[str, Callable[[MethodSummary], str]] = {
     "method": lambda row: row.method,
-    "rank": lambda row: "" if row.rank is None else str(row.rank),
-    "links": lambda row: str(row.links or ""),
+    "rank": lambda row: str(row.runs[0].rank or ""),
+    "links": lambda row: str(statistics.median_low(run.links for run in row.runs) or ""),
     "learning rate": lambda row: f"{row.learning_rate:g}",
-    "seeds": lambda row: str(row.seeds),
+    "seeds": lambda row: str(len(row.runs)),
     "validation": lambda row: "" if row.validation is None else f"{row.validation:.4f}",
     "test": shown_test,
     "difference to LoRA": shown_difference,
-    "s": lambda row: f"{row.seconds:.0f}",
-    "MB": lambda row: "" if row.peak_memory is None else f"{row.peak_memory:.0f}",
-    "trained": lambda row: f"{row.trainable_parameters:,}",
+    "s": lambda row: f"{statistics.median(run.seconds for run in row.runs):.0f}",
+    "trained": lambda row: f"{row.runs[0].trainable_parameters:,}",
 }
 ON_SCREEN = ("method", "rank", "learning rate", "seeds", "test", "difference to LoRA")  # in 80 columns
 
@@ -142,7 +126,7 @@ def as_markdown(rows: Sequence[MethodSummary], metric: str, warning: str = "") -
     note = (
         f"{metric} and its test, mean ± standard deviation over the seeds, each method at the learning rate that is best on "
         "validation; the difference on test is paired by seed, with its interval of 95 % by Student's t. s: seconds of a fit; "
-        "MB: peak memory of the GPU; trained: parameters of one link, or all."
+        "trained: parameters of one link, or all."
     )
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + f"\n{note}\n" + (f"\n{warning}\n" if warning else "")
 

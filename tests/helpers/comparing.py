@@ -22,7 +22,7 @@ def made_up(config, folder, metric, key):
     """In the place of a run: it takes no time, and its metric follows from its options."""
     n_links = 1 + len(config["chain"]["at_epochs"] or ())
     value = key.learning_rate + key.seed / 1000 + (n_links - 1) / 10
-    facts = {"steps": 10, "seconds": 1.0, "peak_memory": None, "trainable_parameters": 5, "rank": 1, "links": n_links}
+    facts = {"steps": 10, "seconds": 1.0, "trainable_parameters": 5, "rank": 1, "links": n_links}
     return Result(**key._asdict(), **facts, curve=[[5, 2 * value], [10, value]], validation=value, test=value)
 
 
