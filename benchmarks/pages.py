@@ -20,6 +20,7 @@ from benchmarks import (
     packing,
     paper_table,
     peft_table,
+    resumes,
     scale,
     speed,
     vocabulary,
@@ -110,6 +111,7 @@ TABLES: dict[tuple[str, str], Callable[[], Rows]] = {
     (ALL, "| GSM8K, Zig |"): of(gsm8k, gsm8k.rows),
     (ALL, "| small GPT |"): of(knots, knots.rows),
     ("docs/api.md", "| class or function |"): public_names,
+    ("docs/compared.md", "| killed and resumed |"): of(resumes, resumes.table),
     ("docs/scaling.md", "| model | full"): of(scale, scale.rows),
     ("docs/speed.md", "| what | time / theirs |"): peft_table.rows,
     ("docs/results.md", "| small GPT |"): lambda: in_short(
@@ -134,7 +136,7 @@ def sentences() -> Iterator[tuple[str, str, Sequence[str]]]:
     yield "README.md", "[{} to {} of the time and {} to {} of the memory](docs/speed.md)", ends
     arms = {row[0]: row for row in of_stages(tables.table, ENCODER)()}
     base = of_stages(tables.table_of_rates, ENCODER)()[0]
-    yield ALL, "Before training the accuracy is {}.", [base[-3]]
+    yield ALL, "The accuracy is {} before training", [base[-3]]
     gain = arms["a new link per stage"][4]
     words = "an encoder ended {} more accurate than one LoRA trained through all five"
     yield "README.md", words, [gain.replace("+", "")]

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from cola_lightning import hub
 from cola_lightning.chain.checkpoint import STATE_PREFIX, read_archive
 from cola_lightning.chain.peft import AdapterBase
 from cola_lightning.constants import Dtype
-from cola_lightning.errors import UserError, nearest_path, one_line
+from cola_lightning.errors import UserError, nearest, nearest_path, one_line
 from cola_lightning.lora.quantization import Quantization
 from cola_lightning.merge import cast_floats
 from cola_lightning.writing import atomic_folder
@@ -43,7 +45,7 @@ def package_folder(model_name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"model.model_name: no package is installed here for {model_name!r}. After {PACKAGE_PREFIX} comes the name by "
-            "which Python imports it"
+            f"which Python imports it{nearest(name, get_close_matches(name, packages_distributions()))}"
         )
     return Path(spec.submodule_search_locations[0])
 

@@ -18,7 +18,8 @@ from typing_extensions import override
 
 from benchmarks.stages.sequence import Data, Row, TaskSequence
 from cola_lightning.constants import IGNORE_INDEX
-from cola_lightning.data.encoding import LanguageRow, collate_language, tokenize
+from cola_lightning.data.batch import collate_language
+from cola_lightning.data.render import LanguageRow, tokenize
 from cola_lightning.hf.logits import split_by_length
 from cola_lightning.pretrained import Pretrained
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from cola_lightning.chain.schedule import FitPosition
 
+Records = Sequence[Mapping[str, Any] | None]  # which rows each run held out, see data.split.HeldOut; None: it is unknown
+
 
 @dataclass
 class ModuleArguments:
@@ -46,9 +48,11 @@ class StoredFacts:
         knot: their kind.
         share: the share of a link that they merge.
         sizes: the rank and alpha that the schedule has for each link up to the next.
+        init: how A is drawn.
         modules_to_save: the names of the fully trained modules.
         prompt_format: how the data module prompts the model; empty: it does not.
         data: which data the model was trained on.
+        held_out: the rows that the runs of the module held out.
         initial: the values outside of the model before the first link.
         base_weights: the base's weights; None: they are not stored.
     """
@@ -68,9 +72,11 @@ class StoredFacts:
     knot: str
     share: float
     sizes: Sequence[Sequence[float]]
+    init: str
     modules_to_save: Sequence[str]
     prompt_format: Mapping[str, Any]
     data: Mapping[str, Any]
+    held_out: Records = (None,)
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     base_weights: dict[str, Tensor] | None = None
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -227,7 +227,14 @@ def add_scale(parser: "ArgumentParser") -> None:
 
 def parse_options(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
     """The options in a command's arguments; ``~`` at the start of a path stands for the user's home folder."""
-    options = parser.parse_args(list(words))
+    from jsonargparse import ArgumentError
+
+    try:
+        options = parser.parse_args(list(words))
+    except ArgumentError as error:
+        if unknown := re.search(r"unrecognized arguments: --([\w.]+)", str(error)):
+            error.add_note(nearest(unknown[1], parser.get_defaults(skip_validation=True).keys(), "--{}".format))
+        raise
     for name, value in vars(options).items():
         if isinstance(value, Path):
             options[name] = Path(os.path.expanduser(value))
@@ -247,6 +254,8 @@ def load_module(opened: "OpenedCheckpoint", options: Any, method: str) -> "COLAM
     """
     from cola_lightning.hub import quiet
     from cola_lightning.module import COLAModule, find_class
+
+    opened.state.all_links(options.links).scaled(options.scale or {})  # refused now, not once the model is loaded
 
     arguments = opened.state.facts.module
     if arguments.not_plain:

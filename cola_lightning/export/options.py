@@ -1,5 +1,6 @@
 """The options of an export, checked before anything is loaded."""
 
+import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ class ExportOptions:
                 raise UserError(f"{option}: works with --format {' or '.join(formats)} only, got {self.format}")
         if self.max_rank is not None and self.max_rank < 1:
             raise UserError(f"max_rank: must be at least 1, got {self.max_rank}")
+        if self.format == "peft":
+            importlib.import_module("peft")  # an error now, not once the model is loaded
         check_free(self.folder, overwrite=self.overwrite)
         path = Path(os.path.expanduser(source))
         if str(source) and path.exists() and path.resolve().is_relative_to(self.folder.resolve()):

@@ -382,7 +382,12 @@ class COLAModule(LateModel, RecordsArguments):
         Raises:
             UserError: if a name is missing or unknown, or the links were trained on another base.
         """
-        names = super().load_state_dict(state_dict, strict=False, assign=assign)
+        try:
+            names = super().load_state_dict(state_dict, strict=False, assign=assign)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):  # in torch's message, which names the values
+                raise
+            raise StateDictError(f"checkpoint: {' '.join(str(error).split())}") from error
         if strict and (names.missing_keys or names.unexpected_keys):
             raise StateDictError(
                 "checkpoint: it does not contain exactly what this module trains. Missing key(s) in "
@@ -402,7 +407,8 @@ class COLAModule(LateModel, RecordsArguments):
             links: how many of its links are loaded, or the name of the last stage; None: all.
             scale: factors of the links' updates, see :meth:`load_from_checkpoint`.
         """
-        self.run.expect(ExpectedState(links, scale, state.facts.seed, state.facts.base_weights is not None))
+        facts = state.facts
+        self.run.expect(ExpectedState(links, scale, facts.seed, facts.base_weights is not None, facts.held_out))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ def describe_model(adapted: AdaptedModel) -> list[str]:
         return ["model: all parameters are trained, without links"]
     rank, alpha = adapted.current.size
     n_linear = sum(is_linear(module) for module in adapted.model.modules()) + len(layers)
-    line = f"model: link {adapted.n_finished} of rank {rank} and alpha {alpha:g} on {len(layers)} of {n_linear} linear layers"
+    line = f"model: link {adapted.n_finished} of rank {rank} and alpha {alpha:g} on {len(layers)} of {n_linear} layers"
     lines = [line + (f"; all of {', '.join(saved)} is trained" if saved else "")]
     if kinds := frozen_kinds(adapted.model):
         named = [f"{n} {kind}" for kind, n in kinds.most_common(MOST_KINDS)]

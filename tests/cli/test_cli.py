@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
+from cola_lightning.cli.training import resolve
 from cola_lightning.errors import causes
-from cola_lightning.study.config import resolve_config
 from examples.digits import COLADigits
 from tests.helpers import forked, tiny
 from tests.helpers.toy import DIGITS, FAST, LAST, read_csv, wait_for
@@ -74,7 +75,7 @@ def checkpoint_of(version):
 
 
 def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(printed, capfd):
-    assert "  model: link 0 of rank 1 and alpha 1 on 3 of 3 linear layers\n" in printed
+    assert "  model: link 0 of rank 1 and alpha 1 on 3 of 3 layers\n" in printed
     assert "  parameters: 330 of 9,300 are trained (3.55%)\n" in printed
     assert "  resume: exact, from every checkpoint\n  checkpoints: runs/version_0/checkpoints\n" in printed
     assert "link 0 finished: steps 0 to 9, rank 1, update norm" in printed
@@ -120,6 +121,23 @@ def test_the_newest_run_of_the_same_options_is_resumed_and_its_configuration_hol
     expected = f"error: ckpt_path: {resumed[-1]} is a finished run (step 36, epoch 4), so nothing is left to train. Raise "
     assert capfd.readouterr().err.splitlines()[-1].startswith(expected)
     assert not Path("runs/version_5").exists()
+
+
+class Impatient(Callback):
+    """Resumes the run while it is running."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3:
+            Path("statuses").write_text(f"{[fit('--ckpt_path', path) for path in ('last', 'runs/version_0')]}")
+
+
+def test_a_run_that_is_still_running_is_not_resumed_beside_itself(capfd):
+    assert fit("--trainer.callbacks+=tests.cli.test_cli.Impatient") == 0
+    assert Path("statuses").read_text() == "[2, 2]"
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [line.partition(" is still")[0] for line in errors] == ["error: ckpt_path: the run in runs/version_0"] * 2
+    assert [path.name for path in Path("runs").iterdir()] == ["version_0"]
+    assert fit("--ckpt_path", "runs/version_0", "--trainer.max_epochs", "4") == 0  # once it has ended
 
 
 @pytest.mark.usefixtures("printed")
@@ -346,14 +364,14 @@ finally:  # what coverage writes of this process when it ends is none of the run
 def test_a_text_is_read_as_it_is_written_and_not_as_yaml(texts):
     words = [f"--model.model_name={texts[0]}", "--data=TemplateDataModule", "--data.source=x", f"--data.label={texts[2]}"]
     words += [f"--data.prompt={texts[1]}"] if texts[1].startswith("-") else ["--data.prompt", texts[1]]
-    model, data = (resolve_config(words)[name]["init_args"] for name in ("model", "data"))
+    model, data = (resolve(words)[name]["init_args"] for name in ("model", "data"))
     assert [model["model_name"], data["prompt"], data["label"]] == texts
 
 
 def test_what_is_no_text_is_read_as_yaml():
     words = ["--model.model_name=5", "--model.rank=2", "--model.target_modules=[a, 'b']", "--model.revision=null"]
     words += ["--model.init_chain", "a: b", "--model.optimizer.lr", "1e-2", "--data.source=[x, y]", "--data.train_size=0.5"]
-    config = resolve_config(words)
+    config = resolve(words)
     assert config["model"]["class_path"] == "cola_lightning.COLACausalLM"
     assert config["data"]["class_path"] == "cola_lightning.TextDataModule"
     expected = {"model_name": "5", "rank": 2, "target_modules": ["a", "b"], "revision": None, "init_chain": "a: b"}
@@ -365,7 +383,7 @@ def test_what_is_no_text_is_read_as_yaml():
 def test_a_class_has_its_own_defaults_and_not_those_of_the_class_where_none_is_named():
     Path("task.yaml").write_text("data: {class_path: PromptDataModule, init_args: {task: RTE}}\n")
     for words in (["-c", "task.yaml"], ["--data=PromptDataModule", "--data.task", "RTE"]):
-        data = resolve_config(words)["data"]["init_args"]
+        data = resolve([*words, "--model.model_name", "x"])["data"]["init_args"]
         assert (data["max_length"], data["length_grouped"], data["test_split"]) == (2048, False, "validation")
 
 
@@ -382,7 +400,7 @@ def test_the_data_follows_from_the_model_unless_a_class_is_named():
         ("--config", "pairs.yaml", "--config", "rows.yaml"): "TextDataModule",
         ("--data", "TemplateDataModule", "--data.prompt={a}", "--model", "COLAPreferenceLM", *given): "TemplateDataModule",
     }.items():
-        config = resolve_config(words)["data"]
+        config = resolve(words)["data"]
         assert (config["class_path"], config["init_args"]["source"]) == (f"cola_lightning.{data}", "y")
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from cola_lightning.callbacks.command import ChainProgressBar
 from cola_lightning.cli import main
 from cola_lightning.cli.help import EXAMPLES, MAIN_OPTIONS, SUBCOMMANDS, WIDTH
-from cola_lightning.study.config import resolve_config
-from tests.helpers.toy import ValidatedToy, batches, toy, trainer
+from cola_lightning.cli.training import resolve
+from tests.helpers.toy import DIGITS, ValidatedToy, batches, toy, trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -44,7 +44,7 @@ def test_help_names_every_subcommand_and_what_people_set_with_its_default(capfd)
     lines = messages(capfd, "fit", "--help")
     main_options = lines[lines.index("main options:") + 1 : lines.index(SUBCOMMANDS["fit"])]
     assert [line.split("  ")[1] for line in main_options if line.startswith("  --")] == list(MAIN_OPTIONS)
-    config = resolve_config(["--model.model_name=x", "--data.source=x"])
+    config = resolve(["--model.model_name=x", "--data.source=x"])
     for option, _, value in (option.removeprefix("--").partition(" ") for option in MAIN_OPTIONS):
         if value.isupper() or option == "trainer.max_epochs":  # no default; three where nothing limits the run
             continue
@@ -108,6 +108,21 @@ def test_after_a_resume_the_bar_counts_batches_of_the_whole_epoch(tmp_path):
     trainer(tmp_path, bar, max_steps=7, **limits).fit(module, batches(), ckpt_path=tmp_path / "run.ckpt")
     assert ["link 0, epoch 1"] in bar.shown  # without a last one
     assert bar.counts == [*((n, 10) for n in range(5, 11)), *((n, 4) for n in range(1, 5))]
+
+
+def test_a_log_in_a_file_has_a_line_now_and_then_and_says_where_a_run_goes_on(capfd, monkeypatch):
+    monkeypatch.setattr("cola_lightning.callbacks.command.SECONDS", 0)
+    fit = ["fit", "--config", DIGITS, "--trainer.limit_train_batches", "2"]
+    lines = messages(capfd, *fit, "--trainer.max_epochs", "2")
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.partition(", train_loss")[0] for line in steps] == [
+        f"step {k} of 4, link 0, epoch {(k - 1) // 2}" for k in (1, 2, 3, 4)
+    ]
+    lines = messages(capfd, *fit, "--trainer.max_epochs", "3", "--ckpt_path", "last")
+    assert "resumed at step 4 of 6" in lines
+    monkeypatch.setattr("cola_lightning.callbacks.command.SECONDS", 3600)
+    lines = messages(capfd, *fit, "--trainer.max_epochs", "3")
+    assert [line.split(",")[0] for line in lines if line.startswith("step ")] == ["step 1 of 6", "step 6 of 6"]
 
 
 @pytest.mark.usefixtures("_to_a_file")

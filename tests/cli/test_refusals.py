@@ -6,6 +6,7 @@ Of each kind of mistake there is one here.
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from transformers import Adafactor
 
-from cola_lightning import ChainOfLoRA, ChainSchedule, LoRAConfig, UserError, inject_lora
+from cola_lightning import ChainOfLoRA, ChainSchedule, COLACausalLM, LoRAConfig, UserError, inject_lora
 from cola_lightning.cli import main
 from cola_lightning.cli.help import ELSEWHERE
+from cola_lightning.cli.training import resolve
 from cola_lightning.data import TemplateDataModule, TextDataModule
-from cola_lightning.study.config import resolve_config
+from cola_lightning.module import COLAModule, find_class
 from cola_lightning.study.methods import method
 from tests.helpers import tiny
 from tests.helpers.comparing import config
@@ -52,6 +54,12 @@ MISTAKES = [
     (FIT + "--config rnak.yaml", ".*'rnak' is not accepted; the nearest that exist: model.rank"),
     (FIT + "--model.lora_alfa 3", ".*'lora_alfa' is not accepted; the nearest that exist: model.alpha"),
     (FIT + "--model.optimizer.lr -1", "model.optimizer: Invalid learning rate"),
+    (FIT + "--model.rank", r"model\.rank: "),
+    ("fit --model.model_name package:transfromers --data.source x", ".*nearest that exist: transformers"),
+    ("stages --config config.yaml --output x --max_forgeting 1", ".*--max_forgetting"),
+    ("generate x --promt y", ".*--prompt"),
+    ("inspect x --plt y", ".*--plot"),
+    ("export x --format mergd --output y", "format: must be one of 'merged'"),
     (FIT + "--chain.every_n_epochs 1 --chain.patience 3", "chain: .*every_n_epochs and patience"),
     (FIT + "--trainer.strategy ddp_spawn", "trainer.strategy: "),
     (FIT + "--trainer.val_check_interval 1000", ".*val_check_interval"),
@@ -59,7 +67,7 @@ MISTAKES = [
     (FIT + "--config beside.yaml", "model.optimizer: .*inside its init_args"),
     (FIT + "--links 2", "model.init_links: "),
     (FIT + "--ckpt_path last --trainer.default_root_dir rows", "ckpt_path: "),
-    (FIT + "--ckpt_path last --model.rank 2", r"ckpt_path: .*version_0.*last\.ckpt \(model\.init_args\.rank\)"),
+    (FIT + "--ckpt_path last --model.rank 2", r"ckpt_path: .*version_0.*last\.ckpt \(model\.rank\)"),
     (f"test --config {DIGITS} --ckpt_path runs/version_1", "ckpt_path: .*; the nearest that exist: runs/version_0"),
     (f"test --config {DIGITS} --ckpt_path {LAST} --links -1", "links: "),
     (RESUME + "--links 1", "links: fit resumes the whole chain"),
@@ -80,9 +88,6 @@ MISTAKES = [
     (f"export {LAST} --format merged --max_rank 2 --output out", "max_rank: "),
     (f"export {LAST} --format chain --output runs --overwrite", "output: "),
     (f"export {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
-    (COMPARE + "--methods []", "methods: "),
-    (COMPARE + "--seeds 0", "seeds: must be at least 1, got 0"),
-    (COMPARE + '--learning_rates {"lora":[]}', "learning_rates: "),
     (COMPARE + "--methods [lore]", "methods: .*the nearest that exist: lora"),
     (COMPARE + '--learning_rates {"cola":[0.1]}', "learning_rates: each of lora needs a list"),
     (COMPARE + "--metric val_acuracy", "metric: .*val_acuracy.* --mode.*; the nearest that exist: val_accuracy"),
@@ -124,7 +129,7 @@ def write_checkpoint(path, changes):
 
 def test_what_is_typed_here_exists():
     words = [word for here in ELSEWHERE.values() for word in here.split()]
-    assert resolve_config(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
+    assert resolve(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES, ids=[words.replace(DIGITS, "digits.yaml") for words, _ in MISTAKES])
@@ -138,6 +143,24 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2_and_nothing_is_w
     assert re.match(f"error: {message}", output.strip().splitlines()[-1]), output
     assert "Traceback" not in output
     assert {path: path.is_file() and path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [
+        ("peft", f"export {LAST} --format peft --output out"),
+        ("bitsandbytes", LANGUAGE + "--model.quantization nf4"),
+        ("matplotlib", "inspect chain --plot chain.png"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_before_a_model_is_loaded(package, words, folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(COLAModule, "load_from_checkpoint", lambda *_, **__: pytest.fail("loaded"))
+    assert main(words.split()) == 2
+    output = capfd.readouterr().err
+    assert re.match(rf"error: .*{package}.*\[\w+\]", output.strip().splitlines()[-1]), output
+    assert "Traceback" not in output
 
 
 # ---------------------------------------------------------------------- in Python: what is done with the arguments of a row
@@ -189,6 +212,9 @@ REFUSALS = {
         ({"knot": "half", "share": 1.5}, r"chain\.share: must be above 0 and at most 1"),
         ({"knot": "New"}, r"chain\.knot: must be cola or half or record"),
         ({"knot": "record", "ranks": [2]}, r"chain\.ranks"),
+        ({"mode": "mix", "patience": 1}, r"chain\.mode"),
+        ({"knots": 1.5}, r"chain\.knots"),
+        ({"at_steps": [1.5]}, r"chain\.at_steps"),
     ],
     ChainOfLoRA: [
         ({"patience": 0}, r"chain\.patience"),
@@ -202,6 +228,11 @@ REFUSALS = {
         ({"kept_optimizer_state": 2}, r"model\.kept_optimizer_state"),
         ({"lr_ratio_B": 0}, r"model\.lr_ratio_B"),
         ({"decay_steps": 0}, r"model\.decay_steps"),
+        ({"lr_schedule": "cosinus"}, r"model\.lr_schedule"),
+        ({"schedule_scope": "runs"}, r"model\.schedule_scope"),
+        ({"warmup_steps": -5}, r"model\.warmup_steps"),
+        ({"knot_warmup_steps": float("nan")}, r"model\.knot_warmup_steps"),
+        ({"modules_to_save_lr": -1e-3}, r"model\.modules_to_save_lr"),
         ({"init_links": 2}, r"model\.init_links"),
         ({"init_chain": "nowhere"}, r"model\.init_chain: 'nowhere' does not exist"),
         ({"cls": type("NoBase", (Toy,), {"build_model": Toy.__base__.build_model})}, "model: NoBase"),
@@ -228,13 +259,18 @@ REFUSALS = {
         ({"source": []}, r"data\.source: at least one"),
         ({"source": ["a/b"], "subset": "main"}, "data.source: subset and revision"),
         ({"source": ["a/b"], "streaming": True}, r"data\.streaming"),
+        ({"source": "a/b", "loss": "lst"}, r"data\.loss"),
+        ({"source": "a/b", "too_long": "skp"}, r"data\.too_long"),
+        ({"source": "a/b", "text_unit": "lines"}, r"data\.text_unit"),
     ],
+    COLACausalLM: [({"model_name": "a/b", "loss_average": "steps"}, r"model\.loss_average")],
+    find_class: [(("__main__.Shapes",), "checkpoint: script")],
     template_row: [({"prompt": "{txt}"}, r"rows.jsonl, row 1 \(counted from 0\): 'txt' among 'label', 'text'")],
     method_of: [
         (("cola", {}, {"max_epochs": 3}), "methods: knots"),
         (("cola-9", {}, {"max_epochs": 3}), "methods: 3 epochs .* cannot have 9 links"),
         (("lora-sum-rank-2", {}, {"max_epochs": 2}, ("rank", "alpha", "rank_pattern")), "methods: model.rank_pattern"),
-        (("lora", (), (), ()), r"model: rank must be set, but own\.Module"),
+        (("lora-sum-rank-2", (), (), ()), r"model: rank must be set, but own\.Module"),
     ],
 }
 

@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from cola_lightning import Example
-from cola_lightning.data.encoding import collate_language, encode_texts
+from cola_lightning.data.batch import collate_language
 from cola_lightning.data.examples import collate_options, encode_examples
+from cola_lightning.data.render import encode_texts
 from cola_lightning.hf import logits
 from cola_lightning.hf.logits import split_by_length
 from tests.helpers import tiny
