@@ -17,6 +17,7 @@ from benchmarks import (
     domain_shift,
     gsm8k,
     knots,
+    merges,
     packing,
     paper_table,
     peft_table,
@@ -89,7 +90,8 @@ def public_names() -> Rows:
     """Each public name with a link to its source, and the first line of its docstring; what is used most comes first."""
     stub = (ROOT / "cola_lightning" / "__init__.pyi").read_text(encoding="utf-8")
     found = re.findall(r"^from \.([\w.]+) import (\w+) as", stub, re.MULTILINE)
-    order, rows = {"hf": 0, "module": 1, "callbacks": 2, "data": 3}, []
+    order = {"hf": 0, "module": 1, "callbacks": 2, "data": 3}
+    rows: Rows = []
     for path, name in sorted(found, key=lambda of: order.get(of[0].partition(".")[0], 4)):
         source = f"cola_lightning/{path.replace('.', '/')}.py"
         tree = ast.parse((ROOT / source).read_text(encoding="utf-8"))
@@ -110,6 +112,7 @@ TABLES: dict[tuple[str, str], Callable[[], Rows]] = {
     (ALL, "| a variant |"): of(domain_shift, domain_shift.rows_of_variants),
     (ALL, "| GSM8K, Zig |"): of(gsm8k, gsm8k.rows),
     (ALL, "| small GPT |"): of(knots, knots.rows),
+    (ALL, "| 1.1 billion parameters |"): of(merges, merges.rows),
     ("docs/api.md", "| class or function |"): public_names,
     ("docs/compared.md", "| killed and resumed |"): of(resumes, resumes.table),
     ("docs/scaling.md", "| model | full"): of(scale, scale.rows),
@@ -161,6 +164,12 @@ def sentences() -> Iterator[tuple[str, str, Sequence[str]]]:
     (wide,) = (row for row in of(vocabulary, vocabulary.rows)() if row[:2] == ["152,000", "8 x 1,024"])
     words = "needs {} MiB above the model, and {} with the loss that transformers computes, in {} and {} seconds"
     yield "docs/speed.md", words, [wide[4], wide[2], wide[5], wide[3]]
+
+    merged = {row[0]: row for row in of(merges, merges.rows)()}
+    words = "takes {} of the CPU time of peft's `merge_and_unload` twice, and {} GiB above the imports where peft needs {} GiB."
+    words += " `cola verify` takes {} of that time"
+    numbers = [merged["export"][2], merged["export"][3], merged["peft"][3], merged["verify"][2]]
+    yield "docs/elsewhere.md", words, numbers
 
     errors = {line["mode"]: f"{100 * line['error']:.2g} %" for line in Lines(bases.FILE).results if "mode" in line}
     words = "of the weight's size have an error of {}, so it is refused; `stack` has {}, and"
