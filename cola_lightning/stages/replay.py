@@ -92,6 +92,5 @@ def add_replay(configs: Mapping[str, dict[str, Any]], share: float) -> None:
 
 def _kind(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two stages have in common if one can replay the other's rows."""
-    data = config["data"]
-    options = data.get("init_args", {})
-    return config["model"]["class_path"], data["class_path"], options.get("chat_template"), options.get("packing")
+    options = config["data"].get("init_args", {})
+    return config["model"]["class_path"], config["data"]["class_path"], options.get("chat_template"), options.get("packing")
