@@ -27,6 +27,7 @@ from cola_lightning.errors import UnusableRow
 LanguageRow = dict[str, Any]
 TooLong = Literal["shorten", "skip"]
 TOO_LONG = "longer than data.max_length"
+FILLED = "data.max_length is filled without the question, by the system prompt, the response and the chat template"
 
 
 def _length(row: LanguageRow) -> int:
@@ -210,7 +211,7 @@ def _without_beginning(template: ChatTemplate, conversation: Conversation, n_tok
     ids = [] if place is None else template.tokenizer(texts[place], add_special_tokens=False)["input_ids"]
     if place is None or n_tokens >= len(ids):
         if template.writes_special_tokens or conversation.messages[0]["role"] != "system":
-            raise UnusableRow(TOO_LONG)
+            raise UnusableRow(FILLED)
         return conversation.without(0, 1)  # of plain text, of which the system prompt is only the beginning
     # By characters: half of a character, as text, may have more tokens than the whole one.
     n_characters = math.ceil(len(texts[place]) * n_tokens / len(ids))
