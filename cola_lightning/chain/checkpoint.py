@@ -22,7 +22,7 @@ from torch import Tensor
 from cola_lightning.chain.chain import JSON_NAME, METADATA, OUTSIDE, Chain, Link, link_fields, unpack
 from cola_lightning.chain.facts import Records, StoredFacts
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
-from cola_lightning.chain.sources import join, sources_of
+from cola_lightning.chain.sources import Source, join, sources_of
 from cola_lightning.errors import UserError, nearest_path
 
 log = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ class OpenedCheckpoint:
 
 
 def read_chain(
-    source: str | Path | Sequence[str | Path],
+    source: str | Path | Sequence[str | Path | Source],
     links: int | str | None = None,
     field: str = "checkpoint",
     continues: Collection[str] = (),
@@ -230,7 +230,7 @@ def read_chain(
 
 
 def read_chain_and_held_out(
-    source: str | Path | Sequence[str | Path],
+    source: str | Path | Sequence[str | Path | Source],
     links: int | str | None = None,
     field: str = "checkpoint",
     continues: Collection[str] = (),

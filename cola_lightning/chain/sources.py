@@ -39,9 +39,10 @@ class Source(NamedTuple):
         return self.path if self.name is None else f"{self.name}={self.path}"
 
 
-def sources_of(given: str | Path | Sequence[str | Path]) -> list[Source]:
+def sources_of(given: str | Path | Sequence[str | Path | Source]) -> list[Source]:
     """One source or several, as a user gives them."""
-    return [Source.of(text) for text in ([given] if isinstance(given, str | Path) else given)]
+    several = [given] if isinstance(given, str | Path) else given
+    return [one if isinstance(one, Source) else Source.of(one) for one in several]
 
 
 def join(chains: Sequence[tuple[Source, Chain]], continues: Collection[str] = (), field: str = "checkpoint") -> Chain:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from cola_lightning.chain.chain import Chain
     from cola_lightning.chain.checkpoint import OpenedCheckpoint
+    from cola_lightning.chain.sources import Source
     from cola_lightning.module import COLAModule
 
 WIDTH = 80
@@ -200,7 +201,7 @@ def add_sources(parser: "ArgumentParser", name: str, kinds: str, **arguments: An
     parser.add_argument("--continues", nargs="+", default=[], metavar="NAME", help=CONTINUES)
 
 
-def read_sources(sources: "Sequence[str]", options: Any, field: str = "checkpoint") -> "Chain":
+def read_sources(sources: "Sequence[str | Source]", options: Any, field: str = "checkpoint") -> "Chain":
     """The chain of a command's sources, as its options ask for it."""
     from cola_lightning.chain.checkpoint import read_chain
 

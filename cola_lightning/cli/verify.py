@@ -38,21 +38,20 @@ def verify(words: Sequence[str]) -> int:
     import rich
 
     from cola_lightning.chain.peft import CONFIG_NAME, read_config
-    from cola_lightning.chain.sources import Source, sources_of
+    from cola_lightning.chain.sources import sources_of
     from cola_lightning.files.plan import make_plan
     from cola_lightning.files.stored import ModelFolder
     from cola_lightning.files.verify import Adapter
     from cola_lightning.files.verify import verify as verify_folder
 
-    sources, configs = list[Source](), dict[str, Any]()
-    for source in sources_of(options.adapter):
-        folder, name = Path(source.path).expanduser(), source.name
+    sources, configs = sources_of(options.adapter), dict[str | None, Any]()
+    for place, source in enumerate(sources):
+        folder = Path(source.path).expanduser()
         if (folder / CONFIG_NAME).is_file():
-            name = name or folder.name
-            configs[name] = read_config(folder)
-        sources.append(Source(source.path, name))
-    chain = read_sources([*map(str, sources)], options, "adapter")
-    adapters = {link.index: Adapter(link.name or f"link {link.index}", configs.get(link.name or "")) for link in chain.links}
+            sources[place] = source._replace(name=source.name or source.path)
+            configs[sources[place].name] = read_config(folder)
+    chain = read_sources(sources, options, "adapter")
+    adapters = {link.index: Adapter(link.name or f"link {link.index}", configs.get(link.name)) for link in chain.links}
     plan = make_plan(ModelFolder.open(options.base), chain)
     proof = verify_folder(plan, ModelFolder.open(options.merged, "merged"), adapters)
     if options.json:

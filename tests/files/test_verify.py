@@ -238,3 +238,15 @@ def test_a_fault_is_named(made, tmp_path, capsys, fault):
     status, printed = proof(capsys, merged, made / "base", made / "sft", made / "dpo")
     assert status == 1
     assert re.search(message, printed["sentence"]), printed["sentence"]
+
+
+def test_adapters_in_folders_of_the_same_name_or_of_any_are_told_apart(made, tmp_path, capsys, monkeypatch):
+    first, second = tmp_path / "sft v1.0" / "checkpoint-5", tmp_path / "dpo" / "checkpoint-5"
+    shutil.copytree(made / "sft", first)
+    shutil.copytree(made / "dpo", second)
+    monkeypatch.chdir(second)
+    assert proof(capsys, made / "merged", made / "base", first, ".")[0] == 0
+    merged = merged_by_peft(tmp_path / "merged", made / "base", [first], dtype=torch.bfloat16)
+    status, printed = proof(capsys, merged, made / "base", first, second)
+    assert status == 1
+    assert f"{second} was not merged" in printed["sentence"]
