@@ -295,5 +295,5 @@ def test_what_is_asked_last_loses_its_beginning_and_only_a_response_its_end(shor
         assert (answer * 9).startswith(output)  # without a stop token: it does not stop there
         return
     for messages, too_long in [(long, "shorten"), (turns(question, answer), "skip")]:
-        with pytest.raises(UnusableRow, match=r"data\.max_length is filled"):
+        with pytest.raises(UnusableRow, match=r"data\.max_length"):
             encoded(own, messages, 80, too_long=too_long)
