@@ -207,10 +207,14 @@ def find_classes(rows: Rows, field: str) -> list[str]:
         rows: the rows. A row whose label cannot be used has no class; it is skipped when it is encoded.
         field: the field with the label.
     """
+    import datasets
+
     if names := rows.class_names.get(field):
         return list(names)
-    has_types = type(rows.data.features[field]).__name__ == "Json"  # which Arrow cannot compare
-    values = [*{repr(value): value for value in rows.data[field]}.values()] if has_types else rows.data.unique(field)
+    if isinstance(rows.data.features[field], datasets.Json):  # of mixed types, which Arrow cannot compare
+        values = [*{repr(value): value for value in rows.data[field]}.values()]
+    else:
+        values = rows.data.unique(field)
     found = each(lambda value: class_name(Row({field: value}, rows.place), field), values)
     classes = {name for name in found if isinstance(name, str)}
     if classes == {"1"}:  # of the labels -1 and 1, both are classes

@@ -245,8 +245,8 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
 
 
 def _reason(files: Sequence[Path], ending: str) -> str | None:
-    """Why files cannot be read, where the readers' own messages do not say it: the first line that is not right."""
-    for file in files:
+    """Why files of text cannot be read, where the readers' own messages do not say it: the first line that is not right."""
+    for file in files if READERS[ending] != "parquet" else ():
         number = 0
         try:
             with _lines(file) as lines:
@@ -281,9 +281,9 @@ def _exact_feature(feature: Any) -> Any:
     if isinstance(feature, datasets.List):
         return datasets.List(_exact_feature(feature.feature))
     dtype = getattr(feature, "dtype", "")
-    if dtype.startswith(("timestamp", "date", "time")):
+    if dtype.startswith(("date", "time")):
         return datasets.Value("string")
-    return datasets.Json() if dtype.startswith(("float", "double")) else feature
+    return datasets.Json() if dtype.startswith("float") else feature
 
 
 def _json_rows(files: Sequence[str], features: Mapping[str, Any], hashes: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -50,8 +50,9 @@ class Recorder(RunWatch):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.base, self.curve, earlier = checkpoint["study"].values()
-        self._started_at = time.perf_counter() - earlier
+        known = checkpoint["study"]
+        self.base, self.curve = known["base"], known["curve"]
+        self._started_at = time.perf_counter() - known["seconds"]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
