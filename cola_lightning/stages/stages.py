@@ -240,10 +240,8 @@ class Stages:
         allowed = math.inf if self.options.max_forgetting is None else self.options.max_forgetting
         worse = [column for column in matrix.columns if column.forgetting.value > allowed]
         for column in worse:
-            log.error(
-                "max_forgetting: %s is worse by %.4g in %s than at its best, and %g is allowed",
-                *(column.task, column.forgetting.value, column.metric, allowed),
-            )
+            what = column.task, column.forgetting.value, column.metric
+            log.error("max_forgetting: %s is worse by %.4g in %s than at its best", *what)
         return 3 if worse else 0
 
     def _fit_scales(self, tests: Mapping[str, Sequence[Row]]) -> None:
