@@ -412,11 +412,10 @@ class COLAModule(LateModel, RecordsArguments):
 
     @classmethod
     @override
-    def load_from_checkpoint(
+    def load_from_checkpoint(  # type: ignore[override]  # it reads no file of hyperparameters
         cls,
         checkpoint_path: Any,
         map_location: Any = None,
-        hparams_file: str | Path | None = None,
         strict: bool | None = None,
         weights_only: bool | None = None,
         *,
@@ -431,9 +430,7 @@ class COLAModule(LateModel, RecordsArguments):
 
         Args:
             checkpoint_path: a file that a fit wrote: its path, its URL, or an open file.
-            map_location: a device to move the module to, or a function or dict that gives it, as for ``torch.load`` of tensors
-                on the CPU; None: it stays on the CPU.
-            hparams_file: a YAML or CSV file with arguments of the class, in place of the checkpoint's.
+            map_location: a device to move the module to; None: it stays on the CPU.
             strict: whether the module's trained values and the checkpoint's must have the same names; None: as
                 ``strict_loading`` says, which is true unless it was set, and which True may not contradict.
             weights_only: False unpickles any object in the file, which may run code: only for a trusted file.
@@ -447,8 +444,8 @@ class COLAModule(LateModel, RecordsArguments):
         Raises:
             UserError: for a path that is not a checkpoint, a damaged checkpoint, or another base.
         """
-        loaded: Self = load(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, links, scale, kwargs)
-        return loaded
+        loaded: Self = load(cls, checkpoint_path, strict, weights_only, links, scale, kwargs)
+        return loaded if map_location is None else loaded.to(map_location)
 
 
 # Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.
