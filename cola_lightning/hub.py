@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import LogRecord, getLogger
-from pathlib import Path
 
 from cola_lightning.errors import HubError, causes
 
@@ -74,19 +73,3 @@ def without_load_report() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_other)
-
-
-def upload(folder: Path, repo_id: str, *, is_public: bool = False) -> str:
-    """Uploads a folder to a model repository; returns its URL.
-
-    Args:
-        folder: the folder.
-        repo_id: the repository, which is created if necessary; one that exists stays public or private.
-        is_public: whether a new repository is public.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    address = str(api.create_repo(repo_id, private=not is_public, exist_ok=True))
-    api.upload_folder(repo_id=repo_id, folder_path=folder)
-    return address

@@ -6,16 +6,17 @@ An export also needs to know how transformers and PEFT load that model again.
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from typing_extensions import override
 
 from cola_lightning import hub
 from cola_lightning.chain.checkpoint import STATE_PREFIX, read_archive
@@ -243,7 +244,7 @@ class TransformersBase(Pretrained):
         labels: a classifier's labels; None: it has none, or they are not known.
         new_weights: the names of the weights that the module has initialised, because the files do not contain them.
         quantization: the data type of a base in 4 bits.
-        quantize: quantises a model in place, as the module does.
+        is_changed: whether its values need not be those of the files.
     """
 
     auto_class: str
@@ -251,16 +252,19 @@ class TransformersBase(Pretrained):
     labels: Sequence[str] | None
     new_weights: Sequence[str]
     quantization: Quantization | None
-    quantize: Callable[[Any], None]
+    is_changed: bool = False
 
-    def load_again(self, *, is_quantized: bool) -> tuple[nn.Module, list[str]]:
-        """Loads the base as the user of an adapter does; returns it, and the names of its new weights."""
+    @property
+    @override
+    def is_found_by_name(self) -> bool:
+        return super().is_found_by_name and not self.is_changed
+
+    def load_again(self) -> nn.Module:
+        """Loads the base as the user of an adapter does."""
         import transformers
 
-        model, new_weights = self.model_and_new_weights(getattr(transformers, self.auto_class), **self.fields)
-        if is_quantized:
-            self.quantize(model)
-        return model, new_weights
+        model, _ = self.model_and_new_weights(getattr(transformers, self.auto_class), **self.fields)
+        return cast(nn.Module, model)
 
     def write(self, folder: Path, base: Any, tokenizer: Any) -> "TransformersBase":
         """Writes the module's base, in the dtype of its files, and its tokenizer; a folder with files is left as it is."""

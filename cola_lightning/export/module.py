@@ -13,7 +13,7 @@ from cola_lightning.export.adapter import export_adapter
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.options import ExportOptions
-from cola_lightning.export.verify import ReferenceLogits, digest, loading_again, reference_logits
+from cola_lightning.export.verify import ReferenceLogits, loading_again, reference_logits
 from cola_lightning.hub import quiet
 from cola_lightning.lora.layer import is_quantized_model
 from cola_lightning.merge import free
@@ -103,25 +103,21 @@ def _export_merged(trained: TrainedModel, options: ExportOptions) -> list[str]:
 
 
 def _load_again(written: Any, folder: Path, reference: ReferenceLogits | None) -> str:
-    """Compares what is loaded from the folder with the written model, to the bit, and with the module's logits.
+    """Compares the logits of what is loaded from the folder with the module's.
 
     The written model is used up, so that the two are not in memory together.
     """
     from transformers import PreTrainedModel
 
-    digests, again = {name: digest(value) for name, value in written.state_dict().items()}, written
-    is_pretrained = isinstance(written, PreTrainedModel)
+    again = written
     with loading_again():
-        if is_pretrained:
+        if isinstance(written, PreTrainedModel):
             dtype = written.dtype
             free(written)
             again = type(written).from_pretrained(folder, dtype=dtype)
         else:
             again.load_state_dict(load_file(folder / STATE_DICT_NAME))
-    after = again.state_dict()
-    if different := [name for name, expected in digests.items() if digest(after[name]) != expected]:
-        raise ExportError(f"the exported {different[0]!r} has another value when it is loaded again, so the export was deleted")
     if reference is None:
-        return "loaded again, the weights are the same to the bit; no logits were compared, because no input is known"
+        return "loaded again; no logits were compared, because no input is known"
     reference.round_buffers(again)
     return reference.compare(again, "loaded again")

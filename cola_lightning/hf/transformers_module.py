@@ -164,6 +164,8 @@ class TransformersModule(COLAModule, ABC):
         fields = {name: value for name, value in self.model_fields().items() if name == "num_labels"}
         if fields and (pad := getattr(self.model.config, "pad_token_id", None)) is not None:  # where a classifier's text ends
             fields["pad_token_id"] = pad
+        builders = (getattr(type(self), name).__module__ for name in ("build_model", "model_fields"))
+        is_own_base = not all(name.startswith("cola_lightning.") for name in builders)
         return TransformersBase(
             **vars(self.pretrained),
             auto_class=self.auto_class,
@@ -171,7 +173,7 @@ class TransformersModule(COLAModule, ABC):
             labels=self.labels_of_base,
             new_weights=self.new_weights,
             quantization=self.quantization,
-            quantize=self.quantize_base,
+            is_changed=is_own_base or self.adapted.base_weights is not None,
         )
 
     @functools.cached_property
