@@ -4,7 +4,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging import LogRecord, getLogger
 
 from cola_lightning.errors import HubError, causes
 
@@ -58,18 +57,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def without_load_report() -> Iterator[None]:
-    """Inside the block, transformers prints no table of the weights that it initialises: a checkpoint may replace them."""
-    logger = getLogger("transformers.modeling_utils")
-
-    def is_other(record: LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
