@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cola_lightning.chain.chain import Chain, Link, core_of_product, factors_of_sum
-from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import LinkFactors
-from cola_lightning.writing import atomic_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -268,37 +265,3 @@ def to_json(reports: Sequence[LinkReport]) -> list[dict[str, Any]]:
     """The reports as plain types for strict JSON: None for NaN and infinity."""
     rows: list[dict[str, Any]] = json.loads(json.dumps([asdict(link) for link in reports]), parse_constant=lambda _: None)
     return rows
-
-
-def plot(reports: Sequence[LinkReport], path: Path) -> None:
-    """Plots the links' norms and singular values to a PNG file, which is written atomically.
-
-    Raises:
-        UserError: if there is no link, or if the path is not a ``.png`` file.
-    """
-    if not reports or path.suffix.lower() != ".png":
-        raise UserError(f"plot: needs a .png file and at least one link, got {str(path)!r} and {len(reports)} links")
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    is_relative = all(link.relative_norm is not None for link in reports)
-    norms = [[layer.relative_norm if is_relative else layer.norm for layer in link.layers.values()] for link in reports]
-    known = [[norm for norm in of_link if norm is not None] for of_link in norms]
-    left.boxplot(known, positions=[link.index for link in reports], whis=(0, 100), manage_ticks=False)
-    left.set(title="update of each layer: quartiles and range", xlabel="link", ylim=(0, None))
-    left.set_ylabel(r"$\Vert\Delta W\Vert_F\;/\;\Vert W_0\Vert_F$" if is_relative else r"$\Vert\Delta W\Vert_F$")
-    left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    shades = colormaps["viridis"](torch.linspace(0, 0.85, len(reports)).tolist())
-    for link, shade in zip(reports, shades, strict=True):
-        spectra = zip(*(layer.singular_values for layer in link.layers.values()), strict=False)  # layers may have other ranks
-        medians = [statistics.median(values) or math.nan for values in spectra]  # a gap: a log scale has no zero
-        right.plot(range(1, len(medians) + 1), medians, "o-", color=shade, label=f"link {link.index}", markersize=4)
-    right.set(title="singular values: median over layers", xlabel="the largest first", ylabel=r"singular value of $\Delta W$")
-    right.set_yscale("log")
-    right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    figure.legend(frameon=False, loc="outside right upper", ncols=1 + len(reports) // 16)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)

@@ -344,8 +344,6 @@ class COLACLI(LightningCLI):
         if is_described:  # by the module's own block, without Lightning's table
             trainer.callbacks = [ModelSummary(max_depth=0), *trainer.callbacks]  # type: ignore[attr-defined]
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
-        if trainer.loggers and trainer.log_dir is not None:
-            self.watch.expect_folder(trainer.log_dir)
         if self.opened is not None:
             self._continue_metrics(trainer, run)
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
@@ -592,6 +590,5 @@ def train(words: list[str]) -> int:
             with contextlib.suppress(RuntimeError):  # if another process has failed
                 cli.trainer.strategy.barrier()
         finally:
-            watch.remove_empty_folders()
             layout.leave_processes()
     return 0

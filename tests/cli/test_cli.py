@@ -299,7 +299,7 @@ def test_inspect_tells_the_same_of_a_checkpoint_and_of_its_chain_from_which_a_ru
     capsys.readouterr()
     messages = []
     for path in (LAST, "chain"):
-        assert run("inspect", path, "--json", "--plot", "chain.png") == 0
+        assert run("inspect", path, "--json") == 0
         messages.append(json.loads(capsys.readouterr().out))
     assert messages[0] == messages[1]
     assert [(link["rank"], link["steps"], link["total_rank"]) for link in messages[0]] == [(1, 9, 1), (1, 9, 2), (1, 9, 3)]

@@ -73,7 +73,6 @@ MISTAKES = [
     (LANGUAGE + "--trainer.logger tensorboard", ".*; TensorBoardLogger is one"),
     (LANGUAGE + "--data.path rows", ".*'path' is not accepted; here it is --data.source NAME"),
     (f"inspect {DIGITS}", "checkpoint: "),
-    ("inspect chain --plot x.jpg", "plot: "),
     ("generate rows --prompt It", r"checkpoint: 'rows' has no checkpoints/last\.ckpt"),
     (f"generate {LAST} --prompt It", ".*COLACausalLM"),
     (f"generate {LAST} --prompt It --max_new_tokens 0", "max_new_tokens: must be at least 1"),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from cola_lightning import Chain, LoRAConfig, UserError, inject_lora, lora_layers
 from cola_lightning.chain.checkpoint import read_chain
-from cola_lightning.chain.report import plot, report
+from cola_lightning.chain.report import report
 from tests.helpers import tiny
 from tests.helpers.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
@@ -90,7 +90,6 @@ def test_a_link_of_half_the_rank_has_half_of_each_layers_and_goes_through_every_
     assert module.full_chain().is_beginning_of(loaded)
     reports = report(loaded)
     assert [len(layer.singular_values) for layer in reports[0].layers.values()] == [4, 8]
-    plot(reports, tmp_path / "chain.png")
 
     x = torch.randn(4, 8)
     module.export(tmp_path / "peft", "peft")
