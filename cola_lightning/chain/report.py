@@ -138,7 +138,7 @@ def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) ->
 
 def _report_layer(link: Link, name: str, weight_norm: float | None) -> LayerReport:
     rank = link.factors[name][0].shape[-2]
-    values = singular_values(*link.factors[name], link.scaling(name)).reshape(-1, rank)  # a row for each expert, or one
+    values = singular_values(*link.factors[name], link.scaling).reshape(-1, rank)  # a row for each expert, or one
     norm, largest = float(values.norm()), values.flatten().sort(descending=True).values[:rank]
     mean_rank = statistics.fmean(map(effective_rank, values))
     return LayerReport(norm, norm / weight_norm if weight_norm else None, largest.tolist(), mean_rank)
@@ -167,9 +167,9 @@ def overlaps(chain: Chain) -> list[Overlap]:
     for before, link in zip([None, *chain.links], chain.links, strict=False):
         of_stage = updates.setdefault(link.name or "", {})
         for name, (lora_A, lora_B) in link.factors.items():
-            of_stage.setdefault(name, []).append((lora_A, lora_B, link.whole().scaling(name)))
+            of_stage.setdefault(name, []).append((lora_A, lora_B, link.whole().scaling))
             if before is not None and before.is_record and before.name != link.name and name in before.factors:
-                of_stage[name].append((*before.factors[name], -before.whole().scaling(name)))
+                of_stage[name].append((*before.factors[name], -before.whole().scaling))
     found = []
     for (first, mine), (second, theirs) in itertools.combinations(updates.items(), 2):
         if both := [name for name in mine if name in theirs and mine[name][0][0].dim() == 2]:

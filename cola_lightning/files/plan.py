@@ -189,7 +189,7 @@ def _updates(chain: Chain, layer: str, shape: tuple[int, ...], *, is_conv1d: boo
     updates = []
     for link in chain.updates:
         if layer in link.factors:
-            factors = (*link.factors[layer], link.scaling(layer))
+            factors = (*link.factors[layer], link.scaling)
             updates.append(_laid_out(link.index, layer, factors, shape, is_conv1d=is_conv1d))
     return tuple(updates)
 

@@ -73,9 +73,6 @@ def _cola(config: Config, chain: FindChain) -> Method:
 def _lora_sum_rank(config: Config, chain: FindChain) -> Method:
     """One link whose rank is the sum of the chain's, with the same scaling."""
     ranks, _ = chain()
-    options = config["model"].get("init_args", {})
-    if options.get("rank_pattern") or options.get("alpha_pattern") or options.get("scaling") == "rslora":
-        raise UserError("methods: lora-sum-rank takes no model.rank_pattern, model.alpha_pattern or model.scaling rslora")
     scaling = model_option(config, "alpha") / _rank(config)
     sizes = {"model.rank": sum(ranks), "model.alpha": scaling * sum(ranks)}
     return Method(1, sum(ranks), chain_options() | _without_rules(config) | sizes)

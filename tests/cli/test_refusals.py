@@ -231,7 +231,6 @@ REFUSALS = {
     method_of: [
         (("cola", {}, {"max_epochs": 3}), "methods: knots"),
         (("cola-9", {}, {"max_epochs": 3}), "methods: 3 epochs .* cannot have 9 links"),
-        (("lora-sum-rank-2", {}, {"max_epochs": 2}, ("rank", "alpha", "rank_pattern")), "methods: model.rank_pattern"),
         (("lora", (), (), ()), r"model: rank must be set, but own\.Module"),
     ],
 }
