@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.lines import Lines, Rows, main
 from benchmarks.steps import BESIDE, SMOLLM2, beside
+from cola_lightning.cli.training import as_words
 from cola_lightning.data.splits import load_splits
 from cola_lightning.data.tasks import TASKS as PAPER_TASKS
 from cola_lightning.pretrained import Pretrained
-from cola_lightning.study.config import as_words
 
 FILE = Path(__file__).with_suffix(".jsonl")
 TASKS = {  # how many rows, and the layers: a single word is PEFT's, so that both sides read it alike

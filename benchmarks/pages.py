@@ -96,7 +96,7 @@ def sentences() -> Iterator[tuple[str, str, Sequence[str]]]:
     yield "README.md", "[{} to {} of the time and {} to {} of the memory](docs/speed.md)", ends
     arms = {row[0]: row for row in of_stages(tables.table, ENCODER)()}
     base = of_stages(tables.table_of_rates, ENCODER)()[0]
-    yield ALL, "Before training the accuracy is {}.", [base[-3]]
+    yield ALL, "The accuracy is {} before training", [base[-3]]
     gain = arms["a new link per stage"][4]
     words = "an encoder ended {} more accurate than one LoRA trained through all five"
     yield "README.md", words, [gain.replace("+", "")]

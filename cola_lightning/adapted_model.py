@@ -25,7 +25,7 @@ from cola_lightning.chain.base import (
 from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
 from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.names import matched
-from cola_lightning.chain.schedule import Knot, merged_share
+from cola_lightning.chain.schedule import FitPosition, Knot, merged_share
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
@@ -282,7 +282,8 @@ class AdaptedModel:
         A loop of your own stores the optimizer's state with it.
         """
         values = {} if self.layers else self.trained.copies()
-        return pack(self.full_chain(), {"seed": self.seed, "values": values})
+        of_link = {"start": self.current.start, "end": self.current.end, "is_trained": self.current.is_trained}
+        return pack(self.full_chain(), {"seed": self.seed, "values": values, **of_link})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Loads a :meth:`state_dict`; a new optimizer's state is loaded after it.
@@ -299,6 +300,8 @@ class AdaptedModel:
         live = chain.links[-1]
         self.go_to(Chain(chain.links[:-1], chain.base))
         self._go_on_with(live, live.factors)
+        self.current.start, self.current.end = FitPosition(*facts["start"]), FitPosition(*facts["end"])
+        self.current.name, self.current.metrics, self.current.is_trained = live.name, live.metrics, facts["is_trained"]
         self.trained.write(live.extras)
 
     def _go_on_with(self, link: Link, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

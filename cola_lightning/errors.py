@@ -4,6 +4,7 @@ import difflib
 import itertools
 import os
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,16 @@ class NonFiniteError(RuntimeError):
 
 class Interruption(SystemExit):
     """A signal asked the run to stop: exit status 130 or 143. After a KeyboardInterrupt Lightning ignores a second Ctrl-C."""
+
+
+def check_name(option: str, value: object, names: Iterable[str]) -> None:
+    """Refuses a value of an option that is none of the option's names.
+
+    Raises:
+        UserError: which lists the names.
+    """
+    if value not in (known := list(names)):
+        raise UserError(f"{option}: must be {' or '.join(known)}, got {value!r}")
 
 
 def nearest(word: str, names: Iterable[str], full_name: Callable[[str], str] = str) -> str:
@@ -131,5 +142,35 @@ def one_line(message: str) -> str:
     paragraph.sort(key=lambda line: "Got value" not in line)  # else by the order in which a union's types were tried
     message = "; ".join(line.strip().removeprefix("- ") for line in paragraph if not TRIED.match(line)).replace(":; ", ": ")
     message = re.sub(r"<class '([^']+)'>|typing\.|\. Got value: Namespace\(.*", r"\1", message)
+    message = re.sub(r"Literal\[([^]]+)\]", r"one of \1", message)
     message = re.sub(r"Expected an? ([^;]+)(?:\. Got|; Given) value: ([^;]*)", r"must be \1, got '\2'", message)
     return f"{'.'.join(fields)}: {message}"
+
+
+def refusal(error: BaseException) -> tuple[str, int] | None:
+    """The message of an error in one line and the exit status; None for what is reported by its traceback.
+
+    That is what fails in the user's own code, and what neither this package, jsonargparse nor Lightning refuses.
+    """
+    for cause in causes(error):  # jsonargparse wraps a constructor's exceptions
+        if isinstance(cause, UserError | OutsideError):
+            return str(cause), 1 if isinstance(cause, OutsideError) else 2
+        if passes_through_own_code(cause):
+            return None
+    from jsonargparse import ArgumentError
+
+    if isinstance(error, PermissionError | FileExistsError | NotADirectoryError) and error.filename is not None:
+        return f"cola: cannot use {str(error.filename)!r}: {error.strerror}", 2
+    if isinstance(error, ArgumentError):
+        return one_line(str(error)) + "".join(getattr(error, "__notes__", [])), 2
+    return next(((one_line(str(cause)), 2) for cause in causes(error) if _is_refused_by_lightning(cause)), None)
+
+
+def _is_refused_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning's own code raised an error, for arguments (a val_check_interval above the number of batches, say)."""
+    frames, lightning = traceback.extract_tb(error.__traceback__), sys.modules.get("lightning")
+    # An exception that another process has passed on has no frames.
+    if lightning is None or not frames or not Path(frames[-1].filename).is_relative_to(Path(str(lightning.__file__)).parent):
+        return False
+    kinds = TypeError | ValueError | RuntimeError | ImportError
+    return isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException"

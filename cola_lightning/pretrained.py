@@ -7,6 +7,8 @@ import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +19,7 @@ from typing_extensions import override
 from cola_lightning import hub
 from cola_lightning.chain.peft import AdapterBase
 from cola_lightning.constants import Dtype
-from cola_lightning.errors import UserError, one_line
+from cola_lightning.errors import UserError, nearest, one_line
 from cola_lightning.lora.quantization import Quantization
 from cola_lightning.merge import cast_floats
 from cola_lightning.writing import atomic_folder
@@ -39,7 +41,7 @@ def package_folder(model_name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"model.model_name: no package is installed here for {model_name!r}. After {PACKAGE_PREFIX} comes the name by "
-            "which Python imports it"
+            f"which Python imports it{nearest(name, get_close_matches(name, packages_distributions()))}"
         )
     return Path(spec.submodule_search_locations[0])
 

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from cola_lightning import AdaptedModel, Chain, LoRAConfig, UserError
+from cola_lightning.chain.schedule import FitPosition
 from tests.helpers.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
 ARGUMENTS = {"target_modules": "all-linear", "rank": 2, "alpha": 4}
@@ -72,6 +73,17 @@ def test_a_loop_goes_on_in_a_new_process_from_its_state_dict(tmp_path, finished_
         train_link(other, its_optimizer)
         assert_bit_equal(weights(other.model), expected)
         assert len(other.chain) == links
+
+
+def test_a_state_dict_says_what_is_known_of_the_current_link():
+    model, other = adapted(), adapted()
+    model.tie_knot()
+    train_link(model, new_optimizer(model))
+    model.current.start, model.current.end = FitPosition(1, 10), FitPosition(2, 17)
+    model.current.name, model.current.metrics = "sft", {"val_loss": 1.5}
+    other.load_state_dict(model.state_dict())
+    assert other.current == model.current
+    assert repr(other.tie_knot()) == repr(model.tie_knot())
 
 
 def test_a_model_that_is_trained_whole_has_a_state_dict_too():

@@ -200,7 +200,7 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
         raise UserError(f"model: ChainOfLoRA needs a COLAModule, got a {type(module).__name__}")
     check_strategy(trainer.strategy)
     if schedule.has_knots:
-        check_no_averaging(trainer)
+        check_no_averaging(module)
     ranks, largest = schedule.ranks or [], module.lora_config.rank
     if max(ranks, default=0) > largest:
         raise UserError(f"chain.ranks: must be at most {largest} (model.rank), got {max(ranks)}")

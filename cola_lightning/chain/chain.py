@@ -183,6 +183,14 @@ class Chain:
         """The chain of its :attr:`updates`, which are numbered anew."""
         return Chain([replace(link, index=index) for index, link in enumerate(self.updates)], self.base)
 
+    def trained(self) -> "Chain":
+        """The chain without a last link that was never trained: its B is zero, and all else is as after the link before it."""
+        if len(self) < 2 or any(lora_B.any() for _, lora_B in self[-1].factors.values()):
+            return self
+        before, after = self[-2].extras, self[-1].extras
+        is_same = before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+        return Chain(self.links[:-1], self.base) if is_same else self
+
     def renamed(self, names: Mapping[str, str]) -> "Chain":
         """The chain for a model whose layers have other names."""
         factors = ({names.get(name, name): pair for name, pair in link.factors.items()} for link in self.links)

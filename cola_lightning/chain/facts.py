@@ -44,6 +44,7 @@ class StoredFacts:
         knot: their kind.
         share: the share of a link that they merge.
         sizes: the rank and alpha that the schedule has for each link up to the next.
+        init: how A is drawn.
         modules_to_save: the names of the fully trained modules.
         prompt_format: how the data module prompts the model; empty: it does not.
         data: which data the model was trained on.
@@ -66,6 +67,7 @@ class StoredFacts:
     knot: str
     share: float
     sizes: Sequence[Sequence[float]]
+    init: str
     modules_to_save: Sequence[str]
     prompt_format: Mapping[str, Any]
     data: Mapping[str, Any]

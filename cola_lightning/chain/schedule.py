@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 from cola_lightning.chain.chain import as_number
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, check_name
 from cola_lightning.lora.config import LoRAConfig, is_rank
 
 Mode = Literal["min", "max"]
@@ -135,8 +135,11 @@ class ChainSchedule:
             raise UserError(f"chain: {' and '.join(given)} cannot be combined. Use at most one of {', '.join(KNOT_OPTIONS)}")
         counts = ("every_n_epochs", "every_n_train_steps", "knots", "patience")
         for name, is_valid, valid in (
-            *((name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1") for name in counts),
-            *((name, _increases(getattr(self, name) or ()), "increasing, from 1 on") for name in ("at_epochs", "at_steps")),
+            *(
+                (name, is_rank(1 if getattr(self, name) is None else getattr(self, name)), "a whole number from 1")
+                for name in counts
+            ),
+            *((name, _increases(getattr(self, name) or ()), "whole, increasing from 1") for name in ("at_epochs", "at_steps")),
             ("until", 0 < self.until < 1, "between 0 and 1"),
             ("until", self.knots is not None or self.until == UNTIL, "left out without chain.knots"),
             ("name", self.name is None or is_stage_name(self.name), f"a text other than a number, {', '.join(RESERVED)}"),
@@ -148,6 +151,7 @@ class ChainSchedule:
                 raise UserError(f"chain.{name}: must be {valid}, got {getattr(self, name)}")
         if self.patience is None and (self.monitor, self.min_delta, self.mode) != ("val_loss", 0.0, "min"):
             raise UserError("chain.monitor, chain.min_delta, chain.mode: need chain.patience")
+        check_name("chain.mode", self.mode, get_args(Mode))
         merged_share(self.knot, self.share)
 
     @property
@@ -279,8 +283,7 @@ def merged_share(knot: Knot, share: float | None = None) -> float:
         >>> merged_share("cola"), merged_share("half"), merged_share("half", 0.3), merged_share("record")
         (1.0, 0.5, 0.3, 0.0)
     """
-    if knot not in get_args(Knot):
-        raise UserError(f"chain.knot: must be {' or '.join(get_args(Knot))}, got {knot!r}")
+    check_name("chain.knot", knot, get_args(Knot))
     if share is not None and (knot != "half" or not 0 < share <= 1):
         raise UserError(f"chain.share: must be above 0 and at most 1, with chain.knot half, got {share} with {knot}")
     if knot == "half":
@@ -294,7 +297,7 @@ def is_stage_name(name: str) -> bool:
 
 
 def _increases(knots: Sequence[int]) -> bool:
-    return all(a < b for a, b in itertools.pairwise((0, *knots)))
+    return all(a < b and b % 1 == 0 for a, b in itertools.pairwise((0, *knots)))
 
 
 def is_plateau(values: Iterable[float], patience: int, min_delta: float = 0.0, mode: Mode = "min") -> bool:

@@ -23,16 +23,16 @@ def compare(words: Sequence[str]) -> int:
     Raises:
         UserError: for invalid arguments.
     """
-    if words and words[0] == "--run":  # the process of one run
-        from cola_lightning.study.run import run
-
-        return run(words[1])
     cut = list(words).index("--") if "--" in words else len(words)
     parser = command_parser("compare", DESCRIPTION)
     parser.add_class_arguments(Comparison)
     comparison = Comparison(**parse_options(parser, words[:cut]).as_dict())
+    from cola_lightning import layout
     from cola_lightning.callbacks.command import RunWatch
     from cola_lightning.study.study import Study
 
     with RunWatch().listening():
-        return Study(comparison, words[cut + 1 :]).run()
+        try:
+            return Study(comparison, words[cut + 1 :]).run()
+        finally:
+            layout.leave_processes()

@@ -11,14 +11,12 @@ import gc
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from cola_lightning import __version__
 from cola_lightning.cli.help import SUBCOMMANDS, overview
 from cola_lightning.console import log_on_console
-from cola_lightning.errors import OutsideError, UserError, causes, nearest, one_line, passes_through_own_code
+from cola_lightning.errors import UserError, nearest, refusal
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -44,9 +42,9 @@ def main(args: Sequence[str] | None = None) -> int:
                 return exit_.code or 0
             raise
         except Exception as error:
-            if (refusal := _refusal(error)) is None:
+            if (refused := refusal(error)) is None:
                 raise
-            message, status = refusal
+            message, status = refused
             print(f"error: {message}", file=sys.stderr)
             return status
 
@@ -67,32 +65,3 @@ def _run(words: list[str]) -> int:
     module = importlib.import_module(f"cola_lightning.cli.{'training' if is_lightnings else first}")
     gc.enable()
     return module.train(words) if is_lightnings else getattr(module, first)(words[1:]) or 0
-
-
-def _refusal(error: BaseException) -> tuple[str, int] | None:
-    """The message of an error in one line and the exit status; None for what is reported by its traceback.
-
-    That is what fails in the user's own code, and what neither this package, jsonargparse nor Lightning refuses.
-    """
-    for cause in causes(error):  # jsonargparse wraps a constructor's exceptions
-        if isinstance(cause, UserError | OutsideError):
-            return str(cause), 1 if isinstance(cause, OutsideError) else 2
-        if passes_through_own_code(cause):
-            return None
-    from jsonargparse import ArgumentError
-
-    if isinstance(error, PermissionError | FileExistsError | NotADirectoryError) and error.filename is not None:
-        return f"cola: cannot use {str(error.filename)!r}: {error.strerror}", 2
-    if isinstance(error, ArgumentError):
-        return one_line(str(error)) + "".join(getattr(error, "__notes__", [])), 2
-    return next(((one_line(str(cause)), 2) for cause in causes(error) if _is_refused_by_lightning(cause)), None)
-
-
-def _is_refused_by_lightning(error: BaseException) -> bool:
-    """Whether Lightning's own code raised an error, for arguments (a val_check_interval above the number of batches, say)."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    lightning = sys.modules.get("lightning")
-    if lightning is None or not raised_in.is_relative_to(Path(str(lightning.__file__)).parent):
-        return False
-    kinds = TypeError | ValueError | RuntimeError | ImportError
-    return isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException"

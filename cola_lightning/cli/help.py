@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -98,7 +98,7 @@ EXAMPLES = {
     "stages": "cola stages --config stages.yaml --output stages",
     "compare": "cola compare --config FILE --output study --methods '[lora, cola]' \\\n      -- --trainer.max_steps 100",
     "generate": "cola generate runs/version_0 --chat",
-    "inspect": "cola inspect runs/version_0 --plot chain.png",
+    "inspect": "cola inspect runs/version_0",
     "configs": "cola configs quickstart",
     "export": "cola export runs/version_0 --format merged --output merged",
     "verify": "cola verify merged --base Qwen/Qwen3-0.6B --adapter out/sft out/dpo",
@@ -227,7 +227,14 @@ def add_scale(parser: "ArgumentParser") -> None:
 
 def parse_options(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":
     """The options in a command's arguments; ``~`` at the start of a path stands for the user's home folder."""
-    options = parser.parse_args(list(words))
+    from jsonargparse import ArgumentError
+
+    try:
+        options = parser.parse_args(list(words))
+    except ArgumentError as error:
+        if unknown := re.search(r"unrecognized arguments: --([\w.]+)", str(error)):
+            error.add_note(nearest(unknown[1], parser.get_defaults(skip_validation=True).keys(), "--{}".format))
+        raise
     for name, value in vars(options).items():
         if isinstance(value, Path):
             options[name] = Path(os.path.expanduser(value))

@@ -25,16 +25,16 @@ def stages(words: Sequence[str]) -> int:
     Raises:
         UserError: for invalid arguments.
     """
-    if words and words[0] == "--run":  # the process of one stage
-        from cola_lightning.stages.run import run
-
-        return run(words[1])
     cut = list(words).index("--") if "--" in words else len(words)
     parser = command_parser("stages", DESCRIPTION)
     parser.add_class_arguments(StagesOptions)
     options = StagesOptions(**parse_options(parser, words[:cut]).as_dict())
+    from cola_lightning import layout
     from cola_lightning.callbacks.command import RunWatch
     from cola_lightning.stages.stages import Stages
 
     with RunWatch().listening():
-        return Stages(options, words[cut + 1 :]).run()
+        try:
+            return Stages(options, words[cut + 1 :]).run()
+        finally:
+            layout.leave_processes()

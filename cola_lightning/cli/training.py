@@ -1,6 +1,7 @@
 """``cola fit``, ``validate``, ``test`` and ``predict``: stock LightningCLI with the groups ``chain`` and ``last``."""
 
 import contextlib
+import copy
 import csv
 import itertools
 import json
@@ -55,6 +56,7 @@ from cola_lightning.errors import Interruption, UserError, nearest, nearest_path
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.state import AtomicCheckpointIO, data_facts
+from cola_lightning.runs.facts import option_changes
 from cola_lightning.writing import atomic_file, check_writable
 
 log = logging.getLogger(__name__)
@@ -117,13 +119,16 @@ class COLACLI(LightningCLI):
     """LightningCLI with the group ``chain``, metrics in a CSV file, and predictions in a JSONL file.
 
     Args:
-        words: the arguments of ``cola``.
+        words: the arguments of ``cola``; the subcommand alone if there is a ``resolved`` configuration.
         watch: handles signals.
         folder: the run's; None: a new one.
+        resolved: the complete configuration, see :func:`resolve`; None: that of the arguments.
     """
 
-    def __init__(self, words: list[str], watch: RunWatch, folder: Path | None = None) -> None:
-        self.words, self.watch, self.folder = words, watch, folder
+    def __init__(
+        self, words: list[str], watch: RunWatch, folder: Path | None = None, resolved: Mapping[str, Any] | None = None
+    ) -> None:
+        self.words, self.watch, self.folder, self.resolved = words, watch, folder, resolved
         self.opened: OpenedCheckpoint | None = None
         # Without allow_abbrev=False, argparse would accept --chain.every_n_epoch as --chain.every_n_epochs.
         strict: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
@@ -173,7 +178,22 @@ class COLACLI(LightningCLI):
         self.options = parser
 
     @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser._action_groups[-1].title = "The checkpoint"  # else the first line of the docstring of the Trainer's method
+        return parser
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self._parse(parser)
+        self._settle()
+
+    def _parse(self, parser: LightningArgumentParser) -> None:
+        if self.resolved is not None:
+            (name,) = self.words
+            # A copy: the parser puts its own objects into lists.
+            self.config = parser.parse_object({"subcommand": name, name: copy.deepcopy(self.resolved)})
+            return
         words = as_texts(replacing_knots(self.words))
         if words[0] in self.subcommands():  # not as defaults: theirs would stay with another class
             words[1:1] = [f"--model={CLASSES['model']}", f"--data={data_class(words)}"]
@@ -182,6 +202,9 @@ class COLACLI(LightningCLI):
         except ArgumentError as error:
             error.add_note(self._what_is_meant(str(error)))
             raise
+
+    def _settle(self) -> None:
+        """Checks and completes the options, before anything is instantiated."""
         self.subcommand = self.config["subcommand"]
         config = self.config[self.subcommand]
         for args in self._save_dirs():  # Lightning replaces ~ in some of a run's paths alone
@@ -279,7 +302,8 @@ class COLACLI(LightningCLI):
             config = file.parent.parent / "config.yaml" if is_checkpoint else file
             theirs = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
             groups = {name: theirs.get(name) for name in ("model", "data", "chain")}
-            different = next((name for name, *_ in differences(self.config_dump, groups)), None)
+            mine = {name: self.config_dump[name] for name in groups}
+            different = next((name for name, *_ in option_changes(mine, groups)), None)
             if is_checkpoint and different is None:
                 return file
             if is_checkpoint:
@@ -344,6 +368,8 @@ class COLACLI(LightningCLI):
         if is_described:  # by the module's own block, without Lightning's table
             trainer.callbacks = [ModelSummary(max_depth=0), *trainer.callbacks]  # type: ignore[attr-defined]
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
+        if trainer.loggers and trainer.log_dir is not None:
+            self.watch.expect_folder(trainer.log_dir)
         if self.opened is not None:
             self._continue_metrics(trainer, run)
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
@@ -447,21 +473,87 @@ class COLACLI(LightningCLI):
         log.info("%s: %s", what, shlex.join(["cola", subcommand, *words]))
 
 
+# ---------------------------------------------------------------------- a fit as a value
+
+
+class MadeRun(COLACLI):
+    """A run whose objects are made, and which is left to the caller.
+
+    Args:
+        config: its complete configuration.
+        subcommand: what it would do.
+        watch: handles signals; None: a new one.
+        folder: the run's; None: a new one.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        subcommand: str = "fit",
+        *,
+        watch: RunWatch | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        super().__init__([subcommand], watch or RunWatch(), folder, config)
+
+    def fit(self) -> None:
+        """Trains."""
+        with self.watch.listening():
+            self.trainer.fit(**self._prepare_subcommand_kwargs("fit"))
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+class _Resolved(COLACLI):
+    """The options of a command, with which nothing is done."""
+
+    def _settle(self) -> None:
+        self.subcommand = self.config["subcommand"]
+
+    def _set_seed(self) -> None: ...
+
+    @override
+    def instantiate_classes(self) -> None: ...
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+def resolve(words: Sequence[str]) -> dict[str, Any]:
+    """The complete configuration of ``cola fit`` with these arguments, including defaults; nothing is made.
+
+    Raises:
+        UserError: for arguments that ``cola fit`` would refuse when it parses them; likewise jsonargparse's ArgumentError.
+    """
+    return _Resolved(["fit", *words], RunWatch()).config_dump
+
+
+def as_words(options: Mapping[str, Any]) -> list[str]:
+    """Options as command-line arguments.
+
+    Example:
+        >>> as_words({"model.rank": 4, "chain.at_steps": None})
+        ['--model.rank', '4', '--chain.at_steps', 'null']
+    """
+    values = ((name, value if isinstance(value, str) else json.dumps(value)) for name, value in options.items())
+    return [word for name, value in values for word in (f"--{name}", value)]
+
+
+@contextlib.contextmanager
+def in_silence() -> Iterator[None]:
+    """Inside the block, nothing is logged: a fit that follows will say it again."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def shortest(path: str | Path) -> str:
     """A path as people type it: relative where it is in the current folder."""
     return str(path).removeprefix(f"{Path.cwd()}{os.sep}")
-
-
-def differences(mine: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The options of ``theirs`` with another value in ``mine``; an option introduced since then has its default.
-
-    Arguments of a class that it does not name, its ``dict_kwargs``, have no default: they differ if one side has none.
-    """
-    if isinstance(mine, Mapping) and isinstance(theirs, Mapping) and theirs:
-        for key in [*theirs, *({"dict_kwargs"} & mine.keys() - theirs.keys())]:
-            yield from differences(mine.get(key), theirs.get(key), f"{name}.{key}".removeprefix("."))
-    elif mine != theirs and not (mine is None and theirs is False):  # a switch that no longer exists was off
-        yield name, mine, theirs
 
 
 def as_texts(words: Sequence[str]) -> list[str]:
@@ -537,13 +629,13 @@ def data_class(words: Sequence[str]) -> str:
 
 
 def read_groups(path: str) -> dict[str, dict[str, Any]]:
-    """The groups of options in a configuration file; none where it cannot be read, which jsonargparse says.
+    """The groups of options in a configuration file or text; none where it cannot be read, which jsonargparse says.
 
     Raises:
         UserError: for mistakes of which jsonargparse's message names neither the file nor the place.
     """
     try:
-        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
+        text = path if path.startswith("{") else Path(os.path.expanduser(path)).read_text(encoding="utf-8")
         config = yaml.safe_load(text)
     except (OSError, ValueError, yaml.reader.ReaderError):
         return {}
@@ -559,13 +651,14 @@ def read_groups(path: str) -> dict[str, dict[str, Any]]:
         names = groups.get(group, {}).keys()
         if names & IN_CLASS and (outside := sorted(map(str, names - IN_CLASS))):
             name = outside[0]
-            raise UserError(f"{group}.{name}: {path} has it next to init_args. Move it inside: {group}.init_args.{name}")
+            place = "the config" if text is path else path
+            raise UserError(f"{group}.{name}: {place} has it next to init_args. Move it inside: {group}.init_args.{name}")
     return groups
 
 
 def _inside_init_args(option: re.Match[str]) -> str:
-    if option["value"] is None:  # jsonargparse says so
-        return option[0]
+    if option["value"] is None:  # jsonargparse would name the group alone
+        raise UserError(f"{option['group']}.{option['name']}: a value must follow")
     text = yaml.safe_dump({option["name"]: option["value"]}, default_style='"', default_flow_style=True, width=sys.maxsize)
     return f"--{option['group']}.init_args={text.strip()}"
 
@@ -590,5 +683,6 @@ def train(words: list[str]) -> int:
             with contextlib.suppress(RuntimeError):  # if another process has failed
                 cli.trainer.strategy.barrier()
         finally:
+            watch.remove_empty_folders()
             layout.leave_processes()
     return 0

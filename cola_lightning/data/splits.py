@@ -117,11 +117,11 @@ def files_identity(source: str) -> dict[str, Any]:
     names, identities = [file.name for file in files], {}
     for file in files:
         name = file.name if names.count(file.name) == 1 else str(file)
-        identities[name] = [file.stat().st_size, _hash_of(file)]
+        identities[name] = [file.stat().st_size, hash_of_file(file)]
     return {"files": identities}
 
 
-def _hash_of(file: Path) -> str:
+def hash_of_file(file: Path) -> str:
     """The SHA-256 of a file. It is computed once and stored: each process of a run, and the next run, asks for it again."""
     import datasets
 

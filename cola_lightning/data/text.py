@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
@@ -29,11 +29,12 @@ from cola_lightning.data.splits import Splits, is_on_hub
 from cola_lightning.data.streaming import stream_splits
 from cola_lightning.data.tokenized import TokenizedDataModule
 from cola_lightning.decoding import Decoding
-from cola_lightning.errors import HubError, UnusableRow, UserError
+from cola_lightning.errors import HubError, UnusableRow, UserError, check_name
 
 # ---------------------------------------------------------------------- kinds of rows
 
 
+TurnLoss = Literal["all", "last"]  # which of the model's turns are learned
 TOKENS: dict[str, Any] = {"input_ids": ["int32"], "spans": ["int32"]}  # of a LanguageRow, in Arrow
 
 
@@ -211,7 +212,7 @@ class TextDataModule(TokenizedDataModule):
         columns: dict[str, str] | None = None,
         chat_template: bool | str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        loss: Literal["all", "last"] = "all",
+        loss: TurnLoss = "all",
         packing: bool = False,
         max_new_tokens: int = 256,
         do_sample: bool = False,
@@ -221,6 +222,7 @@ class TextDataModule(TokenizedDataModule):
         **rows: Any,
     ) -> None:
         super().__init__(source, subset, **rows)
+        check_name("data.loss", loss, get_args(TurnLoss))
         self.streaming = streaming
         sizes = self.train_size, self.val_size, self.test_size
         is_counted = self.train_size is not None and not any(isinstance(size, float) and 0 < size <= 1 for size in sizes)

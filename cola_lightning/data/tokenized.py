@@ -1,6 +1,6 @@
 """Base class of data modules whose rows are tokenized."""
 
-from typing import Any
+from typing import Any, get_args
 
 from typing_extensions import override
 
@@ -9,6 +9,7 @@ from cola_lightning.data.encoding import TOO_LONG, TooLong
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.splits import TextUnit
+from cola_lightning.errors import check_name
 
 
 class TokenizedDataModule(SourceDataModule):
@@ -44,6 +45,8 @@ class TokenizedDataModule(SourceDataModule):
     ) -> None:
         super().__init__(source, subset, **rows)
         check_sizes(max_length=max_length)
+        check_name("data.text_unit", text_unit, get_args(TextUnit))
+        check_name("data.too_long", too_long, get_args(TooLong))
         self.text_unit, self.length_grouped, self.too_long = text_unit, length_grouped, too_long
         self._max_length = max_length
 

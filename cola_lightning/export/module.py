@@ -1,5 +1,6 @@
 """A trained model as a plain model, a PEFT adapter or a chain folder; each is loaded again and compared."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def export_model(model: TrainedModel, options: ExportOptions) -> list[str]:
         UserError: for a folder that is not empty, or a model that cannot be exported in this format.
         ExportError: for an export that differs from the model; it is removed.
     """
+    model = replace(model, chain=model.chain.trained())
     options.check(model.base_name if model.named_base is None else model.named_base.model_name)
     if options.format == "peft":
         _check_links(options, has_links=bool(model.chain.links))
@@ -55,6 +57,7 @@ def _check_links(options: ExportOptions, *, has_links: bool) -> None:
 
 def export_chain(chain: Chain, options: ExportOptions) -> list[str]:
     """Writes a chain folder, for which no model is needed; see :func:`export_model`."""
+    chain = chain.trained()
     options.check(chain.base.name)
     _check_links(options, has_links=bool(chain.base.weight_norms))
     with atomic_folder(options.folder, overwrite=options.overwrite) as partial:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cola_lightning.errors import UserError
 from cola_lightning.files.plan import Plan, Planned
-from cola_lightning.files.stored import CONFIG_NAME, INDEX_NAME, NAMES, chunks, write_tensors
+from cola_lightning.files.stored import CONFIG_NAME, INDEX_NAME, chunks, write_tensors
 
 # What a trainer saves next to its adapter, for which the base has files, too.
 TOKENIZER = re.compile(r"tokenizer.*|.*\.jinja|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model")
@@ -40,7 +40,7 @@ def write_merged(plan: Plan, folder: Path, *, dtype: torch.dtype | None = None, 
     for file in dict.fromkeys(files.values()):
         part = {name: planned for name, planned in plan.tensors.items() if files[name] == file}
         sizes = {name: (dtypes[name], planned.shape) for name, planned in part.items()}
-        write_tensors(folder / file, sizes, _rows(part, dtypes), base.metadata)
+        write_tensors(folder / file, sizes, _rows(part, dtypes))
     if (base.path / INDEX_NAME).is_file():
         size = sum(torch.Size(planned.shape).numel() * dtypes[name].itemsize for name, planned in plan.tensors.items())
         index = json.loads((base.path / INDEX_NAME).read_text(encoding="utf-8"))
@@ -62,11 +62,11 @@ def _rows(part: dict[str, Planned], dtypes: dict[str, torch.dtype]) -> Iterator[
     """The rows of a shard, in order.
 
     Raises:
-        UserError: for a merged weight that is not finite.
+        UserError: for a merged weight that is too large for its dtype.
     """
     for name, planned in part.items():
         for first, last in chunks(planned.shape):
             rows = planned.merged(first, last, dtypes[name])
-            if planned.updates and not rows.isfinite().all():
-                raise UserError(f"base: {name!r} is not finite after the merge, in {NAMES[dtypes[name]]}")
+            if rows.dtype == torch.float16 and planned.updates and rows.isinf().any():
+                raise UserError(f"base: {name!r} is too large for float16 after the merge")
             yield rows

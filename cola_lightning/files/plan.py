@@ -1,5 +1,6 @@
 """What a chain does to each tensor of a model's folder: which rows it adds, and which values it replaces."""
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -41,17 +42,14 @@ class Update:
         """Some of its rows; of experts, some of the experts."""
         return torch.matmul(self.left[first:last], self.right if self.right.dim() == 2 else self.right[first:last])
 
-    def add_to(self, matrix: Tensor, first: int, last: int) -> None:
-        """Adds some of its rows to a matrix, or to those of experts, in place."""
-        if self.right.dim() == 2:
-            matrix.addmm_(self.left[first:last], self.right)
-        else:
-            matrix.baddbmm_(self.left[first:last], self.right[first:last])
-
     def sizes(self, first: int, last: int) -> Tensor:
         """An upper bound of the sums of absolute products that make up the rows: it bounds their rounding."""
         left, right = self.left[first:last], self.right if self.right.dim() == 2 else self.right[first:last]
         return torch.matmul(left.norm(dim=-1, keepdim=True), right.norm(dim=-2, keepdim=True))
+
+    def product(self, other: "Update") -> Tensor:
+        """The inner product of two updates of a tensor, without computing them."""
+        return ((self.left.mT @ other.left) * (self.right @ other.right.mT)).sum()
 
     def times(self, factor: float) -> "Update":
         """The update multiplied by a factor."""
@@ -96,6 +94,12 @@ class Planned:
         """The dtype in which links are added."""
         return torch.promote_types(self.dtype, torch.float32)
 
+    @functools.cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """The factors of the sum of all updates."""
+        left = torch.cat([update.left for update in self.updates], dim=-1)
+        return left, torch.cat([update.right for update in self.updates], dim=-2)
+
     def rows(self, first: int, last: int) -> Tensor:
         """Some of its rows before any link is added."""
         if self.value is not None:
@@ -110,9 +114,9 @@ class Planned:
             return rows
         if self.updates:
             rows = rows.to(self.wide)
-            matrix = rows.view(*rows.shape[: self.updates[0].left.dim() - 1], -1)
-            for update in self.updates:
-                update.add_to(matrix, first, last)
+            left, right = self._factors
+            matrix, left = rows.view(*rows.shape[: left.dim() - 1], -1), left[first:last]
+            matrix.addmm_(left, right) if right.dim() == 2 else matrix.baddbmm_(left, right[first:last])
         return rows.to(dtype)
 
 

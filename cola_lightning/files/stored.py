@@ -15,24 +15,13 @@ import torch
 from torch import Tensor
 
 from cola_lightning.errors import UserError, nearest_path, one_line
-from cola_lightning.hub import needed_for
+from cola_lightning.hub import is_repo_id, needed_for
 
 INDEX_NAME, WEIGHTS_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.safetensors", "config.json"
-DTYPES = {  # by their names in safetensors
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
+# By their names in safetensors.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32}
+DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 2**22  # elements that are computed at once
 
@@ -93,13 +82,11 @@ class ModelFolder:
         path: the folder.
         tensors: by name, in the order of the files.
         config: its ``config.json``; empty if it has none.
-        metadata: of its first file.
     """
 
     path: Path
     tensors: dict[str, StoredTensor]
     config: dict[str, Any]
-    metadata: dict[str, str]
 
     @classmethod
     def open(cls, name: str, field: str = "base") -> "ModelFolder":
@@ -119,24 +106,16 @@ class ModelFolder:
         if "quantization_config" in config:
             method = config["quantization_config"].get("quant_method", "some method")
             raise CannotStream(f"{field}: {name} is quantized ({method}), so its files do not hold its weights as numbers")
-        if (path / INDEX_NAME).is_file():
-            files = dict.fromkeys(_read_json(path / INDEX_NAME, field)["weight_map"].values())
-        else:
-            files = dict.fromkeys([WEIGHTS_NAME] if (path / WEIGHTS_NAME).is_file() else [])
-        if not files:
+        has_index = (path / INDEX_NAME).is_file()
+        files = dict.fromkeys(_read_json(path / INDEX_NAME, field)["weight_map"].values() if has_index else [WEIGHTS_NAME])
+        if not has_index and not (path / WEIGHTS_NAME).is_file():
             raise CannotStream(f"{field}: {name} has no {WEIGHTS_NAME}")
-        tensors, metadata = dict[str, StoredTensor](), dict[str, str]()
-        for file in files:
-            found, of_file = read_header(path / file, field)
-            tensors |= found
-            metadata = metadata or of_file
-        return cls(path, tensors, config, metadata)
+        tensors = {name: tensor for file in files for name, tensor in read_header(path / file, field).items()}
+        return cls(path, tensors, config)
 
 
 def _folder(name: str, field: str) -> Path:
     """The folder of a model; of one on the hub, that of its files in the cache."""
-    from cola_lightning.hub import is_repo_id
-
     path = Path(os.path.expanduser(name))
     repo_id, _, revision = name.partition("@")
     if path.is_dir():
@@ -157,8 +136,8 @@ def _read_json(path: Path, field: str) -> dict[str, Any]:
         raise UserError(f"{field}: {str(path)!r} is damaged ({one_line(str(error))})") from error
 
 
-def read_header(path: Path, field: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of a safetensors file, in their order in the file, and its metadata.
+def read_header(path: Path, field: str) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, in their order in the file.
 
     Raises:
         UserError: for a damaged file, or one that is too short.
@@ -170,34 +149,32 @@ def read_header(path: Path, field: str) -> tuple[dict[str, StoredTensor], dict[s
             length = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
             header = json.loads(file.read(length if length < size else 0))
-        metadata = header.pop("__metadata__", {})
+        header.pop("__metadata__", None)
         begin, found = 8 + length, {}
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (start, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
             if end - start != prod(shape) * dtype.itemsize or begin + end > size:
                 raise ValueError(f"{name} does not fit in the file")
             found[name] = StoredTensor(path, dtype, shape, begin + start)
-        return found, metadata
+        return found
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{field}: {str(path)!r} is damaged or incomplete ({one_line(str(error))})") from error
 
 
-def write_tensors(
-    path: Path, sizes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], rows: Iterable[Tensor], metadata: Mapping[str, str]
-) -> None:
+def write_tensors(path: Path, sizes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], rows: Iterable[Tensor]) -> None:
     """Writes a safetensors file from parts of its tensors.
 
     Args:
         path: the file.
         sizes: dtype and shape of each tensor, in their order in the file.
         rows: their rows, in this order.
-        metadata: of the file.
     """
-    header, end = dict[str, Any](), 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, (dtype, shape) in sizes.items():
         start, end = end, end + prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps({"__metadata__": {"format": "pt"} | dict(metadata)} | header).encode()
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

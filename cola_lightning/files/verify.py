@@ -205,9 +205,8 @@ def _finding(
     compared = compare(planned, merged)
     if compared.kind != "wrong":
         return Finding(name, compared.kind, "", compared.n_different, compared.n)
-    place = compared.sums.first if compared.sums is not None else ()
-    finding = Finding(name, "wrong", OTHER, compared.n_different, compared.n, place)
-    if compared.sums is None and not (planned.value is not None and planned.base is not None):
+    finding = Finding(name, "wrong", OTHER, compared.n_different, compared.n, compared.place)
+    if planned.shape != merged.shape and not (planned.value is not None and planned.base is not None):
         return replace(finding, cause=f"its shape is {merged.shape} and not {tuple(planned.shape)}")
     causes = {cause: (tried, through) for cause, tried, through in _causes(planned, merged, adapters)}
     for cause in sorted(causes, key=lambda cause: likely.index(cause) if cause in likely else len(likely)):

@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.constants import Dtype
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, check_name
 from cola_lightning.hf.host_values import HostValues
 from cola_lightning.hf.metrics import Accuracy, Mean
 from cola_lightning.lora.inject import is_in_matching_modules
@@ -25,6 +25,7 @@ from cola_lightning.module.run import trainer_of
 from cola_lightning.pretrained import Pretrained, TransformersBase
 
 log = logging.getLogger(__name__)
+LossAverage = Literal["step", "batch"]
 
 
 class RowValues(NamedTuple):
@@ -111,10 +112,11 @@ class TransformersModule(COLAModule, ABC):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         gguf_file: str | None = None,
-        loss_average: Literal["step", "batch"] = "step",
+        loss_average: LossAverage = "step",
         **chain: Any,
     ) -> None:
         super().__init__(**chain)
+        check_name("model.loss_average", loss_average, get_args(LossAverage))
         self.loss_average = loss_average
         self.pretrained = Pretrained(model_name, revision, dtype, attn_implementation, trust_remote_code, gguf_file)
         self.quantization = quantization

@@ -379,7 +379,12 @@ class COLAModule(LateModel, RecordsArguments):
         Raises:
             UserError: if a name is missing or unknown, or the links were trained on another base.
         """
-        names = super().load_state_dict(state_dict, strict=False, assign=assign)
+        try:
+            names = super().load_state_dict(state_dict, strict=False, assign=assign)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):  # in torch's message, which names the values
+                raise
+            raise StateDictError(f"checkpoint: {' '.join(str(error).split())}") from error
         if strict and (names.missing_keys or names.unexpected_keys):
             raise StateDictError(
                 "checkpoint: it does not contain exactly what this module trains. Missing key(s) in "

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, check_name
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.lora.inject import is_in_matching_modules
 
@@ -25,6 +25,7 @@ DECAY_STEPS = 0.4  # of a stable schedule: the share of its steps
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedule = Literal["constant", "linear", "cosine", "stable"]
+Scope = Literal["link", "run"]
 
 # From the share of the decay to the factor on the learning rate.
 DECAY: dict[LRSchedule, Callable[[float], float]] = {
@@ -126,7 +127,7 @@ class LinkConfig(LoRAConfig):
     lr_schedule: LRSchedule = "linear"
     warmup_steps: float = 0
     decay_steps: float = DECAY_STEPS
-    schedule_scope: Literal["link", "run"] = "link"
+    schedule_scope: Scope = "link"
     knot_warmup_steps: float = 0
     kept_optimizer_state: float = 0
 
@@ -136,9 +137,14 @@ class LinkConfig(LoRAConfig):
             ("kept_optimizer_state", 0 <= self.kept_optimizer_state <= 1, "between 0 and 1"),
             ("lr_ratio_B", 0 < self.lr_ratio_B < math.inf, "a number above 0"),
             ("decay_steps", 0 < self.decay_steps < math.inf, "a number above 0"),
+            ("warmup_steps", 0 <= self.warmup_steps < math.inf, "0 or a number above it"),
+            ("knot_warmup_steps", 0 <= self.knot_warmup_steps < math.inf, "0 or a number above it"),
+            ("modules_to_save_lr", 0 <= (self.modules_to_save_lr or 0) < math.inf, "0 or a number above it"),
         ):
             if not is_valid:
                 raise UserError(f"model.{name}: must be {valid}, got {getattr(self, name)}")
+        check_name("model.lr_schedule", self.lr_schedule, DECAY)
+        check_name("model.schedule_scope", self.schedule_scope, get_args(Scope))
 
 
 def parameter_groups(trained: Sequence[tuple[str, nn.Parameter]], config: LinkConfig) -> list[Any]:

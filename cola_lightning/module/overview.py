@@ -47,7 +47,7 @@ def describe_model(adapted: AdaptedModel) -> str:
     rank, alpha = adapted.current.size
     n_linear = sum(is_linear(module) for module in adapted.model.modules()) + len(layers)
     n_trained = sum(parameter.numel() for layer in layers.values() for parameter in (layer.lora_A, layer.lora_B))
-    line = f"model: link {adapted.n_finished} of rank {rank} and alpha {alpha:g} on {len(layers)} of {n_linear} linear layers"
+    line = f"model: link {adapted.n_finished} of rank {rank} and alpha {alpha:g} on {len(layers)} of {n_linear} layers"
     line += f": {n_trained:,} parameters"
     return line + (f"; all of {', '.join(saved)} is trained" if saved else "")
 

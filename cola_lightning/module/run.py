@@ -334,7 +334,7 @@ class Run:
     def tie_knot(self, rank: int | None = None, alpha: float | None = None) -> Link:
         """Finishes the current link and begins the next, see :meth:`COLAModule.tie_knot`."""
         self.step_loss.check()  # before the link is recorded
-        check_no_averaging(trainer_of(self.module))
+        check_no_averaging(self.module)
         schedule, adapted = self.schedule, self.adapted
         planned = self.current.size if schedule.goes_on else self.size_of(adapted.n_finished + 1)
         rank, alpha = planned[0] if rank is None else rank, planned[1] if alpha is None else alpha
@@ -343,7 +343,7 @@ class Run:
         self.note_progress()
         link = adapted.tie_knot(*following, knot=schedule.knot, share=schedule.share)
         self.forget_logged()
-        self.current.name = schedule.name
+        self.current.name = schedule.name if fitting_trainer(self.module) else None  # outside of a fit there is no stage
         self.renew()
         self.is_tying_knot = False  # not in a finally: after a knot that failed halfway nothing may be written
         return link
@@ -520,9 +520,8 @@ class Run:
         """
         if self.schedule.goes_on:
             return
-        trainer = trainer_of(self.module)
-        is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
-        trainer = trainer if is_fitting else self.trainer  # also in a validation of the fit
+        is_fitting = (trainer := fitting_trainer(self.module)) is not None
+        trainer = trainer or self.trainer  # also in a validation of the fit
         if trainer is None or trainer.lightning_module is not self.module or not (is_fitting or trainer.optimizers):
             return
         before = trainer.optimizers
@@ -583,14 +582,19 @@ def run_length(trainer: Trainer, epoch_start: FitPosition) -> RunLength:
     )
 
 
-def check_no_averaging(trainer: Trainer | None) -> None:
+def fitting_trainer(module: LightningModule) -> Trainer | None:
+    """The Trainer that fits a module now; None if there is none."""
+    trainer = trainer_of(module)
+    return trainer if trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running" else None
+
+
+def check_no_averaging(module: LightningModule) -> None:
     """Refuses a knot in a fit that averages weights: those before a merge and after it.
 
     Raises:
         UserError: which names the callback.
     """
-    is_fitting = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
-    for callback in trainer.callbacks if is_fitting else ():  # type: ignore[union-attr]
+    for callback in getattr(fitting_trainer(module), "callbacks", ()):
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise UserError(
                 f"trainer.callbacks: {type(callback).__name__} cannot be combined with knots. (You can average merged models "

@@ -20,6 +20,7 @@ from cola_lightning.chain.base import check_same_base, weight_of
 from cola_lightning.chain.chain import METADATA, describe_link, number_of_links, pack
 from cola_lightning.chain.checkpoint import STATE_PREFIX, OpenedCheckpoint, StoredState, read_archive
 from cola_lightning.chain.facts import StoredFacts
+from cola_lightning.chain.schedule import START
 from cola_lightning.errors import NonFiniteError, UserError, causes
 from cola_lightning.module.arguments import plain_hyperparameters, to_plain
 from cola_lightning.module.run import Run, trainer_of
@@ -66,6 +67,7 @@ def facts_of(run: Run) -> StoredFacts:
         knot=run.schedule.knot,
         share=run.schedule.merged_share,
         sizes=[list(run.size_of(link)) for link in range(adapted.n_finished + 1)],
+        init=run.config.init,
         modules_to_save=list(run.config.modules_to_save),
         prompt_format=described_data(run, "prompt_format"),
         data=described_data(run, "identity"),
@@ -219,7 +221,7 @@ def restore(run: Run, state: StoredState) -> bool:
     adapted.seed, adapted.trained.initial = facts.seed, dict(facts.initial)
     run.n_earlier_fits, run.first_link = facts.n_earlier_fits, facts.first_link
     run.end = facts.position if has_current else None
-    run.count_from(facts.start)
+    run.count_from(facts.start if has_current else START)
     current.name, current.metrics, current.is_trained = None, {}, False
     if not has_current:
         adapted.trained.write(adapted.extras_after(unscaled))
@@ -254,6 +256,7 @@ def _check_same_choices(run: Run, state: StoredState) -> None:
         "chain (has knots)": (facts.has_knots, has_knots),
         "chain.knot, chain.share": ([facts.knot, facts.share], [schedule.knot, schedule.merged_share] if has_knots else None),
         "model.rank, model.alpha, chain.ranks, chain.alphas": (facts.sizes, sizes if state.live else None),
+        "model.init": (facts.init, run.config.init if state.live else None),
     }
     for options, (before, now) in choices.items():
         if now not in (None, before):

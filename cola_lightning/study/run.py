@@ -1,18 +1,8 @@
-"""One run of a study: its folder, which process executes it, and what that does: a fit, then validation and test.
-
-The folders are all that processes know of each other, on one machine or on several with a shared disk. A run is finished
-if its folder has a ``result.json``, executed if it has the claim of a living process, and otherwise free.
-"""
+"""One run of a study: a fit, then validation and test."""
 
 import contextlib
-import json
 import logging
-import os
-import re
 import resource
-import shutil
-import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -23,111 +13,20 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from cola_lightning.callbacks.command import RunWatch
 from cola_lightning.chain.base import base_values, fingerprint_of
-from cola_lightning.cli.training import COLACLI
+from cola_lightning.cli.training import MadeRun
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.module import COLAModule
-from cola_lightning.study.results import Result, write
+from cola_lightning.study.results import Result
 
 log = logging.getLogger(__name__)
 
-OPTIONS, LOG, RESULT = "run.json", "log.txt", "result.json"
-TOUCH_EVERY, DEAD_AFTER = 1.0, 600.0  # seconds
 
-
-def claim_run(folder: Path) -> Path | None:
-    """Claims a run for this process; returns the claim, a file, or None if it is finished or another process executes it.
-
-    Only one process can create the file of the next number. An abandoned claim stays: if it had to be removed first, the slower
-    of two processes would remove the new claim of the other.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    claims = list(folder.glob("claim.*"))
-    if any(map(_is_alive, claims)):
-        return None
-    claim = folder / f"claim.{1 + max((int(other.suffix[1:]) for other in claims), default=0)}"
-    try:
-        with claim.open("x") as file:
-            file.write(f"{socket.gethostname()} {os.getpid()}")
-    except FileExistsError:
-        return None
-    if (folder / RESULT).exists():  # its process has removed its claim
-        claim.unlink()
-        return None
-    return claim
-
-
-def _is_alive(claim: Path) -> bool:
-    """Whether a claim's process lives: it touches its claim, and one of this machine can be looked for."""
-    try:
-        host, _, process = claim.read_text(encoding="utf-8").partition(" ")
-        if host == socket.gethostname():
-            with contextlib.suppress(PermissionError):  # another user's
-                os.kill(int(process), 0)
-        return time.time() - claim.stat().st_mtime < DEAD_AFTER
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def execute(claim: Path, options: Mapping[str, Any], command: str = "compare") -> bool:
-    """Executes a claimed run in a process of its own, and returns whether it has a result.
-
-    So its peak memory is its own, and if it is killed the study goes on. A run that was stopped before resumes from its last
-    checkpoint, if it has the same options.
-
-    Args:
-        claim: of this process.
-        options: see :func:`run`.
-        command: the subcommand of ``cola`` that executes a run if it gets ``--run`` and the run's folder.
-
-    Raises:
-        UserError: if the run refuses its arguments, which ends the study: it is the config, or one of its methods.
-    """
-    folder = claim.parent
-    text, path = json.dumps(options, indent=1), folder / OPTIONS
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of another run
-        path.write_text(text, encoding="utf-8")
-    with (folder / LOG).open("w") as output:
-        words = [sys.executable, "-m", "cola_lightning", command, "--run", str(folder)]
-        # In a session of its own: the terminal's Ctrl-C goes to this process alone, which then stops the run by one signal.
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        while process.poll() is None:
-            os.utime(claim)
-            time.sleep(TOUCH_EVERY)
-    finally:
-        process.terminate()  # it finishes its batch, and writes its state
-        process.wait()
-    if process.returncode == 2:
-        text = (folder / LOG).read_text(encoding="locale", errors="replace")
-        raise UserError([f"a run was refused, see {folder / LOG}", *re.findall("^error: (.*)", text, re.MULTILINE)][-1])
-    return (folder / RESULT).exists()
-
-
-# ---------------------------------------------------------------------- in the process of a run
-
-
-class ChildWatch(RunWatch):
-    """Watches a fit as ``cola fit`` does, and ends it if the process that began it is gone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parent = os.getppid()
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if os.getppid() != self.parent:  # another process may begin this run anew
-            os._exit(1)
-        super().on_train_batch_end(trainer)
-
-
-class Recorder(ChildWatch):
-    """A :class:`ChildWatch` that records what a study needs of a fit.
+class Recorder(RunWatch):
+    """A :class:`RunWatch` that records what a study needs of a fit.
 
     Args:
         metric: the validation metric's name.
@@ -181,48 +80,48 @@ class Recorder(ChildWatch):
             self.facts["curve"].append((trainer.global_step, float(trainer.callback_metrics[self.metric])))
 
 
-def run(folder: str) -> int:
-    """Fits, validates and tests, and writes the run's result.
+def measured(config: Mapping[str, Any], folder: Path, metric: str, known: Mapping[str, Any]) -> Result:
+    """Fits, validates and tests.
 
     Args:
-        folder: the run's. Its ``run.json`` has ``words``, the arguments of ``cola fit``; ``metric``, the validation metric's
-            name, ``val_...`` (the test metric's is ``test_...``); and ``result``, the fields of the Result that are known.
+        config: the complete configuration of the fit.
+        folder: the run's.
+        metric: the validation metric's name, ``val_...``; the test metric's is ``test_...``.
+        known: the fields of the Result that are known.
 
     Returns:
-        The exit status.
+        The run's result.
 
     Raises:
         UserError: if the run has no such metric.
     """
-    options = json.loads((Path(folder) / OPTIONS).read_text(encoding="utf-8"))
-    metric, test_metric, facts = options["metric"], f"test_{options['metric'].removeprefix('val_')}", options["result"]
-    warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # the log is in it
-    recorder, cli, words = Recorder(metric), None, options["words"]
-    if (last := Path(folder) / "checkpoints" / "last.ckpt").exists():
-        words += ["--ckpt_path", str(last)]
-    with recorder.listening():
-        try:
-            cli = COLACLI(["fit", *words], recorder)
-        except NonFiniteError as error:
-            log.warning("diverged: %s", error)
-        facts |= recorder.facts | {"peak_memory": _peak_memory()}
-        found: dict[str, float | None] = dict.fromkeys((metric, test_metric))
-        if cli is not None:
-            module, trainer, arguments = cli.model, cli.trainer, {"datamodule": cli.datamodule, "verbose": False}
-            if module.lora_config.target_modules is not None:
-                links = module.full_chain().links
-                knots = [link.end_step for link in links[:-1]]
-                facts |= {"rank": max(link.rank for link in links), "links": len(links), "knots": knots}
-            savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-            best_paths = [saver.best_model_path for saver in savers if saver.monitor is not None]
-            arguments["ckpt_path"] = next(filter(None, best_paths), None)  # the best; None: what is in memory
+    recorder, is_finite = Recorder(metric), True
+    _begin_peak_memory()
+    warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # of a run that was stopped
+    made = MadeRun(config, watch=recorder, folder=folder)
+    try:
+        made.fit()
+    except NonFiniteError as error:
+        log.warning("diverged: %s", error)
+        is_finite = False
+    facts = {**known, **recorder.facts, "peak_memory": _peak_memory()}
+    found: dict[str, float | None] = dict.fromkeys((metric, test_metric := f"test_{metric.removeprefix('val_')}"))
+    if is_finite:
+        module, trainer = made.model, made.trainer
+        if module.lora_config.target_modules is not None:
+            links = module.full_chain().links
+            knots = [link.end_step for link in links[:-1]]
+            facts |= {"rank": max(link.rank for link in links), "links": len(links), "knots": knots}
+        savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        best_paths = [saver.best_model_path for saver in savers if saver.monitor is not None]
+        best = next(filter(None, best_paths), None)  # None: what is in memory
+        arguments = {"datamodule": made.datamodule, "verbose": False, "ckpt_path": best}
+        with recorder.listening():
             loader_metrics = [*trainer.validate(module, **arguments), *trainer.test(module, **arguments)]
-            found = {name: value for metrics in loader_metrics for name, value in metrics.items()}
+        found = {name: value for metrics in loader_metrics for name, value in metrics.items()}
     for name in (metric, test_metric):
         check_logged(name, found)
-    result = Result(**facts, validation=found[metric], test=found[test_metric])
-    rank_zero_only(write)([result], Path(folder) / RESULT)
-    return 0
+    return Result(**facts, validation=found[metric], test=found[test_metric])
 
 
 def check_logged(metric: str, found: Mapping[str, Any]) -> None:
@@ -243,11 +142,19 @@ def _check_measurable(trainer: Trainer) -> None:
         )
 
 
+def _begin_peak_memory() -> None:
+    """Forgets the peak of the runs before this one."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # of another system than Linux
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
 def _peak_memory() -> float:
     """Peak memory in MB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
         return held / 1e6
-    if sys.platform == "linux":  # where getrusage's peak is at least that of the process that began this one
+    if sys.platform == "linux":  # where getrusage's peak is that of all runs
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # in bytes on macOS

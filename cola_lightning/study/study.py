@@ -1,29 +1,34 @@
 """A resumable comparison: finds the missing runs, executes them, and writes the results."""
 
+import gc
 import logging
 import shutil
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import rich
 import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from cola_lightning.errors import UserError
+from cola_lightning import layout
+from cola_lightning.cli.training import MadeRun, as_words, in_silence, resolve
+from cola_lightning.errors import UserError, refusal
+from cola_lightning.runs.facts import changes, facts_of
+from cola_lightning.runs.folder import begin, claim
+from cola_lightning.runs.processes import by_first, is_first, join
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.config import as_words, check_same, data_files, resolve_config
 from cola_lightning.study.figures import draw_curves, draw_points
 from cola_lightning.study.methods import method, model_option
 from cola_lightning.study.results import Result, RunKey, at_best_rates, best_rates, read, warning_about, write
-from cola_lightning.study.run import LOG, RESULT, claim_run, execute
+from cola_lightning.study.run import measured
 from cola_lightning.study.table import MethodSummary, as_csv, as_markdown, on_screen, summarize
 from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 
-CONFIG, RESULTS = "config.yaml", "results.jsonl"
+CONFIG, RESULTS, RESULT = "config.yaml", "results.jsonl", "result.json"
 WAIT = 5.0  # seconds between two looks at the runs of other processes
 
 
@@ -40,8 +45,9 @@ class Study:
 
     def __init__(self, comparison: Comparison, fit_words: Sequence[str]) -> None:
         self.comparison, self.output = comparison, Path(comparison.output)
+        self.claim: TextIO | None = None
         self.words = ["--config", comparison.config, *fit_words]
-        self.config = resolve_config(self.words)
+        self.config = resolve(self.words)
         optimizer, seed = model_option(self.config, "optimizer"), self.config["model"]["init_args"].get("seed")
         for name, value in {"model.seed": seed, "ckpt_path": self.config["ckpt_path"]}.items():
             if value is not None:
@@ -50,34 +56,25 @@ class Study:
         self.rates = rates if isinstance(rates, dict) else dict.fromkeys(comparison.methods, rates)
         self.methods = {name: method(name, self.config) for name in comparison.methods}
         for options in [dict.fromkeys(comparison.also_seeded, 0), *(chosen.options for chosen in self.methods.values())]:
-            resolve_config([*self.words, *as_words(options)])  # what parsing refuses is refused here, before any time is lost
-        self.shared = {name: value for name, value in self.config.items() if name != "seed_everything"}
-        self.shared |= {"also_seeded": comparison.also_seeded, "metric": comparison.metric, "mode": comparison.better}
-        self.shared |= data_files(self.config)
+            resolve([*self.words, *as_words(options)])  # what parsing refuses is refused here, before any time is lost
+        with in_silence():
+            self.first = MadeRun(self.config)
+        more = {"also_seeded": comparison.also_seeded, "metric": comparison.metric, "mode": comparison.better}
+        self.shared = facts_of(self.config | {"seed_everything": None}, self.first.datamodule, **more)
         self.failed: set[RunKey] = set()
-
-    def _settle_config(self) -> None:
-        """Writes what all runs share, or checks that it is what the study's other runs share."""
-        path = self.output / CONFIG
-        if path.exists():
-            known = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            check_same(self.shared, {"metric": None} | known, str(path))  # a file of another kind has none
-        else:
-            with atomic_file(path, is_shared=True) as partial:
-                partial.write_text(yaml.safe_dump(self.shared, sort_keys=False), encoding="utf-8")
 
     def run(self) -> int:
         """Executes the missing runs, including those that other processes abandon; returns the exit status."""
-        with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True) as self.bar:
-            self.task = self.bar.add_task("")
-            while missing := self._missing():
-                if not any(self._execute(run) for run in missing):  # the first that no other process executes
-                    time.sleep(WAIT)
-        table, warning = self._write()
-        rich.print(on_screen(table, self.comparison.metric))
+        join(self.first.trainer)
+        while missing := by_first(self._missing):
+            if not any(self._execute(run) for run in missing):  # the first that no other process executes
+                time.sleep(WAIT)
+        table, warning = by_first(self._write)
+        if is_first():
+            rich.print(on_screen(table, self.comparison.metric))
         if warning:
             log.warning(warning)
-        return 0 if self.failed <= self._results().keys() else 1  # another process may have had more success
+        return 0 if self.failed <= by_first(self._results).keys() else 1  # another process may have had more success
 
     def _results(self) -> dict[RunKey, Result]:
         """The study's results; it may contain runs that this command does not want."""
@@ -86,12 +83,12 @@ class Study:
 
     def _missing(self) -> list[RunKey]:
         """The wanted runs that are neither finished nor failed."""
-        self._settle_config()  # each time: while there is no result, another command may have written its own
+        if (path := self.output / CONFIG).exists():
+            for name, here, there in changes(self.shared, yaml.safe_load(path.read_text(encoding="utf-8")) or {}):
+                what = f"{name} has changed since" if " " in name else f"{name} is {here!r} here, but {there!r} in"
+                raise UserError(f"config: {what} {path}. Use another --output for another study")
         results = self._results()
-        wanted = self._wanted(results)
-        missing = [run for run in wanted if run not in results and run not in self.failed]
-        self.bar.update(self.task, total=len(wanted), completed=len(wanted) - len(missing))
-        return missing
+        return [run for run in self._wanted(results) if run not in results and run not in self.failed]
 
     def _wanted(self, results: Mapping[RunKey, Result]) -> list[RunKey]:
         """The runs that this command asks for, by seed, so that a study that is stopped has results of each method.
@@ -110,42 +107,49 @@ class Study:
     def _execute(self, run: RunKey) -> bool:
         """Executes a run, unless it is another process's; returns whether it was this one's."""
         name = f"{run.method}-lr{run.learning_rate}-seed{run.seed}"
-        folder = self.output / "runs" / name
-        if (claim := claim_run(folder)) is None:
-            return False
-        self.bar.update(self.task, description=name)
+        folder, chosen = self.output / "runs" / name, self.methods[run.method]
         try:
-            is_finished = execute(claim, self._run_options(run, folder))
-        finally:
-            claim.unlink(missing_ok=True)
-            if not self._results():  # the next command may have another config
-                (self.output / CONFIG).unlink(missing_ok=True)
-        if is_finished:
-            log.info("finished: %s: %s %.4f", name, self.comparison.metric, self._results()[run].value(self.comparison.better))
-            if not self.comparison.keep_checkpoints:
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            self._write()
-        else:
+            if (config := by_first(lambda: self._begin(run, folder))) is None:
+                return False
+            result = measured(
+                config, folder, self.comparison.metric, run._asdict() | {"rank": chosen.rank, "links": chosen.links}
+            )
+            if is_first():
+                write([result], folder / RESULT)
+                self._write()
+        except Exception as error:
+            if refusal(error) is not None or layout.has_processes():  # the other processes may not get here
+                raise
             self.failed.add(run)
-            log.error("failed: %s", folder / LOG)
+            log.exception("failed: %s", name)
+            traceback.clear_frames(error.__traceback__)  # which hold the model
+        else:
+            log.info("finished: %s: %s %.4f", name, self.comparison.metric, result.value(self.comparison.better))
+            if not self.comparison.keep_checkpoints and is_first():
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        finally:
+            if self.claim is not None:
+                self.claim.close()
+            gc.collect()
         return True
 
-    def _run_options(self, run: RunKey, folder: Path) -> dict[str, Any]:
-        """What the run's process has to know."""
-        chosen = self.methods[run.method]
-        changes = {**chosen.options, "model.optimizer.lr": run.learning_rate, "trainer.default_root_dir": str(folder)}
-        changes |= dict.fromkeys(("seed_everything", *self.comparison.also_seeded), run.seed)
-        changes |= dict.fromkeys(("trainer.enable_progress_bar", "trainer.enable_model_summary"), False)
-        if self.config["trainer"]["logger"] in (None, True):  # metrics.csv and checkpoints in the folder itself
-            in_folder = {"save_dir": str(folder), "name": "", "version": ""}
-            changes["trainer.logger"] = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": in_folder}
-        known = run._asdict() | {"rank": chosen.rank, "links": chosen.links}
-        words = [*self.words, *as_words(changes)]
-        return {"words": words, "metric": self.comparison.metric, "result": known, "config": self.shared}
+    def _begin(self, run: RunKey, folder: Path) -> dict[str, Any] | None:
+        """Claims a run and makes its folder ready; returns the configuration of its fit, or None if it is another process's."""
+        self.claim = claim(self.output / ".claims" / folder.name)
+        if self.claim is None or (folder / RESULT).exists():  # since this process has looked for it
+            return None
+        changed = {**self.methods[run.method].options, "model.optimizer.lr": run.learning_rate}
+        changed |= {"trainer.default_root_dir": str(folder)}
+        changed |= dict.fromkeys(("seed_everything", *self.comparison.also_seeded), run.seed)
+        config = resolve([*self.words, *as_words(changed)])
+        last = begin(folder, config | {"contents": self.shared["contents"]}, folder.name)
+        return config | {"ckpt_path": last and str(last)}
 
     def _write(self) -> tuple[list[MethodSummary], str]:
         """Writes the results, the tables and the figures; returns the table's rows, and a warning about them or nothing."""
         results, metric = self._results(), self.comparison.metric
+        with atomic_file(self.output / CONFIG, is_shared=True) as partial:
+            partial.write_text(yaml.safe_dump(self.shared, sort_keys=False), encoding="utf-8")
         write(results.values(), self.output / RESULTS)
         mine = [results[run] for run in self._wanted(results) if run in results]
         chosen = at_best_rates(mine, self.comparison.better, self.comparison.rate_seeds)

@@ -16,14 +16,14 @@ from benchmarks.gsm8k import Setting, difference
 from benchmarks.lines import Lines
 from cola_lightning.study import study
 from tests.helpers import tiny
-from tests.helpers.comparing import execute_here, known_config
+from tests.helpers.comparing import known_config
 
 pytestmark = pytest.mark.docs
 
 
 @pytest.fixture
 def lines(tmp_path, monkeypatch):
-    """The lines of a study with a tiny model and a few rows; runs are executed in this process."""
+    """The lines of a study with a tiny model and a few rows."""
     config = yaml.safe_load(Path(gsm8k.__file__).with_suffix(".yaml").read_text())
     model = tiny.folder(tmp_path / "model", max_position_embeddings=512)
     tiny.chat_tokenizer(tiny.CHAT).save_pretrained(model)
@@ -39,8 +39,7 @@ def lines(tmp_path, monkeypatch):
     monkeypatch.setattr(gsm8k, "CONFIG", str(tmp_path / "gsm8k.yaml"))
     monkeypatch.setattr(gsm8k, "TASKS", {"gsm8k": "GSM8K"})
     monkeypatch.setattr(gsm8k, "CALLS", [(Setting("gsm8k", 1, 4), {"lora": [1e-3], "cola-4": [1e-3]}, 1)])
-    monkeypatch.setattr(study, "execute", execute_here)
-    monkeypatch.setattr(study, "resolve_config", lambda words: known_config(*words))
+    monkeypatch.setattr(study, "resolve", lambda words: known_config(*words))
     for name in ("draw_curves", "draw_points"):  # they take longer than all else
         monkeypatch.setattr(study, name, lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["cola"])
@@ -58,7 +57,7 @@ def test_a_study_keeps_losses_by_row_and_repeats_no_run_that_has_a_line(lines, m
         assert sum(loss * size for loss, size in line["rows"]) / total == pytest.approx(line["test"], rel=1e-5)
 
     shutil.rmtree(studies.FOLDER)  # as in a clone, which has the lines alone
-    monkeypatch.setattr(study, "execute", lambda *_: pytest.fail("run again"))
+    monkeypatch.setattr(study, "measured", lambda *_: pytest.fail("run again"))
     again = Lines(lines.path)
     gsm8k.run(again)
     assert again.results == json.loads(json.dumps(lines.results))

@@ -36,9 +36,5 @@ def test_weights_links_and_stack_are_those_of_a_module(tmp_path, method):
 )
 def test_the_results_are_what_is_computed_now(method):
     results = Lines(scale.FILE).results
-    trained = {result["model"]: result["trained"] for result in results if result["method"] == "full fine-tuning"}
-    llama = {"Llama-3.2-1B": 1_235_814_400, "Llama-3.2-3B": 3_212_749_824}
-    llama |= {"Llama-2-7B": 6_738_415_616, "Llama-3-8B": 8_030_261_248}
-    assert trained == {"OPT-1.3B": 1_315_758_080} | llama
     (found,) = (one for one in results if (one["model"], one["method"]) == ("OPT-1.3B", method.name))
     assert found == scale.plan("OPT-1.3B", method)

@@ -173,3 +173,54 @@ def test_an_adapter_of_a_compiled_model_and_one_with_another_prefix_fit(tmp_path
         renamed.save(tmp_path / new)
         begun = COLACausalLM(base, target_modules=ATTENTION, seed=0, init_chain=str(tmp_path / new))
         assert_same_logits(begun.model, tiny.logits(model))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("way", ["merged first", "it went on"])
+def test_trls_sft_and_then_its_dpo_are_two_stages(tmp_path, way):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    base = tiny.folder(tmp_path / "base")
+    tokenizer = tiny.tokenizer(pad=True)
+    options = {
+        "max_steps": 3,
+        "learning_rate": 0.02,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+    }
+    rows = [{"prompt": "Is the town old?", "completion": " Yes", "chosen": " Yes", "rejected": " No"}] * 24
+    lora = LoraConfig(r=3, lora_alpha=7, target_modules=ATTENTION, task_type="CAUSAL_LM")
+    data = datasets.Dataset.from_list(rows)
+    sft = trl.SFTTrainer(
+        load(base),
+        args=trl.SFTConfig(str(tmp_path / "sft"), **options),
+        train_dataset=data.select_columns(["prompt", "completion"]),
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    sft.train()
+    sft.save_model(str(tmp_path / "sft"))
+    expected = [tiny.logits(load(base)), tiny.logits(sft.model)]
+    if way == "merged first":
+        sft.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+        model, peft_config, continues = load(tmp_path / "merged"), lora, []
+    else:
+        model, peft_config = PeftModel.from_pretrained(load(base), tmp_path / "sft", is_trainable=True), None
+        continues = ["dpo"]
+    dpo = trl.DPOTrainer(
+        model,
+        args=trl.DPOConfig(str(tmp_path / "dpo"), **options),
+        train_dataset=data.select_columns(["prompt", "chosen", "rejected"]),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    dpo.train()
+    dpo.save_model(str(tmp_path / "dpo"))
+    expected.append(tiny.logits(dpo.model))
+    assert tiny.relative_difference(expected[2], expected[1]) > 1e-3
+    sources = [f"sft={tmp_path}/sft", f"dpo={tmp_path}/dpo"]
+    arguments = {"target_modules": ATTENTION, "seed": 0, "init_chain": sources, "init_continues": continues}
+    for links, logits in zip([0, "sft", "dpo"], expected, strict=True):
+        assert_same_logits(COLACausalLM(base, init_links=links, **arguments).model, logits)

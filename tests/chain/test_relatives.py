@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
+from cola_lightning.cli.training import as_words
 from cola_lightning.lora.config import DRAWS
-from cola_lightning.study.config import as_words
 from cola_lightning.study.methods import method
 from tests.helpers.comparing import known_config
 from tests.helpers.toy import DIGITS, Watch, adapt_layer, batches, toy, trainer

@@ -13,8 +13,8 @@ import yaml
 
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
+from cola_lightning.cli.training import resolve
 from cola_lightning.errors import causes
-from cola_lightning.study.config import resolve_config
 from examples.digits import COLADigits
 from tests.helpers import forked, tiny
 from tests.helpers.toy import DIGITS, FAST, LAST, read_csv, wait_for
@@ -74,7 +74,7 @@ def checkpoint_of(version):
 
 
 def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(printed, capfd):
-    assert "  model: link 0 of rank 1 and alpha 1 on 3 of 3 linear layers: 330 parameters\n" in printed
+    assert "  model: link 0 of rank 1 and alpha 1 on 3 of 3 layers: 330 parameters\n" in printed
     assert "  resume: exact, from every checkpoint\n" in printed
     assert "link 0 finished: steps 0 to 9, rank 1, update norm" in printed
     command = next(line for line in printed.splitlines() if line.startswith("use it: cola "))
@@ -335,14 +335,14 @@ finally:  # what coverage writes of this process when it ends is none of the run
 def test_a_text_is_read_as_it_is_written_and_not_as_yaml(texts):
     words = [f"--model.model_name={texts[0]}", "--data=TemplateDataModule", "--data.source=x", f"--data.label={texts[2]}"]
     words += [f"--data.prompt={texts[1]}"] if texts[1].startswith("-") else ["--data.prompt", texts[1]]
-    model, data = (resolve_config(words)[name]["init_args"] for name in ("model", "data"))
+    model, data = (resolve(words)[name]["init_args"] for name in ("model", "data"))
     assert [model["model_name"], data["prompt"], data["label"]] == texts
 
 
 def test_what_is_no_text_is_read_as_yaml():
     words = ["--model.model_name=5", "--model.rank=2", "--model.target_modules=[a, 'b']", "--model.revision=null"]
     words += ["--model.init_chain", "a: b", "--model.optimizer.lr", "1e-2", "--data.source=[x, y]", "--data.train_size=0.5"]
-    config = resolve_config(words)
+    config = resolve(words)
     assert config["model"]["class_path"] == "cola_lightning.COLACausalLM"
     assert config["data"]["class_path"] == "cola_lightning.TextDataModule"
     expected = {"model_name": "5", "rank": 2, "target_modules": ["a", "b"], "revision": None, "init_chain": "a: b"}
@@ -354,7 +354,7 @@ def test_what_is_no_text_is_read_as_yaml():
 def test_a_class_has_its_own_defaults_and_not_those_of_the_class_where_none_is_named():
     Path("task.yaml").write_text("data: {class_path: PromptDataModule, init_args: {task: RTE}}\n")
     for words in (["-c", "task.yaml"], ["--data=PromptDataModule", "--data.task", "RTE"]):
-        data = resolve_config(words)["data"]["init_args"]
+        data = resolve([*words, "--model.model_name", "x"])["data"]["init_args"]
         assert (data["max_length"], data["length_grouped"], data["test_split"]) == (2048, False, "validation")
 
 
@@ -371,7 +371,7 @@ def test_the_data_follows_from_the_model_unless_a_class_is_named():
         ("--config", "pairs.yaml", "--config", "rows.yaml"): "TextDataModule",
         ("--data", "TemplateDataModule", "--data.prompt={a}", "--model", "COLAPreferenceLM", *given): "TemplateDataModule",
     }.items():
-        config = resolve_config(words)["data"]
+        config = resolve(words)["data"]
         assert (config["class_path"], config["init_args"]["source"]) == (f"cola_lightning.{data}", "y")
 
 

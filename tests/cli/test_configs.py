@@ -7,7 +7,7 @@ import pytest
 
 from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule, RunLength
 from cola_lightning.cli import main
-from cola_lightning.study.config import resolve_config
+from cola_lightning.cli.training import resolve
 from tests.helpers import tiny
 from tests.helpers.tiny import at_tiny_size
 
@@ -29,7 +29,7 @@ def test_a_config_runs(path, tmp_path, monkeypatch, capfd):
 
 
 def test_the_overlay_for_several_gpus_replaces_a_configs_strategy():
-    config = resolve_config(["--config", str(FOLDER / "paper.yaml"), "--config", str(FOLDER / "overlays" / "multi_gpu.yaml")])
+    config = resolve(["--config", str(FOLDER / "paper.yaml"), "--config", str(FOLDER / "overlays" / "multi_gpu.yaml")])
     assert (config["trainer"]["strategy"], config["trainer"]["devices"]) == ("ddp", "auto")
 
 
@@ -48,18 +48,18 @@ def knots_of(config):
 def test_other_knots_replace_a_configs_own(path, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("knots.yaml").write_text("chain: {knots: 4}")
-    assert knots_of(resolve_config(["--config", str(path), *ONE_KNOT, *words])) == [12, 24, 36, 48]
+    assert knots_of(resolve(["--config", str(path), *ONE_KNOT, *words])) == [12, 24, 36, 48]
 
 
 def test_no_knots_of_one_kind_leave_a_configs_own(tmp_path):
     (tmp_path / "knots.yaml").write_text("chain: {knots: 4, until: 0.5}")
     words = ["--config", str(FOLDER / "quickstart.yaml"), "--config", str(tmp_path / "knots.yaml")]
-    chain = resolve_config([*words, "--chain.at_epochs", "null"])["chain"]
+    chain = resolve([*words, "--chain.at_epochs", "null"])["chain"]
     assert (chain["knots"], chain["until"], chain["every_n_train_steps"]) == (4, 0.5, None)
 
 
 @pytest.mark.docs
 def test_the_overlay_of_one_knot_replaces_a_configs_own_knots():
-    config = resolve_config(["--config", str(FOLDER / "roberta_glue.yaml"), *ONE_KNOT])
+    config = resolve(["--config", str(FOLDER / "roberta_glue.yaml"), *ONE_KNOT])
     assert knots_of(config) == [20]
     assert config["model"]["init_args"]["schedule_scope"] == "run"

@@ -9,7 +9,7 @@ import yaml
 from cola_lightning.callbacks.command import ChainProgressBar
 from cola_lightning.cli import main
 from cola_lightning.cli.help import EXAMPLES, MAIN_OPTIONS, SUBCOMMANDS, WIDTH
-from cola_lightning.study.config import resolve_config
+from cola_lightning.cli.training import resolve
 from tests.helpers.toy import ValidatedToy, batches, toy, trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -41,7 +41,7 @@ def test_help_names_every_subcommand_and_what_people_set_with_its_default(capfd)
     lines = messages(capfd, "fit", "--help")
     main_options = lines[lines.index("main options:") + 1 : lines.index(SUBCOMMANDS["fit"])]
     assert [line.split("  ")[1] for line in main_options if line.startswith("  --")] == list(MAIN_OPTIONS)
-    config = resolve_config(["--model.model_name=x", "--data.source=x"])
+    config = resolve(["--model.model_name=x", "--data.source=x"])
     for option, _, value in (option.removeprefix("--").partition(" ") for option in MAIN_OPTIONS):
         if value.isupper() or option == "trainer.max_epochs":  # no default; three where nothing limits the run
             continue

@@ -17,8 +17,8 @@ from transformers import Adafactor
 from cola_lightning import ChainOfLoRA, ChainSchedule, LoRAConfig, UserError, inject_lora
 from cola_lightning.cli import main
 from cola_lightning.cli.help import ELSEWHERE
+from cola_lightning.cli.training import resolve
 from cola_lightning.data import TemplateDataModule, TextDataModule
-from cola_lightning.study.config import resolve_config
 from cola_lightning.study.methods import method
 from tests.helpers import tiny
 from tests.helpers.comparing import config
@@ -52,6 +52,12 @@ MISTAKES = [
     (FIT + "--config rnak.yaml", ".*'rnak' is not accepted; the nearest that exist: model.rank"),
     (FIT + "--model.lora_alfa 3", ".*'lora_alfa' is not accepted; the nearest that exist: model.alpha"),
     (FIT + "--model.optimizer.lr -1", "model.optimizer: Invalid learning rate"),
+    (FIT + "--model.rank", r"model\.rank: "),
+    ("fit --model.model_name package:transfromers --data.source x", ".*nearest that exist: transformers"),
+    ("stages --config config.yaml --output x --max_forgeting 1", ".*--max_forgetting"),
+    ("generate x --promt y", ".*--prompt"),
+    ("inspect x --jsno", ".*--json"),
+    ("export x --format mergd --output y", "format: must be one of 'merged'"),
     (FIT + "--chain.every_n_epochs 1 --chain.patience 3", "chain: .*every_n_epochs and patience"),
     (FIT + "--trainer.strategy ddp_spawn", "trainer.strategy: "),
     (FIT + "--trainer.val_check_interval 1000", ".*val_check_interval"),
@@ -59,7 +65,7 @@ MISTAKES = [
     (FIT + "--config beside.yaml", "model.optimizer: .*inside its init_args"),
     (FIT + "--links 2", "model.init_links: "),
     (FIT + "--ckpt_path last --trainer.default_root_dir rows", "ckpt_path: "),
-    (FIT + "--ckpt_path last --model.rank 2", r"ckpt_path: .*version_0.*last\.ckpt \(model\.init_args\.rank\)"),
+    (FIT + "--ckpt_path last --model.rank 2", r"ckpt_path: .*version_0.*last\.ckpt \(model\.rank\)"),
     (f"test --config {DIGITS} --ckpt_path runs/version_1", "ckpt_path: .*; the nearest that exist: runs/version_0"),
     (f"test --config {DIGITS} --ckpt_path {LAST} --links -1", "links: "),
     (RESUME + "--links 1", "links: fit resumes the whole chain"),
@@ -122,7 +128,7 @@ def write_checkpoint(path, changes):
 
 def test_what_is_typed_here_exists():
     words = [word for here in ELSEWHERE.values() for word in here.split()]
-    assert resolve_config(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
+    assert resolve(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES, ids=[words.replace(DIGITS, "digits.yaml") for words, _ in MISTAKES])

@@ -14,12 +14,10 @@ import logging
 import multiprocessing
 import os
 import runpy
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 import types
 import warnings
@@ -103,45 +101,6 @@ class Command:
             self._process.kill()
             self._process.join()
             self._folder.cleanup()
-
-
-class Fork:
-    """In the place of ``subprocess.Popen``, in a process that may be killed: its runs are forked from it."""
-
-    def __init__(self, command, stdout, stderr, start_new_session):
-        self.returncode, self.pid = None, os.fork()
-        if self.pid == 0:
-            os.setsid()
-            os.dup2(stdout.fileno(), 1)
-            os.dup2(stdout.fileno(), 2)
-            status = sys.modules["cola_lightning.cli"].main(command[3:])
-            sys.stderr.flush()
-            os._exit(status)
-
-    def poll(self):
-        pid, status = os.waitpid(self.pid, os.WNOHANG) if self.returncode is None else (0, 0)
-        self.returncode = os.waitstatus_to_exitcode(status) if pid else self.returncode
-        return self.returncode
-
-    def terminate(self):
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGTERM)
-
-    def wait(self):
-        while self.poll() is None:
-            time.sleep(0.05)
-
-
-# A program: a command of the package that begins others, each of them such a fork.
-COMMAND = """
-import sys, types
-from cola_lightning.cli import main
-from cola_lightning.study import run
-from tests.helpers.forked import Fork
-
-run.subprocess, run.TOUCH_EVERY = types.SimpleNamespace(Popen=Fork, STDOUT=None), 0.1
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def run(*arguments, timeout=None, check=False, **options):

@@ -60,7 +60,7 @@ def test_the_block_says_what_is_trained_and_when_knots_fall_and_comes_once(tmp_p
     module.merged_model()
     assert len(block(caplog)) == 1
     assert lines == [
-        "model: link 0 of rank 2 and alpha 4 on 2 of 2 linear layers: 76 parameters",
+        "model: link 0 of rank 2 and alpha 4 on 2 of 2 layers: 76 parameters",
         "data: 10 batches in an epoch",
         "knots (cola): 2, before steps 10, 20, of 30 steps",
         "resume: exact only from the end of an epoch. EpochDataModule makes it exact everywhere",

@@ -7,6 +7,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from cola_lightning import ChainOfLoRA, COLAModule, UserError, lora_layers
+from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.cli.export import export
 from tests.helpers.resuming import Data, Normed
 from tests.helpers.toy import Toy, ValidatedToy, assert_bit_equal, batches, saved, toy, trainer, weights
 
@@ -77,6 +79,24 @@ def test_a_chain_that_goes_on_has_the_knots_and_rates_of_a_run_of_its_own(tmp_pa
         loaded = Watched.load_from_checkpoint(tmp_path / "more.ckpt")
         assert loaded.run.start.sources is None
         assert_bit_equal(weights(loaded), weights(second))
+
+
+@pytest.mark.parametrize("kind", ["chain", "peft"])
+def test_a_link_that_was_never_trained_is_not_exported(tmp_path, kind):
+    module = make(Toy, modules_to_save=["2"], target_modules=["0"])
+    run = trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3)
+    run.fit(module, batches())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    module.tie_knot()
+    for one, ends in ((module, [10, 20, 30]), (Toy.load_from_checkpoint(tmp_path / "run.ckpt", links=1), [10])):
+        one.export(tmp_path / "by_module", kind, overwrite=True)
+        export([str(saved(one, tmp_path)), "--format", kind, "--output", str(tmp_path / "by_command"), "--overwrite"])
+        for folder in ("by_module", "by_command"):
+            written = read_chain(tmp_path / folder)
+            assert [link.end_step for link in written.links] == ends
+            assert written[-1].extras.keys() == {"2.weight", "2.bias"}
+            assert_bit_equal(written[-1].extras, one.chain[-1].extras)
+        assert one.live_link().start_step == one.live_link().end_step
 
 
 @pytest.mark.parametrize(("targets", "finished_links"), [(["0"], "merge"), (["0"], "stack"), (None, "auto")])

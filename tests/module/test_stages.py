@@ -71,6 +71,16 @@ def test_a_runs_links_have_its_name_in_every_file(tmp_path):
     assert names(loaded.full_chain()) == [*NAMES, None]  # outside of a run there is no stage
 
 
+def test_a_link_that_is_begun_by_hand_after_a_run_has_no_name_until_the_next_one(tmp_path):
+    module = toy()
+    trainer(tmp_path, chain={"name": "sft"}, max_epochs=1).fit(module, batches())
+    module.tie_knot()
+    assert module.link_names == ["sft", None]
+    module.tie_knot()
+    trainer(tmp_path, chain={"name": "dpo"}, max_epochs=1).fit(module, batches())
+    assert module.link_names == ["sft", None, "dpo"]
+
+
 @pytest.mark.parametrize(("name", "is_resumed"), [("dpo", True), (None, False)])
 def test_another_name_is_that_of_the_next_link_and_renames_none(tmp_path, name, is_resumed):
     run = trainer(tmp_path, chain={"name": "sft"}, max_epochs=1)

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from cola_lightning import Chain
 from cola_lightning.chain.checkpoint import StoredState
@@ -125,7 +127,7 @@ def test_configs_and_commands_parse(monkeypatch, capsys):
     assert len(found) >= 20
     written = ("--ckpt_path", "last", "--model.init_chain", "adapter", "runs/version_0", "runs/version_1")
     for words in map(list, dict.fromkeys(map(tuple, found))):
-        if words[0] in ("inspect", "export", "generate") or any("stages" in word for word in words):  # run below
+        if words[0] in ("inspect", "export", "generate", "verify") or any("stages" in word for word in words):  # run below
             continue
         words = [re.sub(r"runs/version_\d/config.yaml", "examples/digits.yaml", word) for word in words if word not in written]
         assert main(words if words[0] == "compare" else [*words, "--print_config"]) == 0, words
@@ -245,10 +247,25 @@ def test_the_notebook_on_pictures_works_line_by_line():
 # ---------------------------------------------------------------------- interruptions
 
 
-def test_as_many_interruptions_as_stated_are_tested():
+def test_the_pages_state_as_many_interruptions_as_the_slow_tests_have():
     """What else the pages state in numbers is compared with its lines in tests/benchmarks/test_pages.py."""
     n, signals = len(SETUPS) * len(KILLS), Counter(kill.signal for kill in KILLS for _ in SETUPS)
     words = "{SIGKILL} by SIGKILL, {SIGINT} by SIGINT, {SIGTERM} by SIGTERM".format_map(signals)
     readme, guarantees = (" ".join(PAGES[page].split()) for page in ("README.md", "docs/guarantees.md"))
     assert f"In {n} of {n} interruptions ({words}) the resumed run" in readme
     assert f'{n} of {n} by `pytest -m "" tests/promises/test_kills.py`: {words}' in guarantees
+
+
+def test_adapters_that_were_trained_elsewhere_are_inspected_exported_and_verified_line_by_line(tmp_path, capsys):
+    base = tiny.folder("base")
+    for seed, name in enumerate(("sft", "dpo")):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        adapted = get_peft_model(model, LoraConfig(init_lora_weights=False, target_modules=["q_proj", "up_proj"]))
+        adapted.save_pretrained(f"out/{name}")
+    lines = commands("docs/elsewhere.md")
+    assert {words[0] for words in lines} == {"inspect", "export", "verify"}
+    for words in lines:
+        assert main([base if word == "Qwen/Qwen3-0.6B" else word for word in words]) == 0, words
+    assert "proven: 21 of 21 tensors" in capsys.readouterr().out
+    assert json.loads(Path("one/adapter_config.json").read_text())["r"] == 16

@@ -271,6 +271,7 @@ def test_a_choice_that_the_checkpoint_would_overrule_is_refused_and_nothing_is_w
         "chain.ranks": {"chain": {"at_steps": [4], "ranks": [2, 2]}},
         "chain": {"chain": {"at_steps": []}},
         "trainer.precision": {"precision": "64-true"},
+        "model.init": {"module": make(init="gaussian")},
         "data.batch_size": {"data": Data(batch_size=2)},
     }.items():
         with pytest.raises(UserError, match=rf"^[^:]*{field}\b"):

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,13 +19,11 @@ from scipy import stats
 from cola_lightning import COLACausalLM, EpochDataModule, TextDataModule, UserError
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
+from cola_lightning.runs import folder
 from cola_lightning.stages.matrix import Column, Difference, Matrix
 from cola_lightning.stages.replay import Replay
-from cola_lightning.stages.run import run as run_stage
 from cola_lightning.stages.stages import Stages
-from cola_lightning.study import run
 from tests.helpers import forked, tiny
-from tests.helpers.comparing import known_config
 from tests.helpers.toy import assert_same_chain, read_csv
 
 PAIRS = [
@@ -44,16 +40,15 @@ STAGES = {
 
 
 class KillOnce(Callback):
-    """Kills a stage's fit, or the command that waits for it, inside or at the end of the fit; once, for which it has a file."""
+    """Kills the command in the fit of a stage, inside or at its end; once, for which it has a file."""
 
-    def __init__(self, marker: str, name: str, whom: str = "fit", when: str = "inside"):
-        self.marker, self.name, self.whom, self.when = Path(marker), name, whom, when
+    def __init__(self, marker: str, name: str, when: str = "inside"):
+        self.marker, self.name, self.when = Path(marker), name, when
 
     def _kill(self, module, when):
         if self.when == when and module.run.current.name == self.name and not self.marker.exists():
             self.marker.touch()
-            os.kill(os.getpid() if self.whom == "fit" else os.getppid(), signal.SIGKILL)
-            time.sleep(0.5)  # until its end is known
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_end(self, trainer, module, *args):
         if trainer.global_step == 2:
@@ -61,30 +56,6 @@ class KillOnce(Callback):
 
     def on_train_end(self, trainer, module):
         self._kill(module, "at the end")
-
-
-class Here:
-    """In the place of ``subprocess.Popen``: its runs are executed in this process, which has imported everything."""
-
-    def __init__(self, command, stdout, stderr, start_new_session):
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            self.returncode = run_stage(command[-1])
-
-    def poll(self):
-        return self.returncode
-
-    def terminate(self):
-        pass
-
-    wait = terminate
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _here():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "subprocess", SimpleNamespace(Popen=Here, STDOUT=None))
-        patch.setattr("cola_lightning.stages.stages.resolve_config", lambda words: known_config(*words))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +96,15 @@ def chain(name, output="out"):
     return read_chain(f"{output}/{name}")
 
 
+def written(output="out"):
+    """When each checkpoint and each measurement was written."""
+    files = [*Path(output).rglob("last.ckpt"), *Path(output, "measured").iterdir()]
+    return {path.relative_to(output): path.stat().st_mtime_ns for path in files}
+
+
 def trained_in(printed):
     """The stages that a call has trained, by what it printed."""
-    return [line.split()[1] for line in printed.splitlines() if ": training, see " in line]
+    return re.findall(r"^stage (\w+) \(\d of \d\): training$", printed, re.MULTILINE)
 
 
 def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd, monkeypatch):
@@ -138,27 +115,31 @@ def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd
     assert [link.end_step for link in chain("flipped").links] == [4, 6, 6, 3]
     for name in STAGES:
         files = {path.name for path in Path("out", name).iterdir()}
-        assert {"config.yaml", "metrics.csv", "checkpoints", "log.txt"} <= files
-        assert not any(file.startswith("claim") for file in files)
+        assert {"config.yaml", "metrics.csv", "checkpoints"} <= files
     assert main(["test", "--config", "out/pairs/config.yaml", "--ckpt_path", "out/flipped", "--links", "pairs"]) == 0
     assert Path("out/pairs/metrics.csv").exists()
 
-    results = {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")}
     capfd.readouterr()
     Path("out").rename("moved")
-    assert stages("--max_forgetting", "9", output="moved") == 0
-    assert trained_in(capfd.readouterr().out) == []
+    before = written("moved")
+    assert stages("--max_forgetting", "9", output=str(Path("moved").absolute())) == 0
+    out = capfd.readouterr().out
+    assert out.count(": finished") == 3
+    assert trained_in(out) == []
+    assert "test " not in out  # nothing is measured again
+    assert written("moved") == before
     Path("moved").rename("out")
-    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")} == results
 
     config["stages"]["pairs"]["trainer"] = {"max_steps": 4}
     write(config)
-    monkeypatch.setattr(Stages, "_test", lambda *_: [])
+    monkeypatch.setattr(Stages, "_show", lambda *_, **__: 0)
     assert stages() == 0
     out = capfd.readouterr().out
-    assert out.count("trainer.max_steps has changed, so this stage and the later ones are trained again") == 1
+    assert out.count("trainer.max_steps has changed (now 4, before -1), so it is trained again") == 1
+    assert out.count("the stage before it has changed, so it is trained again") == 1
     assert trained_in(out) == ["pairs", "flipped"]
     assert [link.end_step for link in chain("flipped").links] == [4, 6, 4, 3]
+    assert [link.end_step for link in chain("flipped.1").links] == [4, 6, 6, 3]  # kept
 
 
 @pytest.mark.usefixtures("config")
@@ -176,7 +157,7 @@ def test_the_matrix_is_what_tests_of_the_last_checkpoint_give():
     for row in rows[:2]:  # the reference of the preferences is where their stage began
         assert float(row["pairs loss"]) == pytest.approx(0.693147, abs=1e-6)
     assert rows[2]["pairs loss"] != rows[0]["pairs loss"]
-    tested = {name: json.loads(Path(f"out/{name}/matrix/result.json").read_text())["rows"] for name in STAGES}
+    tested = json.loads(Path("out/measured/matrix.json").read_text())["rows"]
     for name, states in tested.items():
         for state, row in zip(states, rows, strict=True):
             for metric, (values, weights) in state["row_values"].items():
@@ -245,40 +226,124 @@ def test_the_interval_of_an_average_is_welchs():
     assert Difference.mean([Difference(1.0), columns[0].forgetting]).margin is None  # one is of an F1, say
 
 
-def test_other_rows_in_the_same_file_are_another_stage(config, capfd, monkeypatch):
-    monkeypatch.setattr(Stages, "_test", lambda *_: [])
+def test_a_change_of_what_a_result_depends_on_trains_again_and_keeps_the_earlier_run(config, capfd, monkeypatch):
+    monkeypatch.setattr(Stages, "_show", lambda *_, **__: 0)
     del config["stages"]["pairs"]
+    config["stages"]["flipped"]["data"] = {
+        "class_path": "TextDataModule",
+        "init_args": {
+            "source": "texts/*.jsonl",
+            "train_size": None,
+            "test_size": 2,
+            "val_size": 2,
+            "chat_template": "chat.jinja",
+        },
+    }
+    Path("texts").mkdir()
+    for name in ("a", "b"):
+        row = [
+            {"messages": [{"role": "user", "content": f"{name} {k}"}, {"role": "assistant", "content": "It was."}]}
+            for k in range(9)
+        ]
+        Path("texts", f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in row))
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}"
+    Path("chat.jinja").write_text(template)
     write(config)
-    assert stages("--knot", "record") == 0
-    assert trained_in(capfd.readouterr().out) == ["flipped"]
+
+    def train(*words, output="out"):
+        capfd.readouterr()
+        assert stages(*words, output=output) == 0
+        out = capfd.readouterr().out
+        return trained_in(out), out
+
+    assert train("--knot", "record")[0] == ["flipped"]
     assert [link.share for link in chain("flipped").links] == [1, 0, 1]
-    tiny.write_rows(Path("flipped"), tiny.read_rows("rows/train.jsonl"))
-    assert stages("--knot", "record") == 0
-    out = capfd.readouterr().out
-    assert "its data has changed" in out
-    assert trained_in(out) == ["flipped"]
-    Path("out/flipped/result.json").unlink()  # as if it had been stopped
-    assert stages("--knot", "half") == 0
-    assert "model.init_knot has changed" in capfd.readouterr().out
-    assert [link.share for link in chain("flipped").links] == [1, 0.5, 1]
+    last = Path("out/flipped/checkpoints/last.ckpt").read_bytes()
+    shutil.copy("out/good/checkpoints/last.ckpt", "good.ckpt")
+
+    # What matters to no result: the numbers of workers and devices, bars, how a path is written.
+    same = ["--data.num_workers", "1", "--trainer.enable_progress_bar", "true", "--trainer.devices", "2"]
+    same += ["--trainer.strategy", "auto"]
+    monkeypatch.setattr("cola_lightning.stages.stages.join", lambda trainer: None)
+    config["stages"]["flipped"]["data"]["init_args"]["source"] = f"{Path.cwd()}/texts/*.jsonl"
+    write(config)
+    assert train("--knot", "record", "--", *same, output=f"{Path.cwd()}/out")[0] == []
+    # An option that the version that trained the stage did not have, or that this one has no more.
+    record = json.loads(Path("out/good/run.json").read_text())
+    del record["facts"]["model"]["init_args"]["dropout"], record["facts"]["trainer"]["detect_anomaly"]
+    record["facts"]["chain"]["gone"] = False
+    Path("out/good/run.json").write_text(json.dumps(record))
+    assert train("--knot", "record")[0] == []
+
+    def chat(text):
+        Path("chat.jinja").write_text(text)
+
+    changed = {  # what is done, and what the line says
+        "data.source": lambda: shutil.copy("texts/a.jsonl", "texts/c.jsonl"),
+        "data.chat_template": lambda: chat(template.replace("role }}", "role }}:")),
+        "data.columns": lambda: config["stages"]["flipped"]["data"]["init_args"].update(columns={"messages": "messages"}),
+        "knot": lambda: None,
+        "is not the one that was written": lambda: Path("out/flipped/checkpoints/last.ckpt").write_bytes(last),
+    }
+    for number, (what, change) in enumerate(changed.items(), start=2):
+        change()
+        write(config)
+        knot = "record" if number < 5 else "cola"
+        names, out = train("--knot", knot)
+        assert (names, what in out) == (["flipped"], True), out
+        assert Path(f"out/flipped.{number}/checkpoints/last.ckpt").exists()
+        assert train("--knot", knot)[0] == []
+    assert Path("out/flipped.2/checkpoints/last.ckpt").read_bytes() == last
+    assert Path("out/good/checkpoints/last.ckpt").read_bytes() == Path("good.ckpt").read_bytes()
+
     Path("out/flipped").rename("out/other")
     Path("out/other/run.json").unlink()  # as in a fit's folder
     config["stages"]["other"] = config["stages"].pop("flipped")
     write(config)
-    assert stages("--knot", "half") == 2
-    assert "has another run" in capfd.readouterr().err
-    assert chain("other")
+    names, out = train()
+    assert (names, "its folder has another run" in out) == (["other"], True)
+    assert chain("other.1")
+
+
+def test_other_weights_of_the_model_are_another_model(config, capfd, monkeypatch):
+    monkeypatch.setattr(Stages, "_show", lambda *_, **__: 0)
+    shutil.copytree("model", "copy")
+    config["model"]["init_args"]["model_name"] = "copy"
+    write(config)
+    assert stages() == 0
+    assert trained_in(capfd.readouterr().out) == []  # the same contents
+    tiny.folder("other", "opt", scale=2)
+    shutil.copy("other/model.safetensors", "copy/model.safetensors")
+    assert stages() == 0
+    out = capfd.readouterr().out
+    assert "what model.model_name contains has changed" in out
+    assert trained_in(out) == list(STAGES)
+
+
+def test_two_calls_at_once_are_one(config, capfd):
+    claim = folder.claim(Path("out/.claim"))
+    assert stages() == 2
+    assert "another process is at work" in capfd.readouterr().err
+    claim.close()
+    assert stages() == 0
+
+
+def test_a_record_that_is_cut_off_names_its_file(config, capfd):
+    path = Path("out/good/run.json")
+    path.write_text(path.read_text()[:50])
+    assert stages() == 2
+    assert "out/good/run.json' is damaged" in capfd.readouterr().err
 
 
 def test_a_later_stage_trains_a_share_of_earlier_rows_again(config, capfd, monkeypatch):
-    monkeypatch.setattr(Stages, "_test", lambda *_: [])
+    monkeypatch.setattr(Stages, "_show", lambda *_, **__: 0)
     config["stages"]["again"] = {}
     write(config)
     assert stages("--replay", "0.25") == 0
     out = capfd.readouterr().out
     assert "stage pairs: replays no rows of good (" in out
     assert trained_in(out) == ["flipped", "again"]
-    logs = {name: Path("out", name, "log.txt").read_text() for name in config["stages"]}
+    logs = dict(zip(("flipped", "again"), re.split(": training\n", out)[1:], strict=True)) | {"good": "", "pairs": ""}
     found = {name: re.findall(r"replay: (\d+) of (\d+) training rows of (\w+)", log) for name, log in logs.items()}
     of_good, of_flipped = (("6", "24", name) for name in ("good", "flipped"))
     assert found == {"good": [], "pairs": [], "flipped": [of_good], "again": [of_good, of_flipped]}
@@ -344,83 +409,129 @@ def two_stages(trained, output, words, name="flipped", callbacks=()):
     (trained / "two.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     if name == "flipped" and not output.exists():
         shutil.copytree(trained / "out" / "good", output / "good")
-    return forked.Command("-c", forked.COMMAND, "stages", "--config", "two.yaml", "--output", str(output), *words, cwd=trained)
+    return forked.Command(
+        "-m", "cola_lightning", "stages", "--config", "two.yaml", "--output", str(output), *words, cwd=trained
+    )
 
 
 @pytest.mark.parametrize(
-    ("whom", "name", "when", "words"),
+    ("name", "when", "words"),
     [
-        ("command", "flipped", "inside", ["--replay", "0.3"]),
-        pytest.param("command", "good", "at the end", [], marks=pytest.mark.slow),  # between two stages
-        pytest.param("command", "good", "inside", [], marks=pytest.mark.slow),
-        pytest.param("fit", "flipped", "inside", ["--knot", "half"], marks=pytest.mark.slow),
-        pytest.param("fit", "flipped", "at the end", ["--knot", "record"], marks=pytest.mark.slow),
+        ("flipped", "inside", ["--replay", "0.3"]),
+        pytest.param("good", "at the end", [], marks=pytest.mark.slow),  # between two stages
+        pytest.param("good", "inside", [], marks=pytest.mark.slow),
+        pytest.param("flipped", "inside", ["--knot", "half"], marks=pytest.mark.slow),
+        pytest.param("flipped", "at the end", ["--knot", "record"], marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_stages_that_were_killed_leave_what_others_do(trained, whole, tmp_path, whom, name, when, words):
-    given = {"marker": str(tmp_path / "killed"), "name": name, "whom": whom, "when": when}
+def test_stages_that_were_killed_leave_what_others_do(trained, whole, tmp_path, name, when, words):
+    given = {"marker": str(tmp_path / "killed"), "name": name, "when": when}
     stop = {"class_path": "tests.stages.test_stages_command.KillOnce", "init_args": given}
     killed = two_stages(trained, tmp_path / "out", words, name, [stop]).finish()
-    assert killed.returncode == (1 if whom == "fit" else -9), killed.stderr
-    assert (tmp_path / "killed").exists()
-    assert not (tmp_path / "out" / "flipped" / "result.json").exists()
-    if whom == "fit":  # the command shows what is finished
-        assert [row["stage"] for row in read_csv(tmp_path / "out" / "matrix.csv")] == ["base", "good"]
-    again = two_stages(trained, tmp_path / "out", words, name, [stop]).finish()
+    assert killed.returncode == -9, killed.stderr
+    (tmp_path / "out").rename(tmp_path / "moved")  # where it goes on all the same
+    again = two_stages(trained, tmp_path / "moved", words, name, [stop]).finish()
     assert again.returncode == 0, again.stderr
-    is_resumed = "Restored all states" in (tmp_path / "out" / name / "log.txt").read_text()
-    assert is_resumed or (whom, when) == ("command", "at the end")
+    assert f"stage {name} (" in again.stdout.partition(": goes on from")[0]
     matrix, chain = whole(*words)
-    assert (tmp_path / "out" / "matrix.csv").read_text() == matrix
-    assert_same_chain(read_chain(tmp_path / "out" / "flipped"), chain)
+    assert (tmp_path / "moved" / "matrix.csv").read_text() == matrix
+    assert_same_chain(read_chain(tmp_path / "moved" / "flipped"), chain)
 
 
-@pytest.mark.slow  # each run has two new processes
-def test_two_processes_leave_the_matrix_of_one(config, monkeypatch):
-    """With batches of half the size."""
-    monkeypatch.setattr(run, "subprocess", subprocess)
+@pytest.mark.slow
+def test_two_processes_leave_the_matrix_of_one(config):
+    """With batches of half the size, started by torchrun, killed and started again, and by Lightning."""
     config["stages"] = {name: config["stages"][name] for name in ("good", "pairs")}
     config["stages"]["again"] = {}
     write(config)
     assert stages("--replay", "0.25", output="one") == 0
-    two = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accelerator", "cpu", "--data.batch_size", "2"]
-    assert stages("--replay", "0.25", "--", *two, output="two") == 0
-    for file in ("matrix.csv", "summary.csv"):
-        for mine, theirs in zip(*(read_csv(Path(output, file)) for output in ("two", "one")), strict=True):
-            assert mine.keys() == theirs.keys()
-            for name, value in theirs.items():
-                is_number = re.fullmatch(r"[-+.e\d]+", value)
-                assert float(mine[name]) == pytest.approx(float(value), abs=1e-5) if is_number else mine[name] == value
-    assert "distributed_backend=gloo" in Path("two/again/log.txt").read_text()
+    stop = {"class_path": "tests.stages.test_stages_command.KillOnce", "init_args": {"marker": "killed", "name": "again"}}
+    config["stages"]["again"] = {"trainer": {"callbacks": [stop]}}
+    write(config)
+
+    def two(output):
+        words = ["stages", "--config", "stages.yaml", "--output", output, "--replay", "0.25", "--", "--trainer.strategy", "ddp"]
+        return ["-m", "cola_lightning", *words, "--trainer.devices", "2", "--data.batch_size", "2"]
+
+    for statuses in ({-9, 1}, {0}):
+        commands = [forked.Command(*two("two"), env=one) for one in forked.as_torchrun(2)]
+        done = [command.finish() for command in commands]
+        assert {one.returncode for one in done} <= statuses | {-6}, done[0].stderr
+    assert "stage good (1 of 3): finished" in done[0].stdout
+    assert ": goes on from" in done[0].stdout
+    assert "finished" not in done[1].stdout  # the first process speaks
+    (config["stages"]["again"]["trainer"]["callbacks"],) = [[]]
+    write(config)
+    alone = forked.run(*two("launched"))
+    assert alone.returncode == 0, alone.stderr
+    for output in ("two", "launched"):
+        for file in ("matrix.csv", "summary.csv"):
+            for mine, theirs in zip(*(read_csv(Path(one, file)) for one in (output, "one")), strict=True):
+                assert mine.keys() == theirs.keys()
+                for name, value in theirs.items():
+                    is_number = re.fullmatch(r"[-+.e\d]+", value)
+                    assert float(mine[name]) == pytest.approx(float(value), abs=1e-5) if is_number else mine[name] == value
 
 
+NO_NAMES = ("base", "'null'", "~", "..", "../x", "a/b", "-x", "x" * 101)
 # What is changed in the config, the options, and how the message begins.
 MISTAKES = [
     (("  flipped:", "  good:"), [], "stages: there are two stages 'good'"),
-    (("  flipped:", "  all:"), [], "stages: .* got 'all'"),
     (("  flipped:", "  2:"), [], "stages: .* got '2'"),
+    (("  flipped:", "  all:"), [], "stages: .* got 'all'"),
+    *((("  flipped:", f"  {name}:"), [], "stages: .* got ") for name in NO_NAMES),
     (("source: flipped", "sauce: flipped"), [], r"stages\.flipped: .*'sauce'.*data\.source"),
-    (("COLAPreferenceLM", "COLAPreferenceLM\n      rank: 3"), [], r"stages\.pairs: model\.rank: stages\.yaml "),
+    (("COLAPreferenceLM", "COLAPreferenceLM\n      rank: 3"), [], r"stages\.pairs: model\.rank: "),
     (("stages:", "stags:"), [], "stages: "),
     (("seed_everything: 0", "seed_everything: 0\nckpt_path: runs"), [], r"stages\.good: ckpt_path "),
+    (("seed_everything: 0", "seed_everything: 0\nchain: {name: x}"), [], r"stages\.good: chain\.name "),
+    (("rank: 3", "rank: 3\n        init_chain: out/good"), [], r"stages\.pairs: model\.init_chain "),
     (("seed_everything: 0", "seed_everything: ["), [], "config: "),
     (("", ""), ["--replay", "2"], "replay: must be a share"),
+    (("", ""), ["--max_forgetting", "-1"], "max_forgetting: must be at least 0"),
     (("", ""), ["--fit_scales", "true", "--knot", "half"], "fit_scales: needs --knot cola"),
-    (("", ""), ["--knot", "half"], r"stages\.pairs: with --knot half"),
+    (("", ""), ["--knot", "half"], r"stages\.pairs: model\.init_knot: with half"),
+    # What a fit refuses once its rows are read, or its model is made.
+    (("source: flipped", "source: flippd"), [], r"stages\.flipped: data\.source"),
+    (("rank: 3", "rank: 0"), [], r"stages\.pairs: .*rank"),
+    (("rank: 3", "rank: 3\n        target_modules: [k_proj]"), [], r"stages\.pairs: model\.target_modules"),
+    (("rank: 3", "rank: 3\n        model_name: other"), [], r"stages\.pairs: base: the chain was trained on another base"),
+    (("source: pairs", "source: pairs\n        columns: {prompt: nosuch}"), [], r"stages\.pairs: "),
+    (("val_size: 8", "val_size: 0"), ["--fit_scales", "true"], r"stages\.pairs: --fit_scales needs validation rows"),
+    (("test_size: 8", "test_size: 0"), ["--max_forgetting", "1"], r"stages\.pairs: --max_forgetting needs test rows"),
 ]
 
 
 @pytest.mark.usefixtures("config")
-def test_a_mistake_is_one_line_before_anything_is_trained(capfd):
-    text = Path("stages.yaml").read_text()
+def test_a_mistake_is_one_line_before_anything_is_trained_or_moved(capfd):
+    text, before = Path("stages.yaml").read_text(), written()
+    tiny.folder("other", "opt", scale=2)
     for (old, new), words, message in MISTAKES:
         assert old in text
         Path("stages.yaml").write_text(text.replace(old, new))
-        assert stages(*words, output="new") == 2
-        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert re.match(f"error: {message}", line), line
-    assert not Path("new").exists()
+        for output in ("out", "new") if "source: flippd" in new else ("new",):
+            assert stages(*words, output=output) == (1 if "flippd" in new else 2), message  # 1: perhaps it is on the hub
+            (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert re.match(f"error: {message}", line), line
+    assert not list(Path("new").rglob("*.ckpt"))
+    assert written() == before
+
+
+def test_a_stage_that_fails_leaves_the_matrix_of_the_stages_before_it(config, capfd):
+    config["stages"]["flipped"]["trainer"]["callbacks"] = [{"class_path": "tests.stages.test_stages_command.Fail"}]
+    write(config)
+    with pytest.raises(ZeroDivisionError):
+        stages()
+    assert [row["stage"] for row in read_csv("out/matrix.csv")] == ["base", "good", "pairs"]
+    assert chain("flipped.1")
+
+
+class Fail(Callback):
+    """Code of the user's that fails."""
+
+    def on_train_batch_end(self, *args):
+        raise ZeroDivisionError
 
 
 def test_fitted_scales_are_the_best_by_validation_and_are_not_measured_again(config, capfd):
@@ -428,29 +539,28 @@ def test_fitted_scales_are_the_best_by_validation_and_are_not_measured_again(con
     write(config)
     shutil.rmtree("out/flipped")
     assert stages("--fit_scales", "true") == 0
-    printed = capfd.readouterr().out
-    assert trained_in(printed) == []
+    printed = capfd.readouterr()
+    assert trained_in(printed.out) == []
+    assert printed.err.count("Loading weights: 100%") == 2  # one model for each class
     scale = yaml.safe_load(Path("out/scales.yaml").read_text())
-    tried = {name: [tasks(name, "scales/pairs")[number] for number in range(4)] for name in ("good", "pairs")}
+    tried = {name: losses(name, "scales of pairs") for name in ("good", "pairs")}
     factors = [1.0, 0.5, 0.75, 1.25]
-    first = {name: tasks(name, "scales/good")[0] for name in tried}
+    first = {name: losses(name, "scales of good")[0] for name in tried}
     sums = [sum(tried[name][number] / first[name] for name in tried) for number in range(4)]
     assert scale["pairs"] == factors[int(np.argmin(sums))]
     assert scale["good"] in factors
     words = ["--ckpt_path", "out/pairs", "--scale", json.dumps(scale)]
     assert main(["validate", "--config", "out/good/config.yaml", *words]) == 0
     (path,) = Path("out/pairs/validate").rglob("metrics.csv")
-    assert float(read_csv(path)[-1]["val_loss"]) == pytest.approx(tried["good"][int(np.argmin(sums))], abs=1e-6)
+    assert float(read_csv(path)[-1]["val_loss"]) == tried["good"][int(np.argmin(sums))]
     assert scale != {"good": 1.0, "pairs": 1.0}  # so that a table is shown
-    assert "the same, scaled" in printed
-    assert "cola export out/pairs --scale" in printed
-    results = {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")}
-    assert len(results) == 2 + 2 + 2 * 2 + 2  # stages, their tests, the factors that were tried, the tests with the best
+    assert "the same, scaled" in printed.out
+    assert "cola export out/pairs --scale" in printed.out
+    before = written()
     assert stages("--fit_scales", "true") == 0
-    assert results == {path: path.stat().st_mtime_ns for path in Path("out").rglob("result.json")}
+    assert written() == before
 
 
-def tasks(name, folder):
+def losses(name, what):
     """The validation losses of a task, for each of the factors that were tried."""
-    rows = json.loads(Path("out", name, folder, "result.json").read_text())["rows"]
-    return [row["val_loss"] for row in rows]
+    return [row["val_loss"] for row in json.loads(Path("out", "measured", f"{what}.json").read_text())["rows"][name]]

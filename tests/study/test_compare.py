@@ -1,5 +1,6 @@
 """``cola compare``: methods on one config, at equal numbers of optimizer steps."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,16 +16,17 @@ from lightning.pytorch import Callback
 from scipy import stats
 
 from cola_lightning.cli import main
+from cola_lightning.cli.training import as_words, resolve
 from cola_lightning.errors import UserError
+from cola_lightning.runs.folder import claim
 from cola_lightning.study import study
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.config import as_words, check_same, resolve_config
 from cola_lightning.study.figures import mean_curve
 from cola_lightning.study.methods import method
-from cola_lightning.study.results import Result, at_best_rates, best_rates, write
+from cola_lightning.study.results import Result, at_best_rates, best_rates
 from cola_lightning.study.table import summarize
 from tests.helpers import forked
-from tests.helpers.comparing import compare, config, execute_here, known_config, made_up
+from tests.helpers.comparing import compare, config, known_config, made_up
 from tests.helpers.tiny import draw, picture
 from tests.helpers.toy import DIGITS, read_csv
 
@@ -60,10 +62,10 @@ def test_a_method_is_options_of_a_fit(name, given, links, rank):
 
 def test_a_chain_in_steps_is_compared_over_epochs_and_no_method_changes_a_runs_length():
     words = ["--config", str(ROOT / "configs" / "smollm2.yaml")]
-    given = resolve_config(words)
+    given = resolve(words)
     for name in ("relora", "lora-sum-rank-4"):
         found = method(name, given)
-        mine = resolve_config([*words, *as_words(found.options)])
+        mine = resolve([*words, *as_words(found.options)])
         assert mine["trainer"] == given["trainer"]
         if name == "relora":
             assert (found.rank, found.links) == (8, 1)  # as many as are known before the run
@@ -126,21 +128,16 @@ class Runs:
     """Made-up runs: ``asked`` are their names, ``changes`` fields of some results, ``failing`` the names of those that fail."""
 
     def __init__(self):
-        self.requested, self.words, self.failing, self.changes, self.stop_at = [], [], set(), {}, None
+        self.requested, self.configs, self.failing, self.changes, self.stop_at = [], [], set(), {}, None
 
-    def __call__(self, claim, requested):
-        name = claim.parent.name
-        assert claim.read_text().endswith(f" {os.getpid()}")  # so another process leaves the run alone
+    def __call__(self, config, folder, metric, known):
         if self.stop_at == len(self.requested):
             raise KeyboardInterrupt
-        self.requested.append(name)
-        self.words.append(requested["words"])
-        if name in self.failing:
-            return False
-        made_up(claim, requested)
-        path = claim.parent / "result.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | self.changes.get(name, {})))
-        return True
+        self.requested.append(folder.name)
+        self.configs.append(config)
+        if folder.name in self.failing:
+            raise ZeroDivisionError
+        return dataclasses.replace(made_up(config, folder, metric, known), **self.changes.get(folder.name, {}))
 
 
 @pytest.fixture
@@ -154,8 +151,8 @@ def _without_figures(monkeypatch):
 def runs(_without_figures, monkeypatch):
     """Its configuration is resolved once for all tests."""
     made = Runs()
-    monkeypatch.setattr(study, "execute", made)
-    monkeypatch.setattr(study, "resolve_config", lambda words: known_config(*words))
+    monkeypatch.setattr(study, "measured", made)
+    monkeypatch.setattr(study, "resolve", lambda words: known_config(*words))
     return made
 
 
@@ -175,7 +172,6 @@ def test_a_study_leaves_lines_and_tables(tmp_path, runs, capsys):
     assert "| cola-2 | 1 | 2 | 0.01 | 2 |" in (tmp_path / "table.md").read_text()
     assert "cola-2" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(runs.requested)
-    assert not list(tmp_path.rglob("claim*"))
 
 
 @pytest.mark.parametrize(("field", "values"), [("base", ["of this machine", "of another"]), ("steps", [10, 7])])
@@ -210,7 +206,9 @@ def test_seeds_that_compare_no_rates_run_at_the_best_alone_and_a_failed_run_stop
     assert compare(tmp_path, *words, seeds=3) == 1
     assert runs.requested[:3] == ["lora-lr0.01-seed0", "lora-lr0.02-seed0", "cola-2-lr0.03-seed0"]
     assert runs.requested[3:] == ["lora-lr0.01-seed1", "lora-lr0.01-seed2"]
-    assert "cola-2-lr0.03-seed0/log.txt" in capsys.readouterr().out.replace("\n", "")
+    printed = capsys.readouterr().out.replace("\n", "")
+    assert "failed: cola-2-lr0.03-seed0" in printed
+    assert "ZeroDivisionError" in printed
     runs.failing, runs.stop_at = set(), 6
     assert compare(tmp_path, *words, seeds=3) == 130  # Ctrl-C: the run in hand is lost
     assert len(lines(tmp_path)) == 5
@@ -223,7 +221,7 @@ def test_options_of_a_fit_and_seeds_of_splits_are_every_runs(tmp_path, runs):
     words = ["--also_seeded", "[data.split_seed]"]
     assert compare(tmp_path, *words, methods="[lora]", fit=["--trainer.max_epochs", "7"]) == 0
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["max_epochs"] == 7
-    for seed, given in enumerate(map(resolve_config, runs.words)):
+    for seed, given in enumerate(runs.configs):
         assert (given["trainer"]["max_epochs"], given["seed_everything"]) == (7, seed)
         assert given["data"]["init_args"]["split_seed"] == seed
 
@@ -253,34 +251,22 @@ def test_the_rows_of_a_study_may_be_a_folder_of_pictures_and_other_pictures_are_
     assert "Use another --output" in capsys.readouterr().err
 
 
-def test_an_option_introduced_since_then_or_one_that_was_off_is_no_other_config():
-    for known, mine in ({"a": {"b": 1}}, {"a": {"b": 1, "new": 2}, "new": 3}), ({"a": {"b": 0, "old": False}}, {"a": {"b": 0}}):
-        check_same(mine, known, "it")
-    known = {"a": {"class_path": "C"}}
-    for mine, differs in ({"a": None}, "a"), ({"a": {"class_path": "C", "dict_kwargs": {"b": 1}}}, r"a\.dict_kwargs"):
-        with pytest.raises(UserError, match=f"^config: {differs} is "):
-            check_same(mine, known, "it")
-
-
 # ---------------------------------------------------------------------- several processes, and those that are killed
 
 
-@pytest.mark.parametrize("is_alive", [True, False])
-def test_a_run_of_another_machine_is_left_to_it_while_that_lives(tmp_path, runs, monkeypatch, is_alive):
-    claim = tmp_path / "runs" / "lora-lr0.02-seed0" / "claim.1"
-    claim.parent.mkdir(parents=True)
-    claim.write_text("elsewhere 1")
-    if not is_alive:
-        os.utime(claim, (0, 0))
-
-    def end_elsewhere(_):
-        write([result(rate=0.02, validation=0.5)], claim.parent / "result.json")
-        claim.unlink()
-
-    monkeypatch.setattr(study.time, "sleep", end_elsewhere)
+def test_a_run_of_another_process_is_left_to_it_while_that_lives(tmp_path, runs, monkeypatch):
+    path = tmp_path / ".claims" / "lora-lr0.02-seed0"
+    program = (
+        f"from cola_lightning.runs.folder import claim, Path\nfile = claim(Path({str(path)!r}))\nprint('has it', flush=True)"
+    )
+    other = forked.Command("-c", f"{program}\nimport time\ntime.sleep(60)", log=tmp_path / "other.txt")
+    while "has it" not in (tmp_path / "other.txt").read_text():
+        time.sleep(0.01)
+    assert claim(path) is None
+    monkeypatch.setattr(study.time, "sleep", lambda _: (os.kill(other.pid, signal.SIGKILL), other.finish()))
     assert compare(tmp_path) == 0
-    assert len(runs.requested) == (3 if is_alive else 4)
-    assert (lines(tmp_path)[-1 if is_alive else 0]["validation"] == 0.5) == is_alive
+    assert runs.requested[-1] == "lora-lr0.02-seed0"
+    assert len(runs.requested) == 4
 
 
 # ---------------------------------------------------------------------- runs that are run
@@ -288,12 +274,6 @@ def test_a_run_of_another_machine_is_left_to_it_while_that_lives(tmp_path, runs,
 SHORT = ["--trainer.max_epochs", "2", "--chain.every_n_epochs", "1"]
 
 
-@pytest.fixture
-def here(monkeypatch):
-    monkeypatch.setattr(study, "execute", execute_here)
-
-
-@pytest.mark.usefixtures("here")
 def test_a_run_is_the_fit_of_the_same_values(tmp_path):
     assert compare(tmp_path / "study", "--metric", "val_accuracy", methods="[cola, full]", seeds=1, fit=SHORT) == 0
     line, of_full = lines(tmp_path / "study")
@@ -315,7 +295,7 @@ def test_a_run_is_the_fit_of_the_same_values(tmp_path):
     assert not list(folder.rglob("*.ckpt"))
 
 
-@pytest.mark.usefixtures("here", "_without_figures")
+@pytest.mark.usefixtures("_without_figures")
 def test_the_weights_that_the_config_keeps_are_the_ones_that_are_measured(tmp_path):
     keeping = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val_accuracy", "mode": "min"}}  # of the first epoch
     fit = [*SHORT, "--model.optimizer.lr", "0.1", "--trainer.callbacks+", json.dumps(keeping)]
@@ -326,7 +306,6 @@ def test_the_weights_that_the_config_keeps_are_the_ones_that_are_measured(tmp_pa
     assert (line["validation"], line["links"]) == (first, 2)
 
 
-@pytest.mark.usefixtures("here")
 def test_what_cannot_be_measured_or_divided_is_refused_before_the_first_step(tmp_path, capsys):
     too_long, mistyped = ["--trainer.max_steps", "1000"], ["--metric", "val_acuracy", "--mode", "max"]
     for words, fit, message in (([], too_long, "trainer.max_steps: "), (mistyped, [], "metric: .*val_accuracy")):
@@ -336,7 +315,7 @@ def test_what_cannot_be_measured_or_divided_is_refused_before_the_first_step(tmp
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-@pytest.mark.usefixtures("here", "_without_figures")
+@pytest.mark.usefixtures("_without_figures")
 def test_a_run_that_diverges_has_a_line(tmp_path):
     diverging = [*SHORT, "--trainer.check_val_every_n_epoch", "9", "--model.optimizer.weight_decay", "3"]
     assert compare(tmp_path, "--learning_rates", "[1e6]", methods="[full]", seeds=1, fit=diverging) == 0
@@ -346,7 +325,7 @@ def test_a_run_that_diverges_has_a_line(tmp_path):
 
 
 class StopOnce(Callback):
-    """Sends a signal to the study's process after ten steps of its run; once, for which it has a file."""
+    """Sends a signal to the process after ten steps of its run; once, for which it has a file."""
 
     def __init__(self, marker: str, number: int):
         self.marker, self.number = Path(marker), number
@@ -354,18 +333,23 @@ class StopOnce(Callback):
     def on_train_batch_end(self, trainer, *args):
         if trainer.global_step == 10 and not self.marker.exists():
             self.marker.touch()
-            os.kill(os.getppid(), self.number)
-            time.sleep(0.5)  # until its end is known
+            os.kill(os.getpid(), self.number)
 
 
-# The command, whose runs are forked from it.
-COMMAND = "from cola_lightning.study import study\nstudy.draw_curves = study.draw_points = lambda *_: None\n" + forked.COMMAND
+# The command, without figures.
+COMMAND = """
+import sys
+from cola_lightning.cli import main
+from cola_lightning.study import study
+study.draw_curves = study.draw_points = lambda *_: None
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_a_study_that_is_stopped_or_killed_ends_its_run_which_then_resumes(tmp_path, number, status):
+def test_a_study_that_is_stopped_or_killed_goes_on_with_its_run(tmp_path, number, status):
     stop = {"class_path": "tests.study.test_compare.StopOnce", "init_args": {"marker": "stopped", "number": int(number)}}
 
     def compared(folder, *fit):
@@ -374,14 +358,15 @@ def test_a_study_that_is_stopped_or_killed_ends_its_run_which_then_resumes(tmp_p
 
     refused = compared("resumed", "--model.target_modules", "[nosuch]")
     assert refused.returncode == 2
-    assert "error: model.target_modules: " in refused.stderr  # said by its run
+    assert "error: model.target_modules: " in refused.stderr
     done = compared("resumed")  # with other options: there is no result yet that binds it
     assert done.returncode == status, done.stderr
     assert not list(tmp_path.rglob("result.json"))
-    assert [compared(folder).returncode for folder in ("resumed", "whole")] == [0, 0]
+    again = compared("resumed")
+    assert ": goes on from resumed/runs/cola-lr0.02-seed0/checkpoints/last.ckpt" in again.stdout.replace("\n", "")
+    assert [again.returncode, compared("whole").returncode] == [0, 0]
     ((mine,), (theirs,)) = (lines(tmp_path / folder) for folder in ("resumed", "whole"))
     assert mine | {"seconds": 0, "peak_memory": 0} == theirs | {"seconds": 0, "peak_memory": 0}
     resumed, whole = (tmp_path / folder / "runs" / "cola-lr0.02-seed0" for folder in ("resumed", "whole"))
-    assert "Restored all states" in (resumed / "log.txt").read_text()
     resumed, whole = (read_csv(run / "metrics.csv") for run in (resumed, whole))
     assert [row["train_loss"] for row in resumed] == [row["train_loss"] for row in whole]
