@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lines import Rows, grouped, main
-from benchmarks.studies import Results, Study, best_of, run
-from cola_lightning.study.table import short_cells, summarize
+from benchmarks.studies import Results, Study, best_of, run, short_cells
+from cola_lightning.study.table import summarize
 
 FILE = Path(__file__).with_suffix(".jsonl")
 COLUMNS = ("", "method", "rate", "splits", "test accuracy", "difference to LoRA")

@@ -14,10 +14,10 @@ from typing import Any
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
+from benchmarks.curves import plot_curves
 from benchmarks.lines import Rows, grouped, main
-from benchmarks.studies import Results, Study, best_of, run
-from cola_lightning.study.figures import plot_curves
-from cola_lightning.study.table import BASELINE, short_cells, summarize
+from benchmarks.studies import Results, Study, best_of, run, short_cells
+from cola_lightning.study.table import BASELINE, summarize
 
 FILE = Path(__file__).with_suffix(".jsonl")
 NAMES = {"lora": "LoRA"} | {f"cola-{n}": f"{n} links" for n in (4, 8, 16)}

@@ -11,8 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.lines import Rows, grouped, main
+from benchmarks.studies import short_cells
 from cola_lightning.study.results import Result, at_best_rates
-from cola_lightning.study.table import BASELINE, short_cells, summarize
+from cola_lightning.study.table import BASELINE, summarize
 
 FILE = Path(__file__).with_suffix(".jsonl")
 SETTINGS = [(8, 800), (1, 800), (8, 3200), (1, 3200)]  # rank, optimizer steps

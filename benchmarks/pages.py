@@ -1,10 +1,11 @@
-"""What the pages quote of the results: all tables and sentences that are generated from a file of lines.
+"""What the pages quote: tables and sentences that are generated from a file of lines, and the list of public names.
 
     python -m benchmarks.pages
 
 writes them anew into README.md, docs/ and benchmarks/README.md. The tests check that there is nothing to write.
 """
 
+import ast
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -44,21 +45,58 @@ def of_stages(table: Callable[[TaskSequence, Lines], Rows], sequence: TaskSequen
     return lambda: table(sequence, Lines(sequence.file))[1:]
 
 
-def stages_in_short(sequence: TaskSequence) -> Rows:
-    """Of each arm: how many runs, its loss at the end, and two differences to one LoRA."""
-    return [[row[k] for k in (0, 2, 3, 4, 7)] for row in of_stages(tables.table, sequence)()]
+SHOWN = {  # what docs/results.md shows of the arms of stages, and whether those of the encoder and of SmolLM2 have it
+    "a new link per stage": "a new link per stage",
+    "a new link, 5 % replay": "the same with 5 % replay",
+    "a new link, a scale per stage": "the same with a scale per stage",
+    "half merged after each stage": "half merged after each stage",
+    "one LoRA, 5 % replay": "one LoRA with 5 % replay",
+    "one LoRA, a scale per stage": "one LoRA with a scale per stage",
+    "one LoRA, at the rate of a new link": "one LoRA at the rate of a new link",
+    "O-LoRA as released": "O-LoRA as released",
+    "O-LoRA as written": "O-LoRA as written",
+    "SLAO": "SLAO",
+}
+
+
+def stages_in_short() -> Rows:
+    """Of each arm and sequence: how many runs, and the differences to one LoRA at the end and in forgetting."""
+    found = [{row[0]: [row[k] for k in (2, 4, 7)] for row in of_stages(tables.table, of)()} for of in (ENCODER, LANGUAGE)]
+    return [[words, *(cell for arms in found for cell in arms.get(arm, ["", "", ""]))] for arm, words in SHOWN.items()]
 
 
 def in_short(rows: Rows, methods: Sequence[str]) -> Rows:
-    """The differences to LoRA of some methods, a row for each place; of several variants of a method, the last one."""
-    table, place = dict[str, list[str]](), ""
+    """The differences to LoRA of some methods, a row for each place; of several variants of a method, the last one.
+
+    The second cell has the numbers of seeds in the order of the methods.
+    """
+    table, place = dict[str, list[list[str]]](), ""
     for row in rows:
         place = row[0] or place
-        cells = table.setdefault(place, [""] * len(methods))
+        cells = table.setdefault(place, [["", ""] for _ in methods])
         for k, method in enumerate(methods):
             if row[1].startswith(method):
-                cells[k] = row[-1]
-    return [[place, *cells] for place, cells in table.items() if any(cells)]
+                cells[k] = [row[3] or "1", row[-1]]
+    shown = {place: cells for place, cells in table.items() if any(cell for _, cell in cells)}
+    return [
+        [place, ", ".join(seeds for seeds, cell in cells if cell), *(cell for _, cell in cells)]
+        for place, cells in shown.items()
+    ]
+
+
+def public_names() -> Rows:
+    """Each public name with a link to its source, and the first line of its docstring; what is used most comes first."""
+    stub = (ROOT / "cola_lightning" / "__init__.pyi").read_text(encoding="utf-8")
+    found = re.findall(r"^from \.([\w.]+) import (\w+) as", stub, re.MULTILINE)
+    order, rows = {"hf": 0, "module": 1, "callbacks": 2, "data": 3}, []
+    for path, name in sorted(found, key=lambda of: order.get(of[0].partition(".")[0], 4)):
+        source = f"cola_lightning/{path.replace('.', '/')}.py"
+        tree = ast.parse((ROOT / source).read_text(encoding="utf-8"))
+        (node,) = (node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name)
+        line = (ast.get_docstring(node) or "").partition("\n")[0]
+        line = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", line).replace("``", "`")
+        rows.append([f"[`{name}`](../{source})", line])
+    return rows
 
 
 # Each table: the page, how its first line begins, and its rows.
@@ -71,20 +109,20 @@ TABLES: dict[tuple[str, str], Callable[[], Rows]] = {
     (ALL, "| a variant |"): of(domain_shift, domain_shift.rows_of_variants),
     (ALL, "| GSM8K, Zig |"): of(gsm8k, gsm8k.rows),
     (ALL, "| small GPT |"): of(knots, knots.rows),
+    ("docs/api.md", "| class or function |"): public_names,
     ("docs/scaling.md", "| model | full"): of(scale, scale.rows),
     ("docs/speed.md", "| what | time / theirs |"): peft_table.rows,
-    ("docs/results.md", "| | 4 links |"): lambda: in_short(
-        of(domain_shift, domain_shift.rows)(), ["4 links", "16 links", "LoRA, four times the rank", "full fine-tuning"]
+    ("docs/results.md", "| small GPT |"): lambda: in_short(
+        of(domain_shift, domain_shift.rows)(), ["4 links", "LoRA, four times the rank", "full fine-tuning"]
     ),
-    ("docs/results.md", "| | 4 links of COLA |"): lambda: in_short(
+    ("docs/results.md", "| SmolLM2 |"): lambda: in_short(
         of(gsm8k, gsm8k.rows)(), ["4 links", "half merged at 4 knots", "LoRA of rank"]
     ),
     (ALL, "| between two stages |"): of_stages(tables.table_of_rates, LANGUAGE),
     (ALL, "| at its best rate |"): of_stages(tables.table, LANGUAGE),
     (ALL, "| candidate |"): of_stages(learnable.table_of_candidates, ENCODER),
     (ALL, "| an encoder |"): of_stages(tables.table, ENCODER),
-    ("docs/results.md", "| SmolLM2 |"): lambda: stages_in_short(LANGUAGE),
-    ("docs/results.md", "| an encoder |"): lambda: stages_in_short(ENCODER),
+    ("docs/results.md", "| to one LoRA that goes on |"): stages_in_short,
 }
 
 
@@ -100,14 +138,14 @@ def sentences() -> Iterator[tuple[str, str, Sequence[str]]]:
     gain = arms["a new link per stage"][4]
     words = "an encoder ended {} more accurate than one LoRA trained through all five"
     yield "README.md", words, [gain.replace("+", "")]
-    ends = [
-        float(arms[name][3])
-        for name in ("a new link per stage", "one LoRA, at the rate of a new link", "one LoRA that goes on")
-    ]
-    words = "of 5 tasks, {} is the difference at equal rates, and {} if one LoRA has its own best rate"
-    yield "docs/results.md", words, [f"{ends[0] - ends[1]:.3f}", f"{ends[0] - ends[2]:.3f}"]
-    words = "more accurate at the end than one LoRA ({}); 5 % replay on top adds {}, which is not clear"
-    yield "docs/stages.md", words, [gain, arms["a new link, 5 % replay"][5]]
+    words = "its difference to a new link is {}. At its own best rate the difference is {}."
+    yield "docs/results.md", words, [arms[name][5] for name in ("one LoRA, at the rate of a new link", "one LoRA that goes on")]
+    words = "encoder this added {} of accuracy to a new link per stage, which is not clear"
+    yield "docs/stages.md", words, [arms["a new link, 5 % replay"][5]]
+    words = "test accuracy is {} before training, and {} at the end of the baseline. A plus is better"
+    yield "docs/results.md", words, [base[-3], arms["one LoRA that goes on"][3]]
+    loss = of_stages(tables.table, LANGUAGE)()[0][3]
+    yield "docs/results.md", "The mean test loss is {} nats at the end of the baseline", [loss]
     (dpo,) = (row for row in compared if "DPO" in row[0])
     yield "docs/preferences.md", "takes [{} of the time and {} of the memory]", [cell.split()[0] for cell in dpo[1:3]]
 
@@ -127,12 +165,6 @@ def sentences() -> Iterator[tuple[str, str, Sequence[str]]]:
     yield "docs/scaling.md", words, [errors["bfloat16 merged as it is"], errors["bfloat16 stack"]]
     slower = [cell for row in of(bases, bases.rows)() if row[1] == "stack" for cell in row[-1].split(" / ")]
     yield "docs/scaling.md", "a step with a stack of rank 64 takes {} to {} times as long", [min(slower), max(slower)]
-
-    losses = {row[1]: row for row in of(gsm8k, gsm8k.rows)()[:8]}  # those of rank 8 in 150 steps
-    (rank_32,) = (row[5] for name, row in losses.items() if name == "LoRA of rank 32")
-    yield "docs/cli.md", "Rank 32 is {} better", [f"{-float(rank_32.split()[0]):.3f}"]
-    better = [f"{float(losses['LoRA'][4]) - float(losses[f'LoRA, {name}'][4]):.4f}" for name in ("no clipping", "no warm-up")]
-    yield "docs/cli.md", "without clipping ({} better) or warm-up ({} better)", better
 
     one_base = of(domain_shift, domain_shift.rows_of_one_base)()[-1]
     yield ALL, "From the same weights, {} of rank 8 differ from LoRA by {} in 3,200 steps", [one_base[1], one_base[-1]]
@@ -155,7 +187,8 @@ def written(page: str) -> str:
             text = text[: match.start(1)] + body + text[match.end(1) :]
     for of_page, words, numbers in sentences():
         if of_page == page:
-            pattern = r"(\S.{0,40}?)".join(re.escape(part).replace(r"\ ", r"\s+") for part in words.split("{}"))
+            parts = [re.escape(part).replace(r"\ ", r"\s+") for part in words.split("{}")]
+            pattern = r"(\S.{0,40}?)".join(re.sub(r"^\\\.", r"\.(?!\\d)", part) for part in parts)  # no point of a number
             (match,) = re.finditer(pattern, text)
             for k in range(len(numbers), 0, -1):
                 text = text[: match.start(k)] + numbers[k - 1] + text[match.end(k) :]

@@ -12,6 +12,7 @@ from benchmarks.lines import Lines
 from cola_lightning.cli import main as cola
 from cola_lightning.cli.training import as_words
 from cola_lightning.study.results import Mode, Result, at_best_rates, read, write
+from cola_lightning.study.table import MethodSummary, shown_difference, shown_test
 
 FOLDER = Path("build", "benchmarks")  # for what the runs leave
 Results = list[dict[str, Any]]
@@ -72,3 +73,8 @@ def run(lines: Lines, studies: Iterable[Study], more: Callable[[Path], Mapping[s
                 lines.add({"study": study.name, **asdict(result), **more(folder / "runs" / name)})
         if status != 0:
             raise SystemExit(status)
+
+
+def short_cells(row: MethodSummary, name: str) -> list[str]:
+    """A row's cells in a document: a name, learning rate, number of seeds, test metric, difference to LoRA."""
+    return [name, f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]

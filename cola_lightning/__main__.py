@@ -10,6 +10,8 @@ import warnings
 def entry_point() -> None:
     """Runs the command line; what it imports takes seconds, in which Ctrl-C is as good as later."""
     sys.path.append(os.getcwd())  # a user's own modules lie where the user is; they are not taken for a library's
+    if not sys.stderr.isatty():  # bars of other libraries, such as one for each file of a model, would fill a log
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":
         sys.stdout.reconfigure(errors="replace")  # a generated text has any character
     # Lightning's own use of torch's tree utilities: https://github.com/Lightning-AI/pytorch-lightning/issues/21326

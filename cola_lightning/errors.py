@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 LIBRARIES = [Path(path).resolve() for path in (Path(__file__).parent, sysconfig.get_path("stdlib"))]
+EXTRAS = {"peft": "peft", "bitsandbytes": "nf4", "matplotlib": "plot", "PIL": "images"}  # in pyproject.toml, by package
 # Lines of jsonargparse's messages that say nothing about the mistake.
 TRIED = re.compile(
     r"\s*(- )?(Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|Given value type:"
@@ -155,6 +156,8 @@ def refusal(error: BaseException) -> tuple[str, int] | None:
     for cause in causes(error):  # jsonargparse wraps a constructor's exceptions
         if isinstance(cause, UserError | OutsideError):
             return str(cause), 1 if isinstance(cause, OutsideError) else 2
+        if isinstance(cause, ModuleNotFoundError) and cause.name in EXTRAS:
+            return f"the package {cause.name} is not installed. It comes with pip install '.[{EXTRAS[cause.name]}]'", 2
         if passes_through_own_code(cause):
             return None
     from jsonargparse import ArgumentError

@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -12,7 +14,7 @@ from typing import Any
 import rich
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
@@ -20,6 +22,8 @@ from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.errors import Interruption
 
 log = logging.getLogger(__name__)
+
+SECONDS = 30  # between two lines of a fit
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -143,6 +147,32 @@ class ConfigSaver(SaveConfigCallback):
             self.parser.save(config, path, skip_none=False, skip_validation=True, overwrite=True, multifile=self.multifile)
 
     on_train_batch_start = on_validation_start = on_test_start = on_predict_start = _save
+
+
+class ProgressLines(ProgressBar):
+    """The progress bar where there is no terminal: a log line after the first step, the last one, and now and then between."""
+
+    _shown_at = -math.inf  # seconds
+
+    @override
+    def disable(self) -> None:
+        """Does nothing: log lines are those of the first process."""
+
+    enable = disable
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+
+    @override
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        end = length.end_step if (length := pl_module.run.known_length()) is not None else math.inf
+        is_new, self._step = trainer.global_step > self._step, trainer.global_step
+        if is_new and (self._step == end or time.monotonic() - self._shown_at > SECONDS):
+            self._shown_at = time.monotonic()
+            metrics = "".join(f", {name} {value:.4g}" for name, value in trainer.progress_bar_metrics.items())
+            of = "" if end == math.inf else f" of {end}"
+            log.info("step %d%s, link %d, epoch %d%s", self._step, of, pl_module.n_finished, trainer.current_epoch, metrics)
 
 
 class ChainProgressBar(RichProgressBar):

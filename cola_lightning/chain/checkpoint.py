@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cola_lightning.chain.chain import JSON_NAME, METADATA, OUTSIDE, Chain, Link, link_fields, unpack
-from cola_lightning.chain.facts import StoredFacts
+from cola_lightning.chain.facts import Records, StoredFacts
 from cola_lightning.chain.peft import CONFIG_NAME, read_adapter
 from cola_lightning.chain.sources import join, sources_of
 from cola_lightning.errors import UserError, nearest_path
@@ -224,7 +224,17 @@ def read_chain(
     field: str = "checkpoint",
     continues: Collection[str] = (),
 ) -> Chain:
-    """Reads a chain without its base.
+    """Reads a chain without its base; see :func:`read_chain_and_held_out`."""
+    return read_chain_and_held_out(source, links, field, continues)[0]
+
+
+def read_chain_and_held_out(
+    source: str | Path | Sequence[str | Path],
+    links: int | str | None = None,
+    field: str = "checkpoint",
+    continues: Collection[str] = (),
+) -> tuple[Chain, Records]:
+    """Reads a chain without its base, and which rows the runs that trained it held out; None among them: unknown.
 
     Args:
         source: a checkpoint or a run's folder, whose current link becomes the chain's last; a chain folder; or the folder of a
@@ -238,14 +248,17 @@ def read_chain(
         UserError: if the path is none of these, or the files are damaged.
     """
     sources = sources_of(source)
-    chain = join([(source, _read_one(source.path, field)) for source in sources], continues, field)
-    return chain if links is None else chain.truncate(links)
+    chains, held_out = zip(*(_read_one(source.path, field) for source in sources), strict=True)
+    chain = join([*zip(sources, chains, strict=True)], continues, field)
+    return chain if links is None else chain.truncate(links), [run for runs in held_out for run in runs]
 
 
-def _read_one(source: str, field: str) -> Chain:
+def _read_one(source: str, field: str) -> tuple[Chain, Records]:
     path = Path(os.path.expanduser(last_checkpoint_of(source)))
+    held_out: Records = [None]
     if path.is_file():
-        chain = OpenedCheckpoint.open(path, field).state.all_links()
+        state = OpenedCheckpoint.open(path, field).state
+        chain, held_out = state.all_links(), state.facts.held_out
     elif (path / JSON_NAME).is_file():
         chain = Chain.load(path)
     elif (path / CONFIG_NAME).is_file():
@@ -257,7 +270,7 @@ def _read_one(source: str, field: str) -> Chain:
         raise UserError(f"{field}: {str(path)!r} {what}{nearest_path(path)}")
     if (name := _not_finite(chain)) is not None:
         raise UserError(f"{field}: {str(path)!r} contains NaN or infinite values (in {name!r})")
-    return chain
+    return chain, held_out
 
 
 def _not_finite(chain: Chain) -> str | None:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from cola_lightning.chain.schedule import FitPosition
 
+Records = Sequence[Mapping[str, Any] | None]  # which rows each run held out, see data.split.HeldOut; None: it is unknown
+
 
 @dataclass
 class ModuleArguments:
@@ -48,6 +50,7 @@ class StoredFacts:
         modules_to_save: the names of the fully trained modules.
         prompt_format: how the data module prompts the model; empty: it does not.
         data: which data the model was trained on.
+        held_out: the rows that the runs of the module held out.
         initial: the values outside of the model before the first link.
         base_weights: the base's weights; None: they are not stored.
     """
@@ -71,6 +74,7 @@ class StoredFacts:
     modules_to_save: Sequence[str]
     prompt_format: Mapping[str, Any]
     data: Mapping[str, Any]
+    held_out: Records = (None,)
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     base_weights: dict[str, Tensor] | None = None
 

@@ -255,6 +255,8 @@ def load_module(opened: "OpenedCheckpoint", options: Any, method: str) -> "COLAM
     from cola_lightning.hub import quiet
     from cola_lightning.module import COLAModule, find_class
 
+    opened.state.all_links(options.links).scaled(options.scale or {})  # refused now, not once the model is loaded
+
     arguments = opened.state.facts.module
     if arguments.not_plain:
         raise UserError(

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import rich
 import yaml
@@ -32,7 +32,7 @@ from typing_extensions import override
 import cola_lightning.data  # noqa: F401  # gives the command line the data modules' short names
 from cola_lightning import __version__, layout
 from cola_lightning.callbacks.chain_of_lora import ChainOfLoRA, check_strategy
-from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, RunWatch
+from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, ProgressLines, RunWatch
 from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
 from cola_lightning.callbacks.run_folder import run_folder
@@ -51,12 +51,12 @@ from cola_lightning.cli.help import (
     help_formatter,
     usage,
 )
-from cola_lightning.data.source import SourceDataModule
 from cola_lightning.errors import Interruption, UserError, nearest, nearest_path
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.state import AtomicCheckpointIO, data_facts
 from cola_lightning.runs.facts import option_changes
+from cola_lightning.runs.folder import claim, is_claimed
 from cola_lightning.writing import atomic_file, check_writable
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,27 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"formatter_class": help_formatter()} | kwargs)
 
 
+class RunSaver(ConfigSaver):
+    """Also claims the run while it trains, by its configuration's file, so that nobody resumes it beside itself."""
+
+    claim: TextIO | None = None
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if not self.already_saved:
+            super().on_train_batch_start(trainer, *args)
+            path = Path(run_folder(trainer), self.config_filename)
+            if trainer.is_global_zero and path.is_file():  # and not at a URL
+                with contextlib.suppress(OSError):  # of a disk without locks
+                    self.claim = claim(path)
+
+    def _release(self, *args: Any, **kwargs: Any) -> None:
+        if self.claim is not None:
+            self.claim.close()
+
+    teardown = on_exception = _release
+
+
 class TestedState(NamedTuple):
     """A state of a checkpoint's model that is measured.
 
@@ -142,7 +163,7 @@ class COLACLI(LightningCLI):
             # True would build one optimizer for all links; the module builds one for each link.
             auto_configure_optimizers=False,
             seed_everything_default=0,  # as Lightning's own, which it warns of
-            save_config_callback=ConfigSaver,
+            save_config_callback=RunSaver,
             trainer_defaults={"callbacks": [PredictionWriter(), watch]},
             parser_class=Parser,
             parser_kwargs=strict | by_command | {"prog": "cola", "description": DESCRIPTION, "version": __version__},
@@ -285,6 +306,9 @@ class COLACLI(LightningCLI):
         if config.ckpt_path is not None and (is_part or "://" not in config.ckpt_path):
             self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
             config.ckpt_path = self.opened.path  # of a run's folder, the file in it
+            own = Path(self.opened.path).parent.parent / "config.yaml"
+            if self.subcommand == "fit" and own.is_file() and is_claimed(own):
+                raise UserError(f"ckpt_path: the run in {shortest(own.parent)} is still running. Wait for its end, or stop it")
 
     def _newest_of_same_run(self, files: Set[Path]) -> Path:
         """The newest ``last.ckpt`` of a run with this command's model, data and chain; warns of a newer run without one.
@@ -358,7 +382,7 @@ class COLACLI(LightningCLI):
             callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
             callbacks = kwargs["callbacks"] = list(filter(None, callbacks))
             if config.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-                callbacks.append(ChainProgressBar())
+                callbacks.append(ChainProgressBar() if rich.get_console().is_terminal else ProgressLines())
             if config.enable_checkpointing is not False:
                 callbacks.append(self._get(self.config_init, "last"))
         is_described = config.enable_model_summary is None and not config.barebones
@@ -394,8 +418,6 @@ class COLACLI(LightningCLI):
         if self.opened is not None:
             scale = self.config[self.subcommand].get("scale")
             self.model.expect_state(self.opened.state, links=self.links, scale=scale)
-            if isinstance(self.datamodule, SourceDataModule):
-                self.datamodule.checkpoint = self.opened.state
         else:
             _ = self.model.run.first_chain  # a chain that does not exist is refused here, before the data is prepared
 

@@ -164,20 +164,22 @@ class LabelledTexts(TokenPreprocessor):
     @override
     def encode(self, items: Sequence[tuple[int, list[str]]], notes: set[str]) -> list[list[dict[str, Any]] | UnusableRow]:
         tokenizer, inputs = self.tokenizer, [list(column) for column in zip(*(texts for _, texts in items), strict=True)]
-        side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
-        try:
-            encoded = tokenizer(*inputs, truncation=True, max_length=self.max_length)
-        finally:
-            tokenizer.truncation_side = side
+        whole = tokenizer(*inputs, verbose=False)  # which does not warn of long texts
 
         def encoded_row(k: int) -> list[dict[str, Any]]:
-            lost = encoded.encodings[k].overflowing if encoded.encodings else []
-            row = {name: values[k] for name, values in encoded.items()} | {"labels": items[k][0]}
-            if not row["input_ids"]:
+            label, texts = items[k]
+            row, n_tokens = {name: values[k] for name, values in whole.items()}, len(whole["input_ids"][k])
+            if not n_tokens:
                 raise UnusableRow("no text")
-            if lost and self.too_long == "skip":
-                raise UnusableRow(TOO_LONG)
-            return [row | {"lost": sum(len(piece.ids) - sum(piece.special_tokens_mask) for piece in lost)}]
+            if n_tokens > self.max_length:
+                if self.too_long == "skip":
+                    raise UnusableRow(TOO_LONG)
+                side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+                try:
+                    row = dict(tokenizer(*texts, truncation=True, max_length=self.max_length))
+                finally:
+                    tokenizer.truncation_side = side
+            return [row | {"labels": label, "lost": n_tokens - len(row["input_ids"])}]
 
         return each(encoded_row, range(len(items)))
 

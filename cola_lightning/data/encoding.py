@@ -174,7 +174,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
         # A first token is not predicted.
         encoded: list[LanguageRow] = [{"input_ids": piece, "spans": [1, len(piece)]} for piece in pieces if len(piece) > 1]
-        rows.append(encoded or UnusableRow("no text"))
+        rows.append(encoded or UnusableRow("no text" if max_length > 1 else "data.max_length leaves no token to predict"))
     return rows
 
 
@@ -214,6 +214,8 @@ def encode_responses(
 
 
 def _row(ids: list[int], start: int, n_lost: int) -> LanguageRow:
+    if len(ids) <= max(start, 1):
+        raise UnusableRow("data.max_length leaves no room for the response")
     return {"input_ids": ids, "spans": [max(start, 1), len(ids)], "lost": n_lost}  # a first token is not predicted
 
 

@@ -22,7 +22,7 @@ from cola_lightning.data.preprocessing import Preprocessor, Size
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, progress_bar_if
 from cola_lightning.data.source import VALIDATION_SPLITS, Source
-from cola_lightning.data.splits import Splits, paths_inside
+from cola_lightning.data.splits import Splits, folder_hash, paths_inside
 from cola_lightning.errors import UnusableRow, UserError
 
 # Columns with the picture or its path, by the first that a data set has.
@@ -171,7 +171,7 @@ class ImageDataModule(LabelledDataModule):
                 paths = [None if path is None else str((folder / path).absolute()) for path in data[image][:]]
                 data = data.remove_columns(image).add_column(image, paths, feature=datasets.Value("string"))
                 data = data.cast_column(image, stored)
-        return Rows(data, rows.place)
+        return Rows(data, rows.place, rows.contents)
 
     @override
     def fields_of(self, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -264,7 +264,7 @@ def _listing(folder: Path, classes: list[str], place: str) -> Callable[[], Rows]
         listed = [(_as_text(path.absolute()), label) for path, label in _pictures([folder])]
         with progress_bar_if(False):  # in a file, and not in memory, so that what is made of it is cached
             data = datasets.Dataset.from_generator(_rows, datasets.Features(columns), gen_kwargs={"listed": listed})
-        return Rows(data, place)
+        return Rows(data, place, lambda: [folder_hash(folder)])
 
     return read
 

@@ -209,7 +209,8 @@ def find_classes(rows: Rows, field: str) -> list[str]:
     """
     if names := rows.class_names.get(field):
         return list(names)
-    values = rows.data.unique(field)
+    has_types = type(rows.data.features[field]).__name__ == "Json"  # which Arrow cannot compare
+    values = [*{repr(value): value for value in rows.data[field]}.values()] if has_types else rows.data.unique(field)
     found = each(lambda value: class_name(Row({field: value}, rows.place), field), values)
     classes = {name for name in found if isinstance(name, str)}
     if classes == {"1"}:  # of the labels -1 and 1, both are classes

@@ -8,13 +8,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cola_lightning.data.drawing import as_count, draw
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 S = TypeVar("S")
 T = TypeVar("T")
-
-VALIDATION_SHARE, MOST_VALIDATION_ROWS = 0.1, 1_000  # of the training rows, if there is no validation split
 
 
 class Row(dict[str, Any]):
@@ -95,6 +92,7 @@ class Rows:
     Args:
         data: the rows, a ``datasets.Dataset``.
         place: names the split in messages.
+        contents: computes the hash of each of the split's files, in order, or the split's name on the hub.
 
     Attributes:
         split: all rows of the split.
@@ -106,9 +104,9 @@ class Rows:
     may_lack_targets = False
     source_columns: Mapping[str, str] | None = None
 
-    def __init__(self, data: Any, place: str) -> None:
+    def __init__(self, data: Any, place: str, contents: Callable[[], list[str]]) -> None:
         self.data = self.split = data
-        self.place, self.numbers = place, np.arange(len(data))
+        self.place, self.contents, self.numbers = place, contents, np.arange(len(data))
 
     @property
     def columns(self) -> list[str]:
@@ -160,25 +158,12 @@ class Rows:
         other.data, other.numbers = self.data.select(places), self.numbers[places]
         return other
 
-    def drawn(self, sizes: Mapping[str, float | None], seed: int, groups: Sequence[object] | None = None) -> dict[str, "Rows"]:
-        """Disjoint parts of the rows, see :func:`~cola_lightning.data.drawing.draw`; in their order if one part takes all.
-
-        Args:
-            sizes: the size of each part, ``train``, ``val`` or ``test``; None: the rest.
-            seed: the permutation's seed.
-            groups: each row's group.
-
-        Raises:
-            UserError: if there are fewer rows than the parts need.
-        """
-        if [*sizes.values()] == [None]:
-            return dict.fromkeys(sizes, self)
-        counts = {part: None if size is None else as_count(size, len(self)) for part, size in sizes.items()}
-        rest = max(len(self) - sum(count or 0 for count in counts.values()), 1)
-        needed = [rest if count is None else count for count in counts.values()]
-        what = f"{' + '.join(f'data.{part}_size' for part in counts)}, of {self.place}"
-        drawn = draw(len(self), needed, seed, what, groups)
-        return {part: self.select(places) for part, places in zip(counts, drawn, strict=True)}
+    def at(self, numbers: Sequence[int]) -> "Rows":
+        """Those of the rows that are at these positions in the split."""
+        places = np.full(len(self.split), -1)
+        places[self.numbers] = np.arange(len(self))
+        found = places[np.asarray(numbers, dtype=int)]
+        return self.select(found[found >= 0])
 
     def lacking_targets(self) -> "Rows":
         """The same rows in their order in the split; their labels or answers may be missing."""

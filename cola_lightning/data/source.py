@@ -1,6 +1,7 @@
 """Base class of data modules whose rows are from a file, a folder or the hub: their splits, sizes and examples."""
 
 import functools
+import hashlib
 import itertools
 import logging
 from abc import abstractmethod
@@ -12,13 +13,20 @@ import numpy as np
 from torch.utils.data import ConcatDataset
 from typing_extensions import override
 
-from cola_lightning.chain.checkpoint import OpenedCheckpoint, StoredState
-from cola_lightning.chain.sources import sources_of
-from cola_lightning.data.base import EpochDataModule
-from cola_lightning.data.drawing import as_count, check_shares, draw
+from cola_lightning.data.base import EpochDataModule, EpochLoader
 from cola_lightning.data.preprocessing import Preprocessor, prepare
 from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import MOST_VALIDATION_ROWS, VALIDATION_SHARE, Rows
+from cola_lightning.data.rows import Rows
+from cola_lightning.data.split import (
+    MOST_VALIDATION_ROWS,
+    VALIDATION_SHARE,
+    HeldOut,
+    as_count,
+    check_shares,
+    draw,
+    drawn,
+    find_record,
+)
 from cola_lightning.data.splits import Splits, TextUnit, choose_split, files_identity, is_file, is_on_hub, load_splits
 from cola_lightning.errors import UserError, shortened_text
 
@@ -74,9 +82,9 @@ class SourceDataModule(EpochDataModule):
             training rows. ``null`` uses all of the validation split, or else draws 10 % of the training rows, at most 1,000. 0
             turns validation off.
         test_size: Number or share of test rows, which are drawn in the same way. ``null`` uses all of the test split. If there
-            is none, there are no test rows. ``cola test`` and ``cola validate`` measure the rows that the fit of
-            ``--ckpt_path`` held out. Other data than the fit's, if it has no test or validation split, is measured on all rows.
-            1.0 takes all rows, except in a fit.
+            is none, there are no test rows. ``cola test`` and ``cola validate`` measure the rows that the model's runs held
+            out, whatever the sizes. Data that no run was trained on, if it has no test or validation split, is measured on all
+            rows. 1.0 takes all rows, except in a fit.
         split_seed: Seed by which rows are drawn.
         num_workers: Number of worker processes that prepare batches. With 0 the main process prepares them.
         num_proc: Number of processes that prepare rows: they tokenize texts, or check whether pictures can be read. ``null``
@@ -85,7 +93,7 @@ class SourceDataModule(EpochDataModule):
             One row may be skipped in any case, unless this is 0. It does not limit ``predict``.
     """
 
-    main_process_only = frozenset({"_splits", "_rows_of_predict", "_indices", "unpredicted"})
+    main_process_only = frozenset({"_splits", "_rows_of_predict", "_indices", "unpredicted", "_held_out", "_held_out_at_setup"})
     _indices: Sequence[int] = ()  # of the rows that are predicted, among those that predict reads
     unpredicted: dict[int, str]  # for each of the others, by its index, the reason
     preprocessor: Preprocessor | None = None
@@ -119,7 +127,9 @@ class SourceDataModule(EpochDataModule):
         if not 0 <= max_skipped <= 1:
             raise UserError(f"data.max_skipped must be a share of the rows, from 0 to 1, got {max_skipped}")
         self.max_skipped = max_skipped
-        self.checkpoint: StoredState | None = None  # the one that is evaluated, of --ckpt_path
+        self.rows_hash = ""  # of the training rows
+        self._held_out: list[dict[str, Any] | None] = []
+        self._held_out_at_setup = self._held_out
         self._logged: set[str] = set()
         self._sizes = list[str]()  # of the parts, by source
 
@@ -147,21 +157,6 @@ class SourceDataModule(EpochDataModule):
         return identities[0] if len(identities) == 1 else {"sources": identities}
 
     @functools.cached_property
-    def _trained_on(self) -> list[Any]:
-        """The contents of the sources that the run of ``--ckpt_path`` and its earlier stages used; empty if one is unknown."""
-        states, contents = [self.checkpoint], list[Any]()
-        for state in filter(None, states):
-            data, (paths, *_) = state.facts.data, state.facts.init_chain
-            contents += map(contents_of, data.get("sources", [data] if data else []))
-            try:
-                states += [OpenedCheckpoint.open(source.path).state for source in sources_of(paths or [])]
-            except UserError:  # it was moved, or is a chain folder or an adapter, which has no data
-                data = {}
-            if not data:
-                return []
-        return contents
-
-    @functools.cached_property
     def _splits(self) -> list[Splits]:
         """The splits of each source, each with the share of its rows that is used."""
         return [
@@ -182,6 +177,12 @@ class SourceDataModule(EpochDataModule):
         return rows
 
     # ------------------------------------------------------------------ splits
+
+    @property
+    def held_out(self) -> list[dict[str, Any] | None]:
+        """The rows that runs have held out, of which the trained module's run knows."""
+        run = getattr(self.trainer and self.trainer.lightning_module, "run", None)
+        return getattr(run, "held_out", self._held_out)
 
     def _evaluation_split(self, splits: Splits, part: str) -> Callable[[], Rows] | None:
         """What reads the validation or the test split; None: there is none, or its rows are drawn from the train split."""
@@ -217,7 +218,7 @@ class SourceDataModule(EpochDataModule):
         self._sizes.clear()
         parts, total = self.parts(stage), RowReport()
         for part in reversed(STAGE_PARTS.get(stage, ["test"])):
-            if not parts.get(part) and stage == "fit":
+            if not parts.get(part) and stage == "fit" and part != "train":
                 setattr(self, part, [])
                 continue
             if not parts.get(part):
@@ -240,7 +241,10 @@ class SourceDataModule(EpochDataModule):
                 reasons = f": {total.reasons()}" if total.skipped else ""
                 raise UserError(f"data.source: no row of {self.source!r} can be used for {PURPOSES[purpose]}{reasons}")
             setattr(self, part, encoded)
-        self._report = total
+        self._report, self._held_out_at_setup = total, [*self.held_out]
+        if stage == "fit":
+            rows = [[*some.contents(), hashlib.sha256(some.numbers.tobytes()).hexdigest()] for some in parts["train"]]
+            self.rows_hash = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
         if stage != "predict":  # of all parts together: one of few rows may have more by chance
             self.check_skipped(total)
             return
@@ -263,73 +267,87 @@ class SourceDataModule(EpochDataModule):
         parts: dict[str, list[Rows]] = {}
         for source, splits in zip(self.sources, self._splits, strict=True):
             for part, rows in self._parts_of(source, splits, stage).items():
-                parts.setdefault(part, []).append(rows)
+                if len(rows):
+                    parts.setdefault(part, []).append(rows)
         return parts
 
     def _parts_of(self, source: Source, splits: Splits, stage: str) -> dict[str, Rows]:
         """The rows of a source that a stage needs. This is the rule for each stage, which docs/data.md tells users.
 
         * ``fit``: a named split, or what is drawn from the train split; a file is a train split.
-        * ``test`` and ``validate``: the same rows, held out by the fit. All rows, if they have no split of their own and the
-          source is not the data of ``ckpt_path``'s fit, or their size is 1.0.
+        * ``test`` and ``validate``: their own split, or else the rows that the runs of the model held out. All rows, if no run
+          was trained on them, or their size is 1.0.
         * ``predict``: all rows of a file; else those that ``test`` measures, if ``test_split`` is given; else all rows of the
           test split, of the validation split, or of the train split, whichever there is.
         """
-        names, has_splits = STAGE_PARTS.get(stage, ["test"]), not is_file(source.source)
-        own = self._evaluation_split(splits, names[-1]) if has_splits else None
         if stage == "fit":
-            takes_all = False
-        elif stage == "predict":
+            return self._drawn_parts(splits, ["train", "val"], stage)
+        part, has_splits = "val" if stage == "validate" else "test", not is_file(source.source)
+        own = self._evaluation_split(splits, part) if has_splits else None
+        reads = [own, self._evaluation_split(splits, "val")] if has_splits else [*splits.values()]
+        read = next(filter(None, reads), functools.partial(self._train_rows, splits))
+        if stage == "predict":
             takes_all = not has_splits or self.test_split is None or self.test_size == 0
-        else:
-            size = self.val_size if stage == "validate" else self.test_size
-            takes_all = own is None and ((isinstance(size, float) and size == 1) or self._is_other_data(source, *names))
-        if not takes_all:
-            parts = self._drawn_parts(splits, names, may_lack_targets=stage == "predict")
-        else:
-            reads = [own, self._evaluation_split(splits, "val")] if has_splits else [*splits.values()]
-            read = next(filter(None, reads), functools.partial(self._train_rows, splits))
-            parts = {names[0]: read()}
-        return {part: rows.lacking_targets() if stage == "predict" else rows for part, rows in parts.items()}
+            parts = {part: read()} if takes_all else self._drawn_parts(splits, [part], stage)
+            return {part: rows.lacking_targets() for part, rows in parts.items()}
+        size = self.val_size if part == "val" else self.test_size
+        takes_all = own is None and isinstance(size, float) and size == 1
+        if own is None and not takes_all:
+            rows = splits.get(self.train_split, read)()
+            if (record := find_record(rows, self.held_out)) is not None:
+                held_out = rows.at(getattr(record, part))
+                self._log(f"{rows.place}: {len(held_out)} rows for {PURPOSES[part]}, as the fit held them out")
+                return {part: held_out}
+            if takes_all := bool(self.held_out) and None not in self.held_out:
+                self._log(f"{source.source}: no run of the model used it, so all rows are used for {PURPOSES[part]}")
+        return {part: read()} if takes_all else self._drawn_parts(splits, [part], stage)
 
-    def _is_other_data(self, source: Source, part: str) -> bool:
-        """Whether a source is not the data of ``ckpt_path``'s fit."""
-        if is_other := bool(self._trained_on) and contents_of(identity_of(source)) not in self._trained_on:
-            self._log(f"{source.source}: not the data of ckpt_path's fit, so all rows are used for {PURPOSES[part]}")
-        return is_other
-
-    def _drawn_parts(self, splits: Splits, names: Sequence[str], *, may_lack_targets: bool) -> dict[str, Rows]:
-        parts, drawn = dict[str, Rows](), {"train": self.train_size}
+    def _drawn_parts(self, splits: Splits, names: Sequence[str], stage: str) -> dict[str, Rows]:
+        parts, sizes = dict[str, Rows](), {"train": self.train_size}
         for part, size in (("val", self.val_size), ("test", self.test_size)):
             read = self._evaluation_split(splits, part)
             if read is not None and size != 0 and part in names:
-                parts |= read().drawn({part: size}, self.split_seed)
+                parts |= drawn(read(), {part: size}, self.split_seed)
             elif read is None and (size or (part == "val" and size is None)):
-                drawn[part] = size
-        if not drawn.keys().isdisjoint(names):
+                sizes[part] = size
+        if not sizes.keys().isdisjoint(names):
             train = self._train_rows(splits)
-            parts |= self._drawn(train.lacking_targets() if may_lack_targets else train, drawn, parts)
+            parts |= self._drawn(train.lacking_targets() if stage == "predict" else train, sizes, parts, stage)
         return parts
 
-    def _drawn(self, rows: Rows, sizes: Mapping[str, Any], others: Mapping[str, Rows]) -> dict[str, Rows]:
+    def _drawn(self, rows: Rows, sizes: Mapping[str, Any], others: Mapping[str, Rows], stage: str) -> dict[str, Rows]:
         """Draws parts from the train split: the training rows, and those that have no split; logs all of them.
+
+        What an earlier run on the split has held out stays held out in a fit, also if the sizes or the seed are others.
 
         Args:
             rows: the train split.
             sizes: the parts' sizes.
             others: parts that have a split.
+            stage: what they are drawn for.
         """
         default = min(as_count(VALIDATION_SHARE, len(rows)), MOST_VALIDATION_ROWS)
         sizes = {part: default if (part, size) == ("val", None) else size for part, size in sizes.items()}
         is_drawn = len(sizes) > 1 or self.train_size is not None
-        groups = self.groups(rows) if is_drawn else None
-        drawn = rows.drawn(sizes, self.split_seed, groups)
-        counts = [f"{len(some)}{' rows' * (part == 'train')} for {PURPOSES[part]}" for part, some in drawn.items()]
-        lines = [f"{rows.place}: {', '.join(counts)}" + ", by data.split_seed" * is_drawn]
+        parts = drawn(rows, sizes, self.split_seed, self.groups(rows) if is_drawn else None)
+        how = ", by data.split_seed" * is_drawn
+        if stage == "fit":
+            held_out = {part: parts[part].numbers.tolist() if part in parts else [] for part in ("val", "test")}
+            record = find_record(rows, self.held_out)
+            if record is None:
+                self.held_out.append(asdict(HeldOut(rows.contents(), len(rows.split), **held_out)))
+            elif {part: rows.at(getattr(record, part)).numbers.tolist() for part in held_out} != held_out:
+                free = rows.select(np.flatnonzero(~np.isin(rows.numbers, [*record.val, *record.test])))
+                groups = None if self.train_size is None else self.groups(free)
+                of_record = {part: rows.at(getattr(record, part)) for part in sizes if part != "train"}
+                parts = drawn(free, {"train": self.train_size}, self.split_seed, groups) | of_record
+                how = ", as an earlier run held them out"
+        counts = [f"{len(some)}{' rows' * (part == 'train')} for {PURPOSES[part]}" for part, some in parts.items()]
+        lines = [f"{rows.place}: {', '.join(counts)}{how}"]
         lines += [f"{some.place}: {len(some)} of {len(some.split)} for {PURPOSES[part]}" for part, some in others.items()]
         self._sizes.append("; ".join(lines))
         self._log(self._sizes[-1])
-        return drawn
+        return parts
 
     @override
     def describe(self) -> list[str]:
@@ -357,6 +375,26 @@ class SourceDataModule(EpochDataModule):
     @override
     def prompt_format(self) -> dict[str, Any]:
         return dict(self.preprocessor.prompt_format) if self.preprocessor else {}
+
+    @override
+    def val_dataloader(self) -> Any:
+        self._follow_checkpoint()
+        return super().val_dataloader()
+
+    @override
+    def test_dataloader(self) -> EpochLoader:
+        self._follow_checkpoint()
+        return super().test_dataloader()
+
+    def _follow_checkpoint(self) -> None:
+        """Sets up the rows to measure again, if the Trainer has loaded a checkpoint that holds out others since the setup."""
+        stage = self.trainer and self.trainer.state.fn
+        if stage in ("validate", "test") and self.held_out != self._held_out_at_setup:
+            self.setup(stage)
+
+    @override
+    def _order(self) -> dict[str, Any]:
+        return {"data.source (a hash of its training rows)": self.rows_hash} | super()._order()
 
     @override
     def length(self, row: Any) -> int:

@@ -4,9 +4,11 @@ import csv
 import functools
 import glob
 import hashlib
+import json
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,8 +29,10 @@ READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 READERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
 COMPRESSIONS = (".gz", ".zst")
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # in a folder of DatasetDict.save_to_disk, or of Dataset.save_to_disk
-SHARD = re.compile(r"-\d+-of-\d+$")  # the end of the name of a file that has a part of a split
-SPLIT = re.compile("train|val|dev|eval|test")  # in a file's name, which then says its split
+SHARD = re.compile(r"-\d+-of-(\d+)$")  # the end of the name of a file that has a part of a split
+WORDS = "train|training|val|valid|validation|dev|development|eval|evaluation|test|testing"
+SPLIT = re.compile(rf"(?<![a-z])({WORDS})(?![a-z])")  # in a file's name, which then says its split
+FILES_READ = 100  # at most, of a folder of pictures: all of them may be many gigabytes
 WORTH_A_BAR_BYTES = 10**8  # of files, whose preparation takes seconds
 
 
@@ -87,7 +91,23 @@ def load_splits(
     data: Any = datasets.load_from_disk(path) if path.is_dir() else hub_data(source, subset, revision)
     if not isinstance(data, dict):
         data = {"train": data}
-    return {split: functools.partial(Rows, rows, f"{source}, {split}") for split, rows in data.items()}
+    return {
+        split: functools.partial(
+            Rows,
+            rows,
+            f"{source}, {split}",
+            functools.partial(hashes_of, [Path(file["filename"]) for file in rows.cache_files])
+            if path.is_dir()
+            else contents_on_hub(source, subset, split, "whole"),
+        )
+        for split, rows in data.items()
+    }
+
+
+def contents_on_hub(source: str, subset: str | None, split: str, how: str) -> Callable[[], list[str]]:
+    """The ``contents`` of the :class:`Rows` of a split on the hub: its name, and ``how`` its rows were read."""
+    name = f"{source} {subset or ''} {split}"
+    return lambda: [name, f"{name} {how}"]
 
 
 def choose_split(splits: Splits, name: str | None, usual_names: Sequence[str], option: str) -> Callable[[], Rows] | None:
@@ -111,14 +131,26 @@ def files_identity(source: str) -> dict[str, Any]:
         return {}
     files = _matches(source) or (sorted(path.rglob("data-*.arrow")) if _is_saved(path) else [])
     if not files and not any(_ending(file.name) for file in path.iterdir() if file.is_file()):
-        known = [(str(file.relative_to(path)), file.stat().st_size) for file in paths_inside(path) if file.is_file()]
-        return {"folder": [len(known), hashlib.sha256(repr(known).encode()).hexdigest()]}
+        return {"folder": [sum(file.is_file() for file in paths_inside(path)), folder_hash(path)]}
     files = files or [file for files_of_split in _files_by_split(path).values() for file in files_of_split]
     names, identities = [file.name for file in files], {}
     for file in files:
         name = file.name if names.count(file.name) == 1 else str(file)
         identities[name] = [file.stat().st_size, hash_of_file(file)]
     return {"files": identities}
+
+
+def folder_hash(folder: Path) -> str:
+    """A hash of the names and sizes of the files in a folder, and of what is in some of them."""
+    files = [file for file in paths_inside(folder) if file.is_file()]
+    known = [(str(file.relative_to(folder)), file.stat().st_size) for file in files]
+    some = [hash_of_file(file) for file in files[:: len(files) // FILES_READ + 1]]
+    return hashlib.sha256(repr([known, some]).encode()).hexdigest()
+
+
+def hashes_of(files: Sequence[Path]) -> list[str]:
+    """The hashes of files, in their order."""
+    return [hash_of_file(file) for file in files]
 
 
 def hash_of_file(file: Path) -> str:
@@ -159,19 +191,26 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
 
     A folder's only file, such as ``metadata.csv`` or ``data.jsonl``, is ``train``, unless its name says another split.
     """
-    files: dict[str, list[Path]] = {}
+    files, numbers = dict[str, list[Path]](), dict[str, int]()
     for path in sorted(folder.iterdir()):
         if path.is_file() and (ending := _ending(path.name)) is not None:
             name = path.name[: path.name.lower().rindex(ending)].lower()
             files.setdefault(SHARD.sub("", name), []).append(path)
+            if shard := SHARD.search(name):
+                numbers[SHARD.sub("", name)] = int(shard[1])
     if not files:
         raise UserError(f"data.source: the folder {str(folder)!r} has no file such as train.csv or train.jsonl")
+    for split, n in numbers.items():
+        if len(files[split]) != n:
+            raise UserError(
+                f"data.source: {split} in {str(folder)!r} has {n} files by their names, but {len(files[split])} are there"
+            )
     (name, *others) = files
     return {"train": files[name]} if not others and SPLIT.search(name) is None else files
 
 
 def _reader(files: list[Path], place: str, text_unit: TextUnit) -> Callable[[], Rows]:
-    return functools.cache(lambda: Rows(_read(files, text_unit), place))
+    return functools.cache(lambda: Rows(_read(files, text_unit), place, lambda: hashes_of(files)))
 
 
 def _texts(batch: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -194,9 +233,9 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
             warnings.simplefilter("error", ParserWarning)  # of cells without a column, which pandas drops
             options = {"sample_by": "document" if text_unit == "file" else text_unit} if ending == ".txt" else {}
             if READERS[ending] == "csv":
-                options = _csv_options(files[0], "\t" if ending == ".tsv" else ",")
+                options = _csv_options(files, "\t" if ending == ".tsv" else ",")
             read = getattr(datasets.Dataset, f"from_{READERS[ending]}")  # load_dataset would tell the hub that it is used
-            rows = read([str(file) for file in files], **options)
+            rows = read([glob.escape(str(file)) for file in files], **options)  # datasets takes names for patterns
             if ending == ".txt":
                 rows = rows.map(_texts, batched=True)
                 if text_unit == "paragraph" and len(rows) == 1 and "\n" in rows[0]["text"]:
@@ -206,33 +245,98 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
         *_, innermost = causes(error)
         reason = one_line(str(innermost)) or "it is empty"
         raise UserError(f"data.source: {str(files[0])!r} cannot be read: {reason}") from error
-    if ending == ".tsv":
-        _check_quotes(rows, files[0])
-    return rows
+    return _as_written(rows, files) if READERS[ending] == "json" else rows
 
 
-def _csv_options(file: Path, sep: str) -> dict[str, Any]:
-    """All values are text, not numbers, dates or "NA" for none; an empty cell is null."""
+def _as_written(rows: Any, files: Sequence[Path]) -> Any:
+    """The rows of JSON files; again, value by value, if Arrow's types would change some: mixed types, numbers and dates."""
     import datasets
-    import fsspec
 
-    with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="") as lines:
-        names = next(csv.reader(lines, delimiter=sep))
+    features = {name: _exact_feature(feature) for name, feature in rows.features.items()}
+    if features == rows.features and "Json(" not in str(features):
+        return rows
+    given = {"files": [str(file) for file in files], "features": features, "hashes": hashes_of(files)}
+    return datasets.Dataset.from_generator(_json_rows, datasets.Features(features), gen_kwargs=given)
+
+
+def _exact_feature(feature: Any) -> Any:
+    """A feature whose values are those of the file: dates are texts; a float may be an integer, which is written without .0."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return {name: _exact_feature(part) for name, part in feature.items()}
+    if isinstance(feature, datasets.List):
+        return datasets.List(_exact_feature(feature.feature))
+    dtype = getattr(feature, "dtype", "")
+    if dtype.startswith(("timestamp", "date", "time")):
+        return datasets.Value("string")
+    return datasets.Json() if dtype.startswith(("float", "double")) else feature
+
+
+def _json_rows(files: Sequence[str], features: Mapping[str, Any], hashes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of JSON files, each value of a ``Json`` feature as its JSON text. The hashes make ``datasets`` cache them."""
+    for file in files:
+        with _lines(Path(file)) as opened:
+            is_list = next((line for line in opened if line.strip()), "").lstrip().startswith("[")
+            opened.seek(0)
+            for row in json.load(opened) if is_list else (json.loads(line) for line in opened if line.strip()):
+                row = row if isinstance(row, dict) else {"text": row}
+                yield {name: _encoded(row.get(name), feature) for name, feature in features.items()}
+
+
+def _encoded(value: Any, feature: Any) -> Any:
+    """A value for ``datasets``, which keeps a text of a ``Json`` feature only if it is JSON. NaN is no value."""
+    import datasets
+
+    if value is None or value != value:
+        return None
+    if isinstance(feature, datasets.Json):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(feature, datasets.List):
+        return [_encoded(part, feature.feature) for part in value]
+    return {name: _encoded(value.get(name), part) for name, part in feature.items()} if isinstance(feature, dict) else value
+
+
+def _csv_options(files: Sequence[Path], sep: str) -> dict[str, Any]:
+    """All values are text, not numbers, dates or "NA"; an empty cell is null. In a TSV, a quote may be part of the text."""
+    import datasets
+
+    wrong = next(filter(None, (_wrong_quote(file, sep) for file in files)), None)
+    has_quotes = wrong is None or sep == ","
+    with _lines(files[0]) as lines:
+        names = next(csv.reader(lines, delimiter=sep, quoting=csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE))
+    if wrong is not None and has_quotes:
+        log.warning("data.source: %s. Rows up to the next quote are read as one", wrong)
     if len({*names}) < len(names):  # pandas renames them
         raise ValueError(f"columns of the same name, {', '.join(names)}")
     # A column without a name, as that of the index that pandas writes, gets the name that pandas gives it.
     names = [name or f"Unnamed: {k}" for k, name in enumerate(names)]
     features = datasets.Features({name: datasets.Value("string") for name in names})
     options = {"sep": sep, "features": features, "index_col": False, "encoding": "utf-8-sig"}
+    options |= {} if has_quotes else {"quoting": csv.QUOTE_NONE}
     return options | {"keep_default_na": False, "na_values": [""]}
 
 
-def _check_quotes(rows: Any, file: Path) -> None:
-    """Refuses a TSV file in which a double quote at the beginning of a cell has joined rows."""
-    import pyarrow.compute as pc
+def _lines(file: Path) -> Any:
+    """A file of text, opened, without its compression and mark of byte order."""
+    import fsspec
 
-    if any(pc.any(pc.match_substring(column, "\t")).as_py() for column in rows.data.columns):
-        raise UserError(f'data.source: {file}: a cell that begins with a double quote is written """so"" it is"')
+    return fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="")
+
+
+def _wrong_quote(file: Path, sep: str) -> str | None:
+    """Where a cell begins with a double quote that does not enclose it; None if all do."""
+    csv.field_size_limit(sys.maxsize)
+    with _lines(file) as lines:
+        reader, n_lines = csv.reader(lines, delimiter=sep, strict=True), 0
+        try:
+            for row in reader:
+                if sep == "\t" and any(sep in cell for cell in row):
+                    return f"{file}, line {n_lines + 1}: a double quote joins cells"
+                n_lines = reader.line_num
+        except csv.Error:
+            return f"{file}, line {n_lines + 1}: a cell begins with a double quote, but does not end with one"
+    return None
 
 
 # ---------------------------------------------------------------------- the hub

@@ -7,7 +7,7 @@ from typing import Any
 
 from cola_lightning import hub
 from cola_lightning.data.rows import Rows, progress_bar_if
-from cola_lightning.data.splits import Splits, hub_data
+from cola_lightning.data.splits import Splits, contents_on_hub, hub_data
 
 BUFFER = 10_000  # rows that are shuffled together
 WORTH_A_BAR = 20_000  # rows, whose download takes a while
@@ -30,13 +30,21 @@ def stream_splits(source: str, subset: str | None, revision: str | None, n_rows:
         commit = HfApi().dataset_info(source, revision=revision).sha
     return {
         split: functools.cache(
-            functools.partial(draw_rows, stream, n_rows(split), seed, f"{source}, {split}", f"{commit} {subset} {split}")
+            functools.partial(
+                draw_rows,
+                stream,
+                n_rows(split),
+                seed,
+                f"{source}, {split}",
+                contents_on_hub(source, subset, split, f"drawn by {seed}"),
+                f"{commit} {subset} {split}",
+            )
         )
         for split, stream in splits.items()
     }
 
 
-def draw_rows(stream: Any, n_rows: int, seed: int, place: str, identity: str) -> Rows:
+def draw_rows(stream: Any, n_rows: int, seed: int, place: str, contents: Callable[[], list[str]], identity: str) -> Rows:
     """The first rows of a stream that is shuffled by a buffer. They are stored in the cache, and read once.
 
     Args:
@@ -44,6 +52,7 @@ def draw_rows(stream: Any, n_rows: int, seed: int, place: str, identity: str) ->
         n_rows: how many are read at most.
         seed: of the shuffle.
         place: names the stream in messages.
+        contents: of the rows.
         identity: of the stream, for the cache.
     """
     import datasets
@@ -52,7 +61,7 @@ def draw_rows(stream: Any, n_rows: int, seed: int, place: str, identity: str) ->
     some = stream.shuffle(seed=seed, buffer_size=BUFFER).take(n_rows)
     with progress_bar_if(n_rows >= WORTH_A_BAR):
         data = datasets.Dataset.from_generator(_rows, stream.features, gen_kwargs={"stream": some}, fingerprint=known)
-    return Rows(data, place)
+    return Rows(data, place, contents)
 
 
 def _rows(stream: Any) -> Iterator[Any]:

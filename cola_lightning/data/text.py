@@ -23,8 +23,9 @@ from cola_lightning.data.encoding import (
 from cola_lightning.data.fields import conversation, pair, question
 from cola_lightning.data.packing import Packs
 from cola_lightning.data.preprocessing import Preprocessor, Size, TokenPreprocessor
-from cola_lightning.data.rows import MOST_VALIDATION_ROWS, Row, Rows
+from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import Source
+from cola_lightning.data.split import MOST_VALIDATION_ROWS
 from cola_lightning.data.splits import Splits, is_on_hub
 from cola_lightning.data.streaming import stream_splits
 from cola_lightning.data.tokenized import TokenizedDataModule

@@ -14,7 +14,7 @@ from cola_lightning.export.adapter import export_adapter
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.options import ExportOptions
-from cola_lightning.export.verify import ReferenceLogits, loading_again, reference_logits
+from cola_lightning.export.verify import ReferenceLogits, loading_again, prove_merged, reference_logits
 from cola_lightning.hub import quiet
 from cola_lightning.lora.layer import is_quantized_model
 from cola_lightning.merge import free
@@ -101,14 +101,14 @@ def _export_merged(trained: TrainedModel, options: ExportOptions) -> list[str]:
                 tensors[name] = value.clone() if value.data_ptr() in seen else value.contiguous()
                 seen.add(value.data_ptr())
             save_file(tensors, partial / STATE_DICT_NAME)
-        line = _load_again(model, partial, reference) if options.verify else "not compared"
-    return [line, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else [line]
+        lines = _check_written(trained, model, partial, reference) if options.verify else ["not compared"]
+    return [*lines, f"4-bit weights were de-quantised, to {dtype}"] if was_quantized else lines
 
 
-def _load_again(written: Any, folder: Path, reference: ReferenceLogits | None) -> str:
-    """Compares the logits of what is loaded from the folder with the module's.
+def _check_written(trained: TrainedModel, written: Any, folder: Path, reference: ReferenceLogits | None) -> list[str]:
+    """Loads what is in the folder again, compares its logits with the module's, and proves its tensors.
 
-    The written model is used up, so that the two are not in memory together.
+    The written model is used up, so that no two models are in memory together.
     """
     from transformers import PreTrainedModel
 
@@ -120,7 +120,9 @@ def _load_again(written: Any, folder: Path, reference: ReferenceLogits | None) -
             again = type(written).from_pretrained(folder, dtype=dtype)
         else:
             again.load_state_dict(load_file(folder / STATE_DICT_NAME))
-    if reference is None:
-        return "loaded again; no logits were compared, because no input is known"
-    reference.round_buffers(again)
-    return reference.compare(again, "loaded again")
+    lines = ["loaded again; no logits were compared, because no input is known"]
+    if reference is not None:
+        reference.round_buffers(again)
+        lines = [reference.compare(again, "loaded again")]
+    free(again)
+    return [*lines, prove_merged(trained, folder)] if trained.chain.links else lines

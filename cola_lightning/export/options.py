@@ -1,5 +1,6 @@
 """The options of an export, checked before anything is loaded."""
 
+import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ class ExportOptions:
         for option, formats in formats_with.items():
             if getattr(self, option) is not None and self.format not in formats:
                 raise UserError(f"{option}: works with --format {' or '.join(formats)} only, got {self.format}")
+        if self.format == "peft":
+            importlib.import_module("peft")  # an error now, not once the model is loaded
         check_free(self.folder, overwrite=self.overwrite)
         path = Path(os.path.expanduser(source))
         if str(source) and path.exists() and path.resolve().is_relative_to(self.folder.resolve()):

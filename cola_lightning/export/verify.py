@@ -4,15 +4,22 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import getLogger
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cola_lightning.errors import ExportError, one_line
+from cola_lightning.chain.names import matched
+from cola_lightning.errors import ExportError, UserError, one_line
+from cola_lightning.export.model import TrainedModel
+from cola_lightning.files.plan import make_plan
+from cola_lightning.files.stored import CannotStream, HeldTensor, ModelFolder
+from cola_lightning.files.verify import verify
+from cola_lightning.merge import free
 
 log = getLogger(__name__)
 
@@ -30,6 +37,34 @@ def loading_again() -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # transformers raises an OSError for an incomplete folder, too
         raise ExportError(f"the export could not be loaded again, so it was deleted ({one_line(str(error))})") from error
+
+
+def prove_merged(model: TrainedModel, folder: Path) -> str:
+    """Proves, tensor by tensor, that a written model is the base that was trained on with the links, each weight rounded once.
+
+    Args:
+        model: the model, whose base is built again and takes its memory.
+        folder: the written model.
+
+    Raises:
+        ExportError: if a tensor is wrong.
+    """
+    base = model.adapted.merged_model(0, device="cpu", in_place=True, is_rounded=True)
+    merged, values = ModelFolder.open(str(folder), "output"), base.state_dict()
+    held = {name: HeldTensor(value) for name, value in values.items()}
+    try:
+        plan = make_plan(ModelFolder(folder, held, merged.config), model.chain)
+    except (CannotStream, UserError) as error:  # an architecture whose files name or shape its weights otherwise
+        return f"its tensors were not compared: {error}"
+    names = matched(values, merged.tensors)
+    seen = {values[name].data_ptr() for name in names}
+    others = [name for name, value in values.items() if value.data_ptr() not in seen]  # transformers stores them otherwise
+    plan = replace(plan, tensors={name: plan.tensors[name] for name in names})
+    proof = verify(plan, replace(merged, tensors={name: merged.tensors[name] for name in names.values()}), {})
+    free(base)
+    if proof.wrong:
+        raise ExportError(f"the export was deleted: {proof.sentence}")
+    return proof.sentence + (f"; not compared, because files store them otherwise: {', '.join(others)}" if others else "")
 
 
 # ---------------------------------------------------------------------- logits

@@ -13,49 +13,57 @@ import torch
 from torch import Tensor
 
 from cola_lightning.files.plan import Planned
-from cola_lightning.files.stored import StoredTensor, chunks
+from cola_lightning.files.stored import HeldTensor, StoredTensor, chunks
 
 Kind = Literal["same bits", "rounding", "wrong"]
 STANDARD_ERRORS, SMALLEST = 6.0, 0.005  # how far an update's share may be from 1
 
 
 @dataclass
-class Comparison:
+class Finding:
     """A stored tensor, compared with what it should be.
 
     Attributes:
-        n: its elements.
-        factors: for each update, how much of it is in the tensor: 1 is right.
+        tensor: its name.
         kind: ``same bits``, as W + B A in float32, rounded once; ``rounding``: it differs by what roundings change, also as
             PEFT makes them: of W, of each update, and of each sum; or ``wrong``.
+        cause: if it is wrong, what most likely happened.
+        n: its elements.
         n_different: elements that differ.
         n_beyond: elements that differ by more than roundings.
         place: the first of them.
+        factors: for each update, how much of it is in the tensor: 1 is right.
     """
 
-    n: int
-    factors: list[float] = field(default_factory=list)
+    tensor: str
     kind: Kind = "same bits"
+    cause: str = ""
+    n: int = 0
     n_different: int = 0
     n_beyond: int = 0
     place: tuple[int, ...] = ()
+    factors: list[float] = field(default_factory=list)
 
 
-def compare(planned: Planned, merged: StoredTensor, through: torch.dtype | None = None) -> Comparison:
+def compare(name: str, planned: Planned, merged: StoredTensor | HeldTensor, through: torch.dtype | None = None) -> Finding:
     """Compares a stored tensor with a planned one.
 
     Args:
+        name: the tensor's.
         planned: what it should be.
         merged: what it is.
         through: a dtype in which it was merged before it was stored in a wider one; None: its own.
     """
-    result = Comparison(prod(merged.shape))
-    if planned.shape != merged.shape:
+    result = Finding(name, n=prod(merged.shape))
+    if planned.start.shape != merged.shape:
         result.kind = "wrong"
         return result
     dtype, along, squares = through or merged.dtype, torch.zeros(len(planned.updates), dtype=torch.float64), 0.0
-    for first, last in chunks(planned.shape):
+    for first, last in chunks(merged.shape):
         stored, fewest, nearest, differs = merged.rows(first, last), result.n + 1, torch.empty(0), torch.empty(0)
+        if through is not None and not torch.equal(stored.to(through).to(stored.dtype), stored):
+            result.kind = "wrong"
+            return result
         for way in _roundings(planned, first, last, dtype):
             other = _bits(way.to(stored.dtype)) != _bits(stored)
             if (n_other := int(other.count_nonzero())) < fewest:
@@ -67,7 +75,8 @@ def compare(planned: Planned, merged: StoredTensor, through: torch.dtype | None 
         result.n_different += fewest
         wide, expected = planned.wide, nearest[differs].to(planned.wide)
         difference = stored[differs].to(wide) - expected
-        beyond = ~(difference.abs() <= _allowed(planned, first, last, dtype)[differs] + _step(dtype) * expected.abs())
+        allowed = _allowed(planned, first, last, dtype)[differs] + _step(dtype) * expected.abs()
+        beyond = ~(difference.abs() <= allowed) if planned.updates else torch.ones_like(difference, dtype=torch.bool)
         if beyond.any() and not result.n_beyond:  # also NaN
             place = differs.nonzero()[beyond][0].tolist()
             result.place = (first + place[0], *place[1:]) if place else ()
@@ -84,7 +93,7 @@ def _roundings(planned: Planned, first: int, last: int, dtype: torch.dtype) -> I
     """What tools make of some rows: all is added and rounded once; or each sum is rounded; or each update, too."""
     yield planned.merged(first, last, dtype)
     for rounds_updates in (False, True):
-        rows = planned.rows(first, last).to(dtype)
+        rows = planned.start.rows(first, last).to(dtype)
         for update in planned.updates:
             part = update.rows(first, last).view(rows.shape)
             rows = ((part.to(dtype).to(part.dtype) if rounds_updates else part) + rows.to(part.dtype)).to(dtype)
@@ -103,7 +112,7 @@ def _step(dtype: torch.dtype) -> float:
 
 def _allowed(planned: Planned, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """What the roundings of updates may change, in this dtype and in float32, by element."""
-    shape = (last - first, *planned.shape[1:]) if planned.shape else ()
+    shape = (last - first, *planned.start.shape[1:]) if planned.start.shape else ()
     smallest = torch.finfo(dtype).smallest_normal * _step(dtype) if dtype.is_floating_point else 0.0
     allowed = torch.full(shape, smallest, dtype=planned.wide if planned.dtype.is_floating_point else torch.float64)
     rank = sum(update.right.shape[-2] for update in planned.updates)
@@ -112,8 +121,8 @@ def _allowed(planned: Planned, first: int, last: int, dtype: torch.dtype) -> Ten
     return allowed
 
 
-def _judge(result: Comparison, planned: Planned, along: Tensor, squares: float) -> None:
-    """Sets the kind of a comparison, from the products of the differences with the updates, and the sum of their squares."""
+def _judge(result: Finding, planned: Planned, along: Tensor, squares: float) -> None:
+    """Sets the kind of a finding, from the products of the differences with the updates, and the sum of their squares."""
     if not result.n_different:
         return
     gram = torch.tensor([[float(one.product(other)) for other in planned.updates] for one in planned.updates])

@@ -34,15 +34,15 @@ def write_merged(plan: Plan, folder: Path, *, dtype: torch.dtype | None = None, 
     for path in tokenizer.iterdir() if tokenizer is not None and (tokenizer / "tokenizer_config.json").is_file() else ():
         if path.is_file() and TOKENIZER.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
-    files = {name: tensor.file.name for name, tensor in base.tensors.items()}
+    files = dict(base.files)
     files |= {name: next(reversed(files.values())) for name in plan.tensors.keys() - files.keys()}
     dtypes = {name: _dtype(planned, dtype) for name, planned in plan.tensors.items()}
     for file in dict.fromkeys(files.values()):
         part = {name: planned for name, planned in plan.tensors.items() if files[name] == file}
-        sizes = {name: (dtypes[name], planned.shape) for name, planned in part.items()}
+        sizes = {name: (dtypes[name], planned.start.shape) for name, planned in part.items()}
         write_tensors(folder / file, sizes, _rows(part, dtypes))
     if (base.path / INDEX_NAME).is_file():
-        size = sum(torch.Size(planned.shape).numel() * dtypes[name].itemsize for name, planned in plan.tensors.items())
+        size = sum(torch.Size(planned.start.shape).numel() * dtypes[name].itemsize for name, planned in plan.tensors.items())
         index = json.loads((base.path / INDEX_NAME).read_text(encoding="utf-8"))
         index["metadata"] = index.get("metadata", {}) | {"total_size": size}
         index["weight_map"] = dict(sorted(files.items()))
@@ -65,7 +65,7 @@ def _rows(part: dict[str, Planned], dtypes: dict[str, torch.dtype]) -> Iterator[
         UserError: for a merged weight that is too large for its dtype.
     """
     for name, planned in part.items():
-        for first, last in chunks(planned.shape):
+        for first, last in chunks(planned.start.shape):
             rows = planned.merged(first, last, dtypes[name])
             if rows.dtype == torch.float16 and planned.updates and rows.isinf().any():
                 raise UserError(f"base: {name!r} is too large for float16 after the merge")

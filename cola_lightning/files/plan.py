@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola_lightning.chain.chain import OUTSIDE, Chain
+from cola_lightning.chain.chain import OUTSIDE, Chain, Link
 from cola_lightning.chain.names import Names
 from cola_lightning.errors import UserError
-from cola_lightning.files.stored import CannotStream, ModelFolder, StoredTensor, chunks
-from cola_lightning.lora.layer import LinkFactors
+from cola_lightning.files.stored import CannotStream, HeldTensor, ModelFolder, StoredTensor, chunks
 
 HEAD = "lm_head.weight"  # the name of an output layer that shares its weight with the embedding, and is in no file
 EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in)\.weight")
@@ -51,6 +50,11 @@ class Update:
         """The inner product of two updates of a tensor, without computing them."""
         return ((self.left.mT @ other.left) * (self.right @ other.right.mT)).sum()
 
+    @property
+    def is_square(self) -> bool:
+        """Whether the update's shape does not show which side is the input."""
+        return self.left.shape[-2] == self.right.shape[-1]
+
     def times(self, factor: float) -> "Update":
         """The update multiplied by a factor."""
         return replace(self, left=self.left * factor)
@@ -65,29 +69,19 @@ class Planned:
     """A tensor of the merged model.
 
     Attributes:
+        start: what has its rows before any link is added: the base, or what takes its place because it was trained whole.
         base: the base's tensor; None: the base has none.
         updates: what the links add to it.
-        value: what takes its place: a module that was trained whole.
     """
 
-    base: StoredTensor | None
+    start: StoredTensor | HeldTensor
+    base: StoredTensor | HeldTensor | None
     updates: tuple[Update, ...] = ()
-    value: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's."""
-        return tuple(self.base_or_value.shape)
 
     @property
     def dtype(self) -> torch.dtype:
         """The base's dtype, or that of the value if the base has no such tensor."""
-        return self.base_or_value.dtype if self.base is None else self.base.dtype
-
-    @property
-    def base_or_value(self) -> Any:
-        """What has its rows before any link is added."""
-        return self.base if self.value is None else self.value
+        return (self.base or self.start).dtype
 
     @property
     def wide(self) -> torch.dtype:
@@ -100,16 +94,9 @@ class Planned:
         left = torch.cat([update.left for update in self.updates], dim=-1)
         return left, torch.cat([update.right for update in self.updates], dim=-2)
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """Some of its rows before any link is added."""
-        if self.value is not None:
-            return self.value[first:last] if self.value.dim() else self.value
-        assert self.base is not None
-        return self.base.rows(first, last)
-
     def merged(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Some of its rows: all is added in float32 (float64 for a base in it), and rounded once."""
-        rows = self.rows(first, last)
+        rows = self.start.rows(first, last)
         if not rows.is_floating_point():
             return rows
         if self.updates:
@@ -153,55 +140,56 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
         UserError: for factors whose sizes do not fit.
     """
     names, config = Names(folder.tensors), dict[str, Any]()
-    planned = {name: Planned(tensor) for name, tensor in folder.tensors.items()}
+    planned = {name: Planned(tensor, tensor) for name, tensor in folder.tensors.items()}
     embedding = embedding_of(folder.tensors)
-    has_head = names.find(HEAD) is not None
+    tied = None if embedding is None or names.find(HEAD) else folder.tensors[embedding]  # is the head's, too, if it has one
+
+    def planned_at(*known: str) -> tuple[str, Planned]:
+        """The tensor that the chain knows by one of these names."""
+        if (name := next(filter(None, map(names.find, known)), None)) is not None:
+            return name, planned[name]
+        if tied is not None and known[0].endswith(HEAD):  # now it has a weight of its own
+            return HEAD, planned.get(HEAD, Planned(tied, tied))
+        raise CannotStream(f"base: {str(folder.path)!r} does not store {known[-1]!r} under this name")
+
+    whole = {key: value for key, value in (chain[-1].extras if len(chain) else {}).items() if not key.startswith(OUTSIDE)}
+    since = dict[str, int]()
+    for key, value in whole.items():
+        name, before = planned_at(key)
+        planned[name] = replace(before, start=HeldTensor(value))
+        since[name] = next(k for k in range(len(chain)) if all(_has(link, key, value) for link in chain.links[k:]))
     for layer in chain.layers:
-        name = next(filter(None, map(names.find, (f"{layer}.weight", layer, f"{layer}_weight"))), None)
-        if name is None and f"{layer}.weight".endswith(HEAD) and embedding is not None:  # now it has a weight of its own
-            name, planned[HEAD] = HEAD, Planned(folder.tensors[embedding])
-        if name is None:
-            raise CannotStream(f"base: {str(folder.path)!r} does not store the layer {layer!r} under this name")
-        shape, is_conv1d = planned[name].shape, folder.config.get("model_type") in CONV1D and not name.endswith(HEAD)
-        updates = _updates(chain, layer, shape, is_conv1d=is_conv1d)
-        planned[name] = Planned(planned[name].base, updates)
-    extras = {name: value for name, value in (chain[-1].extras if len(chain) else {}).items() if not name.startswith(OUTSIDE)}
-    for key, value in extras.items():
-        name = names.find(key) or (HEAD if key.endswith(HEAD) and embedding is not None else None)
-        if name is None:
-            raise CannotStream(f"base: {str(folder.path)!r} has no {key!r}, which the chain replaces")
-        planned[name] = Planned(planned[name].base if name in planned else folder.tensors[str(embedding)], value=value)
-    if embedding is not None and not has_head and "LM" in str(folder.config.get("architectures")):
-        new = planned[embedding].value
-        if HEAD not in planned and new is not None:  # only the input's embedding was trained
-            planned[HEAD] = Planned(folder.tensors[embedding])
-        elif HEAD in planned and (head := planned[HEAD].value) is not None and new is not None and torch.equal(head, new):
-            del planned[HEAD]  # they are still one
+        name, before = planned_at(f"{layer}.weight", f"{layer}_weight", layer)
+        is_conv1d = folder.config.get("model_type") in CONV1D and not name.endswith(HEAD)
+        links = [link for link in chain.updates if layer in link.factors and link.index > since.get(name, -1)]
+        planned[name] = replace(before, updates=tuple(_laid_out(link, layer, before.start.shape, is_conv1d) for link in links))
+    if embedding is not None and tied is not None and "LM" in str(folder.config.get("architectures")):
+        new, head = planned[embedding].start, planned.setdefault(HEAD, Planned(tied, tied))
+        values = [start.value for start in (new, head.start) if isinstance(start, HeldTensor)]
+        is_one = head.start is new or (len(values) == 2 and torch.equal(*values))
+        if is_one and not head.updates:
+            del planned[HEAD]
         config |= {"tie_word_embeddings": False} if HEAD in planned else {}
-    if embedding is not None and planned[embedding].shape != folder.tensors[embedding].shape:
-        config["vocab_size"] = planned[embedding].shape[0]
+    if embedding is not None and planned[embedding].start.shape != folder.tensors[embedding].shape:
+        config["vocab_size"] = planned[embedding].start.shape[0]
     return Plan(folder, planned, config)
 
 
-def _updates(chain: Chain, layer: str, shape: tuple[int, ...], *, is_conv1d: bool) -> tuple[Update, ...]:
-    """The updates of a layer, laid out as its stored weight is.
+def _has(link: Link, key: str, value: Tensor) -> bool:
+    """Whether a link records this value."""
+    return key in link.extras and (link.extras[key] is value or torch.equal(link.extras[key], value))
+
+
+def _laid_out(link: Link, layer: str, shape: tuple[int, ...], is_conv1d: bool) -> Update:
+    """The update of a layer, laid out as its stored weight is.
 
     Raises:
         CannotStream: for experts whose layout their shape does not show.
         UserError: for factors of other sizes.
     """
-    updates = []
-    for link in chain.updates:
-        if layer in link.factors:
-            factors = (*link.factors[layer], link.scaling)
-            updates.append(_laid_out(link.index, layer, factors, shape, is_conv1d=is_conv1d))
-    return tuple(updates)
-
-
-def _laid_out(link: int, layer: str, factors: LinkFactors, shape: tuple[int, ...], *, is_conv1d: bool) -> Update:
-    lora_A, lora_B, scaling = factors
+    lora_A, lora_B = link.factors[layer]
     wide = torch.promote_types(lora_A.dtype, torch.float32)
-    update = Update(link, layer, lora_B.to(wide) * scaling, lora_A.to(wide).contiguous())
+    update = Update(link.index, layer, lora_B.to(wide) * link.scaling, lora_A.to(wide).contiguous())
     n_out, n_in = lora_B.shape[-2], lora_A.shape[-1]
     if lora_A.dim() > 2 and n_out == n_in:
         raise CannotStream(f"base: the shape of the experts {layer!r} does not show which side is their input")
@@ -218,6 +206,8 @@ def weight_norms(plan: Plan) -> dict[str, float]:
     norms = {}
     for planned in plan.tensors.values():
         for update in planned.updates[:1]:
-            parts = (torch.linalg.vector_norm(planned.rows(*rows), dtype=planned.wide) for rows in chunks(planned.shape))
+            parts = (
+                torch.linalg.vector_norm(planned.start.rows(*rows), dtype=planned.wide) for rows in chunks(planned.start.shape)
+            )
             norms[update.layer] = float(torch.stack(list(parts)).norm())
     return norms

@@ -6,7 +6,7 @@ Files are read by ``read``, not mapped: mapped pages count as memory, and safete
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,31 @@ class StoredTensor:
         return values if self.shape else values[0]
 
 
+@dataclass(frozen=True)
+class HeldTensor:
+    """A tensor in memory, which has what a stored one has.
+
+    Attributes:
+        value: its values.
+    """
+
+    value: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return self.value.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.value.shape)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """A copy of some of its rows, along the first dimension; a number is one row."""
+        return (self.value[first:last] if self.value.dim() else self.value).clone()
+
+
 def bytes_of(values: Tensor) -> Any:
     """The bytes of a contiguous tensor, which share its memory."""
     return values.reshape(-1).view(torch.uint8).numpy()
@@ -80,38 +105,40 @@ class ModelFolder:
 
     Attributes:
         path: the folder.
-        tensors: by name, in the order of the files.
+        tensors: by name, in the order of the files; of a model that was loaded, those in memory.
         config: its ``config.json``; empty if it has none.
+        files: the name of each tensor's file.
     """
 
     path: Path
-    tensors: dict[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor | HeldTensor]
     config: dict[str, Any]
+    files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, name: str, field: str = "base") -> "ModelFolder":
+    def open(cls, name: str, what: str = "base") -> "ModelFolder":
         """Reads the headers of a model's files.
 
         Args:
             name: a folder, or an id of the Hugging Face hub, after which ``@`` and a revision may follow.
-            field: the name's in messages.
+            what: the name's in messages.
 
         Raises:
             CannotStream: for a model without safetensors files, or a quantized one.
             UserError: for a folder without a model, and damaged files.
             HubError: for files that are neither in the cache nor on a hub that answers.
         """
-        path = _folder(name, field)
-        config = _read_json(path / CONFIG_NAME, field) if (path / CONFIG_NAME).is_file() else {}
+        path = _folder(name, what)
+        config = _read_json(path / CONFIG_NAME, what) if (path / CONFIG_NAME).is_file() else {}
         if "quantization_config" in config:
             method = config["quantization_config"].get("quant_method", "some method")
-            raise CannotStream(f"{field}: {name} is quantized ({method}), so its files do not hold its weights as numbers")
+            raise CannotStream(f"{what}: {name} is quantized ({method}), so its files do not hold its weights as numbers")
         has_index = (path / INDEX_NAME).is_file()
-        files = dict.fromkeys(_read_json(path / INDEX_NAME, field)["weight_map"].values() if has_index else [WEIGHTS_NAME])
+        files = dict.fromkeys(_read_json(path / INDEX_NAME, what)["weight_map"].values() if has_index else [WEIGHTS_NAME])
         if not has_index and not (path / WEIGHTS_NAME).is_file():
-            raise CannotStream(f"{field}: {name} has no {WEIGHTS_NAME}")
-        tensors = {name: tensor for file in files for name, tensor in read_header(path / file, field).items()}
-        return cls(path, tensors, config)
+            raise CannotStream(f"{what}: {name} has no {WEIGHTS_NAME}")
+        tensors = {name: tensor for file in files for name, tensor in read_header(path / file, what).items()}
+        return cls(path, tensors, config, {name: tensor.file.name for name, tensor in tensors.items()})
 
 
 def _folder(name: str, field: str) -> Path:

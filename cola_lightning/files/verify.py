@@ -14,9 +14,9 @@ import torch
 
 from cola_lightning.chain.names import matched
 from cola_lightning.chain.peft import value_of_layer
-from cola_lightning.files.compare import SMALLEST, Comparison, Kind, compare
+from cola_lightning.files.compare import SMALLEST, Finding, compare
 from cola_lightning.files.plan import HEAD, Plan, Planned, Update
-from cola_lightning.files.stored import ModelFolder, StoredTensor
+from cola_lightning.files.stored import HeldTensor, ModelFolder, StoredTensor
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,27 +40,6 @@ class Adapter:
 
     name: str
     config: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A tensor and the judgement of it.
-
-    Attributes:
-        tensor: its name.
-        kind: see :class:`~cola_lightning.files.compare.Comparison`.
-        cause: if it is wrong, what most likely happened.
-        n_different: elements that differ.
-        n: its elements.
-        place: the first element that is wrong.
-    """
-
-    tensor: str
-    kind: Kind
-    cause: str = ""
-    n_different: int = 0
-    n: int = 0
-    place: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,125 +108,97 @@ def verify(plan: Plan, merged: ModelFolder, adapters: Mapping[int, Adapter]) -> 
         merged: the merged model.
         adapters: what is known of the links, by their index.
     """
-    names, findings, likely = matched(plan.tensors, merged.tensors), list[Finding](), list[str]()
+    names, findings = matched(plan.tensors, merged.tensors), list[Finding]()
     for name, planned in sorted(plan.tensors.items(), key=lambda item: len(item[1].updates) > 0):  # untouched ones first
         if name in names:
-            is_other_base = _is_other_base(findings)
-            found = _finding(name, planned, merged.tensors[names[name]], adapters, likely, is_other_base=is_other_base)
-            findings.append(found)
-            likely[:0] = [found.cause] if found.cause else []
+            findings.append(compare(name, planned, merged.tensors[names[name]]))
+            if findings[-1].kind == "wrong":
+                findings[-1].cause = _cause(findings, planned, merged.tensors[names[name]], adapters)
         elif name == HEAD and HEAD not in plan.folder.tensors:
             findings.append(Finding(name, "wrong", TIED))
-        elif not _is_copy(plan, name):
+        elif not (name.endswith(HEAD) and planned.start is planned.base and _is_embedding(plan, planned.start)):
             findings.append(Finding(name, "wrong", "it is missing"))
     if _is_other_base(findings):
-        findings = [replace(found, cause=OTHER_BASE) if found.cause == OTHER else found for found in findings]
-    for name in merged.tensors.keys() - set(names.values()):
-        is_unmerged = re.search(r"\.(lora_|base_layer\.|modules_to_save\.)", name)
-        embedding = plan.embedding
-        if name.endswith(HEAD) and embedding and compare(plan.tensors[embedding], merged.tensors[name]).kind != "wrong":
-            continue
-        findings.append(Finding(name, "wrong", UNMERGED if is_unmerged else "the base has no such tensor"))
+        for finding in findings:
+            finding.cause = OTHER_BASE if finding.cause == OTHER else finding.cause
+    for name in sorted(merged.tensors.keys() - set(names.values())):
+        if not (name.endswith(HEAD) and _is_embedding(plan, merged.tensors[name])):
+            is_unmerged = re.search(r"\.(lora_|base_layer\.|modules_to_save\.)", name)
+            findings.append(Finding(name, "wrong", UNMERGED if is_unmerged else "the base has no such tensor"))
     is_untied = plan.config.get("tie_word_embeddings") is False
     if is_untied and HEAD in names and merged.config.get("tie_word_embeddings") is True:
         findings.append(Finding("config.json", "wrong", TIED))
-    return Proof(findings, _notes(plan, merged, adapters), sum(bool(planned.updates) for planned in plan.tensors.values()))
-
-
-def _is_other_base(findings: Sequence[Finding]) -> bool:
-    """Whether most tensors that no link changes have other values."""
-    return sum(found.cause == OTHER for found in findings) > len(findings) / 2
-
-
-def _is_copy(plan: Plan, name: str) -> bool:
-    """Whether the base's files store a tied weight a second time, under this name."""
-    stored, embedding = plan.tensors[name], plan.embedding
-    if not name.endswith(HEAD) or embedding is None or stored.base is None or stored.updates or stored.value is not None:
-        return False
-    return compare(plan.tensors[embedding], stored.base).kind == "same bits"
-
-
-def _notes(plan: Plan, merged: ModelFolder, adapters: Mapping[int, Adapter]) -> list[str]:
-    notes = []
+    pairs = {(plan.tensors[mine].dtype, merged.tensors[theirs].dtype) for mine, theirs in names.items()}
+    notes = [
+        f"tensors of the base in {one} are stored in {other}".replace("torch.", "")
+        for one, other in pairs
+        if other.itemsize < one.itemsize
+    ]
     for adapter in adapters.values():
         base = str((adapter.config or {}).get("base_model_name_or_path") or "")
         if FOUR_BITS.search(base):
             notes.append(f"{adapter.name} was trained on {base}, in 4 bits: merged into other weights, it gives another model")
-    names = matched(plan.tensors, merged.tensors)
-    for mine, theirs in {(plan.tensors[name].dtype, merged.tensors[names[name]].dtype) for name in names}:
-        if theirs.itemsize < mine.itemsize:
-            notes.append(f"tensors of the base in {mine} are stored in {theirs}".replace("torch.", ""))
-    return notes
+    return Proof(findings, notes, sum(bool(planned.updates) for planned in plan.tensors.values()))
+
+
+def _is_other_base(findings: Sequence[Finding]) -> bool:
+    """Whether most tensors have values that no known mistake explains."""
+    return sum(finding.cause == OTHER for finding in findings) > len(findings) / 2
+
+
+def _is_embedding(plan: Plan, tensor: StoredTensor | HeldTensor) -> bool:
+    """Whether a tensor is the embedding, to which an output layer was tied: some files store it a second time."""
+    return plan.embedding is not None and compare(HEAD, plan.tensors[plan.embedding], tensor).kind != "wrong"
 
 
 # ---------------------------------------------------------------------- causes
 
 
-def _finding(
-    name: str,
-    planned: Planned,
-    merged: StoredTensor,
-    adapters: Mapping[int, Adapter],
-    likely: Sequence[str],
-    *,
-    is_other_base: bool,
-) -> Finding:
-    """The judgement of a tensor.
-
-    Args:
-        name: the tensor's.
-        planned: what it should be.
-        merged: what it is.
-        adapters: what is known of the links.
-        likely: causes of earlier tensors, the last one first; they are tried first.
-        is_other_base: whether it is known already that most of the base is another one.
-    """
-    compared = compare(planned, merged)
-    if compared.kind != "wrong":
-        return Finding(name, compared.kind, "", compared.n_different, compared.n)
-    finding = Finding(name, "wrong", OTHER, compared.n_different, compared.n, compared.place)
-    if planned.shape != merged.shape and not (planned.value is not None and planned.base is not None):
-        return replace(finding, cause=f"its shape is {merged.shape} and not {tuple(planned.shape)}")
-    causes = {cause: (tried, through) for cause, tried, through in _causes(planned, merged, adapters)}
+def _cause(
+    findings: Sequence[Finding], planned: Planned, merged: StoredTensor | HeldTensor, adapters: Mapping[int, Adapter]
+) -> str:
+    """What most likely happened to the last tensor of these findings; the causes of those before are tried first."""
+    found, likely = findings[-1], [finding.cause for finding in reversed(findings[:-1])]
+    causes = {cause: (tried, through) for cause, tried, through in _causes(planned, merged.dtype, adapters)}
     for cause in sorted(causes, key=lambda cause: likely.index(cause) if cause in likely else len(likely)):
         tried, through = causes[cause]
-        if compare(tried, merged, through).kind != "wrong":
-            return replace(finding, cause=cause)
-    if planned.updates and not is_other_base and (scaled := _scales(planned, merged, compared, adapters)):
-        return replace(finding, cause=scaled)
-    return finding
+        if compare(found.tensor, tried, merged, through).kind != "wrong":
+            return cause
+    if planned.start.shape != merged.shape:
+        return f"its shape is {merged.shape} and not {planned.start.shape}"
+    return (not _is_other_base(findings) and _scales(planned, merged, found, adapters)) or OTHER
 
 
 def _causes(
-    planned: Planned, merged: StoredTensor, adapters: Mapping[int, Adapter]
+    planned: Planned, dtype: torch.dtype, adapters: Mapping[int, Adapter]
 ) -> Iterator[tuple[str, Planned, torch.dtype | None]]:
     """Mistakes, what each would have made of a tensor, and the smaller dtype in which it was made."""
     updates, names = planned.updates, {index: adapter.name for index, adapter in adapters.items()}
-    if planned.value is not None:
-        yield LEFT, replace(planned, value=None), None
+    if planned.base is not None and planned.start is not planned.base:
+        yield LEFT, replace(planned, start=planned.base), None
     if updates:
         yield NOTHING, replace(planned, updates=()), None
     for place, update in enumerate(updates):
         before, after, name = updates[:place], updates[place + 1 :], names.get(update.link, f"link {update.link}")
         if before or after:
             yield f"{name} was not merged", replace(planned, updates=before + after), None
-        if update.left.shape[-2] == update.right.shape[-1]:
+        if update.is_square:
             yield f"{name} was transposed", replace(planned, updates=(*before, update.transposed(), *after)), None
-    if len(updates) > 1 and updates[0].left.shape[-2] == updates[0].right.shape[-1]:
+    if len(updates) > 1 and updates[0].is_square:
         yield "all updates were transposed", replace(planned, updates=tuple(one.transposed() for one in updates)), None
-    for dtype in SMALLER if merged.dtype.is_floating_point else ():
-        if dtype.itemsize < merged.dtype.itemsize:
-            yield f"it was rounded to {dtype}".replace("torch.", ""), planned, dtype
+    for smaller in SMALLER if dtype.is_floating_point else ():
+        if smaller.itemsize < dtype.itemsize:
+            yield f"it was rounded to {smaller}".replace("torch.", ""), planned, smaller
 
 
-def _scales(planned: Planned, merged: StoredTensor, compared: Comparison, adapters: Mapping[int, Adapter]) -> str:
+def _scales(planned: Planned, merged: StoredTensor | HeldTensor, found: Finding, adapters: Mapping[int, Adapter]) -> str:
     """How the updates were scaled, if other factors explain the tensor; empty if they do not."""
-    factors = compared.factors
+    factors = found.factors
     for _ in range(5):  # roundings hide some of an update, so that the first estimate may be off
         if not all(map(math.isfinite, factors)) or all(abs(factor - 1) <= SMALLEST for factor in factors):
             return ""
         pairs = list(zip(planned.updates, factors, strict=True))
-        tried = compare(replace(planned, updates=tuple(one.times(factor) for one, factor in pairs)), merged)
+        tried = compare(found.tensor, replace(planned, updates=tuple(one.times(factor) for one, factor in pairs)), merged)
         if tried.kind != "wrong":
             return " and ".join(_scale(one, factor, adapters) for one, factor in pairs if abs(factor - 1) > 0.02)
         factors = [factor * more for factor, more in zip(factors, tried.factors, strict=True)]

@@ -131,7 +131,10 @@ def find_class(path: str) -> type:
     found = pydoc.locate(path)
     if isinstance(found, type):
         return found
-    raise UserError(f"checkpoint: its class {path!r} cannot be imported. Work in the folder that contains it, or install it")
+    advice = "Work in the folder that contains it, or install it"
+    if path.startswith("__main__."):
+        advice = "It was defined in a script. Move it to a module, and import it from there"
+    raise UserError(f"checkpoint: its class {path!r} cannot be imported. {advice}")
 
 
 def plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -132,6 +132,8 @@ class FitCallback(Callback):
             trainer.callback_metrics.update({name: value.to(device) for name, value in self._logged.items()})
             run.forget_logged()
             run.resume_optimizer(trainer)
+            end = run.length.end_step if run.length is not None else math.inf
+            log.info("resumed at step %d%s", trainer.global_step, "" if end == math.inf else f" of {end}")
             return
         run.begin_as_scheduled()
         if trainer.global_step:  # the first rate was set before the run's length was known

@@ -404,7 +404,8 @@ class COLAModule(LateModel, RecordsArguments):
             links: how many of its links are loaded, or the name of the last stage; None: all.
             scale: factors of the links' updates, see :meth:`load_from_checkpoint`.
         """
-        self.run.expect(ExpectedState(links, scale, state.facts.seed, state.facts.base_weights is not None))
+        facts = state.facts
+        self.run.expect(ExpectedState(links, scale, facts.seed, facts.base_weights is not None, facts.held_out))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

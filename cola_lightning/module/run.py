@@ -28,9 +28,9 @@ from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
 from cola_lightning.chain import Chain, Link
 from cola_lightning.chain.chain import as_number
-from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.chain.checkpoint import read_chain_and_held_out
 from cola_lightning.chain.current import CurrentLink
-from cola_lightning.chain.facts import ModuleArguments
+from cola_lightning.chain.facts import ModuleArguments, Records
 from cola_lightning.chain.schedule import START, ChainSchedule, FitPosition, Knot, RunLength
 from cola_lightning.chain.sources import sources_of
 from cola_lightning.errors import UserError
@@ -81,21 +81,21 @@ class InitChain:
         paths = list(map(str, sources)) if isinstance(sources, list | tuple) else sources and str(sources)
         return cls(paths, None if links is None else as_number(links), list(continues), knot)
 
-    def read(self) -> Chain | None:
-        """Reads the chain; None if the run begins from the base.
+    def read(self) -> tuple[Chain | None, Records]:
+        """Reads the chain, and which rows its runs held out; no chain if the run begins from the base.
 
         Raises:
             UserError: if there is no such chain.
         """
         if self.sources is None:
-            return None
-        chain = read_chain(self.sources, self.links, "model.init_chain", self.continues)
+            return None, ()
+        chain, held_out = read_chain_and_held_out(self.sources, self.links, "model.init_chain", self.continues)
         if not chain.links and self.links != 0:
             raise UserError(
                 f"model.init_chain: {self.sources!r} has no links, because its model was trained without any. Export it "
                 "(cola export --format merged), and use the folder as the model"
             )
-        return chain
+        return chain, held_out
 
     def describe(self) -> list[Any]:
         """The absolute path or paths, how many links were requested, and the knot and others if set: for checkpoints."""
@@ -115,12 +115,14 @@ class ExpectedState:
         scale: factors of the links' updates.
         seed: the state's seed; None: no state is expected.
         has_base: whether the state has the base's weights.
+        held_out: the rows that its runs held out.
     """
 
     links: int | str | None = None
     scale: Mapping[int | str, float] | None = None
     seed: int | None = None
     has_base: bool = False
+    held_out: Records = ()
 
 
 class Run:
@@ -167,6 +169,7 @@ class Run:
         self.end: FitPosition | None = None
         self.first_link = self.n_earlier_fits = 0
         self.is_continued = self.is_tying_knot = self.is_wrapped_by_fsdp1 = False
+        self._held_out = list[Mapping[str, Any] | None]()
         self._trainer: weakref.ref[Trainer] | None = None  # of the last fit; an evaluation by another may have followed
         self._not_of_the_link: dict[str, Tensor] = {}  # what had been logged when the current link began
         self._optimizer: Optimizer | None = None
@@ -189,11 +192,14 @@ class Run:
     @functools.cached_property
     def first_chain(self) -> Chain | None:
         """The chain that the run begins from; None if it begins from the base, or a state is expected."""
-        return self.start.read()
+        chain, held_out = self.start.read()
+        self.restore_held_out(held_out)
+        return chain
 
     def expect(self, state: ExpectedState) -> None:
         """Prepares for a state that will be loaded, in place of the chain that the run begins from."""
         self.expected, self.first_chain = state, None
+        self.restore_held_out(state.held_out)
 
     @property
     def seed(self) -> int | None:
@@ -252,6 +258,33 @@ class Run:
         if not self.is_continued:
             self.count_from(now)
             self.n_earlier_fits += self.end is not None and self.end.global_step > 0
+        if not hasattr(getattr(trainer, "datamodule", None), "held_out") and None not in self.held_out:
+            self.held_out.append(None)
+
+    @property
+    def held_out(self) -> list[Mapping[str, Any] | None]:
+        """Which rows the runs that trained the module held out. The data module of a fit adds its own."""
+        _ = self.first_chain  # which knows it of earlier runs
+        return self._held_out
+
+    def restore_held_out(self, earlier: Records, *, is_resumed: bool = False) -> None:
+        """Restores which rows earlier runs held out. What the present fit added stays if it is of other data.
+
+        Args:
+            earlier: of these runs, as :attr:`held_out` has it.
+            is_resumed: whether the last of these runs goes on.
+
+        Raises:
+            UserError: if a run that goes on has held out other rows than the present fit does.
+        """
+        known = {name for run in earlier if run is not None for name in run["contents"]}
+        own = [run for run in self._held_out if run not in earlier]
+        of_other_data = [run for run in own if run is None or known.isdisjoint(run["contents"])]
+        if is_resumed and len(of_other_data) < len(own):
+            raise UserError(
+                "data: the run that is resumed has held out other rows of data.source. Use its data.split_seed and sizes"
+            )
+        self._held_out = [*earlier, *of_other_data]
 
     def begin_links(self) -> None:
         """Begins the links of a fit that resumes no checkpoint; its model is made."""

@@ -71,6 +71,7 @@ def facts_of(run: Run) -> StoredFacts:
         modules_to_save=list(run.config.modules_to_save),
         prompt_format=described_data(run, "prompt_format"),
         data=described_data(run, "identity"),
+        held_out=run.held_out,
         initial=adapted.trained.initial,
         base_weights=adapted.base_weights,
     )
@@ -209,7 +210,7 @@ def restore(run: Run, state: StoredState) -> bool:
     unscaled = state.chain if has_current else state.all_links(None if has_all else links)
     chain = unscaled.scaled(scale)
     check_same_base(chain.base, adapted.chain.base, is_stored=facts.base_weights is not None)
-    if trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None:
+    if is_resumed := trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None:
         _check_same_choices(run, state)
     dtype = _dtype_of(run, state) if has_current or chain.links else adapted.cast_dtype  # the base alone has none
     adapted.take_base(chain, facts.base_weights)
@@ -219,6 +220,7 @@ def restore(run: Run, state: StoredState) -> bool:
     if adapted.cast_dtype == torch.float64 and not run.is_sharded:  # what is trained outside of the model, too
         run.module.double()
     adapted.seed, adapted.trained.initial = facts.seed, dict(facts.initial)
+    run.restore_held_out(facts.held_out, is_resumed=is_resumed)
     run.n_earlier_fits, run.first_link = facts.n_earlier_fits, facts.first_link
     run.end = facts.position if has_current else None
     run.count_from(facts.start if has_current else START)

@@ -23,8 +23,6 @@ NO_MATTER = {f"data.{name}" for name in ("num_workers", "num_proc", "pin_memory"
 NO_MATTER |= {f"trainer.enable_{name}" for name in ("progress_bar", "model_summary", "checkpointing")}
 NO_MATTER |= {f"trainer.{name}" for name in ("logger", "log_every_n_steps", "default_root_dir", "profiler", "barebones")}
 NO_MATTER |= {"last", "config", "contents", "ckpt_path", "weights_only", "model.activation_checkpointing"}
-# The options of this package's classes that may be paths; of a user's own class, any text may be one.
-PATHS = ("model_name", "weights", "init_chain", "chat_template")
 DEVICES = {f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy")}
 
 Change = tuple[str, Any, Any]  # an option's name, its value now, and its value before
@@ -40,9 +38,8 @@ def facts_of(config: Mapping[str, Any], data: Any, **more: Any) -> dict[str, Any
     """
     contents = dict[str, Any]()
     for group in ("model", "data"):
-        is_own = config[group]["class_path"].startswith("cola_lightning.")
-        for name, value in (config[group].get("init_args") or {}).items():
-            if (name in PATHS or not is_own) and (found := _with_contents(value)) != value:
+        for name, value in (config[group].get("init_args") or {}).items():  # any text may be a path
+            if (found := _with_contents(value)) != value:
                 contents[f"{group}.{name}"] = found
     if isinstance(data, SourceDataModule):  # which knows what else it reads, such as the files that match a pattern
         sources = data.identity.get("sources", [data.identity])

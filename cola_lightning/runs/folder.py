@@ -1,7 +1,6 @@
 """The folder of a run: who is at work in it, and what is known of it."""
 
 import fcntl
-import hashlib
 import itertools
 import json
 import logging
@@ -10,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from cola_lightning.data.splits import hash_of_file
 from cola_lightning.errors import UserError
 from cola_lightning.runs.facts import DEVICES, changes, option_changes
 from cola_lightning.writing import atomic_file
@@ -38,6 +38,16 @@ def claim(path: Path) -> TextIO | None:
         return None
     os.register_at_fork(after_in_child=file.close)
     return file
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether a process has claimed a file; on a disk without locks, nobody can."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+    return False
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -101,8 +111,4 @@ def why_again(folder: Path, facts: Mapping[str, Any]) -> str | None:
 
 def hash_of_last(folder: Path) -> str | None:
     """A hash of the last checkpoint of a run; None if it has none."""
-    try:
-        with (folder / LAST).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
+    return hash_of_file(folder / LAST) if (folder / LAST).exists() else None

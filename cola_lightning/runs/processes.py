@@ -1,12 +1,15 @@
 """Several processes that do together what the first one decides."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
 
 from cola_lightning import layout
+from cola_lightning.runs.folder import claim
 
 T = TypeVar("T")
 
@@ -41,3 +44,22 @@ def by_first(function: Callable[[], T]) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Inside the block the first process has claimed a piece of work, see :func:`~cola_lightning.runs.folder.claim`.
+
+    Args:
+        path: the claim's file.
+
+    Yields:
+        Whether it could be claimed; in all processes.
+    """
+    files: list[TextIO | None] = []
+    try:
+        by_first(lambda: files.append(claim(path)))
+        yield by_first(lambda: files[0] is not None)
+    finally:
+        for file in filter(None, files):
+            file.close()

@@ -8,7 +8,7 @@ import csv
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,13 +173,12 @@ class Matrix:
     columns: Sequence[Column]
 
     @classmethod
-    def of(cls, tests: Mapping[str, Sequence[Mapping[str, Any]]], kinds: Mapping[str, str]) -> "Matrix":
+    def of(cls, tests: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Matrix":
         """The matrix of each task's tests.
 
         Args:
-            tests: by task, a row for each state of the model, with ``links``, ``stage``, metrics such as ``test_loss``, and
-                ``row_values``: by metric, what each test row adds.
-            kinds: by task, what its metrics depend on.
+            tests: by task, a row for each state of the model, with ``links``, ``stage``, ``kind``, metrics such as
+                ``test_loss``, and ``row_values``: by metric, what each test row adds.
         """
         rows = next(iter(tests.values()), [])
         stages = [row["stage"] for row in rows]
@@ -187,16 +186,8 @@ class Matrix:
         for task, task_rows in tests.items():
             for name in [name for metric in SHOWN for name in task_rows[0] if name.partition("/")[0] == f"test_{metric}"]:
                 values, of_rows = [row[name] for row in task_rows], [row["row_values"].get(name, ()) for row in task_rows]
-                columns.append(
-                    Column(
-                        task,
-                        name.removeprefix("test_"),
-                        values,
-                        stages.index(task),
-                        kinds[task],
-                        of_rows if all(of_rows) else (),
-                    )
-                )
+                metric, kind = name.removeprefix("test_"), task_rows[0]["kind"]
+                columns.append(Column(task, metric, values, stages.index(task), kind, of_rows if all(of_rows) else ()))
         return cls(stages, [row["links"] for row in rows], columns)
 
     @property
@@ -224,33 +215,22 @@ class Matrix:
         Args:
             folder: the files'.
         """
-        with atomic_file(folder / "matrix.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["links", "stage", *(f"{column.task} {column.metric}" for column in self.columns)])
-            for index, (links, stage) in enumerate(zip(self.links, self.stages, strict=True)):
-                writer.writerow([links, stage, *(column.values[index] for column in self.columns)])
-        with atomic_file(folder / "summary.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["task", "metric", "summary", "value", "low", "high"])
-            for column in self.columns:
-                for name, one in zip(SUMMARIES, column.summaries, strict=True):
-                    if one is not None:
-                        ends = [one.value - one.margin, one.value + one.margin] if one.margin else ["", ""]
-                        writer.writerow([column.task, column.metric, name, one.value, *ends])
+        lines: list[list[Any]] = [["links", "stage", *(f"{column.task} {column.metric}" for column in self.columns)]]
+        for index, (links, stage) in enumerate(zip(self.links, self.stages, strict=True)):
+            lines.append([links, stage, *(column.values[index] for column in self.columns)])
+        summaries: list[list[Any]] = [["task", "metric", "summary", "value", "low", "high"]]
+        for column in self.columns:
+            for name, one in zip(SUMMARIES, column.summaries, strict=True):
+                if one is not None:
+                    ends = [one.value - one.margin, one.value + one.margin] if one.margin else ["", ""]
+                    summaries.append([column.task, column.metric, name, one.value, *ends])
+        for file_name, rows in {"matrix.csv": lines, "summary.csv": summaries}.items():
+            with atomic_file(folder / file_name) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(rows)
 
     def on_screen(self) -> "Table":
         """The matrix as a table, with forgetting and transfers below it."""
-        from rich import box
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-        table.add_column("model after")
-        for column in self.columns:
-            table.add_column(f"{escape(column.task)}\n{_with_arrow(column)}", justify="right")
-        for index, stage in enumerate(self.stages):
-            values = [f"{column.values[index]:.4g}" for column in self.columns]
-            table.add_row(escape(stage), *values, end_section=index == len(self.stages) - 1)
+        table = _table(self.columns, self.stages)
         for index, name in enumerate(SUMMARIES):
             table.add_row(name, *(_text(column.summaries[index], "+" * (index > 0), "\n") for column in self.columns))
         return table
@@ -292,6 +272,13 @@ def scales_table(last: str, columns: Sequence[Column]) -> "Table":
         last: the last stage.
         columns: their last two values are those of the model after that stage, and of the same with factors.
     """
+    table = _table([replace(column, values=column.values[-2:]) for column in columns], [last, "the same, scaled"])
+    table.add_row("change", *(column.change(-2, -1).text("+", "\n") for column in columns))
+    return table
+
+
+def _table(columns: Sequence[Column], names: Sequence[str]) -> "Table":
+    """A table of the columns' values; the names are those of its rows."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -300,9 +287,9 @@ def scales_table(last: str, columns: Sequence[Column]) -> "Table":
     table.add_column("model after")
     for column in columns:
         table.add_column(f"{escape(column.task)}\n{_with_arrow(column)}", justify="right")
-    table.add_row(escape(last), *(f"{column.values[-2]:.4g}" for column in columns))
-    table.add_row("the same, scaled", *(f"{column.values[-1]:.4g}" for column in columns), end_section=True)
-    table.add_row("change", *(column.change(-2, -1).text("+", "\n") for column in columns))
+    for index, name in enumerate(names):
+        values = [f"{column.values[index]:.4g}" for column in columns]
+        table.add_row(escape(name), *values, end_section=index == len(names) - 1)
     return table
 
 

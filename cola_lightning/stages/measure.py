@@ -101,39 +101,34 @@ class Measurer:
             self.groups.setdefault(json.dumps(shared), {})[name] = ours
         self.made: dict[str, dict[str, MadeRun]] = {}
 
-    def measure(self, command: str, states: Mapping[str, Scale], *, may_refuse: bool = False) -> dict[str, list[Row]]:
+    def measure(self, command: str, states: Mapping[str, Scale]) -> dict[str, list[Row]]:
         """Measures states of the model.
 
         Args:
             command: ``test``, or ``validate`` for the validation data.
             states: by their names, factors of the stages' updates. A state whose name is ``base`` or a stage's is the model
                 without the later stages, and another one has all stages.
-            may_refuse: whether a stage that the command refuses, such as one without test rows, is left out with a warning.
 
         Returns:
-            By stage, a row for each state, with ``links``, ``stage``, metrics, and ``row_values``: by metric, what each row
-            adds.
-
-        Raises:
-            UserError: if the command refuses a stage.
+            By stage, a row for each state, with ``links``, ``stage``, ``kind``: the classes of model and data, metrics, and
+            ``row_values``: by metric, what each row adds.
         """
         rows: dict[str, list[Row]] = {}
         for key, configs in self.groups.items():
             with in_silence():
                 made = self.made.pop(key, None) or {name: MadeRun(config, "test") for name, config in configs.items()}
-            rows |= self._measure_group(made, command, states, may_refuse=may_refuse)
+            rows |= self._measure_group(made, command, states)
             if self.keeps_models:
                 self.made[key] = made
         return {name: rows[name] for name in self.references if name in rows}
 
-    def _measure_group(
-        self, made: Mapping[str, MadeRun], command: str, states: Mapping[str, Scale], *, may_refuse: bool
-    ) -> dict[str, list[Row]]:
+    def _measure_group(self, made: Mapping[str, MadeRun], command: str, states: Mapping[str, Scale]) -> dict[str, list[Row]]:
         rows: dict[str, list[Row]] = {name: [] for name in made}
         first: Any = next(iter(made.values()))
         trainer, names = first.trainer, first.opened.state.names
         run = trainer.test if command == "test" else trainer.validate
         trainer.callbacks = [collector := RowCollector(), *(c for c in trainer.callbacks if not isinstance(c, RowCollector))]
+        kinds = {name: " ".join(type(part).__name__ for part in (one.model, one.datamodule)) for name, one in made.items()}
         links = {"base": 0} | {name: number_of_links(name, names) for name in names if name}
         with first.watch.listening():
             for number, (state, scale) in enumerate(states.items(), start=1):  # outside of the stages: links are only added
@@ -148,11 +143,9 @@ class Measurer:
                             data = made[name].datamodule
                             found = run(first.model, datamodule=data, ckpt_path=str(self.checkpoint), verbose=False)
                     except (UserError, MisconfigurationException) as error:
-                        if not may_refuse:
-                            raise UserError(f"stages.{name}: {one_line(str(error))}") from error
-                        log.warning("stage %s: is not in the matrix (%s)", name, one_line(str(error)))
+                        log.warning("stage %s: cannot be measured (%s)", name, one_line(str(error)))
                         del rows[name]
                         continue
-                    row = {"links": n_links, "stage": state, "row_values": collector.rows}
+                    row = {"links": n_links, "stage": state, "kind": kinds[name], "row_values": collector.rows}
                     rows[name].append({key: value for metrics in (row, *found) for key, value in metrics.items()})
         return rows

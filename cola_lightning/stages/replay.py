@@ -9,9 +9,9 @@ from torch.utils.data import ConcatDataset, Subset
 from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule
-from cola_lightning.data.drawing import as_count, draw
 from cola_lightning.data.examples import OptionBatches
-from cola_lightning.data.source import joined
+from cola_lightning.data.source import SourceDataModule, joined
+from cola_lightning.data.split import as_count, draw
 from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ class Replay(Callback):
             n_rows = len(data.train)
             places = sorted(draw(n_rows, [as_count(self.share, n_rows)], data.split_seed, name)[0].tolist())
             parts.append(rows_at(data.train, places))
+            if isinstance(own, SourceDataModule):
+                own.rows_hash += data.rows_hash
             log.info("replay: %d of %d training rows of %s", len(places), n_rows, name)
         has_columns = all(isinstance(part, list) or hasattr(part, "select") for part in parts)
         own.train = joined(parts) if has_columns else ConcatDataset(parts)

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import logging
+import math
 import re
 import shlex
 import sys
@@ -13,21 +14,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
 import rich
 import yaml
 from lightning.pytorch import Trainer
 
 from cola_lightning import layout
-from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.chain import Chain
+from cola_lightning.chain.checkpoint import read_chain_and_held_out
+from cola_lightning.chain.facts import Records
 from cola_lightning.chain.schedule import RESERVED, is_stage_name
 from cola_lightning.cli.training import MadeRun, in_silence, resolve
 from cola_lightning.errors import OutsideError, UserError, one_line, refusal
 from cola_lightning.module.run import InitChain
 from cola_lightning.runs.facts import facts_of
-from cola_lightning.runs.folder import LAST, RECORD, begin, claim, hash_of_last, read_record, why_again, write_record
-from cola_lightning.runs.processes import by_first, is_first, join
+from cola_lightning.runs.folder import LAST, RECORD, begin, hash_of_last, read_record, why_again, write_record
+from cola_lightning.runs.processes import by_first, claimed, is_first, join
 from cola_lightning.stages.matrix import SHOWN, Matrix, scales_table
 from cola_lightning.stages.measure import Measurer, Row
 from cola_lightning.stages.options import StagesOptions
@@ -78,7 +81,7 @@ class Stages:
     """
 
     def __init__(self, options: StagesOptions, fit_words: Sequence[str]) -> None:
-        self.options, self.folder, self.claim = options, Path(options.output), cast(TextIO | None, None)
+        self.options, self.folder = options, Path(options.output)
         configs = stage_configs(options, fit_words)
         with_replay = {name: {**config, "trainer": dict(config["trainer"])} for name, config in configs.items()}
         if options.replay is not None:
@@ -96,17 +99,10 @@ class Stages:
     def run(self) -> int:
         """Trains the stages that are missing, in order, and then shows the matrix; returns the exit status."""
         join(self.trainer)
-        if not by_first(self._claim):
-            raise UserError(f"output: another process is at work in {str(self.folder)!r}. Wait for its end")
-        try:
+        with claimed(self.folder / ".claim") as is_ours:
+            if not is_ours:
+                raise UserError(f"output: another process is at work in {str(self.folder)!r}. Wait for its end")
             return self._run()
-        finally:
-            if self.claim is not None:
-                self.claim.close()
-
-    def _claim(self) -> bool:
-        self.claim = claim(self.folder / ".claim")
-        return self.claim is not None
 
     def _run(self) -> int:
         self._rehearse(by_first(lambda: sum(1 for _ in itertools.takewhile(self._is_finished, self.stages))))
@@ -141,7 +137,9 @@ class Stages:
         Raises:
             UserError: naming the stage.
         """
-        chain = read_chain(self.stages[n_finished - 1].folder) if 0 < n_finished < len(self.stages) else None
+        chain, held_out = cast(Chain | None, None), cast(Records, ())
+        if 0 < n_finished < len(self.stages):
+            chain, held_out = read_chain_and_held_out(self.stages[n_finished - 1].folder)
         quiet = {"max_steps": 0, "max_epochs": 1, "max_time": None, "num_sanity_val_steps": 0, "logger": False}
         quiet |= {"enable_progress_bar": False, "enable_model_summary": False}
         for stage in self.stages[n_finished:]:
@@ -151,13 +149,14 @@ class Stages:
                     before = str(self.stages[self.stages.index(stage) - 1].folder)
                     made.model.run.start = InitChain(before, knot=self.options.knot)
                     made.model.run.first_chain = chain
+                    made.model.run.restore_held_out(held_out)
                 made.fit()
                 made.trainer.fit_loop.epoch_loop.val_loop.setup_data()
                 if self.options.fit_scales and not sum(made.trainer.num_val_batches):
                     raise UserError("--fit_scales needs validation rows, and there are none. Set data.val_size")
                 if self.options.max_forgetting is not None and not getattr(made.datamodule, "can_be_tested", True):
                     raise UserError("--max_forgetting needs test rows, and there are none. Set data.test_size")
-                chain = made.model.full_chain()
+                chain, held_out = made.model.full_chain(), made.model.run.held_out
             del made
             gc.collect()
 
@@ -203,32 +202,26 @@ class Stages:
 
     def _show(self, finished: Sequence[Stage], *, is_finished: bool) -> int:
         """Measures and shows the matrix of the finished stages; returns the exit status."""
-        may_refuse, self.finished = self.options.max_forgetting is None, finished
-        states: dict[str, Scale] = {name: {} for name in ("base", *(stage.name for stage in finished))}
-        tests = self._measure("matrix", "test", states, may_refuse=may_refuse)
-        kinds = {stage.name: " ".join(stage.config[name]["class_path"] for name in ("model", "data")) for stage in finished}
-        matrix = Matrix.of(tests, kinds)
+        self.finished = finished
+        tests = self._measure("matrix", "test", {name: {} for name in ("base", *(stage.name for stage in finished))})
+        if self.options.max_forgetting is not None and len(tests) < len(finished):
+            raise UserError("--max_forgetting needs test rows of every stage. Set data.test_size")
+        matrix = Matrix.of(tests)
         if not matrix.columns:
             log.warning("no matrix: no stage has tests that log %s", " or ".join(f"test_{name}" for name in SHOWN))
-            return 0 if may_refuse else 1
+            return 0
         if is_first():
             matrix.write(self.folder)
             if find_spec("matplotlib"):
                 matrix.draw(self.folder / "matrix.png")
-            else:
-                log.info("matrix.png: needs matplotlib")
             rich.print(matrix.on_screen())
         for sentence in matrix.averages:
             log.info("%s", sentence)
         log.info("written: %s", self.folder / "matrix.csv")
         if self.options.fit_scales and is_finished:
-            self._fit_scales(tests, kinds)
-        return self._check_forgetting(matrix)
-
-    def _check_forgetting(self, matrix: Matrix) -> int:
-        """Returns the exit status: 3 if a task was forgotten by more than the user allows."""
-        allowed = self.options.max_forgetting
-        worse = [column for column in matrix.columns if allowed is not None and column.forgetting.value > allowed]
+            self._fit_scales(tests)
+        allowed = math.inf if self.options.max_forgetting is None else self.options.max_forgetting
+        worse = [column for column in matrix.columns if column.forgetting.value > allowed]
         for column in worse:
             log.error(
                 "max_forgetting: %s is worse by %.4g in %s than at its best, and %g is allowed",
@@ -236,12 +229,11 @@ class Stages:
             )
         return 3 if worse else 0
 
-    def _fit_scales(self, tests: Mapping[str, Sequence[Row]], kinds: Mapping[str, str]) -> None:
+    def _fit_scales(self, tests: Mapping[str, Sequence[Row]]) -> None:
         """Chooses a factor for each stage, shows the tests with these factors, and writes ``scales.yaml``.
 
         Args:
             tests: each task's tests without factors.
-            kinds: see :class:`Matrix`.
         """
         names = [stage.name for stage in self.stages]
 
@@ -261,16 +253,14 @@ class Stages:
         if not factors:
             log.info("fit_scales: no other factor is better than 1")
             return
-        scaled = self._measure("scaled", "test", {"0": scale}, may_refuse=True)
-        columns = Matrix.of({name: [*tests[name], *rows] for name, rows in scaled.items()}, kinds).columns
+        scaled = self._measure("scaled", "test", {"0": scale})
+        columns = Matrix.of({name: [*tests[name], *rows] for name, rows in scaled.items()}).columns
         if is_first():
             rich.print(scales_table(names[-1], columns))
         factor_text, run = yaml.safe_dump(factors, default_flow_style=True).strip(), str(self.stages[-1].folder)
         log.info("export it: %s", shlex.join(["cola", "export", run, "--scale", factor_text, "--output", "DIR"]))
 
-    def _measure(
-        self, what: str, command: str, states: Mapping[str, Scale], *, may_refuse: bool = False
-    ) -> dict[str, list[Row]]:
+    def _measure(self, what: str, command: str, states: Mapping[str, Scale]) -> dict[str, list[Row]]:
         """Measures the finished stages, unless the file of an earlier call has the same; see :meth:`Measurer.measure`."""
         path, last = self.folder / "measured" / f"{what}.json", self.finished[-1]
         facts = {stage.name: stage.facts for stage in self.finished}
@@ -280,7 +270,7 @@ class Stages:
         if self.measurer is None:
             configs = {stage.name: stage.config for stage in self.finished}
             self.measurer = Measurer(configs, last.folder / LAST, keeps_models=self.options.fit_scales)
-        rows = self.measurer.measure(command, states, may_refuse=may_refuse)
+        rows = self.measurer.measure(command, states)
         by_first(lambda: write_record(path, {"asked": asked, "rows": rows}))
         return rows
 

@@ -36,7 +36,6 @@ class Comparison:
             ``val_perplexity``, ``val_accuracy``, ``val_f1``, ``val_exact_match``, ``val_matthews_corrcoef``, ``val_precision``,
             ``val_recall`` and ``val_auroc``.
         also_seeded: Set these options of ``cola fit`` to each run's seed too, for example ``[data.split_seed]``.
-        keep_checkpoints: With ``true``, the runs' checkpoints stay in their folders. With ``false``, they are deleted.
     """
 
     config: str
@@ -48,21 +47,13 @@ class Comparison:
     metric: str = "val_loss"
     mode: Mode | None = None
     also_seeded: list[str] = field(default_factory=list)
-    keep_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         self.config, self.output = os.path.expanduser(self.config), os.path.expanduser(self.output)
-        if not self.methods:
-            raise UserError("methods: the list is empty. Pass at least one, such as [lora, cola]")
-        for name, number in {"seeds": self.seeds, "tuning_seeds": self.tuning_seeds}.items():
-            if number is not None and number < 1:
-                raise UserError(f"{name}: must be at least 1, got {number}")
         rates = self.learning_rates
         if isinstance(rates, dict) and rates.keys() != set(self.methods):
             found = ", ".join(rates) or "none"
             raise UserError(f"learning_rates: each of {', '.join(self.methods)} needs a list, but there are lists for {found}")
-        if [] in (rates.values() if isinstance(rates, dict) else [rates]):
-            raise UserError("learning_rates: a list is empty. Pass at least one rate, or omit the option to use the config's")
         quantity = self.metric.partition("/")[0]  # Lightning distinguishes several loaders by val_loss/dataloader_idx_0
         if self.mode is None and quantity not in BETTER:
             raise UserError(

@@ -48,8 +48,8 @@ class Result:
         test: the final test metric; None likewise.
         steps: optimizer steps taken.
         seconds: duration of the fit, including validations.
-        peak_memory: peak memory of the process, or of its GPU, in MB.
-        trainable_parameters: of the first link, at the largest rank; of the model for full fine-tuning.
+        peak_memory: peak memory of the GPU in MB; None on a CPU, where the runs share a process.
+        trainable_parameters: of one link, at the largest rank; of the model for full fine-tuning.
         knots: the optimizer steps before which a link was finished.
         curve: the optimizer step and the validation metric, at each validation.
         base: a hash of the weights before the first step, without a link's; None if they are sharded or were not recorded.
@@ -64,7 +64,7 @@ class Result:
     test: float | None
     steps: int
     seconds: float
-    peak_memory: float
+    peak_memory: float | None
     trainable_parameters: int
     knots: Sequence[int] = ()
     curve: Sequence[tuple[int, float]] = ()

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import rich
 import yaml
@@ -16,19 +16,18 @@ from cola_lightning import layout
 from cola_lightning.cli.training import MadeRun, as_words, in_silence, resolve
 from cola_lightning.errors import UserError, refusal
 from cola_lightning.runs.facts import changes, facts_of
-from cola_lightning.runs.folder import begin, claim
-from cola_lightning.runs.processes import by_first, is_first, join
+from cola_lightning.runs.folder import begin
+from cola_lightning.runs.processes import by_first, claimed, is_first, join
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.figures import draw_curves, draw_points
 from cola_lightning.study.methods import method, model_option
 from cola_lightning.study.results import Result, RunKey, at_best_rates, best_rates, read, warning_about, write
 from cola_lightning.study.run import measured
-from cola_lightning.study.table import MethodSummary, as_csv, as_markdown, on_screen, summarize
+from cola_lightning.study.table import MethodSummary, as_markdown, on_screen, summarize
 from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 
-CONFIG, RESULTS, RESULT = "config.yaml", "results.jsonl", "result.json"
+CONFIG, TABLE, RESULTS, RESULT = "config.yaml", "table.md", "results.jsonl", "result.json"
 WAIT = 5.0  # seconds between two looks at the runs of other processes
 
 
@@ -45,7 +44,6 @@ class Study:
 
     def __init__(self, comparison: Comparison, fit_words: Sequence[str]) -> None:
         self.comparison, self.output = comparison, Path(comparison.output)
-        self.claim: TextIO | None = None
         self.words = ["--config", comparison.config, *fit_words]
         self.config = resolve(self.words)
         optimizer, seed = model_option(self.config, "optimizer"), self.config["model"]["init_args"].get("seed")
@@ -55,7 +53,7 @@ class Study:
         rates = comparison.learning_rates or [float(optimizer["init_args"]["lr"])]
         self.rates = rates if isinstance(rates, dict) else dict.fromkeys(comparison.methods, rates)
         self.methods = {name: method(name, self.config) for name in comparison.methods}
-        for options in [dict.fromkeys(comparison.also_seeded, 0), *(chosen.options for chosen in self.methods.values())]:
+        for options in [dict.fromkeys(comparison.also_seeded, 0), *self.methods.values()]:
             resolve([*self.words, *as_words(options)])  # what parsing refuses is refused here, before any time is lost
         with in_silence():
             self.first = MadeRun(self.config)
@@ -106,57 +104,50 @@ class Study:
 
     def _execute(self, run: RunKey) -> bool:
         """Executes a run, unless it is another process's; returns whether it was this one's."""
-        name = f"{run.method}-lr{run.learning_rate}-seed{run.seed}"
-        folder, chosen = self.output / "runs" / name, self.methods[run.method]
-        try:
-            if (config := by_first(lambda: self._begin(run, folder))) is None:
+        folder = self.output / "runs" / f"{run.method}-lr{run.learning_rate}-seed{run.seed}"
+        with claimed(self.output / ".claims" / folder.name) as is_mine:
+            if not is_mine or by_first((folder / RESULT).exists):  # since this process has looked for it
                 return False
-            result = measured(
-                config, folder, self.comparison.metric, run._asdict() | {"rank": chosen.rank, "links": chosen.links}
-            )
-            if is_first():
-                write([result], folder / RESULT)
-                self._write()
-        except Exception as error:
-            if refusal(error) is not None or layout.has_processes():  # the other processes may not get here
-                raise
-            self.failed.add(run)
-            log.exception("failed: %s", name)
-            traceback.clear_frames(error.__traceback__)  # which hold the model
-        else:
-            log.info("finished: %s: %s %.4f", name, self.comparison.metric, result.value(self.comparison.better))
-            if not self.comparison.keep_checkpoints and is_first():
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        finally:
-            if self.claim is not None:
-                self.claim.close()
+            config = by_first(lambda: self._begin(run, folder))
+            try:
+                result = measured(config, folder, self.comparison.metric, run)
+            except Exception as error:
+                if refusal(error) is not None or layout.has_processes():  # the other processes may not get here
+                    raise
+                self.failed.add(run)
+                log.exception("failed: %s", folder.name)
+                traceback.clear_frames(error.__traceback__)  # which hold the model
+            else:
+                by_first(lambda: self._finish(folder, result))
             gc.collect()
         return True
 
-    def _begin(self, run: RunKey, folder: Path) -> dict[str, Any] | None:
-        """Claims a run and makes its folder ready; returns the configuration of its fit, or None if it is another process's."""
-        self.claim = claim(self.output / ".claims" / folder.name)
-        if self.claim is None or (folder / RESULT).exists():  # since this process has looked for it
-            return None
-        changed = {**self.methods[run.method].options, "model.optimizer.lr": run.learning_rate}
+    def _begin(self, run: RunKey, folder: Path) -> dict[str, Any]:
+        """Makes a run's folder ready; returns the configuration of its fit."""
+        changed = {**self.methods[run.method], "model.optimizer.lr": run.learning_rate}
         changed |= {"trainer.default_root_dir": str(folder)}
         changed |= dict.fromkeys(("seed_everything", *self.comparison.also_seeded), run.seed)
         config = resolve([*self.words, *as_words(changed)])
         last = begin(folder, config | {"contents": self.shared["contents"]}, folder.name)
         return config | {"ckpt_path": last and str(last)}
 
+    def _finish(self, folder: Path, result: Result) -> None:
+        """Writes a run's result."""
+        write([result], folder / RESULT)
+        log.info("finished: %s: %s %.4f", folder.name, self.comparison.metric, result.value(self.comparison.better))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self._write()
+
     def _write(self) -> tuple[list[MethodSummary], str]:
-        """Writes the results, the tables and the figures; returns the table's rows, and a warning about them or nothing."""
+        """Writes the results and the table; returns the table's rows, and a warning about them or nothing."""
         results, metric = self._results(), self.comparison.metric
-        with atomic_file(self.output / CONFIG, is_shared=True) as partial:
-            partial.write_text(yaml.safe_dump(self.shared, sort_keys=False), encoding="utf-8")
-        write(results.values(), self.output / RESULTS)
         mine = [results[run] for run in self._wanted(results) if run in results]
         chosen = at_best_rates(mine, self.comparison.better, self.comparison.rate_seeds)
         table, warning = summarize(chosen), warning_about(chosen)
-        (self.output / "table.md").write_text(as_markdown(table, metric, warning), encoding="utf-8")
-        (self.output / "table.csv").write_text(as_csv(table), encoding="utf-8")
         if mine:
-            draw_curves(chosen, metric, self.output / "curves.png")
-            draw_points(chosen, metric, self.output / "points.png")
+            texts = {CONFIG: yaml.safe_dump(self.shared, sort_keys=False), TABLE: as_markdown(table, metric, warning)}
+            for name, text in texts.items():
+                with atomic_file(self.output / name, is_shared=True) as partial:
+                    partial.write_text(text, encoding="utf-8")
+            write(results.values(), self.output / RESULTS)
         return table, warning

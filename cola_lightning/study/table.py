@@ -1,11 +1,9 @@
 """The table of a study: one row per method, at its best learning rate."""
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 
 from rich.table import Table
 from scipy import stats
@@ -34,7 +32,7 @@ class MethodSummary:
         low: lower end of its 95 % interval, by Student's t; None for fewer than two seeds.
         high: upper end of that interval.
         seconds: median duration of a fit.
-        peak_memory: median, in MB.
+        peak_memory: median, in MB; None if it is not known.
         trainable_parameters: of the first run.
     """
 
@@ -51,7 +49,7 @@ class MethodSummary:
     low: float | None
     high: float | None
     seconds: float
-    peak_memory: float
+    peak_memory: float | None
     trainable_parameters: int
 
 
@@ -88,7 +86,7 @@ def _summary(name: str, results: Sequence[Result], baseline: Mapping[int, float]
         low=low,
         high=high,
         seconds=statistics.median(result.seconds for result in results),
-        peak_memory=statistics.median(result.peak_memory for result in results),
+        peak_memory=None if first.peak_memory is None else statistics.median(result.peak_memory or 0 for result in results),
         trainable_parameters=first.trainable_parameters,
     )
 
@@ -122,11 +120,6 @@ def shown_difference(row: MethodSummary, digits: int = 4) -> str:
     return f"{row.difference:+.{digits}f}{interval}"
 
 
-def short_cells(row: MethodSummary, name: str) -> list[str]:
-    """A row's cells in a document: a name, learning rate, number of seeds, test metric, difference to LoRA."""
-    return [name, f"{row.learning_rate:g}", str(row.seeds), shown_test(row, 3), shown_difference(row, 3)]
-
-
 COLUMNS: dict[str, Callable[[MethodSummary], str]] = {
     "method": lambda row: row.method,
     "rank": lambda row: "" if row.rank is None else str(row.rank),
@@ -137,7 +130,7 @@ COLUMNS: dict[str, Callable[[MethodSummary], str]] = {
     "test": shown_test,
     "difference to LoRA": shown_difference,
     "s": lambda row: f"{row.seconds:.0f}",
-    "MB": lambda row: f"{row.peak_memory:.0f}",
+    "MB": lambda row: "" if row.peak_memory is None else f"{row.peak_memory:.0f}",
     "trained": lambda row: f"{row.trainable_parameters:,}",
 }
 ON_SCREEN = ("method", "rank", "learning rate", "seeds", "test", "difference to LoRA")  # in 80 columns
@@ -149,16 +142,9 @@ def as_markdown(rows: Sequence[MethodSummary], metric: str, warning: str = "") -
     note = (
         f"{metric} and its test, mean ± standard deviation over the seeds, each method at the learning rate that is best on "
         "validation; the difference on test is paired by seed, with its interval of 95 % by Student's t. s: seconds of a fit; "
-        "MB: peak memory of its process; trained: parameters of one link, or all."
+        "MB: peak memory of the GPU; trained: parameters of one link, or all."
     )
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + f"\n{note}\n" + (f"\n{warning}\n" if warning else "")
-
-
-def as_csv(rows: Sequence[MethodSummary]) -> str:
-    """The table as CSV."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([[field.name for field in fields(MethodSummary)], *map(astuple, rows)])
-    return text.getvalue()
 
 
 def on_screen(rows: Sequence[MethodSummary], metric: str) -> Table:

@@ -40,8 +40,6 @@ def lines(tmp_path, monkeypatch):
     monkeypatch.setattr(gsm8k, "TASKS", {"gsm8k": "GSM8K"})
     monkeypatch.setattr(gsm8k, "CALLS", [(Setting("gsm8k", 1, 4), {"lora": [1e-3], "cola-4": [1e-3]}, 1)])
     monkeypatch.setattr(study, "resolve", lambda words: known_config(*words))
-    for name in ("draw_curves", "draw_points"):  # they take longer than all else
-        monkeypatch.setattr(study, name, lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["cola"])
     return Lines(tmp_path / "gsm8k.jsonl")
 

@@ -10,7 +10,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
-from cola_lightning import ChainOfLoRA, COLACausalLM, LoRAConfig, TextDataModule, UserError
+from cola_lightning import ChainOfLoRA, LoRAConfig, UserError
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
 from cola_lightning.module.optimization import DECAY, LinkConfig, lr_factor, phase_length
 from tests.helpers.toy import Toy, ValidatedToy, Watch, batches, toy, trainer
@@ -276,31 +276,6 @@ def test_a_link_from_a_knot_by_hand_at_the_end_of_an_epoch_has_a_schedule_of_its
 
     seen = rates(tmp_path, {"every_n_epochs": 1}, fit={"max_epochs": 3}, cls=ByHand, warmup_steps=0.2)
     assert seen == pytest.approx([0, 0.5, *(1 - step / 8 for step in range(8))] * 3)
-
-
-@pytest.mark.parametrize(
-    ("cls", "options"),
-    [
-        (LinkConfig, {"lr_schedule": "cosinus"}),
-        (LinkConfig, {"schedule_scope": "runs"}),
-        (LinkConfig, {"warmup_steps": -5}),
-        (LinkConfig, {"knot_warmup_steps": math.nan}),
-        (LinkConfig, {"modules_to_save_lr": -1e-3}),
-        (ChainSchedule, {"mode": "mix", "patience": 1}),
-        (ChainSchedule, {"knot": "coal"}),
-        (ChainSchedule, {"knots": 1.5}),
-        (ChainSchedule, {"at_steps": [1.5]}),
-        (TextDataModule, {"loss": "lst"}),
-        (TextDataModule, {"too_long": "skp"}),
-        (TextDataModule, {"text_unit": "lines"}),
-        (COLACausalLM, {"loss_average": "steps"}),
-    ],
-    ids=str,
-)
-def test_a_mistyped_option_is_refused_in_python_too(cls, options):
-    name = next(iter(options))
-    with pytest.raises(UserError, match=rf"^(model|chain|data)\.{name}: must be "):
-        cls(*["name"] * (cls in (TextDataModule, COLACausalLM)), **options)
 
 
 def test_a_schedule_that_a_user_adds_by_its_name_may_be_used(monkeypatch):

@@ -10,7 +10,7 @@ from cola_lightning.callbacks.command import ChainProgressBar
 from cola_lightning.cli import main
 from cola_lightning.cli.help import EXAMPLES, MAIN_OPTIONS, SUBCOMMANDS, WIDTH
 from cola_lightning.cli.training import resolve
-from tests.helpers.toy import ValidatedToy, batches, toy, trainer
+from tests.helpers.toy import DIGITS, ValidatedToy, batches, toy, trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -80,3 +80,18 @@ def test_the_progress_bar_shows_the_link(tmp_path):
         module, batches(), batches()
     )
     assert bar.get_metrics(module.trainer, module)["link"] == 1
+
+
+def test_a_log_in_a_file_has_a_line_now_and_then_and_says_where_a_run_goes_on(capfd, monkeypatch):
+    monkeypatch.setattr("cola_lightning.callbacks.command.SECONDS", 0)
+    fit = ["fit", "--config", DIGITS, "--trainer.limit_train_batches", "2"]
+    lines = messages(capfd, *fit, "--trainer.max_epochs", "2")
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.partition(", train_loss")[0] for line in steps] == [
+        f"step {k} of 4, link 0, epoch {(k - 1) // 2}" for k in (1, 2, 3, 4)
+    ]
+    lines = messages(capfd, *fit, "--trainer.max_epochs", "3", "--ckpt_path", "last")
+    assert "resumed at step 4 of 6" in lines
+    monkeypatch.setattr("cola_lightning.callbacks.command.SECONDS", 3600)
+    lines = messages(capfd, *fit, "--trainer.max_epochs", "3")
+    assert [line.split(",")[0] for line in lines if line.startswith("step ")] == ["step 1 of 6", "step 6 of 6"]

@@ -73,6 +73,18 @@ def test_the_docs_lines_for_exports_print_what_it_prints(trained, tmp_path, monk
     assert merged.strip() == adapter.strip() == messages.strip()
 
 
+@pytest.mark.parametrize("links", [5, "jsn"])
+def test_links_that_do_not_exist_are_refused_before_the_model_is_loaded(trained, capfd, links):
+    path, _ = trained("chat")
+    model = path.parent / "model"
+    model.rename(path.parent / "elsewhere")
+    try:
+        assert main(["generate", str(path), "--prompt", "It", "--links", str(links)]) == 2
+    finally:
+        (path.parent / "elsewhere").rename(model)
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: links: ")
+
+
 def test_links_sampling_and_stops(trained, capfd):
     path, predictions = trained("chat")
     requested = [path, "--prompt", PROMPTS[1]]

@@ -6,6 +6,7 @@ Of each kind of mistake there is one here.
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from transformers import Adafactor
 
-from cola_lightning import ChainOfLoRA, ChainSchedule, LoRAConfig, UserError, inject_lora
+from cola_lightning import ChainOfLoRA, ChainSchedule, COLACausalLM, LoRAConfig, UserError, inject_lora
 from cola_lightning.cli import main
 from cola_lightning.cli.help import ELSEWHERE
 from cola_lightning.cli.training import resolve
 from cola_lightning.data import TemplateDataModule, TextDataModule
+from cola_lightning.module import COLAModule, find_class
 from cola_lightning.study.methods import method
 from tests.helpers import tiny
 from tests.helpers.comparing import config
@@ -84,9 +86,6 @@ MISTAKES = [
     (f"generate {LAST} --prompt It --max_new_tokens 0", "max_new_tokens: must be at least 1"),
     (f"export {LAST} --format chain --output runs --overwrite", "output: "),
     (f"export {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
-    (COMPARE + "--methods []", "methods: "),
-    (COMPARE + "--seeds 0", "seeds: must be at least 1, got 0"),
-    (COMPARE + '--learning_rates {"lora":[]}', "learning_rates: "),
     (COMPARE + "--methods [lore]", "methods: .*the nearest that exist: lora"),
     (COMPARE + '--learning_rates {"cola":[0.1]}', "learning_rates: each of lora needs a list"),
     (COMPARE + "--metric val_acuracy", "metric: .*val_acuracy.* --mode.*; the nearest that exist: val_accuracy"),
@@ -144,6 +143,24 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2_and_nothing_is_w
     assert {path: path.is_file() and path.stat().st_mtime_ns for path in Path().rglob("*")} == before
 
 
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [
+        ("peft", f"export {LAST} --format peft --output out"),
+        ("bitsandbytes", LANGUAGE + "--model.quantization nf4"),
+        ("matplotlib", "inspect chain --plot chain.png"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_before_a_model_is_loaded(package, words, folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(COLAModule, "load_from_checkpoint", lambda *_, **__: pytest.fail("loaded"))
+    assert main(words.split()) == 2
+    output = capfd.readouterr().err
+    assert re.match(rf"error: .*{package}.*\[\w+\]", output.strip().splitlines()[-1]), output
+    assert "Traceback" not in output
+
+
 # ---------------------------------------------------------------------- in Python: what is done with the arguments of a row
 
 
@@ -193,6 +210,9 @@ REFUSALS = {
         ({"knot": "half", "share": 1.5}, r"chain\.share: must be above 0 and at most 1"),
         ({"knot": "New"}, r"chain\.knot: must be cola or half or record"),
         ({"knot": "record", "ranks": [2]}, r"chain\.ranks"),
+        ({"mode": "mix", "patience": 1}, r"chain\.mode"),
+        ({"knots": 1.5}, r"chain\.knots"),
+        ({"at_steps": [1.5]}, r"chain\.at_steps"),
     ],
     ChainOfLoRA: [
         ({"patience": 0}, r"chain\.patience"),
@@ -206,6 +226,11 @@ REFUSALS = {
         ({"kept_optimizer_state": 2}, r"model\.kept_optimizer_state"),
         ({"lr_ratio_B": 0}, r"model\.lr_ratio_B"),
         ({"decay_steps": 0}, r"model\.decay_steps"),
+        ({"lr_schedule": "cosinus"}, r"model\.lr_schedule"),
+        ({"schedule_scope": "runs"}, r"model\.schedule_scope"),
+        ({"warmup_steps": -5}, r"model\.warmup_steps"),
+        ({"knot_warmup_steps": float("nan")}, r"model\.knot_warmup_steps"),
+        ({"modules_to_save_lr": -1e-3}, r"model\.modules_to_save_lr"),
         ({"init_links": 2}, r"model\.init_links"),
         ({"init_chain": "nowhere"}, r"model\.init_chain: 'nowhere' does not exist"),
         ({"cls": type("NoBase", (Toy,), {"build_model": Toy.__base__.build_model})}, "model: NoBase"),
@@ -232,12 +257,17 @@ REFUSALS = {
         ({"source": []}, r"data\.source: at least one"),
         ({"source": ["a/b"], "subset": "main"}, "data.source: subset and revision"),
         ({"source": ["a/b"], "streaming": True}, r"data\.streaming"),
+        ({"source": "a/b", "loss": "lst"}, r"data\.loss"),
+        ({"source": "a/b", "too_long": "skp"}, r"data\.too_long"),
+        ({"source": "a/b", "text_unit": "lines"}, r"data\.text_unit"),
     ],
+    COLACausalLM: [({"model_name": "a/b", "loss_average": "steps"}, r"model\.loss_average")],
+    find_class: [(("__main__.Shapes",), "checkpoint: script")],
     template_row: [({"prompt": "{txt}"}, r"rows.jsonl, row 1 \(counted from 0\): 'txt' among 'label', 'text'")],
     method_of: [
         (("cola", {}, {"max_epochs": 3}), "methods: knots"),
         (("cola-9", {}, {"max_epochs": 3}), "methods: 3 epochs .* cannot have 9 links"),
-        (("lora", (), (), ()), r"model: rank must be set, but own\.Module"),
+        (("lora-sum-rank-2", (), (), ()), r"model: rank must be set, but own\.Module"),
     ],
 }
 

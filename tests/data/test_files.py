@@ -53,6 +53,52 @@ def test_a_file_of_any_format_gives_the_rows_that_were_written(tmp_path, name):
     assert [row.place for row in rows] == [f"{source}, row {k} (counted from 0)" for k in range(10)]
 
 
+@pytest.mark.parametrize("name", ["jsonl", "json", "jsonl.gz"])
+def test_json_values_are_those_of_the_file_also_in_a_column_of_mixed_types(tmp_path, name):
+    values = ['{"a": 1}', '"hi"', '["x"]', "007", "1e5", "0.10", " 7 ", "plain", 5, 5.5, ["x", "007"], {"a": "1"}, None, True]
+    rows = [{"prompt": f"{k}", "answer": value, "turns": [{"content": value}], "n": k or 0.5} for k, value in enumerate(values)]
+    rows[0]["when"] = "2020-01-01T00:00:00"
+    read = list(load_splits(write(tmp_path / f"rows.{name}", rows))["train"]())
+    assert [repr(row["answer"]) for row in read] == [repr(value) for value in values]
+    assert [repr(row["turns"][0]["content"]) for row in read] == [repr(value) for value in values]
+    assert [repr(row["n"]) for row in read] == [repr(row["n"]) for row in rows]
+    assert read[0]["when"] == rows[0]["when"]
+
+
+def test_nan_is_no_value(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": NaN}\n{"text": "b", "label": 1.5}\n')
+    (tmp_path / "a.json").write_text('[{"text": "a", "label": NaN}, {"text": "b", "label": 1.5}]')
+    for name in ("a.jsonl", "a.json"):
+        assert [row["label"] for row in load_splits(str(tmp_path / name))["train"]()] == [None, 1.5]
+
+
+def test_a_quote_at_the_beginning_of_a_cell_is_text_in_a_tsv_and_said_in_a_csv(tmp_path, caplog):
+    lines = ["text{}label", '"so" it{}a', "plain{}b", '"never closed{}a', 'the "end{}b']
+    for name, sep in (("a.tsv", "\t"), ("a.csv", ",")):
+        (tmp_path / name).write_text("\n".join(line.format(sep) for line in lines) + "\n")
+        rows = list(load_splits(str(tmp_path / name))["train"]())
+        if sep == "\t":
+            assert [row["text"] for row in rows] == ['"so" it', "plain", '"never closed', 'the "end']
+            assert "quote" not in caplog.text
+    assert "line 2" in caplog.text
+
+
+def test_a_name_is_a_pattern_only_where_no_file_has_it_and_a_missing_shard_is_noticed(tmp_path):
+    for name in ("part1", "part[1]", "a*b", "axb"):
+        write(tmp_path / f"{name}.csv", [{"text": name}])
+    for name in ("part[1]", "a*b", "part1"):
+        assert [row["text"] for row in load_splits(str(tmp_path / f"{name}.csv"))["train"]()] == [name]
+    (tmp_path / "of[1]").mkdir()
+    (tmp_path / "of1").mkdir()
+    write(tmp_path / "of[1]" / "latest.csv", [{"text": "right"}])
+    write(tmp_path / "of1" / "latest.csv", [{"text": "wrong"}])
+    assert [row["text"] for row in load_splits(str(tmp_path / "of[1]"))["train"]()] == ["right"]
+    for k in (0, 2):
+        write(tmp_path / "shards" / f"train-0000{k}-of-00003.csv", [{"text": "a"}])
+    with pytest.raises(UserError, match="3 files"):
+        load_splits(str(tmp_path / "shards"))
+
+
 def test_a_csv_file_of_pandas_begins_with_its_index(tmp_path):
     pandas.DataFrame({"text": TEXTS, "label": "pos"}).to_csv(tmp_path / "rows.csv")
     (read,) = load_splits(str(tmp_path / "rows.csv")).values()
@@ -78,7 +124,6 @@ def test_what_cannot_be_read_or_would_lose_a_cell_is_one_line(tmp_path):
     for name, text in [
         ("comma.csv", "text,label\nwell, bad,neg\nfine, good,pos\n"),  # without quotes, it makes one more cell
         ("twice.csv", "text,text\nfine,pos\n"),  # of two columns of one name, a row would have the last
-        ("quote.tsv", 'label\ttext\n1\t"I loved it.\n0\tAnd so will you."\n'),  # which joins two rows
         ("rows.xlsx", ""),
         ("no_such.csv", None),  # which is not asked for on the hub
     ]:

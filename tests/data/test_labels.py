@@ -4,6 +4,7 @@ import re
 from collections import Counter
 
 import pytest
+from transformers import CanineTokenizer
 
 from cola_lightning import COLASequenceClassifier, PromptDataModule, TemplateDataModule, TextClassificationDataModule, UserError
 from tests.helpers import tiny
@@ -116,3 +117,27 @@ def test_labels_that_disagree_with_the_models_are_refused(path):
     for labels in (["a"], ["a", "a"]):
         with pytest.raises(UserError, match=r"^data\.labels: "):
             TextClassificationDataModule(str(path), labels=labels)
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_the_tokens_that_a_pair_loses_are_those_that_it_has_more_and_skip_leaves_longer_ones_out(tmp_path, caplog, is_slow):
+    rows = [{"a": "one two " * 9, "b": "three " * 5, "label": k % 2} for k in range(8)] + [
+        {"a": "x", "b": "y", "label": k % 2} for k in range(8)
+    ]
+    caplog.set_level("INFO", "cola_lightning")
+    source, own = tiny.write_file(tmp_path / "pairs.jsonl", rows), CanineTokenizer() if is_slow else tiny.tokenizer(pad=True)
+    whole = len(own(rows[0]["a"], rows[0]["b"])["input_ids"])
+    for too_long in ("shorten", "skip"):
+        data = TextClassificationDataModule(
+            source, text_fields=["a", "b"], max_length=16, too_long=too_long, val_size=0, max_skipped=1.0
+        )
+        data.trainer = tiny.process(module=tiny.stub(own, label_names=["0", "1"], num_labels=2))
+        data.setup("fit")
+        assert len(data.train) == (16 if too_long == "shorten" else 8)
+        assert max(len(row["input_ids"]) for row in data.train) <= 16
+    assert f"8 shortened by {8 * (whole - 16):,} tokens" in caplog.text
+
+
+def test_labels_of_mixed_types_are_read(tmp_path):
+    names, _ = fitted(tmp_path / "mixed.jsonl", [["a", 1, True][k % 3] for k in range(30)])
+    assert {"a", "1"} <= {*names}

@@ -9,7 +9,14 @@ import datasets
 import pytest
 from lightning.pytorch.callbacks import LambdaCallback
 
-from cola_lightning import ImageDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
+from cola_lightning import (
+    COLACausalLM,
+    ImageDataModule,
+    TemplateDataModule,
+    TextClassificationDataModule,
+    TextDataModule,
+    UserError,
+)
 from cola_lightning.cli import main
 from cola_lightning.data.source import Source
 from cola_lightning.data.splits import load_splits
@@ -114,19 +121,14 @@ KINDS = {
 }
 
 
-def parts(make, source, *stages, of=None, **options):
-    """A data module after its setup for these stages of a module with the checkpoint ``of``."""
+def parts(make, source, *stages, of=(), **options):
+    """A data module after its setup for these stages of a module of runs that have held out ``of``."""
     data = make(source, **options)
-    data.checkpoint = of
-    data.trainer = tiny.process(module=tiny.stub(tiny.tokenizer(pad=True), label_names=["a", "b"], num_labels=2))
+    module = tiny.stub(tiny.tokenizer(pad=True), label_names=["a", "b"], num_labels=2, run=SimpleNamespace(held_out=[*of]))
+    data.trainer = tiny.process(module=module)
     for stage in stages:
         data.setup(stage)
     return data
-
-
-def checkpoint(data):
-    """What a checkpoint says of the data of its fit."""
-    return SimpleNamespace(facts={"data": data.identity, "init_chain_source": [None, None]})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,7 +136,7 @@ def test_evaluation_measures_what_the_fit_held_out_and_all_rows_of_other_data_an
     make, store = KINDS[kind]
     sizes = {"val_size": 5, "test_size": 4}
     own, other = (store(tmp_path / name, start) for name, start in [("own", 0), ("other", 20)])
-    of = checkpoint(parts(make, own, "fit", **sizes))
+    of = parts(make, own, "fit", **sizes).held_out
     moved = shutil.copytree(tmp_path / "own", tmp_path / "moved") / Path(own).relative_to(tmp_path / "own")
     for source, n_val, n_test in [(own, 5, 4), (str(moved), 5, 4), (other, 20, 20)]:
         data = parts(make, source, "validate", "test", of=of, **sizes)
@@ -145,8 +147,8 @@ def test_evaluation_measures_what_the_fit_held_out_and_all_rows_of_other_data_an
 def test_another_source_is_measured_on_the_split_that_it_has_and_an_unknown_fit_asks_for_a_size(tmp_path):
     own, other = rows_file(tmp_path / "own", 0), one_split(tmp_path / "other", 20)
     assert len(parts(TextDataModule, own, "test", test_size=1.0).test) == 20
-    of = checkpoint(parts(TextDataModule, own, "fit"))
-    for known in (None, of):  # of which all rows were trained on
+    of = parts(TextDataModule, own, "fit").held_out
+    for known in ((), of):  # of which all rows were trained on
         with pytest.raises(UserError, match=r"data\.test_size: .* has no test rows\. .*1\.0"):
             parts(TextDataModule, own, "test", of=known)
     write(tmp_path / "other" / "test.jsonl", ROWS)
@@ -156,6 +158,96 @@ def test_another_source_is_measured_on_the_split_that_it_has_and_an_unknown_fit_
     assert len(parts(TextDataModule, other, "predict", of=of, test_size=0.5).test) == 6
     named = {"train_split": "train_sft", "val_split": "test_sft", "test_split": "test_sft"}  # of the fit's data
     assert len(parts(TextDataModule, rows_file(tmp_path / "file", 40), "test", of=of, **named).test) == 20
+
+
+def numbers(part, data):
+    """Which of ``rows_of(0)`` these are."""
+    return sorted(int(text.split()[-1][:-1]) for text in texts_of(part, data))
+
+
+def test_rows_that_were_trained_on_are_never_measured_as_held_out(tmp_path):
+    rows = rows_file(tmp_path, 0)
+    fit = parts(TextDataModule, rows, "fit")
+    trained, held_out = numbers(fit.train, fit), numbers(fit.val, fit)
+    for options in ({}, {"val_size": 0.5}, {"split_seed": 1}, {"train_size": 3}, {"test_size": 6}):
+        data = parts(TextDataModule, rows, "validate", of=fit.held_out, **options)
+        assert numbers(data.val, data) == held_out, options
+    for options in ({"test_size": 6}, {"test_size": 0.3, "split_seed": 1}):  # it held out no test rows
+        with pytest.raises(UserError, match=r"data\.test_size: .* has no test rows"):
+            parts(TextDataModule, rows, "test", of=fit.held_out, **options)
+    whole = parts(TextDataModule, rows, "test", of=fit.held_out, test_size=1.0)
+    assert numbers(whole.test, whole) == sorted(trained + held_out)
+    folder = tmp_path / "folder"  # a file of it, or the split itself, is the same data
+    write(folder / "train.jsonl", rows_of(0))
+    for source, options in [(folder, {"val_split": "train", "val_size": 9}), (folder / "train.jsonl", {})]:
+        data = parts(TextDataModule, str(source), "validate", of=fit.held_out, **options)
+        assert numbers(data.val, data) == held_out
+    write(tmp_path / "more.jsonl", rows_of(20))
+    with pytest.raises(UserError, match=r"data\.source: .* was trained on rows of .*jsonl"):
+        parts(TextDataModule, f"{tmp_path}/*.jsonl", "validate", of=fit.held_out)
+
+
+def test_a_later_stage_trains_on_no_row_that_an_earlier_one_held_out(tmp_path):
+    own, other = rows_file(tmp_path / "own", 0), rows_file(tmp_path / "other", 20)
+    first = parts(TextDataModule, own, "fit", "test", test_size=6)
+    held_out = numbers(first.val, first) + numbers(first.test, first)
+    for options in ({}, {"split_seed": 1, "test_size": 3}, {"test_size": 4, "train_size": 3}):
+        for source in (own, [other, Source(own, share=0.8)], [Source(own, share=0.5), own]):
+            second = parts(TextDataModule, source, "fit", of=first.held_out, **options)
+            assert not {*numbers(second.train, second)} & {*held_out}
+            again = parts(TextDataModule, own, "test", of=second.held_out, test_size=6)
+            assert texts_of(again.test, again) == texts_of(first.test, first)
+    twice = parts(TextDataModule, [own, Source(own, share=0.5)], "fit", "validate")
+    assert not {*numbers(twice.train, twice)} & {*numbers(twice.val, twice)}
+
+
+def test_a_checkpoint_knows_what_all_its_runs_held_out(tmp_path):
+    """In Python too, wherever the files and the checkpoints of the earlier stages are then."""
+    files = [rows_file(tmp_path / name, start) for name, start in [("a", 0), ("b", 20), ("c", 40)]]
+    chain, measured = None, {}
+    for source in files[:2]:
+        data = TextDataModule(source, test_size=4, max_length=16)
+        run, module = trainer(tmp_path, max_steps=1), tiny.causal_lm(tmp_path, init_chain=chain)
+        run.fit(module, datamodule=data)
+        data.setup("test")
+        measured[source] = texts_of(data.test, data)
+        if chain is not None:
+            Path(chain).unlink()
+        chain = f"{Path(source).parent}.ckpt"
+        run.save_checkpoint(chain)
+    for source, texts in measured.items():
+        moved = shutil.move(source, f"{source}.moved.jsonl")
+        for how in ({"ckpt_path": chain}, {}):  # the state is loaded by the Trainer, or before
+            data = TextDataModule(moved, test_size=9, split_seed=1, max_length=16)
+            module = tiny.causal_lm(tmp_path) if how else COLACausalLM.load_from_checkpoint(chain)
+            trainer(tmp_path).test(module, datamodule=data, verbose=False, **how)
+            assert texts_of(data.test, data) == texts
+    other = TextDataModule(files[2], max_length=16)
+    trainer(tmp_path).test(tiny.causal_lm(tmp_path, init_chain=chain), datamodule=other, verbose=False)
+    assert len(other.test) == 20
+
+
+def test_a_run_resumes_inside_an_epoch_on_the_same_training_rows_alone(tmp_path):
+    def fit(rows, *callbacks, ckpt_path=None, source=tmp_path / "rows.csv", **options):
+        write(source, rows)
+        data = TextDataModule(str(source), val_size=2, max_length=16, batch_size=4, length_grouped=False, **options)
+        run = trainer(tmp_path, *callbacks, max_epochs=2)
+        run.fit(tiny.causal_lm(tmp_path, architecture="gpt2"), datamodule=data, ckpt_path=ckpt_path)
+
+    def save(run, *_):
+        run.save_checkpoint(tmp_path / f"{run.global_step}.ckpt", weights_only=False)
+
+    rows = [{"text": f"It was {k}.", "label": "a"} for k in range(18)]
+    swapped, edited = [rows[1], rows[0], *rows[2:]], [*rows[:5], {"text": "It was X.", "label": "a"}, *rows[6:]]
+    fit(rows, LambdaCallback(on_train_batch_end=save))
+    for changed in (swapped, edited):
+        with pytest.raises(UserError, match=r"^data\.source \(a hash of its training rows\) must be"):
+            fit(changed, ckpt_path=tmp_path / "3.ckpt")
+        fit(changed, ckpt_path=tmp_path / "4.ckpt")  # at an epoch's end, they are other data
+    fit(rows, ckpt_path=tmp_path / "3.ckpt", source=tmp_path / "moved.csv")
+    for path in ("3.ckpt", "4.ckpt"):  # else rows that it held out would be trained on
+        with pytest.raises(UserError, match=r"^data: the run that is resumed has held out other rows"):
+            fit(rows, ckpt_path=tmp_path / path, split_seed=1)
 
 
 def two(folder):
@@ -169,7 +261,7 @@ def two(folder):
 def test_each_source_has_its_own_splits_columns_and_share_and_one_order_mixes_them(tmp_path):
     texts, requested = two(tmp_path)
     half = Source(requested.source, columns=requested.columns, share=0.5)
-    data = attach(TextDataModule((texts, half), chat_template=False, batch_size=4), "fit")
+    data = attach(TextDataModule((texts, half), chat_template=False, batch_size=4, length_grouped=False), "fit")
     alone = [attach(TextDataModule([one], chat_template=False), "fit") for one in (texts, half)]
     assert [len(data.train), len(data.val)] == [6 + 9, 6 + 1]
     for part in ("train", "val"):

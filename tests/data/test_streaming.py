@@ -18,7 +18,7 @@ def test_as_many_rows_are_drawn_as_are_needed_and_read_once(monkeypatch):
             yield {"text": f"It was {k}."}
 
     def drawn(seed=0):
-        return draw_rows(datasets.IterableDataset.from_generator(rows), 20, seed, "rows, train", "as many")
+        return draw_rows(datasets.IterableDataset.from_generator(rows), 20, seed, "rows, train", list, "as many")
 
     first = drawn()
     assert next(iter(first)).place == "rows, train, row 0 (counted from 0)"

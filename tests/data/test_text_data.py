@@ -194,3 +194,10 @@ def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat
     assert len(row["input_ids"]) == 30
     assert own.decode([label for label in labels_of(row) if label != -100]).strip() == "It is.</s>"
     assert chat or encode_responses(own, [Pair("Is it? ", 0, "It is.")], 64)[0][0]["input_ids"][-1] == own.eos_token_id
+
+
+@pytest.mark.parametrize("row", [{"text": "It was old."}, {"prompt": "Is it old?", "response": " Yes."}])
+def test_a_length_that_leaves_nothing_to_train_ends_a_fit(tmp_path, row):
+    source = tiny.write_file(tmp_path / "rows.jsonl", [row] * 8)
+    with pytest.raises(UserError, match="max_length"):
+        tiny.attach(TextDataModule(source, max_length=1, chat_template=False), "fit")

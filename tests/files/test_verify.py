@@ -141,9 +141,9 @@ def spoiled(edit):
     return lambda made, merged: edited(merged, lambda tensors: edit(tensors, tensors_of(made / "base")))
 
 
-def one_element(name, index):
+def one_element(name, index, by=0.3):
     def edit(tensors, base):
-        tensors[name].view(-1)[index] += 0.3
+        tensors[name].view(-1)[index] += by
 
     return edit
 
@@ -205,6 +205,10 @@ FAULTS = {
         r"1 of 21 .*other values \(\S*1\.self_attn\.q_proj",
     ),
     "one element of another tensor": (spoiled(one_element("model.norm.weight", 3)), r"1 of 21 .*other values \(model\.norm"),
+    "one element of another tensor, by one step": (
+        spoiled(one_element("model.norm.weight", 3, 2**-7)),
+        r"1 of 21 .*other values \(model\.norm",
+    ),
     "not a number": (
         spoiled(lambda tensors, base: tensors[Q.format(0)].view(-1)[5:6].fill_(float("nan")) and None),
         r"1 of 21 .*other values \(\S*q_proj",

@@ -21,7 +21,6 @@ from cola_lightning.errors import UserError
 from cola_lightning.runs.folder import claim
 from cola_lightning.study import study
 from cola_lightning.study.comparison import Comparison
-from cola_lightning.study.figures import mean_curve
 from cola_lightning.study.methods import method
 from cola_lightning.study.results import Result, at_best_rates, best_rates
 from cola_lightning.study.table import summarize
@@ -34,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def result(method="lora", seed=0, rate=1e-2, validation=1.0, test=None, **facts):
-    facts = {"rank": 1, "links": 1, "steps": 10, "seconds": 1.0, "peak_memory": 9.0, "trainable_parameters": 5} | facts
+    facts = {"rank": 1, "links": 1, "steps": 10, "seconds": 1.0, "peak_memory": None, "trainable_parameters": 5} | facts
     return Result(method, seed, rate, validation=validation, test=validation if test is None else test, **facts)
 
 
@@ -42,22 +41,21 @@ def result(method="lora", seed=0, rate=1e-2, validation=1.0, test=None, **facts)
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "links", "rank"),
+    ("name", "given", "options"),
     [
-        ("lora", config({"every_n_epochs": 5}, max_epochs=20), 1, 4),
-        ("cola", config({"every_n_epochs": 5}, max_epochs=20), 4, 4),
-        ("cola", config({"at_steps": [7, 30]}, max_steps=20, max_epochs=-1), 2, 4),
-        ("cola-5", config({"every_n_epochs": 1, "ranks": [4, 2]}, max_epochs=20), 5, 4),
-        ("lora-sum-rank", config({"at_epochs": [3], "ranks": [4, 2]}, max_epochs=5), 1, 6),
-        ("lora-sum-rank-5", config(max_steps=20), 1, 20),
-        ("full", config(), 0, None),
+        ("lora", config({"every_n_epochs": 5}, max_epochs=20), {"chain.every_n_epochs": None}),
+        ("cola", config({"every_n_epochs": 5}, max_epochs=20), {}),
+        ("cola-5", config({"every_n_epochs": 1, "ranks": [4, 2]}, max_epochs=20), {"chain.at_epochs": [4, 8, 12, 16]}),
+        ("cola-5", config({"every_n_epochs": 1, "ranks": [4, 2]}, max_epochs=20), {"chain.ranks": None}),
+        ("lora-sum-rank", config({"at_epochs": [3], "ranks": [4, 2]}, max_epochs=5), {"model.rank": 6, "model.alpha": 12}),
+        ("lora-sum-rank", config({"at_steps": [7, 30]}, max_steps=20, max_epochs=-1), {"model.rank": 8, "model.alpha": 16}),
+        ("lora-sum-rank", config({"every_n_epochs": 5}, max_epochs=20), {"model.rank": 16, "model.alpha": 32}),
+        ("lora-sum-rank-5", config(max_steps=20), {"model.rank": 20, "model.alpha": 40}),
+        ("full", config(), {"model.target_modules": None}),
     ],
 )
-def test_a_method_is_options_of_a_fit(name, given, links, rank):
-    found = method(name, given)
-    assert (found.links, found.rank) == (links, rank)
-    assert not name.startswith("lora-sum-rank") or found.options["model.alpha"] / found.options["model.rank"] == 8 / 4
-    assert name != "full" or found.options["model.target_modules"] is None
+def test_a_method_is_options_of_a_fit(name, given, options):
+    assert options.items() <= method(name, given).items()
 
 
 def test_a_chain_in_steps_is_compared_over_epochs_and_no_method_changes_a_runs_length():
@@ -65,13 +63,12 @@ def test_a_chain_in_steps_is_compared_over_epochs_and_no_method_changes_a_runs_l
     given = resolve(words)
     for name in ("relora", "lora-sum-rank-4"):
         found = method(name, given)
-        mine = resolve([*words, *as_words(found.options)])
+        mine = resolve([*words, *as_words(found)])
         assert mine["trainer"] == given["trainer"]
         if name == "relora":
-            assert (found.rank, found.links) == (8, 1)  # as many as are known before the run
             assert mine["chain"] == given["chain"]
-    assert method("cola-3", config(max_steps=20)).options["chain.at_steps"] == [7, 13]  # links of equal length
-    assert method("cola-2", config(max_epochs=5, max_steps=300)).options["chain.at_steps"] == [150]
+    assert method("cola-3", config(max_steps=20))["chain.at_steps"] == [7, 13]  # links of equal length
+    assert method("cola-2", config(max_epochs=5, max_steps=300))["chain.at_steps"] == [150]
 
 
 # ---------------------------------------------------------------------- what is read off the results
@@ -116,9 +113,6 @@ def test_differences_to_lora_are_paired_by_seed_and_no_interval_is_made_up():
     assert (one.difference, one.low, one.deviation) == (-0.5, None, None)
     alone, lost = rows(cola=[1.0], full=[None])
     assert (alone.difference, lost.test, lost.diverged) == (None, None, 1)
-    curves = [result(curve=[[5, 1.0], [10, 2.0]]), result(seed=1, curve=[[5, 3.0]]), result(seed=2, validation=None)]
-    assert mean_curve(curves) == {5: 2.0}
-    assert mean_curve([result(curve=[], steps=9, validation=v) for v in (1.0, 3.0, None)]) == {9: 2.0}  # validated at their end
 
 
 # ---------------------------------------------------------------------- a study whose runs are made up
@@ -130,25 +124,18 @@ class Runs:
     def __init__(self):
         self.requested, self.configs, self.failing, self.changes, self.stop_at = [], [], set(), {}, None
 
-    def __call__(self, config, folder, metric, known):
+    def __call__(self, config, folder, metric, key):
         if self.stop_at == len(self.requested):
             raise KeyboardInterrupt
         self.requested.append(folder.name)
         self.configs.append(config)
         if folder.name in self.failing:
             raise ZeroDivisionError
-        return dataclasses.replace(made_up(config, folder, metric, known), **self.changes.get(folder.name, {}))
+        return dataclasses.replace(made_up(config, folder, metric, key), **self.changes.get(folder.name, {}))
 
 
 @pytest.fixture
-def _without_figures(monkeypatch):
-    """They take longer than all else."""
-    for name in ("draw_curves", "draw_points"):
-        monkeypatch.setattr(study, name, lambda *_: None)
-
-
-@pytest.fixture
-def runs(_without_figures, monkeypatch):
+def runs(monkeypatch):
     """Its configuration is resolved once for all tests."""
     made = Runs()
     monkeypatch.setattr(study, "measured", made)
@@ -165,11 +152,10 @@ def test_a_study_leaves_lines_and_tables(tmp_path, runs, capsys):
     assert [(r["method"], r["learning_rate"], r["seed"]) for r in lines(tmp_path)] == [
         (name, rate, seed) for seed in (0, 1) for name in ("lora", "cola-2") for rate in (1e-2, 2e-2)
     ]
-    lora, cola = read_csv(tmp_path / "table.csv")
-    assert (lora["method"], lora["links"], lora["learning_rate"]) == ("lora", "1", "0.01")
-    assert (cola["method"], cola["links"], cola["learning_rate"]) == ("cola-2", "2", "0.01")
-    assert float(cola["difference"]) == pytest.approx(0.1)
-    assert "| cola-2 | 1 | 2 | 0.01 | 2 |" in (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
+    assert "| lora | 1 | 1 | 0.01 | 2 |" in table
+    assert "| cola-2 | 1 | 2 | 0.01 | 2 |" in table
+    assert "+0.1000 [" in table
     assert "cola-2" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(runs.requested)
 
@@ -290,12 +276,10 @@ def test_a_run_is_the_fit_of_the_same_values(tmp_path):
     assert line["test"] == float(tested[-1]["test_accuracy"]) == float(mine[-1]["test_accuracy"])
     assert (line["links"], line["rank"], line["knots"], line["steps"]) == (2, 1, [9], 18)
     assert (line["trainable_parameters"], of_full["links"]) == (330, 0)
-    assert line["peak_memory"] > 100
     assert yaml.safe_load((folder / "config.yaml").read_text())["seed_everything"] == 0
     assert not list(folder.rglob("*.ckpt"))
 
 
-@pytest.mark.usefixtures("_without_figures")
 def test_the_weights_that_the_config_keeps_are_the_ones_that_are_measured(tmp_path):
     keeping = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val_accuracy", "mode": "min"}}  # of the first epoch
     fit = [*SHORT, "--model.optimizer.lr", "0.1", "--trainer.callbacks+", json.dumps(keeping)]
@@ -315,7 +299,6 @@ def test_what_cannot_be_measured_or_divided_is_refused_before_the_first_step(tmp
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-@pytest.mark.usefixtures("_without_figures")
 def test_a_run_that_diverges_has_a_line(tmp_path):
     diverging = [*SHORT, "--trainer.check_val_every_n_epoch", "9", "--model.optimizer.weight_decay", "3"]
     assert compare(tmp_path, "--learning_rates", "[1e6]", methods="[full]", seeds=1, fit=diverging) == 0
@@ -336,12 +319,9 @@ class StopOnce(Callback):
             os.kill(os.getpid(), self.number)
 
 
-# The command, without figures.
 COMMAND = """
 import sys
 from cola_lightning.cli import main
-from cola_lightning.study import study
-study.draw_curves = study.draw_points = lambda *_: None
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -366,7 +346,7 @@ def test_a_study_that_is_stopped_or_killed_goes_on_with_its_run(tmp_path, number
     assert ": goes on from resumed/runs/cola-lr0.02-seed0/checkpoints/last.ckpt" in again.stdout.replace("\n", "")
     assert [again.returncode, compared("whole").returncode] == [0, 0]
     ((mine,), (theirs,)) = (lines(tmp_path / folder) for folder in ("resumed", "whole"))
-    assert mine | {"seconds": 0, "peak_memory": 0} == theirs | {"seconds": 0, "peak_memory": 0}
+    assert mine | {"seconds": 0} == theirs | {"seconds": 0}
     resumed, whole = (tmp_path / folder / "runs" / "cola-lr0.02-seed0" for folder in ("resumed", "whole"))
     resumed, whole = (read_csv(run / "metrics.csv") for run in (resumed, whole))
     assert [row["train_loss"] for row in resumed] == [row["train_loss"] for row in whole]
