@@ -22,7 +22,9 @@ import torch
 from benchmarks.lines import Lines, Rows, main
 from benchmarks.steps import BESIDE, SMOLLM2, Work, beside, peak_mib, take_turns, training_step
 from cola_lightning import COLAPreferenceLM
-from cola_lightning.data.encoding import Pair, collate_language, encode_responses
+from cola_lightning.chat_template import Conversation, PlainTemplate, PreferencePair, assistant_turn, user_turn
+from cola_lightning.data.batch import collate_language
+from cola_lightning.data.render import encode_preferences
 
 FILE = Path(__file__).with_suffix(".jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -34,10 +36,12 @@ def batches() -> list[dict[str, Any]]:
     module = COLAPreferenceLM(**SMOLLM2)  # for its tokenizer
     lines = (Path(os.environ["COLA_DATA_DIR"]) / "real" / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines[: PAIRS * ROUNDS]]
-    right = [Pair(f"{row['question']}\n", 0, row["answer"]) for row in rows]
-    wrong = [Pair(pair.prompt, 0, re.sub(r"\d(?=\D)", "7", pair.response)) for pair in right]
-    encoded: Any = [encode_responses(module.tokenizer, side, MAX_LENGTH) for side in (right, wrong)]
-    chosen, rejected = ([rows[0] for rows in side] for side in encoded)
+    right, wrong = [row["answer"] for row in rows], [re.sub(r"\d(?=\D)", "7", row["answer"]) for row in rows]
+    prompts = [Conversation(user_turn(f"{row['question']}\n")) for row in rows]
+    answers = [[[assistant_turn(answer)] for answer in side] for side in (right, wrong)]
+    pairs = [PreferencePair(*pair) for pair in zip(prompts, *answers, strict=True)]
+    encoded: Any = encode_preferences(PlainTemplate(module.tokenizer), pairs, MAX_LENGTH, set())
+    chosen, rejected = zip(*encoded, strict=True)
     places = [slice(k, k + PAIRS) for k in range(0, len(chosen), PAIRS)]
     pad = module.tokenizer.pad_token_id
     return [{**collate_language([*chosen[place], *rejected[place]], pad), "n_pairs": PAIRS} for place in places]

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from typing_extensions import override
 
 from cola_lightning import hub
 from cola_lightning.errors import UnusableRow, UserError, one_line
@@ -23,6 +25,8 @@ CHATML = """\
 NAMED_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?\w+>")  # as templates write special tokens
 
 QUESTION, ANSWER = "Is it old?", "It is."  # a conversation that shows how a template ends a turn
+MODE = "enable_thinking"  # the template variable by which a generation prompt opens a thought or does not
+MARKS = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"}  # before each turn of a conversation that is one text
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,13 @@ class Conversation:
         messages: the turns.
         tools: JSON schemas of the functions that the assistant may call.
         trained: the places of the messages that have a loss, in order; each is a turn of the assistant's.
+        is_marked: whether the data has the turns as one text with :data:`MARKS`, which a model without a template keeps.
     """
 
     messages: Sequence[Message]
     tools: Sequence[Any] | None = None
     trained: tuple[int, ...] = ()
+    is_marked: bool = False
 
     def until(self, place: int) -> "Conversation":
         """The messages before one of them."""
@@ -53,6 +59,28 @@ class Conversation:
         messages = list(self.messages)
         messages[place] = messages[place] | {"content": content}
         return replace(self, messages=messages)
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two responses to one prompt.
+
+    Attributes:
+        prompt: the turns that both have in common.
+        chosen: the turns of the preferred response, of which the first is the assistant's.
+        rejected: those of the other response.
+    """
+
+    prompt: Conversation
+    chosen: Sequence[Message]
+    rejected: Sequence[Message]
+
+    def conversations(self) -> list[Conversation]:
+        """The prompt with each response, whose assistant turns have a loss."""
+        n = len(self.prompt.messages)
+        wholes = [[*self.prompt.messages, *response] for response in (self.chosen, self.rejected)]
+        trained = [tuple(k for k, turn in enumerate(whole) if k >= n and turn["role"] == "assistant") for whole in wholes]
+        return [replace(self.prompt, messages=whole, trained=k) for whole, k in zip(wholes, trained, strict=True)]
 
 
 def user_turn(prompt: str) -> list[Message]:
@@ -117,10 +145,20 @@ class ChatTemplate:
     Args:
         tokenizer: a Hugging Face tokenizer.
         kwargs: variables of the template, such as ``enable_thinking``.
+
+    Attributes:
+        writes_special_tokens: whether what it renders has all special tokens, so that the tokenizer adds none.
     """
 
     tokenizer: Any = field(repr=False)
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    writes_special_tokens: ClassVar[bool] = True
+
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """The values of ``enable_thinking`` that may be tried, if the template has it and the user has not set it."""
+        return (False, True) if MODE in str(self.tokenizer.chat_template) and MODE not in self.kwargs else ()
 
     def prompt(self, conversation: Conversation) -> str:
         """A conversation with the generation prompt of the assistant's next turn."""
@@ -213,6 +251,36 @@ class ChatTemplate:
     def n_after_stop(self) -> int | None:
         """How many special tokens follow the last turn's stop token in a rendering; None: the rendering lacks that token."""
         return self._ending[1]
+
+
+class PlainTemplate(ChatTemplate):
+    """The template of a model that has none: the prompt as it is, directly followed by the response, and the end of text.
+
+    An empty line follows the system prompt. Spaces at a prompt's end are the response's first, because in generation a prompt
+    has none.
+    """
+
+    writes_special_tokens = False
+    modes = ()
+    _answered = (False, "", "")  # nothing but the end of text ends a turn
+
+    @override
+    def render(self, conversation: Conversation, *, is_open: bool, **mode: Any) -> str:
+        text = plain_text(conversation)
+        return text.rstrip(" ") if is_open else text
+
+
+def plain_text(conversation: Conversation) -> str:
+    """The text of a conversation for a model without a chat template; that of marked turns ends with the next turn's mark."""
+
+    def written(turn: Message) -> str:
+        text = text_of(turn["content"])
+        if turn["role"] == "system":
+            return f"{text}\n\n"
+        return f"{MARKS[turn['role']]} {text.lstrip()}" if conversation.is_marked else text
+
+    ends_with_user = conversation.is_marked and conversation.messages[-1]["role"] == "user"
+    return "".join(map(written, conversation.messages)) + MARKS["assistant"] * ends_with_user
 
 
 def _with_content(turn: Message, *, is_parts: bool) -> Message:

@@ -18,7 +18,9 @@ from typing_extensions import override
 
 from benchmarks.stages.sequence import Data, Row, TaskSequence
 from cola_lightning.constants import IGNORE_INDEX
-from cola_lightning.data.encoding import LanguageRow, collate_language, tokenize
+from cola_lightning.data.batch import collate_language
+from cola_lightning.data.render import LanguageRow, tokenize
+from cola_lightning.hf.logits import split_by_length
 from cola_lightning.pretrained import Pretrained
 
 
@@ -76,7 +78,7 @@ class LanguageTasks(TaskSequence):
     def row_scores(self, model: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Only positions with a loss go through the head, which computes in float32."""
         losses, order = list[Tensor](), list[int]()
-        for places, batch in [(range(len(rows)), collate_language(rows, 0))]:
+        for places, batch in split_by_length(collate_language(rows, 0)):
             mask, targets = batch["attention_mask"], batch["labels"][:, 1:]
             inputs = {
                 "input_ids": batch["input_ids"],

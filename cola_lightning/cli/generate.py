@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ def generate(words: Sequence[str]) -> None:
     module, prompt_format = load_module(opened, options, "generate"), opened.state.facts.prompt_format
     import torch
 
+    from cola_lightning.chat_template import ChatTemplate, PlainTemplate
     from cola_lightning.hf import COLACausalLM
 
     if not isinstance(module, COLACausalLM):
@@ -57,14 +58,10 @@ def generate(words: Sequence[str]) -> None:
         decoding = replace(decoding, stop=("\n",))  # the training answers end with it
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    session = Session(module, prompt_format.get("chat_template_kwargs", {}), decoding)
-    if options.chat:
-        for turn in _turns(prompt):
-            session.take_turn(turn)
-    elif is_chat:
-        session.take_turn(prompt)
-    else:
-        session.answer(prompt)
+    template = (ChatTemplate if is_chat else PlainTemplate)(module.tokenizer, prompt_format.get("chat_template_kwargs", {}))
+    session = Session(module, template, decoding)
+    for turn in _turns(prompt) if options.chat else [prompt]:
+        session.take_turn(turn)
 
 
 def _parser() -> ArgumentParser:
@@ -103,55 +100,40 @@ class Session:
 
     Args:
         module: a :class:`~cola_lightning.COLACausalLM`.
-        chat_template_kwargs: arguments of its tokenizer's chat template.
+        template: a ``ChatTemplate`` of its tokenizer.
         decoding: how the text is generated.
     """
 
-    def __init__(self, module: Any, chat_template_kwargs: Mapping[str, Any], decoding: Decoding) -> None:
-        self.module, self.chat_template_kwargs, self.decoding = module, chat_template_kwargs, decoding
+    def __init__(self, module: Any, template: Any, decoding: Decoding) -> None:
+        self.module, self.template, self.decoding = module, template, decoding.stopping(template.stop_texts)
         self.turns: list[dict[str, Any]] = []
 
     def take_turn(self, prompt: str) -> None:
-        """Streams the response to the user's next turn, in the chat template; without the oldest turns if there is no room."""
-        from cola_lightning.chat_template import ChatTemplate, Conversation, assistant_turn, user_turn
+        """Streams the response to the user's next turn; the oldest turns are left out if there is no room."""
+        from cola_lightning.chat_template import assistant_turn, user_turn
+        from cola_lightning.data.batch import PromptRow, collate_prompts
 
         self.turns += user_turn(prompt)
-        template = ChatTemplate(self.module.tokenizer, self.chat_template_kwargs)
-        text, n_turns = template.prompt(Conversation(self.turns)), len(self.turns)
-        enough = min(self.decoding.max_new_tokens, int(self.module.tokenizer.model_max_length) // 4)
-        while len(self.turns) > 1 and self._encoded(text, is_whole=True)[1] < enough:
+        longest, tokenizer, n_turns = int(self.module.tokenizer.model_max_length), self.module.tokenizer, len(self.turns)
+        enough = min(self.decoding.max_new_tokens, longest // 4)
+        while longest - len(ids := self._prompt_ids()) < enough and len(self.turns) > 1:
             del self.turns[:2]  # the user's and the response
-            text = template.prompt(Conversation(self.turns))
         if len(self.turns) < n_turns:
             print("note: the conversation is too long for the model, so its oldest turns are left out", file=sys.stderr)
-        self.decoding = self.decoding.stopping(template.stop_texts)
-        self.turns.append(assistant_turn(self.answer(text, template.stop_tokens, is_whole=True)))
-
-    def answer(self, text: str, ends: Sequence[int] = (), *, is_whole: bool = False) -> str:
-        """Streams the continuation of a text, and returns it.
-
-        Args:
-            text: the prompt.
-            ends: tokens that end it, besides the end of text.
-            is_whole: whether the text has its special tokens.
-        """
-        from cola_lightning.data.encoding import PromptRow, collate_prompts
-
-        tokenizer, (ids, room) = self.module.tokenizer, self._encoded(text, is_whole=is_whole)
-        if room < 1:
-            raise UserError(f"prompt: must have fewer than {len(ids) + room} tokens for this model, got {len(ids)}")
-        decoding = replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))
-        batch = collate_prompts([PromptRow(ids, text, None)], tokenizer.pad_token_id, decoding, list(ends))
+        if len(ids) >= longest:
+            raise UserError(f"prompt: must have fewer than {longest} tokens for this model, got {len(ids)}")
+        decoding = replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, longest - len(ids)))
+        batch = collate_prompts([PromptRow(ids, prompt, None)], tokenizer.pad_token_id, decoding, self.template.stop_tokens)
         batch |= {name: batch[name].to(self.module.device) for name in ("prompt_ids", "prompt_mask")}
         (response,) = self.module.generate(batch, make_streamer(tokenizer, decoding))
-        return str(response.strip())
+        self.turns.append(assistant_turn(str(response.strip())))
 
-    def _encoded(self, text: str, *, is_whole: bool) -> tuple[list[int], int]:
-        """A prompt's tokens, and how many more the model can have."""
-        from cola_lightning.data.encoding import encode_prompt
+    def _prompt_ids(self) -> list[int]:
+        """The tokens of the turns, with the generation prompt."""
+        from cola_lightning.chat_template import Conversation
+        from cola_lightning.data.render import encode_prompt
 
-        ids = encode_prompt(self.module.tokenizer, text, sys.maxsize, is_whole=is_whole)
-        return ids, int(self.module.tokenizer.model_max_length) - len(ids)
+        return encode_prompt(self.template, Conversation(self.turns), sys.maxsize)
 
 
 def make_streamer(tokenizer: Any, decoding: Decoding) -> Any:

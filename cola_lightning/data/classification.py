@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from cola_lightning.data.encoding import TOO_LONG, TooLong
 from cola_lightning.data.labels import ClassReader, class_name, count_classes, find_classes, sorted_labels
 from cola_lightning.data.preprocessing import TokenPreprocessor
+from cola_lightning.data.render import TOO_LONG, TooLong
 from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.tokenized import TokenizedDataModule

@@ -13,10 +13,10 @@ from typing_extensions import override
 from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.data.base import EpochDataModule, check_sizes, from_module
-from cola_lightning.data.chat_encoding import fit_prompt
-from cola_lightning.data.encoding import TOO_LONG, TooLong, pad_left, room_for_prompt, tokenize, truncate_left
+from cola_lightning.data.batch import pad_left
 from cola_lightning.data.labels import count_classes
 from cola_lightning.data.preprocessing import Size, TokenPreprocessor
+from cola_lightning.data.render import TOO_LONG, TooLong, encode_prompt, room_for_prompt, tokenize
 from cola_lightning.data.rows import Row, each, together
 from cola_lightning.errors import UnusableRow, UserError
 
@@ -166,8 +166,7 @@ def encode_examples(
             n_option = max(1, room - max(2, room_for_prompt(room, n_option)))
             options = [ids[:n_option] for ids in options]
         if n_lost and template:  # the template's tokens around the prompt stay
-            text = fit_prompt(template, Conversation(user_turn(example.prompt)), room - n_option)
-            (prompt,) = tokenize(tokenizer, [text], is_whole=True)
+            prompt = encode_prompt(template, Conversation(user_turn(example.prompt)), room - n_option)
             befores = [prompt for _ in options]
         used = example.right() if is_learned else example
         prompt_ids = truncate_left(prompt, room, tokenizer) if used.is_generated else []
@@ -175,6 +174,14 @@ def encode_examples(
         return _with_prefixes(EncodedExample(used, [], [], options, prompt_ids, n_lost), sequences)
 
     return each(encode, zip(examples, together(tokens, each(texts, examples)), strict=True))
+
+
+def truncate_left(ids: list[int], max_length: int, tokenizer: Any) -> list[int]:
+    """The last tokens; a beginning-of-sentence token stays in front of them."""
+    if len(ids) <= max_length:
+        return ids
+    n_head = int(ids[0] == tokenizer.bos_token_id)
+    return ids[:n_head] + ids[len(ids) - max_length + n_head :]
 
 
 def _with_prefixes(encoded: EncodedExample, sequences: list[list[int]]) -> EncodedExample:

@@ -1,25 +1,15 @@
 """Preference pairs: two responses to one prompt, of which one is preferred."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from typing_extensions import override
 
-from cola_lightning.data.chat_encoding import encode_preferences
+from cola_lightning.chat_template import PreferencePair
 from cola_lightning.data.columns import Reading, find_columns, find_pairs
-from cola_lightning.data.encoding import (
-    TOO_LONG,
-    LanguageRow,
-    Pair,
-    TooLong,
-    encode_responses,
-    n_common,
-    room_for_prompt,
-    truncate_left,
-)
-from cola_lightning.data.fields import preference, preference_texts
+from cola_lightning.data.forms import preference
 from cola_lightning.data.preprocessing import Preprocessor, Size
+from cola_lightning.data.render import LanguageRow, encode_preferences, n_common
 from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.data.source import Source
 from cola_lightning.data.text import TOKENS, LanguageRows, TextDataModule
@@ -29,20 +19,17 @@ SIDE: dict[str, Any] = {**TOKENS, "lost": "int32"}
 
 
 class PreferencePairs(LanguageRows):
-    """Two responses to one prompt, with the loss on both: as turns, or as texts that follow their prompt."""
+    """Two responses to one prompt, with the loss on both."""
 
     features = {"chosen": SIDE, "rejected": SIDE}  # noqa: RUF012
 
     @override
-    def read(self, row: Row) -> Any:
-        return preference_texts(row, self.columns) if self.template is None else preference(row, self.kind, self.columns)
+    def read(self, row: Row) -> PreferencePair:
+        return preference(row, self.kind, self.columns)
 
     @override
-    def encode(self, items: Sequence[Any], notes: set[str]) -> list[list[dict[str, LanguageRow]] | UnusableRow]:
-        max_length, too_long = self.max_length, self.too_long
-        if self.template is None:
-            return each(paired, encode_texts(self.tokenizer, items, max_length, too_long))
-        return each(paired, encode_preferences(self.template, items, max_length, notes, too_long))
+    def encode(self, items: Sequence[PreferencePair], notes: set[str]) -> list[list[dict[str, LanguageRow]] | UnusableRow]:
+        return each(paired, encode_preferences(self.template, items, self.max_length, notes, self.too_long))
 
     @override
     def size(self, example: Any) -> Size:
@@ -112,42 +99,6 @@ class PreferenceDataModule(TextDataModule):
     @override
     def trained(self, **known: Any) -> Preprocessor:
         return PreferencePairs(**known)
-
-
-def encode_texts(
-    tokenizer: Any, pairs: Sequence[tuple[Pair, Pair]], max_length: int, too_long: TooLong
-) -> list[tuple[LanguageRow, LanguageRow] | UnusableRow]:
-    """Prompts with two responses each, see :func:`~cola_lightning.data.encoding.encode_responses`; both keep the same prompt.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        pairs: the prompt with its chosen and with its rejected response.
-        max_length: of a prompt with its response, in tokens.
-        too_long: whether to shorten or to skip a longer pair.
-    """
-
-    def encode(pair: tuple[Pair, Pair], outcomes: Sequence[list[LanguageRow] | UnusableRow]) -> tuple[LanguageRow, LanguageRow]:
-        for outcome in outcomes:
-            if isinstance(outcome, UnusableRow):
-                raise outcome
-        chosen, rejected = (row for rows in outcomes if not isinstance(rows, UnusableRow) for row in rows)
-        longest = max(len(chosen["input_ids"]), len(rejected["input_ids"]))
-        if longest <= max_length:
-            return chosen, rejected
-        if too_long == "skip":
-            raise UnusableRow(TOO_LONG)
-        start = min(chosen["spans"][0], rejected["spans"][0], n_common(chosen["input_ids"], rejected["input_ids"]))
-        room, head = room_for_prompt(max_length, longest - start), pair[0].prompt[: pair[0].n_head]
-        prompt = truncate_left(chosen["input_ids"][:start], room, tokenizer, head)
-
-        def shortened(row: LanguageRow) -> LanguageRow:
-            ids = [*prompt, *row["input_ids"][start:]][:max_length]
-            return {"input_ids": ids, "spans": [max(len(prompt), 1), len(ids)], "lost": len(row["input_ids"]) - len(ids)}
-
-        return shortened(chosen), shortened(rejected)
-
-    flat = encode_responses(tokenizer, [response for pair in pairs for response in pair], sys.maxsize)
-    return each(lambda item: encode(item[0], item[1:]), zip(pairs, flat[::2], flat[1::2], strict=True))
 
 
 def paired(pair: tuple[LanguageRow, LanguageRow]) -> list[dict[str, LanguageRow]]:

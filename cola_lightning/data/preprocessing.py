@@ -8,8 +8,8 @@ A row's way from ``--data.source`` to a batch::
     │  └─ drawn(rows, sizes, seed)                split.py
     ├─ preprocessor_of(rows, part)                text.py, preferences.py, ...: the kind of row, by its columns (columns.py)
     └─ prepare(rows, preprocessor)                here: Dataset.map, which caches its result
-       ├─ Preprocessor.read(row)                  its fields: fields.py, labels.py
-       └─ Preprocessor.encode(items)              tokens: encoding.py, chat_encoding.py
+       ├─ Preprocessor.read(row)                  its fields: forms.py, labels.py
+       └─ Preprocessor.encode(items)              tokens: render.py
     SourceDataModule.train_dataloader()           base.py
     └─ SeededBatches.__getitems__(places)         examples in the order of the seed and the epoch
        └─ Preprocessor.collate(examples)          a batch
@@ -29,12 +29,11 @@ import numpy as np
 from typing_extensions import override
 
 from cola_lightning import __version__
-from cola_lightning.data.encoding import identity_of_tokenizer
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, progress_bar_if, together
 from cola_lightning.errors import UnusableRow
 
-ENCODING = 6  # counted up where the same rows are encoded otherwise: what is cached is then of no use
+ENCODING = 7  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 ENCODED_TOGETHER = 1_000  # rows
 WORTH_A_BAR = 20_000  # rows, whose preparation takes seconds
 
@@ -215,6 +214,20 @@ def _mapped(rows: Rows, preprocessor: Preprocessor, features: Mapping[str, Any],
             remove_columns=rows.columns,
             features=datasets.Features({name: _feature(kind) for name, kind in stored.items()}),
         )
+
+
+def identity_of_tokenizer(tokenizer: Any) -> str | None:
+    """A hash of what determines its tokens and chat template; None for a tokenizer with custom code, which may change."""
+    import tokenizers
+    import transformers
+
+    kind = type(tokenizer)
+    if not tokenizer.is_fast or kind.__module__.partition(".")[0] != "transformers":
+        return None
+    identity = transformers.__version__, tokenizers.__version__, kind.__module__, kind.__qualname__
+    # The backend's serialisation omits split_special_tokens.
+    settings = tokenizer.split_special_tokens, tokenizer.special_tokens_map, tokenizer.chat_template
+    return hashlib.sha256(repr((identity, settings, tokenizer.backend_tokenizer.to_str())).encode()).hexdigest()
 
 
 def _feature(kind: Any) -> Any:

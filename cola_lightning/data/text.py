@@ -6,23 +6,19 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
-from cola_lightning.chat_template import ChatTemplate, Conversation, find_chat_template, unknown_tokens
-from cola_lightning.data.chat_encoding import encode_conversations, fit_prompt
-from cola_lightning.data.columns import Columns, Kind, Reading, check_unpaired, find_columns
-from cola_lightning.data.encoding import (
-    LanguageRow,
-    Pair,
-    PromptRow,
-    TooLong,
-    collate_language,
-    collate_prompts,
-    encode_prompt,
-    encode_responses,
-    encode_texts,
+from cola_lightning.chat_template import (
+    ChatTemplate,
+    Conversation,
+    PlainTemplate,
+    find_chat_template,
+    plain_text,
+    unknown_tokens,
 )
-from cola_lightning.data.fields import conversation, pair, question
-from cola_lightning.data.packing import Packs
+from cola_lightning.data.batch import Packs, PromptRow, collate_language, collate_prompts
+from cola_lightning.data.columns import Columns, Kind, Reading, check_unpaired, find_columns
+from cola_lightning.data.forms import conversation, question
 from cola_lightning.data.preprocessing import Preprocessor, Size, TokenPreprocessor
+from cola_lightning.data.render import LanguageRow, TooLong, encode_conversations, encode_prompt, encode_texts
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import Source
 from cola_lightning.data.split import MOST_VALIDATION_ROWS
@@ -46,13 +42,13 @@ class TextRows(TokenPreprocessor):
     Attributes:
         columns: the column in each slot.
         kind: what rows are.
-        template: the tokenizer's chat template, if rows are formatted by it; None: they are not.
+        template: the tokenizer's chat template, or the plain one.
         prompt_format: see :attr:`~cola_lightning.EpochDataModule.prompt_format`.
     """
 
     columns: Columns
     kind: Kind
-    template: ChatTemplate | None = None
+    template: ChatTemplate
     prompt_format: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
@@ -89,21 +85,9 @@ class Texts(LanguageRows):
         return encode_texts(self.tokenizer, items, self.max_length)
 
 
-class Responses(LanguageRows):
-    """Prompts, each directly followed by its response, with the loss on the response."""
-
-    @override
-    def read(self, row: Row) -> Pair:
-        return pair(row, self.columns)
-
-    @override
-    def encode(self, items: Sequence[Pair], notes: set[str]) -> list[list[LanguageRow] | UnusableRow]:
-        return encode_responses(self.tokenizer, items, self.max_length, self.too_long)
-
-
 @dataclass(frozen=True)
 class Conversations(LanguageRows):
-    """Conversations, or prompts with their responses, in the chat template, with the loss on the assistant's turns.
+    """Conversations, or prompts with their responses, with the loss on the assistant's turns.
 
     Attributes:
         loss: on ``all`` turns of the assistant, or on the ``last`` one alone.
@@ -117,7 +101,6 @@ class Conversations(LanguageRows):
 
     @override
     def encode(self, items: Sequence[Conversation], notes: set[str]) -> list[list[LanguageRow] | UnusableRow]:
-        assert self.template is not None
         options: Any = {"too_long": self.too_long, "shortens_response": self.kind == "prompt"}
         return encode_conversations(self.template, items, self.max_length, notes, **options)
 
@@ -134,11 +117,10 @@ class Prompts(TextRows):
 
     @override
     def read(self, row: Row) -> PromptRow:
-        prompt, turns, target, head = question(row, self.kind, self.columns)
-        text, head = (fit_prompt(self.template, turns, self.max_length), "") if self.template else (prompt, head)
-        if not (ids := encode_prompt(self.tokenizer, text, self.max_length, head, is_whole=self.template is not None)):
+        asked, target = question(row, self.kind, self.columns)
+        if not (ids := encode_prompt(self.template, asked, self.max_length)):
             raise UnusableRow("the prompt has no tokens")
-        return PromptRow(ids, prompt, target)
+        return PromptRow(ids, asked.messages if self.kind == "messages" else plain_text(asked), target)
 
     @override
     def encode(self, items: Sequence[PromptRow], notes: set[str]) -> list[list[PromptRow]]:
@@ -150,10 +132,8 @@ class Prompts(TextRows):
 
     @override
     def collate(self, examples: list[PromptRow]) -> dict[str, Any]:
-        pad, template = self.tokenizer.pad_token_id, self.template
-        if template is None:
-            return collate_prompts(examples, pad, self.decoding, [])
-        return collate_prompts(examples, pad, self.decoding.stopping(template.stop_texts), template.stop_tokens)
+        decoding = self.decoding.stopping(self.template.stop_texts)
+        return collate_prompts(examples, self.tokenizer.pad_token_id, decoding, self.template.stop_tokens)
 
 
 # ---------------------------------------------------------------------- the data module
@@ -270,8 +250,10 @@ class TextDataModule(TokenizedDataModule):
         if kind != "text":
             form = "formatted by the tokenizer's" if is_chat else "directly followed by responses, without a"
             self._log(f"prompts are {form} chat template (data.chat_template)")
-        known: dict[str, Any] = {"tokenizer": self.tokenizer, "columns": columns, "kind": kind}
-        known["template"] = ChatTemplate(self.tokenizer, self.chat_template_kwargs or {}) if is_chat else None
+        known: dict[str, Any] = {"tokenizer": self.tokenizer, "kind": kind}
+        # Only a chat template renders tools.
+        known["columns"] = {slot: name for slot, name in columns.items() if is_chat or slot != "tools"}
+        known["template"] = (ChatTemplate if is_chat else PlainTemplate)(self.tokenizer, self.chat_template_kwargs or {})
         known["prompt_format"] = self._prompt_format(kind, is_chat=is_chat)
         if part != "predict":
             return self.trained(max_length=self.max_length, too_long=self.too_long, **known)
@@ -293,11 +275,7 @@ class TextDataModule(TokenizedDataModule):
 
     def trained(self, **known: Any) -> Preprocessor:
         """The preprocessor of rows in training and evaluation, by what is known of them."""
-        if known["kind"] == "text":
-            return Texts(**known)
-        if known["template"] is None:
-            return Responses(**known)
-        return Conversations(**known, loss=self.loss)
+        return Texts(**known) if known["kind"] == "text" else Conversations(**known, loss=self.loss)
 
     @property
     def applies_chat_template(self) -> bool:

@@ -5,7 +5,7 @@ from typing import Any, get_args
 from typing_extensions import override
 
 from cola_lightning.data.base import check_sizes, from_module
-from cola_lightning.data.encoding import TOO_LONG, TooLong
+from cola_lightning.data.render import TOO_LONG, TooLong
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.splits import TextUnit

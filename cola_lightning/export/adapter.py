@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from cola_lightning.chain.chain import core_of_product
 from cola_lightning.chain.peft import AdapterBase, concatenate, write_adapter
 from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
@@ -44,10 +46,16 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
     adapted.upcast()  # so that the base without links is the one that was trained on
     reference = reference_logits(adapted.model, model.example) if options.verify else None
     base, code = _base_of(model, options.base_folder, dtype if is_stacked else torch.float32)
-    chain = model.chain.without_records()
+    chain, lines = model.chain.without_records(), list[str]()
     factors = concatenate(chain)
-    rank = max(lora_A.shape[-2] for lora_A, _ in factors.values())
-    lines = [f"one adapter of rank {rank}", f"its base: {code}"]
+    total = max(lora_A.shape[-2] for lora_A, _ in factors.values())
+    rank = min(total, options.max_rank or total)
+    for name, pair in factors.items():
+        if pair[0].shape[-2] > rank:
+            lora_A, lora_B, error = compress(*pair, rank)
+            factors[name] = lora_A, lora_B
+            lines.append(f"{name}: relative error {error:.3g}")
+    lines += [f"one adapter of rank {rank}", f"its base: {code}"]
     if dtype.itemsize < 4 and not is_stacked and options.base_folder is None:
         half = str(dtype).removeprefix("torch.")
         lines.append(f"in training, this base was rounded to {half}, except the adapted layers; base_folder writes it so")
@@ -71,7 +79,7 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
         with ExitStack() as after:
             after.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
             mha.set_fastpath_enabled(False)
-            return [*lines, reference.compare(loaded, "loaded again with peft")]
+            return [*lines, reference.compare(loaded, "loaded again with peft", is_same=rank == total)]
 
 
 def _base_of(model: TrainedModel, folder: Path | None, half: torch.dtype) -> tuple[AdapterBase, str]:
@@ -99,3 +107,25 @@ def _base_of(model: TrainedModel, folder: Path | None, half: torch.dtype) -> tup
         cast_floats(base, wide)
     dtype = str(half).removeprefix("torch.") if half.itemsize < 4 else named_base.dtype
     return named_base.adapter_base(base, saved), named_base.loading_code(dtype, is_quantized=is_quantized)
+
+
+# ---------------------------------------------------------------------- a smaller rank
+
+
+def compress(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best approximation of B A by a smaller rank, and its relative error in the Frobenius norm.
+
+    Shape:
+        A: rank x in; B: out x rank.
+
+    Source: Eckart and Young (1936).
+    """
+    q, core, p = core_of_product(lora_A, lora_B)
+    u, values, v = torch.linalg.svd(core, full_matrices=False)
+    total = float(torch.linalg.vector_norm(values))
+    error = float(torch.linalg.vector_norm(values[..., rank:])) / total if total else 0.0
+    root = values[..., :rank].sqrt()
+    missing = rank - root.shape[-1]  # a layer's side may be smaller than the rank
+    smaller_A = (root[..., None] * (v[..., :rank, :] @ p.mT)).float()
+    smaller_B = (q @ u[..., :rank] * root[..., None, :]).float()
+    return F.pad(smaller_A, (0, 0, 0, missing)), F.pad(smaller_B, (0, missing)), error

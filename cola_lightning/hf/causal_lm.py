@@ -1,7 +1,7 @@
 """Causal language models: prompted classification, the language-model loss, and generation."""
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
@@ -25,6 +25,8 @@ from cola_lightning.hf.logits import (
     check_fields,
     has_router_loss,
     logits_and_router_loss,
+    logits_by_length,
+    split_by_length,
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
 from cola_lightning.hf.packed import Separation, find_separation, is_packed, may_be_packed, separate
@@ -55,8 +57,8 @@ class COLACausalLM(TransformersModule):
       Predict takes prompts (``prompt_ids``, ``prompt_mask``, ``prompt``, ``target``) instead, and generates: see
       :meth:`generate`.
 
-    Only the positions that carry the loss go through the language-model head, and options that differ in their last token
-    alone share one forward pass.
+    Only the positions that carry the loss go through the language-model head, options that differ in their last token
+    alone share one forward pass, and rows much shorter than others have their own forward pass, without padding.
 
     A mixture of experts whose configuration has ``output_router_logits`` adds its router's auxiliary loss, times
     ``router_aux_loss_coef``, to the loss of either kind, in validation and test as in training, as Hugging Face does.
@@ -96,10 +98,18 @@ class COLACausalLM(TransformersModule):
 
     @override
     def build_model(self) -> nn.Module:
-        model = super().build_model()
-        if not self._is_checked:
-            check_decoder(model)
-        self._is_checked = True
+        try:
+            model = super().build_model()
+            if not self._is_checked:
+                check_decoder(model)
+            self._is_checked = True
+        except UserError as error:
+            if not self.pretrained.is_encoder_decoder:
+                raise
+            raise UserError(
+                f"model.model_name: {self.pretrained.name!r} is an encoder-decoder, which COLACausalLM cannot train. Train it "
+                "with a COLAModule of your own: docs/python.md has one"
+            ) from error
         return model
 
     @override
@@ -204,7 +214,12 @@ class COLACausalLM(TransformersModule):
     def _scores_and_router_loss(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
         """The scores of the options, in the cheapest forward passes, and the router's loss of a mixture of experts."""
         self._check_mask(batch)
-        logits, router_loss = logits_and_router_loss(self.model, batch, batch["option_ids"].shape[-1])
+        n_positions, arrays = batch["option_ids"].shape[-1], shape_arrays(self.host_values.get_batch(batch))
+        router_loss: Tensor | float = 0.0
+        if not self._may_split:
+            logits, router_loss = logits_and_router_loss(self.model, batch, n_positions)
+        else:
+            logits = logits_by_length(self.model, batch, n_positions, arrays)
         return _mean_log_probabilities(logits, batch), router_loss
 
     def _check_mask(self, batch: Batch) -> None:
@@ -241,21 +256,34 @@ class COLACausalLM(TransformersModule):
         """Inside the block, a compiled model runs as it is: new shapes would have it compiled again, for each token."""
         return torch.compiler.set_stance("force_eager") if self.should_compile else nullcontext()
 
-    def next_tokens(self, batch: Batch) -> tuple[Batch, Array, Array]:
-        """A language-model batch as the model takes it, and what the model learns to predict.
+    @property
+    def _may_split(self) -> bool:
+        """Whether a batch may take several forward passes.
 
-        Returns:
-            The batch; the positions with a loss in any row; and the next tokens there (rows x positions), -100 without a loss.
+        Not if new shapes are compiled, if all processes must take part, or for a router's loss, which is not a sum over rows.
+        """
+        return not (self.should_compile or self.run.is_sharded or has_router_loss(self.model))
+
+    def language_parts(self, batch: Batch) -> Iterator[tuple[list[int], Batch, Array, Array]]:
+        """A language-model batch, split into forward passes of rows of similar length, where that saves time.
+
+        Yields:
+            The indices of the rows; their batch; the positions with a loss in any of them; and the next tokens there (rows x
+            positions), -100 without a loss.
         """
         check_fields(self.model, batch, MODULE_FIELDS)
         self._check_mask(batch)
         host: Batch = self.host_values.get_batch(batch)
         if may_be_packed(batch):
             batch, host = self._separate(batch, host)
-        places, labels, positions = _next_tokens(shape_arrays(host))
-        if positions is not None and batch.keys() <= TOKEN_FIELDS:  # else an image's tokens may have more than one
-            batch = {"position_ids": to_device(torch.from_numpy(positions), batch["labels"].device), **batch}
-        return batch, places, labels
+        arrays = shape_arrays(host)
+        may_split = batch.keys() <= TOKEN_FIELDS and self._may_split
+        parts = split_by_length(batch, arrays) if may_split else [(list(range(len(batch["labels"]))), batch)]
+        for rows, part in parts:
+            places, labels, positions = _next_tokens(arrays, rows, part["labels"].shape[1])
+            if positions is not None and part.keys() <= TOKEN_FIELDS:  # else an image's tokens may have more than one
+                part = {"position_ids": to_device(torch.from_numpy(positions), part["labels"].device), **part}
+            yield rows, part, places, labels
 
     def _language_step(self, batch: Batch) -> StepOutput:
         if not torch.is_grad_enabled():
@@ -265,9 +293,11 @@ class COLACausalLM(TransformersModule):
             if has_router_loss(self.model):
                 return StepOutput(loss + router_loss, size)
             return StepOutput(loss, size, row_losses=RowValues(row_losses, torch.from_numpy(n_tokens)))
-        total, router_loss, size = self._language_loss(*self.next_tokens(batch))
+        losses = (self._language_loss(part, places, labels) for _, part, places, labels in self.language_parts(batch))
+        totals, router_losses, counts = zip(*losses, strict=True)
+        total, size = totals[0] if len(totals) == 1 else torch.stack(totals).sum(), sum(counts)
         loss = total / max(size, 1)
-        return StepOutput(loss + router_loss if has_router_loss(self.model) else loss, size)
+        return StepOutput(loss + router_losses[0] if has_router_loss(self.model) else loss, size)
 
     def _language_loss(self, batch: Batch, places: Any, labels: Any) -> tuple[Tensor, Tensor | float, int]:
         """The sum of the losses of a batch's tokens, the router's loss of a mixture of experts, and the number of tokens."""
@@ -292,9 +322,15 @@ class COLACausalLM(TransformersModule):
             The sums over a row's tokens with a loss (rows), the numbers of these tokens (rows, on the host), and the router's
             loss of a mixture of experts.
         """
-        batch, places, labels = self.next_tokens(batch)
-        losses, router_loss = self._token_losses(batch, places, labels)
-        return losses.view(labels.shape).sum(-1), (labels != IGNORE_INDEX).sum(-1), router_loss
+        order, sums, n_tokens = list[int](), list[Tensor](), list[Array]()
+        router_loss: Tensor | float = 0.0
+        for rows, part, places, labels in self.language_parts(batch):
+            losses, router_loss = self._token_losses(part, places, labels)
+            order += rows
+            sums.append(losses.view(labels.shape).sum(-1))
+            n_tokens.append((labels != IGNORE_INDEX).sum(-1))
+        index = torch.tensor(order).argsort()
+        return torch.cat(sums)[to_device(index, sums[0].device)], np.concatenate(n_tokens)[index.numpy()], router_loss
 
     def _token_losses(self, batch: Batch, places: Array, labels: Array) -> tuple[Tensor, Tensor | float]:
         """The loss of each token, 0 without one, and the router's loss."""
@@ -341,21 +377,24 @@ def _option_texts(options: list[str], places: int | list[int] | None) -> Any:
     return None if places is None else options[places]
 
 
-def _next_tokens(batch: Arrays) -> tuple[Array, Array, Array | None]:
-    """The next tokens that the model learns to predict in a language-model batch, on the host.
+def _next_tokens(batch: Arrays, rows: list[int], length: int) -> tuple[Array, Array, Array | None]:
+    """The next tokens that the model learns to predict in some rows of a language-model batch, on the host.
 
     Args:
-        batch: ``labels`` and, if there is one, ``attention_mask``, on the host.
+        batch: ``labels`` and, if there is one of rows x length, ``attention_mask``, on the host.
+        rows: indices of the rows.
+        length: number of their last positions.
 
     Returns:
         The positions with a loss in any row, which alone go through the head (at least one); the next tokens there (rows x
         places), ``IGNORE_INDEX`` without a loss; and the tokens' positions in their rows, which begin at 0 after padding, None
-        without a mask.
+        without a mask of rows x length.
     """
-    labels, positions = np.full_like(batch["labels"], IGNORE_INDEX), None
-    labels[:, :-1] = batch["labels"][:, 1:]  # each position predicts the next token
+    tokens, positions = batch["labels"][rows, -length:], None
+    labels = np.full_like(tokens, IGNORE_INDEX)
+    labels[:, :-1] = tokens[:, 1:]  # each position predicts the next token
     if "attention_mask" in batch:
-        mask = batch["attention_mask"] != 0
+        mask = batch["attention_mask"][rows, -length:] != 0
         labels[~mask] = IGNORE_INDEX  # a row's first token follows on padding, which predicts nothing
         positions = (mask.cumsum(-1) - 1).clip(min=0)
     places = np.flatnonzero((labels != IGNORE_INDEX).any(0))

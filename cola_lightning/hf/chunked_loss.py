@@ -48,7 +48,8 @@ def chunked_token_losses(
 ) -> tuple[Tensor, Tensor | float]:
     """The loss of each token, and the router's loss; the arguments are those of :func:`chunked_loss`.
 
-    How the tokens' losses are combined is known only afterwards, so the backward pass computes the logits again.
+    How the tokens' losses are combined is known only afterwards. So the gradient of each token's loss is stored for its own
+    input of the head, and only where the head itself is trained are the logits computed again.
     """
     compute_logits, hidden, loss_of_router = _head_and_its_inputs(model, batch, places)
     hidden, labels = hidden.flatten(0, 1)[indices], labels[indices]
@@ -57,7 +58,13 @@ def chunked_token_losses(
     def losses_of(inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(compute_logits(inputs).float(), targets, reduction="none")
 
-    losses = [checkpoint(losses_of, *chunk, use_reentrant=False) for chunk in chunks]
+    if not torch.is_grad_enabled():
+        losses = [losses_of(*chunk) for chunk in chunks]
+    elif any(p.requires_grad for p in model.get_output_embeddings().parameters()):
+        losses = [checkpoint(losses_of, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        apply: Any = _TokenLosses.apply  # which has no types before torch 2.15
+        losses = [apply(losses_of, *chunk) for chunk in chunks]
     return torch.cat(losses), loss_of_router
 
 
@@ -123,3 +130,21 @@ class _SumOfLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, *(gradient * saved for saved in ctx.saved_tensors)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """The losses of tokens; it computes the gradient of each with respect to its own input in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, losses_of: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+        inputs = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            losses = losses_of(inputs, targets)
+            ctx.save_for_backward(*torch.autograd.grad(losses.sum(), inputs))
+        return losses.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        (saved,) = ctx.saved_tensors
+        return None, gradient[:, None].to(saved.dtype) * saved, None

@@ -316,6 +316,7 @@ class COLAModule(LateModel, RecordsArguments):
         format: Format = "merged",
         *,
         dtype: Dtype | None = None,
+        max_rank: int | None = None,
         base_folder: str | Path | None = None,
         license: str | None = None,
         verify: bool = True,
@@ -331,6 +332,8 @@ class COLAModule(LateModel, RecordsArguments):
                 as one PEFT adapter. ``chain`` writes a chain folder, which keeps the links apart.
             dtype: Write the weights of a ``merged`` model in ``float32``, ``bfloat16`` or ``float16``. By default, they have
                 the type of ``model.dtype``, or float32 for modules without this option.
+            max_rank: Reduce a ``peft`` adapter to this rank. It becomes smaller, but its outputs change. The error of each
+                layer is printed.
             base_folder: Also write the base of a ``peft`` adapter to this folder, which the adapter then names. It is needed if
                 peft cannot load the base by its name.
             license: Write this license into the model card, as an identifier of the Hugging Face hub: ``apache-2.0``.
@@ -345,7 +348,7 @@ class COLAModule(LateModel, RecordsArguments):
             ExportError: if the export cannot be loaded or, in float32, gives other logits; it is removed.
         """
         base = None if base_folder is None else Path(base_folder)
-        options = ExportOptions(Path(folder), format, dtype, base, license, verify, overwrite)
+        options = ExportOptions(Path(folder), format, dtype, max_rank, base, license, verify, overwrite)
         return export(self, options)
 
     # ------------------------------------------------------------------ optimizer, and state

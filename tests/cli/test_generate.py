@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cola_lightning import COLACausalLM, PredictionWriter, TextDataModule
 from cola_lightning.cli import main
-from cola_lightning.cli.generate import Session, make_streamer
+from cola_lightning.cli.generate import make_streamer
 from cola_lightning.decoding import Decoding
 from tests.helpers import tiny
 from tests.helpers.tiny import CHAT_IN_A_LINE as CHAT
@@ -113,12 +113,13 @@ def test_a_conversation_that_is_longer_than_the_context_goes_on_without_its_olde
     path, _ = trained("chat")
     messages = [f"{name} is the largest town of the country, and the town is old." for name in "abcdef"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(messages)))
-    with mock.patch.object(Session, "answer", autospec=True, side_effect=Session.answer) as answer:
+    with mock.patch.object(COLACausalLM, "generate", autospec=True, side_effect=COLACausalLM.generate) as answer:
         assert main(["generate", str(path), "--chat", "--max_new_tokens", "8"]) == 0
     out, err = capfd.readouterr()
     assert len(out.splitlines()) == len(messages)
     assert err.count("oldest turns") >= 2
-    text = answer.call_args.args[1]
+    module, batch, _ = answer.call_args.args
+    text = module.tokenizer.decode(batch["prompt_ids"][0])
     assert text.startswith("[user]")
     assert text.endswith(f"[user]{messages[-1]}</s>[assistant]")
     assert messages[-2] in text

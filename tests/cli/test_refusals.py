@@ -84,6 +84,7 @@ MISTAKES = [
     ("generate rows --prompt It", r"checkpoint: 'rows' has no checkpoints/last\.ckpt"),
     (f"generate {LAST} --prompt It", ".*COLACausalLM"),
     (f"generate {LAST} --prompt It --max_new_tokens 0", "max_new_tokens: must be at least 1"),
+    (f"export {LAST} --format merged --max_rank 2 --output out", "max_rank: "),
     (f"export {LAST} --format chain --output runs --overwrite", "output: "),
     (f"export {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
     (COMPARE + "--methods [lore]", "methods: .*the nearest that exist: lora"),
@@ -148,7 +149,6 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2_and_nothing_is_w
     [
         ("peft", f"export {LAST} --format peft --output out"),
         ("bitsandbytes", LANGUAGE + "--model.quantization nf4"),
-        ("matplotlib", "inspect chain --plot chain.png"),
     ],
 )
 def test_a_package_that_is_not_installed_is_named_before_a_model_is_loaded(package, words, folder, monkeypatch, capfd):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cola_lightning import TextDataModule
 from cola_lightning.chat_template import ChatTemplate, Conversation
-from cola_lightning.data.chat_encoding import encode_conversations
+from cola_lightning.data.render import encode_conversations
 from cola_lightning.errors import UnusableRow
 from tests.helpers import tiny
 

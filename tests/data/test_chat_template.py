@@ -12,7 +12,7 @@ import transformers
 from cola_lightning import COLAModule, TextDataModule, UserError
 from cola_lightning.chat_template import CHATML, find_chat_template, unknown_tokens
 from cola_lightning.cli import main
-from cola_lightning.data.encoding import labels_of
+from cola_lightning.data.batch import labels_of
 from tests.helpers import tiny
 
 SAID = [("user", "Who?"), ("assistant", "Al."), ("user", "Old?"), ("assistant", "Yes.")]

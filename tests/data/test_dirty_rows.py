@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cola_lightning import TextDataModule, UserError
-from cola_lightning.data.encoding import Pair, encode_responses, labels_of, n_common
-from cola_lightning.data.fields import conversation
+from cola_lightning.chat_template import Conversation, PlainTemplate
+from cola_lightning.data.batch import labels_of
+from cola_lightning.data.forms import conversation
+from cola_lightning.data.render import encode_conversations, n_common
 from cola_lightning.data.rows import Row
 from cola_lightning.data.text import Texts
 from cola_lightning.errors import UnusableRow
@@ -165,13 +167,19 @@ def test_rows_are_skipped_by_their_reasons_and_the_second_start_says_the_same(tm
 
 def test_a_prompt_keeps_its_system_prompt_and_a_response_too_long_has_no_stop_token():
     own = tiny.chat_tokenizer(None)
-    system, long = "Be brief.\n\n", "the river is long " * 19
-    ((row,),) = encode_responses(own, [Pair(f"{system}{long}Old?", len(system), " No.")], 40)
-    assert (len(row["input_ids"]), row["lost"] > 0) == (40, True)
-    assert re.fullmatch(r"<s>Be brief\..*Old\? No\.</s>", own.decode(row["input_ids"]), re.DOTALL)
-    ((row,),) = encode_responses(own, [Pair(f"{system}Old?", len(system), f" {long}")], 70)
+    system, long = "Be brief.", "the river is long " * 19
+
+    def row_of(asked, answer, max_length):
+        talk = Conversation([*turns(("s", system), ("u", asked), ("a", answer))], trained=(2,))
+        ((row,),) = encode_conversations(PlainTemplate(own), [talk], max_length, set(), shortens_response=True)
+        return row, own.decode(row["input_ids"])
+
+    row, text = row_of(f"{long}Old?", " No.", 40)
+    assert (len(row["input_ids"]) in range(37, 41), row["lost"] > 0) == (True, True)
+    assert re.fullmatch(r"<s>Be brief\..*Old\? No\.</s>", text, re.DOTALL)
+    row, text = row_of("Old?", f" {long}", 70)
     assert (len(row["input_ids"]), row["spans"][1]) == (70, 70)
-    assert f"<s>{system}Old? {long}".startswith(own.decode(row["input_ids"]))
+    assert f"<s>{system}\n\nOld? {long}".startswith(text)
 
 
 @needs_real

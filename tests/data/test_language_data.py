@@ -9,8 +9,9 @@ import torch
 from cola_lightning import PromptDataModule, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
 from cola_lightning.chat_template import end_tokens
 from cola_lightning.data.base import EpochSampler
-from cola_lightning.data.encoding import encode_texts, labels_of
+from cola_lightning.data.batch import labels_of
 from cola_lightning.data.examples import Example, encode_examples
+from cola_lightning.data.render import encode_texts
 from tests.helpers import tiny
 from tests.helpers.tiny import attach
 from tests.helpers.toy import toy

@@ -10,11 +10,10 @@ import pytest
 import yaml
 
 from cola_lightning import PreferenceDataModule, TextDataModule, UserError
-from cola_lightning.chat_template import ChatTemplate, Conversation
-from cola_lightning.data.chat_encoding import encode_conversations, encode_preferences
+from cola_lightning.chat_template import ChatTemplate, Conversation, PreferencePair
+from cola_lightning.data.batch import labels_of
 from cola_lightning.data.columns import find_pairs
-from cola_lightning.data.encoding import labels_of
-from cola_lightning.data.fields import PreferencePair
+from cola_lightning.data.render import encode_conversations, encode_preferences
 from tests.helpers import tiny
 
 FILES = Path(__file__).parents[1] / "fixtures" / "rows_of_pairs"

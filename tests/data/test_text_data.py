@@ -6,8 +6,8 @@ import re
 import pytest
 
 from cola_lightning import TextDataModule, UserError
+from cola_lightning.data.batch import labels_of
 from cola_lightning.data.columns import find_columns
-from cola_lightning.data.encoding import Pair, encode_responses, labels_of
 from tests.helpers import tiny
 
 TURNS = [("system", "Be kind."), ("user", "Is it?"), ("assistant", "Yes."), ("user", "Old?"), ("assistant", "No.")]
@@ -154,7 +154,7 @@ def test_what_a_response_is_generated_from_is_what_it_was_learned_after(tmp_path
         assert own.decode(row["input_ids"][n_before:], skip_special_tokens=True).strip() == response.strip()
         assert (prompt.prompt, prompt.target) == (text, response.strip())
     batch = data.collate(requested)
-    assert batch["end_tokens"] == ([own.eos_token_id] if chat else [])
+    assert batch["end_tokens"] == [own.eos_token_id]
     assert (batch["decoding"]["max_new_tokens"], batch["decoding"]["stop"]) == (256, ("END",))
     assert batch["prompt_mask"].sum(-1).tolist() == [len(row.prompt_ids) for row in requested]
 
@@ -187,13 +187,30 @@ def test_a_long_prompt_loses_its_beginning_and_a_response_nothing(tmp_path, chat
     rooms = [({"max_length": 40, "max_new_tokens": 8}, 40), ({"max_new_tokens": 30}, 34), ({"max_new_tokens": 64}, 32)]
     for requested, room in rooms:
         ((row,), _) = encoded(rows, tmp_path, own, "predict", **requested)
-        assert room - 3 * bool(chat) <= len(row.prompt_ids) <= room  # a chat template is around a shorter text
+        assert room - 3 <= len(row.prompt_ids) <= room
         assert own.decode(row.prompt_ids).startswith("<s>[user]\n" if chat else "<s>")
         assert long.rstrip()[-20:] in own.decode(row.prompt_ids)
     ((row,), _) = encoded(rows, tmp_path, own, max_length=30)
-    assert len(row["input_ids"]) == 30
+    assert 27 <= len(row["input_ids"]) <= 30
     assert own.decode([label for label in labels_of(row) if label != -100]).strip() == "It is.</s>"
-    assert chat or encode_responses(own, [Pair("Is it? ", 0, "It is.")], 64)[0][0]["input_ids"][-1] == own.eos_token_id
+
+
+def test_a_model_without_a_template_is_trained_on_the_prompt_as_it_is_and_the_response_with_its_end(tmp_path):
+    own, long = tiny.chat_tokenizer(None), "The river is long. " * 30
+    rows = [
+        {"prompt": "Old? ", "response": "No."},
+        {"prompt": "Old?", "response": "No.</s>"},  # with an end of its own
+        {"system": "Be brief.", "prompt": "Old?", "response": " No."},
+        {"system": long, "prompt": "Old?", "response": " No."},  # of which the system prompt fills max_length
+        {"prompt": "\n\nHuman: Old?\n\nAssistant:", "response": "No."},
+    ]
+    rows, _ = encoded(rows, tmp_path, own, max_length=60)
+    texts = ["<s>Old? No.</s>", "<s>Old?No.</s>", "<s>Be brief.\n\nOld? No.</s>", "<s>Old? No.</s>"]
+    assert [own.decode(row["input_ids"]) for row in rows] == [*texts, "<s>\n\nHuman: Old?\n\nAssistant: No.</s>"]
+    trained = [own.decode([label for label in labels_of(row) if label != -100]) for row in rows]
+    assert [text.strip() for text in trained] == ["No.</s>"] * 5
+    with pytest.raises(UserError, match="its tokenizer has no chat template"):
+        encoded(AS_TURNS, tmp_path, own)
 
 
 @pytest.mark.parametrize("row", [{"text": "It was old."}, {"prompt": "Is it old?", "response": " Yes."}])

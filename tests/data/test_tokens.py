@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cola_lightning.data.encoding import Continued, n_common, tokenize, tokenize_continued
+from cola_lightning.data.render import n_common, tokenize, tokenize_continued
 from cola_lightning.pretrained import Pretrained
 from tests.helpers import tiny
 
@@ -90,7 +90,7 @@ def tokenizer(request):
 def continued(own, prompt, text, **options):
     """What a prompt and a text share, from the tokens of both."""
     (before,), (ids,) = (tokenize(own, [some], **options) for some in (prompt, text))
-    return Continued(ids, n_common(before, ids), before == ids[: len(before)])
+    return ids, n_common(before, ids), before == ids[: len(before)]
 
 
 @settings(max_examples=30)

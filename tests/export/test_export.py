@@ -14,7 +14,7 @@ import torch
 import transformers
 from huggingface_hub import PyTorchModelHubMixin
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -201,6 +201,25 @@ def test_what_a_precision_has_rounded_is_exported_as_it_was_trained_and_the_base
     assert command(path, "merged", tmp_path / "base", "--links", "0") == 0
     base, again = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "base"))
     assert_bit_equal(again.state_dict(), base.state_dict())
+
+
+def test_a_recompressed_adapter_holds_the_closest_update_and_says_how_far_it_is(tmp_path, capsys):
+    module = tiny.three_links(module_of(tmp_path / "base", "gpt2"))
+    assert command(saved(module, tmp_path), "peft", tmp_path / "peft", "--max_rank", 5) == 0
+    printed = dict(line.split(": relative error ") for line in capsys.readouterr().out.splitlines() if ": relative" in line)
+    chain, closest = module.full_chain(), module.merged_model(0)
+    assert list(printed) == chain.layers
+    for name, error in printed.items():
+        u, values, v = torch.linalg.svd(chain.delta(name).double(), full_matrices=False)
+        assert float(error) == pytest.approx((values[5:].norm() / values.norm()).item(), rel=1e-2)
+        with torch.no_grad():
+            closest.get_submodule(name).weight.add_((u[:, :5] * values[:5] @ v[:5]).T)
+    loaded = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")
+    assert loaded.peft_config["default"].r == 5
+    assert tiny.relative_difference(tiny.logits(loaded), tiny.logits(closest)) <= 1e-5
+    assert len(read_chain(tmp_path / "peft")) == 1  # it is the chain no longer
+    assert module.export(tmp_path / "plain", "peft") == module.export(tmp_path / "large", "peft", max_rank=9)
+    assert_bit_equal(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "large")))
 
 
 # ---------------------------------------------------------------------- modules that are not Hugging Face's

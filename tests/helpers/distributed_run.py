@@ -33,7 +33,7 @@ from cola_lightning import (
     UserError,
     layout,
 )
-from cola_lightning.data.encoding import collate_language
+from cola_lightning.data.batch import collate_language
 from cola_lightning.decoding import Decoding
 from cola_lightning.hf import causal_lm, chunked_loss
 from tests.helpers import tiny

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from cola_lightning import COLACausalLM, EpochDataModule, TemplateDataModule, lora_layers
-from cola_lightning.data.encoding import collate_language
+from cola_lightning.data.batch import collate_language
 
 REVIEWS = Path(__file__).parents[2] / "configs" / "quickstart"
 

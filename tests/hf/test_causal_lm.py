@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from cola_lightning import COLACausalLM, PredictionWriter, TextDataModule, UserError
-from cola_lightning.data.encoding import Pair, collate_language, encode_responses, encode_texts, labels_of
+from cola_lightning.chat_template import Conversation, PlainTemplate, assistant_turn, user_turn
+from cola_lightning.data.batch import collate_language, labels_of
 from cola_lightning.data.examples import Example, collate_options, encode_examples
+from cola_lightning.data.render import encode_conversations, encode_texts
 from cola_lightning.data.splits import load_splits
 from cola_lightning.data.tasks import TASKS
 from tests.helpers import tiny
@@ -101,8 +103,8 @@ def test_scores_of_real_rows_on_smollm2_are_those_of_one_option_at_a_time(smollm
 
 def responses(module, pairs):
     """Prompts with their responses, as rows."""
-    encoded = encode_responses(module.tokenizer, [Pair(prompt, 0, response) for prompt, response in pairs], 64)
-    return [row for (row,) in encoded]
+    talks = [Conversation([*user_turn(prompt), assistant_turn(response)], trained=(1,)) for prompt, response in pairs]
+    return [row for (row,) in encode_conversations(PlainTemplate(module.tokenizer), talks, 64, set())]
 
 
 def test_only_positions_with_a_loss_go_through_the_head_and_options_of_one_token_share_them(module):

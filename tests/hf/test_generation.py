@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule, UserError
 from cola_lightning.chat_template import ChatTemplate
 from cola_lightning.cli.generate import make_streamer
-from cola_lightning.data.encoding import PromptRow, collate_prompts
+from cola_lightning.data.batch import PromptRow, collate_prompts
 from cola_lightning.data.examples import Example, collate_options, encode_examples
 from cola_lightning.decoding import Decoding
 from tests.helpers import tiny

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.optim import SGD
 
 from cola_lightning import TextDataModule, UserError
-from cola_lightning.data.encoding import collate_language, encode_texts
-from cola_lightning.data.packing import best_fit, collate_packs
+from cola_lightning.data.batch import best_fit, collate_language, collate_packs
+from cola_lightning.data.render import encode_texts
 from tests.helpers import tiny
 from tests.helpers.tiny import assert_same_gradients, with_live_link
 from tests.helpers.toy import assert_bit_equal, trainer, weights

@@ -322,6 +322,7 @@ def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog
         again = module(**options, init_chain=str(tmp_path / format_)).eval()
         torch.testing.assert_close(again(x), expected, rtol=0, atol=1e-5)
     if "peft" in formats:
+        assert "loaded again with peft" in ours.export(tmp_path / "smaller", "peft", max_rank=2)[-1]
         assert any(FUSED_OFF in line for line in lines["peft"])
         with torch.no_grad():
             loaded = PeftModel.from_pretrained(encoder(), tmp_path / "peft").eval()

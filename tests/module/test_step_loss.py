@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, SequentialSampler
 
 from cola_lightning import COLACausalLM
-from cola_lightning.data.encoding import collate_language
+from cola_lightning.data.batch import collate_language
 from cola_lightning.data.examples import Example, collate_options, encode_examples
 from tests.helpers import tiny
 from tests.helpers.tiny import LENGTHS, batches_of, rows_of

@@ -1,14 +1,17 @@
-"""What a row's fields hold: conversations as people store them, prompts with their responses, and pairs of responses."""
+"""What a row's fields hold: conversations as people store them, prompts with their responses, and pairs of responses.
+
+Each becomes one form, a :class:`~cola_lightning.chat_template.Conversation`. Until it is made, a turn is a message with the key
+``train``: whether it may have a loss.
+"""
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from cola_lightning.chat_template import Conversation, Message, assistant_turn, text_of, user_turn
+from cola_lightning.chat_template import MARKS, Conversation, Message, PreferencePair, assistant_turn, text_of, user_turn
 from cola_lightning.data.columns import Columns, Kind
-from cola_lightning.data.encoding import Pair, n_common
+from cola_lightning.data.render import n_common
 from cola_lightning.data.rows import Row, without_null
 from cola_lightning.errors import UnusableRow
 
@@ -21,13 +24,6 @@ MARK = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # before each turn of a con
 MARKED_ROLES = {"Human": "user", "Assistant": "assistant"}
 # JSON, or how Python prints it. A response may well be a list of objects, but hardly one whose first object has a role.
 TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{[^{}]*["'](?:role|from)["']\s*:""")
-
-
-class Turn(NamedTuple):
-    """A message, and whether it may have a loss, which only the assistant's have."""
-
-    message: Message
-    may_train: bool
 
 
 # ---------------------------------------------------------------------- conversations
@@ -44,100 +40,92 @@ def conversation(row: Row, columns: Columns, loss: str = "all") -> Conversation:
     Raises:
         UnusableRow: if no turn of the assistant has a loss, or a turn cannot be read.
     """
-    turns = _turns(row, columns)
-    trained = [place for place, turn in enumerate(turns) if turn.message["role"] == "assistant" and turn.may_train]
+    turns, is_marked = _turns(row, columns)
+    trained = [place for place, turn in enumerate(turns) if turn["role"] == "assistant" and turn["train"]]
     if not trained:
         raise UnusableRow("no assistant turn to train")
-    messages = [turn.message for turn in turns[: trained[-1] + 1]]
-    return Conversation(messages, _tools(row, columns), tuple(trained[-1:] if loss == "last" else trained))
+    messages = _messages(turns[: trained[-1] + 1])
+    return Conversation(messages, _tools(row, columns), tuple(trained[-1:] if loss == "last" else trained), is_marked)
 
 
-class Question(NamedTuple):
-    """A prompt to be answered.
-
-    Attributes:
-        prompt: as the data has it: a text, or turns.
-        turns: the same as turns; none for a text.
-        target: the answer that the row has; None if it has none.
-        head: the beginning of a prompt that it does not lose if it is too long.
-    """
-
-    prompt: Any
-    turns: Conversation
-    target: str | None
-    head: str = ""
-
-
-def question(row: Row, kind: Kind, columns: Columns) -> Question:
-    """The prompt of a row."""
+def question(row: Row, kind: Kind, columns: Columns) -> tuple[Conversation, str | None]:
+    """The turns that are to be answered, and the answer that the row has; None if it has none."""
     if "chosen" in columns:
         return _preference_question(row, kind, columns)
     if kind == "text":
-        return Question(row.text(columns["text"]), Conversation(()), None)
+        return Conversation(user_turn(row.text(columns["text"]))), None
     if kind == "prompt":
-        field, (prompt, n_head) = columns.get("response", ""), _prompt(row, columns)
+        turns, is_marked = _asked(row, columns)
+        field = columns.get("response", "")
         target = None if row.get(field) is None else _text(row, field).strip()
-        return Question(prompt, Conversation(_prompt_turns(row, columns), _tools(row, columns)), target, prompt[:n_head])
-    turns = _turns(row, columns)
-    last = len(turns) - bool(turns and turns[-1].message["role"] == "assistant")
+        return Conversation(_messages(turns), _tools(row, columns), (), is_marked), target
+    turns, _ = _turns(row, columns)
+    last = len(turns) - bool(turns and turns[-1]["role"] == "assistant")
     if "completion" in columns:
-        last = next((place for place, turn in enumerate(turns) if turn.may_train), len(turns))
-    messages = [turn.message for turn in turns]
+        last = next((place for place, turn in enumerate(turns) if turn["train"]), len(turns))
     if not last:
         raise UnusableRow("no turn to answer")
-    target = text_of(messages[last]["content"]).strip() if last < len(messages) else None
-    return Question(messages[:last], Conversation(messages[:last], _tools(row, columns)), target)
+    target = text_of(turns[last]["content"]).strip() if last < len(turns) else None
+    return Conversation(_messages(turns[:last]), _tools(row, columns)), target
 
 
-def _turns(row: Row, columns: Columns) -> list[Turn]:
-    """A row's turns, cleaned: none is empty, and no two neighbours are the user's, the system's or the assistant's."""
+def _messages(turns: Iterable[Message]) -> list[Message]:
+    return [{name: value for name, value in turn.items() if name != "train"} for turn in turns]
+
+
+def _untrained(turns: Iterable[Message]) -> list[Message]:
+    return [turn | {"train": False} for turn in turns]
+
+
+def _turns(row: Row, columns: Columns) -> tuple[list[Message], bool]:
+    """A row's turns, cleaned, and whether a text marks them.
+
+    None is empty, and no two neighbours are the user's, the system's or the assistant's.
+    """
     if "messages" not in columns and "completion" not in columns:
-        asked = [Turn(message, may_train=False) for message in _prompt_turns(row, columns)]
-        return [*asked, Turn(_answer(row, columns), may_train=True)]
+        turns, is_marked = _asked(row, columns)
+        return [*turns, _answer(row, columns) | {"train": True}], is_marked
     if "messages" in columns:
         turns = [*_stored_turns(row, columns["messages"])]
     else:
-        turns = [turn._replace(may_train=False) for turn in _stored_turns(row, columns["prompt"])]
-        turns += _stored_turns(row, columns["completion"])
-    return _cleaned(_with_system(row, columns, turns))
+        turns = [*_untrained(_stored_turns(row, columns["prompt"])), *_stored_turns(row, columns["completion"])]
+    return _cleaned(_with_system(row, columns, turns)), False
 
 
-def _with_system(row: Row, columns: Columns, turns: list[Turn]) -> list[Turn]:
+def _with_system(row: Row, columns: Columns, turns: list[Message]) -> list[Message]:
     """The turns after the row's system prompt, if it has one that is not their first turn already."""
     system = _optional(row, columns, "system")
-    if system and (not turns or text_of(turns[0].message["content"]) != system):
-        return [Turn({"role": "system", "content": system}, may_train=False), *turns]
+    if system and (not turns or text_of(turns[0]["content"]) != system):
+        return [{"role": "system", "content": system, "train": False}, *turns]
     return turns
 
 
-def _cleaned(turns: Iterable[Turn]) -> list[Turn]:
+def _cleaned(turns: Iterable[Message]) -> list[Message]:
     """The turns that have words, of which neighbours of one role are joined."""
-    cleaned: list[Turn] = []
+    cleaned: list[Message] = []
     for turn in filter(_has_words, turns):
         # What the assistant says before the user's first turn is context.
-        turn = turn._replace(may_train=turn.may_train and any(before.message["role"] == "user" for before in cleaned))
+        turn = turn | {"train": turn["train"] and any(before["role"] == "user" for before in cleaned)}
         if cleaned and _can_join(cleaned[-1], turn):
             before = cleaned.pop()
-            both = "\n\n".join(text_of(some.message["content"]) for some in (before, turn))
-            turn = turn._replace(message=before.message | turn.message | {"content": both})
+            turn = before | turn | {"content": "\n\n".join(text_of(some["content"]) for some in (before, turn))}
         cleaned.append(turn)
     return cleaned
 
 
-def _has_words(turn: Turn) -> bool:
-    message = turn.message
-    is_silent = message["role"] == "tool" or message.get("tool_calls") or message.get("reasoning_content")
-    return bool(is_silent or text_of(message["content"]).strip())
+def _has_words(turn: Message) -> bool:
+    is_silent = turn["role"] == "tool" or turn.get("tool_calls") or turn.get("reasoning_content")
+    return bool(is_silent or text_of(turn["content"]).strip())
 
 
-def _can_join(first: Turn, second: Turn) -> bool:
-    messages, role = (first.message, second.message), first.message["role"]
-    is_plain = not any(message.get(name) for message in messages for name in ("tool_calls", "reasoning_content"))
-    is_same_role = role == second.message["role"] != "tool"
-    return is_same_role and is_plain and (first.may_train == second.may_train or role != "assistant")
+def _can_join(first: Message, second: Message) -> bool:
+    role = first["role"]
+    is_plain = not any(turn.get(name) for turn in (first, second) for name in ("tool_calls", "reasoning_content"))
+    is_same_role = role == second["role"] != "tool"
+    return is_same_role and is_plain and (first["train"] == second["train"] or role != "assistant")
 
 
-def _stored_turns(row: Row, field: str) -> Iterator[Turn]:
+def _stored_turns(row: Row, field: str) -> Iterator[Message]:
     """The turns in a field: ``role`` and ``content``, ``from`` and ``value``, or pairs of ``input`` and ``output``.
 
     A turn's other fields stay, except for null: Arrow gives each turn the fields of all.
@@ -147,7 +135,7 @@ def _stored_turns(row: Row, field: str) -> Iterator[Turn]:
         raise row.refused(field, "a list of turns")
     for turn in map(without_null, turns):
         if {"input", "output"} <= turn.keys():
-            yield from (Turn(message, True) for message in [*user_turn(turn["input"]), assistant_turn(turn["output"])])
+            yield from (message | {"train": True} for message in [*user_turn(turn["input"]), assistant_turn(turn["output"])])
             continue
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str):
@@ -156,7 +144,7 @@ def _stored_turns(row: Row, field: str) -> Iterator[Turn]:
         message = {**others, "role": ROLES.get(role, role), "content": _content(content)}
         if role in CALLS:
             message |= {"role": "assistant", "content": None, "tool_calls": _calls(text_of(message["content"]))}
-        yield Turn(message, all(turn.get(name, True) for name in LOSSES))
+        yield message | {"train": all(turn.get(name, True) for name in LOSSES)}
 
 
 def _content(content: Any) -> Any:
@@ -205,16 +193,17 @@ def _json(text: str, what: str) -> Any:
 # ---------------------------------------------------------------------- prompts and responses
 
 
-def pair(row: Row, columns: Columns) -> Pair:
-    """A prompt as text, the system prompt first, and its response."""
-    return Pair(*_prompt(row, columns), _response(row, columns))
-
-
-def _prompt(row: Row, columns: Columns) -> tuple[str, int]:
-    """The system prompt and the question, with an empty line between; and the length of the system prompt with that line."""
+def _asked(row: Row, columns: Columns) -> tuple[list[Message], bool]:
+    """The turns of a prompt after the system prompt, and whether a text marks them."""
+    turns, is_marked = _asked_turns(_question(row, columns))
     system = _optional(row, columns, "system")
-    before = f"{system}\n\n" if system else ""
-    return before + _question(row, columns), len(before)
+    return _untrained([*[{"role": "system", "content": system}] * bool(system), *turns]), is_marked
+
+
+def _asked_turns(text: str) -> tuple[list[Message], bool]:
+    """A prompt as turns: those that it marks if its last mark asks for the assistant's turn, else one of the user's."""
+    is_marked = bool(MARK.match(text)) and text.rstrip().endswith(MARKS["assistant"])
+    return (_cleaned(_marked_turns(text)) if is_marked else user_turn(text)), is_marked
 
 
 def _question(row: Row, columns: Columns) -> str:
@@ -223,21 +212,10 @@ def _question(row: Row, columns: Columns) -> str:
     return _text(row, columns["prompt"]) + (f"\n\n{after}" if after else "")
 
 
-def _response(row: Row, columns: Columns) -> str:
-    if not (text := _text(row, columns["response"])).strip():
-        raise UnusableRow("no response")
-    return text
-
-
-def _prompt_turns(row: Row, columns: Columns) -> list[Message]:
-    """A prompt as a user's turn, or as the turns that it marks, after the system's if there is one."""
-    turns, system = _asked_turns(_question(row, columns)), _optional(row, columns, "system")
-    return [{"role": "system", "content": system}, *turns] if system else turns
-
-
 def _answer(row: Row, columns: Columns) -> Message:
     """A response as the assistant's turn; where the data has tools and the response is JSON of calls, the calls."""
-    text = _response(row, columns)
+    if not (text := _text(row, columns["response"])).strip():
+        raise UnusableRow("no response")
     if "tools" in columns and text.lstrip().startswith(("[", "{")):
         try:
             return assistant_turn("") | {"tool_calls": _calls(text)}
@@ -265,28 +243,6 @@ def _optional(row: Row, columns: Columns, slot: str) -> str:
 # ---------------------------------------------------------------------- preferences
 
 
-@dataclass(frozen=True)
-class PreferencePair:
-    """Two responses to one prompt.
-
-    Attributes:
-        prompt: the turns that both have in common.
-        chosen: the turns of the preferred response, of which the first is the assistant's.
-        rejected: those of the other response.
-    """
-
-    prompt: Conversation
-    chosen: Sequence[Message]
-    rejected: Sequence[Message]
-
-    def conversations(self) -> list[Conversation]:
-        """The prompt with each response, whose assistant turns have a loss."""
-        n = len(self.prompt.messages)
-        wholes = [[*self.prompt.messages, *response] for response in (self.chosen, self.rejected)]
-        trained = [tuple(k for k, turn in enumerate(whole) if k >= n and turn["role"] == "assistant") for whole in wholes]
-        return [replace(self.prompt, messages=whole, trained=k) for whole, k in zip(wholes, trained, strict=True)]
-
-
 def preference(row: Row, kind: Kind, columns: Columns) -> PreferencePair:
     """A row's two responses as turns: the prompt is what both conversations begin with.
 
@@ -294,7 +250,7 @@ def preference(row: Row, kind: Kind, columns: Columns) -> PreferencePair:
         UnusableRow: if a response is empty, both are equal, or their prompts differ.
     """
     row, columns = _without_nesting(row, columns)
-    chosen, rejected = (_answered(row, kind, columns, side) for side in SIDES)
+    (chosen, is_marked), (rejected, _) = (_answered(row, kind, columns, side) for side in SIDES)
     for turns in (chosen, rejected):
         while turns and turns[-1]["role"] != "assistant":
             turns.pop()
@@ -307,35 +263,22 @@ def preference(row: Row, kind: Kind, columns: Columns) -> PreferencePair:
         raise UnusableRow("the prompts of the two responses differ")
     if not any(turn["role"] == "user" for turn in chosen[:n]):
         raise UnusableRow("no prompt")
-    return PreferencePair(Conversation(chosen[:n], _tools(row, columns)), chosen[n:], rejected[n:])
+    return PreferencePair(Conversation(chosen[:n], _tools(row, columns), (), is_marked), chosen[n:], rejected[n:])
 
 
-def preference_texts(row: Row, columns: Columns) -> tuple[Pair, Pair]:
-    """A row's two responses as texts that follow their prompt, for a model without a chat template."""
-    if "prompt" not in columns:  # the prompt with its marks
-        found = preference(row, "prompt", columns)
-        chosen, rejected = (_marked_pair(found.prompt.messages, response) for response in (found.chosen, found.rejected))
-    else:
-        chosen, rejected = (pair(row, columns | {"response": columns[side]}) for side in SIDES)
-    if chosen.response.strip() == rejected.response.strip():
-        raise UnusableRow("the two responses are equal")
-    return chosen, rejected
-
-
-def _preference_question(row: Row, kind: Kind, columns: Columns) -> Question:
+def _preference_question(row: Row, kind: Kind, columns: Columns) -> tuple[Conversation, str | None]:
     """The prompt of a row of pairs, whose responses may be missing; the target is the preferred one."""
     if kind == "prompt" and "prompt" in columns:
         return question(row, kind, {"response" if slot == "chosen" else slot: name for slot, name in columns.items()})
     row, columns = _without_nesting(row, columns)
-    chosen, rejected = (_answered(row, kind, columns, side) for side in SIDES)
+    (chosen, is_marked), (rejected, _) = (_answered(row, kind, columns, side) for side in SIDES)
     n = _n_shared(chosen, rejected)
     if not n or n == len(chosen) or chosen[n]["role"] != "assistant":
         n = len(chosen) - bool(chosen and chosen[-1]["role"] == "assistant")
     if not n:
         raise UnusableRow("no turn to answer")
-    prompt = chosen[:n] if kind == "messages" else _marked_pair(chosen[:n], ()).prompt
     target = text_of(chosen[n]["content"]).strip() if n < len(chosen) else None
-    return Question(prompt, Conversation(chosen[:n], _tools(row, columns)), target)
+    return Conversation(chosen[:n], _tools(row, columns), (), is_marked), target
 
 
 def _without_nesting(row: Row, columns: Columns) -> tuple[Row, Columns]:
@@ -346,28 +289,23 @@ def _without_nesting(row: Row, columns: Columns) -> tuple[Row, Columns]:
     return Row({**row, **prompt}, row.place), columns | {"prompt": "messages", "tools": "tools"}
 
 
-def _answered(row: Row, kind: Kind, columns: Columns, side: str) -> list[Message]:
-    """The prompt and one of the two responses, as turns."""
+def _answered(row: Row, kind: Kind, columns: Columns, side: str) -> tuple[list[Message], bool]:
+    """The prompt and one of the two responses, as turns, and whether a text marks them."""
     field = columns[side]
     if kind == "prompt" and "prompt" in columns:
-        turns = _turns(row, columns | {"response": field})
+        turns, is_marked = _turns(row, columns | {"response": field})
     elif kind == "prompt":
-        turns = _cleaned(_marked_turns(row[field] and row.text(field)))
+        turns, is_marked = _cleaned(_marked_turns(row[field] and row.text(field))), True
     else:
         is_text = isinstance(row[field] or "", str)
         answer = _text(row, field) if row[field] and is_text else row[field]
-        turns = [Turn(assistant_turn(answer), may_train=True)] if is_text else [*_stored_turns(row, field)]
-        if "prompt" in columns and all(turn.message["role"] == "assistant" for turn in turns[:1]):
-            turns = [*_asked(row, columns), *turns]
-        turns = _cleaned(_with_system(row, columns, turns))
-    return [turn.message for turn in turns]
-
-
-def _asked(row: Row, columns: Columns) -> Iterator[Turn]:
-    """A prompt that is stored as turns or as text, as turns without a loss."""
-    if isinstance(row[columns["prompt"]], str):
-        return (Turn(message, may_train=False) for message in _asked_turns(_question(row, columns)))
-    return (turn._replace(may_train=False) for turn in _stored_turns(row, columns["prompt"]))
+        turns = [assistant_turn(answer) | {"train": True}] if is_text else [*_stored_turns(row, field)]
+        if "prompt" in columns and all(turn["role"] == "assistant" for turn in turns[:1]):
+            is_asked = isinstance(row[columns["prompt"]], str)
+            asked = _asked_turns(_question(row, columns))[0] if is_asked else _stored_turns(row, columns["prompt"])
+            turns = [*_untrained(asked), *turns]
+        turns, is_marked = _cleaned(_with_system(row, columns, turns)), False
+    return _messages(turns), is_marked
 
 
 def _n_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
@@ -376,25 +314,10 @@ def _n_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
     return n_common(first, second)
 
 
-def _marked_turns(text: str | None) -> Iterator[Turn]:
+def _marked_turns(text: str | None) -> Iterator[Message]:
     """The turns of a text in which each begins with ``Human:`` or ``Assistant:``, after an empty line."""
     before, *parts = MARK.split(text or "")
     if before.strip():
         raise UnusableRow("no prompt: neither in a column (data.columns) nor a text that begins with 'Human:'")
     for mark, content in zip(parts[::2], parts[1::2], strict=True):
-        yield Turn({"role": MARKED_ROLES[mark], "content": content.strip()}, may_train=True)
-
-
-def _asked_turns(text: str) -> list[Message]:
-    """A prompt as turns: those that it marks if its last mark asks for the assistant's turn, else one of the user's."""
-    if MARK.match(text) and text.rstrip().endswith("\n\nAssistant:"):
-        return [turn.message for turn in _cleaned(_marked_turns(text))]
-    return user_turn(text)
-
-
-def _marked_pair(prompt: Sequence[Message], response: Sequence[Message]) -> Pair:
-    """Turns as text with marks: the prompt up to the mark of the response, and the response."""
-    marks = {role: mark for mark, role in MARKED_ROLES.items()}
-    texts = [f"\n\n{marks[turn['role']]}: {turn['content']}" for turn in (*prompt, *response)]
-    n, answer = len(prompt), "\n\nAssistant:"
-    return Pair("".join(texts[:n]) + answer, 0, "".join(texts[n:]).removeprefix(answer))
+        yield {"role": MARKED_ROLES[mark], "content": content.strip(), "train": True}

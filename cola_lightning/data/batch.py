@@ -1,8 +1,9 @@
-"""Rows that share a sequence of the model: put together up to its maximum length, which leaves hardly any padding."""
+"""Encoded rows as batches, padded on the left: rows with a loss, alone or in packs, and prompts for generation."""
 
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -11,7 +12,70 @@ import torch
 from torch import Tensor
 
 from cola_lightning.constants import IGNORE_INDEX
-from cola_lightning.data.encoding import LanguageRow, labels_of, pad_left
+from cola_lightning.data.render import LanguageRow
+from cola_lightning.decoding import Decoding
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt for generation, in tokens.
+
+    Attributes:
+        prompt_ids: the tokens.
+        prompt: the prompt in the data: a text, or the turns of a conversation.
+        target: the expected response; None if the data has none.
+    """
+
+    prompt_ids: list[int]
+    prompt: Any
+    target: str | None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+
+def labels_of(row: LanguageRow) -> list[int]:
+    """A row's labels: its tokens where they have a loss, and ``IGNORE_INDEX``.
+
+    Example:
+        >>> labels_of({"input_ids": [7, 8, 9, 5], "spans": [1, 2, 3, 4]})
+        [-100, 8, -100, 5]
+    """
+    ids, spans = row["input_ids"], row["spans"]
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, end in zip(spans[::2], spans[1::2], strict=True):
+        labels[start:end] = ids[start:end]
+    return labels
+
+
+def collate_language(rows: Sequence[LanguageRow], pad: int) -> dict[str, Tensor]:
+    """The usual language-model batch, padded on the left, so that the tokens with a loss are aligned at its end."""
+    return {
+        "input_ids": pad_left([row["input_ids"] for row in rows], pad),
+        "attention_mask": pad_left([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": pad_left([labels_of(row) for row in rows], IGNORE_INDEX),
+    }
+
+
+def collate_prompts(rows: Sequence[PromptRow], pad: int, decoding: Decoding, end_tokens: list[int]) -> dict[str, Any]:
+    """Prompts for generation, padded on the left, and decoding options: see :meth:`~cola_lightning.COLACausalLM.generate`."""
+    return {
+        "prompt_ids": pad_left([row.prompt_ids for row in rows], pad),
+        "prompt_mask": pad_left([[1] * len(row.prompt_ids) for row in rows], 0),
+        "prompt": [row.prompt for row in rows],
+        "target": [row.target for row in rows],
+        "decoding": decoding.to_dict(),
+        "end_tokens": end_tokens,
+    }
+
+
+def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of different lengths as one tensor."""
+    length = max(map(len, rows))
+    return torch.tensor([[value] * (length - len(row)) + list(row) for row in rows])
+
+
+# ---------------------------------------------------------------------- rows that share a sequence of the model
 
 
 class Packs:
