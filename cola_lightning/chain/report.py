@@ -211,34 +211,21 @@ def overlaps_table(found: Sequence[Overlap]) -> "Table":
 
 def table(reports: Sequence[LinkReport]) -> "Table":
     """The reports as a human-readable table, one row per link; :func:`to_json` has every number."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Column, Table
-    from rich.text import Text
+
+    def rounded(value: float | None, digits: int) -> float | str:
+        return "-" if value is None else float(f"{value:.{digits}g}")
 
     has_names = any(link.name is not None for link in reports)
-    names = [
-        "link",
-        *(["stage"] if has_names else []),
-        "rank",
-        "alpha",
-        "steps",
-        "‖ΔW‖\n/‖W₀‖",
-        "max\nlayer",
-        "effective\nrank",
-        "total\nrank",
+    rows = [
+        {"link": link.index}
+        | ({"stage": link.name or "-"} if has_names else {})
+        | {"rank": link.rank, "alpha": link.alpha, "steps": link.steps}
+        | {"‖ΔW‖/‖W₀‖": rounded(link.relative_norm, 2), "max/layer": rounded(link.max_norm, 2)}
+        | {"effective/rank": rounded(link.effective_rank, 3), "total/rank": link.total_rank}
+        | {"metrics": ", ".join(f"{name} {value:.3g}" for name, value in link.metrics.items()) or "-"}
+        for link in reports
     ]
-    numbers = [Column(name, justify="right", no_wrap=True) for name in names]
-    metrics = Column("metrics", overflow="fold")
-    rows = Table(*numbers, metrics, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for link in reports:
-        norms = ["-" if norm is None else f"{norm:.2g}" for norm in (link.relative_norm, link.max_norm)]
-        stage = [escape(link.name or "-")] if has_names else []
-        cells = [f"{link.index}", *stage, f"{link.rank}", f"{link.alpha:g}", f"{link.steps}", *norms]
-        cells += [f"{link.effective_rank:.2f}", f"{link.total_rank}"]
-        metrics_text = ", ".join(f"{name} {value:.3g}" for name, value in link.metrics.items())
-        rows.add_row(*cells, Text(metrics_text or "-"))  # Text: a name is no markup
-    return rows
+    return metrics_table(rows)
 
 
 def metrics_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
@@ -252,7 +239,7 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for name, value in rows[-1].items():
+    for name, value in rows[-1].items() if rows else ():
         head = name.removeprefix("test_").removeprefix("val_").replace("/", "\n")  # of two lines: rewards/chosen
         table.add_column(escape(head), justify="left" if isinstance(value, str) else "right", overflow="fold")
     for row in rows:
