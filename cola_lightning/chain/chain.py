@@ -25,7 +25,7 @@ from cola_lightning.errors import UserError, one_line
 from cola_lightning.lora.layer import LinkFactors, low_rank_delta
 from cola_lightning.writing import atomic_folder
 
-VERSION = 2  # of all that is stored
+VERSION = 3  # of all that is stored
 
 METADATA = "metadata"  # the name of the tensor that holds the JSON of packed tensors
 JSON_NAME, TENSORS_NAME = "chain.json", "chain.safetensors"
