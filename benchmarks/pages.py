@@ -17,6 +17,7 @@ from benchmarks import (
     domain_shift,
     gsm8k,
     knots,
+    merges,
     packing,
     paper_table,
     peft_table,
@@ -109,6 +110,7 @@ TABLES: dict[tuple[str, str], Callable[[], Rows]] = {
     (ALL, "| a variant |"): of(domain_shift, domain_shift.rows_of_variants),
     (ALL, "| GSM8K, Zig |"): of(gsm8k, gsm8k.rows),
     (ALL, "| small GPT |"): of(knots, knots.rows),
+    (ALL, "| 1.1 billion parameters |"): of(merges, merges.rows),
     ("docs/api.md", "| class or function |"): public_names,
     ("docs/scaling.md", "| model | full"): of(scale, scale.rows),
     ("docs/speed.md", "| what | time / theirs |"): peft_table.rows,
@@ -159,6 +161,12 @@ def sentences() -> Iterator[tuple[str, str, Sequence[str]]]:
     (wide,) = (row for row in of(vocabulary, vocabulary.rows)() if row[:2] == ["152,000", "8 x 1,024"])
     words = "needs {} MiB above the model, and {} with the loss that transformers computes, in {} and {} seconds"
     yield "docs/speed.md", words, [wide[4], wide[2], wide[5], wide[3]]
+
+    merged = {row[0]: row for row in of(merges, merges.rows)()}
+    words = "takes {} of the CPU time of peft's `merge_and_unload` twice, and {} GiB above the imports where peft needs {} GiB."
+    words += " `cola verify` takes {} of that time"
+    numbers = [merged["export"][2], merged["export"][3], merged["peft"][3], merged["verify"][2]]
+    yield "docs/elsewhere.md", words, numbers
 
     errors = {line["mode"]: f"{100 * line['error']:.2g} %" for line in Lines(bases.FILE).results if "mode" in line}
     words = "of the weight's size have an error of {}, so it is refused; `stack` has {}, and"

@@ -111,7 +111,9 @@ class Pretrained:
                 return auto_class.from_pretrained(place, **options, **arguments)
         except (OSError, ValueError) as error:
             what = f"{auto_class.__name__} cannot load a model from {self.model_name!r}"
-            raise UserError(f"model.model_name: {what}: {one_line(str(error))}") from error
+            is_id = is_package or os.path.isdir(place) or hub.is_repo_id(self.model_name)
+            reason = one_line(str(error)) if is_id else f"there is no such folder{nearest_path(place)}"
+            raise UserError(f"model.model_name: {what}: {reason}") from error
 
     def config(self, **fields: Any) -> Any:
         """The model's configuration, with some of its fields given."""

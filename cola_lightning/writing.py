@@ -6,6 +6,7 @@ on a full disk, the previous contents are still there.
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,7 +92,7 @@ def check_free(path: Path, *, overwrite: bool = False) -> None:
 
 
 def check_writable(field: str, folder: str | Path) -> None:
-    """Refuses a folder that cannot be created or written to, without creating it; a URL is not checked.
+    """Refuses a folder that cannot be created or written to; nothing stays of the trial. A URL is not checked.
 
     Args:
         field: its name in messages.
@@ -99,9 +100,13 @@ def check_writable(field: str, folder: str | Path) -> None:
     """
     path = Path(os.path.realpath(folder))
     existing = next(place for place in (path, *path.parents) if place.exists())
-    if "://" not in str(folder) and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        why = f"{existing} is a file, or you have no write permission"
-        raise UserError(f"{field}: cannot write to {str(folder)!r}: {why}")
+    if "://" in str(folder):
+        return
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=existing))
+    except OSError as error:
+        why = f"{existing} is a file" if existing.is_file() else error.strerror
+        raise UserError(f"{field}: cannot write to {str(folder)!r}: {why}") from error
 
 
 @contextmanager

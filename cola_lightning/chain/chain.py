@@ -25,7 +25,7 @@ from cola_lightning.errors import UserError, one_line
 from cola_lightning.lora.layer import LinkFactors, low_rank_delta
 from cola_lightning.writing import atomic_folder
 
-VERSION = 2  # of all that is stored
+VERSION = 3  # of all that is stored
 
 METADATA = "metadata"  # the name of the tensor that holds the JSON of packed tensors
 JSON_NAME, TENSORS_NAME = "chain.json", "chain.safetensors"
@@ -228,9 +228,10 @@ class Chain:
     def scaled(self, scale: Mapping[int | str, float]) -> "Chain":
         """A chain of the same links, with their updates multiplied by factors. A factor of 0 leaves a link out.
 
-        The update of a link is what its knot merged: with ``share``, the rest belongs to the next link. What the last link
-        records besides its factors (``extras``) is not scaled: the new chain's last link has it. From the
-        first scaled link on the links have no metrics, because those were the metrics of another model.
+        The update of a link is what its knot merged: with ``share``, the rest belongs to the next link. After a record, it is
+        the difference to that record. What the last link records besides its factors (``extras``) is not scaled: the new
+        chain's last link has it. From the first scaled link on the links have no metrics, because those were the metrics of
+        another model.
 
         Args:
             scale: the factors, by a stage's name or a link's index, which goes before the name.
@@ -249,9 +250,11 @@ class Chain:
                 raise unknown_stage("scale", key, names)
             if not math.isfinite(factor):
                 raise UserError(f"scale: the factor of {key!r} must be a finite number, got {factor}")
-        for link in self.links:
-            factor = factors.get(link.index, 1.0 if link.name is None else factors.get(link.name, 1.0))
+        each = [factors.get(link.index, 1.0 if link.name is None else factors.get(link.name, 1.0)) for link in self.links]
+        for link, factor, after in zip(self.links, each, [*each[1:], 1.0], strict=False):
             is_scaled |= factor != 1
+            if link.is_record and factor != after:  # the next link's change is its difference to this one
+                link, factor = link.whole(), factor - after
             if factor != 0:
                 metrics = {} if is_scaled else link.metrics
                 links.append(replace(link.scaled(factor), index=len(links), metrics=metrics))

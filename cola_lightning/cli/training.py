@@ -659,7 +659,9 @@ def read_groups(path: str) -> dict[str, dict[str, Any]]:
     try:
         text = path if path.startswith("{") else Path(os.path.expanduser(path)).read_text(encoding="utf-8")
         config = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.reader.ReaderError):
+    except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
+        raise UserError(f"config: {path} is not a text file in UTF-8") from error
+    except (OSError, ValueError):
         return {}
     except yaml.MarkedYAMLError as error:
         number = error.problem_mark.line if error.problem_mark is not None else 0

@@ -241,11 +241,30 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
                 if text_unit == "paragraph" and len(rows) == 1 and "\n" in rows[0]["text"]:
                     log.info("%s is one paragraph, so each line is a row; data.text_unit file makes it one", files[0].name)
                     return _read(files, "line")
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
+            if READERS[ending] == "json":
+                rows.data.validate(full=True)  # Arrow does not ask for UTF-8 when it reads
+    except (datasets.exceptions.DatasetsError, OSError, EOFError, ValueError, RuntimeError, TypeError, StopIteration) as error:
         *_, innermost = causes(error)
-        reason = one_line(str(innermost)) or "it is empty"
+        reason = _reason(files, ending) or one_line(str(innermost)) or "it is empty"
         raise UserError(f"data.source: {str(files[0])!r} cannot be read: {reason}") from error
     return _as_written(rows, files) if READERS[ending] == "json" else rows
+
+
+def _reason(files: Sequence[Path], ending: str) -> str | None:
+    """Why files cannot be read, where the readers' own messages do not say it: the first line that is not right."""
+    for file in files:
+        number = 0
+        try:
+            with _lines(file) as lines:
+                for line in lines:
+                    number += 1
+                    if ending in (".jsonl", ".ndjson") and line.strip():
+                        json.loads(line)
+        except (UnicodeDecodeError, json.JSONDecodeError, EOFError) as error:
+            return f"line {number + isinstance(error, UnicodeDecodeError | EOFError)} of {file.name}: {one_line(str(error))}"
+        if number < 2 and READERS[ending] == "csv":
+            return f"{file.name} has no rows"
+    return None
 
 
 def _as_written(rows: Any, files: Sequence[Path]) -> Any:

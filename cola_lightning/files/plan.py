@@ -17,6 +17,7 @@ from cola_lightning.files.stored import CannotStream, HeldTensor, ModelFolder, S
 
 HEAD = "lm_head.weight"  # the name of an output layer that shares its weight with the embedding, and is in no file
 EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in)\.weight")
+MERGED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # the dtypes of weights to which links are added
 # transformers' models with layers of Conv1D, whose weights are in x out: a square weight does not show it.
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
@@ -86,7 +87,7 @@ class Planned:
     @property
     def wide(self) -> torch.dtype:
         """The dtype in which links are added."""
-        return torch.promote_types(self.dtype, torch.float32)
+        return torch.promote_types(self.dtype, torch.float32) if self.dtype.itemsize > 1 else torch.float32
 
     @functools.cached_property
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -160,8 +161,10 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
         since[name] = next(k for k in range(len(chain)) if all(_has(link, key, value) for link in chain.links[k:]))
     for layer in chain.layers:
         name, before = planned_at(f"{layer}.weight", f"{layer}_weight", layer)
+        if before.dtype not in MERGED:
+            raise CannotStream(f"base: {str(folder.path)!r} stores the layer {layer!r} in {before.dtype}".replace("torch.", ""))
         is_conv1d = folder.config.get("model_type") in CONV1D and not name.endswith(HEAD)
-        links = [link for link in chain.updates if layer in link.factors and link.index > since.get(name, -1)]
+        links = [link for link in chain.updates if layer in link.factors and link.index >= since.get(name, 0)]
         planned[name] = replace(before, updates=tuple(_laid_out(link, layer, before.start.shape, is_conv1d) for link in links))
     if embedding is not None and tied is not None and "LM" in str(folder.config.get("architectures")):
         new, head = planned[embedding].start, planned.setdefault(HEAD, Planned(tied, tied))

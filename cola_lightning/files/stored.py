@@ -129,6 +129,8 @@ class ModelFolder:
             HubError: for files that are neither in the cache nor on a hub that answers.
         """
         path = _folder(name, what)
+        if (path / "adapter_config.json").is_file() and not (path / CONFIG_NAME).is_file():
+            raise UserError(f"{what}: {name!r} is an adapter, and not a model")
         config = _read_json(path / CONFIG_NAME, what) if (path / CONFIG_NAME).is_file() else {}
         if "quantization_config" in config:
             method = config["quantization_config"].get("quant_method", "some method")

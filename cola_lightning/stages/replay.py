@@ -81,7 +81,7 @@ def add_replay(configs: Mapping[str, dict[str, Any]], share: float) -> None:
     for index, (name, config) in enumerate(configs.items()):
         same = [earlier for earlier in names[:index] if _kind(configs[earlier]) == _kind(config)]
         if others := [earlier for earlier in names[:index] if earlier not in same]:
-            what = "the classes of model and data, or data.chat_template, are others"
+            what = "the classes of model and data, data.chat_template, or data.packing, are others"
             log.info("stage %s: replays no rows of %s (%s)", name, ", ".join(others), what)
         if same:
             init_args = {"share": share, "data": {earlier: configs[earlier]["data"] for earlier in same}}
@@ -93,4 +93,5 @@ def add_replay(configs: Mapping[str, dict[str, Any]], share: float) -> None:
 def _kind(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two stages have in common if one can replay the other's rows."""
     data = config["data"]
-    return config["model"]["class_path"], data["class_path"], data.get("init_args", {}).get("chat_template")
+    options = data.get("init_args", {})
+    return config["model"]["class_path"], data["class_path"], options.get("chat_template"), options.get("packing")

@@ -93,6 +93,14 @@ def test_an_adapter_that_went_on_is_a_link_after_a_record(tmp_path):
     differences = [read_chain(tmp_path / name) for name in ("sft", "dpo")]
     expected_norm = sum(float((differences[1].delta(n) - differences[0].delta(n)).square().sum()) for n in chain.layers) ** 0.5
     assert overlap.norms[1] == pytest.approx(expected_norm, rel=1e-4)
+    name, (sft, dpo) = chain.layers[0], (one.delta(chain.layers[0]) for one in differences)
+    for scale, expected_delta in (
+        ({"dpo": 0.5}, sft + 0.5 * (dpo - sft)),
+        ({"dpo": 0}, sft),
+        ({"sft": 0.5}, dpo - 0.5 * sft),
+        ({"sft": 0.5, "dpo": 0.5}, 0.5 * dpo),
+    ):
+        torch.testing.assert_close(chain.scaled(scale).delta(name), expected_delta, rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match=r"^continues: there is no source 'kto'"):
         read_chain(sources, continues=["kto"])
     trained(load(base), tmp_path / "kto", target_modules=MLP)

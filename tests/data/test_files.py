@@ -1,5 +1,6 @@
 """Any file people have: how its rows are read, which of them are which part, and what is wrong with it in one line."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -125,10 +126,14 @@ def test_what_cannot_be_read_or_would_lose_a_cell_is_one_line(tmp_path):
         ("comma.csv", "text,label\nwell, bad,neg\nfine, good,pos\n"),  # without quotes, it makes one more cell
         ("twice.csv", "text,text\nfine,pos\n"),  # of two columns of one name, a row would have the last
         ("rows.xlsx", ""),
+        ("broken.jsonl", '{"text": "a"}\n{"text": "b\n'),
+        ("latin.jsonl", '{"text": "é"}\n'.encode("latin-1")),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 2000)[:60]),
+        ("head.csv", "text,label\n"),
         ("no_such.csv", None),  # which is not asked for on the hub
     ]:
         if text is not None:
-            (tmp_path / name).write_text(text)
+            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(UserError, match=name) as caught:
             load_splits(str(tmp_path / name))["train"]()
         assert "\n" not in str(caught.value)

@@ -120,6 +120,38 @@ def test_resized_embeddings_and_the_tokenizer_are_the_last_trainers(made):
     assert "<new>" in AutoTokenizer.from_pretrained("out").get_vocab()
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+def test_a_head_with_a_link_on_a_tied_base_and_one_that_was_trained_whole_before_or_after(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tied = tiny.folder(tmp_path / "tied", tie_word_embeddings=True)
+    model = adapted(load(tied), "sft", target_modules=["q_proj", "lm_head"])
+    assert export("sft", base=tied, output="of tied") == 0
+    assert tiny.relative_difference(tiny.logits(load("of tied")), tiny.logits(model)) <= 1e-5
+    base, link, whole = (
+        tiny.folder(tmp_path / "base"),
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+    )
+    for first, second, output in ((whole, link, "whole first"), (link, whole, "whole last")):
+        model = adapted(adapted(load(base), "sft", **first).merge_and_unload(), "dpo", 1, **second)
+        assert export("sft", "dpo", base=base, output=output) == 0
+        assert tiny.relative_difference(tiny.logits(load(output)), tiny.logits(model)) <= 1e-5
+
+
+def test_tensors_in_8_bits_are_copied_but_no_link_is_added_to_them(made, capsys):
+    tensors = {path: load_file(path) for path in Path("base").glob("*.safetensors")}
+    eight = {"model.layers.0.self_attn.o_proj.weight"}
+    for refused in (False, True):
+        eight |= {"model.layers.0.self_attn.q_proj.weight"} if refused else set()
+        for path, values in tensors.items():
+            new = {name: value.to(torch.float8_e4m3fn) if name in eight else value for name, value in values.items()}
+            save_file(new, path, {"format": "pt"})
+        assert export("sft", output=f"out {refused}") == 0
+        assert ("the whole model was loaded" in capsys.readouterr().out) == refused
+    assert main(["verify", "out False", "--base", "base", "--adapter", "sft"]) == 2
+    assert "stores the layer 'model.layers.0.self_attn.q_proj' in float8" in capsys.readouterr().err
+
+
 def test_what_cannot_be_streamed_is_loaded(made, tmp_path, capsys):
     name = tiny.folder(tmp_path / "bert", "bert", "AutoModel")
     base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=3)
@@ -149,6 +181,11 @@ REFUSED = {
     ),
     "a damaged base": (lambda: os.truncate("base/model-00001-of-00003.safetensors", 900), None, "base: 'base/model-00001"),
     "other sizes": (lambda: damage("dpo", lambda value: value[:, :5].clone()), None, "base: "),
+    "an adapter as its base": (
+        lambda: (shutil.rmtree("base"), shutil.copytree("sft", "base")),
+        None,
+        "base: 'base' is an adapter",
+    ),
     "no base": (lambda: shutil.move("base", "bose"), None, "base: 'base' is neither"),
 }
 
