@@ -273,7 +273,7 @@ def start(tool: str, case: str, folder: Path, kind: str) -> tuple[int, str]:
     log = folder / f"{kind}.log"
     if case == "processes":
         words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-        words += ["-m", "benchmarks.resumes", "--run", tool, case, str(folder), kind]
+        words += ["-m", "benchmarks.resumes", "run", tool, case, str(folder), kind]
         with log.open("w") as file:
             return subprocess.run(
                 words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file
@@ -343,7 +343,7 @@ def table(results: list[dict[str, Any]]) -> Rows:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--run"]:
+    if sys.argv[1:2] == ["run"]:
         _, _, of_tool, of_case, path, of_kind = sys.argv
         train(of_tool, of_case, Path(path), of_kind)
     else:
