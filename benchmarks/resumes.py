@@ -103,7 +103,8 @@ class Killing:
         if self.case == "writing" and self.n == KILLED_AT - EVERY:
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
-        if self.n == (KILLED_AT + 2 if self.case in ("accumulated", "writing") else KILLED_AT):
+        later = {"accumulated": 2, "writing": 2, "processes": -KILLED_AT // 2}  # two processes share the batches of an epoch
+        if self.n == KILLED_AT + later.get(self.case, 0):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -273,7 +274,7 @@ def start(tool: str, case: str, folder: Path, kind: str) -> tuple[int, str]:
     log = folder / f"{kind}.log"
     if case == "processes":
         words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-        words += ["-m", "benchmarks.resumes", "--run", tool, case, str(folder), kind]
+        words += ["-m", "benchmarks.resumes", "run", tool, case, str(folder), kind]
         with log.open("w") as file:
             return subprocess.run(
                 words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file
@@ -343,7 +344,7 @@ def table(results: list[dict[str, Any]]) -> Rows:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--run"]:
+    if sys.argv[1:2] == ["run"]:
         _, _, of_tool, of_case, path, of_kind = sys.argv
         train(of_tool, of_case, Path(path), of_kind)
     else:
