@@ -20,7 +20,7 @@ from typing_extensions import override
 from cola_lightning import hub
 from cola_lightning.chain.peft import AdapterBase
 from cola_lightning.constants import Dtype
-from cola_lightning.errors import UserError, nearest, one_line
+from cola_lightning.errors import UserError, nearest, nearest_path, one_line
 from cola_lightning.lora.quantization import Quantization
 from cola_lightning.merge import cast_floats
 from cola_lightning.writing import atomic_folder
