@@ -21,6 +21,7 @@ from benchmarks import (
     packing,
     paper_table,
     peft_table,
+    resumes,
     scale,
     speed,
     vocabulary,
@@ -112,6 +113,7 @@ TABLES: dict[tuple[str, str], Callable[[], Rows]] = {
     (ALL, "| small GPT |"): of(knots, knots.rows),
     (ALL, "| 1.1 billion parameters |"): of(merges, merges.rows),
     ("docs/api.md", "| class or function |"): public_names,
+    ("docs/compared.md", "| killed and resumed |"): of(resumes, resumes.table),
     ("docs/scaling.md", "| model | full"): of(scale, scale.rows),
     ("docs/speed.md", "| what | time / theirs |"): peft_table.rows,
     ("docs/results.md", "| small GPT |"): lambda: in_short(
@@ -140,6 +142,9 @@ def sentences() -> Iterator[tuple[str, str, Sequence[str]]]:
     gain = arms["a new link per stage"][4]
     words = "an encoder ended {} more accurate than one LoRA trained through all five"
     yield "README.md", words, [gain.replace("+", "")]
+    (link,) = (row for row in of_stages(tables.table, LANGUAGE)() if row[0] == "a new link per stage")
+    mean, low, high = (-float(number.strip("[],")) for number in link[4].split())
+    yield "README.md", "tasks the loss was {} lower ({} runs)", [f"{mean:.3f} [{high:.3f}, {low:.3f}]", link[2]]
     words = "its difference to a new link is {}. At its own best rate the difference is {}."
     yield "docs/results.md", words, [arms[name][5] for name in ("one LoRA, at the rate of a new link", "one LoRA that goes on")]
     words = "encoder this added {} of accuracy to a new link per stage, which is not clear"
