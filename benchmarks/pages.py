@@ -90,7 +90,8 @@ def public_names() -> Rows:
     """Each public name with a link to its source, and the first line of its docstring; what is used most comes first."""
     stub = (ROOT / "cola_lightning" / "__init__.pyi").read_text(encoding="utf-8")
     found = re.findall(r"^from \.([\w.]+) import (\w+) as", stub, re.MULTILINE)
-    order, rows = {"hf": 0, "module": 1, "callbacks": 2, "data": 3}, []
+    order = {"hf": 0, "module": 1, "callbacks": 2, "data": 3}
+    rows: Rows = []
     for path, name in sorted(found, key=lambda of: order.get(of[0].partition(".")[0], 4)):
         source = f"cola_lightning/{path.replace('.', '/')}.py"
         tree = ast.parse((ROOT / source).read_text(encoding="utf-8"))
