@@ -21,6 +21,7 @@ from benchmarks import (
     packing,
     paper_table,
     peft_table,
+    resumes,
     scale,
     speed,
     vocabulary,
@@ -89,7 +90,8 @@ def public_names() -> Rows:
     """Each public name with a link to its source, and the first line of its docstring; what is used most comes first."""
     stub = (ROOT / "cola_lightning" / "__init__.pyi").read_text(encoding="utf-8")
     found = re.findall(r"^from \.([\w.]+) import (\w+) as", stub, re.MULTILINE)
-    order, rows = {"hf": 0, "module": 1, "callbacks": 2, "data": 3}, []
+    order = {"hf": 0, "module": 1, "callbacks": 2, "data": 3}
+    rows: Rows = []
     for path, name in sorted(found, key=lambda of: order.get(of[0].partition(".")[0], 4)):
         source = f"cola_lightning/{path.replace('.', '/')}.py"
         tree = ast.parse((ROOT / source).read_text(encoding="utf-8"))
@@ -112,6 +114,7 @@ TABLES: dict[tuple[str, str], Callable[[], Rows]] = {
     (ALL, "| small GPT |"): of(knots, knots.rows),
     (ALL, "| 1.1 billion parameters |"): of(merges, merges.rows),
     ("docs/api.md", "| class or function |"): public_names,
+    ("docs/compared.md", "| killed and resumed |"): of(resumes, resumes.table),
     ("docs/scaling.md", "| model | full"): of(scale, scale.rows),
     ("docs/speed.md", "| what | time / theirs |"): peft_table.rows,
     ("docs/results.md", "| small GPT |"): lambda: in_short(
@@ -140,6 +143,9 @@ def sentences() -> Iterator[tuple[str, str, Sequence[str]]]:
     gain = arms["a new link per stage"][4]
     words = "an encoder ended {} more accurate than one LoRA trained through all five"
     yield "README.md", words, [gain.replace("+", "")]
+    (link,) = (row for row in of_stages(tables.table, LANGUAGE)() if row[0] == "a new link per stage")
+    mean, low, high = (-float(number.strip("[],")) for number in link[4].split())
+    yield "README.md", "tasks the loss was {} lower ({} runs)", [f"{mean:.3f} [{high:.3f}, {low:.3f}]", link[2]]
     words = "its difference to a new link is {}. At its own best rate the difference is {}."
     yield "docs/results.md", words, [arms[name][5] for name in ("one LoRA, at the rate of a new link", "one LoRA that goes on")]
     words = "encoder this added {} of accuracy to a new link per stage, which is not clear"

@@ -340,7 +340,8 @@ def table(results: list[dict[str, Any]]) -> Rows:
             return f"the resume fails: {line['error'].split(':')[0]}"
         return "the same bits" if line["difference"] == 0 else f"differs by {line['difference']:.2g}"
 
-    return [[words, *(cell(found[tool, case]) for tool in TOOLS if (tool, case) in found)] for case, words in CASES.items()]
+    rows = [[words, *(cell(found[tool, case]) for tool in TOOLS if (tool, case) in found)] for case, words in CASES.items()]
+    return [row for row in rows if len(row) > 1]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from .chain.schedule import ChainSchedule as ChainSchedule
 from .data.base import EpochDataModule as EpochDataModule
 from .data.classification import TextClassificationDataModule as TextClassificationDataModule
 from .data.examples import Example as Example
-from .data.examples import OptionDataModule as OptionDataModule
 from .data.images import ImageDataModule as ImageDataModule
 from .data.preferences import PreferenceDataModule as PreferenceDataModule
 from .data.tasks import PromptDataModule as PromptDataModule

@@ -12,11 +12,23 @@ from pathlib import Path
 
 LIBRARIES = [Path(path).resolve() for path in (Path(__file__).parent, sysconfig.get_path("stdlib"))]
 EXTRAS = {"peft": "peft", "bitsandbytes": "nf4", "matplotlib": "plot", "PIL": "images"}  # in pyproject.toml, by package
-# Lines of jsonargparse's messages that say nothing about the mistake.
-TRIED = re.compile(
-    r"\s*(- )?(Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|Given value type:"
-    r"|Given value: (NestedArg\(|Namespace\(|\{))"
-)
+# What is looked for in jsonargparse's messages, which other versions of it may word otherwise: a test provokes each of them.
+JSONARGPARSE = {
+    "forgotten config": re.compile(r"unrecognized arguments: (?!-)(\S+\.ya?ml)\b"),
+    "missing model": re.compile("arguments are required: model_name"),
+    "missing file": re.compile(r"File does not exist: '(.+)'"),
+    "unknown option": re.compile(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)"),
+    "key": re.compile(r'Parser key "([^"]+)":'),
+    "class": re.compile(r"Parser key \"(model|data)\":.*?class_path '([\w.]+)'", re.DOTALL),
+    "expected value": re.compile(r"Expected an? ([^;]+)(?:\. Got|; Given) value: ([^;]*)"),
+    "names": re.compile(r"Literal\[([^]]+)\]"),
+    "type": re.compile(r"<class '([^']+)'>|typing\.|\. Got value: Namespace\(.*"),
+    # Lines that say nothing about the mistake.
+    "tried": re.compile(
+        r"\s*(- )?(Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but"
+        r"|Given value type:|Given value: (NestedArg\(|Namespace\(|\{))"
+    ),
+}
 
 
 class UserError(ValueError):
@@ -134,17 +146,18 @@ def one_line(message: str) -> str:
         ...   Expected a <class 'NoneType'>''')
         "model.rank: must be int, got 'two'"
     """
-    fields = re.findall(r'Parser key "([^"]+)":', message)
-    lines = [line for line in re.split(r'Parser key "[^"]+":', message)[-1].splitlines() if line.strip()]
+    fields = JSONARGPARSE["key"].findall(message)
+    lines = [line for line in JSONARGPARSE["key"].split(message)[-1].splitlines() if line.strip()]
     if not (fields and lines):
         return " ".join(message.split())
     indent = len(lines[0]) - len(lines[0].lstrip())
     paragraph = [*itertools.takewhile(lambda line: not line[:indent].strip(), lines)]
     paragraph.sort(key=lambda line: "Got value" not in line)  # else by the order in which a union's types were tried
-    message = "; ".join(line.strip().removeprefix("- ") for line in paragraph if not TRIED.match(line)).replace(":; ", ": ")
-    message = re.sub(r"<class '([^']+)'>|typing\.|\. Got value: Namespace\(.*", r"\1", message)
-    message = re.sub(r"Literal\[([^]]+)\]", r"one of \1", message)
-    message = re.sub(r"Expected an? ([^;]+)(?:\. Got|; Given) value: ([^;]*)", r"must be \1, got '\2'", message)
+    lines = [line.strip().removeprefix("- ") for line in paragraph if not JSONARGPARSE["tried"].match(line)]
+    message = "; ".join(lines).replace(":; ", ": ")
+    message = JSONARGPARSE["type"].sub(r"\1", message)
+    message = JSONARGPARSE["names"].sub(r"one of \1", message)
+    message = JSONARGPARSE["expected value"].sub(r"must be \1, got '\2'", message)
     return f"{'.'.join(fields)}: {message}"
 
 

@@ -1,9 +1,12 @@
-"""A language model with a loss of its own, on examples of its own."""
+"""A language model with a loss of its own, on rows of its own."""
+
+import json
+from pathlib import Path
 
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 
-from cola_lightning import ChainOfLoRA, COLACausalLM, Example, OptionDataModule, StepOutput
+from cola_lightning import ChainOfLoRA, COLACausalLM, StepOutput, TemplateDataModule
 
 
 class Smoothed(COLACausalLM):
@@ -16,16 +19,11 @@ class Smoothed(COLACausalLM):
         return StepOutput(loss, len(answer), scores.argmax(-1), answer)
 
 
-class Parity(OptionDataModule):
-    """Is a number even or odd?"""
-
-    def setup(self, stage):
-        """Makes the examples: a prompt, its options, and the index of the right one."""
-        examples = [Example(f"The number {n} is", (" even", " odd"), n % 2) for n in range(100)]
-        self.train, self.val = self.encode(examples[:80]), self.encode(examples[80:])
-
+rows = [json.dumps({"n": n, "label": n % 2}) for n in range(100)]  # is a number even or odd?
+Path("numbers.jsonl").write_text("\n".join(rows), encoding="utf-8")
+data = TemplateDataModule("numbers.jsonl", prompt="The number {n} is", options=["even", "odd"], batch_size=16, val_size=20)
 
 module = Smoothed("facebook/opt-125m", target_modules=["q_proj", "v_proj"], rank=4, alpha=8, seed=0)
 trainer = Trainer(max_epochs=2, callbacks=[ChainOfLoRA(every_n_epochs=1)])
-trainer.fit(module, datamodule=Parity(batch_size=16))
+trainer.fit(module, datamodule=data)
 print(trainer.callback_metrics["val_accuracy"])

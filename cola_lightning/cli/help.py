@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cola_lightning.errors import UserError, nearest
+from cola_lightning.errors import JSONARGPARSE, UserError, nearest
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -89,7 +89,6 @@ ELSEWHERE = {
     ("resume_from_checkpoint",): "--ckpt_path last",
 }
 OPTION_BY_OTHER_NAME = {name: here for names, here in ELSEWHERE.items() for name in names}
-LOGGERS = {"tensorboard": "TensorBoardLogger", "wandb": "WandbLogger", "mlflow": "MLFlowLogger", "csv": "CSVLogger"}
 EXAMPLES = {
     "fit": "cola fit --model.model_name NAME --data.source FILE --chain.name sft",
     "validate": "cola validate --config runs/version_0/config.yaml --ckpt_path runs/version_0",
@@ -98,7 +97,7 @@ EXAMPLES = {
     "stages": "cola stages --config stages.yaml --output stages",
     "compare": "cola compare --config FILE --output study --methods '[lora, cola]' \\\n      -- --trainer.max_steps 100",
     "generate": "cola generate runs/version_0 --chat",
-    "inspect": "cola inspect runs/version_0 --plot chain.png",
+    "inspect": "cola inspect runs/version_0",
     "configs": "cola configs quickstart",
     "export": "cola export runs/version_0 --format merged --output merged",
     "verify": "cola verify merged --base Qwen/Qwen3-0.6B --adapter out/sft out/dpo",
@@ -232,7 +231,7 @@ def parse_options(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace"
     try:
         options = parser.parse_args(list(words))
     except ArgumentError as error:
-        if unknown := re.search(r"unrecognized arguments: --([\w.]+)", str(error)):
+        if unknown := JSONARGPARSE["unknown option"].search(str(error)):
             error.add_note(nearest(unknown[1], parser.get_defaults(skip_validation=True).keys(), "--{}".format))
         raise
     for name, value in vars(options).items():

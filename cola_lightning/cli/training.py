@@ -43,7 +43,6 @@ from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule
 from cola_lightning.cli.help import (
     DESCRIPTION,
     LINKS,
-    LOGGERS,
     OF_FIT,
     OPTION_BY_OTHER_NAME,
     SUBCOMMANDS,
@@ -51,7 +50,7 @@ from cola_lightning.cli.help import (
     help_formatter,
     usage,
 )
-from cola_lightning.errors import Interruption, UserError, nearest, nearest_path
+from cola_lightning.errors import JSONARGPARSE, Interruption, UserError, nearest, nearest_path
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.state import AtomicCheckpointIO, data_facts
@@ -85,13 +84,8 @@ IN_CLASS = {"class_path", "init_args", "dict_kwargs"}  # what a class has in a c
 CLASS_OPTION = re.compile(
     r"\A--(?P<group>model|data)\.(?!(?:help|class_path|init_args|dict_kwargs)\b)(?P<name>\w+)(?:=(?P<value>.*))?\Z", re.DOTALL
 )
-FORGOTTEN_CONFIG = re.compile(r"unrecognized arguments: (?!-)(\S+\.ya?ml)\b")  # in jsonargparse's messages
 CHECKPOINT = re.compile(r"--ckpt_path[ =](\S+)")
-MISSING_FILE = re.compile(r"File does not exist: '(.+)'")
-UNKNOWN_OPTION = re.compile(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)")
-PARSER_KEY = re.compile(r'Parser key "([\w.]+)"')
 WHEN_OPTIONS = (*KNOT_OPTIONS, "until", "monitor", "min_delta", "mode")  # which say when knots fall
-CLASS_IN_MESSAGE = re.compile(r"Parser key \"(model|data)\":.*?class_path '([\w.]+)'", re.DOTALL)
 
 
 class Parser(LightningArgumentParser):
@@ -215,9 +209,7 @@ class COLACLI(LightningCLI):
             # A copy: the parser puts its own objects into lists.
             self.config = parser.parse_object({"subcommand": name, name: copy.deepcopy(self.resolved)})
             return
-        words = as_texts(replacing_knots(self.words))
-        if words[0] in self.subcommands():  # not as defaults: theirs would stay with another class
-            words[1:1] = [f"--model={CLASSES['model']}", f"--data={data_class(words)}"]
+        words = as_texts(completed(self.words) if self.words[0] in self.subcommands() else self.words)
         try:
             self.config = parser.parse_args(words)
         except ArgumentError as error:
@@ -245,27 +237,25 @@ class COLACLI(LightningCLI):
 
     def _what_is_meant(self, message: str) -> str:
         """The end of jsonargparse's message about an unknown option or file: what the user most likely meant."""
-        if file := FORGOTTEN_CONFIG.search(message):
+        if file := JSONARGPARSE["forgotten config"].search(message):
             return f"; type --config {file[1]}"
-        if "arguments are required: model_name" in message and (run := CHECKPOINT.search(" ".join(self.words))):
+        if JSONARGPARSE["missing model"].search(message) and (run := CHECKPOINT.search(" ".join(self.words))):
             files = [folder / "config.yaml" for folder in [Path(run[1]), *Path(run[1]).parents]]
             return next((f"; type --config {file}" for file in files if file.exists()), "")
-        if file := MISSING_FILE.search(message):
+        if file := JSONARGPARSE["missing file"].search(message):
             return nearest_path(file[1])
-        if logger := re.search(r'key "trainer.logger".*?(\w+)\W*\Z', message, re.DOTALL):
-            return f"; {LOGGERS[logger[1]]} is one" if logger[1] in LOGGERS else ""
-        if not (unknown := UNKNOWN_OPTION.search(message)):
+        if not (unknown := JSONARGPARSE["unknown option"].search(message)):
             return ""
         if here := OPTION_BY_OTHER_NAME.get(unknown[1].rpartition(".")[2]):
             return f"; here it is {here}"
         if unknown[1] == "class_path":
             return "; options of a class are inside its init_args"
-        classes = CLASSES | dict(CLASS_IN_MESSAGE.findall(message))
+        classes = CLASSES | dict(JSONARGPARSE["class"].findall(message))
         self.options.set_defaults({group: {"class_path": name} for group, name in classes.items()})
         keys = self.options.get_defaults(skip_validation=True).keys()
         names = [key.replace(".init_args", "") for key in keys if not key.endswith("class_path")]
         # Of an option of model or data, the message has the group in another place.
-        group, dot, name = ".".join([*PARSER_KEY.findall(message), unknown[1]]).rpartition(".")
+        group, dot, name = ".".join([*JSONARGPARSE["key"].findall(message), unknown[1]]).rpartition(".")
         in_group = {key.removeprefix(group + dot): key for key in names if dot and key.startswith(group + dot)}
         known = {other: here.split()[0].removeprefix("--") for other, here in OPTION_BY_OTHER_NAME.items()}
         known = {other: key for other, key in known.items() if not in_group or key.startswith(group + dot)}
@@ -598,56 +588,41 @@ def as_texts(words: Sequence[str]) -> list[str]:
     return [CLASS_OPTION.sub(_inside_init_args, word) for word in joined]
 
 
-def replacing_knots(words: Sequence[str]) -> list[str]:
-    """A command line in which knots replace those of the configuration files before them, whatever option these have.
+def completed(words: Sequence[str]) -> list[str]:
+    """A command line with the classes that it does not name, and whose knots replace those of the files before them.
 
-    Else every other option of a file would have to be set to null. Options that are typed together are not replaced: two that
+    The data module is the only one that fits the model, or TextDataModule. Knots replace others whatever option these have:
+    else every other option of a file would have to be set to null. Options that are typed together are not replaced: two that
     contradict each other are refused.
 
     Example:
-        >>> replacing_knots(["fit", "--config", "configs/paper.yaml", "--chain.knots", "4"])
-        ['fit', '--config', 'configs/paper.yaml', '--chain.at_epochs=null', '--chain.knots', '4']
+        >>> completed(["fit", "--config", "configs/paper.yaml", "--chain.knots", "4"])[1:3]
+        ['--model=cola_lightning.COLACausalLM', '--data=cola_lightning.TextDataModule']
+        >>> completed(["fit", "--config", "configs/paper.yaml", "--chain.knots", "4"])[3:]
+        ['--config', 'configs/paper.yaml', '--chain.at_epochs=null', '--chain.knots', '4']
     """
     defaults = {option.name: option.default for option in fields(ChainSchedule) if option.name in WHEN_OPTIONS}
     sources = list[tuple[int, dict[str, Any]]]()  # of options: where each begins among the words, and what it sets of `chain`
-    place, is_after_file = 1, True
-    while place < len(words):
-        option, _, value = words[place].partition("=")
-        n_words = 1 if "=" in words[place] or not words[place].startswith("-") else 2
-        value = " ".join(words[place + 1 : place + n_words]) or value
-        if is_file := option in ("--config", "-c"):
-            sources.append((place, dict(read_groups(value).get("chain", {}))))
-        elif is_after_file:
-            sources.append((place, {}))
+    model, is_after_file = "", True
+    for place, (word, following) in enumerate(itertools.pairwise([*words, ""])):
+        if not word.startswith("-"):
+            continue
+        option, has_value, value = word.partition("=")
+        value = value if has_value else following.removeprefix("--")
+        groups = read_groups(value) if (is_file := option in ("--config", "-c")) else {}
+        if is_file or is_after_file:
+            sources.append((place, dict(groups.get("chain", {}))))
         if option.startswith("--chain."):
             sources[-1][1][option.removeprefix("--chain.")] = None if value == "null" else value
-        place, is_after_file = place + n_words, is_file
+        typed = value if option in ("--model", "--model.class_path") else model
+        model, is_after_file = str(groups.get("model", {}).get("class_path", typed)), is_file
+    classes = [f"--model={CLASSES['model']}", f"--data={DATA_OF_MODEL.get(model.rpartition('.')[2], CLASSES['data'])}"]
     having_knots = [k for k, (_, options) in enumerate(sources) if any(options.get(name) for name in KNOT_OPTIONS)]
-    if not having_knots:
-        return list(words)
-    last = having_knots[-1]
-    place, mine = sources[last]
+    last = having_knots[-1] if having_knots else 0
+    place, mine = sources[last] if having_knots else (1, {})
     earlier = {name for _, options in sources[:last] for name in options if name in defaults and name not in mine}
     resets = [f"--chain.{name}={json.dumps(defaults[name])}" for name in defaults if name in earlier]
-    return [*words[:place], *resets, *words[place:]]
-
-
-def data_class(words: Sequence[str]) -> str:
-    """The data module of a command line that names none: the only one that fits its model, or TextDataModule.
-
-    Example:
-        >>> data_class(["fit", "--model", "COLAImageClassifier", "--data.source", "pictures"])
-        'cola_lightning.ImageDataModule'
-    """
-    model = ""
-    for word, following in itertools.pairwise([*words, ""]):
-        option, has_value, value = word.partition("=")
-        value = value if has_value else following
-        if option in ("--config", "-c"):
-            model = str(read_groups(value).get("model", {}).get("class_path", model))
-        elif option in ("--model", "--model.class_path"):
-            model = value
-    return DATA_OF_MODEL.get(model.rpartition(".")[2], CLASSES["data"])
+    return [words[0], *classes, *words[1:place], *resets, *words[place:]]  # classes first: typed ones replace them
 
 
 def read_groups(path: str) -> dict[str, dict[str, Any]]:

@@ -2,10 +2,8 @@
 
 import itertools
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from logging import WARNING
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from cola_lightning.data.render import TOO_LONG, TooLong
 from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.tokenized import TokenizedDataModule
-from cola_lightning.errors import UnusableRow, UserError, shortened_text
+from cola_lightning.errors import UnusableRow, UserError
 
 # Columns with a text, or a pair of texts, and with its label, by the first that a data set has.
 TEXTS = [["premise", "hypothesis"], ["sentence1", "sentence2"], ["question1", "question2"], ["question", "sentence"]]
@@ -98,18 +96,6 @@ class LabelledDataModule(SourceDataModule):
         if self.labels not in (None, [*self.label_names]):
             raise UserError(f"data.labels: must be the model's labels, {[*self.label_names]}, got {self.labels}")
         super().setup(stage)
-        if stage == "fit":
-            self._warn_of_odd_classes()
-
-    def _warn_of_odd_classes(self) -> None:
-        forms = {name: "".join(name.split()).casefold() for name in self.label_names}
-        n_names = Counter(forms.values())
-        similar = [name for name, form in forms.items() if n_names[form] > 1]
-        rare = [name for name, n_rows in self._class_counts().items() if n_rows < 2]
-        problems = [f"{shortened_text(', '.join(rare), 200)} have one row or none"] * bool(rare)
-        problems += [f"{', '.join(similar)} differ only in case or white space"] * bool(similar)
-        if problems:
-            self._log(f"labels: {'; '.join(problems)}. data.labels fixes the classes: other rows are skipped", WARNING)
 
     def _class_counts(self) -> dict[str, int]:
         """The number of rows of each class in training and validation."""
@@ -131,7 +117,8 @@ class LabelledDataModule(SourceDataModule):
     @override
     def groups(self, rows: Rows) -> list[Hashable] | None:
         _, label = self._find_columns(rows)
-        found = each(lambda row: class_name(row, label, self.label_names), rows)
+        labels = [Row({label: value}, rows.place, rows.class_names) for value in rows.data[label]]  # without other columns
+        found = each(lambda row: class_name(row, label, self.label_names), labels)
         return [name if isinstance(name, str) else None for name in found]
 
     def class_reader(self, rows: Rows, label: str) -> ClassReader:

@@ -29,7 +29,7 @@ ANSWERS = {
 INPUTS = ("input", "context")  # of an instruction
 SYSTEMS = ("system", "system_prompt")
 # Columns of preference pairs: with the rejected answer, and with the preferred one.
-PREFERRED = {"rejected": "chosen", "non_preferred_output": "preferred_output", "dispreferred": "preferred", "worse": "better"}
+PREFERRED = {"rejected": "chosen", "dispreferred": "preferred", "worse": "better"}
 PREFERRED |= {"rejected_response": "chosen_response", "response_rejected": "response_chosen", "bad": "good"}
 UNPAIRED = ("label", "kto_tag")  # columns that say, as true or false, whether a response is good
 
@@ -89,7 +89,7 @@ def find_columns(
             return find_columns(names, lists, None)
     extra = _extra(names)
     if has_response and "conversations" in lists and _preferred_and_rejected(names):  # LLaMA-Factory: they end with the user
-        raise _nothing_fits(names, lists, {"prompt": "conversations"} | extra)
+        raise _nothing_fits(names)
     conversations = [{"messages": name} for name in CONVERSATIONS if name in lists]
     if {"prompt", "completion"} <= {*lists}:
         conversations.append({"prompt": "prompt", "completion": "completion"})
@@ -115,7 +115,7 @@ def find_columns(
         return Reading("prompt", used | extra, others)
     if "text" in texts and "role" not in names:  # each row of a tree of messages is a turn
         return Reading("text", {"text": "text"}, {})
-    raise _nothing_fits(names, lists, used | extra)
+    raise _nothing_fits(names)
 
 
 def _extra(names: Sequence[str]) -> Columns:
@@ -131,29 +131,20 @@ def _preferred_and_rejected(names: Sequence[str]) -> tuple[str, str] | None:
     return next(iter(pairs), None)
 
 
-def _nothing_fits(names: Sequence[str], lists: Collection[str], prompt: Columns) -> UserError:
-    """The error for rows of an unknown kind: no option that it shows trains on a rejected answer."""
-    usable = [name for name in names if name.lower() not in PREFERRED and "reject" not in name.lower()]
+def _nothing_fits(names: Sequence[str]) -> UserError:
     if pair := _preferred_and_rejected(names):
-        answer, rejected = pair
-        others = [name for name in usable if answer.lower() not in name.lower() and name not in (*lists, *prompt.values())]
-        prompt = {"prompt": "prompt"} | prompt if {"prompt", answer} <= {*lists} else prompt
-        question = prompt if "prompt" in prompt else {"prompt": others[0]} | prompt if others else {}
-        has_all = answer in lists and prompt.get("prompt") not in lists
-        columns = {"messages": answer} if has_all else question | {"response" if question else "text": answer}
-        condition = ", if its turns include the prompt" if has_all else ""
         return UserError(
-            f"data.columns: {answer} and {rejected} are preference pairs. To train on the pairs, use COLAPreferenceLM with "
-            "PreferenceDataModule (--model COLAPreferenceLM --data PreferenceDataModule). To train on the preferred answers "
-            f"alone, use {as_option(columns)}{condition}"
+            f"data.columns: {' and '.join(pair)} are preference pairs. To train on them, use COLAPreferenceLM with "
+            f"PreferenceDataModule (--model COLAPreferenceLM --data PreferenceDataModule). To train on {pair[0]} alone, name "
+            f"columns: --data.columns '{{prompt: COLUMN, response: {pair[0]}}}', or {{messages: {pair[0]}}} if it holds whole "
+            "conversations"
         )
-    slots = ("prompt", "response") if len(usable) > 1 else ("text",)
-    example = as_option(dict(zip(slots, [*usable[:1], *usable[-1:]], strict=False)))
     return UserError(
         f"data.columns: found no conversation, no prompt with a response and no text among the columns {', '.join(names)}. "
-        f"Name them, for example {example}. For texts with labels, choose: a classifier with a new head (--model "
-        "COLASequenceClassifier --data TextClassificationDataModule, with --data.text_fields and --data.label_field), or a "
-        "language model that picks an option (--data TemplateDataModule, with --data.prompt, --data.options and --data.label)"
+        "Name them: --data.columns '{prompt: COLUMN, response: COLUMN}'. For texts with labels, choose: a classifier with a "
+        "new head (--model COLASequenceClassifier --data TextClassificationDataModule, with --data.text_fields and "
+        "--data.label_field), or a language model that picks an option (--data TemplateDataModule, with --data.prompt, "
+        "--data.options and --data.label)"
     )
 
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
-from cola_lightning.data.base import EpochDataModule, check_sizes, from_module
+from cola_lightning.data.base import EpochDataModule
 from cola_lightning.data.batch import pad_left
 from cola_lightning.data.labels import count_classes
 from cola_lightning.data.preprocessing import Size, TokenPreprocessor
@@ -328,66 +328,3 @@ class OptionBatches(EpochDataModule):
         counts = Counter(row.options[cast(int, row.answer)].strip() for row in rows)
         options = [option.strip() for some in seen for option in some]
         return [*super().describe(), count_classes({option: counts[option] for option in options})]
-
-
-class OptionDataModule(OptionBatches):
-    """Examples with options: a subclass' ``setup`` makes ``self.train``, ``self.val`` and ``self.test`` with :meth:`encode`.
-
-    Args:
-        batch_size: rows per training batch.
-        eval_batch_size: rows per batch in validation, test and predict; ``null``: as in training.
-        max_length: maximum length of prompt and option, in tokens; the model's own limit also applies. A longer prompt is
-            truncated on the left.
-        split_seed: seed of the training order, together with the module's seed.
-        num_workers: worker processes that prepare batches; 0: the main process prepares them.
-        length_grouped: group rows of similar length into training batches, to reduce padding, and shuffle the batches;
-            ``false``: shuffle the rows.
-
-    Attributes:
-        tokenizer: the trained module's. To use the rows without a Trainer, set it before ``setup``.
-        loss: over all ``options``, or the language-model loss on the right ``answer`` only.
-        metric: the metric; None: accuracy of options, F1 and exact match of generated answers.
-        apply_chat_template: whether prompts are a user's turn in the tokenizer's chat template.
-    """
-
-    tokenizer: Any = from_module("tokenizer")
-    loss: Loss = "options"
-    metric: str | None = None
-    apply_chat_template = False
-
-    def __init__(
-        self,
-        batch_size: int = 8,
-        eval_batch_size: int | None = None,
-        max_length: int = 2048,
-        split_seed: int = 0,
-        num_workers: int = 0,
-        length_grouped: bool = False,
-    ) -> None:
-        super().__init__(batch_size, eval_batch_size, split_seed, num_workers)
-        check_sizes(max_length=max_length)
-        self.length_grouped, self.max_length = length_grouped, max_length
-
-    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Encodes examples; one that cannot be used is an error."""
-        max_length = int(min(self.max_length, self.tokenizer.model_max_length))
-        known: Any = {"is_chat": self.apply_chat_template, "seen": self.preprocessor.seen if self.preprocessor else set()}
-        self.preprocessor = OptionRows(self.tokenizer, max_length, _no_row, self.loss, self.metric, **known)
-        encoded = list[EncodedExample]()
-        for example, outcome in zip(examples, self.preprocessor.encode(examples, set()), strict=True):
-            if isinstance(outcome, UnusableRow):
-                raise UserError(f"{example.place}: {outcome}")
-            encoded += outcome
-        return encoded
-
-    @override
-    def length(self, row: EncodedExample) -> int:
-        return len(row)
-
-    @override
-    def collate(self, rows: list[EncodedExample]) -> dict[str, Any]:
-        return cast(OptionRows, self.preprocessor).collate(rows)
-
-
-def _no_row(row: Row) -> Example:
-    raise NotImplementedError("examples do not come from rows")

@@ -249,7 +249,6 @@ def preference(row: Row, kind: Kind, columns: Columns) -> PreferencePair:
     Raises:
         UnusableRow: if a response is empty, both are equal, or their prompts differ.
     """
-    row, columns = _without_nesting(row, columns)
     (chosen, is_marked), (rejected, _) = (_answered(row, kind, columns, side) for side in SIDES)
     for turns in (chosen, rejected):
         while turns and turns[-1]["role"] != "assistant":
@@ -270,7 +269,6 @@ def _preference_question(row: Row, kind: Kind, columns: Columns) -> tuple[Conver
     """The prompt of a row of pairs, whose responses may be missing; the target is the preferred one."""
     if kind == "prompt" and "prompt" in columns:
         return question(row, kind, {"response" if slot == "chosen" else slot: name for slot, name in columns.items()})
-    row, columns = _without_nesting(row, columns)
     (chosen, is_marked), (rejected, _) = (_answered(row, kind, columns, side) for side in SIDES)
     n = _n_shared(chosen, rejected)
     if not n or n == len(chosen) or chosen[n]["role"] != "assistant":
@@ -279,14 +277,6 @@ def _preference_question(row: Row, kind: Kind, columns: Columns) -> tuple[Conver
         raise UnusableRow("no turn to answer")
     target = text_of(chosen[n]["content"]).strip() if n < len(chosen) else None
     return Conversation(chosen[:n], _tools(row, columns), (), is_marked), target
-
-
-def _without_nesting(row: Row, columns: Columns) -> tuple[Row, Columns]:
-    """The row with the fields of its prompt, if that is an object with ``messages`` and ``tools``."""
-    prompt = row[columns["prompt"]] if "prompt" in columns else None
-    if not isinstance(prompt, dict) or "messages" not in prompt:
-        return row, columns
-    return Row({**row, **prompt}, row.place), columns | {"prompt": "messages", "tools": "tools"}
 
 
 def _answered(row: Row, kind: Kind, columns: Columns, side: str) -> tuple[list[Message], bool]:

@@ -46,8 +46,8 @@ class PreferenceDataModule(TextDataModule):
 
     How a row is read follows from its columns: ``chosen`` and ``rejected`` as texts or as turns, with their prompt in
     ``prompt``, ``instruction`` (with ``input``), ``question`` or ``conversations``; conversations in ``chosen`` and
-    ``rejected``, as turns or as text with the marks ``Human:`` and ``Assistant:``, whose common beginning is the prompt; or
-    ``input``, ``preferred_output`` and ``non_preferred_output``. A ``system`` column is the system prompt.
+    ``rejected``, as turns or as text with the marks ``Human:`` and ``Assistant:``, whose common beginning is the prompt. A
+    ``system`` column is the system prompt.
 
     Responses are encoded as those of ``TextDataModule``, and both keep the same prompt: if the longer one is over
     ``max_length``, the prompt is shortened, and then the responses lose their ends. Pairs with an empty response, with equal

@@ -98,16 +98,10 @@ def load_splits(
             f"{source}, {split}",
             functools.partial(hashes_of, [Path(file["filename"]) for file in rows.cache_files])
             if path.is_dir()
-            else contents_on_hub(source, subset, split, "whole"),
+            else functools.partial(list, [f"{source} {subset or ''} {split}"]),  # its name
         )
         for split, rows in data.items()
     }
-
-
-def contents_on_hub(source: str, subset: str | None, split: str, how: str) -> Callable[[], list[str]]:
-    """The ``contents`` of the :class:`Rows` of a split on the hub: its name, and ``how`` its rows were read."""
-    name = f"{source} {subset or ''} {split}"
-    return lambda: [name, f"{name} {how}"]
 
 
 def choose_split(splits: Splits, name: str | None, usual_names: Sequence[str], option: str) -> Callable[[], Rows] | None:
@@ -361,7 +355,7 @@ def _wrong_quote(file: Path, sep: str) -> str | None:
 # ---------------------------------------------------------------------- the hub
 
 
-def hub_data(source: str, subset: str | None, revision: str | None, *, streaming: bool = False) -> Any:
+def hub_data(source: str, subset: str | None, revision: str | None) -> Any:
     """The splits of a data set on the hub, as ``datasets`` has them; see :func:`load_splits`."""
     import datasets
 
@@ -371,6 +365,6 @@ def hub_data(source: str, subset: str | None, revision: str | None, *, streaming
         raise UserError(f"data.source: {source!r} is not {kinds}{near}")
     try:
         with hub.needed_for(f"data.source: {source!r}"):
-            return datasets.load_dataset(source, subset, revision=revision, streaming=streaming)
+            return datasets.load_dataset(source, subset, revision=revision)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"data.source, data.subset: {source!r} cannot be loaded: {one_line(str(error))}{near}") from error

@@ -21,9 +21,6 @@ from cola_lightning.data.preprocessing import Preprocessor, Size, TokenPreproces
 from cola_lightning.data.render import LanguageRow, TooLong, encode_conversations, encode_prompt, encode_texts
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import Source
-from cola_lightning.data.split import MOST_VALIDATION_ROWS
-from cola_lightning.data.splits import Splits, is_on_hub
-from cola_lightning.data.streaming import stream_splits
 from cola_lightning.data.tokenized import TokenizedDataModule
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import HubError, UnusableRow, UserError, check_name
@@ -159,9 +156,6 @@ class TextDataModule(TokenizedDataModule):
     Args:
         source: A file, a folder of ``train.jsonl`` and so on, or the id of a data set on the hub: see ``SourceDataModule``.
         subset: Name of a configuration of a data set on the hub.
-        streaming: Read only as many rows of a data set on the hub as ``train_size``, ``val_size`` and ``test_size`` (by default
-            1,000 each) ask for, if the data set does not fit on the disk. ``split_seed`` draws them through a buffer of 10,000
-            rows. The rest holds as for other rows.
         columns: Which columns to use, as ``{prompt: ask, response: say}``. The keys are ``messages`` (with ``tools``),
             ``prompt`` (with ``response``, ``input`` and ``system``) or ``text``. ``null`` finds them by their names.
         chat_template: ``true`` formats instructions and conversations by the tokenizer's chat template, and ``false`` puts a
@@ -189,7 +183,6 @@ class TextDataModule(TokenizedDataModule):
         source: tuple[str | Source, ...] | str,
         subset: str | None = None,
         *,
-        streaming: bool = False,
         columns: dict[str, str] | None = None,
         chat_template: bool | str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -204,11 +197,6 @@ class TextDataModule(TokenizedDataModule):
     ) -> None:
         super().__init__(source, subset, **rows)
         check_name("data.loss", loss, get_args(TurnLoss))
-        self.streaming = streaming
-        sizes = self.train_size, self.val_size, self.test_size
-        is_counted = self.train_size is not None and not any(isinstance(size, float) and 0 < size <= 1 for size in sizes)
-        if streaming and not (is_counted and all(is_on_hub(one.source) for one in self.sources)):
-            raise UserError("data.streaming reads data.train_size rows from the hub. Set it, and each size as a number of rows")
         self.packing, self.length_grouped = packing, self.length_grouped and not packing
         self.columns, self.chat_template = columns, chat_template
         self.chat_template_kwargs, self.loss = chat_template_kwargs, loss
@@ -289,7 +277,7 @@ class TextDataModule(TokenizedDataModule):
             self._log(f"data.max_new_tokens: {room}, half of the model's longest sequence")
         return replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, room))
 
-    # ------------------------------------------------------------------ rows that are packed or streamed
+    # ------------------------------------------------------------------ rows that are packed
 
     def _packed(self, encoded: Any) -> Packs:
         lengths = self.lengths(encoded)
@@ -297,17 +285,6 @@ class TextDataModule(TokenizedDataModule):
         share = sum(lengths) / max(1, self.max_length * len(packs))
         self._log(f"packing: {len(lengths)} rows in {len(packs)} packs of {self.max_length} tokens, {share:.1%} full")
         return packs
-
-    @override
-    def load(self, source: Source) -> Splits:
-        if not self.streaming:
-            return super().load(source)
-        held_out = [MOST_VALIDATION_ROWS if size is None else int(size) for size in (self.val_size, self.test_size)]
-
-        def n_rows(split: str) -> int:
-            return sum((int(self.train_size or 0), *held_out)) if split == self.train_split else max(held_out)
-
-        return stream_splits(source.source, source.subset, source.revision, n_rows, self.split_seed)
 
     @override
     def _order(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ def test_tables_and_sentences_of_a_page_are_those_of_the_lines(page):
     assert pages.written(page) == (pages.ROOT / page).read_text()
 
 
-@pytest.mark.parametrize("page", sorted({page for page, _ in pages.TABLES}))
+@pytest.mark.parametrize("page", sorted({page for page, _ in pages.TABLES} - {"docs/api.md"}))  # which has no numbers
 def test_a_number_that_the_lines_do_not_give_is_written_anew(page, tmp_path, monkeypatch):
     """In each table of a page."""
     text = (pages.ROOT / page).read_text()

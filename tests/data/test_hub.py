@@ -167,18 +167,3 @@ def test_one_command_by_names_alone_is_a_chain_of_three_epochs(tmp_path, monkeyp
     log = capfd.readouterr().out
     for printed in ("using max_epochs 3", "link 0 finished", "link 1 finished", "link 2 live at the end"):
         assert printed in log
-
-
-def test_some_rows_of_a_data_set_are_streamed_by_the_seed_and_some_of_them_held_out():
-    runs = [read("trl-lib/tldr", streaming=True, train_size=16, split_seed=seed) for seed in range(2)]
-    orders = [[row["text"] for row in run if row["stage"] == "train"] for run in runs]
-    for run in runs:
-        assert_trained(run, TLDR, "train", "validation")
-    assert len(orders[0]) == len(orders[1]) == 16
-    assert orders[0] != orders[1]
-    run = read("tatsu-lab/alpaca", streaming=True, train_size=8, val_size=5, test_size=5)
-    assert_trained(run, alpaca)
-    trained, validated = ({row["trained"] for row in run if row["stage"] == stage} for stage in ("train", "validation"))
-    assert len(trained) in (7, 8)  # one row has no response
-    assert len(validated) in (4, 5)
-    assert not trained & validated

@@ -82,17 +82,6 @@ DIRTY = [*NAMES * 20, "Math", "sports"]
 
 
 @in_csv
-def test_classes_that_are_few_or_alike_are_warned_of_once(path, caplog):
-    fitted(path, [k % 2 for k in range(20)])
-    assert [line for line in caplog.messages if line.startswith("labels: ")] == []
-    names, _ = fitted(path, DIRTY)
-    assert names == ["Math", "files", "math", "network", "sports"]
-    (warning,) = [line for line in caplog.messages if line.startswith("labels: ")]
-    for words in ("Math, sports have one row or none", "Math, math differ only in case or white space", "data.labels"):
-        assert words in warning
-
-
-@in_csv
 @pytest.mark.parametrize("module", [{}, {"label_names": NAMES}, {"num_labels": 3}])
 def test_the_classes_are_those_that_data_labels_names_and_other_rows_are_skipped(path, caplog, module):
     caplog.set_level("INFO", "cola_lightning")

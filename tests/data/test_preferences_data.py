@@ -88,13 +88,6 @@ EXPECTED = {
         ],
         {EQUAL: 1},
     ),
-    "azure": (
-        [
-            (chat_text("How many legs has an ant?", system="Be exact."), "Six.", "Eight."),
-            (chat_text("How many eyes has a bee?"), "Five.", "Two."),
-        ],
-        {EQUAL: 1, EMPTY: 1},
-    ),
 }
 
 
@@ -314,7 +307,7 @@ def test_pairs_for_supervised_training_get_one_line_whose_option_works(tmp_path)
         folder = tiny.write_rows(tmp_path / name, tiny.read_rows(FILES / f"{name}.jsonl"))
         with pytest.raises(UserError, match=r"are preference pairs\..* COLAPreferenceLM with PreferenceDataModule") as caught:
             tiny.set_up(TextDataModule(folder), own, "test")
-        assert f"--data.columns '{option}'" in str(caught.value)
+        assert "--data.columns '{" in str(caught.value)
         data = TextDataModule(folder, columns=yaml.safe_load(option), loss="last", max_skipped=1.0)
         row, answer = tiny.set_up(data, own, "test").test[0], EXPECTED[name][0][0][1]
         learned = own.decode([label for label in labels_of(row) if label != -100])

@@ -6,7 +6,7 @@ import re
 import datasets
 import pytest
 
-from cola_lightning import Example, OptionDataModule, TemplateDataModule, UserError
+from cola_lightning import TemplateDataModule, UserError
 from tests.helpers import tiny
 
 
@@ -111,21 +111,3 @@ def test_a_chat_template_is_around_the_prompt_and_the_option_is_what_the_assista
     ((row,), _) = examples([long], tmp_path, own, prompt="{text}Is it?", options=["a", "b"], **requested)
     assert 70 < len(row) < 80
     assert re.fullmatch(r"<s>\[user\]\n.*long\. Is it\?</s>\n\[assistant\]\n", own.decode(row.prefixes[0]), re.DOTALL)
-
-
-class Own(OptionDataModule):
-    metric = "f1"
-    apply_chat_template = True
-
-    def setup(self, stage):
-        self.train = self.encode([Example(f"Is it {k}?", ("no", "yes"), k % 2) for k in range(4)])
-        self.val = self.encode([Example("Is it?", ("no", "yes"), 1)])
-
-
-def test_examples_of_ones_own_are_prompted_and_measured_as_the_class_says():
-    data = tiny.set_up(Own(batch_size=2), tiny.chat_tokenizer(tiny.CHAT), "fit")
-    batch = next(iter(data.train_dataloader()))
-    assert batch["metric"] == "f1"
-    assert "[assistant]" in data.tokenizer.decode(batch["input_ids"][0])
-    assert data.prompt_format == {"kind": "options", "chat_template": True, "prompt": None, "options": ["no", "yes"]}
-    assert data.describe()[-1] == "classes: no 2, yes 3"

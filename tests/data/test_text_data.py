@@ -35,7 +35,7 @@ REFUSED = [
     ("messages", "", "among the columns messages", ""),  # as JSON
     ("system chat", "", "among the columns system, chat", ""),  # glaive-function-calling-v2: a conversation as one text
     ("message_id parent_id text role", "", "among the columns message_id, parent_id, text", ""),  # oasst1: a row is a turn
-    ("ask good bad", "", "good and bad are preference pairs", "{prompt: ask, response: good}"),
+    ("ask good bad", "", "good and bad are preference pairs", "response: good}"),
 ]
 
 
@@ -47,7 +47,7 @@ def test_columns_are_found_by_what_people_call_them_or_listed_with_the_options_t
         with pytest.raises(UserError, match=rf"data\.columns: .*{message}.*--data\.columns '{{") as caught:
             find_columns(names.split(), lists.split(), None)
         assert [option for option in re.split(r"(?<=\}) ", options) if option not in str(caught.value)] == []
-    for rejected in ("non_preferred_output", "rejected_response", "Rejected", "response_rejected", "worse"):
+    for rejected in ("rejected_response", "Rejected", "response_rejected", "worse"):
         for names in (["ask", "say", rejected], ["ask", rejected], [rejected, "say"]):
             with pytest.raises(UserError, match=r"^data\.columns: ") as caught:
                 find_columns(names, [], None)

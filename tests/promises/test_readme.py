@@ -56,7 +56,7 @@ def model_and_rows(tmp_path):
     return tiny.folder(tmp_path / "model", "opt")
 
 
-N_LINKS = {("README.md", 0): 2, ("docs/python.md", 0): 1, ("docs/python.md", 1): 2}
+N_LINKS = {("README.md", 0): 2, ("docs/python.md", 0): 1, ("examples/own_model.py", 0): 2}
 N_LINKS |= {("examples/own_loss.py", 0): 1, ("examples/without_lightning.py", 0): 3, ("examples/stages.py", 0): 3}
 
 
@@ -74,7 +74,7 @@ def test_an_example_runs(place, model_and_rows, capsys):
     exec(compile(example, place[0], "exec"), names)
     assert len(names["module" if "module" in names else "adapted"].chain) == N_LINKS[place]
     out = capsys.readouterr().out
-    if place == ("docs/python.md", 1):  # learns, link by link, about as it says; the order of the rows is by chance
+    if place == ("examples/own_model.py", 0):  # learns, link by link, about as it says; the order of the rows is by chance
         (stated,) = blocks("docs/python.md", "text")
         output, found = ([float(x) for x in re.findall(r"links: test accuracy (\S+)", text)] for text in (stated, out))
         assert len(output) == len(found) == 4
@@ -173,7 +173,7 @@ def test_resume_roll_back_and_export_work_line_by_line(tmp_path, capsys):
     resumed, rolled_back = (torch.load(f"runs/version_{n}/checkpoints/last.ckpt", weights_only=True) for n in (1, 2))
     assert resumed["global_step"] == 8
     assert len(StoredState.of(rolled_back["state_dict"]).chain) == 2 + 2
-    assert all(Path(path).exists() for path in ("chain.png", "merged/tokenizer.json", "adapter/adapter_config.json"))
+    assert all(Path(path).exists() for path in ("merged/tokenizer.json", "adapter/adapter_config.json"))
     assert len(Chain.load("chain")) == 2
 
 
