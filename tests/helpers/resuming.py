@@ -1,5 +1,7 @@
 """Fits that stop at one moment and resume, with a module and data in which a wrong resume shows; two runs are compared."""
 
+import re
+
 import torch
 from lightning.pytorch import Callback
 from torch import nn
@@ -91,6 +93,22 @@ class Recorder(Callback):
         return self.losses, self.validations, self.rows, self.rates
 
 
+# Those of a fit, except for those after its last step, where nothing is left to be done.
+OTHERS = "exception|checkpoint|test|predict|sanity|train_end|fit_end"
+HOOKS = [name for name in vars(Callback) if name.startswith("on_") and not re.search(OTHERS, name)]
+
+
+def _stopping(name):
+    def hook(self, *args, **options):
+        getattr(Recorder, name)(self, *args, **options)
+        self._count(name)
+
+    return hook
+
+
+# Stops in any hook, by the hook's whole name.
+Everywhere = type("Everywhere", (Recorder,), {name: _stopping(name) for name in HOOKS})
+
 ARGUMENTS = {"target_modules": ["0"], "modules_to_save": ["3"], "rank": 3, "dropout": 0.2, "lr_schedule": "cosine"}
 
 
@@ -98,9 +116,9 @@ def make(cls=Normed, lr=1e-2, weight_decay=1e-2, **arguments):
     return toy(cls, **ARGUMENTS | arguments, optimizer=lambda p: AdamW(p, lr=lr, weight_decay=weight_decay))
 
 
-def fit(folder, stop=None, ckpt_path=None, module=None, data=None, callbacks=(), chain=None, **options):
+def fit(folder, stop=None, ckpt_path=None, module=None, data=None, callbacks=(), chain=None, kind=Recorder, **options):
     """A fit of three epochs with a knot in the middle of the second; gives its module, recorder and trainer."""
-    module, recorder = module or make(), Recorder(stop)
+    module, recorder = module or make(), kind(stop)
     options = {"max_epochs": 3, "accumulate_grad_batches": 3, "val_check_interval": 0.5, "num_sanity_val_steps": 0} | options
     callbacks, chain = [recorder, LastCheckpoint(), *callbacks], chain or {"at_steps": [4], "ranks": [3, 2]}
     run = trainer(folder, *callbacks, chain=chain, enable_checkpointing=True, **options)
@@ -109,7 +127,7 @@ def fit(folder, stop=None, ckpt_path=None, module=None, data=None, callbacks=(),
     except Stopped:
         assert stop
     else:
-        assert not stop
+        assert not stop or recorder.counts.get(stop[0], -1) < stop[1]  # a run that was resumed may not get there again
     return module, recorder, run
 
 

@@ -15,7 +15,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from cola_lightning import LastCheckpoint, LoRALayer, UserError
 from tests.helpers import tiny
-from tests.helpers.resuming import ARGUMENTS, Data, Normed, Outside, first_difference, fit, last, make
+from tests.helpers.resuming import ARGUMENTS, HOOKS, Data, Everywhere, Normed, Outside, first_difference, fit, last, make
 from tests.helpers.toy import assert_bit_equal, toy, trainer, weights
 
 
@@ -72,7 +72,7 @@ INSIDE = ("backward", 13)  # an epoch, a link and a window
 FEW = [INSIDE, ("batch_end", 7)]
 
 
-OWN_RANKS = {"rank_pattern": {"0": 5}, "alpha_pattern": {"0": 7}, "scaling": "rslora", "lr_ratio_B": 4}
+OWN_RATE = {"lr_ratio_B": 4}
 EXPERTS = {"target_modules": "all-linear", "experts": True, "modules_to_save": ["4"], "kept_optimizer_state": 0.5}
 ONE = {"accumulate_grad_batches": 1}
 
@@ -93,7 +93,7 @@ RUNS = {
     "torchdata's loader": lambda: {"data": Stateful()},
     "beside a longer loader": lambda: {"data": Beside(batch_size=4), "max_epochs": 2},
     "a schedule over ours": lambda: {"module": make(Scheduled, lr_schedule="linear")},
-    "ranks, alphas and rates of their own": lambda: {"module": make(**OWN_RANKS)},
+    "a rate of its own for B": lambda: {"module": make(**OWN_RATE)},
     "a share of the optimizer's state": lambda: {"module": make(kept_optimizer_state=0.1)},
     "the run's schedule": lambda: {"module": make(schedule_scope="run", warmup_steps=2, knot_warmup_steps=3)},
     "knots at a plateau": lambda: {"module": make(schedule_scope="run"), "chain": {"patience": 1, "min_delta": 0.02}},
@@ -124,19 +124,39 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, name):
     assert "plateau" not in name or whole.n_finished > 1
     assert "early" not in name or (len(expected.validations), whole.n_finished) == (4, 1)  # it counts on across a knot
     for stop in PLACES.get(name, [INSIDE]):
-        path, done, finished = None, [{} for _ in expected.all], 0
-        for k, moment in enumerate([*(stop if isinstance(stop, list) else [stop]), None]):
-            module, recorder, run = fit(tmp_path / f"{stop} {k}", moment, path, **options())
-            assert all(expected.steps[place] == finished for place in recorder.rows.keys() & done[2].keys())  # done twice
-            finished = run.global_step
-            for before, now, all_ in zip(done, recorder.all, expected.all, strict=True):
-                assert now == {place: all_[place] for place in now}, stop
-                before |= now
-            if last(tmp_path / f"{stop} {k}").exists():  # else nothing was left to be done, and so to be written
-                path = last(tmp_path / f"{stop} {k}")
-        assert done == list(expected.all), stop
-        assert_bit_equal(weights(module), weights(whole))
-        assert_same_state(path, last(tmp_path / "whole"))
+        check_that_it_goes_on(tmp_path, stop if isinstance(stop, list) else [stop], options, whole, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["windows of three batches", "windows of one", "early stopping", "an end in steps"])
+def test_any_hook_may_be_the_place_to_stop_once_and_twice(tmp_path, name):
+    def options():
+        more = {"max_epochs": -1, "max_steps": 8} if "steps" in name else RUNS[name]()
+        return {"kind": Everywhere} | more
+
+    whole, expected, _ = fit(tmp_path / "whole", **options())
+    stops = [(hook, count) for hook, last_count in expected.counts.items() if hook in HOOKS for count in range(last_count + 1)]
+    assert len(stops) > 100
+    for stop in stops:
+        for twice in ([stop], [stop, (stop[0], 0)]):
+            check_that_it_goes_on(tmp_path, twice, options, whole, expected)
+
+
+def check_that_it_goes_on(tmp_path, stops, options, whole, expected):
+    """A run that stops at these moments, in one after the other of its parts, has what the whole run has, and each once."""
+    path, done, finished = None, [{} for _ in expected.all], 0
+    for k, moment in enumerate([*stops, None]):
+        module, recorder, run = fit(folder := tmp_path / f"{stops} {k}", moment, path, **options())
+        assert all(expected.steps[place] == finished for place in recorder.rows.keys() & done[2].keys()), stops  # done twice
+        finished = run.global_step
+        for before, now, all_ in zip(done, recorder.all, expected.all, strict=True):
+            assert now == {place: all_[place] for place in now}, stops
+            before |= now
+        if last(folder).exists():  # else nothing was left to be done, and so to be written
+            path = last(folder)
+    assert done == list(expected.all), stops
+    assert_bit_equal(weights(module), weights(whole))
+    assert_same_state(path, last(tmp_path / "whole"))
 
 
 def assert_same_state(ours, theirs):
