@@ -77,7 +77,7 @@ def each_subcommand() -> None:
         ["test", *of_run],
         ["predict", *of_run],
         ["generate", "runs/version_0", "--prompt", "word1 word2", "--max_new_tokens", "4"],
-        ["inspect", "runs/version_0", "--plot", "chain.png"],
+        ["inspect", "runs/version_0"],
         ["export", "runs/version_0", "--format", "merged", "--output", "merged"],
         ["export", "runs/version_0", "--format", "chain", "--output", "chain"],
         ["verify", "merged", "--base", "model", "--adapter", "runs/version_0"],

@@ -30,7 +30,7 @@ from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.lora.inject import inject_lora
-from cola_lightning.lora.layer import LoRALayer, initialize_link, is_quantized, is_quantized_model, lora_layers, own_values
+from cola_lightning.lora.layer import LoRALayer, initialize_link, is_quantized, is_quantized_model, lora_layers
 from cola_lightning.lora.stack import Stack
 from cola_lightning.merge import add_links, cast_floats, deep_copy, free, merge, round_floats
 from cola_lightning.seeding import seeded_build
@@ -193,17 +193,14 @@ class AdaptedModel:
         return int(rank), float(alpha)
 
     def resume_link(self, link: Link) -> None:
-        """Makes a link the current one, whose factors the layers have or get after this: sets each layer's rank and alpha.
+        """Makes a link the current one, whose factors the layers have or get after this.
 
         Raises:
-            UserError: if a layer would have another rank or scaling in it, or the rank is above the layers'.
+            UserError: if the rank is above the layers'.
         """
         self.current.rank, self.current.alpha = self.checked_link(link.rank, link.alpha)
-        layers = self.layers
-        for layer in layers.values():
-            layer.rank, layer.alpha = layer.rank_and_alpha(*self.current.size)
-        if own_values(layers, *self.current.size) != link.own_values:
-            raise UserError("model.rank_pattern, model.alpha_pattern, model.scaling: must be those of the chain")
+        for layer in self.layers.values():
+            layer.rank, layer.alpha = self.current.size
 
     def live_link(self, *, has_tensors: bool = True) -> Link:
         """The current link as it is now: what a knot would record.
@@ -231,7 +228,6 @@ class AdaptedModel:
             factors=factors,
             extras=extras,
             metrics=dict(current.metrics),
-            own_values=own_values(layers, *current.size),
             name=current.name,
         )
 

@@ -4,8 +4,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging import LogRecord, getLogger
-from pathlib import Path
 
 from cola_lightning.errors import HubError, causes
 
@@ -59,34 +57,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def without_load_report() -> Iterator[None]:
-    """Inside the block, transformers prints no table of the weights that it initialises: a checkpoint may replace them."""
-    logger = getLogger("transformers.modeling_utils")
-
-    def is_other(record: LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
-
-
-def upload(folder: Path, repo_id: str, *, is_public: bool = False) -> str:
-    """Uploads a folder to a model repository; returns its URL.
-
-    Args:
-        folder: the folder.
-        repo_id: the repository, which is created if necessary; one that exists stays public or private.
-        is_public: whether a new repository is public.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    address = str(api.create_repo(repo_id, private=not is_public, exist_ok=True))
-    api.upload_folder(repo_id=repo_id, folder_path=folder)
-    return address

@@ -5,22 +5,19 @@ An export also needs to know how transformers and PEFT load that model again.
 
 import importlib.util
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
+from typing_extensions import override
 
 from cola_lightning import hub
-from cola_lightning.chain.checkpoint import STATE_PREFIX, read_archive
 from cola_lightning.chain.peft import AdapterBase
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError, nearest, nearest_path, one_line
@@ -50,49 +47,6 @@ def package_folder(model_name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def load_weights(model: Any, path: str) -> list[str]:
-    """Gives a model the weights of a file, in which their names may have a prefix: that of the model in a LightningModule.
-
-    Args:
-        model: a model of transformers.
-        path: a checkpoint of Lightning, or a state dict by ``torch.save`` or safetensors.
-
-    Returns:
-        The names of the weights outside of the model's body that the file does not have, or has in another shape: a new head's.
-
-    Raises:
-        UserError: if the file cannot be read, or does not have all weights of the body.
-    """
-    stored = _read_weights(path)
-    own = model.state_dict()
-    starts = ((key, start) for key in stored for start in range(len(key)) if start == 0 or key[start - 1] == ".")
-    prefixes = Counter(key[:start] for key, start in starts if key[start:] in own)
-    prefix = max(prefixes, key=prefixes.__getitem__, default="")
-    found = {name: stored[prefix + name] for name in own if prefix + name in stored}
-    found = {name: value for name, value in found.items() if value.shape == own[name].shape}
-    with_value = {own[name].data_ptr() for name in found}  # tied weights are stored once, or under each name
-    missing = [name for name in own if own[name].data_ptr() not in with_value]
-    if lacking := [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]:
-        has_chain = any(key.startswith(STATE_PREFIX) for key in stored)
-        raise UserError(
-            f"model.weights: {path!r} does not have {len(lacking)} of the model's {len(own)} weights in their shapes, such as "
-            f"{lacking[0]!r}{'. It has a chain: model.init_chain begins with that' if has_chain else ''}"
-        )
-    model.load_state_dict(found, strict=False)
-    return missing
-
-
-def _read_weights(path: str) -> Mapping[str, Any]:
-    """The state dict of a file."""
-    if not path.endswith(".safetensors"):
-        contents = read_archive(path, "model.weights")
-        return contents.get("state_dict", contents) if isinstance(contents, Mapping) else {}
-    try:
-        return load_file(os.path.expanduser(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"model.weights: cannot read {path!r}: {one_line(str(error))}{nearest_path(path)}") from error
-
-
 @dataclass(frozen=True)
 class Pretrained:
     """The files of a pretrained model.
@@ -106,7 +60,6 @@ class Pretrained:
         trust_remote_code: run the Python files that come with the model.
         gguf_file: name of a GGUF file among the model's files, whose weights transformers de-quantises. A package that holds
             nothing but one GGUF file needs no name.
-        weights: a file with other weights for the model, see :func:`load_weights`; None: those of the model's files.
 
     Raises:
         UserError: if a package has several GGUF files, and none is named.
@@ -118,7 +71,6 @@ class Pretrained:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     gguf_file: str | None = None
-    weights: str | None = None
 
     def __post_init__(self) -> None:
         """Finds the GGUF file of a package that has no other model."""
@@ -132,14 +84,13 @@ class Pretrained:
 
     @property
     def name(self) -> str:
-        """The name, with the revision and the file of other weights, if these are requested."""
-        name = self.model_name + (f"@{self.revision}" if self.revision else "")
-        return name + (f" with {self.weights}" if self.weights else "")
+        """The name, with the revision if one is requested."""
+        return self.model_name + (f"@{self.revision}" if self.revision else "")
 
     @property
     def is_found_by_name(self) -> bool:
         """Whether transformers and PEFT find the model by its name alone."""
-        return not (self.gguf_file or self.weights or self.model_name.startswith(PACKAGE_PREFIX))
+        return not (self.gguf_file or self.model_name.startswith(PACKAGE_PREFIX))
 
     def load(self, auto_class: Any, **arguments: Any) -> Any:
         """The result of ``auto_class.from_pretrained`` on the files.
@@ -207,13 +158,11 @@ class Pretrained:
             number of labels; none if ``is_empty``.
         """
         options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
-        if is_empty or self.weights is not None:
+        if is_empty:
             options["trust_remote_code"] = self.trust_remote_code
-            model = auto_class.from_config(self.config(**fields), **options).train()
-            return model, [] if is_empty or self.weights is None else load_weights(model, self.weights)
-        with hub.without_load_report():
-            options |= {"ignore_mismatched_sizes": "num_labels" in fields}
-            model, info = self.load(auto_class, output_loading_info=True, **options, **fields)
+            return auto_class.from_config(self.config(**fields), **options).train(), []
+        options |= {"ignore_mismatched_sizes": "num_labels" in fields}
+        model, info = self.load(auto_class, output_loading_info=True, **options, **fields)
         model.train()
         if self.gguf_file is not None:  # de-quantised: save_pretrained would take it for a quantised model, and refuse
             model.hf_quantizer, model.is_quantized = None, False
@@ -247,7 +196,7 @@ class TransformersBase(Pretrained):
         labels: a classifier's labels; None: it has none, or they are not known.
         new_weights: the names of the weights that the module has initialised, because the files do not contain them.
         quantization: the data type of a base in 4 bits.
-        quantize: quantises a model in place, as the module does.
+        is_changed: whether its values need not be those of the files.
     """
 
     auto_class: str
@@ -255,16 +204,19 @@ class TransformersBase(Pretrained):
     labels: Sequence[str] | None
     new_weights: Sequence[str]
     quantization: Quantization | None
-    quantize: Callable[[Any], None]
+    is_changed: bool = False
 
-    def load_again(self, *, is_quantized: bool) -> tuple[nn.Module, list[str]]:
-        """Loads the base as the user of an adapter does; returns it, and the names of its new weights."""
+    @property
+    @override
+    def is_found_by_name(self) -> bool:
+        return super().is_found_by_name and not self.is_changed
+
+    def load_again(self) -> nn.Module:
+        """Loads the base as the user of an adapter does."""
         import transformers
 
-        model, new_weights = self.model_and_new_weights(getattr(transformers, self.auto_class), **self.fields)
-        if is_quantized:
-            self.quantize(model)
-        return model, new_weights
+        model, _ = self.model_and_new_weights(getattr(transformers, self.auto_class), **self.fields)
+        return cast(nn.Module, model)
 
     def write(self, folder: Path, base: Any, tokenizer: Any) -> "TransformersBase":
         """Writes the module's base, in the dtype of its files, and its tokenizer; a folder with files is left as it is."""
@@ -273,7 +225,7 @@ class TransformersBase(Pretrained):
                 cast_floats(base, getattr(torch, self.dtype))
                 base.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
-        return replace(self, model_name=str(folder.absolute()), revision=None, gguf_file=None, weights=None)
+        return replace(self, model_name=str(folder.absolute()), revision=None, gguf_file=None)
 
     def adapter_base(self, model: nn.Module, modules_to_save: Sequence[str]) -> AdapterBase:
         """The base as an adapter names it, around the loaded model."""

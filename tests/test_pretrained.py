@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cola_lightning import COLACausalLM, COLASequenceClassifier, UserError
+from cola_lightning import COLACausalLM, UserError
 from cola_lightning.errors import HubError
 from cola_lightning.pretrained import Pretrained
 from tests.helpers import tiny
@@ -78,55 +77,6 @@ def test_what_is_not_a_model_is_named_in_one_line(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # as the variable of this name does
     with pytest.raises(HubError, match=r"^model\.model_name: 'owner/mispelt' is neither .* and the Hugging Face hub cannot be"):
         COLACausalLM("owner/mispelt").configure_model()
-
-
-def other_weights(path, architecture="llama", auto_class="AutoModelForCausalLM"):
-    """A model of the same shapes with other weights, and a checkpoint of a larger LightningModule that has it."""
-    torch.manual_seed(5)
-    model = getattr(transformers, auto_class).from_config(tiny.config(architecture))
-    weights = {f"net.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"state_dict": weights | {"more.bias": torch.ones(2)}, "global_step": 3}, path)
-    return model
-
-
-def test_the_base_has_the_weights_of_a_plain_checkpoint_or_state_dict(folder, tmp_path):
-    """And its adapter is that of this base: a folder for it must be given."""
-    full = other_weights(tmp_path / "full.ckpt")
-    torch.save(full.state_dict(), tmp_path / "full.pt")
-    save_file(full.state_dict(), tmp_path / "full.safetensors")
-    for file in ("full.ckpt", "full.pt", "full.safetensors"):
-        module = COLACausalLM(folder, weights=str(tmp_path / file), target_modules=["q_proj"])
-        module.configure_model()
-        assert torch.equal(tiny.logits(module.model), tiny.logits(full))
-    with pytest.raises(UserError, match="base_folder must be given"):
-        module.export(tmp_path / "adapter", "peft")
-    module.export(tmp_path / "adapter", "peft", base_folder=tmp_path / "base")
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    assert torch.equal(exported.lm_head.weight, full.lm_head.weight)
-
-
-def test_weights_of_a_classifier_may_have_another_head(folder, tmp_path):
-    full = other_weights(tmp_path / "full.ckpt", "roberta", "AutoModelForSequenceClassification")
-    name = tiny.folder(tmp_path / "roberta", "roberta", "AutoModelForSequenceClassification")
-    module = COLASequenceClassifier(name, num_labels=5, weights=str(tmp_path / "full.ckpt"))
-    module.configure_model()
-    assert torch.equal(module.model.roberta.embeddings.word_embeddings.weight, full.roberta.embeddings.word_embeddings.weight)
-    assert "classifier.out_proj.weight" in module.new_weights
-
-
-def test_weights_that_are_not_the_models_are_refused(folder, tmp_path):
-    other_weights(tmp_path / "opt.ckpt", "opt")
-    module = COLACausalLM(folder, target_modules=["q_proj"])
-    module.configure_model()
-    torch.save({"state_dict": module.state_dict()}, tmp_path / "chain.ckpt")
-    for file, message in [
-        ("opt.ckpt", r"does not have 20 of the model's 21 weights .* 'model\.embed_tokens\.weight'$"),
-        ("chain.ckpt", "model.init_chain begins with that"),
-        ("opt.ckp", r"opt\.ckpt"),
-        ("opt.safetensors", r"cannot read"),
-    ]:
-        with pytest.raises(UserError, match=rf"^model\.weights: .*{message}"):
-            COLACausalLM(folder, weights=str(tmp_path / file)).configure_model()
 
 
 def test_a_weight_that_the_files_lack_and_no_fit_trains_is_told(folder, tmp_path, caplog):

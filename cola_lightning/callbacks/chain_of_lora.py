@@ -16,7 +16,6 @@ from cola_lightning.chain import Link
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, UserRule, is_plateau
 from cola_lightning.errors import UserError
 from cola_lightning.module import COLAModule
-from cola_lightning.module.arguments import WholeSignature
 from cola_lightning.module.run import check_no_averaging
 
 log = logging.getLogger(__name__)
@@ -45,8 +44,6 @@ class ChainOfLoRA(Callback):
 
     Source: Xia et al., "Chain of LoRA" (arXiv 2401.04151), algorithm 1: the knot comes before the forward pass of its step.
     """
-
-    __signature__ = WholeSignature(Callback, ChainSchedule)
 
     # **options: see COLAModule; each of them is defined, checked and documented once, in ChainSchedule.
     def __init__(self, **options: Any) -> None:

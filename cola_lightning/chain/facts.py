@@ -18,13 +18,11 @@ class ModuleArguments:
     Attributes:
         class_path: the import path of its class.
         init_args: the arguments that were given to its constructor, as plain values.
-        defaults: those that were not given, whose defaults may change in a later release.
         not_plain: names of arguments without a plain value, which are not stored.
     """
 
     class_path: str
     init_args: dict[str, Any] = field(default_factory=dict)
-    defaults: dict[str, Any] = field(default_factory=dict)
     not_plain: list[str] = field(default_factory=list)
 
 

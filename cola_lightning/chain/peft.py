@@ -22,7 +22,6 @@ from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.chain.chain import Chain, Link, check_version, damage_refused, factors_of_sum, is_of_experts, link_fields
 from cola_lightning.errors import UserError
 from cola_lightning.lora.attention import input_projections, is_windows
-from cola_lightning.lora.config import value_of
 from cola_lightning.lora.experts import PROJECTIONS, is_experts
 from cola_lightning.lora.inject import is_linear
 
@@ -233,11 +232,12 @@ def _projection(config: dict[str, Any], name: str) -> str | None:
 
 
 def value_of_layer(config: Mapping[str, Any], name: str, field: str, pattern: str) -> Any:
-    """A layer's value of a field that has patterns.
+    """A layer's value of a field: that of the first pattern that matches its name, or else that of all layers.
 
-    Source: ``peft.LoraConfig`` (8 is the default of ``r`` and ``lora_alpha``).
+    Source: ``peft.LoraConfig`` (8 is the default of ``r`` and ``lora_alpha``), ``peft.utils.other.get_pattern_key``.
     """
-    return value_of(config.get(pattern), name, config.get(field, 8))
+    patterns = (config.get(pattern) or {}).items()
+    return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)), config.get(field, 8))
 
 
 def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
@@ -254,8 +254,8 @@ def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
         link = Link(**fields, factors={}, extras=whole.extras if fields is described[-1] else {})
         for name, (lora_A, lora_B) in whole.factors.items():
             start = ends[name]
-            end = ends[name] = start + link.own_rank(name)
-            link.factors[name] = lora_A[..., start:end, :].clone(), lora_B[..., start:end] / link.scaling(name)
+            end = ends[name] = start + link.rank
+            link.factors[name] = lora_A[..., start:end, :].clone(), lora_B[..., start:end] / link.scaling
         chain.append(link)
     return chain
 

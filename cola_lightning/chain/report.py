@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cola_lightning.chain.chain import Chain, Link, core_of_product, factors_of_sum
-from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import LinkFactors
-from cola_lightning.writing import atomic_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -141,7 +138,7 @@ def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) ->
 
 def _report_layer(link: Link, name: str, weight_norm: float | None) -> LayerReport:
     rank = link.factors[name][0].shape[-2]
-    values = singular_values(*link.factors[name], link.scaling(name)).reshape(-1, rank)  # a row for each expert, or one
+    values = singular_values(*link.factors[name], link.scaling).reshape(-1, rank)  # a row for each expert, or one
     norm, largest = float(values.norm()), values.flatten().sort(descending=True).values[:rank]
     mean_rank = statistics.fmean(map(effective_rank, values))
     return LayerReport(norm, norm / weight_norm if weight_norm else None, largest.tolist(), mean_rank)
@@ -170,9 +167,9 @@ def overlaps(chain: Chain) -> list[Overlap]:
     for before, link in zip([None, *chain.links], chain.links, strict=False):
         of_stage = updates.setdefault(link.name or "", {})
         for name, (lora_A, lora_B) in link.factors.items():
-            of_stage.setdefault(name, []).append((lora_A, lora_B, link.whole().scaling(name)))
+            of_stage.setdefault(name, []).append((lora_A, lora_B, link.whole().scaling))
             if before is not None and before.is_record and before.name != link.name and name in before.factors:
-                of_stage[name].append((*before.factors[name], -before.whole().scaling(name)))
+                of_stage[name].append((*before.factors[name], -before.whole().scaling))
     found = []
     for (first, mine), (second, theirs) in itertools.combinations(updates.items(), 2):
         if both := [name for name in mine if name in theirs and mine[name][0][0].dim() == 2]:
@@ -214,34 +211,21 @@ def overlaps_table(found: Sequence[Overlap]) -> "Table":
 
 def table(reports: Sequence[LinkReport]) -> "Table":
     """The reports as a human-readable table, one row per link; :func:`to_json` has every number."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Column, Table
-    from rich.text import Text
+
+    def rounded(value: float | None, digits: int) -> float | str:
+        return "-" if value is None else float(f"{value:.{digits}g}")
 
     has_names = any(link.name is not None for link in reports)
-    names = [
-        "link",
-        *(["stage"] if has_names else []),
-        "rank",
-        "alpha",
-        "steps",
-        "‖ΔW‖\n/‖W₀‖",
-        "max\nlayer",
-        "effective\nrank",
-        "total\nrank",
+    rows = [
+        {"link": link.index}
+        | ({"stage": link.name or "-"} if has_names else {})
+        | {"rank": link.rank, "alpha": link.alpha, "steps": link.steps}
+        | {"‖ΔW‖/‖W₀‖": rounded(link.relative_norm, 2), "max/layer": rounded(link.max_norm, 2)}
+        | {"effective/rank": rounded(link.effective_rank, 3), "total/rank": link.total_rank}
+        | {"metrics": ", ".join(f"{name} {value:.3g}" for name, value in link.metrics.items()) or "-"}
+        for link in reports
     ]
-    numbers = [Column(name, justify="right", no_wrap=True) for name in names]
-    metrics = Column("metrics", overflow="fold")
-    rows = Table(*numbers, metrics, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for link in reports:
-        norms = ["-" if norm is None else f"{norm:.2g}" for norm in (link.relative_norm, link.max_norm)]
-        stage = [escape(link.name or "-")] if has_names else []
-        cells = [f"{link.index}", *stage, f"{link.rank}", f"{link.alpha:g}", f"{link.steps}", *norms]
-        cells += [f"{link.effective_rank:.2f}", f"{link.total_rank}"]
-        metrics_text = ", ".join(f"{name} {value:.3g}" for name, value in link.metrics.items())
-        rows.add_row(*cells, Text(metrics_text or "-"))  # Text: a name is no markup
-    return rows
+    return metrics_table(rows)
 
 
 def metrics_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
@@ -255,7 +239,7 @@ def metrics_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for name, value in rows[-1].items():
+    for name, value in rows[-1].items() if rows else ():
         head = name.removeprefix("test_").removeprefix("val_").replace("/", "\n")  # of two lines: rewards/chosen
         table.add_column(escape(head), justify="left" if isinstance(value, str) else "right", overflow="fold")
     for row in rows:
@@ -268,37 +252,3 @@ def to_json(reports: Sequence[LinkReport]) -> list[dict[str, Any]]:
     """The reports as plain types for strict JSON: None for NaN and infinity."""
     rows: list[dict[str, Any]] = json.loads(json.dumps([asdict(link) for link in reports]), parse_constant=lambda _: None)
     return rows
-
-
-def plot(reports: Sequence[LinkReport], path: Path) -> None:
-    """Plots the links' norms and singular values to a PNG file, which is written atomically.
-
-    Raises:
-        UserError: if there is no link, or if the path is not a ``.png`` file.
-    """
-    if not reports or path.suffix.lower() != ".png":
-        raise UserError(f"plot: needs a .png file and at least one link, got {str(path)!r} and {len(reports)} links")
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    is_relative = all(link.relative_norm is not None for link in reports)
-    norms = [[layer.relative_norm if is_relative else layer.norm for layer in link.layers.values()] for link in reports]
-    known = [[norm for norm in of_link if norm is not None] for of_link in norms]
-    left.boxplot(known, positions=[link.index for link in reports], whis=(0, 100), manage_ticks=False)
-    left.set(title="update of each layer: quartiles and range", xlabel="link", ylim=(0, None))
-    left.set_ylabel(r"$\Vert\Delta W\Vert_F\;/\;\Vert W_0\Vert_F$" if is_relative else r"$\Vert\Delta W\Vert_F$")
-    left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    shades = colormaps["viridis"](torch.linspace(0, 0.85, len(reports)).tolist())
-    for link, shade in zip(reports, shades, strict=True):
-        spectra = zip(*(layer.singular_values for layer in link.layers.values()), strict=False)  # layers may have other ranks
-        medians = [statistics.median(values) or math.nan for values in spectra]  # a gap: a log scale has no zero
-        right.plot(range(1, len(medians) + 1), medians, "o-", color=shade, label=f"link {link.index}", markersize=4)
-    right.set(title="singular values: median over layers", xlabel="the largest first", ylabel=r"singular value of $\Delta W$")
-    right.set_yscale("log")
-    right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    figure.legend(frameon=False, loc="outside right upper", ncols=1 + len(reports) // 16)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)

@@ -22,7 +22,6 @@ from cola_lightning.cli.help import (
     read_sources,
 )
 from cola_lightning.errors import UserError
-from cola_lightning.hub import upload
 
 if TYPE_CHECKING:
     from cola_lightning.export.model import TrainedModel
@@ -33,8 +32,6 @@ SOURCES = "Export this run: type its folder, or a checkpoint in it. Or export wh
 SOURCES += "folders of the adapters in the order of their training. Write NAME=PATH to name one."
 OF_SOURCES = " It is read; --base_folder is written. A run knows its base."
 OUTPUT = "Write the export to this folder. It must not exist, or it must be empty, unless you add --overwrite."
-PUSH_TO_HUB = "Also upload the folder to this model repository of the Hugging Face hub: `owner/name`. A new one is private."
-PUBLIC = "With --push_to_hub, make a new repository public. A repository that exists stays public or private."
 OVERWRITE = "Replace the files in the output folder. A folder that contains other folders is never replaced."
 NO_VERIFY = "Do not load the export again. By default, it is loaded, and its outputs are compared with those of the checkpoint."
 
@@ -61,8 +58,6 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=OUTPUT)
     parser.add_method_arguments(COLAModule, "export", as_group=False, skip={"folder", "verify", "overwrite"})
     parser.add_argument("--trust_remote_code", type=bool, default=False, help=TRUST)
-    parser.add_argument("--push_to_hub", metavar="ID", help=PUSH_TO_HUB)
-    parser.add_argument("--public", action="store_true", help=PUBLIC)
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
     options = parse_options(parser, words)
@@ -82,8 +77,6 @@ def export(words: Sequence[str]) -> None:
         lines = _export_run(sources[0], options, export_options)
     print("\n".join(lines))
     print(f"written: {export_options.folder}")
-    if options.push_to_hub is not None:
-        print(f"uploaded: {upload(export_options.folder, options.push_to_hub, is_public=options.public)}")
 
 
 def _export_run(path: str, options: Any, export_options: "ExportOptions") -> list[str]:

@@ -98,7 +98,7 @@ EXAMPLES = {
     "stages": "cola stages --config stages.yaml --output stages",
     "compare": "cola compare --config FILE --output study --methods '[lora, cola]' \\\n      -- --trainer.max_steps 100",
     "generate": "cola generate runs/version_0 --chat",
-    "inspect": "cola inspect runs/version_0 --plot chain.png",
+    "inspect": "cola inspect runs/version_0",
     "configs": "cola configs quickstart",
     "export": "cola export runs/version_0 --format merged --output merged",
     "verify": "cola verify merged --base Qwen/Qwen3-0.6B --adapter out/sft out/dpo",

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from cola_lightning.cli.help import SUBCOMMANDS, add_sources, command_parser, parse_options, read_sources
 
@@ -10,7 +9,6 @@ SOURCES = (
     "Read this chain: type a run's folder, a checkpoint, a chain folder or a PEFT adapter's folder. Type several in the order "
 )
 SOURCES += "of their training. Write NAME=PATH to name one."
-PLOT = "Also plot how large the update of each link is, and its singular values, to this PNG file. This needs matplotlib."
 
 
 def inspect(words: Sequence[str]) -> None:
@@ -25,18 +23,15 @@ def inspect(words: Sequence[str]) -> None:
     parser = command_parser("inspect", SUBCOMMANDS["inspect"])
     parser.usage = "cola inspect PATH [PATH ...] [OPTIONS]"
     add_sources(parser, "sources", SOURCES)
-    parser.add_argument("--plot", type=Path | None, metavar="FILE.png", help=PLOT)
     parser.add_argument("--json", action="store_true", help="Print JSON with the numbers of every layer instead of the table.")
     options = parse_options(parser, words)
 
     import rich
 
-    from cola_lightning.chain.report import overlaps, overlaps_table, plot, report, table, to_json
+    from cola_lightning.chain.report import overlaps, overlaps_table, report, table, to_json
 
     chain = read_sources(options.sources, options)
     reports, shared = report(chain), overlaps(chain)
-    if options.plot is not None:
-        plot(reports, options.plot)
     if options.json:
         print(json.dumps(to_json(reports), indent=2, allow_nan=False))
     else:

@@ -1,7 +1,6 @@
 """A chain as one ordinary PEFT LoRA, of rank sum(r), for the base that it names: written, loaded again and compared."""
 
 import json
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.chain import core_of_product
 from cola_lightning.chain.peft import AdapterBase, concatenate, write_adapter
 from cola_lightning.errors import UserError
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.options import ExportOptions
-from cola_lightning.export.verify import digest, loading_again, reference_logits
-from cola_lightning.lora.inject import is_in_matching_modules
-from cola_lightning.lora.layer import is_quantized
-from cola_lightning.lora.quantization import dequantize
+from cola_lightning.export.verify import loading_again, reference_logits
+from cola_lightning.lora.layer import is_quantized_model
 from cola_lightning.merge import cast_floats, free
-from cola_lightning.pretrained import TransformersBase
-from cola_lightning.seeding import derive_seed, seeded
 from cola_lightning.writing import atomic_folder
 
 FUSED_OFF = "torch.backends.mha.set_fastpath_enabled(False)"
@@ -51,11 +45,7 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
     dtype, is_stacked = adapted.cast_dtype, not adapted.merges
     adapted.upcast()  # so that the base without links is the one that was trained on
     reference = reference_logits(adapted.model, model.example) if options.verify else None
-    if named_base is not None:
-        base, code = _load_base(named_base, adapted, options.base_folder, dtype, model.tokenizer, is_stacked=is_stacked)
-    else:
-        plain, code = adapted.merged_model(0, in_place=True, is_rounded=True), "module.merged_model(0)"
-        base = AdapterBase(plain, model.base_name, adapted.config.modules_to_save)
+    base, code = _base_of(model, options.base_folder, dtype if is_stacked else torch.float32)
     chain, lines = model.chain.without_records(), list[str]()
     factors = concatenate(chain)
     total = max(lora_A.shape[-2] for lora_A, _ in factors.values())
@@ -92,90 +82,31 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
             return [*lines, reference.compare(loaded, "loaded again with peft", is_same=rank == total)]
 
 
-# ---------------------------------------------------------------------- its base
-
-
-def _load_base(
-    named_base: TransformersBase,
-    adapted: AdaptedModel,
-    folder: Path | None,
-    dtype: torch.dtype,
-    tokenizer: Any,
-    *,
-    is_stacked: bool,
-) -> tuple[AdapterBase, str]:
-    """Loads the base as a user of the adapter does: by its name, or from a folder, to which it is written first.
-
-    Its values are compared with those that were trained on, and get their rounding. The two bases are in memory one after the
-    other.
+def _base_of(model: TrainedModel, folder: Path | None, half: torch.dtype) -> tuple[AdapterBase, str]:
+    """The base that was trained on, without links, as the adapter names it.
 
     Args:
-        named_base: the base by its name.
-        adapted: the module's adapted model, which is used up.
-        folder: a folder for the base; None: PEFT finds it by its name.
-        dtype: the dtype to which a precision cast the base.
-        tokenizer: the module's, which is written to the folder too.
-        is_stacked: whether the precision cast the adapted layers too.
+        model: the model, which is used up.
+        folder: a folder for the base, which is written unless it has files, and loaded again; None: PEFT finds it by its name.
+        half: the half precision to which all of the base was rounded, if any.
 
     Returns:
         The base, and the code that loads it.
-
-    Raises:
-        UserError: if values differ.
     """
-    quantized = [f"{name}.weight" for name, part in adapted.model.named_modules() if is_quantized(part)]
-    base = adapted.merged_model(0, in_place=True, is_rounded=True)
-    modules_to_save = list(adapted.config.modules_to_save)
-    new_modules = named_base.new_modules(base, named_base.new_weights)
-    not_in_files = [*modules_to_save, *new_modules, *(quantized if folder else ())]
-    values, wide = base.state_dict(), next(base.parameters()).dtype
-    replacements = {name: value for name, value in values.items() if is_in_matching_modules(name, not_in_files)}
-    replacements |= adapted.base_weights or {}
-    digests = {name: digest(value) for name, value in values.items()}
+    adapted, named_base = model.adapted, model.named_base
+    is_quantized, saved = is_quantized_model(adapted.model), list(adapted.config.modules_to_save)
+    base: Any = adapted.merged_model(0, in_place=True, is_rounded=True)
+    if named_base is None:
+        return AdapterBase(base, model.base_name, saved), "module.merged_model(0)"
+    saved += named_base.new_modules(base, named_base.new_weights)
     if folder is not None:
-        named_base = named_base.write(folder, base, tokenizer)
-    del values
-    free(base)
-    with seeded(derive_seed(adapted.seed, "another")):  # newly initialised weights are not the module's
-        loaded, new_weights = named_base.load_again(is_quantized=bool(quantized) and folder is None)
-    dequantize(loaded, wide)
-    cast_floats(loaded.eval(), wide)
-    modules_to_save += named_base.new_modules(loaded, new_weights)
-    different = _copy_values(loaded, digests, replacements, dtype)
-    if different := [name for name in different if not is_in_matching_modules(name, [*modules_to_save, *quantized])]:
-        raise UserError(
-            f"format: peft cannot be used. The adapter would name {named_base.model_name!r} as its base, but {different[0]!r} "
-            "of the base that was trained on differs from it. Use merged"
-        )
-    half = str(dtype).removeprefix("torch.") if dtype.itemsize < 4 and is_stacked else None
-    code = named_base.loading_code(half or named_base.dtype, is_quantized=bool(quantized))
-    return named_base.adapter_base(loaded, modules_to_save), code
-
-
-def _copy_values(
-    loaded: nn.Module, digests: Mapping[str, bytes], replacements: Mapping[str, Tensor], dtype: torch.dtype
-) -> list[str]:
-    """Gives a base that was loaded by its name the values that were trained on.
-
-    Args:
-        loaded: the loaded base.
-        digests: of the values that were trained on, by name; the loaded values may equal them once they are rounded.
-        replacements: values that were trained on, by name, for loaded values that differ.
-        dtype: the dtype to which a precision may have rounded.
-
-    Returns:
-        The names of the values that differ.
-    """
-    state = loaded.state_dict()
-    different = sorted(digests.keys() - state.keys())
-    for name, value in state.items():
-        if digest(value) == digests.get(name):
-            continue
-        rounded = value.to(dtype).to(value.dtype)
-        if is_different := digest(rounded) != digests.get(name):
-            different.append(name)
-        value.copy_(replacements.get(name, value) if is_different else rounded)
-    return different
+        wide = next(base.parameters()).dtype
+        named_base = named_base.write(folder, base, model.tokenizer)
+        free(base)
+        base = named_base.load_again()
+        cast_floats(base, wide)
+    dtype = str(half).removeprefix("torch.") if half.itemsize < 4 else named_base.dtype
+    return named_base.adapter_base(base, saved), named_base.loading_code(dtype, is_quantized=is_quantized)
 
 
 # ---------------------------------------------------------------------- a smaller rank

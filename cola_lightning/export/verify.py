@@ -1,6 +1,5 @@
 """The check of an export: whether it can be loaded again, and gives the module's logits."""
 
-import hashlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping
@@ -123,12 +122,6 @@ class ReferenceLogits:
         if not (difference <= TOLERANCE * largest if is_same and not is_half else math.isfinite(difference)):
             raise ExportError(f"{line}. The export was deleted")
         return line
-
-
-def digest(value: Tensor) -> bytes:
-    """A hash of all of a tensor's bits."""
-    bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(bits.numpy().data).digest()
 
 
 def reference_logits(model: Any, example: Any = None) -> ReferenceLogits | None:

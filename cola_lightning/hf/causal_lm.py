@@ -27,7 +27,6 @@ from cola_lightning.hf.logits import (
     logits_and_router_loss,
     logits_by_length,
     split_by_length,
-    takes_mask_of_pairs,
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
 from cola_lightning.hf.packed import Separation, find_separation, is_packed, may_be_packed, separate
@@ -52,11 +51,11 @@ class COLACausalLM(TransformersModule):
     * **language-model batches**, the usual dict of ``input_ids``, ``attention_mask`` and ``labels``, -100 for tokens without
       loss: the loss is the mean over the other tokens, by default over those of all batches of an optimizer step
       (``loss_average``). Any Hugging Face collator makes them. Several sequences may share a row if ``position_ids`` start
-      again with each (transformers' flattening collator), or by an ``attention_mask`` of four dimensions, which masks pairs of
-      tokens and comes with ``position_ids``. Whether the model keeps them apart is tried out at the first such batch; a model
-      that does not (a state-space or convolution layer, Bloom) is refused. Other values that the model's forward pass takes
-      (``pixel_values``, ``inputs_embeds``) are passed on, and values that it does not take are refused. Predict takes prompts
-      (``prompt_ids``, ``prompt_mask``, ``prompt``, ``target``) instead, and generates: see :meth:`generate`.
+      again with each (transformers' flattening collator). Whether the model keeps them apart is tried out at the first such
+      batch; a model that does not (a state-space or convolution layer, OPT, Bloom) is refused. Other values that the model's
+      forward pass takes (``pixel_values``, ``inputs_embeds``) are passed on, and values that it does not take are refused.
+      Predict takes prompts (``prompt_ids``, ``prompt_mask``, ``prompt``, ``target``) instead, and generates: see
+      :meth:`generate`.
 
     Only the positions that carry the loss go through the language-model head, options that differ in their last token
     alone share one forward pass, and rows much shorter than others have their own forward pass, without padding.
@@ -225,20 +224,11 @@ class COLACausalLM(TransformersModule):
 
     def _check_mask(self, batch: Batch) -> None:
         mask = batch.get("attention_mask")
-        if mask is None or mask.dim() == 2:
-            return
-        is_clear = mask.dim() == 4 and not (mask.is_floating_point() and (self.host_values.get(mask) > 0).any())
-        if not is_clear or not self._takes_mask_of_pairs:
+        if mask is not None and mask.dim() != 2:
             raise UserError(
-                f"batch: attention_mask must be rows x length for {type(self.model).__name__}, or, for packed sequences, "
-                "rows x 1 x length x length with booleans or numbers to be added (0, or far below), if the model takes it; "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}"
+                f"batch: attention_mask must be rows x length, got {tuple(mask.shape)}. Sequences that share a row need "
+                "position_ids that start again with each"
             )
-
-    @functools.cached_property
-    def _takes_mask_of_pairs(self) -> bool:
-        with self._uncompiled():
-            return takes_mask_of_pairs(self.model)
 
     @functools.cached_property
     def _separation(self) -> Separation:
@@ -254,7 +244,7 @@ class COLACausalLM(TransformersModule):
         if batch.get("attention_mask") is not None and not is_packed(host):  # padding, with its positions
             return batch, host
         if (separation := self._separation) != "none":
-            return separate(batch, separation), separate(host, "rows" if separation == "pairs" else separation)
+            return separate(batch, separation), separate(host, separation)
         if is_packed(host):
             raise UserError(
                 f"batch: position_ids start again inside a row, but {type(self.model).__name__} does not keep sequences apart "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cola_lightning.contexts import evaluating
-from cola_lightning.errors import UserError, one_line
+from cola_lightning.errors import UserError
 from cola_lightning.hf.host_values import Arrays, Batch, to_device
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,7 @@ def logits_at(model: nn.Module, batch: Batch, logits_to_keep: int | Tensor) -> T
 
     Args:
         model: a Hugging Face model.
-        batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on either side; or a mask for each pair of tokens
-            (rows x 1 x length x length), true or 1 where attention is allowed, or additive, as for packed sequences.
+        batch: ``input_ids`` and ``attention_mask`` (rows x length), padded on either side.
         logits_to_keep: the number of positions at the end, or the positions.
 
     Shape:
@@ -57,12 +56,9 @@ def forward(model: Any, batch: Batch, logits_to_keep: int | Tensor) -> Any:
     parameters = forward_parameters(model)
     inputs = {name: value for name, value in batch.items() if name in parameters and name != "labels" and value is not None}
     mask = inputs.get("attention_mask")
-    if mask is not None and mask.dim() == 2:
-        if inputs.keys() <= TOKEN_FIELDS | {"inputs_embeds"}:  # an image's tokens may have more than one position
-            # A row begins at position 0, also after padding on the left.
-            inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
-    elif mask is not None:
-        inputs["attention_mask"] = _additive_mask(mask, model)
+    if mask is not None and mask.dim() == 2 and inputs.keys() <= TOKEN_FIELDS | {"inputs_embeds"}:
+        # A row begins at position 0, also after padding on the left. An image's tokens may have more than one position.
+        inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
     inputs |= {"use_cache": False, "logits_to_keep": logits_to_keep}
     return model(**{name: value for name, value in inputs.items() if name in parameters})
 
@@ -106,16 +102,6 @@ def router_loss(model: Any, output: Any) -> Tensor | float:
     """What Hugging Face adds to the tokens' loss: 0 unless :func:`has_router_loss`."""
     loss: Tensor | None = getattr(output, "aux_loss", None) if has_router_loss(model) else None
     return 0.0 if loss is None else loss * model.router_aux_loss_coef  # a model without experts has none
-
-
-def _additive_mask(mask: Tensor, model: Any) -> Tensor:
-    """A mask of pairs of tokens that any attention takes: eager attention adds booleans, sdpa refuses another dtype."""
-    device = mask.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    lowest = torch.finfo(dtype).min  # not -inf: a row without any true value would become NaN
-    if mask.is_floating_point():
-        return mask.float().clamp(min=lowest).to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask == 0, lowest)
 
 
 def has_router_loss(model: Any) -> bool:
@@ -196,62 +182,6 @@ def logits_by_length(model: nn.Module, batch: Batch, n_positions: int, arrays: A
     order = torch.tensor(list(itertools.chain(*rows))).argsort()
     padded = [F.pad(part, (0, 0, n_positions - part.shape[1], 0)) for part in logits]  # a part's rows may be shorter
     return torch.cat(padded)[to_device(order, logits[0].device)]
-
-
-# ---------------------------------------------------------------------- sequences in one row
-
-
-def _logits_in_one_row(model: nn.Module, sequences: Sequence[Tensor], n_shared: int, n_positions: int) -> Tensor:
-    """The logits at the last positions of sequences: their shared prefix and the rest of each are one row, in one forward pass.
-
-    By the mask, a token sees the prefix and what precedes it in its own sequence; its position is that in its sequence. What is
-    returned at a position of the prefix is not meaningful.
-    """
-    device, rests = sequences[0].device, [sequence[n_shared:] for sequence in sequences]
-    lengths = torch.tensor([n_shared, *map(len, rests)], device=device)
-    ids = torch.cat([sequences[0][:n_shared], *rests])
-    part = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)  # 0: the prefix
-    places = torch.arange(len(ids), device=device)
-    positions = torch.cat([places[:n_shared], *(places[n_shared : len(sequence)] for sequence in sequences)])
-    pairs = ((part == 0) | (part[:, None] == part)) & (places[:, None] >= places)
-    batch = {"input_ids": ids[None], "attention_mask": pairs[None, None], "position_ids": positions[None]}
-    last = lengths.cumsum(0)[1:, None] - n_positions + torch.arange(n_positions, device=device)
-    return logits_at(model, batch, last.clamp(min=0).flatten())[0].view(*last.shape, -1)
-
-
-@torch.no_grad()
-def takes_mask_of_pairs(model: Any) -> bool:
-    """Whether a mask of pairs of tokens keeps sequences in one row apart: tried out on eleven tokens, in three forward passes.
-
-    A window, which would need its own masks, a recurrent or convolutional state, positions that are counted along the row, and
-    a mask that is ignored change what a sequence sees. The logits of the second of two sequences behind a shared prefix must
-    not change with the first, and must equal those of it alone.
-    """
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters  # else a bias may go by places in the row
-    if not takes_positions or not _is_full_attention(model):
-        return False
-    n, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
-    prefix, first, second = ((torch.arange(11, device=device) + n // 2) % n).split([2, 5, 4])
-    sequence = torch.cat([prefix, second])
-    with evaluating(model), torch.autocast(device.type, enabled=False):
-        alone = logits_at(model, {"input_ids": sequence[None], "attention_mask": torch.ones_like(sequence)[None]}, 4)
-        try:
-            behind, behind_other = (
-                _logits_in_one_row(model, [torch.cat([prefix, part]), sequence], 2, 4)[1:] for part in (first, (first - 7) % n)
-            )
-        except Exception as error:  # whatever a model raises that takes rows x length alone
-            log.info("%s does not take an attention mask of four dimensions: %s", type(model).__name__, one_line(str(error)))
-            return False
-    return are_near(behind_other, behind, UNCHANGED_TOLERANCE) and are_near(behind, alone, rounding_tolerance(model))
-
-
-def _is_full_attention(model: Any) -> bool:
-    """Whether all layers attend to all tokens, by a model's configuration: a window is longer than what can be tried."""
-    parts = (model.config, model.config.get_text_config())
-    names = ("layer_types", "attention_layers")  # the latter are GPT-Neo's, every other one local
-    kinds = {kind for part in parts for name in names for kind in getattr(part, name, None) or ()}
-    has_window = any(getattr(part, "sliding_window", None) for part in parts)  # None or, of Qwen2-MoE, 0: none
-    return kinds <= {"full_attention", "global"} and not has_window
 
 
 # ---------------------------------------------------------------------- what a model must be

@@ -16,7 +16,6 @@ from cola_lightning.hf.logits import (
     are_near,
     logits_at,
     rounding_tolerance,
-    takes_mask_of_pairs,
 )
 
 log = logging.getLogger(__name__)
@@ -25,14 +24,14 @@ log = logging.getLogger(__name__)
 EXACT_TOLERANCE = 1e-5
 
 # By what a model keeps sequences apart: positions in rows, as transformers' own masks do; positions in a single row, as flash
-# attention does; a mask of pairs of tokens; or nothing.
-Separation = Literal["rows", "one row", "pairs", "none"]
+# attention does; or nothing.
+Separation = Literal["rows", "one row", "none"]
 
 
 def may_be_packed(batch: Batch) -> bool:
-    """Whether a batch may have several sequences in a row: it has positions, and no mask of pairs of tokens."""
-    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    return positions is not None and positions.dim() == 2 and (mask is None or mask.dim() == 2)
+    """Whether a batch may have several sequences in a row: it has positions."""
+    positions = batch.get("position_ids")
+    return positions is not None and positions.dim() == 2
 
 
 def is_packed(batch: Batch) -> bool:
@@ -56,11 +55,7 @@ def separate(batch: Batch, separation: Separation) -> dict[str, Any]:
     labels = batch["labels"].masked_fill(starts, IGNORE_INDEX)
     packed = {name: value for name, value in batch.items() if name != "attention_mask"}
     packed |= {"position_ids": positions, "labels": labels}
-    if separation == "pairs":
-        sequence, n = starts.cumsum(-1), positions.shape[1]
-        is_before = torch.ones(n, n, dtype=torch.bool, device=sequence.device).tril()
-        packed["attention_mask"] = ((sequence[:, :, None] == sequence[:, None]) & is_before)[:, None]
-    elif separation == "one row":
+    if separation == "one row":
         token_fields = [name for name, value in packed.items() if getattr(value, "shape", ())[:2] == positions.shape]
         packed |= {name: packed[name].flatten(0, 1)[None] for name in token_fields}
     return packed
@@ -96,4 +91,4 @@ def find_separation(model: Any) -> Separation:
             behind, behind_other = both.view(2, 9, -1)[:, 5:]
             if are_near(behind_other, behind, untouched) and are_near(behind, alone[0], tolerance):
                 return way
-    return "pairs" if takes_mask_of_pairs(model) else "none"
+    return "none"

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from cola_lightning.chain import Link
 from cola_lightning.chain.chain import number_of_links
 from cola_lightning.errors import UserError
 from cola_lightning.hf.causal_lm import COLACausalLM
@@ -202,12 +201,3 @@ class COLAPreferenceLM(COLACausalLM):
                 f"model.reference: {self.reference!r} is the link that is being trained, so the loss would never change. Use "
                 "start, link, or links that are finished"
             )
-        if self.global_rank == 0:
-            moves = ", and each knot moves it" if self.reference == "link" else ""
-            log.info("the reference is the model after %s of %d links%s", self.reference_links, self.n_finished + 1, moves)
-
-    @override
-    def on_knot(self, link: Link) -> None:
-        """Says that a knot has moved the reference, if it has."""
-        if self.preference_loss in WITH_REFERENCE and self.reference == "link" and self.global_rank == 0:
-            log.info("the knot has moved the reference: losses and rewards before and after it cannot be compared")

@@ -89,8 +89,6 @@ class TransformersModule(COLAModule, ABC):
         trust_remote_code: Run the Python files that come with the model.
         gguf_file: Name of a GGUF file among the model's files, which is then dequantized. It needs the extra ``gguf``. ``null``
             uses the GGUF file of a package that contains no other model.
-        weights: Take the model's weights from this file: a checkpoint of a LightningModule that has the model, or a state dict
-            in a file of torch or safetensors. ``model_name`` says which model it is. ``null`` takes those of its files.
         loss_average: ``step`` averages the training loss over all rows of an optimizer step (or tokens, if the loss is of
             tokens), with its accumulated batches and all processes. ``batch`` averages over those of a batch, and weighs all
             batches and processes alike.
@@ -114,14 +112,13 @@ class TransformersModule(COLAModule, ABC):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         gguf_file: str | None = None,
-        weights: str | None = None,
         loss_average: LossAverage = "step",
         **chain: Any,
     ) -> None:
         super().__init__(**chain)
         check_name("model.loss_average", loss_average, get_args(LossAverage))
         self.loss_average = loss_average
-        self.pretrained = Pretrained(model_name, revision, dtype, attn_implementation, trust_remote_code, gguf_file, weights)
+        self.pretrained = Pretrained(model_name, revision, dtype, attn_implementation, trust_remote_code, gguf_file)
         self.quantization = quantization
         if quantization is not None:
             importlib.import_module("bitsandbytes")  # an error now, not once the base has been read
@@ -130,7 +127,6 @@ class TransformersModule(COLAModule, ABC):
                     "model.target_modules: must not be null with model.quantization: 4-bit weights cannot be trained"
                 )
         self.new_weights: list[str] = []  # newly initialised weights of the base, once it is made
-        self.random_modules: list[str] = []  # trained modules that begin with random values, until a fit has said so
         self.evaluation_metrics = nn.ModuleDict()  # by stage, name and dataloader, made when needed
         self.trained_template: str | None = None  # a checkpoint's chat template, which was that of data.chat_template
         self.host_values = HostValues()  # of the batch that was moved to the device last
@@ -166,6 +162,8 @@ class TransformersModule(COLAModule, ABC):
         fields = {name: value for name, value in self.model_fields().items() if name == "num_labels"}
         if fields and (pad := getattr(self.model.config, "pad_token_id", None)) is not None:  # where a classifier's text ends
             fields["pad_token_id"] = pad
+        builders = (getattr(type(self), name).__module__ for name in ("build_model", "model_fields"))
+        is_own_base = not all(name.startswith("cola_lightning.") for name in builders)
         return TransformersBase(
             **vars(self.pretrained),
             auto_class=self.auto_class,
@@ -173,7 +171,7 @@ class TransformersModule(COLAModule, ABC):
             labels=self.labels_of_base,
             new_weights=self.new_weights,
             quantization=self.quantization,
-            quantize=self.quantize_base,
+            is_changed=is_own_base or self.adapted.base_weights is not None,
         )
 
     @functools.cached_property
@@ -202,7 +200,7 @@ class TransformersModule(COLAModule, ABC):
         if not self.lora_config.modules_to_save:
             self.lora_config = replace(self.lora_config, modules_to_save=self.choose_modules_to_save(model))
         if new_weights and self.run.made is None:
-            self._note_random_modules(self.pretrained.new_modules(model, new_weights))
+            self._warn_of_random_modules(self.pretrained.new_modules(model, new_weights))
         tokenizer = self.tokenizer
         if tokenizer is not None and tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
             tokenizer.pad_token = tokenizer.eos_token  # that of padding was added to the tokenizer alone
@@ -210,32 +208,17 @@ class TransformersModule(COLAModule, ABC):
             self.quantize_base(model)
         return cast(nn.Module, model)
 
-    def _note_random_modules(self, names: list[str]) -> None:
-        """Notes which trained modules have random values for the start of a fit, and warns of those that are not trained."""
+    def _warn_of_random_modules(self, names: list[str]) -> None:
+        """Warns of modules with random values that are not trained."""
         saved, trains_all = self.lora_config.modules_to_save, self.lora_config.target_modules is None
-        trained = [name for name in names if trains_all or is_in_matching_modules(name, saved)]
-        if frozen := [name for name in names if name not in trained]:
+        if frozen := [name for name in names if not (trains_all or is_in_matching_modules(name, saved))]:
             what = "model: not in the files of %r, so it stays random, because model.modules_to_save does not name it: %s"
             log.warning(what, self.pretrained.name, ", ".join(frozen))
-        if self.run.start.sources is None:
-            self.random_modules = trained
 
     @override
     def expect_state(self, state: StoredState, **requested: Any) -> None:
         super().expect_state(state, **requested)
         self.trained_template = state.facts.prompt_format.get("template")
-
-    @override
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        self.random_modules = []
-        return super().load_state_dict(state_dict, strict, assign)
-
-    @override
-    def on_train_start(self) -> None:
-        if self.random_modules:
-            what = "model: not in the files of %r, so its first values are random: %s"
-            log.info(what, self.pretrained.name, ", ".join(self.random_modules))
-        self.random_modules = []
 
     def quantize_base(self, model: Any) -> None:
         """Quantises the pretrained body: no head, be it new or the language model's, and no fully trained module.

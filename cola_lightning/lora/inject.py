@@ -25,7 +25,7 @@ from cola_lightning.lora.attention import (
     open_attention,
     with_projections,
 )
-from cola_lightning.lora.config import LoRAConfig, is_matched
+from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, open_experts
 from cola_lightning.lora.layer import LoRALayer, is_quantized, lora_layers
 from cola_lightning.lora.layer_types import LoRAConv1d, LoRAConv2d, LoRALinear
@@ -183,7 +183,7 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
         if is_quantized(module):
             keep_layout(module)
     for name, layer in targets.items():
-        classes[name].adapt_(layer, config, name)
+        classes[name].adapt_(layer, config)
     for name in saved:
         model.get_submodule(name).requires_grad_()
     return names
@@ -206,28 +206,14 @@ def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
 
 
 def _selected(model: nn.Module, names: list[str], saved: list[str], config: LoRAConfig) -> list[str]:
-    """The targets that no option excludes; each pattern must match one of them."""
+    """The targets that no option excludes."""
     excluded = saved + _matches(model, config.exclude_modules or [], "model.exclude_modules")
-    left = [name for name in names if not is_in_modules(name, excluded)]
-    if (wanted := config.layers_to_transform) is not None:
-        wanted = [wanted] if isinstance(wanted, int) else wanted
-        # The first number after a list's name, as in PEFT (``check_target_module_exists``), which wants a name before it.
-        places = {name: re.match(r"(?:.*?\.)?[^.]*\.(\d+)\.", name) for name in left}
-        layers = {name: int(place[1]) for name, place in places.items() if place}
-        left = [name for name in layers if layers[name] in wanted]
-        if unknown := set(wanted) - set(layers.values()):
-            known = f"0 to {max(layers.values())}" if layers else "none"
-            raise UserError(f"model.layers_to_transform: no target is in layer {min(unknown)}; the model's layers are {known}")
-    if not left:
+    targets = [name for name in names if not is_in_modules(name, excluded)]
+    if not targets:
         raise UserError(
-            "model.target_modules: no layer is left to adapt, in model.layers_to_transform, outside of model.exclude_modules "
-            "and model.modules_to_save"
+            "model.target_modules: no layer is left to adapt, outside of model.exclude_modules and model.modules_to_save"
         )
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field) or ():
-            if not any(is_matched(pattern, name) for name in left):
-                raise UserError(f"model.{field}: {pattern!r} matches the name of no adapted layer, such as {left[0]!r}")
-    return left
+    return targets
 
 
 def _matches(model: nn.Module, patterns: str | Sequence[str], field: str = "model.target_modules") -> list[str]:

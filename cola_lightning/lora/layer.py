@@ -16,7 +16,6 @@ stored next to it in a :class:`~cola_lightning.lora.stack.Stack`, and the weight
 Source: Hu et al., "LoRA" (arXiv 2106.09685), section 4.1; Xia et al., "Chain of LoRA" (arXiv 2401.04151), section 3.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from cola_lightning import layout
-from cola_lightning.lora.config import DRAWS, LoRAConfig, value_of
+from cola_lightning.lora.config import DRAWS, LoRAConfig
 from cola_lightning.lora.stack import Stack
 from cola_lightning.seeding import derive_seed
 
@@ -35,7 +34,7 @@ LinkFactors = tuple[Tensor, Tensor, float]  # A, B and the scaling of a finished
 
 # The attributes that a LoRA layer adds to its base layer's.
 LINK_ATTRIBUTES = (
-    *("lora_A", "lora_B", "lora_dropout", "lora_config", "rank", "alpha", "rank_and_alpha_ratios", "stack"),
+    *("lora_A", "lora_B", "lora_dropout", "lora_config", "rank", "alpha", "stack"),
     *("base_class", "base_dtype", "source_dtype", "earlier"),
 )
 
@@ -92,7 +91,6 @@ class LoRALayer(nn.Module):
         rank: rank of the current link; the rows of A and columns of B beyond it are zero and unused.
         alpha: the update is scaled by ``alpha / rank``.
         lora_config: what the model's links are like.
-        rank_and_alpha_ratios: the layer's rank and alpha divided by the config's: 1 without patterns.
         stack: the finished links, if they are not merged; else None.
         earlier: what replaces the current link and the stack while the layer is as it was at an earlier link; else None.
         base_class: the layer's class before it was adapted.
@@ -108,7 +106,6 @@ class LoRALayer(nn.Module):
     lora_config: LoRAConfig
     rank: int
     alpha: float
-    rank_and_alpha_ratios: tuple[float, float]
     stack: Stack | None
     earlier: Stack | None
     base_class: Any
@@ -161,15 +158,13 @@ class LoRALayer(nn.Module):
     # ------------------------------------------------------------------ from a plain layer, and back
 
     @classmethod
-    def adapt_(cls, layer: Any, config: LoRAConfig, name: str = "") -> Self:
+    def adapt_(cls, layer: Any, config: LoRAConfig) -> Self:
         """Makes a plain layer a LoRA layer, in place: it stays the same object, with its parameters, buffers and hooks.
 
         Args:
             layer: the layer to adapt, of the base class.
             config: what its links are like.
-            name: its name in the model, for the patterns of the config.
         """
-        rank, alpha = value_of(config.rank_pattern, name, config.rank), value_of(config.alpha_pattern, name, config.alpha)
         (n_in, n_out), matrices = cls.matrix_sizes(layer), cls.matrices(layer)
         layer.base_class, layer.__class__ = type(layer), cls
         adapted: Self = layer
@@ -180,11 +175,10 @@ class LoRALayer(nn.Module):
             adapted.begin_stack()
         # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
         wide = torch.promote_types(dtype, torch.float32)
-        adapted.lora_A = nn.Parameter(torch.zeros(*matrices, rank, n_in, dtype=wide, device=device))
-        adapted.lora_B = nn.Parameter(torch.zeros(*matrices, n_out, rank, dtype=wide, device=device))
+        adapted.lora_A = nn.Parameter(torch.zeros(*matrices, config.rank, n_in, dtype=wide, device=device))
+        adapted.lora_B = nn.Parameter(torch.zeros(*matrices, n_out, config.rank, dtype=wide, device=device))
         adapted.lora_dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        adapted.lora_config, adapted.rank, adapted.alpha = config, rank, alpha
-        adapted.rank_and_alpha_ratios = rank / config.rank, alpha / config.alpha
+        adapted.lora_config, adapted.rank, adapted.alpha = config, config.rank, config.alpha
         adapted.reset()
         return adapted
 
@@ -221,13 +215,8 @@ class LoRALayer(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """The factor in front of B A: ``alpha / rank``, or by ``rslora`` ``alpha / sqrt(rank)``."""
-        return self.alpha / (self.rank if self.lora_config.scaling == "lora" else math.sqrt(self.rank))
-
-    def rank_and_alpha(self, rank: int, alpha: float) -> tuple[int, float]:
-        """This layer's rank and alpha in a link with these."""
-        rank_ratio, alpha_ratio = self.rank_and_alpha_ratios
-        return max(1, round(rank_ratio * rank)), alpha_ratio * alpha
+        """The factor in front of B A: ``alpha / rank``."""
+        return self.alpha / self.rank
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -409,12 +398,6 @@ def is_quantized_model(model: nn.Module) -> bool:
     return any(is_quantized(module) for module in model.modules())
 
 
-def own_values(layers: Mapping[str, LoRALayer], rank: int, alpha: float) -> dict[str, tuple[int, float]]:
-    """Rank and scaling of the layers that have others than ``rank`` and ``alpha / rank`` in a link, by name."""
-    values = {name: (layer.rank, layer.scaling) for name, layer in layers.items()}
-    return {name: value for name, value in values.items() if value != (rank, alpha / rank)}
-
-
 def initialize_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank: int, alpha: float) -> None:
     """Initialises a link in every layer: A drawn from (seed, link, layer name), B zero.
 
@@ -422,5 +405,5 @@ def initialize_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank
     """
     for name, layer in layers.items():
         generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
-        layer.rank, layer.alpha = layer.rank_and_alpha(rank, alpha)
+        layer.rank, layer.alpha = rank, alpha
         layer.reset(generator)

@@ -35,3 +35,22 @@ def adopt(module: Any, task: LightningModule, own: type) -> None:
             vars(module)[key].update(value)
         elif key not in initial or (not isinstance(initial[key], dict) and value != initial[key]):
             vars(module)[key] = value
+
+
+def check_constructor(cls: type, own: type, *, is_given: bool) -> None:
+    """Refuses a class that has another LightningModule's constructor, so that a link would be trained by default options.
+
+    Args:
+        cls: a module's class.
+        own: COLAModule.
+        is_given: whether an option was given, which that constructor passes on.
+
+    Raises:
+        UserError: which names the line that the class needs.
+    """
+    constructor = next(base for base in cls.__mro__ if "__init__" in vars(base))
+    if issubclass(constructor, LightningModule) and not issubclass(constructor, own) and not is_given:
+        raise UserError(
+            f"model: {cls.__name__} needs the line __init__ = COLAModule.__init__, because it has that of "
+            f"{constructor.__name__}"
+        )

@@ -5,23 +5,17 @@ import inspect
 import logging
 import pydoc
 import re
-from argparse import Namespace
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import Enum
 from os import PathLike
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.core.saving import load_hparams_from_tags_csv, load_hparams_from_yaml
 
 import cola_lightning
 from cola_lightning.chain.facts import ModuleArguments
 from cola_lightning.errors import UserError
-from cola_lightning.module.optimization import LinkConfig
 
 log = logging.getLogger(__name__)
 
@@ -38,27 +32,6 @@ SECRET = re.compile(
 )
 
 
-class WholeSignature:
-    """The signature of a class, for ``help`` and completion, with the options that this package's classes pass on.
-
-    Args:
-        lightning_class: the class of Lightning's that the class is derived from.
-        options: the class to which ``**options`` are passed in the end.
-    """
-
-    def __init__(self, lightning_class: type, options: type) -> None:
-        self.lightning_class, self.options = lightning_class, options
-
-    def __get__(self, instance: object, cls: type) -> inspect.Signature | None:
-        """None where Python itself finds it: for a class of the user's with an ``__init__``, and for a call of a module."""
-        owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
-        if instance is not None or not owner.__module__.startswith("cola_lightning."):
-            return None
-        declared = inspect.signature(owner.__init__).parameters  # type: ignore[misc]
-        parameters = _parameters(cls, self.lightning_class, self.options)[1:]
-        return inspect.Signature([p if p.name in declared else p.replace(kind=p.KEYWORD_ONLY) for p in parameters])
-
-
 class RecordsArguments:
     """Records each instance's constructor arguments, whatever a subclass' ``__init__`` does with them.
 
@@ -69,7 +42,6 @@ class RecordsArguments:
     """
 
     constructor_arguments: ModuleArguments
-    __signature__ = WholeSignature(LightningModule, LinkConfig)
 
     def __new__(cls, /, *args: Any, **kwargs: Any) -> Self:
         """Records the arguments, by name, as they are before ``__init__`` may change them."""
@@ -84,36 +56,11 @@ class RecordsArguments:
                     arguments |= arguments.pop(parameter.name, {})
             for name in filter(is_recorded, arguments):
                 try:
-                    recorded.init_args[name] = to_plain(arguments[name], is_marked=True)
+                    recorded.init_args[name] = to_plain(arguments[name])
                 except TypeError:
                     recorded.not_plain.append(name)
-            recorded.defaults = {name: value for name, value in _defaults(cls).items() if name not in arguments}
         self.__dict__["constructor_arguments"] = recorded
         return self
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    """The plain defaults of a class' arguments."""
-    defaults: dict[str, Any] = {}
-    for parameter in _parameters(cls):
-        if is_recorded(parameter.name) and parameter.default is not parameter.empty:
-            with suppress(TypeError):
-                defaults[parameter.name] = to_plain(parameter.default)
-    return defaults
-
-
-def _parameters(cls: type, lightning_class: type = LightningModule, options: type = LinkConfig) -> list[inspect.Parameter]:
-    """The arguments of a class; of this package's classes also those that they pass on: to the base, and to ``options``."""
-    classes = [base for base in cls.__mro__[: cls.__mro__.index(lightning_class)] if "__init__" in vars(base)]
-    found: dict[str, inspect.Parameter] = {}
-    for owner in (*classes, options):
-        is_passing_on = owner.__module__.startswith("cola_lightning.")
-        for name, parameter in inspect.signature(owner.__init__).parameters.items():  # type: ignore[misc]
-            if parameter.kind is not parameter.VAR_KEYWORD or not is_passing_on:
-                found.setdefault(name, parameter)
-        if not is_passing_on:  # another class may give its base's arguments itself
-            break
-    return list(found.values())
 
 
 def class_path(cls: type) -> str:
@@ -133,66 +80,26 @@ def is_recorded(name: str) -> bool:
     return name not in NOT_RECORDED and not SECRET.search(name)
 
 
-def to_plain(value: Any, *, is_marked: bool = False) -> Any:
+def to_plain(value: Any) -> Any:
     """The value in types that JSON has: numbers, texts, and lists and dicts of these. A path is a text; secrets are left out.
-
-    Args:
-        value: the value.
-        is_marked: whether a configuration of argparse's or OmegaConf's, and a dtype, is marked, so that :func:`from_plain`
-            makes it again. Otherwise a configuration is a dict or list.
 
     Raises:
         TypeError: if it cannot be expressed in them.
     """
     if value is None or isinstance(value, bool):
         return value
-    part = functools.partial(to_plain, is_marked=is_marked)
     if isinstance(value, np.generic):
-        return part(value.item())
+        return to_plain(value.item())
     for kind in (int, float, str):  # jsonargparse's restricted numbers are of subclasses
         if isinstance(value, kind) and not isinstance(value, Enum):  # which would not be one of its class when it comes back
             return kind(value)
     if isinstance(value, PathLike):
         return str(value)
     if isinstance(value, list | tuple):
-        return tuple(map(part, value)) if isinstance(value, tuple) else list(map(part, value))
+        return type(value)(map(to_plain, value)) if type(value) in (list, tuple) else list(map(to_plain, value))
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: part(item) for key, item in value.items() if not SECRET.search(key)}
-    if isinstance(value, Namespace):
-        mark, contents = "namespace", part(vars(value))
-    elif type(value).__module__.startswith("omegaconf."):
-        from omegaconf import OmegaConf
-
-        mark, contents = "omegaconf", part(OmegaConf.to_container(value, resolve=True))
-    elif isinstance(value, torch.dtype) and is_marked:
-        mark, contents = "dtype", str(value)
-    else:
-        raise TypeError(f"a {type(value).__name__} is not a plain value")
-    return {MARK: mark, "value": contents} if is_marked else contents
-
-
-def from_plain(value: Any) -> Any:
-    """An argument as it was before :func:`to_plain` marked parts of it."""
-    if isinstance(value, list | tuple):
-        return type(value)(map(from_plain, value))
-    if not isinstance(value, dict):
-        return value
-    parts = {key: from_plain(part) for key, part in value.items()}
-    return BY_MARK[value[MARK]](parts["value"]) if MARK in value else parts
-
-
-def _configuration(contents: Any) -> Any:
-    from omegaconf import OmegaConf
-
-    return contents if "${" in str(contents) else OmegaConf.create(contents)  # a file's interpolation could call a resolver
-
-
-MARK = "_type_"  # in a recorded argument, the key of an object that stands for what JSON does not have
-BY_MARK: dict[str, Callable[[Any], Any]] = {
-    "namespace": lambda contents: Namespace(**contents),
-    "omegaconf": _configuration,
-    "dtype": {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}.__getitem__,
-}
+        return {key: to_plain(item) for key, item in value.items() if not SECRET.search(key)}
+    raise TypeError(f"a {type(value).__name__} is not a plain value")
 
 
 def rebuilt(cls: Any, recorded: ModuleArguments, replacements: dict[str, Any]) -> Any:
@@ -200,7 +107,7 @@ def rebuilt(cls: Any, recorded: ModuleArguments, replacements: dict[str, Any]) -
 
     Args:
         cls: the requested class; the module is of the checkpoint's class if that is a subclass.
-        recorded: the ``constructor_arguments`` of the checkpoint's module, of which those that the class takes are used.
+        recorded: the ``constructor_arguments`` of the checkpoint's module.
         replacements: arguments in place of the checkpoint's.
     """
     try:
@@ -212,22 +119,7 @@ def rebuilt(cls: Any, recorded: ModuleArguments, replacements: dict[str, Any]) -
     for name in recorded.not_plain:
         if name not in replacements:
             log.warning("checkpoint: %r is not stored, because it is not a plain value. Pass it, or its default is used", name)
-    stored = _accepted(cls, recorded.defaults | recorded.init_args)
-    return cls(**{name: from_plain(value) for name, value in stored.items() if is_recorded(name)} | replacements)
-
-
-def read_arguments(path: str | Path, cls: type) -> dict[str, Any]:
-    """The arguments in a file of hyperparameters that a class takes, as Lightning reads them."""
-    read = load_hparams_from_tags_csv if Path(path).suffix == ".csv" else load_hparams_from_yaml
-    return _accepted(cls, read(path))
-
-
-def _accepted(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some arguments that a class accepts."""
-    parameters = _parameters(cls)
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    names = {parameter.name for parameter in parameters}
-    return {name: value for name, value in arguments.items() if takes_any or name in names}
+    return cls(**{name: value for name, value in recorded.init_args.items() if is_recorded(name)} | replacements)
 
 
 def find_class(path: str) -> type:
@@ -248,8 +140,7 @@ def find_class(path: str) -> type:
 def plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The hyperparameters of a checkpoint that are plain: ``torch.load(weights_only=True)`` may not read others.
 
-    Classes of hyperparameters are removed from the checkpoint, which Lightning would call to make a data module again. So a
-    configuration of OmegaConf's comes back to a data module as a dict.
+    Classes of hyperparameters are removed from the checkpoint, which Lightning would call to make a data module again.
     """
     entries: dict[str, Any] = {}
     for owner in (LightningModule, LightningDataModule):
@@ -269,11 +160,3 @@ def plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def _warn_once(what: str) -> None:
     log.warning("%s. A checkpoint stores only plain values, so it is left out", what)
-
-
-def device_of(map_location: Any) -> torch.device:
-    """The device to which torch's ``map_location`` moves a tensor on the CPU, where a checkpoint is read."""
-    if callable(map_location):
-        storage = map_location(torch.UntypedStorage(0), "cpu")  # type: ignore[no-untyped-call]
-        return torch.device("cpu") if storage is None else storage.device
-    return torch.device(map_location.get("cpu", "cpu") if isinstance(map_location, Mapping) else map_location)

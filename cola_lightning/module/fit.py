@@ -24,7 +24,7 @@ from cola_lightning.console import is_logging_configured, log_on_console
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
-from cola_lightning.module.overview import WARNINGS, configuration, describe_fit, describe_resume, describe_schedulers
+from cola_lightning.module.overview import WARNINGS, configuration, describe_fit
 from cola_lightning.module.rewind import Rewind, awaiting_validation, can_validate, resume_rewound
 from cola_lightning.module.run import Run, accumulation_schedulers, run_length
 from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint
@@ -110,11 +110,11 @@ class FitCallback(Callback):
         self._start_optimization(trainer, is_resumed=is_resumed)
         run.check_used(trainer)
         self._check_links(run.length)
-        if trainer.is_global_zero and any(isinstance(c, ModelSummary) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            lines = describe_fit(trainer, run, [*pl_module.parameters()])
+        lines = describe_fit(trainer, run) if trainer.is_global_zero else []
+        if lines and any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             log.info("before the first step\n%s", "\n".join(f"  {line}" for line in lines))
-        elif trainer.is_global_zero:
-            for line in (*describe_schedulers(trainer, run), describe_resume(trainer)):
+        else:
+            for line in lines:
                 if line.startswith(WARNINGS):
                     log.warning(line.removeprefix("WARNING: "))
         for logger in trainer.loggers:
@@ -145,8 +145,6 @@ class FitCallback(Callback):
         if run.schedule.has_unknown_lengths(length) or length.end_step == math.inf:
             run.check_without_horizon(length)
             return
-        lengths = run.schedule.link_lengths(run.current.start, length)
-        warn_of_lengths(run.schedule, lengths, run.adapted.n_finished)
         run.check_lengths(length)
 
     @override
@@ -323,20 +321,6 @@ def warn_of_half_precision(model: nn.Module) -> None:
             "fully trained parameters are in half precision, which rounds small steps away: model.dtype float32 with "
             "trainer.precision bf16-mixed keeps them in float32"
         )
-
-
-def warn_of_lengths(schedule: ChainSchedule, lengths: list[int], n_finished: int) -> None:
-    """Warns of lengths that look wrong.
-
-    Args:
-        schedule: of the fit.
-        lengths: optimizer steps of each remaining link of the fit, the current one first.
-        n_finished: how many links are finished.
-    """
-    if len(lengths) == 1 and schedule.has_knots and not n_finished:
-        log.warning("the run ends before its first knot: it is one link, plain LoRA")
-    if len(lengths) > 1 and lengths[-1] < (shortest := min(lengths[:-1])) / 2:
-        log.warning("the last link has %d optimizer steps, the others at least %d", lengths[-1], shortest)
 
 
 def without_gradient(model: nn.Module) -> list[str]:

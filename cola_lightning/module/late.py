@@ -212,6 +212,8 @@ class LateModel(LightningModule):
             adapted.begin_link(*run.size_of(adapted.n_finished))
         if self.activation_checkpointing:
             self.checkpoint_activations()
+        if not self.training:  # the module was put in evaluation mode before it had a model
+            self.model.eval()
 
     def _build_base(self) -> nn.Module:
         before = {name: dict(vars(self)[name]) for name in ("_modules", "_parameters", "_buffers")}
@@ -225,13 +227,8 @@ class LateModel(LightningModule):
 
     @LightningModule.trainer.setter  # type: ignore[attr-defined, untyped-decorator]
     def trainer(self, trainer: Trainer | None) -> None:
-        """Attaches a Trainer, and to the Trainer this module's callback; a subclass may override ``configure_callbacks``.
-
-        Lightning goes through the children for that, for which the model need not be made.
-        """
-        is_making, self._is_making = self._is_making, True
+        """Attaches a Trainer, and to the Trainer this module's callback; a subclass may override ``configure_callbacks``."""
         LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
-        self._is_making = is_making
         if isinstance(trainer, Trainer) and trainer.lightning_module is self:
             attach(self.run, trainer)
 
@@ -242,25 +239,9 @@ class LateModel(LightningModule):
         return super().__getattr__(name)
 
     @override
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        self._ensure_model_for_reader()
-        return super().named_children()
-
-    @override
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        self._ensure_model_for_reader()
-        modules: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
-        return modules
-
-    @override
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         self._ensure_model()
         return super().named_parameters(*args, **kwargs)
-
-    def _ensure_model_for_reader(self) -> None:
-        """Makes the model for whoever goes through the module, except a Trainer, which has it made when it is due."""
-        if trainer_of(self) is None:
-            self._ensure_model()
 
 
 def _compile_options() -> dict[str, Any]:

@@ -1,21 +1,18 @@
 """A module from a checkpoint: made as the checkpoint's was, with its values."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.errors import UserError
-from cola_lightning.module.arguments import device_of, read_arguments, rebuilt
+from cola_lightning.module.arguments import rebuilt
 
 
 def load(
     cls: type,
     source: Any,
-    map_location: Any,
-    hparams_file: str | Path | None,
     strict: bool | None,
     weights_only: bool | None,
     links: int | str | None,
@@ -23,12 +20,11 @@ def load(
     arguments: dict[str, Any],
 ) -> Any:
     """The module of a checkpoint, see :meth:`COLAModule.load_from_checkpoint`, whose arguments these are."""
-    given = {} if hparams_file is None else read_arguments(hparams_file, cls)
     opened = source
     if not isinstance(opened, OpenedCheckpoint):
         opened = OpenedCheckpoint.open(opened, weights_only=weights_only is not False)
     # Not by Lightning's method, which unpickles what is at a URL, and calls what the hyperparameters name.
-    module = rebuilt(cls, opened.state.facts.module, given | arguments)
+    module = rebuilt(cls, opened.state.facts.module, arguments)
     if strict and not module.strict_loading:
         raise UserError(f"strict: cannot be True, because {type(module).__name__}.strict_loading is False")
     module.expect_state(opened.state, links=links, scale=scale)
@@ -38,4 +34,4 @@ def load(
     keys = module.load_state_dict(opened.contents["state_dict"], strict=strict)
     if any(keys):
         rank_zero_warn(f"checkpoint: the module alone has {keys.missing_keys}, the checkpoint alone {keys.unexpected_keys}")
-    return module if map_location is None else module.to(device_of(map_location))
+    return module

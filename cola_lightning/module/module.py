@@ -19,9 +19,8 @@ from cola_lightning.chain.chain import number_of_links
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.chain.schedule import Knot
 from cola_lightning.constants import Dtype
-from cola_lightning.errors import UserError
 from cola_lightning.export.options import ExportOptions, Format
-from cola_lightning.module.adopt import adopt
+from cola_lightning.module.adopt import adopt, check_constructor
 from cola_lightning.module.arguments import RecordsArguments
 from cola_lightning.module.exports import export
 from cola_lightning.module.late import LateModel
@@ -101,12 +100,7 @@ class COLAModule(LateModel, RecordsArguments):
         **link: Any,
     ) -> None:
         super().__init__()
-        constructor = next(base for base in type(self).__mro__ if "__init__" in vars(base))
-        if issubclass(constructor, LightningModule) and not issubclass(constructor, COLAModule) and not link and seed is None:
-            name = type(self).__name__  # else no option could be given, and a link would be trained by default options
-            raise UserError(
-                f"model: {name} needs the line __init__ = COLAModule.__init__, because it has that of {constructor.__name__}"
-            )
+        check_constructor(type(self), COLAModule, is_given=bool(link) or seed is not None)
         start = InitChain.of(init_chain, init_links, init_continues, init_knot)
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         seed = None if seed is None else int(seed)
@@ -144,12 +138,9 @@ class COLAModule(LateModel, RecordsArguments):
         return task
 
     def on_knot(self, link: Link) -> None:
-        """Called after each knot that ``ChainOfLoRA`` ties, before the next link's first step. By default it does nothing.
+        """Called with the finished link after each knot that ``ChainOfLoRA`` ties, before the next link's first step.
 
         A callback's ``on_knot(trainer, pl_module, link)`` is called after it. On several processes each one calls it.
-
-        Args:
-            link: the finished link.
         """
 
     # ------------------------------------------------------------------ its parts
@@ -418,14 +409,13 @@ class COLAModule(LateModel, RecordsArguments):
 
     @classmethod
     @override
-    def load_from_checkpoint(
+    def load_from_checkpoint(  # type: ignore[override]  # it reads no file of hyperparameters
         cls,
         checkpoint_path: Any,
         map_location: Any = None,
-        hparams_file: str | Path | None = None,
+        *,
         strict: bool | None = None,
         weights_only: bool | None = None,
-        *,
         links: int | str | None = None,
         scale: Mapping[int | str, float] | None = None,
         **kwargs: Any,
@@ -437,9 +427,7 @@ class COLAModule(LateModel, RecordsArguments):
 
         Args:
             checkpoint_path: a file that a fit wrote: its path, its URL, or an open file.
-            map_location: a device to move the module to, or a function or dict that gives it, as for ``torch.load`` of tensors
-                on the CPU; None: it stays on the CPU.
-            hparams_file: a YAML or CSV file with arguments of the class, in place of the checkpoint's.
+            map_location: a device to move the module to; None: it stays on the CPU.
             strict: whether the module's trained values and the checkpoint's must have the same names; None: as
                 ``strict_loading`` says, which is true unless it was set, and which True may not contradict.
             weights_only: False unpickles any object in the file, which may run code: only for a trusted file.
@@ -453,8 +441,8 @@ class COLAModule(LateModel, RecordsArguments):
         Raises:
             UserError: for a path that is not a checkpoint, a damaged checkpoint, or another base.
         """
-        loaded: Self = load(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, links, scale, kwargs)
-        return loaded
+        loaded: Self = load(cls, checkpoint_path, strict, weights_only, links, scale, kwargs)
+        return loaded if map_location is None else loaded.to(map_location)
 
 
 # Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.

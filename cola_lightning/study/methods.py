@@ -58,9 +58,6 @@ def _cola(config: Config, n_links: int | None) -> dict[str, Any]:
 
 def _lora_sum_rank(config: Config, n_links: int | None) -> dict[str, Any]:
     """One link whose rank is the sum of the chain's, with the same scaling."""
-    options = config["model"].get("init_args", {})
-    if options.get("rank_pattern") or options.get("alpha_pattern") or options.get("scaling") == "rslora":
-        raise UserError("methods: lora-sum-rank takes no model.rank_pattern, model.alpha_pattern or model.scaling rslora")
     rank = int(model_option(config, "rank"))
     total = n_links * rank if n_links else sum(_chain_ranks(config, rank))
     return _lora(config, None) | {"model.rank": total, "model.alpha": model_option(config, "alpha") / rank * total}

@@ -39,7 +39,7 @@ def test_a_report_is_what_the_full_updates_say(chain):
     for one, finished in zip(reports, chain.links, strict=True):
         assert (one.index, one.rank, one.alpha, one.steps) == (finished.index, finished.rank, 3.0, 7)
         assert one.layers.keys() == finished.factors.keys()
-        updates = {name: finished.scaling(name) * B.double() @ A.double() for name, (A, B) in finished.factors.items()}
+        updates = {name: finished.scaling * B.double() @ A.double() for name, (A, B) in finished.factors.items()}
         norms = {name: float(update.norm()) for name, update in updates.items()}
         relative = {name: norm / chain.base.weight_norms[name] for name, norm in norms.items()}
         for name, layer in one.layers.items():

@@ -75,9 +75,8 @@ def checkpoint_of(version):
 
 
 def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(printed, capfd):
-    assert "  model: link 0 of rank 1 and alpha 1 on 3 of 3 layers\n" in printed
-    assert "  parameters: 330 of 9,300 are trained (3.55%)\n" in printed
-    assert "  resume: exact, from every checkpoint\n  checkpoints: runs/version_0/checkpoints\n" in printed
+    assert "  model: link 0 of rank 1 and alpha 1 on 3 of 3 layers: 330 parameters\n" in printed
+    assert "  resume: exact, from every checkpoint\n" in printed
     assert "link 0 finished: steps 0 to 9, rank 1, update norm" in printed
     command = next(line for line in printed.splitlines() if line.startswith("use it: cola "))
     assert run(*command.partition(" (")[0].split()[3:]) == 0
@@ -120,7 +119,6 @@ def test_the_newest_run_of_the_same_options_is_resumed_and_its_configuration_hol
     assert fit(*further) == 2
     expected = f"error: ckpt_path: {resumed[-1]} is a finished run (step 36, epoch 4), so nothing is left to train. Raise "
     assert capfd.readouterr().err.splitlines()[-1].startswith(expected)
-    assert not Path("runs/version_5").exists()
 
 
 class Impatient(Callback):
@@ -164,19 +162,10 @@ def test_whoever_reads_a_run_that_was_continued_elsewhere_is_told(capfd):
     assert str(Path(LAST).absolute()) in Path("runs/version_2/checkpoints/last.continues.txt").read_text()
 
 
-def test_a_refused_command_removes_only_the_folders_that_it_made(tmp_path, monkeypatch):
-    (here := tmp_path / "new" / "work").mkdir(parents=True)
-    monkeypatch.chdir(here)
-    early, late = ["--model.init_chain", "nowhere"], ["--chain.ranks", "[99]"]
-    for words in (early, late, [*late, "--trainer.default_root_dir", "root/of/runs"]):
-        assert main(["fit", "--config", DIGITS, *words]) == 2
-        assert list((tmp_path / "new").rglob("*")) == [here]
-
-
 def test_one_process_of_a_launcher_logs(monkeypatch, capfd):
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert fit("--trainer.max_epochs", "1") == 0
-    assert "are trained" not in capfd.readouterr().out
+    assert "before the first step" not in capfd.readouterr().out
 
 
 class Saving(COLADigits):
@@ -317,7 +306,7 @@ def test_inspect_tells_the_same_of_a_checkpoint_and_of_its_chain_from_which_a_ru
     capsys.readouterr()
     messages = []
     for path in (LAST, "chain"):
-        assert run("inspect", path, "--json", "--plot", "chain.png") == 0
+        assert run("inspect", path, "--json") == 0
         messages.append(json.loads(capsys.readouterr().out))
     assert messages[0] == messages[1]
     assert [(link["rank"], link["steps"], link["total_rank"]) for link in messages[0]] == [(1, 9, 1), (1, 9, 2), (1, 9, 3)]

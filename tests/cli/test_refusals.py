@@ -60,7 +60,7 @@ MISTAKES = [
     ("fit --model.model_name package:transfromers --data.source x", ".*nearest that exist: transformers"),
     ("stages --config config.yaml --output x --max_forgeting 1", ".*--max_forgetting"),
     ("generate x --promt y", ".*--prompt"),
-    ("inspect x --plt y", ".*--plot"),
+    ("inspect x --jsno", ".*--json"),
     ("export x --format mergd --output y", "format: must be one of 'merged'"),
     (FIT + "--chain.every_n_epochs 1 --chain.patience 3", "chain: .*every_n_epochs and patience"),
     (FIT + "--trainer.strategy ddp_spawn", "trainer.strategy: "),
@@ -82,7 +82,6 @@ MISTAKES = [
     (LANGUAGE + "--data.batch_size 0", "data.batch_size must be"),
     (LANGUAGE + "--data.path rows", ".*'path' is not accepted; here it is --data.source NAME"),
     (f"inspect {DIGITS}", "checkpoint: "),
-    ("inspect chain --plot x.jpg", "plot: "),
     ("generate rows --prompt It", r"checkpoint: 'rows' has no checkpoints/last\.ckpt"),
     (f"generate {LAST} --prompt It", ".*COLACausalLM"),
     (f"generate {LAST} --prompt It --max_new_tokens 0", "max_new_tokens: must be at least 1"),
@@ -184,7 +183,6 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2_and_nothing_is_w
     [
         ("peft", f"export {LAST} --format peft --output out"),
         ("bitsandbytes", LANGUAGE + "--model.quantization nf4"),
-        ("matplotlib", "inspect chain --plot chain.png"),
     ],
 )
 def test_a_package_that_is_not_installed_is_named_before_a_model_is_loaded(package, words, folder, monkeypatch, capfd):
@@ -302,7 +300,6 @@ REFUSALS = {
     method_of: [
         (("cola", {}, {"max_epochs": 3}), "methods: knots"),
         (("cola-9", {}, {"max_epochs": 3}), "methods: 3 epochs .* cannot have 9 links"),
-        (("lora-sum-rank-2", {}, {"max_epochs": 2}, ("rank", "alpha", "rank_pattern")), "methods: model.rank_pattern"),
         (("lora-sum-rank-2", (), (), ()), r"model: rank must be set, but own\.Module"),
     ],
 }

@@ -166,57 +166,11 @@ def test_the_loss_of_a_mixture_of_experts_has_its_routers_as_hugging_faces(tmp_p
     assert losses[1] > losses[0] + 0.5  # an even load of one expert a token is 1
 
 
-# ---------------------------------------------------------------------- packed sequences
-
-
-def packed_texts(module):
-    """Texts in one row, with a mask of pairs, and the ids of each."""
-    texts = ["The town is old and the river is long.", "It was", "A film with great actors"]
-    rows = [row["input_ids"] for (row,) in encode_texts(module.tokenizer, texts, 64)]
-    lengths = torch.tensor([len(ids) for ids in rows])
-    own = torch.repeat_interleave(torch.arange(3), lengths)
-    mask = ((own[:, None] == own) & torch.ones(len(own), len(own)).tril().bool())[None, None]
-    packed = {"input_ids": torch.tensor([[token for ids in rows for token in ids]]), "attention_mask": mask}
-    packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
-    packed["labels"] = torch.tensor([[label for ids in rows for label in [-100, *ids[1:]]]])
-    return packed, rows
-
-
-@pytest.mark.parametrize(("architecture", "attention"), [("opt", "eager"), ("llama", "sdpa"), ("gpt2", "sdpa")])
-def test_packed_sequences_with_a_mask_of_pairs_have_the_loss_of_separate_ones(tmp_path, architecture, attention):
-    module = with_live_link(causal_lm(tmp_path, architecture, attn_implementation=attention))
-    packed, rows = packed_texts(module)
-    pairs = packed["attention_mask"]
-    separate = module.step(collate_language([{"input_ids": ids, "spans": [1, len(ids)]} for ids in rows], 1))
-    with torch.autocast("cpu", torch.bfloat16):  # in which the model is tried out, too
-        assert module.step(packed).loss.item() == pytest.approx(separate.loss.item(), abs=0.05)
-    assert module.model.training
-    additive = (torch.zeros(pairs.shape, dtype=dtype) for dtype in (torch.float32, torch.float64))
-    for mask in (pairs, pairs.long(), *(zeros.masked_fill(~pairs, torch.finfo(zeros.dtype).min) for zeros in additive)):
-        output = module.step(packed | {"attention_mask": mask})
-        assert output.size == separate.size == sum(map(len, rows)) - 3
-        assert output.loss.item() == pytest.approx(separate.loss.item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("case", [*NOT_APART, "attention_mask", "position_ids"])
-def test_packed_sequences_are_refused_where_they_would_not_be_apart(tmp_path, case):
-    """Also in a model that ignores without a word what keeps them apart."""
-    is_ignored = case not in NOT_APART
-    architecture, scale = ("llama", 3) if is_ignored else (case, 1)
-    module = causal_lm(tmp_path, architecture, scale=scale, target_modules=None)
-    module.configure_model()
-    inner = module.model.forward
-
-    def forward(input_ids, attention_mask=None, position_ids=None, **others):
-        given = {"attention_mask": attention_mask, "position_ids": position_ids} | others
-        if attention_mask.dim() == 4:
-            del given[case]
-        return inner(input_ids=input_ids, **given)
-
-    module.model.forward = forward if is_ignored else inner
-    for _ in range(2):
-        with pytest.raises(UserError, match="batch: attention_mask must be rows x length"):
-            module.step(packed_texts(module)[0])
+def test_a_mask_of_pairs_of_tokens_is_refused(tmp_path):
+    module = causal_lm(tmp_path, "llama", target_modules=None)
+    ids = torch.arange(5)[None]
+    with pytest.raises(UserError, match="batch: attention_mask must be rows x length"):
+        module.step({"input_ids": ids, "labels": ids, "attention_mask": torch.ones(1, 1, 5, 5)})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from cola_lightning import LoRAConfig, UserError, inject_lora, lora_layers
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import as_peft_weights, out_proj_updates, read_adapter
 from cola_lightning.export.adapter import FUSED_OFF
-from cola_lightning.module.overview import frozen_kinds
 from tests.helpers.toy import Toy, assert_bit_equal, assert_near, difference, strip_lora, toy, trainer, with_trained_links
 
 
@@ -199,7 +198,6 @@ def test_what_is_not_a_target_stays_what_it_is_and_what_computes_otherwise_is_re
     with pytest.raises(UserError, match="no layer is left"):
         inject_lora(model, LoRAConfig(exclude_modules=["attention"], modules_to_save=["head"]))
     assert inject_lora(model, LoRAConfig(rank=2, alpha=4)) == ["attention.out_proj", "attention.in_proj", "head"]
-    assert frozen_kinds(model) == {"Other": 1, "MultiheadAttention": 1, "NonDynamicallyQuantizableLinear": 2}
 
 
 def test_a_compiled_module_computes_the_same_in_one_graph():
@@ -300,10 +298,10 @@ def fitted(folder, **options):
     return ours
 
 
-OWN_RANKS = {"target_modules": ["in_proj", "linear1"], "rank_pattern": {"in_proj": 1}, "scaling": "rslora"}
+FEWER = {"target_modules": ["in_proj", "linear1"]}
 
 
-@pytest.mark.parametrize("options", [{"finished_links": "stack"}, OWN_RANKS], ids=["all", "ranks of their own"])
+@pytest.mark.parametrize("options", [{"finished_links": "stack"}, FEWER], ids=["all", "without out_proj"])
 def test_a_chain_on_an_encoder_is_trained_and_exported_and_read(tmp_path, caplog, options):
     with caplog.at_level(logging.WARNING, "cola_lightning"):
         ours = fitted(tmp_path, **options)

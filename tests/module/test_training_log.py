@@ -3,7 +3,6 @@
 from argparse import Namespace
 
 import pytest
-import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
@@ -14,21 +13,20 @@ from tests.helpers.toy import trainer
 
 OPTIONS = {
     "model/rank": 4,
-    "data/batch_size": 1,
     "chain/every_n_train_steps": 2,
     "optimizer/class_path": "torch.optim.adamw.AdamW",
 }
 
 
 class Secretive(COLACausalLM):
-    """With an argument that no file may hold, and two that JSON has no type for."""
+    """With an argument that no file may hold, and one that JSON has no type for."""
 
-    def __init__(self, model_name, hub_token=None, sizes=None, kind=None, **others):
+    def __init__(self, model_name, hub_token=None, sizes=None, **others):
         super().__init__(model_name, **others)
 
 
 def test_loggers_get_the_configuration_of_a_fit_without_secrets(tmp_path):
-    given = {"hub_token": "hf_secret", "sizes": Namespace(hidden=[8]), "kind": torch.half}
+    given = {"hub_token": "hf_secret", "sizes": Namespace(hidden=[8])}
     module = Secretive(tiny.folder(tmp_path / "model"), rank=4, seed=0, **given)
     data = Shuffled(batches_of(rows_of(LENGTHS[:4]), 1))
     options = {"max_epochs": 1, "limit_val_batches": 0, "chain": {"every_n_train_steps": 2}}
@@ -38,7 +36,6 @@ def test_loggers_get_the_configuration_of_a_fit_without_secrets(tmp_path):
     messages = yaml.safe_load(text)
     assert {name: messages[name.split("/")[0]][name.split("/")[1]] for name in OPTIONS} == OPTIONS
     assert messages["optimizer"]["lr"] == 1e-3
-    assert (messages["model"]["sizes"], messages["model"]["kind"]) == ({"hidden": [8]}, "torch.float16")
 
 
 PROGRAM = """

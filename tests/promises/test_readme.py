@@ -173,7 +173,7 @@ def test_resume_roll_back_and_export_work_line_by_line(tmp_path, capsys):
     resumed, rolled_back = (torch.load(f"runs/version_{n}/checkpoints/last.ckpt", weights_only=True) for n in (1, 2))
     assert resumed["global_step"] == 8
     assert len(StoredState.of(rolled_back["state_dict"]).chain) == 2 + 2
-    assert all(Path(path).exists() for path in ("chain.png", "merged/tokenizer.json", "adapter/adapter_config.json"))
+    assert all(Path(path).exists() for path in ("merged/tokenizer.json", "adapter/adapter_config.json"))
     assert len(Chain.load("chain")) == 2
 
 

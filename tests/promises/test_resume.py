@@ -72,7 +72,7 @@ INSIDE = ("backward", 13)  # an epoch, a link and a window
 FEW = [INSIDE, ("batch_end", 7)]
 
 
-OWN_RANKS = {"rank_pattern": {"0": 5}, "alpha_pattern": {"0": 7}, "scaling": "rslora", "lr_ratio_B": 4}
+OWN_RATE = {"lr_ratio_B": 4}
 EXPERTS = {"target_modules": "all-linear", "experts": True, "modules_to_save": ["4"], "kept_optimizer_state": 0.5}
 ONE = {"accumulate_grad_batches": 1}
 
@@ -93,7 +93,7 @@ RUNS = {
     "torchdata's loader": lambda: {"data": Stateful()},
     "beside a longer loader": lambda: {"data": Beside(batch_size=4), "max_epochs": 2},
     "a schedule over ours": lambda: {"module": make(Scheduled, lr_schedule="linear")},
-    "ranks, alphas and rates of their own": lambda: {"module": make(**OWN_RANKS)},
+    "a rate of its own for B": lambda: {"module": make(**OWN_RATE)},
     "a share of the optimizer's state": lambda: {"module": make(kept_optimizer_state=0.1)},
     "the run's schedule": lambda: {"module": make(schedule_scope="run", warmup_steps=2, knot_warmup_steps=3)},
     "knots at a plateau": lambda: {"module": make(schedule_scope="run"), "chain": {"patience": 1, "min_delta": 0.02}},
