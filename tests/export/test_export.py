@@ -23,7 +23,8 @@ from cola_lightning import Chain, COLACausalLM, COLAModule, COLASequenceClassifi
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
 from cola_lightning.errors import DiskError, ExportError
-from cola_lightning.export.verify import ReferenceLogits
+from cola_lightning.export.model import TrainedModel
+from cola_lightning.export.verify import ReferenceLogits, prove_merged
 from cola_lightning.writing import atomic_folder
 from tests.helpers import tiny
 from tests.helpers.toy import Toy, assert_bit_equal, assert_same_chain, batches, saved, toy, trainer
@@ -417,6 +418,16 @@ def test_a_tensor_with_one_wrong_element_is_not_kept(tmp_path, monkeypatch, dtyp
     with pytest.raises(ExportError, match="other factors"):
         module.export(tmp_path / "chain", "chain")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_written_weight_of_another_size_than_its_links_is_an_error(tmp_path):
+    module = tiny.with_live_link(toy())
+    adapted, chain = module.adapted.copy_on_cpu(), module.full_chain()
+    save_file(dict(module.merged_model().state_dict()), tmp_path / "model.safetensors")
+    (name, (lora_A, lora_B)), *_ = chain[0].factors.items()
+    chain[0].factors[name] = lora_A[:, 1:], lora_B
+    with pytest.raises(UserError, match=rf"^base: '{name}' is .* another base"):
+        prove_merged(TrainedModel(adapted, chain, "toy"), tmp_path)
 
 
 def write(path, text):
