@@ -27,7 +27,6 @@ from cola_lightning.module.run import Run, trainer_of
 from cola_lightning.trained_values import is_frozen
 from cola_lightning.writing import atomic_file
 
-
 # ---------------------------------------------------------------------- what is stored
 
 
