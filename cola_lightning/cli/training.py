@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -258,12 +258,9 @@ class COLACLI(LightningCLI):
                 callbacks.append(ChainProgressBar() if rich.get_console().is_terminal else ProgressLines())
             if config.enable_checkpointing is not False:
                 callbacks.append(self._get(self.config_init, "last"))
-        is_described = config.enable_model_summary is None and not config.barebones
-        if is_described:
+        if config.enable_model_summary is None:  # the module says itself what is trained
             kwargs["enable_model_summary"] = False
         trainer = super().instantiate_trainer(**kwargs)
-        if is_described:  # by the module's own block, without Lightning's table
-            trainer.callbacks = [ModelSummary(max_depth=0), *trainer.callbacks]  # type: ignore[attr-defined]
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
         if trainer.loggers and trainer.log_dir is not None:
             self.watch.expect_folder(trainer.log_dir)
