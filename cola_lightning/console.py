@@ -1,4 +1,4 @@
-"""The package's log lines on the console, for the command line and for a script that configures no logging."""
+"""The package's log lines on the console, for the command line."""
 
 import contextlib
 import logging
@@ -47,9 +47,3 @@ def log_on_console(*, is_shown: bool = True, is_stderr: bool = False) -> Iterato
     finally:
         package.removeHandler(handler)
         package.setLevel(level)
-
-
-def is_logging_configured() -> bool:
-    """Whether the user or the command line has chosen where the package's log lines go, or which."""
-    package = logging.getLogger(PACKAGE)
-    return bool(package.level or package.handlers or logging.getLogger().handlers)

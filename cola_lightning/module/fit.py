@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -20,11 +19,10 @@ from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.base import check_unchanged
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
-from cola_lightning.console import is_logging_configured, log_on_console
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
-from cola_lightning.module.overview import WARNINGS, configuration, describe_fit
+from cola_lightning.module.overview import describe_fit
 from cola_lightning.module.rewind import Rewind, awaiting_validation, can_validate, resume_rewound
 from cola_lightning.module.run import Run, accumulation_schedulers, run_length
 from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint
@@ -52,17 +50,10 @@ class FitCallback(Callback):
         self._batch = ExitStack()  # the scope of a batch's seed
         self._pending = ExitStack()  # the scope in which a resumed fit awaits the validation that comes first
         self._has_pending = False  # whether there is one
-        self._console = ExitStack()  # the scope in which a fit's log lines are shown
         self._is_first_step = self._is_loss_shown = False
-        self._without_gradient: list[str] | None = None  # known after a backward pass
         self._logged: dict[str, Tensor] = {}  # the metrics that the Trainer of the resumed checkpoint had logged last
 
     # ------------------------------------------------------------------ the beginning and the end of a run
-
-    def show_log(self, trainer: Trainer) -> None:
-        """Shows the log lines of a fit until its end, if nobody has configured logging."""
-        if trainer.state.fn == "fit" and trainer.is_global_zero and not is_logging_configured():
-            self._console.enter_context(log_on_console())
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -103,22 +94,15 @@ class FitCallback(Callback):
         for callback in accumulation_schedulers(trainer):  # it acts at the start of an epoch; a fit may resume inside one
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         run.step_loss.begin(getattr(trainer.precision_plugin, "scaler", None))
-        self._is_first_step, self._is_loss_shown, self._without_gradient = True, False, None
+        self._is_first_step, self._is_loss_shown = True, False
         now, is_resumed = FitPosition(trainer.current_epoch, trainer.global_step), trainer.ckpt_path is not None
         run.length = run_length(trainer, beginning_of_epoch(trainer, now) if is_resumed else now)
         run.schedule = run.schedule.in_run(run.length, run.stable_share(run.length))
         self._start_optimization(trainer, is_resumed=is_resumed)
         run.check_used(trainer)
         self._check_links(run.length)
-        lines = describe_fit(trainer, run) if trainer.is_global_zero else []
-        if lines and any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            log.info("before the first step\n%s", "\n".join(f"  {line}" for line in lines))
-        else:
-            for line in lines:
-                if line.startswith(WARNINGS):
-                    log.warning(line.removeprefix("WARNING: "))
-        for logger in trainer.loggers:
-            logger.log_hyperparams(configuration(trainer, run))
+        if trainer.is_global_zero:
+            log.info("before the first step\n%s", "\n".join(f"  {line}" for line in describe_fit(trainer, run)))
         self._rewind.begin_fit(trainer, pl_module, run.adapted.trained.state().keys())
         if self._has_pending and can_validate(trainer):
             self._pending.enter_context(awaiting_validation(trainer))
@@ -163,10 +147,6 @@ class FitCallback(Callback):
         if trainer.state.fn == "fit":
             run.end = FitPosition(trainer.current_epoch, trainer.global_step)
             run.note_progress()  # the Trainer's next run clears its metrics
-        fitter = run.trainer
-        if fitter is not None and fitter.state.status == TrainerStatus.RUNNING and fitter.lightning_module is pl_module:
-            pl_module.trainer = fitter  # inside of whose fit another Trainer has evaluated the module
-        self._console.close()
 
     teardown = _leave
 
@@ -233,11 +213,6 @@ class FitCallback(Callback):
         self.run.step_loss.add(loss)
 
     @override
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_first_step:  # here: later a strategy that averages gradients fills in zeros where there is none
-            self._without_gradient = without_gradient(self.run.adapted.model)
-
-    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._check_loss(trainer)
         self.run.current.is_trained = True
@@ -246,10 +221,9 @@ class FitCallback(Callback):
         if loss is not None:
             pl_module.log("train_loss", loss)
         self._is_loss_shown = loss is not None
-        if self._is_first_step and self._without_gradient is not None:
-            self._is_first_step = False
-            if trainer.is_global_zero:
-                warn_of_no_gradient(self._without_gradient, self.run.adapted.model)
+        if self._is_first_step and trainer.is_global_zero:
+            warn_of_no_gradient(self.run.adapted.model)
+        self._is_first_step = False
 
     def _check_loss(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Checks the loss of the last step, and shows it: a progress bar of Lightning's would read a new one at each batch."""
@@ -281,14 +255,11 @@ class FitCallback(Callback):
 def attach(run: Run, trainer: Trainer) -> None:
     """Attaches a module's callback to its Trainer: after the user's, and before those that write checkpoints."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    fit_callback = next((c for c in callbacks if isinstance(c, FitCallback) and c.run is run), None)
-    if fit_callback is None:
-        fit_callback = FitCallback(run)
+    if not any(isinstance(callback, FitCallback) and callback.run is run for callback in callbacks):
         others = [c for c in callbacks if not isinstance(c, FitCallback)]  # of another module
         last = [c for c in others if isinstance(c, Checkpoint)]
         first = [c for c in others if c not in last]
-        trainer.callbacks = [*first, fit_callback, *last]  # type: ignore[attr-defined]
-    fit_callback.show_log(trainer)
+        trainer.callbacks = [*first, FitCallback(run), *last]  # type: ignore[attr-defined]
 
 
 def schedule_of(trainer: Trainer) -> ChainSchedule:
@@ -323,25 +294,17 @@ def warn_of_half_precision(model: nn.Module) -> None:
         )
 
 
-def without_gradient(model: nn.Module) -> list[str]:
-    """Names of the adapted layers whose links are to be trained and have no gradient; a gradient of zeros is one."""
-    return [
-        name
-        for name, layer in lora_layers(model).items()
-        if layer.lora_B.requires_grad and layer.lora_A.grad is None and layer.lora_B.grad is None
-    ]
-
-
-def warn_of_no_gradient(names: list[str], model: nn.Module) -> None:
-    """Warns of the adapted layers of a model that have these names, and no gradient in a fit's first step."""
+def warn_of_no_gradient(model: nn.Module) -> None:
+    """Warns of adapted layers that should have a gradient in a fit's first step; a gradient of zeros is one."""
+    layers = lora_layers(model)
+    trained = {name: layer for name, layer in layers.items() if layer.lora_B.requires_grad}
+    names = [name for name, layer in trained.items() if layer.lora_A.grad is None and layer.lora_B.grad is None]
     if names:
         log.warning(
             "model.target_modules: %d of %d adapted layers got no gradient in the first step (%s). A link is never trained if "
             "the model reads the weight of its layer without calling the layer. It is trained later if only these batches did "
             "not use the layer, such as an expert without tokens",
-            len(names),
-            len(lora_layers(model)),
-            ", ".join([*names[:3], *["..."] * (len(names) > 3)]),
+            *(len(names), len(layers), ", ".join([*names[:3], *["..."] * (len(names) > 3)])),
         )
 
 

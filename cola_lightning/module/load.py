@@ -6,7 +6,6 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.errors import UserError
 from cola_lightning.module.arguments import rebuilt
 
 
@@ -25,8 +24,6 @@ def load(
         opened = OpenedCheckpoint.open(opened, weights_only=weights_only is not False)
     # Not by Lightning's method, which unpickles what is at a URL, and calls what the hyperparameters name.
     module = rebuilt(cls, opened.state.facts.module, arguments)
-    if strict and not module.strict_loading:
-        raise UserError(f"strict: cannot be True, because {type(module).__name__}.strict_loading is False")
     module.expect_state(opened.state, links=links, scale=scale)
     module.make_model()
     module.on_load_checkpoint(opened.contents)

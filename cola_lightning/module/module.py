@@ -27,7 +27,7 @@ from cola_lightning.module.late import LateModel
 from cola_lightning.module.load import load
 from cola_lightning.module.optimization import LinkConfig, OptimizerCallable
 from cola_lightning.module.run import ExpectedState, InitChain, Run
-from cola_lightning.module.state import StateDictError, prepare_checkpoint, prepare_loading, state_of
+from cola_lightning.module.state import prepare_checkpoint, prepare_loading, state_of
 
 log = logging.getLogger(__name__)
 
@@ -353,43 +353,18 @@ class COLAModule(LateModel, RecordsArguments):
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """What training changes: links, fully trained modules, buffers, and the module's other parameters; no frozen weight.
 
-        Its entries ``chain.*`` hold the finished links and all else with which :meth:`load_state_dict` restores the module. All
-        entries are tensors, and a checkpoint of Lightning's contains them.
+        Its entries ``chain.*`` hold the finished links and all else with which ``load_state_dict`` restores the module: it
+        replays or removes links. All entries are tensors, and a checkpoint of Lightning's contains them.
         """
         self.make_model()
         state = self.adapted.trained.state(prefix, keep_vars=keep_vars, into=destination)
         state |= state_of(self.run, prefix)
         return state
 
-    @override
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a :meth:`state_dict`; finished links are replayed, or removed.
-
-        Args:
-            state_dict: as :meth:`state_dict` returns it.
-            strict: False leaves missing values unchanged, ignores unknown ones, and returns their names.
-            assign: see ``nn.Module.load_state_dict``.
-
-        Raises:
-            UserError: if a name is missing or unknown, or the links were trained on another base.
-        """
-        try:
-            names = super().load_state_dict(state_dict, strict=False, assign=assign)
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):  # in torch's message, which names the values
-                raise
-            raise StateDictError(f"checkpoint: {' '.join(str(error).split())}") from error
-        if strict and (names.missing_keys or names.unexpected_keys):
-            raise StateDictError(
-                "checkpoint: it does not contain exactly what this module trains. Missing key(s) in "
-                f"state_dict: {sorted(names.missing_keys)}. Unexpected key(s) in state_dict: {sorted(names.unexpected_keys)}"
-            )
-        return names
-
     def expect_state(
         self, state: StoredState, *, links: int | str | None = None, scale: Mapping[int | str, float] | None = None
     ) -> None:
-        """Prepares the module, before its model is made, for the state that :meth:`load_state_dict` will load.
+        """Prepares the module, before its model is made, for the state that ``load_state_dict`` will load.
 
         The model is made with the state's seed, without ``init_chain``, and without the base's weights if the state has them.
 
@@ -429,7 +404,7 @@ class COLAModule(LateModel, RecordsArguments):
             checkpoint_path: a file that a fit wrote: its path, its URL, or an open file.
             map_location: a device to move the module to; None: it stays on the CPU.
             strict: whether the module's trained values and the checkpoint's must have the same names; None: as
-                ``strict_loading`` says, which is true unless it was set, and which True may not contradict.
+                ``strict_loading`` says, which is true unless it was set.
             weights_only: False unpickles any object in the file, which may run code: only for a trusted file.
             links: how many links, the finished ones first and then the current one, or the name of the last stage; None: all. 0
                 is the base.

@@ -1,8 +1,7 @@
-"""What a fit will do, before its first step: for its reader, and its configuration for loggers."""
+"""What a fit will do, before its first step."""
 
-import json
+import logging
 import math
-from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -13,18 +12,15 @@ from torch.utils.data import SequentialSampler
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.lora.inject import is_linear
 from cola_lightning.lora.layer import lora_layers
-from cola_lightning.module.arguments import class_path
-from cola_lightning.module.optimization import LinkLR
 from cola_lightning.module.run import Run
-from cola_lightning.module.state import described_data
+
+log = logging.getLogger(__name__)
 
 MOST_KNOTS = 8  # that are named
-WARNINGS = ("WARNING", "resume: not exact")  # begin lines that say what is most likely not meant
-HORIZONS = ("total_steps", "T_max", "total_iters")  # the attributes in which torch's schedulers have their length
 
 
 def describe_fit(trainer: Any, run: Run) -> list[str]:
-    """The lines of the block.
+    """The lines of the block; what is most likely not meant is a warning.
 
     Args:
         trainer: the Trainer of the fit, whose data is set up.
@@ -35,7 +31,7 @@ def describe_fit(trainer: Any, run: Run) -> list[str]:
     lines = described if isinstance(described, list) else [f"data: {trainer.num_training_batches} batches in an epoch"]
     lines = [describe_model(run.adapted), *lines]
     if run.adapted.layers:
-        lines += [describe_knots(run), *describe_schedulers(trainer, run)]
+        lines.append(describe_knots(run))
     return [*lines, describe_resume(trainer)]
 
 
@@ -62,25 +58,10 @@ def describe_knots(run: Run) -> str:
     lengths = schedule.link_lengths(start, length)
     steps = [start.global_step + sum(lengths[:k]) for k in range(1, len(lengths))]
     if not steps:
-        return "WARNING: this run ends before its first knot: it is one link, plain LoRA"
+        log.warning("this run ends before its first knot: it is one link, plain LoRA")
+        return "knots: none before the end"
     shown = ", ".join([*map(str, steps[:MOST_KNOTS]), *["..."] * (len(steps) > MOST_KNOTS)])
     return f"knots ({schedule.knot}): {len(steps)}, before steps {shown}, of {length.end_step:,} steps"
-
-
-def describe_schedulers(trainer: Trainer, run: Run) -> list[str]:
-    """A line for each learning-rate scheduler of the user's that would not end with the link it is made for."""
-    length, schedule = run.length, run.schedule
-    if length is None or not schedule.has_knots or schedule.goes_on:
-        return []
-    steps, lines = run.steps_in(length), list[str]()
-    for config in trainer.lr_scheduler_configs:
-        name = type(config.scheduler).__name__
-        horizon = next((getattr(config.scheduler, field) for field in HORIZONS if hasattr(config.scheduler, field)), 0)
-        n_steps = horizon * config.frequency
-        if config.interval == "step" and n_steps > steps and not isinstance(config.scheduler, LinkLR):
-            what = f"{name} takes {n_steps:,} steps, but each link has {steps:,}, and a scheduler of its own"
-            lines.append(f"WARNING: {what}. Use self.link_steps in configure_optimizers")
-    return lines
 
 
 def describe_resume(trainer: Trainer) -> str:
@@ -93,22 +74,7 @@ def describe_resume(trainer: Trainer) -> str:
             return f"resume: exact after the first step of an epoch ({type(loader).__name__})"
         if isinstance(sampler, SequentialSampler):
             return "resume: exact only from the end of an epoch. EpochDataModule makes it exact everywhere"
-        return f"resume: not exact, because a {type(loader).__name__} does not store its order. EpochDataModule makes it exact"
+        name = type(loader).__name__
+        log.warning("a %s does not store its order, so no resume is exact. EpochDataModule makes it exact", name)
+        return "resume: not exact"
     return "resume: exact, from every checkpoint"
-
-
-# ---------------------------------------------------------------------- for loggers
-
-
-def configuration(trainer: Trainer, run: Run) -> dict[str, dict[str, Any]]:
-    """The plain options of a fit, for loggers: of model, data, chain and optimizer; no secret, and nothing that is not set."""
-    arguments, optimizer = run.arguments, trainer.optimizers[0]
-    found = {
-        "model": {"class_path": arguments.class_path} | arguments.init_args,
-        "data": described_data(run, "identity"),
-        "chain": asdict(run.schedule),
-        "optimizer": {"class_path": class_path(type(optimizer))} | optimizer.defaults,
-    }
-    is_set = {part: {name: value for name, value in options.items() if value is not None} for part, options in found.items()}
-    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(is_set, default=str))
-    return plain

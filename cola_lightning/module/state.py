@@ -27,11 +27,6 @@ from cola_lightning.module.run import Run, trainer_of
 from cola_lightning.trained_values import is_frozen
 from cola_lightning.writing import atomic_file
 
-
-class StateDictError(UserError, RuntimeError):
-    """Mismatched state-dict keys: a user error, and also the RuntimeError that torch raises for it, with its message."""
-
-
 # ---------------------------------------------------------------------- what is stored
 
 
