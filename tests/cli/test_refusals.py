@@ -85,7 +85,7 @@ MISTAKES = [
     ("generate rows --prompt It", r"checkpoint: 'rows' has no checkpoints/last\.ckpt"),
     (f"generate {LAST} --prompt It", ".*COLACausalLM"),
     (f"generate {LAST} --prompt It --max_new_tokens 0", "max_new_tokens: must be at least 1"),
-    (f"export {LAST} --format merged --max_rank 2 --output out", "max_rank: "),
+    (f"export {LAST} --format peft --dtype float16 --output out", "dtype: "),
     (f"export {LAST} --format chain --output runs --overwrite", "output: "),
     (f"export {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
     (COMPARE + "--methods [lore]", "methods: .*the nearest that exist: lora"),
