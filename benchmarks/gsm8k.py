@@ -24,7 +24,7 @@ from benchmarks.stages.measures import difference_of
 from benchmarks.studies import Results, Study, best_of, results_of
 from cola_lightning import COLACausalLM
 from cola_lightning.cli import main as cola
-from cola_lightning.cli.training import as_words
+from cola_lightning.cli.command_line import as_words
 from cola_lightning.study.results import Result
 from cola_lightning.study.table import shown_test, summarize
 

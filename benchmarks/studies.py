@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.lines import Lines
 from cola_lightning.cli import main as cola
-from cola_lightning.cli.training import as_words
+from cola_lightning.cli.command_line import as_words
 from cola_lightning.study.results import Mode, Result, at_best_rates, read, write
 from cola_lightning.study.table import MethodSummary, shown_difference, shown_test
 

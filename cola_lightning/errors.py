@@ -14,8 +14,6 @@ LIBRARIES = [Path(path).resolve() for path in (Path(__file__).parent, sysconfig.
 EXTRAS = {"peft": "peft", "bitsandbytes": "nf4", "matplotlib": "plot", "PIL": "images"}  # in pyproject.toml, by package
 # What is looked for in jsonargparse's messages, which other versions of it may word otherwise: a test provokes each of them.
 JSONARGPARSE = {
-    "forgotten config": re.compile(r"unrecognized arguments: (?!-)(\S+\.ya?ml)\b"),
-    "missing model": re.compile("arguments are required: model_name"),
     "missing file": re.compile(r"File does not exist: '(.+)'"),
     "unknown option": re.compile(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.]+)"),
     "key": re.compile(r'Parser key "([^"]+)":'),

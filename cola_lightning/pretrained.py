@@ -6,7 +6,6 @@ An export also needs to know how transformers and PEFT load that model again.
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import packages_distributions
@@ -120,13 +119,6 @@ class Pretrained:
         from transformers import AutoConfig
 
         return self.load(AutoConfig, **fields)
-
-    @property
-    def is_encoder_decoder(self) -> bool:
-        """Whether the model has an encoder and a decoder, as T5, BART and Whisper have; False if it cannot be read."""
-        with suppress(UserError):
-            return bool(getattr(self.config(), "is_encoder_decoder", False))
-        return False
 
     def tokenizer(self) -> Any:
         """The model's tokenizer; one without a padding token pads with its end-of-text token, which is masked anyway."""

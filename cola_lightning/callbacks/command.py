@@ -39,11 +39,10 @@ class RunWatch(Callback):
 
     Attributes:
         is_interval_given: whether the user has set ``log_every_n_steps``, which then stays as it is.
-        has_begun: whether a fit has begun to train.
         validates_at_end: whether the fit it watches does; a study validates after it.
     """
 
-    is_interval_given = has_begun = False
+    is_interval_given = False
     validates_at_end = True
 
     def __init__(self) -> None:
@@ -76,7 +75,7 @@ class RunWatch(Callback):
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._is_waited_for = self.has_begun = True
+        self._is_waited_for = True
         signal.signal(signal.SIGTERM, self._handle)  # until Lightning restores it after the fit, in place of its own
         length = pl_module.run.known_length()
         if self.validates_at_end and length is not None and not self.is_interval_given:

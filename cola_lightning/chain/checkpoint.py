@@ -213,8 +213,7 @@ def read_chain_and_held_out(
 
     Args:
         source: a checkpoint or a run's folder, whose current link becomes the chain's last; a chain folder; or the folder of a
-            PEFT LoRA, which is one link. An adapter of a chain holds the trained modules of its last link alone, so with fewer
-            links they begin as in the base. Several of them, in order, are joined; each may have a name: ``sft=out/sft``.
+            PEFT LoRA, which is one link. Several of them, in order, are joined; each may have a name: ``sft=out/sft``.
         links: the number of links, from the first, or the name of the last stage; None: all.
         field: the source's name in messages.
         continues: see :func:`cola_lightning.chain.sources.join`.

@@ -4,18 +4,14 @@ import contextlib
 import copy
 import csv
 import itertools
-import json
 import logging
 import os
-import re
 import shlex
-import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import fields
+from collections.abc import Mapping, Set
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
 import rich
 import yaml
@@ -39,95 +35,17 @@ from cola_lightning.callbacks.run_folder import run_folder
 from cola_lightning.chain.chain import number_of_links
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, last_checkpoint_of
 from cola_lightning.chain.report import metrics_table
-from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule
-from cola_lightning.cli.help import (
-    DESCRIPTION,
-    LINKS,
-    OF_FIT,
-    OPTION_BY_OTHER_NAME,
-    SUBCOMMANDS,
-    add_scale,
-    help_formatter,
-    usage,
-)
+from cola_lightning.cli.command_line import CLASSES, as_texts, completed
+from cola_lightning.cli.help import DESCRIPTION, EXAMPLES, LINKS, SUBCOMMANDS, add_scale
 from cola_lightning.errors import JSONARGPARSE, Interruption, UserError, nearest, nearest_path
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.state import AtomicCheckpointIO, data_facts
 from cola_lightning.runs.facts import option_changes
-from cola_lightning.runs.folder import claim, is_claimed
 from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
-CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextDataModule"}  # where none is named
-DATA_OF_MODEL = {  # likewise, for a model that only one data module fits
-    "COLAPreferenceLM": "cola_lightning.PreferenceDataModule",
-    "COLASequenceClassifier": "cola_lightning.TextClassificationDataModule",
-    "COLAImageClassifier": "cola_lightning.ImageDataModule",
-}
-GROUPS = {  # titles and descriptions in `--help`
-    "model": (
-        "The model (`--model.help CLASS` lists the options of a class)",
-        "COLACausalLM (the default), COLAPreferenceLM, COLASequenceClassifier,\nCOLAImageClassifier, or a class of your own.",
-    ),
-    "data": (
-        "The data (`--data.help CLASS` lists the options of a class)",
-        "By default, the one that fits --model: TextDataModule, PreferenceDataModule,\n"
-        "TextClassificationDataModule or ImageDataModule. Or TemplateDataModule,\nPromptDataModule, or a class of your own.",
-    ),
-    "chain": ("Knots: when a link ends and the next one begins", "Without these options, one link is trained: plain LoRA."),
-    "last": ("When last.ckpt, the newest state, is written", "After the first step, epochs and validations. Also:"),
-    "trainer": ("Lightning's Trainer", None),
-}
 EPOCHS = 3  # of a fit without a limit: Lightning's default is 1000
-IN_CLASS = {"class_path", "init_args", "dict_kwargs"}  # what a class has in a configuration file
-CLASS_OPTION = re.compile(
-    r"\A--(?P<group>model|data)\.(?!(?:help|class_path|init_args|dict_kwargs)\b)(?P<name>\w+)(?:=(?P<value>.*))?\Z", re.DOTALL
-)
-CHECKPOINT = re.compile(r"--ckpt_path[ =](\S+)")
-WHEN_OPTIONS = (*KNOT_OPTIONS, "until", "monitor", "min_delta", "mode")  # which say when knots fall
-
-
-class Parser(LightningArgumentParser):
-    """LightningCLI's parser, for which ``--model.help CLASS`` writes options as ``--help`` does."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": help_formatter()} | kwargs)
-
-
-class RunSaver(ConfigSaver):
-    """Also claims the run while it trains, by its configuration's file, so that nobody resumes it beside itself."""
-
-    claim: TextIO | None = None
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        if not self.already_saved:
-            super().on_train_batch_start(trainer, *args)
-            path = Path(run_folder(trainer), self.config_filename)
-            if trainer.is_global_zero and path.is_file():  # and not at a URL
-                with contextlib.suppress(OSError):  # of a disk without locks
-                    self.claim = claim(path)
-
-    def _release(self, *args: Any, **kwargs: Any) -> None:
-        if self.claim is not None:
-            self.claim.close()
-
-    teardown = on_exception = _release
-
-
-class TestedState(NamedTuple):
-    """A state of a checkpoint's model that is measured.
-
-    Attributes:
-        links: how many links it has.
-        name: its name; None: its last link has none.
-        scale: factors of its links' updates.
-    """
-
-    links: int
-    name: str | None
-    scale: Mapping[int | str, float] | None = None
 
 
 class COLACLI(LightningCLI):
@@ -147,8 +65,10 @@ class COLACLI(LightningCLI):
         self.opened: OpenedCheckpoint | None = None
         # Without allow_abbrev=False, argparse would accept --chain.every_n_epoch as --chain.every_n_epochs.
         strict: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
-        strict["formatter_class"] = help_formatter(() if words[:1] == ["fit"] else OF_FIT)
-        by_command = {name: strict | {"description": SUBCOMMANDS[name], "usage": usage(name)} for name in self.subcommands()}
+        by_command = {
+            name: strict | {"description": SUBCOMMANDS[name], "usage": f"cola {name} [OPTIONS]\n\nexample: {EXAMPLES[name]}"}
+            for name in self.subcommands()
+        }
         super().__init__(
             COLAModule,
             LightningDataModule,
@@ -157,9 +77,8 @@ class COLACLI(LightningCLI):
             # True would build one optimizer for all links; the module builds one for each link.
             auto_configure_optimizers=False,
             seed_everything_default=0,  # as Lightning's own, which it warns of
-            save_config_callback=RunSaver,
+            save_config_callback=ConfigSaver,
             trainer_defaults={"callbacks": [PredictionWriter(), watch]},
-            parser_class=Parser,
             parser_kwargs=strict | by_command | {"prog": "cola", "description": DESCRIPTION, "version": __version__},
         )
 
@@ -187,16 +106,7 @@ class COLACLI(LightningCLI):
             add_scale(parser)
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults({"trainer.gradient_clip_val": 1.0})
-        for name, (title, description) in GROUPS.items():
-            group = parser.groups[name]  # type: ignore[index]
-            group.title, group.description = title, description if is_fit or name not in OF_FIT else None
         self.options = parser
-
-    @override
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser._action_groups[-1].title = "The checkpoint"  # else the first line of the docstring of the Trainer's method
-        return parser
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -236,31 +146,20 @@ class COLACLI(LightningCLI):
             config.return_predictions = False  # they are written to a file
 
     def _what_is_meant(self, message: str) -> str:
-        """The end of jsonargparse's message about an unknown option or file: what the user most likely meant."""
-        if file := JSONARGPARSE["forgotten config"].search(message):
-            return f"; type --config {file[1]}"
-        if JSONARGPARSE["missing model"].search(message) and (run := CHECKPOINT.search(" ".join(self.words))):
-            files = [folder / "config.yaml" for folder in [Path(run[1]), *Path(run[1]).parents]]
-            return next((f"; type --config {file}" for file in files if file.exists()), "")
+        """The end of jsonargparse's message about an unknown option or file: the nearest that exist."""
         if file := JSONARGPARSE["missing file"].search(message):
             return nearest_path(file[1])
         if not (unknown := JSONARGPARSE["unknown option"].search(message)):
             return ""
-        if here := OPTION_BY_OTHER_NAME.get(unknown[1].rpartition(".")[2]):
-            return f"; here it is {here}"
         if unknown[1] == "class_path":
             return "; options of a class are inside its init_args"
         classes = CLASSES | dict(JSONARGPARSE["class"].findall(message))
         self.options.set_defaults({group: {"class_path": name} for group, name in classes.items()})
         keys = self.options.get_defaults(skip_validation=True).keys()
-        names = [key.replace(".init_args", "") for key in keys if not key.endswith("class_path")]
-        # Of an option of model or data, the message has the group in another place.
-        group, dot, name = ".".join([*JSONARGPARSE["key"].findall(message), unknown[1]]).rpartition(".")
-        in_group = {key.removeprefix(group + dot): key for key in names if dot and key.startswith(group + dot)}
-        known = {other: here.split()[0].removeprefix("--") for other, here in OPTION_BY_OTHER_NAME.items()}
-        known = {other: key for other, key in known.items() if not in_group or key.startswith(group + dot)}
-        known |= in_group or {key.rpartition(".")[2]: key for key in names}
-        return nearest(name, known, known.__getitem__)
+        (group, *_) = [*JSONARGPARSE["key"].findall(message), ""]
+        names = [key.replace(".init_args", "") for key in keys if key.startswith(group) and not key.endswith("class_path")]
+        by_last_part = {name.rpartition(".")[2]: name for name in names}
+        return nearest(unknown[1].rpartition(".")[2], by_last_part, by_last_part.__getitem__)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -287,47 +186,31 @@ class COLACLI(LightningCLI):
         if config.ckpt_path == "last":
             root = Path(config.trainer.default_root_dir or os.getcwd()).expanduser()
             folders = [root / "runs", *(Path(args.save_dir) for args in self._save_dirs())]
-            files = set(root.glob("checkpoints/last.ckpt"))
+            checkpoints = set(root.glob("checkpoints/last.ckpt"))
             for folder, run in itertools.product(folders, ("*", "*/*")):  # the first: of a logger without a name
-                files |= {*folder.glob(f"{run}/checkpoints/last.ckpt"), *folder.glob(f"{run}/config.yaml")}
-            config.ckpt_path = str(self._newest_of_same_run(files))
+                checkpoints |= {*folder.glob(f"{run}/checkpoints/last.ckpt")}
+            config.ckpt_path = str(self._newest_of_same_run(checkpoints))
             log.info("ckpt_path: %s", config.ckpt_path)
         is_part = config.links is not None or config.get("scale") is not None  # which Lightning alone would not load
         if config.ckpt_path is not None and (is_part or "://" not in config.ckpt_path):
             self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
             config.ckpt_path = self.opened.path  # of a run's folder, the file in it
-            own = Path(self.opened.path).parent.parent / "config.yaml"
-            if self.subcommand == "fit" and own.is_file() and is_claimed(own):
-                raise UserError(f"ckpt_path: the run in {shortest(own.parent)} is still running. Wait for its end, or stop it")
 
-    def _newest_of_same_run(self, files: Set[Path]) -> Path:
-        """The newest ``last.ckpt`` of a run with this command's model, data and chain; warns of a newer run without one.
-
-        Args:
-            files: each run's ``last.ckpt`` and configuration.
+    def _newest_of_same_run(self, checkpoints: Set[Path]) -> Path:
+        """The newest checkpoint of a run with this command's model, data and chain.
 
         Raises:
-            UserError: if there is none; it lists the newest, each with an option that differs.
+            UserError: if there is none; it names an option in which the newest differs.
         """
-        others = []
-        files = {file for file in files if file.parent / "checkpoints" / "last.ckpt" not in files}
-        for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-            is_checkpoint = file.suffix == ".ckpt"
-            config = file.parent.parent / "config.yaml" if is_checkpoint else file
+        groups, different = {name: self.config_dump[name] for name in ("model", "data", "chain")}, ""
+        for checkpoint in sorted(checkpoints, key=lambda file: file.stat().st_mtime, reverse=True):
+            config = checkpoint.parent.parent / "config.yaml"
             theirs = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-            groups = {name: theirs.get(name) for name in ("model", "data", "chain")}
-            mine = {name: self.config_dump[name] for name in groups}
-            different = next((name for name, *_ in option_changes(mine, groups)), None)
-            if is_checkpoint and different is None:
-                return file
-            if is_checkpoint:
-                others.append(f"{file} ({different})")
-            elif different is None and "last" in theirs and not {"verbose", "return_predictions"} & theirs.keys():  # of a fit
-                log.warning("ckpt_path: the newer run %s has no checkpoint", file.parent)
-        raise UserError(
-            "ckpt_path: no earlier run here has the same options of model, data and chain as this one. The newest, with an "
-            f"option that differs: {', '.join(others[:5]) or 'none'}"
-        )
+            option = next((name for name, *_ in option_changes(groups, {name: theirs.get(name) for name in groups})), None)
+            if option is None:
+                return checkpoint
+            different = different or f" {checkpoint}, the newest, differs in {option}"
+        raise UserError(f"ckpt_path: no earlier run here has the same options of model, data and chain as this one.{different}")
 
     def _check_links(self) -> None:
         """Passes the ``links`` of ``init_chain`` on to the module, and refuses those of a fit that resumes.
@@ -423,12 +306,11 @@ class COLACLI(LightningCLI):
         assert self.subcommand is not None
         rows, measure = [], getattr(self.trainer, self.subcommand)
         arguments = self._prepare_subcommand_kwargs(self.subcommand) | {"verbose": False}
-        for state in self.tested_states():
-            self.model.expect_state(self.opened.state, links=state.links, scale=state.scale)
-            rows.append({"links": state.links, "stage": state.name or ""})
+        for links, name in enumerate(["base", *self.opened.state.names]):
+            self.model.expect_state(self.opened.state, links=links)
+            rows.append({"links": links, "stage": name or ""})
             for metrics in measure(**arguments):  # of each data loader
                 rows[-1] |= metrics
-        self.tested = rows
         path = Path(run_folder(self.trainer), "links.csv")  # on all processes: run_folder broadcasts
         if self.trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -438,21 +320,6 @@ class COLACLI(LightningCLI):
                 writer.writerows(rows)
             rich.print(metrics_table(rows))
             log.info("written: %s", shortest(path))
-
-    def tested_states(self) -> Sequence[TestedState]:
-        """What ``--links all`` measures."""
-        assert self.opened is not None
-        return [TestedState(links, name) for links, name in enumerate(["base", *self.opened.state.names])]
-
-    def check_trained(self) -> None:
-        """Refuses a fit that trained nothing, because the run that it resumes is finished."""
-        path = self.config[self.subcommand].ckpt_path
-        if self.subcommand == "fit" and path is not None and not self.watch.has_begun:
-            where = f"step {self.trainer.global_step}, epoch {self.trainer.current_epoch}"
-            raise UserError(
-                f"ckpt_path: {shortest(path)} is a finished run ({where}), so nothing is left to train. Raise "
-                "trainer.max_steps or trainer.max_epochs to train it further, or leave out --ckpt_path to start a new run"
-            )
 
     def after_fit(self) -> None:
         """Logs the checkpoint's path, and the next command for it."""
@@ -479,182 +346,9 @@ class COLACLI(LightningCLI):
         log.info("%s: %s", what, shlex.join(["cola", subcommand, *words]))
 
 
-# ---------------------------------------------------------------------- a fit as a value
-
-
-class MadeRun(COLACLI):
-    """A run whose objects are made, and which is left to the caller.
-
-    Args:
-        config: its complete configuration.
-        subcommand: what it would do.
-        watch: handles signals; None: a new one.
-        folder: the run's; None: a new one.
-    """
-
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        subcommand: str = "fit",
-        *,
-        watch: RunWatch | None = None,
-        folder: Path | None = None,
-    ) -> None:
-        super().__init__([subcommand], watch or RunWatch(), folder, config)
-
-    def fit(self) -> None:
-        """Trains."""
-        with self.watch.listening(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")  # of a run that was stopped
-            self.trainer.fit(**self._prepare_subcommand_kwargs("fit"))
-
-    @override
-    def _run_subcommand(self, subcommand: str) -> None: ...
-
-
-class _Resolved(COLACLI):
-    """The options of a command, with which nothing is done."""
-
-    def _settle(self) -> None:
-        self.subcommand = self.config["subcommand"]
-
-    def _set_seed(self) -> None: ...
-
-    @override
-    def instantiate_classes(self) -> None: ...
-
-    @override
-    def _run_subcommand(self, subcommand: str) -> None: ...
-
-
-def resolve(words: Sequence[str]) -> dict[str, Any]:
-    """The complete configuration of ``cola fit`` with these arguments, including defaults; nothing is made.
-
-    Raises:
-        UserError: for arguments that ``cola fit`` would refuse when it parses them; likewise jsonargparse's ArgumentError.
-    """
-    return _Resolved(["fit", *words], RunWatch()).config_dump
-
-
-def as_words(options: Mapping[str, Any]) -> list[str]:
-    """Options as command-line arguments.
-
-    Example:
-        >>> as_words({"model.rank": 4, "chain.at_steps": None})
-        ['--model.rank', '4', '--chain.at_steps', 'null']
-    """
-    values = ((name, value if isinstance(value, str) else json.dumps(value)) for name, value in options.items())
-    return [word for name, value in values for word in (f"--{name}", value)]
-
-
-@contextlib.contextmanager
-def in_silence() -> Iterator[None]:
-    """Inside the block, nothing is logged: a fit that follows will say it again."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def shortest(path: str | Path) -> str:
     """A path as people type it: relative where it is in the current folder."""
     return str(path).removeprefix(f"{Path.cwd()}{os.sep}")
-
-
-def as_texts(words: Sequence[str]) -> list[str]:
-    """A command line whose options of ``model`` and ``data`` are texts: ``--data.init_args={"prompt": "a: b"}``.
-
-    jsonargparse reads ``--data.prompt 'a: b'`` as YAML before it knows the option's type, and again for that type: a text that
-    is a mapping, a list or nothing in YAML is lost. A text inside ``init_args`` is read for its type alone.
-
-    Example:
-        >>> as_texts(["fit", "--data.prompt", "a: b", "--model.rank=2", "--chain.ranks", "[2]"])
-        ['fit', '--data.init_args={"prompt": "a: b"}', '--model.init_args={"rank": "2"}', '--chain.ranks', '[2]']
-    """
-    joined: list[str] = []
-    for word in words:
-        last = CLASS_OPTION.fullmatch(joined[-1]) if joined else None
-        if last and last["value"] is None and not word.startswith("--"):
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return [CLASS_OPTION.sub(_inside_init_args, word) for word in joined]
-
-
-def completed(words: Sequence[str]) -> list[str]:
-    """A command line with the classes that it does not name, and whose knots replace those of the files before them.
-
-    The data module is the only one that fits the model, or TextDataModule. Knots replace others whatever option these have:
-    else every other option of a file would have to be set to null. Options that are typed together are not replaced: two that
-    contradict each other are refused.
-
-    Example:
-        >>> completed(["fit", "--config", "configs/paper.yaml", "--chain.knots", "4"])[1:3]
-        ['--model=cola_lightning.COLACausalLM', '--data=cola_lightning.TextDataModule']
-        >>> completed(["fit", "--config", "configs/paper.yaml", "--chain.knots", "4"])[3:]
-        ['--config', 'configs/paper.yaml', '--chain.at_epochs=null', '--chain.knots', '4']
-    """
-    defaults = {option.name: option.default for option in fields(ChainSchedule) if option.name in WHEN_OPTIONS}
-    sources = list[tuple[int, dict[str, Any]]]()  # of options: where each begins among the words, and what it sets of `chain`
-    model, is_after_file = "", True
-    for place, (word, following) in enumerate(itertools.pairwise([*words, ""])):
-        if not word.startswith("-"):
-            continue
-        option, has_value, value = word.partition("=")
-        value = value if has_value else following.removeprefix("--")
-        groups = read_groups(value) if (is_file := option in ("--config", "-c")) else {}
-        if is_file or is_after_file:
-            sources.append((place, dict(groups.get("chain", {}))))
-        if option.startswith("--chain."):
-            sources[-1][1][option.removeprefix("--chain.")] = None if value == "null" else value
-        typed = value if option in ("--model", "--model.class_path") else model
-        model, is_after_file = str(groups.get("model", {}).get("class_path", typed)), is_file
-    classes = [f"--model={CLASSES['model']}", f"--data={DATA_OF_MODEL.get(model.rpartition('.')[2], CLASSES['data'])}"]
-    having_knots = [k for k, (_, options) in enumerate(sources) if any(options.get(name) for name in KNOT_OPTIONS)]
-    last = having_knots[-1] if having_knots else 0
-    place, mine = sources[last] if having_knots else (1, {})
-    earlier = {name for _, options in sources[:last] for name in options if name in defaults and name not in mine}
-    resets = [f"--chain.{name}={json.dumps(defaults[name])}" for name in defaults if name in earlier]
-    return [words[0], *classes, *words[1:place], *resets, *words[place:]]  # classes first: typed ones replace them
-
-
-def read_groups(path: str) -> dict[str, dict[str, Any]]:
-    """The groups of options in a configuration file or text; none where it cannot be read, which jsonargparse says.
-
-    Raises:
-        UserError: for mistakes of which jsonargparse's message names neither the file nor the place.
-    """
-    try:
-        text = path if path.startswith("{") else Path(os.path.expanduser(path)).read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
-    except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
-        raise UserError(f"config: {path} is not a text file in UTF-8") from error
-    except (OSError, ValueError):
-        return {}
-    except yaml.MarkedYAMLError as error:
-        number = error.problem_mark.line if error.problem_mark is not None else 0
-        line = [*text.splitlines(), ""][number].strip()
-        raise UserError(
-            f"config: {path} is not valid YAML at line {number + 1} ({line!r}): {error.problem}. Is it indented by spaces, "
-            "like the options next to it?"
-        ) from error
-    groups = {name: group for name, group in config.items() if isinstance(group, dict)} if isinstance(config, dict) else {}
-    for group in CLASSES:
-        names = groups.get(group, {}).keys()
-        if names & IN_CLASS and (outside := sorted(map(str, names - IN_CLASS))):
-            name = outside[0]
-            place = "the config" if text is path else path
-            raise UserError(f"{group}.{name}: {place} has it next to init_args. Move it inside: {group}.init_args.{name}")
-    return groups
-
-
-def _inside_init_args(option: re.Match[str]) -> str:
-    if option["value"] is None:  # jsonargparse would name the group alone
-        raise UserError(f"{option['group']}.{option['name']}: a value must follow")
-    text = yaml.safe_dump({option["name"]: option["value"]}, default_style='"', default_flow_style=True, width=sys.maxsize)
-    return f"--{option['group']}.init_args={text.strip()}"
 
 
 def train(words: list[str]) -> int:
@@ -673,7 +367,6 @@ def train(words: list[str]) -> int:
     with watch.listening():
         try:
             cli = COLACLI(words, watch)
-            cli.check_trained()
             with contextlib.suppress(RuntimeError):  # if another process has failed
                 cli.trainer.strategy.barrier()
         finally:

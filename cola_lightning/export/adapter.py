@@ -1,12 +1,11 @@
 """A chain as one ordinary PEFT LoRA, of rank sum(r), for the base that it names: written, loaded again and compared."""
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cola_lightning.chain.chain import core_of_product
@@ -19,8 +18,6 @@ from cola_lightning.export.verify import loading_again, reference_logits
 from cola_lightning.lora.layer import is_quantized_model
 from cola_lightning.merge import cast_floats, free
 from cola_lightning.writing import atomic_folder
-
-FUSED_OFF = "torch.backends.mha.set_fastpath_enabled(False)"
 
 
 def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
@@ -67,19 +64,12 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
             (partial / "labels.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         loading = f'base = {code}\nmodel = PeftModel.from_pretrained(base, "{FOLDER}")'
         loading = f"import transformers\nfrom peft import PeftModel\n\n{loading}"
-        if any(isinstance(part, nn.TransformerEncoderLayer) for part in base.model.modules()):
-            lines.append(f"before it is used: {FUSED_OFF}, because torch's fused encoder layers ignore PEFT's adapters")
-            loading = f"{loading}\n\nimport torch\n\n{FUSED_OFF}  # torch's fused encoder layers ignore PEFT's adapters"
         Card(model, options.license).write(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
         if reference is None:
             return [*lines, "not compared" + (", because no input is known" if options.verify else "")]
         with loading_again():
             loaded = PeftModel.from_pretrained(base.model, str(partial))
-        mha = torch.backends.mha
-        with ExitStack() as after:
-            after.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
-            mha.set_fastpath_enabled(False)
-            return [*lines, reference.compare(loaded, "loaded again with peft", is_same=rank == total)]
+        return [*lines, reference.compare(loaded, "loaded again with peft", is_same=rank == total)]
 
 
 def _base_of(model: TrainedModel, folder: Path | None, half: torch.dtype) -> tuple[AdapterBase, str]:

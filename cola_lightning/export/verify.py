@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cola_lightning.chain.names import matched
-from cola_lightning.errors import ExportError, UserError, one_line
+from cola_lightning.errors import ExportError, one_line
 from cola_lightning.export.model import TrainedModel
 from cola_lightning.files.plan import make_plan
-from cola_lightning.files.stored import HeldTensor, ModelFolder
+from cola_lightning.files.stored import CannotStream, HeldTensor, ModelFolder
 from cola_lightning.files.verify import verify
 from cola_lightning.merge import free
 
@@ -54,7 +54,7 @@ def prove_merged(model: TrainedModel, folder: Path) -> str:
     held = {name: HeldTensor(value) for name, value in values.items()}
     try:
         plan = make_plan(ModelFolder(folder, held, merged.config), model.chain)
-    except UserError as error:  # an architecture whose files name or shape its weights otherwise
+    except CannotStream as error:
         return f"its tensors were not compared: {error}"
     names = matched(values, merged.tensors)
     seen = {values[name].data_ptr() for name in names}

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cola_lightning.contexts import with_attribute
 from cola_lightning.hf.host_values import Batch
-from cola_lightning.hf.logits import at_positions, forward, router_loss
+from cola_lightning.hf.logits import at_positions, forward
 
 CHUNKED_ABOVE = 2**28  # bytes of float32 logits
 CHUNK = 2**26  # bytes of float32 logits that exist together
@@ -22,8 +22,8 @@ def n_bytes(model: Any, n_positions: int) -> int:
     return 4 * n_positions * int(model.config.get_text_config().vocab_size)
 
 
-def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor | float]:
-    """The sum of the tokens' losses, for training, and the router's loss of a mixture of experts.
+def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+    """The sum of the tokens' losses, for training.
 
     The gradients of a chunk are computed with its loss, so that neither its logits are stored nor computed again.
 
@@ -34,24 +34,22 @@ def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, indic
         labels: of all rows and positions in one dimension, -100 without a loss.
         indices: those of the labels with a loss, row by row.
     """
-    compute_logits, hidden, loss_of_router = _head_and_its_inputs(model, batch, places)
+    compute_logits, hidden = _head_and_its_inputs(model, batch, places)
     hidden, labels = hidden.flatten(0, 1)[indices], labels[indices]
     size = max(1, CHUNK // n_bytes(model, 1))
     trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
     apply: Any = _SumOfLosses.apply  # which has no types before torch 2.15
     total: Tensor = apply(compute_logits, size, labels, hidden, *trained)
-    return total, loss_of_router
+    return total
 
 
-def chunked_token_losses(
-    model: Any, batch: Batch, places: Tensor, labels: Tensor, indices: Tensor
-) -> tuple[Tensor, Tensor | float]:
-    """The loss of each token, and the router's loss; the arguments are those of :func:`chunked_loss`.
+def chunked_token_losses(model: Any, batch: Batch, places: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+    """The loss of each token; the arguments are those of :func:`chunked_loss`.
 
     How the tokens' losses are combined is known only afterwards. So the gradient of each token's loss is stored for its own
     input of the head, and only where the head itself is trained are the logits computed again.
     """
-    compute_logits, hidden, loss_of_router = _head_and_its_inputs(model, batch, places)
+    compute_logits, hidden = _head_and_its_inputs(model, batch, places)
     hidden, labels = hidden.flatten(0, 1)[indices], labels[indices]
     chunks = zip(*(torch.split(values, max(1, CHUNK // n_bytes(model, 1))) for values in (hidden, labels)), strict=True)
 
@@ -65,11 +63,11 @@ def chunked_token_losses(
     else:
         apply: Any = _TokenLosses.apply  # which has no types before torch 2.15
         losses = [apply(losses_of, *chunk) for chunk in chunks]
-    return torch.cat(losses), loss_of_router
+    return torch.cat(losses)
 
 
-def _head_and_its_inputs(model: Any, batch: Batch, places: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor | float]:
-    """A function from inputs of a model's head to logits, the head's inputs at the places, and the router's loss."""
+def _head_and_its_inputs(model: Any, batch: Batch, places: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """A function from inputs of a model's head to logits, and the head's inputs at the places."""
     head, inputs = model.get_output_embeddings(), list[Tensor]()
 
     def store_input(hidden: Tensor) -> Tensor:
@@ -85,7 +83,7 @@ def _head_and_its_inputs(model: Any, batch: Batch, places: Tensor) -> tuple[Call
         logits: Tensor = head(chunk[None])
         return (logits if is_plain else _transform_logits(model, head, chunk[None], logits))[0]
 
-    return compute_logits, hidden, router_loss(model, output)
+    return compute_logits, hidden
 
 
 def _transform_logits(model: Any, head: nn.Module, hidden: Tensor, logits: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from cola_lightning.chain.chain import number_of_links
 from cola_lightning.errors import UserError
 from cola_lightning.hf.causal_lm import COLACausalLM
 from cola_lightning.hf.host_values import Batch, to_device
-from cola_lightning.hf.logits import has_router_loss
 from cola_lightning.hf.transformers_module import RowValues, StepOutput
 
 log = logging.getLogger(__name__)
@@ -131,8 +130,8 @@ class COLAPreferenceLM(COLACausalLM):
         reference = None
         if self.preference_loss in WITH_REFERENCE:
             with self.at(self.reference_links):
-                reference, _, _ = self.log_probabilities(batch)
-        values, sizes, router_loss = self.log_probabilities(batch)
+                reference, _ = self.log_probabilities(batch)
+        values, sizes = self.log_probabilities(batch)
         chosen, rejected = (
             Responses(values[part], sizes[part], None if reference is None else reference[part])
             for part in (slice(None, n), slice(n, None))
@@ -141,7 +140,6 @@ class COLAPreferenceLM(COLACausalLM):
         loss, row_losses = losses.mean(), RowValues(losses.detach(), torch.ones_like(losses))
         if weight := self.sft_weight + (self.preference_loss == "orpo"):
             loss = loss - weight * chosen.log_probabilities.sum() / chosen.sizes.sum()
-        loss = loss + router_loss if has_router_loss(self.model) else loss
         rewards = [self.beta * responses.log_ratios.detach() for responses in (chosen, rejected)]
         logged = {
             "rewards/chosen": rewards[0],
@@ -151,8 +149,7 @@ class COLAPreferenceLM(COLACausalLM):
             "logps/chosen": chosen.log_probabilities.detach(),
             "logps/rejected": rejected.log_probabilities.detach(),
         }
-        is_mean = not weight and not has_router_loss(self.model)
-        return StepOutput(loss, n, logged=logged, row_losses=row_losses if is_mean else None)
+        return StepOutput(loss, n, logged=logged, row_losses=None if weight else row_losses)
 
     def loss_of_pairs(self, chosen: Responses, rejected: Responses) -> Tensor:
         """Each pair's loss; override it for one of your own.
@@ -176,18 +173,17 @@ class COLAPreferenceLM(COLACausalLM):
         smoothing = self.label_smoothing
         return -F.logsigmoid(logits) * (1 - smoothing) - F.logsigmoid(-logits) * smoothing
 
-    def log_probabilities(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | float]:
+    def log_probabilities(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The log-probability of each row's tokens with a loss, given those before them.
 
         Args:
             batch: a language-model batch.
 
         Returns:
-            The sums of a row's log-probabilities (rows), the numbers of tokens (rows), and the router's loss of a mixture of
-            experts.
+            The sums of a row's log-probabilities (rows), and the numbers of tokens (rows).
         """
-        losses, n_tokens, router_loss = self.row_losses(batch)
-        return -losses, to_device(torch.from_numpy(n_tokens), losses.device), router_loss
+        losses, n_tokens = self.row_losses(batch)
+        return -losses, to_device(torch.from_numpy(n_tokens), losses.device)
 
     @override
     def on_fit_start(self) -> None:

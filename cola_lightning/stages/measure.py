@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from cola_lightning import layout
 from cola_lightning.chain.chain import number_of_links
-from cola_lightning.cli.training import MadeRun, in_silence
+from cola_lightning.cli.made_run import MadeRun, in_silence
 from cola_lightning.errors import UserError, one_line
 from cola_lightning.hf.transformers_module import RowValues
 from cola_lightning.module import COLAModule

@@ -24,7 +24,7 @@ from cola_lightning.chain.checkpoint import read_chain, read_chain_and_held_out
 from cola_lightning.chain.schedule import RESERVED, is_stage_name
 from cola_lightning.chain.sources import Source
 from cola_lightning.chain.sources import join as join_chains
-from cola_lightning.cli.training import MadeRun, in_silence, resolve
+from cola_lightning.cli.made_run import MadeRun, in_silence, resolve
 from cola_lightning.errors import OutsideError, UserError, one_line, refusal
 from cola_lightning.module.run import InitChain
 from cola_lightning.runs.facts import facts_of, with_contents

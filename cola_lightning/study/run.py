@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from cola_lightning.callbacks.command import RunWatch
 from cola_lightning.chain.base import base_values, fingerprint_of
-from cola_lightning.cli.training import MadeRun
+from cola_lightning.cli.made_run import MadeRun
 from cola_lightning.errors import NonFiniteError, UserError
 from cola_lightning.module import COLAModule
 from cola_lightning.study.results import Result, RunKey

@@ -13,7 +13,8 @@ import rich
 import yaml
 
 from cola_lightning import layout
-from cola_lightning.cli.training import MadeRun, as_words, in_silence, resolve
+from cola_lightning.cli.command_line import as_words
+from cola_lightning.cli.made_run import MadeRun, in_silence, resolve
 from cola_lightning.errors import UserError, refusal
 from cola_lightning.runs.facts import changes, facts_of
 from cola_lightning.runs.folder import begin

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from cola_lightning.cli.training import as_words
+from cola_lightning.cli.command_line import as_words
 from cola_lightning.lora.config import DRAWS
 from cola_lightning.study.methods import method
 from tests.helpers.comparing import known_config

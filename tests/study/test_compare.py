@@ -16,7 +16,8 @@ from lightning.pytorch import Callback
 from scipy import stats
 
 from cola_lightning.cli import main
-from cola_lightning.cli.training import as_words, resolve
+from cola_lightning.cli.command_line import as_words
+from cola_lightning.cli.made_run import resolve
 from cola_lightning.errors import UserError
 from cola_lightning.runs.folder import claim
 from cola_lightning.study import study
