@@ -28,7 +28,7 @@ from cola_lightning.data.split import (
     find_record,
 )
 from cola_lightning.data.splits import Splits, TextUnit, choose_split, files_identity, is_file, is_on_hub, load_splits
-from cola_lightning.errors import UserError, shortened_text
+from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,6 @@ class SourceDataModule(EpochDataModule):
         self._held_out: list[dict[str, Any] | None] = []
         self._held_out_at_setup = self._held_out
         self._logged: set[str] = set()
-        self._sizes = list[str]()  # of the parts, by source
 
     # ------------------------------------------------------------------ sources
 
@@ -215,7 +214,6 @@ class SourceDataModule(EpochDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.identity  # noqa: B018  # computed here: a file may change during the run
-        self._sizes.clear()
         parts, total = self.parts(stage), RowReport()
         for part in reversed(STAGE_PARTS.get(stage, ["test"])):
             if not parts.get(part) and stage == "fit" and part != "train":
@@ -345,15 +343,8 @@ class SourceDataModule(EpochDataModule):
         counts = [f"{len(some)}{' rows' * (part == 'train')} for {PURPOSES[part]}" for part, some in parts.items()]
         lines = [f"{rows.place}: {', '.join(counts)}{how}"]
         lines += [f"{some.place}: {len(some)} of {len(some.split)} for {PURPOSES[part]}" for part, some in others.items()]
-        self._sizes.append("; ".join(lines))
-        self._log(self._sizes[-1])
+        self._log("; ".join(lines))
         return parts
-
-    @override
-    def describe(self) -> list[str]:
-        report, sizes = self._report, shortened_text("; ".join(self._sizes), 200)
-        skipped = f"{report.n_skipped:,} of {report.n_rows:,} rows skipped: {shortened_text(report.reasons(), 200)}"
-        return [sizes, skipped] if report.skipped else [sizes]
 
     def indices_of(self, places: Sequence[int]) -> list[int]:
         """The indices, among all rows that predict reads, of rows that it can use, by their places among those."""
@@ -410,15 +401,9 @@ class SourceDataModule(EpochDataModule):
 
     @property
     def can_be_tested(self) -> bool:
-        """Whether there are test rows, with labels or answers to be scored with."""
-        readers = [read for splits in self._splits if (read := self._evaluation_split(splits, "test")) is not None]
-        if self.test_size == 0 or not (readers or self.test_size):
-            return False
-        try:
-            first = [read()[:1] for read in readers]
-            return all(len(prepare(rows, self.preprocessor_of(rows, "test"))[0]) for rows in first)
-        except UserError:  # it has no label, say
-            return False
+        """Whether there are test rows."""
+        has_split = any(self._evaluation_split(splits, "test") is not None for splits in self._splits)
+        return self.test_size != 0 and (has_split or self.test_size is not None)
 
     def groups(self, rows: Rows) -> Sequence[Hashable] | None:
         """Each row's group, such as its label, of which each drawn part has the same share; None: at random."""
