@@ -131,16 +131,13 @@ def _nothing_fits(names: Sequence[str]) -> UserError:
     if pair := _preferred_and_rejected(names):
         return UserError(
             f"data.columns: {' and '.join(pair)} are preference pairs. To train on them, use COLAPreferenceLM with "
-            f"PreferenceDataModule (--model COLAPreferenceLM --data PreferenceDataModule). To train on {pair[0]} alone, name "
-            f"columns: --data.columns '{{prompt: COLUMN, response: {pair[0]}}}', or {{messages: {pair[0]}}} if it holds whole "
-            "conversations"
+            f"PreferenceDataModule. To train on {pair[0]} alone, name columns: --data.columns '{{prompt: COLUMN, response: "
+            f"{pair[0]}}}', or '{{messages: {pair[0]}}}' if it holds whole conversations"
         )
     return UserError(
         f"data.columns: found no conversation, no prompt with a response and no text among the columns {', '.join(names)}. "
-        "Name them: --data.columns '{prompt: COLUMN, response: COLUMN}'. For texts with labels, choose: a classifier with a "
-        "new head (--model COLASequenceClassifier --data TextClassificationDataModule, with --data.text_fields and "
-        "--data.label_field), or a language model that picks an option (--data TemplateDataModule, with --data.prompt, "
-        "--data.options and --data.label)"
+        "Name them: --data.columns '{prompt: COLUMN, response: COLUMN}'. For texts with labels, use --model "
+        "COLASequenceClassifier, which trains a new head, or --data TemplateDataModule, which picks an option"
     )
 
 
@@ -200,11 +197,10 @@ def find_pairs(names: Sequence[str], lists: Collection[str], chosen: Mapping[str
         if prompts or pair[0] in lists:
             columns |= _extra(names)
     else:
-        example = dict(zip(("prompt", "chosen", "rejected"), [*names, *("...",) * 3][:3], strict=True))
         raise UserError(
-            f"data.columns: found no preference pairs among the columns {', '.join(names)}. A row needs a "
-            "preferred and a rejected response, such as chosen and rejected, and their prompt. Name them, for example "
-            f"{as_option(example)}. For rows with one response, use COLACausalLM with TextDataModule"
+            f"data.columns: found no preference pairs among the columns {', '.join(names)}. Name the prompt, the preferred and "
+            "the rejected response: --data.columns '{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'. For rows with one "
+            "response, use COLACausalLM with TextDataModule"
         )
     has_turns = columns["chosen"] in lists or columns.get("prompt") in lists
     return Reading("messages" if has_turns else "prompt", columns)

@@ -238,7 +238,12 @@ def _pictures(folders: Iterable[Path]) -> Iterator[tuple[Path, str | None]]:
         for path in paths_inside(folder):
             parts = path.relative_to(folder).parts
             if path.suffix.lower() in ENDINGS and not any(part.startswith(".") for part in parts):
-                yield path, parts[0] if len(parts) > 1 else None
+                yield path, _as_text(parts[0]) if len(parts) > 1 else None
+
+
+def _as_text(path: Path | str) -> str:
+    """A path as UTF-8, which Arrow needs; one that is not becomes another path, at which there is no file."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _listing(folder: Path, classes: list[str], place: str) -> Callable[[], Rows]:
@@ -250,7 +255,7 @@ def _listing(folder: Path, classes: list[str], place: str) -> Callable[[], Rows]
 
         columns: dict[str, Any] = {"image": datasets.Image(decode=False)}
         columns |= {LABELS[0]: datasets.ClassLabel(names=classes)} if classes else {}
-        listed = [(str(path.absolute()), label) for path, label in _pictures([folder])]
+        listed = [(_as_text(path.absolute()), label) for path, label in _pictures([folder])]
         # In a file, and not in memory, so that what is made of it is cached.
         data = datasets.Dataset.from_generator(_rows, datasets.Features(columns), gen_kwargs={"listed": listed})
         return Rows(data, place, lambda: [folder_hash(folder)])

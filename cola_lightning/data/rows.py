@@ -53,12 +53,6 @@ class Row(dict[str, Any]):
         """A field that holds text."""
         return self._typed(field, str, "text")
 
-    def words(self, field: str) -> str:
-        """A field that holds text that is not blank."""
-        if not (text := self.text(field)).strip():
-            raise UnusableRow("no text")
-        return text
-
     def texts(self, field: str) -> tuple[str, ...]:
         """A field that holds a list of at least one text."""
         return tuple(Row({field: value}, self.place).text(field) for value in self._typed(field, list, "a list of texts"))

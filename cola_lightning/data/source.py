@@ -220,8 +220,7 @@ class SourceDataModule(EpochDataModule):
                 setattr(self, part, [])
                 continue
             if not parts.get(part):
-                advice = "Set it in the fit, or use `cola validate`" if part == "test" else "Set it above 0 in the fit"
-                advice += ". With 1.0 all rows are used, also those that were trained on"
+                advice = "Set it above 0 in the fit. With 1.0 all rows are used, also those that were trained on"
                 raise UserError(f"data.{part}_size: {self.source!r} has no {PURPOSES[part]} rows. {advice}.")
             purpose = "predict" if stage == "predict" else part
             preprocessors = [self.preprocessor_of(rows, purpose) for rows in parts[part]]
@@ -244,7 +243,7 @@ class SourceDataModule(EpochDataModule):
             rows = [[*some.contents(), hashlib.sha256(some.numbers.tobytes()).hexdigest()] for some in parts["train"]]
             self.rows_hash = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
         if stage != "predict":  # of all parts together: one of few rows may have more by chance
-            self.check_skipped(total)
+            total.check(self.max_skipped)
             return
         if total.skipped and not self.writes_predictions:  # those that are returned have no index
             raise UserError(
@@ -255,10 +254,6 @@ class SourceDataModule(EpochDataModule):
         self.unpredicted = total.unusable
         self._indices = [index for index in range(len(self._rows_of_predict)) if index not in total.unusable]
         assert len(self._indices) == len(self.test), "a row to be predicted has one example, or a reason"
-
-    def check_skipped(self, report: RowReport) -> None:
-        """Refuses rows of which more were skipped than ``max_skipped`` allows."""
-        report.check(self.max_skipped)
 
     def parts(self, stage: str) -> dict[str, list[Rows]]:
         """The rows of each source that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
@@ -401,9 +396,15 @@ class SourceDataModule(EpochDataModule):
 
     @property
     def can_be_tested(self) -> bool:
-        """Whether there are test rows."""
-        has_split = any(self._evaluation_split(splits, "test") is not None for splits in self._splits)
-        return self.test_size != 0 and (has_split or self.test_size is not None)
+        """Whether there are test rows, with labels or answers to be scored with."""
+        readers = [read for splits in self._splits if (read := self._evaluation_split(splits, "test")) is not None]
+        if self.test_size == 0 or not (readers or self.test_size):
+            return False
+        try:
+            first = [read()[:1] for read in readers]
+            return all(len(prepare(rows, self.preprocessor_of(rows, "test"))[0]) for rows in first)
+        except UserError:  # it has no label, say
+            return False
 
     def groups(self, rows: Rows) -> Sequence[Hashable] | None:
         """Each row's group, such as its label, of which each drawn part has the same share; None: at random."""

@@ -17,7 +17,6 @@ from typing import Any, Literal
 from cola_lightning import hub
 from cola_lightning.data.rows import Rows
 from cola_lightning.errors import UserError, causes, nearest_path, one_line
-from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -147,18 +146,14 @@ def hashes_of(files: Sequence[Path]) -> list[str]:
 
 
 def hash_of_file(file: Path) -> str:
-    """The SHA-256 of a file. It is computed once and stored: each process of a run, and the next run, asks for it again."""
-    import datasets
+    """The SHA-256 of a file, which is computed once as long as the file stays as it is."""
+    return _hash(file, file.stat().st_size, file.stat().st_mtime_ns)
 
-    facts = str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns
-    stored = Path(datasets.config.HF_DATASETS_CACHE, "hashes", hashlib.sha256(repr(facts).encode()).hexdigest())
-    if not stored.exists():
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(stored, is_shared=True) as partial:
-            partial.write_text(digest)
-    return stored.read_text()
+
+@functools.cache
+def _hash(file: Path, *_: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------- files

@@ -136,7 +136,6 @@ class TemplateDataModule(TokenizedDataModule):
         if self.apply_chat_template:
             return option
         if self.delimiter is None and not (prompt[-1:].isspace() or option[:1].isspace()):
-            self._log("a space joins prompt and option (data.delimiter)")
             return f" {option}"
         return (self.delimiter or "") + option
 

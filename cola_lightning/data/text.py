@@ -75,7 +75,9 @@ class Texts(LanguageRows):
 
     @override
     def read(self, row: Row) -> str:
-        return row.words(self.columns["text"])
+        if not (text := row.text(self.columns["text"])).strip():
+            raise UnusableRow("no text")
+        return text
 
     @override
     def encode(self, items: Sequence[str], notes: set[str]) -> list[list[LanguageRow] | UnusableRow]:
