@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -47,7 +46,6 @@ class RunWatch(Callback):
     validates_at_end = True
 
     def __init__(self) -> None:
-        self.new_folders: list[Path] = []  # that this command makes: the logger's, and those around it
         self._process = os.getpid()
         self._received: int | None = None
         self._is_waited_for = False
@@ -109,16 +107,6 @@ class RunWatch(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_waited_for = False
-
-    def expect_folder(self, folder: str) -> None:
-        """Remembers which folders do not exist yet, before the run's logger makes its folder."""
-        self.new_folders = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
-
-    def remove_empty_folders(self) -> None:
-        """Removes the folders that this command made if nothing is in them: a run that was refused, for example."""
-        for path in self.new_folders:
-            with contextlib.suppress(OSError):
-                path.rmdir()
 
 
 class ConfigSaver(SaveConfigCallback):

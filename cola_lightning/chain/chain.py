@@ -3,8 +3,7 @@
 A checkpoint stores the chain instead of weights. Replay passes each link through the same function as its knot did, so the
 weights, or the factors stacked next to them, are equal bit for bit.
 
-A stored chain is a description for JSON, and tensors by name. State dicts and chain folders have both, and the metadata of a
-PEFT adapter has the description.
+A stored chain is a description for JSON, and tensors by name. State dicts and chain folders have both.
 """
 
 import hashlib

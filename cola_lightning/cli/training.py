@@ -42,7 +42,7 @@ from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.state import AtomicCheckpointIO, data_facts
 from cola_lightning.runs.facts import option_changes
-from cola_lightning.writing import atomic_file, check_writable
+from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 EPOCHS = 3  # of a fit without a limit: Lightning's default is 1000
@@ -242,7 +242,6 @@ class COLACLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         root = os.path.expanduser(config.default_root_dir or os.getcwd())
         run = Path(self.opened.path).parent.parent if self.opened is not None else Path()
-        check_writable("trainer.default_root_dir", root)
         self.watch.is_interval_given = config.log_every_n_steps is not None or config.barebones
         if not config.barebones:
             if self.folder is not None:  # before the config's own loggers: the first decides where checkpoints are
@@ -262,8 +261,6 @@ class COLACLI(LightningCLI):
             kwargs["enable_model_summary"] = False
         trainer = super().instantiate_trainer(**kwargs)
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
-        if trainer.loggers and trainer.log_dir is not None:
-            self.watch.expect_folder(trainer.log_dir)
         if self.opened is not None:
             self._continue_metrics(trainer, run)
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
@@ -373,6 +370,5 @@ def train(words: list[str]) -> int:
             with contextlib.suppress(RuntimeError):  # if another process has failed
                 cli.trainer.strategy.barrier()
         finally:
-            watch.remove_empty_folders()
             layout.leave_processes()
     return 0

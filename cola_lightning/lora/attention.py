@@ -136,25 +136,6 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) 
     return functools.reduce(torch.add, masks) if masks else None
 
 
-# ---------------------------------------------------------------------- torch's encoders
-
-
-def last_layer_forward(
-    layer: Any, src: Tensor, src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
-    """The forward pass of an ``nn.TransformerEncoder``'s last layer, with zeros where nested tensors would leave them.
-
-    Nested tensors have no padded positions. torch uses them in evaluation, for rows that are padded on the right.
-    """
-    y: Tensor = type(layer).forward(layer, src, src_mask, src_key_padding_mask, is_causal)
-    is_evaluated = not (layer.training or torch.is_grad_enabled() or torch.is_autocast_enabled())
-    if is_evaluated and src_key_padding_mask is not None and src_mask is None and not torch.compiler.is_compiling():
-        padded = src_key_padding_mask != 0  # also of a mask that is added
-        if padded.dim() == 2 and bool((padded[:, 1:] >= padded[:, :-1]).all()):
-            y = y.masked_fill(padded[..., None], 0)
-    return y
-
-
 # ---------------------------------------------------------------------- attention in shifted windows
 
 
@@ -230,6 +211,11 @@ def is_open(module: nn.Module) -> bool:
     return getattr(vars(module).get("forward"), "func", None) in (attention_forward, windows_forward)
 
 
+def reads_weights(module: nn.Module) -> bool:
+    """Whether a plain module of torch or torchvision reads the weights of its layers, and may call none of them."""
+    return isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer) or is_windows(module)
+
+
 def is_windows(module: nn.Module) -> bool:
     """Whether a module is torchvision's attention in shifted windows."""
     kind = f"{type(module).__module__}.{type(module).__qualname__}".removesuffix("V2")
@@ -246,33 +232,13 @@ def _is_closed(module: nn.Module) -> bool:
     return is_whole and not has_own_keys and type(module.out_proj) is NonDynamicallyQuantizableLinear
 
 
-def with_projections(model: nn.Module, names: list[str]) -> list[str]:
-    """Names of modules, with those of its projections in place of each nn.MultiheadAttention that calls them."""
-    found = dict[str, None]()
-    for name in names:
-        module = model.get_submodule(name)
-        is_attention = isinstance(module, nn.MultiheadAttention) and is_open(module)
-        parts = (*input_projections(module), "out_proj") if is_attention else ()
-        found |= dict.fromkeys([f"{name}.{part}" for part in parts] or [name])
-    return list(found)
-
-
 def _set_fused(model: nn.Module) -> None:
     """Turns the fused evaluation of torch's encoders off while a layer that it would read has a link, and on again."""
     for module, (kind, name) in itertools.product(model.modules(), FUSED.items()):
         if isinstance(module, kind):
             layers = LoRALayer if kind is nn.TransformerEncoderLayer else ()  # an encoder reads attention alone
             if any(is_open(part) or isinstance(part, layers) for part in module.modules()):
-                was_fused = vars(module).setdefault("value_before_links", getattr(module, name))
+                vars(module).setdefault("value_before_links", getattr(module, name))
                 setattr(module, name, 0)
-                if was_fused and kind is nn.TransformerEncoder:
-                    last = _last_layer(module)
-                    last.forward = functools.partial(last_layer_forward, last)
             elif "value_before_links" in vars(module):
                 setattr(module, name, vars(module).pop("value_before_links"))
-                if kind is nn.TransformerEncoder:
-                    vars(_last_layer(module)).pop("forward", None)
-
-
-def _last_layer(encoder: Any) -> Any:
-    return encoder.layers[-1]

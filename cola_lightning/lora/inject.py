@@ -18,13 +18,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.lora.attention import (
-    InputProjection,
-    LoRAInputProjection,
-    close_attention,
-    open_attention,
-    with_projections,
-)
+from cola_lightning.lora.attention import InputProjection, LoRAInputProjection, close_attention, open_attention
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, open_experts
 from cola_lightning.lora.layer import LoRALayer, is_quantized, lora_layers
@@ -170,7 +164,7 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
     """Adapts the targets, see :func:`inject_lora`."""
     saved = _matches(model, list(config.modules_to_save), "model.modules_to_save")
     names = _linear_layers(model, saved) if target_modules == ALL_LINEAR else _matches(model, target_modules)
-    names = _selected(model, with_projections(model, names), saved, config)
+    names = _selected(model, names, saved, config)
     targets = {name: model.get_submodule(name) for name in names}
     _check_not_shared(model, names, saved)
     classes = {name: _class_for(name, layer, config) for name, layer in targets.items()}

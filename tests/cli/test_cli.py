@@ -116,30 +116,6 @@ def test_the_newest_run_of_the_same_options_is_resumed_and_its_configuration_hol
     assert saved["ckpt_path"] is saved["links"] is None
 
 
-@pytest.mark.usefixtures("printed")
-def test_whoever_reads_a_run_that_was_continued_elsewhere_is_told(capfd):
-    further = ["--ckpt_path", "runs/version_0", "--trainer.max_epochs", "4"]
-    notes = Path("runs/version_0/checkpoints/last.continued.txt")
-    notes.mkdir()  # in the place of the file, as in a folder that cannot be written to
-    assert fit(*further) == 0
-    assert f"cannot note in {notes.absolute()}" in capfd.readouterr().out
-    notes.rmdir()
-    assert fit(*further) == 0
-    shutil.copytree("runs/version_0", "moved")
-    newer = Path("runs/version_2/checkpoints/last.ckpt").absolute()
-    for path in ("runs/version_0", "moved/checkpoints/last.ckpt"):
-        capfd.readouterr()
-        assert run("export", path, "--format", "chain", "--output", path.replace("/", "-")) == 0
-        assert f"last.ckpt: its run was continued in {newer}" in capfd.readouterr().out
-        assert run("inspect", path, "--json") == 0
-        out, err = capfd.readouterr()
-        assert f"last.ckpt: its run was continued in {newer}" in err
-        assert len(json.loads(out)) == 3
-    assert run("inspect", "runs/version_2") == 0
-    assert "continued" not in capfd.readouterr().err
-    assert str(Path(LAST).absolute()) in Path("runs/version_2/checkpoints/last.continues.txt").read_text()
-
-
 def test_one_process_of_a_launcher_logs(monkeypatch, capfd):
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert fit("--trainer.max_epochs", "1") == 0
@@ -255,7 +231,6 @@ def test_a_fit_that_goes_on_in_its_own_folder_and_a_test_there_keep_the_metrics_
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "mine", "name": "", "version": ""}}
     assert fit("--trainer.logger", json.dumps(logger)) == 0
     of_fit = read_csv("mine/metrics.csv")
-    Path("mine/checkpoints/last.continued.txt").write_text("elsewhere")
     again = ["--config", "mine/config.yaml", "--ckpt_path", "mine"]
     assert run("fit", *again, "--trainer.max_epochs", "4") == 0
     assert run("test", *again) == 0
