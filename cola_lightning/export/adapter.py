@@ -4,7 +4,10 @@ import json
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
+from cola_lightning.chain.chain import core_of_product
 from cola_lightning.chain.peft import AdapterBase, concatenate, write_adapter
 from cola_lightning.export.card import FOLDER, Card
 from cola_lightning.export.model import TrainedModel
@@ -19,10 +22,10 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
 
     Args:
         model: the model, which is used up.
-        options: the folder, and whether to compare.
+        options: the folder, the rank, and whether to compare.
 
     Returns:
-        Lines to report: the rank, the base, and the comparison.
+        Lines to report: the errors of recompression, the rank, the base, and the comparison.
 
     Raises:
         UserError: for values that an adapter cannot hold.
@@ -37,8 +40,14 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
     base, code = _base_of(model, dtype if is_stacked else torch.float32)
     chain = model.chain.without_records()
     factors = concatenate(chain)
-    rank = max(lora_A.shape[-2] for lora_A, _ in factors.values())
-    lines = [f"one adapter of rank {rank}", f"its base: {code}"]
+    total, lines = max(lora_A.shape[-2] for lora_A, _ in factors.values()), list[str]()
+    rank = min(total, options.max_rank or total)
+    for name, (lora_A, lora_B) in factors.items():
+        if lora_A.shape[-2] > rank:
+            smaller_A, smaller_B, error = compress(lora_A, lora_B, rank)
+            factors[name] = smaller_A, smaller_B
+            lines.append(f"{name}: relative error {error:.3g}")
+    lines += [f"one adapter of rank {rank}", f"its base: {code}"]
     if base.name is None:
         lines.append(f"peft cannot load {model.base_name!r} by its name: export the same run with --links 0 --format merged")
     if dtype.itemsize < 4 and not is_stacked:
@@ -55,7 +64,7 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
             return [*lines, "not compared" + (", because no input is known" if options.verify else "")]
         with loading_again():
             loaded = PeftModel.from_pretrained(base.model, str(partial))
-        return [*lines, reference.compare(loaded, "loaded again with peft")]
+        return [*lines, reference.compare(loaded, "loaded again with peft", is_same=rank == total)]
 
 
 def _base_of(model: TrainedModel, half: torch.dtype) -> tuple[AdapterBase, str]:
@@ -76,3 +85,22 @@ def _base_of(model: TrainedModel, half: torch.dtype) -> tuple[AdapterBase, str]:
     saved += named_base.new_modules(base, named_base.new_weights)
     dtype = str(half).removeprefix("torch.") if half.itemsize < 4 else named_base.dtype
     return named_base.adapter_base(base, saved), named_base.loading_code(dtype, is_quantized=is_quantized)
+
+
+def compress(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best approximation of B A by a smaller rank, and its relative error in the Frobenius norm.
+
+    Shape:
+        A: rank x in; B: out x rank.
+
+    Source: Eckart and Young (1936).
+    """
+    q, core, p = core_of_product(lora_A, lora_B)
+    u, values, v = torch.linalg.svd(core, full_matrices=False)
+    total = float(torch.linalg.vector_norm(values))
+    error = float(torch.linalg.vector_norm(values[..., rank:])) / total if total else 0.0
+    root = values[..., :rank].sqrt()
+    missing = rank - root.shape[-1]  # a layer's side may be smaller than the rank
+    smaller_A = (root[..., None] * (v[..., :rank, :] @ p.mT)).float()
+    smaller_B = (q @ u[..., :rank] * root[..., None, :]).float()
+    return F.pad(smaller_A, (0, 0, 0, missing)), F.pad(smaller_B, (0, missing)), error

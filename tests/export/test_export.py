@@ -298,6 +298,24 @@ def test_exports_give_the_logits_of_a_module_with_convolutions_but_not_of_those_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_recompressed_adapter_holds_the_closest_update_and_says_how_far_it_is(tmp_path, capsys):
+    module = tiny.three_links(module_of(tmp_path / "base", "gpt2"))
+    assert command(saved(module, tmp_path), "peft", tmp_path / "peft", "--max_rank", 5) == 0
+    printed = dict(line.split(": relative error ") for line in capsys.readouterr().out.splitlines() if ": relative" in line)
+    chain, closest = module.full_chain(), module.merged_model(0)
+    assert list(printed) == chain.layers
+    for name, error in printed.items():
+        u, values, v = torch.linalg.svd(chain.delta(name).double(), full_matrices=False)
+        assert float(error) == pytest.approx((values[5:].norm() / values.norm()).item(), rel=1e-2)
+        with torch.no_grad():
+            closest.get_submodule(name).weight.add_((u[:, :5] * values[:5] @ v[:5]).T)
+    loaded = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")
+    assert loaded.peft_config["default"].r == 5
+    assert tiny.relative_difference(tiny.logits(loaded), tiny.logits(closest)) <= 1e-5
+    assert module.export(tmp_path / "plain", "peft") == module.export(tmp_path / "large", "peft", max_rank=9)
+    assert_bit_equal(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "large")))
+
+
 def test_a_model_is_loaded_again_once_the_exported_one_is_gone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = saved(tiny.three_links(module_of(tmp_path / "base", "llama")), tmp_path)
