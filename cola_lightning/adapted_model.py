@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from cola_lightning import layout
 from cola_lightning.chain.base import (
-    base_copies,
     base_values,
     check_has_layers,
     check_same_base,
@@ -30,7 +29,7 @@ from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.lora.inject import inject_lora
-from cola_lightning.lora.layer import LoRALayer, initialize_link, is_quantized, is_quantized_model, lora_layers
+from cola_lightning.lora.layer import LoRALayer, initialize_link, is_quantized, lora_layers
 from cola_lightning.lora.stack import Stack
 from cola_lightning.merge import add_links, cast_floats, deep_copy, free, merge, round_floats
 from cola_lightning.seeding import seeded_build
@@ -62,7 +61,6 @@ class AdaptedModel:
         config: the layers to adapt, and what their links are like; or a function that returns it, once the base is built.
         seed: of all random draws: each link's A is drawn from it, the link's index and the layer's name.
         name: the base's name.
-        is_saved: keep a copy of the base's weights in memory; the state dict has none.
         placement: returns the model's placement; None: the model is used as it is, where it is.
         around: the module that has the model as its ``model``, such as a LightningModule. What is trained in it is recorded by
             each link, as the model's fully trained modules are. None: nothing is around it.
@@ -74,7 +72,6 @@ class AdaptedModel:
     Attributes:
         model: the model.
         chain: the finished links.
-        base_weights: the base's weights, by name, if they are stored.
         trained: what training changes besides the links.
         current: the current link's rank, alpha, start, stage and metrics.
 
@@ -96,7 +93,6 @@ class AdaptedModel:
         *,
         seed: int = 0,
         name: str = "",
-        is_saved: bool = False,
         placement: Callable[[], Placement] | None = None,
         around: nn.Module | None = None,
         current: CurrentLink | None = None,
@@ -105,10 +101,7 @@ class AdaptedModel:
         self.placement = self._placement_of_model if placement is None else placement
         self.model = self.make_base()
         self.trained = TrainedValues(self.model, around)
-        if is_saved and is_quantized_model(self.model):
-            raise UserError("model.save_base: does not work with a 4-bit base")
         self.chain = Chain(base=describe_base(self.model, name))
-        self.base_weights = base_copies(self.model) if is_saved else None
         self.current = CurrentLink() if current is None else current
         self._rounded_to = torch.float32  # what a precision has rounded the values to into which no link is merged
         self._earlier: tuple[Any, list[Link], tuple[list[Stack], dict[str, Tensor]]] | None = None  # see _earlier_state
@@ -326,7 +319,7 @@ class AdaptedModel:
         if not self.chain.is_beginning_of(chain):
             extras = self.extras_after(chain)
             if self.merges:
-                self._write_base(self.model)
+                self._write_base()
                 round_floats(self.model, self._rounded_to)
             self.forget_links(chain)
             self.trained.write(extras)
@@ -357,14 +350,6 @@ class AdaptedModel:
         for layer in self.layers.values():
             if layer.stack is not None:
                 layer.stack.clear()
-
-    def take_base(self, chain: Chain, weights: dict[str, Tensor] | None) -> None:
-        """Loads the stored weights of a chain's base, if there are any; call :func:`check_same_base` first."""
-        if weights is not None:
-            self.base_weights = weights
-            self._write_base(self.model)
-            round_floats(self.model, self._rounded_to)
-            self.forget_links(chain)
 
     def start_from(self, chain: Chain, knot: Knot = "cola") -> None:
         """Replays another run's chain on a base without links, and loads its fully trained modules.
@@ -405,7 +390,7 @@ class AdaptedModel:
         names, extras = self.trained.values().keys(), self.trained.initial | (chain.links[-1].extras if chain.links else {})
         if names <= extras.keys():  # nothing for which to rebuild the base
             return extras
-        weights = base_copies(self.rebuild_base()) if self.base_weights is None else self.base_weights
+        weights = base_values(self.rebuild_base())
         return {name: weights[name] for name in names & weights.keys()} | extras
 
     # ------------------------------------------------------------------ an earlier state
@@ -459,22 +444,19 @@ class AdaptedModel:
         return model
 
     def rebuild_base(self) -> nn.Module:
-        """The adapted base without any link: rebuilt and checked, or with the stored weights.
+        """The adapted base without any link, rebuilt and checked.
 
         Raises:
             UserError: if the rebuilt base differs.
         """
         model = self.make_base()
-        if self.base_weights is None:
-            check_same_base(self.chain.base, describe_base(model, self.chain.base.name))
-        else:
-            self._write_base(model)
+        check_same_base(self.chain.base, describe_base(model, self.chain.base.name))
         return model
 
-    def _write_base(self, model: nn.Module) -> None:
-        """Writes the base, without any link, into a model of the same shape: as stored, or rebuilt."""
-        weights = base_copies(self.rebuild_base()) if self.base_weights is None else self.base_weights
-        for name, value in base_values(model).items():
+    def _write_base(self) -> None:
+        """Writes the base, without any link, into the model."""
+        weights = base_values(self.rebuild_base())
+        for name, value in base_values(self.model).items():
             layout.copy_(value, weights[name])
 
     # ------------------------------------------------------------------ dtypes
@@ -493,7 +475,7 @@ class AdaptedModel:
         if self.config.finished_links == "auto" and dtype.itemsize < 4 and self.merges:
             chain = self.chain
             if len(chain):
-                self._write_base(self.model)
+                self._write_base()
                 self.forget_links(chain)
             for layer in self.layers.values():
                 layer.begin_stack()

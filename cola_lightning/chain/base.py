@@ -75,13 +75,12 @@ def hash_of(value: Tensor) -> str:
     return hashlib.sha256(f"{tuple(value.shape)}".encode() + wide.cpu().double().numpy().tobytes()).hexdigest()[:16]
 
 
-def check_same_base(expected: BaseIdentity, received: BaseIdentity, *, is_stored: bool = False) -> None:
+def check_same_base(expected: BaseIdentity, received: BaseIdentity) -> None:
     """Refuses a base on which the chain was not trained, or that ``build_model`` made again with other values.
 
     Args:
         expected: the chain's base.
         received: this model's.
-        is_stored: whether the base's values are stored with the chain, so that this model's do not matter.
 
     Raises:
         UserError: if the adapted layers, the labels, the dtypes or the values differ.
@@ -89,8 +88,6 @@ def check_same_base(expected: BaseIdentity, received: BaseIdentity, *, is_stored
     check_same_layers(expected.weight_norms, received.weight_norms)
     if None not in (expected.labels, received.labels) and expected.labels != received.labels:
         raise UserError(f"model.label_names: must be {expected.labels}, on which the chain was trained, got {received.labels}")
-    if is_stored:
-        return
     mine, theirs = received.values, expected.values
     alone = mine.keys() ^ theirs.keys()
     changed = {name for name in mine.keys() - alone if mine[name] != theirs[name] and None not in (mine[name], theirs[name])}
@@ -104,7 +101,7 @@ def check_same_base(expected: BaseIdentity, received: BaseIdentity, *, is_stored
     raise UserError(
         f"base: the chain was trained on another base: on {expected}, and this is {received}, {where}. Use the same model, "
         "revision, seed and target_modules, and a build_model that makes the same base again (it may draw from the global "
-        "generators, which are seeded for it), or train with save_base: true"
+        "generators, which are seeded for it). One that is trained there is best stored in a file"
     )
 
 
@@ -180,11 +177,6 @@ def base_values(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, 
         for name, value in state.items()
         if isinstance(value, Tensor) and name not in factors and without.isdisjoint({name, weight_of(name)})
     }
-
-
-def base_copies(model: nn.Module) -> dict[str, Tensor]:
-    """CPU copies of the :func:`base_values`."""
-    return {name: layout.gather(value) for name, value in base_values(model).items()}
 
 
 def weight_of(name: str) -> str:

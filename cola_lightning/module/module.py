@@ -51,7 +51,6 @@ class COLAModule(LateModel, RecordsArguments):
         init_knot: What happens to the last link of ``init_chain`` when the run begins, as at a knot (``chain.knot``). ``cola``
             merges it, and a new link begins. ``half`` merges half of it; A and the rest of B go on. ``record`` only records it;
             A and B go on: one LoRA over several runs. The optimizer and its learning-rate schedule are new in each run.
-        save_base: Store the weights of the adapted base in each checkpoint. Use it if the base cannot be rebuilt bit for bit.
         compile: Apply ``torch.compile`` to the model. It compiles once per rank, for training and for validation.
         activation_checkpointing: Store only the inputs of the model's blocks and recompute the rest in the backward pass. It
             needs less memory and more time, and the gradients are the same.
@@ -94,7 +93,6 @@ class COLAModule(LateModel, RecordsArguments):
         init_links: int | str | None = None,
         init_continues: tuple[str, ...] = (),
         init_knot: Knot = "cola",
-        save_base: bool = False,
         compile: bool = False,
         activation_checkpointing: bool = False,
         **link: Any,
@@ -105,8 +103,8 @@ class COLAModule(LateModel, RecordsArguments):
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         seed = None if seed is None else int(seed)
         self.run = Run(self, self.constructor_arguments, LinkConfig(**link), optimizer, seed, start)
-        self.step_loss, self.save_base = self.run.step_loss, save_base
-        self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
+        self.step_loss, self.should_compile = self.run.step_loss, compile
+        self.activation_checkpointing = activation_checkpointing
         self.register_load_state_dict_pre_hook(prepare_loading)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ defined or overridden by a subclass
@@ -366,15 +364,14 @@ class COLAModule(LateModel, RecordsArguments):
     ) -> None:
         """Prepares the module, before its model is made, for the state that ``load_state_dict`` will load.
 
-        The model is made with the state's seed, without ``init_chain``, and without the base's weights if the state has them.
+        The model is made with the state's seed, and without ``init_chain``.
 
         Args:
             state: a checkpoint's.
             links: how many of its links are loaded, or the name of the last stage; None: all.
             scale: factors of the links' updates, see :meth:`load_from_checkpoint`.
         """
-        facts = state.facts
-        self.run.expect(ExpectedState(links, scale, facts.seed, facts.base_weights is not None, facts.held_out))
+        self.run.expect(ExpectedState(links, scale, state.facts.seed, state.facts.held_out))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -397,8 +394,7 @@ class COLAModule(LateModel, RecordsArguments):
     ) -> Self:
         """Loads a module onto the CPU, as in Lightning; its class and arguments are read from the checkpoint.
 
-        If the checkpoint contains its base, ``build_model`` need not make the base's weights first. For what another person's
-        checkpoint can do, see docs/guarantees.md.
+        For what another person's checkpoint can do, see docs/guarantees.md.
 
         Args:
             checkpoint_path: a file that a fit wrote: its path, its URL, or an open file.
