@@ -6,13 +6,12 @@ An export also needs to know how transformers and PEFT load that model again.
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import nn
 from typing_extensions import override
 
@@ -21,8 +20,6 @@ from cola_lightning.chain.peft import AdapterBase
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError, nearest, nearest_path, one_line
 from cola_lightning.lora.quantization import Quantization
-from cola_lightning.merge import cast_floats
-from cola_lightning.writing import atomic_folder
 
 PACKAGE_PREFIX = "package:"
 
@@ -199,29 +196,13 @@ class TransformersBase(Pretrained):
     def is_found_by_name(self) -> bool:
         return super().is_found_by_name and not self.is_changed
 
-    def load_again(self) -> nn.Module:
-        """Loads the base as the user of an adapter does."""
-        import transformers
-
-        model, _ = self.model_and_new_weights(getattr(transformers, self.auto_class), **self.fields)
-        return cast(nn.Module, model)
-
-    def write(self, folder: Path, base: Any, tokenizer: Any) -> "TransformersBase":
-        """Writes the module's base, in the dtype of its files, and its tokenizer; a folder with files is left as it is."""
-        if not folder.is_dir() or not any(folder.iterdir()):
-            with atomic_folder(folder) as partial:
-                cast_floats(base, getattr(torch, self.dtype))
-                base.save_pretrained(partial)
-                tokenizer.save_pretrained(partial)
-        return replace(self, model_name=str(folder.absolute()), revision=None, gguf_file=None)
-
     def adapter_base(self, model: nn.Module, modules_to_save: Sequence[str]) -> AdapterBase:
         """The base as an adapter names it, around the loaded model."""
-        name = os.path.expanduser(self.model_name)
+        name = os.path.expanduser(self.model_name) if self.is_found_by_name else None
         return AdapterBase(model, name, modules_to_save, self.revision, TASKS.get(self.auto_class))
 
     def loading_code(self, dtype: str, *, is_quantized: bool) -> str:
-        """The Python code that loads the base."""
+        """The Python code that loads the base; from a folder, if its name is not enough."""
         options = {"dtype": dtype} | dict(self.fields)
         options |= {"revision": self.revision} if self.revision else {}
         options |= {"id2label": dict(enumerate(self.labels))} if self.labels else {}
@@ -230,4 +211,5 @@ class TransformersBase(Pretrained):
         if is_quantized:
             quantization = f"load_in_4bit=True, bnb_4bit_quant_type={self.quantization!r}"
             arguments += f", quantization_config=transformers.BitsAndBytesConfig({quantization})"
-        return f"transformers.{self.auto_class}.from_pretrained({os.path.expanduser(self.model_name)!r}, {arguments})"
+        name = os.path.expanduser(self.model_name) if self.is_found_by_name else "path/to/base"
+        return f"transformers.{self.auto_class}.from_pretrained({name!r}, {arguments})"

@@ -183,14 +183,14 @@ class AdapterBase:
 
     Attributes:
         model: the plain model without any link.
-        name: where PEFT finds it.
+        name: where PEFT finds it; None: by no name.
         modules_to_save: names, or dotted name endings, of modules that were fully trained, or are not in the named base.
         revision: on the hub.
         task: PEFT's name for its task; None: PEFT has none.
     """
 
     model: nn.Module
-    name: str
+    name: str | None
     modules_to_save: Sequence[str]
     revision: str | None = None
     task: str | None = None

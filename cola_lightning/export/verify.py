@@ -102,16 +102,15 @@ class ReferenceLogits:
             if mine is not None and any(torch.equal(rounded, mine.to(buffer.dtype)) for rounded in roundings):
                 buffer.copy_(mine)
 
-    def compare(self, model: nn.Module, loaded: str, *, is_same: bool = True) -> str:
+    def compare(self, model: nn.Module, loaded: str) -> str:
         """Reports how far the logits of an export, loaded again, are from the expected ones.
 
         Args:
             model: the loaded model.
             loaded: how the model was loaded, as the beginning of the line.
-            is_same: whether the logits are to be the same, and not those of an approximation.
 
         Raises:
-            ExportError: if they differ by more than float32 rounding, or, in half precision or not ``is_same``, are not finite.
+            ExportError: if they differ by more than float32 rounding, or, in half precision, are not finite.
         """
         logits = first_output(model, self.inputs)
         # Infinite logits are those of masked classes.
@@ -119,7 +118,7 @@ class ReferenceLogits:
         largest = float(self.logits.masked_fill(self.logits.isinf(), 0).abs().max())
         line = f"{loaded}, its logits differ from the module's by at most {difference:.2g}, where the largest is {largest:.3g}"
         is_half = any(value.is_floating_point() and value.dtype.itemsize < 4 for value in model.parameters())
-        if not (difference <= TOLERANCE * largest if is_same and not is_half else math.isfinite(difference)):
+        if not (math.isfinite(difference) if is_half else difference <= TOLERANCE * largest):
             raise ExportError(f"{line}. The export was deleted")
         return line
 

@@ -18,7 +18,7 @@ from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
-from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_loss, chunked_token_losses, n_bytes
+from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_token_losses, n_bytes
 from cola_lightning.hf.host_values import Array, Arrays, Batch, shape_arrays, to_device
 from cola_lightning.hf.logits import (
     TOKEN_FIELDS,
@@ -65,8 +65,8 @@ class COLACausalLM(TransformersModule):
     Args:
         chunked_loss: ``true`` computes the language-model loss and its gradients over chunks of the tokens, so that the logits
             of all of them never exist together. ``null`` does so if these would take more than 256 MB in float32.
-        generate_in_validation: Generate answers in a fit's validations too, for as many rows as ``data.generate_rows`` says. A
-            checkpoint can then be chosen by ``val_f1`` or ``val_exact_match``.
+        generate_in_validation: Generate answers in a fit's validations too. A checkpoint can then be chosen by ``val_f1`` or
+            ``val_exact_match``.
         **pretrained: the arguments of ``TransformersModule`` (``revision``, ``dtype``, ``quantization``, ...) and of
             :class:`~cola_lightning.COLAModule` (``target_modules``, ``rank``, ``alpha``, ``optimizer``, ...). ``help()``
             lists them all with their defaults, and ``cola fit --model.help COLACausalLM`` says what each does.
@@ -270,27 +270,10 @@ class COLACausalLM(TransformersModule):
             yield rows, part, places, labels
 
     def _language_step(self, batch: Batch) -> StepOutput:
-        if not torch.is_grad_enabled():
-            row_losses, n_tokens = self.row_losses(batch)
-            size = int(n_tokens.sum())
-            loss = row_losses.sum() / max(size, 1)
-            return StepOutput(loss, size, row_losses=RowValues(row_losses, torch.from_numpy(n_tokens)))
-        losses = (self._language_loss(part, places, labels) for _, part, places, labels in self.language_parts(batch))
-        totals, counts = zip(*losses, strict=True)
-        total, size = totals[0] if len(totals) == 1 else torch.stack(totals).sum(), sum(counts)
-        return StepOutput(total / max(size, 1), size)
-
-    def _language_loss(self, batch: Batch, places: Any, labels: Any) -> tuple[Tensor, int]:
-        """The sum of the losses of a batch's tokens, and the number of tokens."""
-
-        def move(values: Array) -> Tensor:
-            return to_device(torch.from_numpy(values), batch["labels"].device)
-
-        indices, places, labels = np.flatnonzero(labels != IGNORE_INDEX), move(places), move(labels.ravel())
-        if self.is_chunked(len(labels)):
-            return chunked_loss(self.model, batch, places, labels, move(indices)), len(indices)
-        logits = logits_at(self.model, batch, places).flatten(0, 1)
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"), len(indices)
+        row_losses, n_tokens = self.row_losses(batch)
+        size = int(n_tokens.sum())
+        rows = RowValues(row_losses.detach(), torch.from_numpy(n_tokens))
+        return StepOutput(row_losses.sum() / max(size, 1), size, row_losses=rows)
 
     def row_losses(self, batch: Batch) -> tuple[Tensor, Array]:
         """The loss of each row of a language-model batch.
@@ -306,17 +289,22 @@ class COLACausalLM(TransformersModule):
             order += rows
             sums.append(self._token_losses(part, places, labels).view(labels.shape).sum(-1))
             n_tokens.append((labels != IGNORE_INDEX).sum(-1))
+        if len(sums) == 1:
+            return sums[0], n_tokens[0]
         index = torch.tensor(order).argsort()
         return torch.cat(sums)[to_device(index, sums[0].device)], np.concatenate(n_tokens)[index.numpy()]
 
     def _token_losses(self, batch: Batch, places: Array, labels: Array) -> Tensor:
         """The loss of each token, 0 without one."""
-        device = batch["labels"].device
-        indices = to_device(torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)), device)
-        positions, targets = (to_device(torch.from_numpy(values), device) for values in (places, labels.ravel()))
-        if self.is_chunked(len(targets)):
-            losses = chunked_token_losses(self.model, batch, positions, targets, indices)
-            return losses.new_zeros(len(targets)).index_copy(0, indices, losses)
+
+        def move(values: Array) -> Tensor:
+            return to_device(torch.from_numpy(values), batch["labels"].device)
+
+        indices, positions, targets = np.flatnonzero(labels != IGNORE_INDEX), move(places), move(labels.ravel())
+        if len(indices) and self.is_chunked(len(targets)):
+            moved = move(indices)
+            losses = chunked_token_losses(self.model, batch, positions, targets, moved)
+            return losses.new_zeros(len(targets)).index_copy(0, moved, losses)
         logits = logits_at(self.model, batch, positions)
         return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="none")
 

@@ -305,8 +305,6 @@ class COLAModule(LateModel, RecordsArguments):
         format: Format = "merged",
         *,
         dtype: Dtype | None = None,
-        max_rank: int | None = None,
-        base_folder: str | Path | None = None,
         license: str | None = None,
         verify: bool = True,
         overwrite: bool = False,
@@ -321,10 +319,6 @@ class COLAModule(LateModel, RecordsArguments):
                 as one PEFT adapter. ``chain`` writes a chain folder, which keeps the links apart.
             dtype: Write the weights of a ``merged`` model in ``float32``, ``bfloat16`` or ``float16``. By default, they have
                 the type of ``model.dtype``, or float32 for modules without this option.
-            max_rank: Reduce a ``peft`` adapter to this rank. It becomes smaller, but its outputs change. The error of each
-                layer is printed.
-            base_folder: Also write the base of a ``peft`` adapter to this folder, which the adapter then names. It is needed if
-                peft cannot load the base by its name.
             license: Write this license into the model card, as an identifier of the Hugging Face hub: ``apache-2.0``.
             verify: load the export, and compare its logits with the module's.
             overwrite: replace a folder that is not empty.
@@ -336,9 +330,7 @@ class COLAModule(LateModel, RecordsArguments):
             UserError: for incompatible options, a folder that is not empty, or a model that cannot be exported in this format.
             ExportError: if the export cannot be loaded or, in float32, gives other logits; it is removed.
         """
-        base = None if base_folder is None else Path(base_folder)
-        options = ExportOptions(Path(folder), format, dtype, max_rank, base, license, verify, overwrite)
-        return export(self, options)
+        return export(self, ExportOptions(Path(folder), format, dtype, license, verify, overwrite))
 
     # ------------------------------------------------------------------ optimizer, and state
 

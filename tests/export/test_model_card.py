@@ -12,13 +12,11 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
-from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule, UserError
+from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule
 from cola_lightning.chain import Chain
 from cola_lightning.cli import main
-from cola_lightning.errors import ExportError
 from cola_lightning.export.card import Card
 from cola_lightning.module.exports import trained_model
 from tests.helpers import tiny
@@ -148,27 +146,19 @@ def test_a_merged_model_ends_its_text_where_its_training_did(tmp_path, kind):
     assert merged.generate(torch.tensor([[3, 4]]), max_new_tokens=3).shape[1] <= 5
 
 
-def test_a_base_that_peft_cannot_name_is_written_where_it_can(tmp_path, monkeypatch):
+def test_the_card_loads_an_adapter_on_a_base_that_was_written_because_peft_cannot_name_it(tmp_path, monkeypatch):
     tiny.folder(tmp_path / "tiny_package")
     (tmp_path / "tiny_package" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tiny_package", raising=False)
     packaged = tiny.three_links(COLACausalLM("package:tiny_package", **ARGUMENTS))
-    with pytest.raises(UserError, match=r"^base_folder must be given: peft cannot load 'package:tiny_package'"):
-        packaged.export(tmp_path / "alone", "peft")
-    written = tmp_path / "written"
-    assert str(written) in packaged.export(tmp_path / "out", "peft", base_folder=written)[-2]
-    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert (tiny.logits(model) - tiny.logits(packaged.model)).abs().max() <= 1e-5
-    base = AutoModelForCausalLM.from_pretrained(written)
-    assert torch.equal(tiny.logits(base), tiny.logits(packaged.merged_model(0)))
-    before = {path: path.read_bytes() for path in written.iterdir()}
-    packaged.export(tmp_path / "again", "peft", base_folder=written)  # the same base serves many adapters
-    assert {path: path.read_bytes() for path in written.iterdir()} == before
-    tiny.folder(tmp_path / "other", scale=1)
-    with pytest.raises(ExportError, match="logits differ"):
-        packaged.export(tmp_path / "refused", "peft", base_folder=tmp_path / "other")
-    assert not (tmp_path / "refused").exists()
+    path = str(saved(packaged, tmp_path))
+    assert main(["export", path, "--format", "peft", "--output", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert main(["export", path, "--format", "merged", "--links", "0", "--output", str(tmp_path / "written")]) == 0
+    code = block((tmp_path / "out" / "README.md").read_text(), "python").replace("path/to/this/folder", str(tmp_path / "out"))
+    _, names = executed(code.replace("path/to/base", str(tmp_path / "written")))
+    assert (tiny.logits(names["model"]) - tiny.logits(packaged.model)).abs().max() <= 1e-5
 
 
 def test_an_export_changes_nothing_of_a_module_in_training(tmp_path):
