@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
@@ -107,6 +108,7 @@ def test_the_newest_run_of_the_same_options_is_resumed_and_its_configuration_hol
     capfd.readouterr()
     assert fit(*further) == 0
     assert [line for line in capfd.readouterr().out.splitlines() if line.startswith("ckpt_path: ")] == [
+        f"ckpt_path: the newer run {Path('runs/version_2').absolute()} has no checkpoint",
         f"ckpt_path: {Path(LAST).absolute()}",
     ]
     resumed = checkpoint_of(4)
@@ -114,6 +116,23 @@ def test_the_newest_run_of_the_same_options_is_resumed_and_its_configuration_hol
     assert len(StoredState.of(state_of(resumed[-1])["state_dict"]).chain) == 3
     saved = yaml.safe_load(Path(resumed[1]).read_text())
     assert saved["ckpt_path"] is saved["links"] is None
+
+
+class Impatient(Callback):
+    """Resumes the run while it is running."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3:
+            Path("statuses").write_text(f"{[fit('--ckpt_path', path) for path in ('last', 'runs/version_0')]}")
+
+
+def test_a_run_that_is_still_running_is_not_resumed_beside_itself(capfd):
+    assert fit("--trainer.callbacks+=tests.cli.test_cli.Impatient") == 0
+    assert Path("statuses").read_text() == "[2, 2]"
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [line.partition(" is still")[0] for line in errors] == ["error: ckpt_path: the run in runs/version_0"] * 2
+    assert [path.name for path in Path("runs").iterdir()] == ["version_0"]
+    assert fit("--ckpt_path", "runs/version_0", "--trainer.max_epochs", "4") == 0  # once it has ended
 
 
 def test_one_process_of_a_launcher_logs(monkeypatch, capfd):

@@ -19,6 +19,7 @@ from transformers import Adafactor
 from cola_lightning import ChainOfLoRA, ChainSchedule, COLACausalLM, LoRAConfig, UserError, inject_lora
 from cola_lightning.cli import main
 from cola_lightning.cli.command_line import completed
+from cola_lightning.cli.help import ELSEWHERE
 from cola_lightning.cli.made_run import resolve
 from cola_lightning.data import TemplateDataModule, TextDataModule
 from cola_lightning.errors import JSONARGPARSE
@@ -80,7 +81,7 @@ MISTAKES = [
     (LANGUAGE + "--data.source renamed", ".*: there is no field 'label'"),
     (LANGUAGE + "--data.task SST", "data.task: .*the nearest that exist: SST2"),
     (LANGUAGE + "--data.batch_size 0", "data.batch_size must be"),
-    (LANGUAGE + "--data.path rows", ".*'path' is not accepted"),
+    (LANGUAGE + "--data.path rows", ".*'path' is not accepted; here it is --data.source NAME"),
     (f"inspect {DIGITS}", "checkpoint: "),
     ("generate rows --prompt It", r"checkpoint: 'rows' has no checkpoints/last\.ckpt"),
     (f"generate {LAST} --prompt It", ".*COLACausalLM"),
@@ -125,6 +126,11 @@ def write_checkpoint(path, changes):
     metadata |= {name: metadata[name] | new if isinstance(new, dict) else new for name, new in changes.items()}
     state["chain.metadata"] = torch.tensor(list(json.dumps(metadata).encode()), dtype=torch.uint8)
     torch.save(checkpoint | {"state_dict": state}, path)
+
+
+def test_what_is_typed_here_exists():
+    words = [word for here in {*ELSEWHERE.values()} for word in here.split()]
+    assert resolve(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
 
 
 NAMED = "--model.model_name x --data.source y "
