@@ -65,8 +65,8 @@ class COLACausalLM(TransformersModule):
     Args:
         chunked_loss: ``true`` computes the language-model loss and its gradients over chunks of the tokens, so that the logits
             of all of them never exist together. ``null`` does so if these would take more than 256 MB in float32.
-        generate_in_validation: Generate answers in a fit's validations too, for as many rows as ``data.generate_rows`` says. A
-            checkpoint can then be chosen by ``val_f1`` or ``val_exact_match``.
+        generate_in_validation: Generate answers in a fit's validations too. A checkpoint can then be chosen by ``val_f1`` or
+            ``val_exact_match``.
         **pretrained: the arguments of ``TransformersModule`` (``revision``, ``dtype``, ``quantization``, ...) and of
             :class:`~cola_lightning.COLAModule` (``target_modules``, ``rank``, ``alpha``, ``optimizer``, ...). ``help()``
             lists them all with their defaults, and ``cola fit --model.help COLACausalLM`` says what each does.
