@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cola_lightning import layout
 from cola_lightning.chain.base import (
     base_values,
-    check_has_layers,
+    check_layers,
     check_same_base,
     check_same_norms,
     describe_base,
@@ -365,7 +365,7 @@ class AdaptedModel:
         base = self.chain.base
         if not set(chain.layers) <= base.weight_norms.keys():  # of another release, or saved after torch.compile
             chain = chain.renamed(matched(chain.layers, base.weight_norms))
-        check_has_layers(chain.layers, base.weight_norms)
+        check_layers(chain.layers, base.weight_norms)
         if chain.base.fingerprint:
             check_same_base(replace(chain.base, weight_norms=base.weight_norms), base)
         else:  # of adapters: not all of its values are known, or none

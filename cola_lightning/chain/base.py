@@ -85,7 +85,8 @@ def check_same_base(expected: BaseIdentity, received: BaseIdentity) -> None:
     Raises:
         UserError: if the adapted layers, the labels, the dtypes or the values differ.
     """
-    check_same_layers(expected.weight_norms, received.weight_norms)
+    check_layers(expected.weight_norms, received.weight_norms)
+    check_layers(received.weight_norms, expected.weight_norms, "the chain")
     if None not in (expected.labels, received.labels) and expected.labels != received.labels:
         raise UserError(f"model.label_names: must be {expected.labels}, on which the chain was trained, got {received.labels}")
     mine, theirs = received.values, expected.values
@@ -128,31 +129,19 @@ def check_unchanged(model: nn.Module, base: BaseIdentity, merged: Collection[str
             )
 
 
-def check_same_layers(expected: Collection[str], received: Collection[str]) -> None:
-    """Refuses a model whose adapted layers are not those of the chain.
+def check_layers(layers: Collection[str], received: Collection[str], whose: str = "this module") -> None:
+    """Refuses a model, or a chain, that does not adapt all layers; it may adapt more.
 
     Args:
-        expected: the names of the chain's layers.
-        received: the names of this model's adapted layers.
-
-    Raises:
-        UserError: naming a layer that only one of them adapts.
-    """
-    if alone := sorted(set(expected) ^ set(received)):
-        missing = "the chain" if alone[0] in received else "this module"
-        raise UserError(f"model.target_modules: must name the layers of the chain, but {missing} does not adapt {alone[0]!r}")
-
-
-def check_has_layers(layers: Collection[str], received: Collection[str]) -> None:
-    """Refuses a model that does not adapt all layers of a chain; it may adapt more.
+        layers: the names of the layers.
+        received: the names of the layers that are adapted.
+        whose: what adapts them, for the message.
 
     Raises:
         UserError: naming a layer.
     """
     if missing := [name for name in layers if name not in received]:
-        raise UserError(
-            f"model.target_modules: must name the layers of the chain, but this module does not adapt {missing[0]!r}"
-        )
+        raise UserError(f"model.target_modules: must name the layers of the chain, but {whose} does not adapt {missing[0]!r}")
 
 
 def check_same_norms(expected: BaseIdentity, received: BaseIdentity) -> None:
