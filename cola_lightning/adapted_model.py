@@ -295,7 +295,7 @@ class AdaptedModel:
         """
         device = self.placement().device
         for name, layer in self.layers.items():
-            expected = *layer.matrices(layer), *layer.matrix_sizes(layer)
+            expected = *layer.batch_shape(layer), *layer.matrix_sizes(layer)
             for lora_A, lora_B, _ in chain.link_factors(name):
                 if (sizes := (*lora_A.shape[:-2], lora_A.shape[-1], lora_B.shape[-2])) != expected:
                     raise UserError(f"chain: the links of layer {name!r} must be for sizes {expected}, got {sizes}")

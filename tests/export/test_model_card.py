@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule
 from cola_lightning.chain import Chain
 from cola_lightning.cli import main
-from cola_lightning.export.card import Card
+from cola_lightning.export.card import write_card
 from cola_lightning.module.exports import trained_model
 from tests.helpers import tiny
 from tests.helpers.tiny import CHAT
@@ -53,7 +53,7 @@ def test_a_card_says_what_was_exported_and_how_it_was_trained(module, tmp_path, 
     assert (arguments["init_args"]["rank"], arguments["init_args"]["alpha"]) == (4, 6.0)
     assert "base_model" not in data  # a folder of this machine
     named = replace(module.named_base, model_name="owner/name")
-    Card(replace(trained_model(module, {}, {}), named_base=named, tokenizer=None)).write(tmp_path, "PEFT adapter", "")
+    write_card(tmp_path, replace(trained_model(module, {}, {}), named_base=named, tokenizer=None), None, "PEFT adapter", "")
     assert card(tmp_path)[0]["base_model"] == "owner/name"
 
 
