@@ -62,8 +62,8 @@ class AdaptedModel:
         seed: of all random draws: each link's A is drawn from it, the link's index and the layer's name.
         name: the base's name.
         placement: returns the model's placement; None: the model is used as it is, where it is.
-        around: the module that has the model as its ``model``, such as a LightningModule. What is trained in it is recorded by
-            each link, as the model's fully trained modules are. None: nothing is around it.
+        outer_module: the module that has the model as its ``model``, such as a LightningModule. Each link records what is
+            trained in it, as it does for the model's fully trained modules. None: there is none.
         current: what is known of the current link besides its factors; None: a new one.
 
     Raises:
@@ -94,13 +94,13 @@ class AdaptedModel:
         seed: int = 0,
         name: str = "",
         placement: Callable[[], Placement] | None = None,
-        around: nn.Module | None = None,
+        outer_module: nn.Module | None = None,
         current: CurrentLink | None = None,
     ) -> None:
         self.build_model, self._config, self.seed = build_model, config, seed
         self.placement = self._placement_of_model if placement is None else placement
         self.model = self.make_base()
-        self.trained = TrainedValues(self.model, around)
+        self.trained = TrainedValues(self.model, outer_module)
         self.chain = Chain(base=describe_base(self.model, name))
         self.current = CurrentLink() if current is None else current
         self._rounded_to = torch.float32  # what a precision has rounded the values to into which no link is merged
@@ -481,7 +481,7 @@ class AdaptedModel:
         other = copy.copy(self)
         other.model = deep_copy(self.model, device="cpu").cpu()
         other.trained, other.placement = copy.copy(self.trained), other._placement_of_model
-        other.trained.model, other.trained.around = other.model, None
+        other.trained.model, other.trained.outer_module = other.model, None
         return other
 
     def merged_model(

@@ -180,7 +180,7 @@ class LateModel(LightningModule):
             seed=run.choose_seed(),
             name=self.base_name,
             placement=run.placement,
-            around=self,
+            outer_module=self,
             current=run.current,
         )
         if self._modules.get("model") is None:  # else one that was assigned, which configure_model refuses

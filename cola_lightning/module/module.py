@@ -1,6 +1,5 @@
 """The Lightning module that owns a base model and its chain."""
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -391,8 +390,3 @@ class COLAModule(LateModel, RecordsArguments):
         """
         loaded: Self = load(cls, checkpoint_path, strict, weights_only, links, scale, kwargs)
         return loaded if map_location is None else loaded.to(map_location)
-
-
-# Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.
-default_optimizer = inspect.signature(COLAModule.__init__).parameters["optimizer"].default
-default_optimizer.__qualname__ = "default_optimizer"

@@ -98,12 +98,11 @@ class InitChain:
         return chain, held_out
 
     def describe(self) -> list[Any]:
-        """The absolute path or paths, how many links were requested, and the knot and others if set: for checkpoints."""
+        """The absolute path or paths, how many links were requested, the knot, and what continues: for checkpoints."""
         sources = [] if self.sources is None else sources_of(self.sources)
         paths = [str(source._replace(path=str(Path(os.path.expanduser(source.path)).absolute()))) for source in sources]
-        options: list[Any] = [] if self.knot == "cola" else [self.knot]
-        options += [list(self.continues)] if self.continues else []
-        return [paths if isinstance(self.sources, list) else next(iter(paths), None), self.links, *options]
+        found = paths if isinstance(self.sources, list) else next(iter(paths), None)
+        return [found, self.links, self.knot, list(self.continues)]
 
 
 @dataclass(frozen=True)

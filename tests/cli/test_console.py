@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cola_lightning.callbacks.command import ChainProgressBar
 from cola_lightning.cli import main
 from cola_lightning.cli.help import EXAMPLES, MAIN_OPTIONS, SUBCOMMANDS, WIDTH
 from cola_lightning.cli.made_run import resolve
-from tests.helpers.toy import DIGITS, ValidatedToy, batches, toy, trainer
+from tests.helpers.toy import DIGITS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -72,14 +71,6 @@ def test_configs_lists_the_configs_and_copies_them_to_where_their_headers_expect
     messages(capfd, "configs", "smollm2", "--overwrite")
     messages(capfd, "configs", "all", "--output", "elsewhere")
     assert len(list(Path("elsewhere").rglob("*.yaml"))) == len(names)
-
-
-def test_the_progress_bar_shows_the_link(tmp_path):
-    module, bar = toy(ValidatedToy), ChainProgressBar()
-    trainer(tmp_path, bar, chain={"every_n_epochs": 1}, max_epochs=2, enable_progress_bar=True).fit(
-        module, batches(), batches()
-    )
-    assert bar.get_metrics(module.trainer, module)["link"] == 1
 
 
 def test_a_log_in_a_file_has_a_line_now_and_then_and_says_where_a_run_goes_on(capfd, monkeypatch):
