@@ -5,7 +5,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -21,10 +21,10 @@ from cola_lightning.chain.base import (
     check_same_norms,
     describe_base,
 )
-from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
+from cola_lightning.chain.chain import Chain, Link, check_links
 from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.names import matched
-from cola_lightning.chain.schedule import FitPosition, Knot, merged_share
+from cola_lightning.chain.schedule import Knot, merged_share
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
@@ -267,44 +267,6 @@ class AdaptedModel:
             self.current.begin(*following)
         return link
 
-    # ------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What training has changed, in CPU tensors: the finished links and the current one as it is.
-
-        A loop of your own stores the optimizer's state with it.
-        """
-        values = {} if self.layers else self.trained.copies()
-        of_link = {"start": self.current.start, "end": self.current.end, "is_trained": self.current.is_trained}
-        return pack(self.full_chain(), {"seed": self.seed, "values": values, **of_link})
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads a :meth:`state_dict`; a new optimizer's state is loaded after it.
-
-        Raises:
-            UserError: for a chain of another base.
-        """
-        chain, facts = unpack(state, "the state dict")
-        check_same_base(chain.base, self.chain.base)
-        self.seed = facts["seed"]
-        if not self.layers:
-            self.trained.write(facts["values"])
-            return
-        live = chain.links[-1]
-        self.go_to(Chain(chain.links[:-1], chain.base))
-        self._go_on_with(live, live.factors)
-        self.current.start, self.current.end = FitPosition(*facts["start"]), FitPosition(*facts["end"])
-        self.current.name, self.current.metrics, self.current.is_trained = live.name, live.metrics, facts["is_trained"]
-        self.trained.write(live.extras)
-
-    def _go_on_with(self, link: Link, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Makes a link the current one, with these factors."""
-        self.begin_link(link.rank, link.alpha)  # a smaller rank leaves the other rows at zero
-        self.resume_link(link)
-        for name, layer in self.layers.items():
-            for factor, value in zip(layer.factors, factors[name], strict=True):
-                layout.copy_(factor, value)
-
     # ------------------------------------------------------------------ from one chain to another
 
     def go_to(self, chain: Chain) -> None:
@@ -383,7 +345,11 @@ class AdaptedModel:
         if links:
             self.trained.load(links[-1].extras)
         if links and knot != "cola":
-            self._go_on_with(links[-1], {name: links[-1].left(name) for name in links[-1].factors})
+            last = links[-1]
+            self.begin_link(last.rank, last.alpha)
+            for name, layer in self.layers.items():
+                for factor, value in zip(layer.factors, last.left(name), strict=True):
+                    layout.copy_(factor, value)
 
     def extras_after(self, chain: Chain) -> dict[str, Tensor]:
         """Fully trained parameters, and buffers, as they were after the last of these links; without links, the base's."""
