@@ -50,7 +50,7 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
             (partial / "labels.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         loading = f'base = {code}\nmodel = PeftModel.from_pretrained(base, "{FOLDER}")'
         loading = f"import transformers\nfrom peft import PeftModel\n\n{loading}"
-        write_card(partial, model, options.license, f"PEFT adapter (LoRA of rank {rank})", loading)
+        write_card(partial, model, f"PEFT adapter (LoRA of rank {rank})", loading)
         if reference is None:
             return [*lines, "not compared" + (", because no input is known" if options.verify else "")]
         with loading_again():

@@ -18,13 +18,12 @@ TEMPLATE = Path(__file__).parent / "card.md"  # for Jinja
 FOLDER = "path/to/this/folder"  # in the code that loads an export
 
 
-def write_card(folder: Path, model: TrainedModel, license: str | None, kind: str, loading: str) -> None:
+def write_card(folder: Path, model: TrainedModel, kind: str, loading: str) -> None:
     """Writes the model card and the tokenizer of an export.
 
     Args:
         folder: of the export.
         model: the exported model.
-        license: the hub's identifier, such as ``apache-2.0``; None: not stated.
         kind: ``merged model``, ``PEFT adapter``, ...
         loading: Python code that loads the export, for a model that is not prompted.
     """
@@ -38,7 +37,6 @@ def write_card(folder: Path, model: TrainedModel, license: str | None, kind: str
     data = ModelCardData(
         base_model=base if named_base is not None and is_repo_id(base) and not os.path.isdir(base) else None,
         library_name="peft" if kind.startswith("PEFT") else "transformers",
-        license=license,
         tags=["lora", "chain-of-lora", "cola_lightning"],
     )
     card = ModelCard.from_template(

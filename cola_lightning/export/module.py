@@ -94,7 +94,7 @@ def _export_merged(trained: TrainedModel, options: ExportOptions) -> list[str]:
             model.save_pretrained(partial)
             name = type(model).__name__
             loading = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{FOLDER}")'
-            write_card(partial, trained, options.license, "merged model", loading)
+            write_card(partial, trained, "merged model", loading)
         else:  # clones: a tied weight is written under each of its names, so that load_state_dict finds them all
             seen, tensors = set[int](), dict[str, torch.Tensor]()
             for name, value in model.state_dict().items():

@@ -21,7 +21,6 @@ class ExportOptions:
         folder: the output folder.
         format: the format.
         dtype: for merged.
-        license: for the model card, which a chain folder does not have.
         verify: load the export, and compare.
         overwrite: replace a folder that is not empty.
     """
@@ -29,7 +28,6 @@ class ExportOptions:
     folder: Path
     format: Format
     dtype: Dtype | None = None
-    license: str | None = None
     verify: bool = True
     overwrite: bool = False
 
@@ -42,10 +40,8 @@ class ExportOptions:
         Raises:
             UserError: naming the option.
         """
-        formats_with = {"dtype": ["merged"], "license": ["merged", "peft"]}
-        for option, formats in formats_with.items():
-            if getattr(self, option) is not None and self.format not in formats:
-                raise UserError(f"{option}: works with --format {' or '.join(formats)} only, got {self.format}")
+        if self.dtype is not None and self.format != "merged":
+            raise UserError(f"dtype: works with --format merged only, got {self.format}")
         if self.format == "peft":
             importlib.import_module("peft")  # an error now, not once the model is loaded
         check_free(self.folder, overwrite=self.overwrite)

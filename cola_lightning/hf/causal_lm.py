@@ -25,7 +25,6 @@ from cola_lightning.hf.logits import (
     check_decoder,
     check_fields,
     logits_at,
-    logits_by_length,
     split_by_length,
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
@@ -203,11 +202,7 @@ class COLACausalLM(TransformersModule):
             result: rows x options, in float32; -inf where a row has fewer options.
         """
         self._check_mask(batch)
-        n_positions = batch["option_ids"].shape[-1]
-        if self._may_split:
-            arrays = shape_arrays(self.host_values.get_batch(batch))
-            return _mean_log_probabilities(logits_by_length(self.model, batch, n_positions, arrays), batch)
-        return _mean_log_probabilities(logits_at(self.model, batch, n_positions), batch)
+        return _mean_log_probabilities(logits_at(self.model, batch, batch["option_ids"].shape[-1]), batch)
 
     def _check_mask(self, batch: Batch) -> None:
         mask = batch.get("attention_mask")

@@ -355,10 +355,6 @@ class LoRALayer(nn.Module):
             self.stack.apply_(fn)
         return result
 
-    @override
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, (super().extra_repr(), f"rank={self.rank}, alpha={self.alpha:g}")))
-
 
 @torch.no_grad()
 def cast_(parameter: Tensor, dtype: torch.dtype) -> None:

@@ -289,7 +289,6 @@ class COLAModule(LateModel, RecordsArguments):
         format: Format = "merged",
         *,
         dtype: Dtype | None = None,
-        license: str | None = None,
         verify: bool = True,
         overwrite: bool = False,
     ) -> list[str]:
@@ -303,7 +302,6 @@ class COLAModule(LateModel, RecordsArguments):
                 as one PEFT adapter. ``chain`` writes a chain folder, which keeps the links apart.
             dtype: Write the weights of a ``merged`` model in ``float32``, ``bfloat16`` or ``float16``. By default, they have
                 the type of ``model.dtype``, or float32 for modules without this option.
-            license: Write this license into the model card, as an identifier of the Hugging Face hub: ``apache-2.0``.
             verify: load the export, and compare its logits with the module's.
             overwrite: replace a folder that is not empty.
 
@@ -314,7 +312,7 @@ class COLAModule(LateModel, RecordsArguments):
             UserError: for incompatible options, a folder that is not empty, or a model that cannot be exported in this format.
             ExportError: if the export cannot be loaded or, in float32, gives other logits; it is removed.
         """
-        return export(self, ExportOptions(Path(folder), format, dtype, license, verify, overwrite))
+        return export(self, ExportOptions(Path(folder), format, dtype, verify, overwrite))
 
     # ------------------------------------------------------------------ optimizer, and state
 
