@@ -30,8 +30,7 @@ def test_help_names_every_subcommand_and_what_people_set_with_its_default(capfd)
     lines = messages(capfd, "--help")
     assert max(map(len, lines)) <= WIDTH
     indented = [line.split() for line in lines if line.startswith("  ")]
-    assert [words[0] for words in indented if words[0] != "cola"] == list(SUBCOMMANDS)
-    assert {words[1] for words in indented if words[0] == "cola"} < SUBCOMMANDS.keys()  # of the examples
+    assert [words[0] for words in indented] == list(SUBCOMMANDS)
     for name in SUBCOMMANDS:
         lines = messages(capfd, name, "--help")
         assert lines[0].startswith(f"usage: cola {name}")
@@ -63,7 +62,7 @@ def test_help_of_an_evaluation_shows_no_option_of_a_fit_and_help_of_a_class_is_p
 
 def test_configs_lists_the_configs_and_copies_them_to_where_their_headers_expect_them(capfd):
     names = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
-    listed = [line.partition(": ")[0] for line in messages(capfd, "configs") if line[:1] not in ("", " ", "`")]
+    listed = [line for line in messages(capfd, "configs") if line[:1] not in ("", "`")]
     assert sorted(listed) == names
     messages(capfd, "configs", "smollm2.yaml", "overlays/fsdp2")
     for name in ("smollm2.yaml", "overlays/fsdp2.yaml"):
