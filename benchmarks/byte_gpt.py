@@ -189,8 +189,6 @@ class COLAByteGPT(COLAModule):
 
     @override
     def build_model(self) -> nn.Module:
-        if self.is_base_in_checkpoint:
-            return ByteGPT(**self.sizes)
         return pretrained(self.pretrain_steps, **self.sizes)
 
     @override

@@ -134,22 +134,18 @@ class Pretrained:
 
         return self.load(AutoImageProcessor)
 
-    def model_and_new_weights(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> tuple[Any, list[str]]:
+    def model_and_new_weights(self, auto_class: Any, **fields: Any) -> tuple[Any, list[str]]:
         """The model in training mode: ``from_pretrained`` leaves it in evaluation mode, where it would train without dropout.
 
         Args:
             auto_class: such as ``AutoModelForCausalLM``.
-            is_empty: only the shapes matter: the weights are not read.
             **fields: of the configuration, such as ``num_labels``.
 
         Returns:
             The model, and the names of the newly initialised weights, which the files do not contain, or have for another
-            number of labels; none if ``is_empty``.
+            number of labels.
         """
         options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
-        if is_empty:
-            options["trust_remote_code"] = self.trust_remote_code
-            return auto_class.from_config(self.config(**fields), **options).train(), []
         options |= {"ignore_mismatched_sizes": "num_labels" in fields}
         model, info = self.load(auto_class, output_loading_info=True, **options, **fields)
         model.train()

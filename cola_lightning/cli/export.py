@@ -61,7 +61,7 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
     options = parse_options(parser, words)
-    arguments = {name: options[name] for name in ("dtype", "max_rank", "license", "overwrite")}
+    arguments = {name: options[name] for name in ("dtype", "max_rank", "overwrite")}
     export_options = ExportOptions(options.output, options.format, verify=not options.no_verify, **arguments)
     sources = [source.path for source in sources_of(options.sources)]
     for path in [*sources, options.base or ""]:

@@ -27,7 +27,6 @@ SUBCOMMANDS: dict[str, str] = TEXTS["subcommands"]
 EXAMPLES: dict[str, str] = TEXTS["examples"]
 MAIN_OPTIONS: dict[str, str] = TEXTS["main options"]
 ELSEWHERE: dict[str, str] = TEXTS["elsewhere"]  # by the names of options of other tools, what is typed here
-SHOWN = ("fit", "generate", "export")  # in `cola --help`
 EVALUATION = ("config", "ckpt_path", "data.source", "model.model_name", "trainer.devices", "trainer.precision")  # likewise
 # Of options that several commands have.
 LINKS = "Use only the first N links. Type `0` for the base without links, or the name of a stage for the links up to its end. "
@@ -45,8 +44,7 @@ def overview() -> str:
     """What ``cola --help`` prints: every subcommand, at 80 columns."""
     lines = [f"  {name:<10}{text}" for name, text in SUBCOMMANDS.items()]
     end = "`cola SUBCOMMAND --help` lists its options; `cola --version` shows the version."
-    examples = ["examples:", *(f"  {EXAMPLES[name]}" for name in SHOWN)]
-    return "\n".join(["usage: cola SUBCOMMAND [OPTIONS]", "", DESCRIPTION, "", "subcommands:", *lines, "", *examples, "", end])
+    return "\n".join(["usage: cola SUBCOMMAND [OPTIONS]", "", DESCRIPTION, "", "subcommands:", *lines, "", end])
 
 
 def usage(subcommand: str) -> str:
@@ -125,18 +123,6 @@ def read_sources(sources: "Sequence[str | Source]", options: Any, field: str = "
     from cola_lightning.chain.checkpoint import read_chain
 
     return read_chain(sources, options.links, field, options.continues).scaled(options.get("scale") or {})
-
-
-def add_checkpoint(parser: "ArgumentParser", kinds: str) -> None:
-    """Adds the checkpoint of a command, its first argument, and how many of its links are used.
-
-    Args:
-        parser: the command's.
-        kinds: what it may be, for ``--help``.
-    """
-    parser.usage = f"{parser.prog} PATH [OPTIONS]"
-    parser.add_argument("checkpoint", type=Path, metavar="PATH", help=kinds)
-    parser.add_argument("--links", type=int | str | None, metavar="N", help=LINKS)
 
 
 def add_scale(parser: "ArgumentParser") -> None:

@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -28,7 +28,7 @@ from typing_extensions import override
 import cola_lightning.data  # noqa: F401  # gives the command line the data modules' short names
 from cola_lightning import __version__, layout
 from cola_lightning.callbacks.chain_of_lora import ChainOfLoRA, check_strategy
-from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, ProgressLines, RunWatch
+from cola_lightning.callbacks.command import ConfigSaver, ProgressLines, RunWatch
 from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
 from cola_lightning.callbacks.run_folder import run_folder
@@ -291,7 +291,6 @@ class COLACLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         root = os.path.expanduser(config.default_root_dir or os.getcwd())
         run = Path(self.opened.path).parent.parent if self.opened is not None else Path()
-        self.watch.is_interval_given = config.log_every_n_steps is not None or config.barebones
         if not config.barebones:
             if self.folder is not None:  # before the config's own loggers: the first decides where checkpoints are
                 own = config.logger if isinstance(config.logger, list) else [config.logger]
@@ -303,7 +302,7 @@ class COLACLI(LightningCLI):
             callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
             callbacks = kwargs["callbacks"] = list(filter(None, callbacks))
             if config.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-                callbacks.append(ChainProgressBar() if rich.get_console().is_terminal else ProgressLines())
+                callbacks.append(RichProgressBar() if rich.get_console().is_terminal else ProgressLines())
             if config.enable_checkpointing is not False:
                 callbacks.append(self._get(self.config_init, "last"))
         if config.enable_model_summary is None:  # the module says itself what is trained

@@ -22,7 +22,6 @@ class ExportOptions:
         format: the format.
         dtype: for merged.
         max_rank: for peft.
-        license: for the model card, which a chain folder does not have.
         verify: load the export, and compare.
         overwrite: replace a folder that is not empty.
     """
@@ -31,7 +30,6 @@ class ExportOptions:
     format: Format
     dtype: Dtype | None = None
     max_rank: int | None = None
-    license: str | None = None
     verify: bool = True
     overwrite: bool = False
 
@@ -44,10 +42,9 @@ class ExportOptions:
         Raises:
             UserError: naming the option.
         """
-        formats_with = {"dtype": ["merged"], "max_rank": ["peft"], "license": ["merged", "peft"]}
-        for option, formats in formats_with.items():
-            if getattr(self, option) is not None and self.format not in formats:
-                raise UserError(f"{option}: works with --format {' or '.join(formats)} only, got {self.format}")
+        for option, its_format in {"dtype": "merged", "max_rank": "peft"}.items():
+            if getattr(self, option) is not None and self.format != its_format:
+                raise UserError(f"{option}: works with --format {its_format} only, got {self.format}")
         if self.max_rank is not None and self.max_rank < 1:
             raise UserError(f"max_rank: must be at least 1, got {self.max_rank}")
         if self.format == "peft":

@@ -91,16 +91,14 @@ class ReferenceLogits:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name not in stored}
         return cls(inputs, first_output(model, inputs), buffers)
 
-    def round_buffers(self, model: nn.Module) -> None:
-        """Rounds the buffers of a model that was loaded in float32 where half precision has rounded the module's.
+    def copy_buffers(self, model: nn.Module) -> None:
+        """Gives a model that was loaded the buffers of the module that no file holds, which half precision may have rounded.
 
-        No file holds them, so only their rounding may differ: the comparison is of what the file holds.
+        The comparison is of what the file holds.
         """
         for name, buffer in model.named_buffers():
-            mine = self.buffers.get(name)
-            roundings = (buffer.to(half).to(buffer.dtype) for half in (torch.bfloat16, torch.float16))
-            if mine is not None and any(torch.equal(rounded, mine.to(buffer.dtype)) for rounded in roundings):
-                buffer.copy_(mine)
+            if name in self.buffers:
+                buffer.copy_(self.buffers[name])
 
     def compare(self, model: nn.Module, loaded: str, *, is_same: bool = True) -> str:
         """Reports how far the logits of an export, loaded again, are from the expected ones.

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
@@ -25,7 +25,6 @@ from cola_lightning.hf.logits import (
     check_decoder,
     check_fields,
     logits_at,
-    logits_by_length,
     split_by_length,
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
@@ -185,7 +184,7 @@ class COLACausalLM(TransformersModule):
                 generation_config=config,
                 tokenizer=tokenizer,  # which stop strings need
                 synced_gpus=self.run.is_sharded,  # then weights are gathered at each token: all processes go on to the end
-                streamer=streamer and _FilteredStreamer(hidden, streamer),
+                streamer=streamer,
             )
         new = [[token for token in row if token not in hidden] for row in generated[:, batch["prompt_ids"].shape[1] :].tolist()]
         return [decoding.cut(text, is_open=False)[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -203,11 +202,7 @@ class COLACausalLM(TransformersModule):
             result: rows x options, in float32; -inf where a row has fewer options.
         """
         self._check_mask(batch)
-        n_positions = batch["option_ids"].shape[-1]
-        if self._may_split:
-            arrays = shape_arrays(self.host_values.get_batch(batch))
-            return _mean_log_probabilities(logits_by_length(self.model, batch, n_positions, arrays), batch)
-        return _mean_log_probabilities(logits_at(self.model, batch, n_positions), batch)
+        return _mean_log_probabilities(logits_at(self.model, batch, batch["option_ids"].shape[-1]), batch)
 
     def _check_mask(self, batch: Batch) -> None:
         mask = batch.get("attention_mask")
@@ -378,14 +373,3 @@ def _mean_log_probabilities(logits: Tensor, batch: Batch) -> Tensor:
     means = log_probabilities.sum(-1) / lengths.clamp(min=1)
     scores: Tensor = means.masked_fill(lengths == 0, -torch.inf)
     return scores
-
-
-class _FilteredStreamer:
-    """Passes generated tokens on to a streamer, except the hidden ones."""
-
-    def __init__(self, hidden: Collection[int], streamer: Any) -> None:
-        self.hidden, self.end, self._put = torch.tensor(list(hidden), dtype=torch.long), streamer.end, streamer.put
-
-    def put(self, tokens: Tensor) -> None:
-        """Takes the prompts, rows x length, whole, and then the generated tokens."""
-        self._put(tokens if tokens.dim() > 1 else tokens[~torch.isin(tokens, self.hidden)])

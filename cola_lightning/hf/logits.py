@@ -1,7 +1,6 @@
 """Logits of a causal language model at the requested positions, with as little computation as possible."""
 
 import inspect
-import itertools
 import logging
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -155,17 +154,6 @@ def cut_by_length(lengths: Sequence[int], part_cost: float) -> list[int]:
         end = cheapest[end][1]
         cuts.append(end)
     return cuts[::-1]
-
-
-def logits_by_length(model: nn.Module, batch: Batch, n_positions: int, arrays: Arrays) -> Tensor:
-    """The logits at the last positions of a batch's rows, in the parts of :func:`split_by_length`."""
-    rows, parts = zip(*split_by_length(batch, arrays), strict=True)
-    logits = [logits_at(model, part, n_positions) for part in parts]
-    if len(logits) == 1:
-        return logits[0]
-    order = torch.tensor(list(itertools.chain(*rows))).argsort()
-    padded = [F.pad(part, (0, 0, n_positions - part.shape[1], 0)) for part in logits]  # a part's rows may be shorter
-    return torch.cat(padded)[to_device(order, logits[0].device)]
 
 
 # ---------------------------------------------------------------------- what a model must be

@@ -6,7 +6,7 @@ parameters take their places (``in_proj``, or ``q_proj``, ``k_proj`` and ``v_pro
 :func:`attention_forward`, which calls them and ``out_proj``. W + B A is never built, so links are as exact, in half precision
 and with dropout too, as those of any linear layer. torch's fused kernels for evaluation, which read weights, are not used.
 
-torchvision's attention in shifted windows has linear layers, whose weights it passes to a function: :func:`windows_forward`.
+torchvision's attention in shifted windows has linear layers, whose weights it passes to a function: :func:`swin_forward`.
 
 Source: ``torch.nn.MultiheadAttention`` and ``torch.nn.functional.multi_head_attention_forward`` (torch 2.13).
 """
@@ -155,7 +155,7 @@ class _Calls(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def windows_forward(attention: Any, x: Tensor) -> Tensor:
+def swin_forward(attention: Any, x: Tensor) -> Tensor:
     """The forward pass of torchvision's attention in shifted windows, with its layers called."""
     with _Calls(attention.qkv, attention.proj):
         y: Tensor = type(attention).forward(attention, x)
@@ -170,7 +170,7 @@ def open_attention(model: nn.Module) -> None:
     found: list[Any] = [module for module in model.modules() if "forward" not in vars(module)]
     for attention in found:
         if is_windows(attention):
-            attention.forward = functools.partial(windows_forward, attention)
+            attention.forward = functools.partial(swin_forward, attention)
         elif _is_closed(attention):
             for name in input_projections(attention):
                 bias = attention.in_proj_bias if name == "in_proj" else None
@@ -208,7 +208,7 @@ def input_projections(attention: Any) -> tuple[str, ...]:
 
 def is_open(module: nn.Module) -> bool:
     """Whether a module is attention that calls its projections."""
-    return getattr(vars(module).get("forward"), "func", None) in (attention_forward, windows_forward)
+    return getattr(vars(module).get("forward"), "func", None) in (attention_forward, swin_forward)
 
 
 def reads_weights(module: nn.Module) -> bool:

@@ -69,7 +69,6 @@ def facts_of(run: Run) -> StoredFacts:
         data=described_data(run, "identity"),
         held_out=run.held_out,
         initial=adapted.trained.initial,
-        base_weights=adapted.base_weights,
     )
 
 
@@ -207,11 +206,10 @@ def restore(run: Run, state: StoredState) -> bool:
     has_current = has_all and not scale
     unscaled = state.chain if has_current else state.all_links(None if has_all else links)
     chain = unscaled.scaled(scale)
-    check_same_base(chain.base, adapted.chain.base, is_stored=facts.base_weights is not None)
+    check_same_base(chain.base, adapted.chain.base)
     if is_resumed := trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None:
         _check_same_choices(run, state)
     dtype = _dtype_of(run, state) if has_current or chain.links else adapted.cast_dtype  # the base alone has none
-    adapted.take_base(chain, facts.base_weights)
     if dtype != adapted.cast_dtype:
         adapted.cast(dtype)
     adapted.go_to(chain)

@@ -173,10 +173,10 @@ def logged(version, name):
     return {int(row["step"]): float(row[name]) for row in rows if row[name]}
 
 
-def test_a_short_fit_is_logged_ten_times_and_validates_at_its_end_and_resumes_exactly(capfd):
+def test_a_short_fit_is_logged_and_validates_at_its_end_and_resumes_exactly(capfd):
     short = ["--trainer.log_every_n_steps", "null", "--chain.every_n_epochs", "null", "--trainer.max_epochs", "-1"]
     assert fit(*short, "--trainer.max_steps", "12") == 0  # nine are an epoch
-    assert list(logged(0, "train_loss")) == list(range(12))
+    assert list(logged(0, "train_loss")) == [11]
     assert list(logged(0, "val_loss")) == [8, 11]
     capfd.readouterr()
     assert run("inspect", LAST, "--json") == 0

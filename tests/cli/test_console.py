@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cola_lightning.callbacks.command import ChainProgressBar
 from cola_lightning.cli import main
 from cola_lightning.cli.help import EXAMPLES, MAIN_OPTIONS, SUBCOMMANDS, WIDTH
 from cola_lightning.cli.made_run import resolve
-from tests.helpers.toy import DIGITS, ValidatedToy, batches, toy, trainer
+from tests.helpers.toy import DIGITS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -30,8 +29,7 @@ def test_help_names_every_subcommand_and_what_people_set_with_its_default(capfd)
     lines = messages(capfd, "--help")
     assert max(map(len, lines)) <= WIDTH
     indented = [line.split() for line in lines if line.startswith("  ")]
-    assert [words[0] for words in indented if words[0] != "cola"] == list(SUBCOMMANDS)
-    assert {words[1] for words in indented if words[0] == "cola"} < SUBCOMMANDS.keys()  # of the examples
+    assert [words[0] for words in indented] == list(SUBCOMMANDS)
     for name in SUBCOMMANDS:
         lines = messages(capfd, name, "--help")
         assert lines[0].startswith(f"usage: cola {name}")
@@ -63,7 +61,7 @@ def test_help_of_an_evaluation_shows_no_option_of_a_fit_and_help_of_a_class_is_p
 
 def test_configs_lists_the_configs_and_copies_them_to_where_their_headers_expect_them(capfd):
     names = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
-    listed = [line.partition(": ")[0] for line in messages(capfd, "configs") if line[:1] not in ("", " ", "`")]
+    listed = [line for line in messages(capfd, "configs") if line[:1] not in ("", "`")]
     assert sorted(listed) == names
     messages(capfd, "configs", "smollm2.yaml", "overlays/fsdp2")
     for name in ("smollm2.yaml", "overlays/fsdp2.yaml"):
@@ -72,14 +70,6 @@ def test_configs_lists_the_configs_and_copies_them_to_where_their_headers_expect
     messages(capfd, "configs", "smollm2", "--overwrite")
     messages(capfd, "configs", "all", "--output", "elsewhere")
     assert len(list(Path("elsewhere").rglob("*.yaml"))) == len(names)
-
-
-def test_the_progress_bar_shows_the_link(tmp_path):
-    module, bar = toy(ValidatedToy), ChainProgressBar()
-    trainer(tmp_path, bar, chain={"every_n_epochs": 1}, max_epochs=2, enable_progress_bar=True).fit(
-        module, batches(), batches()
-    )
-    assert bar.get_metrics(module.trainer, module)["link"] == 1
 
 
 def test_a_log_in_a_file_has_a_line_now_and_then_and_says_where_a_run_goes_on(capfd, monkeypatch):

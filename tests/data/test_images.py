@@ -2,7 +2,6 @@
 
 import os
 from collections import Counter
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -63,7 +62,6 @@ def test_a_model_learns_with_its_new_head_and_resumes_to_the_bit_and_its_export_
 
     (module, run), (_, part) = fit(), fit(max_steps=4)  # a step of the second epoch
     assert module.lora_config.modules_to_save == ["classifier"]
-    assert run.callback_metrics["val_top5_accuracy"] > 0.9
     assert run.callback_metrics["val_f1"] > 0.5 or architecture != "vit"  # of six labels, two of which have no rows
     part.save_checkpoint(tmp_path / "part.ckpt")
     assert_bit_equal(weights(fit(tmp_path / "part.ckpt")[0].model), weights(module.model))
@@ -106,16 +104,6 @@ def test_timms_models_are_read_through_transformers_and_their_head_is_trained(tm
         assert "its logits differ from the module's" in line
         pipe = transformers.pipeline("image-classification", str(tmp_path / f"merged {names}"), device="cpu")
         assert {found["label"] for found in pipe(picture("top", 0), top_k=5)} == set(names or CLASSES)
-
-
-def test_the_right_label_counts_among_the_five_best(tmp_path):
-    logits = torch.tensor([[6.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6]])
-    output = SimpleNamespace(predictions=logits.argmax(-1), scores=logits, targets=torch.tensor([4, 0]))
-    module = classifier(tmp_path, label_names=[*CLASSES, "back", "front"])
-    make, values = module.batch_metrics(None, output)["top5_accuracy"]
-    metric = make()
-    metric.update(*values)
-    assert metric.compute() == 0.5
 
 
 # ---------------------------------------------------------------------- rows

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule
 from cola_lightning.chain import Chain
 from cola_lightning.cli import main
-from cola_lightning.export.card import Card
+from cola_lightning.export.card import write_card
 from cola_lightning.module.exports import trained_model
 from tests.helpers import tiny
 from tests.helpers.tiny import CHAT
@@ -43,9 +43,9 @@ def block(text, language):
 
 @pytest.mark.parametrize(("format_", "library"), [("merged", "transformers"), ("peft", "peft")])
 def test_a_card_says_what_was_exported_and_how_it_was_trained(module, tmp_path, format_, library):
-    module.export(tmp_path / "out", format_, license="apache-2.0")
+    module.export(tmp_path / "out", format_)
     data, text = card(tmp_path / "out")
-    assert (data["library_name"], data["license"]) == (library, "apache-2.0")
+    assert data["library_name"] == library
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[2] for row in rows[2:]] == ["4", "2", "3"]
     arguments = yaml.safe_load(block(text, "yaml"))
@@ -53,7 +53,7 @@ def test_a_card_says_what_was_exported_and_how_it_was_trained(module, tmp_path, 
     assert (arguments["init_args"]["rank"], arguments["init_args"]["alpha"]) == (4, 6.0)
     assert "base_model" not in data  # a folder of this machine
     named = replace(module.named_base, model_name="owner/name")
-    Card(replace(trained_model(module, {}, {}), named_base=named, tokenizer=None)).write(tmp_path, "PEFT adapter", "")
+    write_card(tmp_path, replace(trained_model(module, {}, {}), named_base=named, tokenizer=None), "PEFT adapter", "")
     assert card(tmp_path)[0]["base_model"] == "owner/name"
 
 
@@ -174,9 +174,3 @@ def test_an_export_changes_nothing_of_a_module_in_training(tmp_path):
     assert [part.training for part in module.modules()] == modes
     assert [parameter.requires_grad for parameter in module.parameters()] == trained
     assert Chain.load(tmp_path / "chain").is_beginning_of(module.full_chain())
-
-
-def test_a_card_names_the_license(module, tmp_path):
-    words = [str(saved(module, tmp_path)), "--output", str(tmp_path / "out"), "--format", "merged", "--license", "mit"]
-    assert main(["export", *words]) == 0
-    assert card(tmp_path / "out")[0]["license"] == "mit"

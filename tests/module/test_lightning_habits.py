@@ -2,7 +2,6 @@
 
 import json
 import math
-import pickle
 from collections import OrderedDict
 from datetime import timedelta
 from pathlib import PurePosixPath
@@ -83,7 +82,6 @@ def test_whoever_needs_the_parameters_of_a_module_finds_its_model(tmp_path):
     module = toy()
     module.load_state_dict(toy().state_dict() | {"model.0.lora_B": torch.ones(12, 2)})
     assert module.model[0].lora_B.all()
-    assert_bit_equal(weights(pickle.loads(pickle.dumps(toy()))), weights(toy()))
     module.example_input_array = torch.ones(3, 8)
     fitted(tmp_path, module, enable_model_summary=True)
 
