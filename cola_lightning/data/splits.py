@@ -28,7 +28,7 @@ READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 READERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
 COMPRESSIONS = (".gz", ".zst")
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # in a folder of DatasetDict.save_to_disk, or of Dataset.save_to_disk
-SHARD = re.compile(r"-\d+-of-\d+$")  # the end of the name of a file that has a part of a split
+SHARD = re.compile(r"-\d+-of-(\d+)$")  # the end of the name of a file that has a part of a split
 WORDS = "train|training|val|valid|validation|dev|development|eval|evaluation|test|testing"
 SPLIT = re.compile(rf"(?<![a-z])({WORDS})(?![a-z])")  # in a file's name, which then says its split
 FILES_READ = 100  # at most, of a folder of pictures: all of them may be many gigabytes
@@ -179,13 +179,20 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
 
     A folder's only file, such as ``metadata.csv`` or ``data.jsonl``, is ``train``, unless its name says another split.
     """
-    files = dict[str, list[Path]]()
+    files, numbers = dict[str, list[Path]](), dict[str, int]()
     for path in sorted(folder.iterdir()):
         if path.is_file() and (ending := _ending(path.name)) is not None:
             name = path.name[: path.name.lower().rindex(ending)].lower()
             files.setdefault(SHARD.sub("", name), []).append(path)
+            if shard := SHARD.search(name):
+                numbers[SHARD.sub("", name)] = int(shard[1])
     if not files:
         raise UserError(f"data.source: the folder {str(folder)!r} has no file such as train.csv or train.jsonl")
+    for split, n in numbers.items():
+        if len(files[split]) != n:
+            raise UserError(
+                f"data.source: {split} in {str(folder)!r} has {n} files by their names, but {len(files[split])} are there"
+            )
     (name, *others) = files
     return {"train": files[name]} if not others and SPLIT.search(name) is None else files
 
@@ -222,9 +229,26 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
                 rows.data.validate(full=True)  # Arrow does not ask for UTF-8 when it reads
     except (datasets.exceptions.DatasetsError, OSError, EOFError, ValueError, RuntimeError, TypeError, StopIteration) as error:
         *_, innermost = causes(error)
-        reason = one_line(str(innermost)) or "it is empty"
+        reason = _reason(files, ending) or one_line(str(innermost)) or "it is empty"
         raise UserError(f"data.source: {str(files[0])!r} cannot be read: {reason}") from error
     return _as_written(rows, files) if READERS[ending] == "json" else rows
+
+
+def _reason(files: Sequence[Path], ending: str) -> str | None:
+    """Why files of text cannot be read, where the readers' own messages do not say it: the first line that is not right."""
+    for file in files if READERS[ending] != "parquet" else ():
+        number = 0
+        try:
+            with _lines(file) as lines:
+                for line in lines:
+                    number += 1
+                    if ending in (".jsonl", ".ndjson") and line.strip():
+                        json.loads(line)
+        except (UnicodeDecodeError, json.JSONDecodeError, EOFError) as error:
+            return f"line {number + isinstance(error, UnicodeDecodeError | EOFError)} of {file.name}: {one_line(str(error))}"
+        if number < 2 and READERS[ending] == "csv":
+            return f"{file.name} has no rows"
+    return None
 
 
 def _as_written(rows: Any, files: Sequence[Path]) -> Any:
@@ -280,9 +304,12 @@ def _csv_options(files: Sequence[Path], sep: str) -> dict[str, Any]:
     """All values are text, not numbers, dates or "NA"; an empty cell is null. In a TSV, a quote may be part of the text."""
     import datasets
 
-    has_quotes = sep == "," or all(map(_has_quoted_cells, files))
+    wrong = next(filter(None, (_wrong_quote(file, sep) for file in files)), None)
+    has_quotes = wrong is None or sep == ","
     with _lines(files[0]) as lines:
         names = next(csv.reader(lines, delimiter=sep, quoting=csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE))
+    if wrong is not None and has_quotes:
+        log.warning("data.source: %s. Rows up to the next quote are read as one", wrong)
     if len({*names}) < len(names):  # pandas renames them
         raise ValueError(f"columns of the same name, {', '.join(names)}")
     # A column without a name, as that of the index that pandas writes, gets the name that pandas gives it.
@@ -300,14 +327,19 @@ def _lines(file: Path) -> Any:
     return fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="")
 
 
-def _has_quoted_cells(file: Path) -> bool:
-    """Whether each double quote at the beginning of a cell of a TSV encloses the cell."""
+def _wrong_quote(file: Path, sep: str) -> str | None:
+    """Where a cell begins with a double quote that does not enclose it; None if all do."""
     csv.field_size_limit(sys.maxsize)
     with _lines(file) as lines:
+        reader, n_lines = csv.reader(lines, delimiter=sep, strict=True), 0
         try:
-            return not any("\t" in cell for row in csv.reader(lines, delimiter="\t", strict=True) for cell in row)
+            for row in reader:
+                if sep == "\t" and any(sep in cell for cell in row):
+                    return f"{file}, line {n_lines + 1}: a double quote joins cells"
+                n_lines = reader.line_num
         except csv.Error:
-            return False
+            return f"{file}, line {n_lines + 1}: a cell begins with a double quote, but does not end with one"
+    return None
 
 
 # ---------------------------------------------------------------------- the hub

@@ -10,7 +10,7 @@ from cola_lightning.data.labels import option_index, read_answers
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import Source
 from cola_lightning.data.tokenized import TokenizedDataModule
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UnusableRow, UserError
 
 OptionMetric = Literal["accuracy", "f1", "matthews_corrcoef"]
 AnswerMetric = Literal["f1", "exact_match"]
@@ -42,9 +42,12 @@ class Template(Formatter):
         """The text for a row.
 
         Raises:
-            UnusableRow: if a field is missing.
+            UnusableRow: if a field is missing, or its format does not fit it: ``{size:d}`` for a text.
         """
-        return self.vformat(self.text, (), row)
+        try:
+            return self.vformat(self.text, (), row)
+        except ValueError as error:
+            raise error if isinstance(error, UserError) else UnusableRow(f"{self.option}: {error}") from error
 
     @override
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:

@@ -265,10 +265,15 @@ class COLACausalLM(TransformersModule):
             yield rows, part, places, labels
 
     def _language_step(self, batch: Batch) -> StepOutput:
+        if torch.is_grad_enabled():
+            totals, sizes = list[Tensor](), 0
+            for _, part, places, labels in self.language_parts(batch):
+                totals.append(self._token_losses(part, places, labels).sum())
+                sizes += int((labels != IGNORE_INDEX).sum())
+            return StepOutput((totals[0] if len(totals) == 1 else torch.stack(totals).sum()) / max(sizes, 1), sizes)
         row_losses, n_tokens = self.row_losses(batch)
         size = int(n_tokens.sum())
-        rows = RowValues(row_losses.detach(), torch.from_numpy(n_tokens))
-        return StepOutput(row_losses.sum() / max(size, 1), size, row_losses=rows)
+        return StepOutput(row_losses.sum() / max(size, 1), size, row_losses=RowValues(row_losses, torch.from_numpy(n_tokens)))
 
     def row_losses(self, batch: Batch) -> tuple[Tensor, Array]:
         """The loss of each row of a language-model batch.

@@ -215,6 +215,21 @@ class COLAModule(LateModel, RecordsArguments):
         self.make_model()
         return self.run.tie_knot(rank, alpha)
 
+    def restart_link(self, *, rank: int | None = None, alpha: float | None = None) -> None:
+        """Starts the current link again, before its first step, with another rank or alpha: in :meth:`on_knot`, for example.
+
+        Its optimizer is new; with ``kept_optimizer_state`` it has that share of the last link's state.
+
+        Args:
+            rank: of the link; None: as it is.
+            alpha: of the link; None: as it is.
+
+        Raises:
+            UserError: if the module trains without links, the rank is above ``model.rank``, or the link has been trained.
+        """
+        self.make_model()
+        self.run.restart_link(rank, alpha)
+
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass: ``module(x)`` is ``module.model(x)``."""

@@ -378,6 +378,14 @@ class Run:
         self.is_tying_knot = False  # not in a finally: after a knot that failed halfway nothing may be written
         return link
 
+    def restart_link(self, rank: int | None = None, alpha: float | None = None) -> None:
+        """Starts the current link again, before its first step, see :meth:`COLAModule.restart_link`."""
+        if self.adapted.has_begun:
+            raise UserError("restart_link: the current link has been trained. Tie a knot to begin another one")
+        old_rank, old_alpha = self.current.size
+        self.adapted.begin_link(old_rank if rank is None else rank, old_alpha if alpha is None else alpha)
+        self.renew()
+
     def begin_as_scheduled(self) -> None:
         """Begins the current link again if it is older than the schedule, which requests another rank or alpha.
 

@@ -73,13 +73,18 @@ def test_nan_is_no_value(tmp_path):
         assert [row["label"] for row in load_splits(str(tmp_path / name))["train"]()] == [None, 1.5]
 
 
-def test_a_quote_at_the_beginning_of_a_cell_is_text_in_a_tsv(tmp_path):
-    (tmp_path / "a.tsv").write_text('text\tlabel\n"so" it\ta\nplain\tb\n"never closed\ta\nthe "end\tb\n')
-    rows = list(load_splits(str(tmp_path / "a.tsv"))["train"]())
-    assert [row["text"] for row in rows] == ['"so" it', "plain", '"never closed', 'the "end']
+def test_a_quote_at_the_beginning_of_a_cell_is_text_in_a_tsv_and_said_in_a_csv(tmp_path, caplog):
+    lines = ["text{}label", '"so" it{}a', "plain{}b", '"never closed{}a', 'the "end{}b']
+    for name, sep in (("a.tsv", "\t"), ("a.csv", ",")):
+        (tmp_path / name).write_text("\n".join(line.format(sep) for line in lines) + "\n")
+        rows = list(load_splits(str(tmp_path / name))["train"]())
+        if sep == "\t":
+            assert [row["text"] for row in rows] == ['"so" it', "plain", '"never closed', 'the "end']
+            assert "quote" not in caplog.text
+    assert "line 2" in caplog.text
 
 
-def test_a_name_is_a_pattern_only_where_no_file_has_it(tmp_path):
+def test_a_name_is_a_pattern_only_where_no_file_has_it_and_a_missing_shard_is_noticed(tmp_path):
     for name in ("part1", "part[1]", "a*b", "axb"):
         write(tmp_path / f"{name}.csv", [{"text": name}])
     for name in ("part[1]", "a*b", "part1"):
@@ -89,6 +94,10 @@ def test_a_name_is_a_pattern_only_where_no_file_has_it(tmp_path):
     write(tmp_path / "of[1]" / "latest.csv", [{"text": "right"}])
     write(tmp_path / "of1" / "latest.csv", [{"text": "wrong"}])
     assert [row["text"] for row in load_splits(str(tmp_path / "of[1]"))["train"]()] == ["right"]
+    for k in (0, 2):
+        write(tmp_path / "shards" / f"train-0000{k}-of-00003.csv", [{"text": "a"}])
+    with pytest.raises(UserError, match="3 files"):
+        load_splits(str(tmp_path / "shards"))
 
 
 def test_a_csv_file_of_pandas_begins_with_its_index(tmp_path):

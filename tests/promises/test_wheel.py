@@ -15,6 +15,7 @@ def test_it_holds_the_package_the_configs_and_the_command(tmp_path):
         files = {name for name in wheel.namelist() if ".dist-info/" not in name}
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "cola_lightning").rglob("*.py*") if path.suffix != ".pyc"}
     configs = {f"cola_lightning/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.*")}
-    assert files == package | configs | {"cola_lightning/py.typed", "cola_lightning/export/card.md"}
+    others = {f"cola_lightning/{name}" for name in ("py.typed", "export/card.md", "cli/help.yaml")}
+    assert files == package | configs | others
     (scripts,) = (path.read_text() for path in (tmp_path / "site").rglob("entry_points.txt"))
     assert "cola = cola_lightning.__main__:entry_point" in scripts
