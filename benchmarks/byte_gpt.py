@@ -27,7 +27,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.module import COLAModule
 from cola_lightning.module.optimization import lr_factor
 from cola_lightning.seeding import seeded
-from cola_lightning.writing import atomic_file, check_writable
+from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -189,8 +189,6 @@ class COLAByteGPT(COLAModule):
 
     @override
     def build_model(self) -> nn.Module:
-        if self.is_base_in_checkpoint:
-            return ByteGPT(**self.sizes)
         return pretrained(self.pretrain_steps, **self.sizes)
 
     @override
@@ -269,7 +267,6 @@ def pretrained(steps: int, **sizes: int) -> ByteGPT:
     with seeded(PRETRAIN_SEED):
         model = ByteGPT(**sizes)
         if not path.exists():
-            check_writable(CACHE, path.parent)
             log.info("pre-training on %.1f MB of English, once: %s", len(text) / 1e6, path)
             _pretrain(model, windows(text, sizes["context"]), steps)
             if not path.exists():  # another process may have been first

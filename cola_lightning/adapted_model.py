@@ -5,7 +5,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,22 +15,21 @@ from torch import Tensor, nn
 
 from cola_lightning import layout
 from cola_lightning.chain.base import (
-    base_copies,
     base_values,
-    check_has_layers,
+    check_layers,
     check_same_base,
     check_same_norms,
     describe_base,
 )
-from cola_lightning.chain.chain import Chain, Link, check_links, pack, unpack
+from cola_lightning.chain.chain import Chain, Link, check_links
 from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.names import matched
-from cola_lightning.chain.schedule import FitPosition, Knot, merged_share
+from cola_lightning.chain.schedule import Knot, merged_share
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.errors import UserError
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.lora.inject import inject_lora
-from cola_lightning.lora.layer import LoRALayer, initialize_link, is_quantized, is_quantized_model, lora_layers
+from cola_lightning.lora.layer import LoRALayer, initialize_link, is_quantized, lora_layers
 from cola_lightning.lora.stack import Stack
 from cola_lightning.merge import add_links, cast_floats, deep_copy, free, merge, round_floats
 from cola_lightning.seeding import seeded_build
@@ -62,10 +61,9 @@ class AdaptedModel:
         config: the layers to adapt, and what their links are like; or a function that returns it, once the base is built.
         seed: of all random draws: each link's A is drawn from it, the link's index and the layer's name.
         name: the base's name.
-        is_saved: keep a copy of the base's weights in memory; the state dict has none.
         placement: returns the model's placement; None: the model is used as it is, where it is.
-        around: the module that has the model as its ``model``, such as a LightningModule. What is trained in it is recorded by
-            each link, as the model's fully trained modules are. None: nothing is around it.
+        outer_module: the module that has the model as its ``model``, such as a LightningModule. Each link records what is
+            trained in it, as it does for the model's fully trained modules. None: there is none.
         current: what is known of the current link besides its factors; None: a new one.
 
     Raises:
@@ -74,7 +72,6 @@ class AdaptedModel:
     Attributes:
         model: the model.
         chain: the finished links.
-        base_weights: the base's weights, by name, if they are stored.
         trained: what training changes besides the links.
         current: the current link's rank, alpha, start, stage and metrics.
 
@@ -96,19 +93,15 @@ class AdaptedModel:
         *,
         seed: int = 0,
         name: str = "",
-        is_saved: bool = False,
         placement: Callable[[], Placement] | None = None,
-        around: nn.Module | None = None,
+        outer_module: nn.Module | None = None,
         current: CurrentLink | None = None,
     ) -> None:
         self.build_model, self._config, self.seed = build_model, config, seed
         self.placement = self._placement_of_model if placement is None else placement
         self.model = self.make_base()
-        self.trained = TrainedValues(self.model, around)
-        if is_saved and is_quantized_model(self.model):
-            raise UserError("model.save_base: does not work with a 4-bit base")
+        self.trained = TrainedValues(self.model, outer_module)
         self.chain = Chain(base=describe_base(self.model, name))
-        self.base_weights = base_copies(self.model) if is_saved else None
         self.current = CurrentLink() if current is None else current
         self._rounded_to = torch.float32  # what a precision has rounded the values to into which no link is merged
         self._earlier: tuple[Any, list[Link], tuple[list[Stack], dict[str, Tensor]]] | None = None  # see _earlier_state
@@ -274,44 +267,6 @@ class AdaptedModel:
             self.current.begin(*following)
         return link
 
-    # ------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What training has changed, in CPU tensors: the finished links and the current one as it is.
-
-        A loop of your own stores the optimizer's state with it.
-        """
-        values = {} if self.layers else self.trained.copies()
-        of_link = {"start": self.current.start, "end": self.current.end, "is_trained": self.current.is_trained}
-        return pack(self.full_chain(), {"seed": self.seed, "values": values, **of_link})
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads a :meth:`state_dict`; a new optimizer's state is loaded after it.
-
-        Raises:
-            UserError: for a chain of another base.
-        """
-        chain, facts = unpack(state, "the state dict")
-        check_same_base(chain.base, self.chain.base)
-        self.seed = facts["seed"]
-        if not self.layers:
-            self.trained.write(facts["values"])
-            return
-        live = chain.links[-1]
-        self.go_to(Chain(chain.links[:-1], chain.base))
-        self._go_on_with(live, live.factors)
-        self.current.start, self.current.end = FitPosition(*facts["start"]), FitPosition(*facts["end"])
-        self.current.name, self.current.metrics, self.current.is_trained = live.name, live.metrics, facts["is_trained"]
-        self.trained.write(live.extras)
-
-    def _go_on_with(self, link: Link, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Makes a link the current one, with these factors."""
-        self.begin_link(link.rank, link.alpha)  # a smaller rank leaves the other rows at zero
-        self.resume_link(link)
-        for name, layer in self.layers.items():
-            for factor, value in zip(layer.factors, factors[name], strict=True):
-                layout.copy_(factor, value)
-
     # ------------------------------------------------------------------ from one chain to another
 
     def go_to(self, chain: Chain) -> None:
@@ -326,7 +281,7 @@ class AdaptedModel:
         if not self.chain.is_beginning_of(chain):
             extras = self.extras_after(chain)
             if self.merges:
-                self._write_base(self.model)
+                self._write_base()
                 round_floats(self.model, self._rounded_to)
             self.forget_links(chain)
             self.trained.write(extras)
@@ -340,7 +295,7 @@ class AdaptedModel:
         """
         device = self.placement().device
         for name, layer in self.layers.items():
-            expected = *layer.matrices(layer), *layer.matrix_sizes(layer)
+            expected = *layer.batch_shape(layer), *layer.matrix_sizes(layer)
             for lora_A, lora_B, _ in chain.link_factors(name):
                 if (sizes := (*lora_A.shape[:-2], lora_A.shape[-1], lora_B.shape[-2])) != expected:
                     raise UserError(f"chain: the links of layer {name!r} must be for sizes {expected}, got {sizes}")
@@ -358,14 +313,6 @@ class AdaptedModel:
             if layer.stack is not None:
                 layer.stack.clear()
 
-    def take_base(self, chain: Chain, weights: dict[str, Tensor] | None) -> None:
-        """Loads the stored weights of a chain's base, if there are any; call :func:`check_same_base` first."""
-        if weights is not None:
-            self.base_weights = weights
-            self._write_base(self.model)
-            round_floats(self.model, self._rounded_to)
-            self.forget_links(chain)
-
     def start_from(self, chain: Chain, knot: Knot = "cola") -> None:
         """Replays another run's chain on a base without links, and loads its fully trained modules.
 
@@ -380,7 +327,7 @@ class AdaptedModel:
         base = self.chain.base
         if not set(chain.layers) <= base.weight_norms.keys():  # of another release, or saved after torch.compile
             chain = chain.renamed(matched(chain.layers, base.weight_norms))
-        check_has_layers(chain.layers, base.weight_norms)
+        check_layers(chain.layers, base.weight_norms)
         if chain.base.fingerprint:
             check_same_base(replace(chain.base, weight_norms=base.weight_norms), base)
         else:  # of adapters: not all of its values are known, or none
@@ -398,14 +345,18 @@ class AdaptedModel:
         if links:
             self.trained.load(links[-1].extras)
         if links and knot != "cola":
-            self._go_on_with(links[-1], {name: links[-1].left(name) for name in links[-1].factors})
+            last = links[-1]
+            self.begin_link(last.rank, last.alpha)
+            for name, layer in self.layers.items():
+                for factor, value in zip(layer.factors, last.left(name), strict=True):
+                    layout.copy_(factor, value)
 
     def extras_after(self, chain: Chain) -> dict[str, Tensor]:
         """Fully trained parameters, and buffers, as they were after the last of these links; without links, the base's."""
         names, extras = self.trained.values().keys(), self.trained.initial | (chain.links[-1].extras if chain.links else {})
         if names <= extras.keys():  # nothing for which to rebuild the base
             return extras
-        weights = base_copies(self.rebuild_base()) if self.base_weights is None else self.base_weights
+        weights = base_values(self.rebuild_base())
         return {name: weights[name] for name in names & weights.keys()} | extras
 
     # ------------------------------------------------------------------ an earlier state
@@ -459,22 +410,19 @@ class AdaptedModel:
         return model
 
     def rebuild_base(self) -> nn.Module:
-        """The adapted base without any link: rebuilt and checked, or with the stored weights.
+        """The adapted base without any link, rebuilt and checked.
 
         Raises:
             UserError: if the rebuilt base differs.
         """
         model = self.make_base()
-        if self.base_weights is None:
-            check_same_base(self.chain.base, describe_base(model, self.chain.base.name))
-        else:
-            self._write_base(model)
+        check_same_base(self.chain.base, describe_base(model, self.chain.base.name))
         return model
 
-    def _write_base(self, model: nn.Module) -> None:
-        """Writes the base, without any link, into a model of the same shape: as stored, or rebuilt."""
-        weights = base_copies(self.rebuild_base()) if self.base_weights is None else self.base_weights
-        for name, value in base_values(model).items():
+    def _write_base(self) -> None:
+        """Writes the base, without any link, into the model."""
+        weights = base_values(self.rebuild_base())
+        for name, value in base_values(self.model).items():
             layout.copy_(value, weights[name])
 
     # ------------------------------------------------------------------ dtypes
@@ -493,7 +441,7 @@ class AdaptedModel:
         if self.config.finished_links == "auto" and dtype.itemsize < 4 and self.merges:
             chain = self.chain
             if len(chain):
-                self._write_base(self.model)
+                self._write_base()
                 self.forget_links(chain)
             for layer in self.layers.values():
                 layer.begin_stack()
@@ -533,7 +481,7 @@ class AdaptedModel:
         other = copy.copy(self)
         other.model = deep_copy(self.model, device="cpu").cpu()
         other.trained, other.placement = copy.copy(self.trained), other._placement_of_model
-        other.trained.model, other.trained.around = other.model, None
+        other.trained.model, other.trained.outer_module = other.model, None
         return other
 
     def merged_model(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cola_lightning.chain.chain import Link
 from cola_lightning.lora.inject import begin_merging, restore_
 from cola_lightning.lora.layer import LoRALayer, lora_layers
-from cola_lightning.lora.quantization import dequantize
+from cola_lightning.lora.quantization import dequantize_model
 
 
 def merge(
@@ -47,7 +47,7 @@ def merge(
         _place(merged.strip_(), dtype, device)
     if not in_place:
         model = deep_copy(model, memo, device=device, dtype=dtype)
-    dequantize(model, wide if dtype is None else dtype)
+    dequantize_model(model, wide if dtype is None else dtype)
     restore_(model)
     return _place(model, dtype, device)
 

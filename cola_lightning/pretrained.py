@@ -6,14 +6,12 @@ An export also needs to know how transformers and PEFT load that model again.
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import nn
 from typing_extensions import override
 
@@ -22,8 +20,6 @@ from cola_lightning.chain.peft import AdapterBase
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError, nearest, nearest_path, one_line
 from cola_lightning.lora.quantization import Quantization
-from cola_lightning.merge import cast_floats
-from cola_lightning.writing import atomic_folder
 
 PACKAGE_PREFIX = "package:"
 
@@ -121,13 +117,6 @@ class Pretrained:
 
         return self.load(AutoConfig, **fields)
 
-    @property
-    def is_encoder_decoder(self) -> bool:
-        """Whether the model has an encoder and a decoder, as T5, BART and Whisper have; False if it cannot be read."""
-        with suppress(UserError):
-            return bool(getattr(self.config(), "is_encoder_decoder", False))
-        return False
-
     def tokenizer(self) -> Any:
         """The model's tokenizer; one without a padding token pads with its end-of-text token, which is masked anyway."""
         from transformers import AutoTokenizer
@@ -145,22 +134,18 @@ class Pretrained:
 
         return self.load(AutoImageProcessor)
 
-    def model_and_new_weights(self, auto_class: Any, *, is_empty: bool = False, **fields: Any) -> tuple[Any, list[str]]:
+    def model_and_new_weights(self, auto_class: Any, **fields: Any) -> tuple[Any, list[str]]:
         """The model in training mode: ``from_pretrained`` leaves it in evaluation mode, where it would train without dropout.
 
         Args:
             auto_class: such as ``AutoModelForCausalLM``.
-            is_empty: only the shapes matter: the weights are not read.
             **fields: of the configuration, such as ``num_labels``.
 
         Returns:
             The model, and the names of the newly initialised weights, which the files do not contain, or have for another
-            number of labels; none if ``is_empty``.
+            number of labels.
         """
         options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
-        if is_empty:
-            options["trust_remote_code"] = self.trust_remote_code
-            return auto_class.from_config(self.config(**fields), **options).train(), []
         options |= {"ignore_mismatched_sizes": "num_labels" in fields}
         model, info = self.load(auto_class, output_loading_info=True, **options, **fields)
         model.train()
@@ -211,29 +196,13 @@ class TransformersBase(Pretrained):
     def is_found_by_name(self) -> bool:
         return super().is_found_by_name and not self.is_changed
 
-    def load_again(self) -> nn.Module:
-        """Loads the base as the user of an adapter does."""
-        import transformers
-
-        model, _ = self.model_and_new_weights(getattr(transformers, self.auto_class), **self.fields)
-        return cast(nn.Module, model)
-
-    def write(self, folder: Path, base: Any, tokenizer: Any) -> "TransformersBase":
-        """Writes the module's base, in the dtype of its files, and its tokenizer; a folder with files is left as it is."""
-        if not folder.is_dir() or not any(folder.iterdir()):
-            with atomic_folder(folder) as partial:
-                cast_floats(base, getattr(torch, self.dtype))
-                base.save_pretrained(partial)
-                tokenizer.save_pretrained(partial)
-        return replace(self, model_name=str(folder.absolute()), revision=None, gguf_file=None)
-
     def adapter_base(self, model: nn.Module, modules_to_save: Sequence[str]) -> AdapterBase:
         """The base as an adapter names it, around the loaded model."""
-        name = os.path.expanduser(self.model_name)
+        name = os.path.expanduser(self.model_name) if self.is_found_by_name else None
         return AdapterBase(model, name, modules_to_save, self.revision, TASKS.get(self.auto_class))
 
     def loading_code(self, dtype: str, *, is_quantized: bool) -> str:
-        """The Python code that loads the base."""
+        """The Python code that loads the base; from a folder, if its name is not enough."""
         options = {"dtype": dtype} | dict(self.fields)
         options |= {"revision": self.revision} if self.revision else {}
         options |= {"id2label": dict(enumerate(self.labels))} if self.labels else {}
@@ -242,4 +211,5 @@ class TransformersBase(Pretrained):
         if is_quantized:
             quantization = f"load_in_4bit=True, bnb_4bit_quant_type={self.quantization!r}"
             arguments += f", quantization_config=transformers.BitsAndBytesConfig({quantization})"
-        return f"transformers.{self.auto_class}.from_pretrained({os.path.expanduser(self.model_name)!r}, {arguments})"
+        name = os.path.expanduser(self.model_name) if self.is_found_by_name else "path/to/base"
+        return f"transformers.{self.auto_class}.from_pretrained({name!r}, {arguments})"

@@ -20,14 +20,14 @@ class TrainedValues:
 
     Args:
         model: the adapted model.
-        around: the module that has it as its ``model``, such as a LightningModule; None: nothing is around it.
+        outer_module: the module that has it as its ``model``, such as a LightningModule; None: nothing is around it.
 
     Attributes:
         initial: the values outside of the model before the first link.
     """
 
-    def __init__(self, model: nn.Module, around: nn.Module | None = None) -> None:
-        self.model, self.around = model, around
+    def __init__(self, model: nn.Module, outer_module: nn.Module | None = None) -> None:
+        self.model, self.outer_module = model, outer_module
         self.initial: dict[str, Tensor] = {}
         self.record_trainable()
 
@@ -58,11 +58,11 @@ class TrainedValues:
             keep_vars: see ``nn.Module.state_dict``.
             into: a state dict to add them to; None: a new one.
         """
-        assert self.around is not None
-        if layout.has_fsdp1(self.around):
-            state = layout.state_dict(self.around, prefix, keep_vars=keep_vars)
+        assert self.outer_module is not None
+        if layout.has_fsdp1(self.outer_module):
+            state = layout.state_dict(self.outer_module, prefix, keep_vars=keep_vars)
         else:
-            state = nn.Module.state_dict(self.around, destination=into, prefix=prefix, keep_vars=keep_vars)
+            state = nn.Module.state_dict(self.outer_module, destination=into, prefix=prefix, keep_vars=keep_vars)
         omitted = {*(f"model.{name}" for name in self.frozen_names()), *self.aliases()}
         for name in list(state):
             name_in_module = name.removeprefix(prefix)
@@ -76,8 +76,9 @@ class TrainedValues:
         Returns:
             By the other name, the value's name in the module around the model.
         """
-        assert self.around is not None
-        found = [*self.around.named_parameters(remove_duplicate=False), *self.around.named_buffers(remove_duplicate=False)]
+        outer = self.outer_module
+        assert outer is not None
+        found = [*outer.named_parameters(remove_duplicate=False), *outer.named_buffers(remove_duplicate=False)]
         named = list(zip(layout.plain_names(name for name, _ in found), (id(value) for _, value in found), strict=True))
         inside = {key: name for name, key in named if name.startswith("model.")}
         return {name: inside[key] for name, key in named if key in inside and not name.startswith("model.")}
@@ -86,7 +87,7 @@ class TrainedValues:
         """The tensors that training changes around the model, by names that begin with ``self.``; lazy ones have no values."""
         return {
             name: value
-            for key, value in (self.state() if self.around is not None else {}).items()
+            for key, value in (self.state() if self.outer_module is not None else {}).items()
             if not key.startswith("model.") and isinstance(value, Tensor) and not is_lazy(value)
             if (name := OUTSIDE + key) in self.initial or not is_frozen(value)
         }
@@ -121,7 +122,7 @@ class TrainedValues:
         Args:
             values: :meth:`copies`; names that are unknown here are ignored.
         """
-        root = self.model if self.around is None else self.around
+        root = self.model if self.outer_module is None else self.outer_module
         present = layout.state_dict(self.model, keep_vars=True) | self.outside() if values else {}
         others = {id(present[name]): _like(present[name], values[name]) for name in present.keys() & values.keys()}
         places = [

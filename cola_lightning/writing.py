@@ -6,7 +6,6 @@ on a full disk, the previous contents are still there.
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,24 +88,6 @@ def check_free(path: Path, *, overwrite: bool = False) -> None:
             f"output: {str(path)!r} is in use. Choose a folder that does not exist or is empty (with overwrite: one that "
             "contains no folders)"
         )
-
-
-def check_writable(field: str, folder: str | Path) -> None:
-    """Refuses a folder that cannot be created or written to; nothing stays of the trial. A URL is not checked.
-
-    Args:
-        field: its name in messages.
-        folder: the folder.
-    """
-    path = Path(os.path.realpath(folder))
-    existing = next(place for place in (path, *path.parents) if place.exists())
-    if "://" in str(folder):
-        return
-    try:
-        os.rmdir(tempfile.mkdtemp(dir=existing))
-    except OSError as error:
-        why = f"{existing} is a file" if existing.is_file() else error.strerror
-        raise UserError(f"{field}: cannot write to {str(folder)!r}: {why}") from error
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from cola_lightning import (
     TextDataModule,
 )
 from cola_lightning.cli import main
+from cola_lightning.cli.help import ELSEWHERE, TEXTS
 
 CLASSES = {
     "model": [COLACausalLM, COLAPreferenceLM, COLASequenceClassifier, COLAImageClassifier],
@@ -41,32 +42,6 @@ CLASSES = {
     "chain": [ChainOfLoRA],
     "last": [LastCheckpoint],
     "trainer": [Trainer],
-}
-# Options of peft, transformers' Trainer, TRL and axolotl.
-ELSEWHERE = {
-    ("r", "lora_r"): "--model.rank 8",
-    ("lora_alpha",): "--model.alpha 16",
-    ("lora_dropout",): "--model.dropout 0.05",
-    ("lora_target_modules",): "--model.target_modules all-linear",
-    ("load_in_4bit", "quantization_config"): "--model.quantization nf4",
-    ("model_name_or_path", "base_model"): "--model.model_name NAME",
-    ("dataset", "dataset_name", "datasets", "path"): "--data.source NAME",
-    ("max_seq_length", "max_seq_len", "sequence_len"): "--data.max_length 1024",
-    ("per_device_train_batch_size", "micro_batch_size"): "--data.batch_size 8",
-    ("per_device_eval_batch_size",): "--data.eval_batch_size 8",
-    ("learning_rate", "lr"): "--model.optimizer.lr 1e-3",
-    ("weight_decay",): "--model.optimizer.weight_decay 0",
-    ("lr_scheduler_type", "lr_scheduler"): "--model.lr_schedule cosine",
-    ("warmup_ratio",): "--model.warmup_steps 0.03",
-    ("num_train_epochs", "num_epochs"): "--trainer.max_epochs 3",
-    ("gradient_accumulation_steps",): "--trainer.accumulate_grad_batches 4",
-    ("max_grad_norm",): "--trainer.gradient_clip_val 1.0",
-    ("gradient_checkpointing",): "--model.activation_checkpointing true",
-    ("bf16",): "--trainer.precision bf16-mixed",
-    ("logging_steps",): "--trainer.log_every_n_steps 10",
-    ("report_to",): "--trainer.logger WandbLogger",
-    ("output_dir",): "--trainer.default_root_dir FOLDER",
-    ("resume_from_checkpoint",): "--ckpt_path last",
 }
 # What is called otherwise there, and is no option of the command.
 IDEAS = """\
@@ -101,7 +76,9 @@ def rows(group: str, cls: type) -> Iterator[str]:
         if not name.startswith(f"--{group}.") or name.endswith((".help", "+")):
             continue
         default = "required" if action.required else f"`{shown(action.default)}`"
-        text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", " ".join((action.help or "").split()))
+        text = re.sub(
+            r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", " ".join(TEXTS["here"].get(action.dest, action.help or "").split())
+        )
         text = text.replace("|", "\\|").replace("``", "`")
         yield f"| `{name}` | {default} | {text} |"
 
@@ -134,7 +111,10 @@ def markdown() -> str:
     parts.append("Options of the other commands:")
     for command in COMMANDS:
         parts += [f"### cola {command}", f"```text\n{text_of_help(command)}\n```"]
-    names = [f"| {', '.join(f'`{name}`' for name in names)} | `{here}` |" for names, here in ELSEWHERE.items()]
+    names = [
+        f"| {', '.join(f'`{name}`' for name in ELSEWHERE if ELSEWHERE[name] == here)} | `{here}` |"
+        for here in dict.fromkeys(ELSEWHERE.values())
+    ]
     parts += [
         "### Options of other tools",
         "\n".join(["| in peft, Trainer, TRL or axolotl | here |", "|---|---|", *names, IDEAS.strip()]),

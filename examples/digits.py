@@ -29,12 +29,11 @@ class COLADigits(COLAModule):
     @override
     def build_model(self) -> nn.Module:
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        if not self.is_base_in_checkpoint:
-            started_at = torch.get_rng_state().numpy().tobytes(), torch.get_num_threads()  # the initial weights follow, too
-            if started_at not in _pretrained:
-                pretrain(model)
-                _pretrained[started_at] = {name: value.clone() for name, value in model.state_dict().items()}
-            model.load_state_dict(_pretrained[started_at])
+        started_at = torch.get_rng_state().numpy().tobytes(), torch.get_num_threads()  # the initial weights follow, too
+        if started_at not in _pretrained:
+            pretrain(model)
+            _pretrained[started_at] = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(_pretrained[started_at])
         return model
 
     @override

@@ -1,7 +1,8 @@
 """A chain of three links in a plain training loop, without Lightning; needs scikit-learn.
 
-To stop inside a link, save ``(adapted.state_dict(), optimizer.state_dict())`` by ``torch.save``. A new process makes both as
-here and loads their states, and the loop continues with the same bits.
+To stop inside a link, call ``adapted.full_chain().save(folder)``, and save ``optimizer.state_dict()`` by ``torch.save``. A new
+process makes the model as here, calls ``adapted.start_from(Chain.load(folder), "record")`` and loads the optimizer's state. The
+loop continues with the same bits: the link goes on as another one.
 """
 
 import torch

@@ -1,5 +1,7 @@
 """The method in plain torch: the same links and weights as under Lightning, forward, back, and from another chain."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,6 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from cola_lightning import AdaptedModel, Chain, LoRAConfig, UserError
-from cola_lightning.chain.schedule import FitPosition
 from tests.helpers.toy import Toy, assert_bit_equal, batches, toy, trainer, weights
 
 ARGUMENTS = {"target_modules": "all-linear", "rank": 2, "alpha": 4}
@@ -57,40 +58,20 @@ def test_a_loop_in_torch_gives_the_bits_of_a_run_under_lightning(tmp_path, finis
 
 
 @pytest.mark.parametrize(("links", "finished_links"), [(0, "merge"), (1, "stack"), (2, "merge")])
-def test_a_loop_goes_on_in_a_new_process_from_its_state_dict(tmp_path, finished_links, links):
-    """The state is that of a run inside a link; it is loaded into a new model, and into one that went further."""
+def test_a_loop_goes_on_in_a_new_process_from_its_chain(tmp_path, finished_links, links):
     model = train(adapted(build_normed, finished_links=finished_links, modules_to_save=["1"]), links=links)
     optimizer = new_optimizer(model)
     train_link(model, optimizer)
-    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "run.pt")
+    model.full_chain().save(tmp_path / "chain")
+    of_optimizer = copy.deepcopy(optimizer.state_dict())
     train_link(model, optimizer)
-    expected = weights(model.model)
-    for other in (adapted(build_normed, finished_links=finished_links, modules_to_save=["1"]), train(model)):
-        stored, of_optimizer = torch.load(tmp_path / "run.pt", weights_only=True)
-        other.load_state_dict(stored)
-        its_optimizer = new_optimizer(other)
-        its_optimizer.load_state_dict(of_optimizer)
-        train_link(other, its_optimizer)
-        assert_bit_equal(weights(other.model), expected)
-        assert len(other.chain) == links
-
-
-def test_a_state_dict_says_what_is_known_of_the_current_link():
-    model, other = adapted(), adapted()
-    model.tie_knot()
-    train_link(model, new_optimizer(model))
-    model.current.start, model.current.end = FitPosition(1, 10), FitPosition(2, 17)
-    model.current.name, model.current.metrics = "sft", {"val_loss": 1.5}
-    other.load_state_dict(model.state_dict())
-    assert other.current == model.current
-    assert repr(other.tie_knot()) == repr(model.tie_knot())
-
-
-def test_a_model_that_is_trained_whole_has_a_state_dict_too():
-    model, other = (adapted(target_modules=None) for _ in range(2))
-    train_link(model, new_optimizer(model))
-    other.load_state_dict(model.state_dict())
-    assert_same_weights(other.model, model.model)
+    other = adapted(build_normed, finished_links=finished_links, modules_to_save=["1"])
+    other.start_from(Chain.load(tmp_path / "chain"), "record")
+    its_optimizer = new_optimizer(other)
+    its_optimizer.load_state_dict(of_optimizer)
+    train_link(other, its_optimizer)
+    assert_bit_equal(weights(other.model), weights(model.model))
+    assert len(other.chain) == links + 1  # what the first process trained of its last link is a record
 
 
 def test_it_goes_back_and_on_and_starts_from_a_chain(tmp_path):
@@ -148,6 +129,6 @@ def test_an_impossible_alpha_or_rank_is_refused_and_changes_nothing():
     with pytest.raises(UserError, match=r"rank: must be between 1 and 2 \(model.rank\), got 16"):
         model.tie_knot(rank=16)
     with pytest.raises(UserError, match=r"rank: must be between 1 and 2 \(model.rank\), got 4"):
-        model.load_state_dict(adapted(rank=4).state_dict())
+        model.begin_link(4, 4.0)
     assert_bit_equal(weights(model.model), before)
     assert model.n_finished == 0

@@ -74,7 +74,7 @@ class TaskSequence(ABC):
     def adapted_model(self, seed: int) -> AdaptedModel:
         """The model with its first link."""
         config = LoRAConfig(list(self.targets), rank=self.rank, alpha=self.alpha, finished_links="merge")
-        return AdaptedModel(self.build_model, config, seed=seed, is_saved=True)
+        return AdaptedModel(self.build_model, config, seed=seed)
 
     def chain_folder(self, run: Run) -> Path:
         """Where a run's chain is stored."""

@@ -146,16 +146,11 @@ class ChainOfLoRA(Callback):
             return {}
         start = self.module.run.current.start.global_step
         values = {step: value for step, value in self._values.items() if step > start}
-        return {"values": values, "monitor": self._monitored}
+        return {"values": values}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        is_same = state_dict["monitor"] == self._monitored
-        self._values = state_dict["values"] if is_same else {}  # of another metric
-
-    @property
-    def _monitored(self) -> str | None:
-        return None if self.schedule.patience is None else self.schedule.monitor
+        self._values = state_dict["values"]
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

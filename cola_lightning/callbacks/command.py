@@ -7,14 +7,13 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import rich
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
@@ -35,19 +34,16 @@ class RunWatch(Callback):
     and then nothing more is written. (After Lightning's own handling a fit ends with status 0, Ctrl-C may come in the middle of
     an optimizer step, and processes may stop at different batches.)
 
-    A short fit is logged at least ten times and at its end, and validates at its end. (Lightning logs every 50th step, and
-    validates after an epoch or an interval, so a fit of twelve steps would leave no loss.)
+    A fit is logged at its end, and validates there. (Lightning logs every 50th step, and validates after an epoch or an
+    interval, so a fit of twelve steps would leave no loss.)
 
     Attributes:
-        is_interval_given: whether the user has set ``log_every_n_steps``, which then stays as it is.
         validates_at_end: whether the fit it watches does; a study validates after it.
     """
 
-    is_interval_given = False
     validates_at_end = True
 
     def __init__(self) -> None:
-        self.new_folders: list[Path] = []  # that this command makes: the logger's, and those around it
         self._process = os.getpid()
         self._received: int | None = None
         self._is_waited_for = False
@@ -79,9 +75,6 @@ class RunWatch(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._is_waited_for = True
         signal.signal(signal.SIGTERM, self._handle)  # until Lightning restores it after the fit, in place of its own
-        length = pl_module.run.known_length()
-        if self.validates_at_end and length is not None and not self.is_interval_given:
-            trainer.log_every_n_steps = int(max(1, min(trainer.log_every_n_steps, length.end_step // 10)))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
@@ -109,16 +102,6 @@ class RunWatch(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_waited_for = False
-
-    def expect_folder(self, folder: str) -> None:
-        """Remembers which folders do not exist yet, before the run's logger makes its folder."""
-        self.new_folders = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
-
-    def remove_empty_folders(self) -> None:
-        """Removes the folders that this command made if nothing is in them: a run that was refused, for example."""
-        for path in self.new_folders:
-            with contextlib.suppress(OSError):
-                path.rmdir()
 
 
 class ConfigSaver(SaveConfigCallback):
@@ -172,12 +155,3 @@ class ProgressLines(ProgressBar):
             metrics = "".join(f", {name} {value:.4g}" for name, value in trainer.progress_bar_metrics.items())
             of = "" if end == math.inf else f" of {end}"
             log.info("step %d%s, link %d, epoch %d%s", self._step, of, pl_module.n_finished, trainer.current_epoch, metrics)
-
-
-class ChainProgressBar(RichProgressBar):
-    """Lightning's progress bar with the current link's index."""
-
-    @override
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        metrics = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
-        return {"link": getattr(pl_module, "n_finished", 0)} | metrics

@@ -7,7 +7,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from cola_lightning.chain.checkpoint import note_continuation
 from cola_lightning.errors import Interruption, UserError
 
 
@@ -80,8 +79,6 @@ class LastCheckpoint(ModelCheckpoint):
         path = self.format_checkpoint_name({})  # spelled as ModelCheckpoint does: it removes what it takes for an older file
         trainer.save_checkpoint(path, weights_only=False)
         self.last_model_path = self.best_model_path = path
-        if not self._is_written and trainer.ckpt_path is not None and trainer.is_global_zero:
-            note_continuation(trainer.ckpt_path, path)
         self._is_written = True
 
     on_train_epoch_end = _write

@@ -2,14 +2,12 @@
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities import CombinedLoader
 from typing_extensions import override
 
 from cola_lightning import layout
@@ -28,10 +26,10 @@ class PredictionWriter(BasePredictionWriter):
 
     ``predict_step`` returns a dict of columns, each with one value per row of the batch: ``prediction``, ``target`` and any
     others; tensors and arrays are written as numbers and lists, NaN and infinities as null. ``index``, the row's index in its
-    data, is added; rows without one, of an ``IterableDataset`` for example, are counted, in a single process. The rows of
-    several loaders follow one another. A data module with a method ``fields_of(indices)`` adds the row's own fields, except
-    those whose names the prediction has. If it leaves out rows, its ``unpredicted`` is the ``reason`` for each by index, which
-    is written with a null prediction, and its ``indices_of(places)`` are the indices of the rows that it predicts.
+    data, is added, so the data is a map-style dataset. The rows of several loaders follow one another. A data module with a
+    method ``fields_of(indices)`` adds the row's own fields, except those whose names the prediction has. If it leaves out rows,
+    its ``unpredicted`` is the ``reason`` for each by index, which is written with a null prediction, and its
+    ``indices_of(places)`` are the indices of the rows that it predicts.
 
     A predict that fails or is stopped leaves the rows so far in ``predictions.partial.jsonl``; of several processes, those of
     the first. A ``fast_dev_run`` writes nothing.
@@ -40,12 +38,11 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
         self._lines: dict[tuple[int, int], str] = {}  # of the file, by loader and row
-        self._n_rows = Counter[int]()  # so far, of each loader
         self._folder = Path()
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._lines, self._n_rows = {}, Counter()
+        self._lines = {}
         self._folder = Path(run_folder(trainer))  # on every process: run_folder broadcasts, and others may have failed later
 
     @override
@@ -60,19 +57,12 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         columns = _plain(prediction)
-        if not _has_indices(trainer, dataloader_idx):
-            batch_indices = None  # not those of the last batch that had any, which Lightning gives here
-            if trainer.world_size > 1:  # each process would count its own rows from 0, and replace another's
-                raise UserError(
-                    f"predict: on {trainer.world_size} processes it needs a map-style dataset. Use trainer.devices 1 for an "
-                    "IterableDataset"
-                )
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        first = self._n_rows[dataloader_idx]
-        indices = [*range(first, first + len(rows))] if batch_indices is None else [*map(int, batch_indices)]
+        if not batch_indices:  # Lightning knows none
+            raise UserError("predict: rows of an IterableDataset have no indices. Use a map-style dataset")
         data: Any = getattr(trainer, "datamodule", None)
+        indices = [*map(int, batch_indices)]
         self._add(data, data.indices_of(indices) if hasattr(data, "indices_of") else indices, rows, dataloader_idx)
-        self._n_rows[dataloader_idx] += len(rows)
 
     def _add(self, data: Any, indices: Sequence[int], rows: Sequence[dict[str, Any]], dataloader_idx: int = 0) -> None:
         """Adds the lines of rows at these indices, with the data's own fields."""
@@ -111,9 +101,3 @@ def _plain(value: Any) -> Any:
     """The value in plain types: lists of numbers for tensors and arrays, None for numbers that JSON lacks, else text."""
     text = json.dumps(value, default=lambda one: one.tolist() if hasattr(one, "tolist") else str(one))
     return json.loads(text, parse_constant=lambda name: None)
-
-
-def _has_indices(trainer: Trainer, dataloader_idx: int) -> bool:
-    """Whether Lightning knows the indices of a loader's rows."""
-    loader = CombinedLoader(trainer.predict_dataloaders, "sequential").flattened[dataloader_idx]
-    return hasattr(getattr(loader, "batch_sampler", None), "seen_batch_indices")

@@ -75,22 +75,20 @@ def hash_of(value: Tensor) -> str:
     return hashlib.sha256(f"{tuple(value.shape)}".encode() + wide.cpu().double().numpy().tobytes()).hexdigest()[:16]
 
 
-def check_same_base(expected: BaseIdentity, received: BaseIdentity, *, is_stored: bool = False) -> None:
+def check_same_base(expected: BaseIdentity, received: BaseIdentity) -> None:
     """Refuses a base on which the chain was not trained, or that ``build_model`` made again with other values.
 
     Args:
         expected: the chain's base.
         received: this model's.
-        is_stored: whether the base's values are stored with the chain, so that this model's do not matter.
 
     Raises:
         UserError: if the adapted layers, the labels, the dtypes or the values differ.
     """
-    check_same_layers(expected.weight_norms, received.weight_norms)
+    check_layers(expected.weight_norms, received.weight_norms)
+    check_layers(received.weight_norms, expected.weight_norms, "the chain")
     if None not in (expected.labels, received.labels) and expected.labels != received.labels:
         raise UserError(f"model.label_names: must be {expected.labels}, on which the chain was trained, got {received.labels}")
-    if is_stored:
-        return
     mine, theirs = received.values, expected.values
     alone = mine.keys() ^ theirs.keys()
     changed = {name for name in mine.keys() - alone if mine[name] != theirs[name] and None not in (mine[name], theirs[name])}
@@ -104,7 +102,7 @@ def check_same_base(expected: BaseIdentity, received: BaseIdentity, *, is_stored
     raise UserError(
         f"base: the chain was trained on another base: on {expected}, and this is {received}, {where}. Use the same model, "
         "revision, seed and target_modules, and a build_model that makes the same base again (it may draw from the global "
-        "generators, which are seeded for it), or train with save_base: true"
+        "generators, which are seeded for it). One that is trained there is best stored in a file"
     )
 
 
@@ -131,31 +129,19 @@ def check_unchanged(model: nn.Module, base: BaseIdentity, merged: Collection[str
             )
 
 
-def check_same_layers(expected: Collection[str], received: Collection[str]) -> None:
-    """Refuses a model whose adapted layers are not those of the chain.
+def check_layers(layers: Collection[str], received: Collection[str], whose: str = "this module") -> None:
+    """Refuses a model, or a chain, that does not adapt all layers; it may adapt more.
 
     Args:
-        expected: the names of the chain's layers.
-        received: the names of this model's adapted layers.
-
-    Raises:
-        UserError: naming a layer that only one of them adapts.
-    """
-    if alone := sorted(set(expected) ^ set(received)):
-        missing = "the chain" if alone[0] in received else "this module"
-        raise UserError(f"model.target_modules: must name the layers of the chain, but {missing} does not adapt {alone[0]!r}")
-
-
-def check_has_layers(layers: Collection[str], received: Collection[str]) -> None:
-    """Refuses a model that does not adapt all layers of a chain; it may adapt more.
+        layers: the names of the layers.
+        received: the names of the layers that are adapted.
+        whose: what adapts them, for the message.
 
     Raises:
         UserError: naming a layer.
     """
     if missing := [name for name in layers if name not in received]:
-        raise UserError(
-            f"model.target_modules: must name the layers of the chain, but this module does not adapt {missing[0]!r}"
-        )
+        raise UserError(f"model.target_modules: must name the layers of the chain, but {whose} does not adapt {missing[0]!r}")
 
 
 def check_same_norms(expected: BaseIdentity, received: BaseIdentity) -> None:
@@ -180,11 +166,6 @@ def base_values(model: nn.Module, without: Set[str] = frozenset()) -> dict[str, 
         for name, value in state.items()
         if isinstance(value, Tensor) and name not in factors and without.isdisjoint({name, weight_of(name)})
     }
-
-
-def base_copies(model: nn.Module) -> dict[str, Tensor]:
-    """CPU copies of the :func:`base_values`."""
-    return {name: layout.gather(value) for name, value in base_values(model).items()}
 
 
 def weight_of(name: str) -> str:

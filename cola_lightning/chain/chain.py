@@ -3,8 +3,7 @@
 A checkpoint stores the chain instead of weights. Replay passes each link through the same function as its knot did, so the
 weights, or the factors stacked next to them, are equal bit for bit.
 
-A stored chain is a description for JSON, and tensors by name. State dicts and chain folders have both, and the metadata of a
-PEFT adapter has the description.
+A stored chain is a description for JSON, and tensors by name. State dicts and chain folders have both.
 """
 
 import hashlib
@@ -101,10 +100,6 @@ class Link:
     def delta(self, name: str) -> Tensor:
         """The link's update of one layer: out x in."""
         return low_rank_delta(*self.factors[name], self.scaling)
-
-    def scaled(self, factor: float) -> "Link":
-        """The link with its update multiplied by a factor."""
-        return replace(self, alpha=factor * self.alpha)
 
     def is_same_update(self, other: "Link") -> bool:
         """Whether both links add the same update to the same layers, bit for bit."""
@@ -257,7 +252,7 @@ class Chain:
                 link, factor = link.whole(), factor - after
             if factor != 0:
                 metrics = {} if is_scaled else link.metrics
-                links.append(replace(link.scaled(factor), index=len(links), metrics=metrics))
+                links.append(replace(link, alpha=factor * link.alpha, index=len(links), metrics=metrics))
         if links:
             links[-1] = replace(links[-1], extras=self.links[-1].extras)
         return Chain(links, self.base)

@@ -67,29 +67,6 @@ def last_checkpoint_of(source: Any) -> Any:
     return last if last.is_file() else source
 
 
-def note_continuation(old: str | PathLike[str], new: str | PathLike[str]) -> None:
-    """Notes next to two checkpoints that the run of the first is continued in the second; a reader of the first is told.
-
-    The notes have absolute paths, so they stay true when a folder is moved. Of files elsewhere (URLs) there are none.
-    """
-    if "://" in f"{old}{new}":
-        return
-    old, new = Path(old).absolute(), Path(new).absolute()
-    _note_of(new).unlink(missing_ok=True)  # of an earlier state, which is overwritten
-    if old == new:
-        return
-    for note, text in ((_note_of(old), str(new)), (new.with_suffix(".continues.txt"), str(old))):
-        try:
-            note.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            log.warning("cannot note in %s that the run is continued in %s (%s)", note, new, error.strerror)
-
-
-def _note_of(checkpoint: Path) -> Path:
-    """The file that says where a checkpoint's run was continued."""
-    return checkpoint.with_suffix(".continued.txt")
-
-
 def name_of(source: Any) -> str:
     """The path of a file, open or not, for messages and comparisons."""
     return os.path.expanduser(str(source if isinstance(source, str | PathLike) else getattr(source, "name", source)))
@@ -207,8 +184,6 @@ class OpenedCheckpoint:
         if os.path.isdir(name):
             raise UserError(f"{field}: {name!r} has no checkpoints/last.ckpt. Pass a run's folder or a checkpoint")
         contents = read_archive(source, field, weights_only=weights_only)
-        if (note := _note_of(Path(name))).is_file():
-            log.warning("%s: its run was continued in %s", name, note.read_text(encoding="utf-8").strip())
         state_dict = contents.get("state_dict") if isinstance(contents, dict) else None
         return cls(name, contents, StoredState.of(state_dict if isinstance(state_dict, dict) else {}, name, field))
 
@@ -238,8 +213,7 @@ def read_chain_and_held_out(
 
     Args:
         source: a checkpoint or a run's folder, whose current link becomes the chain's last; a chain folder; or the folder of a
-            PEFT LoRA, which is one link. An adapter of a chain holds the trained modules of its last link alone, so with fewer
-            links they begin as in the base. Several of them, in order, are joined; each may have a name: ``sft=out/sft``.
+            PEFT LoRA, which is one link. Several of them, in order, are joined; each may have a name: ``sft=out/sft``.
         links: the number of links, from the first, or the name of the last stage; None: all.
         field: the source's name in messages.
         continues: see :func:`cola_lightning.chain.sources.join`.

@@ -52,7 +52,6 @@ class StoredFacts:
         data: which data the model was trained on.
         held_out: the rows that the runs of the module held out.
         initial: the values outside of the model before the first link.
-        base_weights: the base's weights; None: they are not stored.
     """
 
     module: ModuleArguments
@@ -76,7 +75,6 @@ class StoredFacts:
     data: Mapping[str, Any]
     held_out: Records = (None,)
     initial: Mapping[str, Tensor] = field(default_factory=dict)
-    base_weights: dict[str, Tensor] | None = None
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Self:
@@ -86,5 +84,5 @@ class StoredFacts:
 
     def to_store(self) -> dict[str, Any]:
         """Its fields for :func:`~cola_lightning.chain.chain.pack`, without those that are empty by default."""
-        fields = {name: value for name, value in vars(self).items() if name not in ("initial", "base_weights") or value}
+        fields = {name: value for name, value in vars(self).items() if name != "initial" or value}
         return fields | {"module": vars(self.module)}

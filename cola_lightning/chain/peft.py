@@ -3,8 +3,6 @@
 Each fact about PEFT's format stands here once, next to the function that reads it and the one that writes it.
 """
 
-import functools
-import importlib.metadata
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,10 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cola_lightning.chain.base import BaseIdentity
-from cola_lightning.chain.chain import Chain, Link, check_version, damage_refused, factors_of_sum, is_of_experts, link_fields
+from cola_lightning.chain.chain import Chain, Link, damage_refused, factors_of_sum, is_of_experts
 from cola_lightning.errors import UserError
-from cola_lightning.lora.attention import input_projections, is_windows
+from cola_lightning.lora.attention import reads_weights
 from cola_lightning.lora.experts import PROJECTIONS, is_experts
 from cola_lightning.lora.inject import is_linear
 
@@ -29,7 +26,6 @@ CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer"  # in the names of what PEFT has wrapped: an adapted layer's own weight, or an inner wrapper
 FACTORS = ".lora_A.weight", ".lora_B.weight"  # end the names of a layer's two factors
-LINKS_KEY = "cola_chain"  # in the safetensors metadata: the links whose factors are concatenated
 
 # The values of an ordinary LoRA; the initialisations are those that leave the base unchanged: a modified one is not available.
 ORDINARY = {
@@ -83,61 +79,6 @@ def wrapper_names(experts: str, parameters: Sequence[str]) -> dict[str, str]:
     return {f"{experts}.{name}": experts + BASE_LAYER * place for place, name in enumerate(reversed(parameters))}
 
 
-# ---------------------------------------------------------------------- nn.MultiheadAttention
-
-# PEFT has two LoRAs of the same rank and alpha in each such module: the input projection's is the module's own.
-OUT_PROJ = f"{BASE_LAYER}.out_proj"
-
-
-@functools.cache
-def out_proj_updates() -> float:
-    """How many times the installed PEFT adds the update of ``out_proj``: 1 would be right.
-
-    PEFT up to 0.21 adds it twice (https://github.com/huggingface/peft/pull/3774 ends that).
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(r=1, lora_alpha=1, target_modules=["attention"])
-    with torch.random.fork_rng(devices=[]), torch.no_grad():  # what a script draws next does not depend on this
-        attention = nn.MultiheadAttention(1, 1, bias=False)
-        model: Any = inject_adapter_in_model(config, nn.ModuleDict({"attention": attention}))
-        for name, value in model.named_parameters():
-            value.fill_(float(name.endswith("in_proj_weight") or ".out_proj.lora_" in name))
-        x = torch.ones(1, 1, 1)
-        return float(model["attention"](x, x, x)[0])
-
-
-def attention_of(model: nn.Module, layer: str) -> nn.MultiheadAttention | None:
-    """The nn.MultiheadAttention of which this layer is a projection, in a plain model."""
-    module = model.get_submodule(layer.rpartition(".")[0])
-    return module if isinstance(module, nn.MultiheadAttention) else None
-
-
-def attention_to_peft(
-    name: str, attention: nn.MultiheadAttention, factors: Mapping[str, tuple[Tensor, Tensor]]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors of an attention module by PEFT's names: padded to the same rank, and zeros where a projection has no link.
-
-    Raises:
-        UserError: for one with separate input projections, and for a link that the installed PEFT computes wrongly.
-
-    Source: ``peft.tuners.lora.layer.MultiheadAttention`` (0.21).
-    """
-    if input_projections(attention) != ("in_proj",):
-        raise UserError(f"format: PEFT has no LoRA for separate projections of queries, keys and values ({name!r}). Use merged")
-    if f"{name}.out_proj" in factors and (n_updates := out_proj_updates()) != 1:
-        version = importlib.metadata.version("peft")
-        raise UserError(
-            f"format: peft {version} adds the update of {name}.out_proj {n_updates:g} times. Use merged, or another peft, or "
-            "model.exclude_modules out_proj in the fit"
-        )
-    n = attention.embed_dim
-    none = {"in_proj": (torch.zeros(0, n), torch.zeros(3 * n, 0)), "out_proj": (torch.zeros(0, n), torch.zeros(n, 0))}
-    pairs = [factors.get(f"{name}.{part}", pair) for part, pair in none.items()]
-    inner, (lora_A, lora_B) = (padded(pair, max(len(lora_A) for lora_A, _ in pairs)) for pair in pairs)
-    return {name: inner, name + OUT_PROJ: (lora_A, lora_B)}
-
-
 def padded(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
     """Factors with zeros up to a larger rank."""
     missing = rank - pair[0].shape[-2]
@@ -148,10 +89,9 @@ def padded(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
 
 
 def read_adapter(folder: str | Path) -> Chain:
-    """An ordinary PEFT LoRA as a chain of one link; one that was exported from a chain, as that chain (equal up to rounding).
+    """An ordinary PEFT LoRA as a chain of one link.
 
-    Each layer's scaling is folded into B, and the factors are padded to the largest rank. They give what the installed PEFT
-    computes with them, see :func:`out_proj_updates`.
+    Each layer's scaling is folded into B, and the factors are padded to the largest rank.
 
     Raises:
         UserError: for an adapter of another type, or a damaged one.
@@ -167,9 +107,7 @@ def read_adapter(folder: str | Path) -> Chain:
         with safe_open(folder / TENSORS_NAME, "pt") as file:
             names = {name: _plain(name) for name in file.keys()}  # noqa: SIM118  # no dict
             tensors = {name: file.get_tensor(key) for key, name in names.items() if ".original_module." not in name}
-            description = json.loads((file.metadata() or {}).get(LINKS_KEY, "null"))
-        link = _as_link(tensors, config, str(folder))
-        return Chain([link]) if description is None else _split(link, description, str(folder / TENSORS_NAME))
+        return Chain([_as_link(tensors, config, str(folder))])
 
 
 def _plain(name: str) -> str:
@@ -196,6 +134,8 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
     pairs = {name: (tensors.pop(name + FACTORS[0]), tensors.pop(name + FACTORS[1])) for name in layers}
     unknown = [name for name in tensors if ".lora_" in name]
     unknown += [name for name, (lora_A, lora_B) in pairs.items() if len(lora_A) != lora_B.shape[1]]  # of groups
+    if not config.get("target_parameters"):
+        unknown += [name for name in pairs if BASE_LAYER in name]  # of nn.MultiheadAttention
     if not pairs or unknown:
         raise UserError(
             f"adapter: {where} may contain only factors of linear layers and convolutions, got {(unknown or ['none'])[0]!r}"
@@ -203,17 +143,11 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
     scaled = {}
     for name, pair in pairs.items():
         lora_A, lora_B = (value.flatten(1).to(torch.promote_types(value.dtype, torch.float32)) for value in pair)
-        layer, target = name, name.removesuffix(OUT_PROJ)
-        if target + OUT_PROJ in pairs:
-            if not lora_A.any():  # a projection without a link
-                continue
-            layer, lora_B = (
-                (f"{target}.in_proj", lora_B) if name == target else (f"{target}.out_proj", lora_B * out_proj_updates())
-            )
-        elif len(lora_A) != value_of_layer(config, name, "r", "rank_pattern") and (projection := _projection(config, name)):
-            layer = target = projection
-            lora_A, lora_B = experts_from_peft(lora_A, lora_B, value_of_layer(config, target, "r", "rank_pattern"))
-        alpha, rank = value_of_layer(config, target, "lora_alpha", "alpha_pattern"), lora_A.shape[-2]
+        layer = name
+        if len(lora_A) != value_of_layer(config, name, "r", "rank_pattern") and (projection := _projection(config, name)):
+            layer = projection
+            lora_A, lora_B = experts_from_peft(lora_A, lora_B, value_of_layer(config, layer, "r", "rank_pattern"))
+        alpha, rank = value_of_layer(config, layer, "lora_alpha", "alpha_pattern"), lora_A.shape[-2]
         scaled[layer] = lora_A, lora_B * float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
     largest = max(lora_A.shape[-2] for lora_A, _ in scaled.values())
     factors = {name: padded(pair, largest) for name, pair in scaled.items()}
@@ -240,26 +174,6 @@ def value_of_layer(config: Mapping[str, Any], name: str, field: str, pattern: st
     return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)), config.get(field, 8))
 
 
-def _split(whole: Link, description: Mapping[str, Any], where: str) -> Chain:
-    """Splits concatenated factors into the links of a description.
-
-    Raises:
-        UserError: for an unknown format version.
-        LookupError, TypeError, ValueError: if the description does not match the factors.
-    """
-    check_version(description.get("format_version"), where)
-    chain, described = Chain(base=BaseIdentity(**description["base"])), list(map(link_fields, description["links"]))
-    ends = dict.fromkeys(whole.factors, 0)
-    for fields in described:
-        link = Link(**fields, factors={}, extras=whole.extras if fields is described[-1] else {})
-        for name, (lora_A, lora_B) in whole.factors.items():
-            start = ends[name]
-            end = ends[name] = start + link.rank
-            link.factors[name] = lora_A[..., start:end, :].clone(), lora_B[..., start:end] / link.scaling
-        chain.append(link)
-    return chain
-
-
 # ---------------------------------------------------------------------- writing
 
 
@@ -269,14 +183,14 @@ class AdapterBase:
 
     Attributes:
         model: the plain model without any link.
-        name: where PEFT finds it.
+        name: where PEFT finds it; None: by no name.
         modules_to_save: names, or dotted name endings, of modules that were fully trained, or are not in the named base.
         revision: on the hub.
         task: PEFT's name for its task; None: PEFT has none.
     """
 
     model: nn.Module
-    name: str
+    name: str | None
     modules_to_save: Sequence[str]
     revision: str | None = None
     task: str | None = None
@@ -300,23 +214,21 @@ def write_adapter(folder: Path, chain: Chain, base: AdapterBase, factors: Mappin
 
     Args:
         folder: an empty folder.
-        chain: the chain, whose links are described if the factors have its total rank.
+        chain: the chain, of whose last link the values are.
         base: the adapter's base.
         factors: A and the scaled B by layer, see :func:`concatenate`.
 
     Raises:
         UserError: for a layer or a value that an adapter cannot hold.
     """
+    weights = as_peft_weights(base.model, factors)
     config = peft_config(base, factors)
     tensors = _saved_values(chain, base.model, config.modules_to_save or ())
-    for name, pair in as_peft_weights(base.model, factors).items():
+    for name, pair in weights.items():
         tensors |= {name + ending: factor for ending, factor in zip(FACTORS, pair, strict=True)}
     tensors = {f"{PREFIX}{name}": value.clone().contiguous() for name, value in tensors.items()}
-    is_whole = config.r == max(map(chain.total_rank, chain.layers))
-    is_whole &= all(len(link.factors) == len(factors) for link in chain.links)  # else the parts are of no known ranks
-    description = {LINKS_KEY: json.dumps(chain.describe())} if is_whole else {}
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / TENSORS_NAME, {"format": "pt"} | description)
+    save_file(tensors, folder / TENSORS_NAME, {"format": "pt"})
 
 
 def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -342,13 +254,9 @@ def as_peft_weights(base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]
             wrappers = wrapper_names(experts, [key for key, _ in parameters if f"{experts}.{key}" in factors])
             weights[wrappers[name]] = experts_to_peft(lora_A, lora_B)
             continue
-        if (attention := attention_of(base, name)) is not None:
-            weights |= attention_to_peft(name.rpartition(".")[0], attention, factors)
-            continue
-        layer: Any = base.get_submodule(name)
-        parent = base.get_submodule(name.rpartition(".")[0])
-        if is_windows(parent):
+        if reads_weights(base.get_submodule(name.rpartition(".")[0])):
             raise UserError(f"format: PEFT's LoRA has no effect in {name!r}, because the model reads its weight. Use merged")
+        layer: Any = base.get_submodule(name)
         is_convolution = isinstance(layer, nn.Conv1d | nn.Conv2d)
         if (is_convolution and set(layer.dilation) != {1}) or not (is_convolution or is_linear(layer)):
             what = f"PEFT has no LoRA, or another, for {name!r}, a {layer}"
@@ -372,16 +280,12 @@ def peft_config(base: AdapterBase, factors: Mapping[str, tuple[Tensor, Tensor]])
     modules = dict(base.model.named_modules())
     has_experts = any(map(is_experts, modules.values()))
     projections = [name for name, (lora_A, _) in factors.items() if is_of_experts(lora_A)]
-    attention = {name: name.rpartition(".")[0] for name in factors if attention_of(base.model, name) is not None}
-    layers = list(dict.fromkeys(attention.get(name, name) for name in factors if name not in projections))
+    layers = [name for name in factors if name not in projections]
     renamed = [name for name in layers if has_experts and name.rpartition(".")[2] in RENAMED]
     layers = [name for name in layers if name not in renamed]
     endings = sorted({name.rpartition(".")[2] for name in layers})
     matched = {name for name in modules if name.rpartition(".")[2] in endings}
-    ranks = dict[str, int]()
-    for name, (lora_A, _) in factors.items():
-        target = attention.get(name, name)
-        ranks[target] = max(lora_A.shape[-2], ranks.get(target, 0))
+    ranks = {name: lora_A.shape[-2] for name, (lora_A, _) in factors.items()}
     rank = max(ranks.values())
     patterns = {f"^{re.escape(name)}": smaller for name, smaller in ranks.items() if smaller != rank}
     return LoraConfig(

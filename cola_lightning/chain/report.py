@@ -23,23 +23,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """One link's update dW of one layer.
-
-    Attributes:
-        norm: Frobenius norm of dW.
-        relative_norm: the norm divided by that of the base's weight; None if that is unknown or zero.
-        singular_values: the largest of dW, as many as the layer's rank, or of all experts' together, largest first.
-        effective_rank: see :func:`effective_rank`; the mean of the experts'.
-    """
-
-    norm: float
-    relative_norm: float | None
-    singular_values: list[float]
-    effective_rank: float
-
-
-@dataclass(frozen=True)
 class LinkReport:
     """One link's update of all its layers; index, name, rank and alpha are the link's.
 
@@ -47,11 +30,10 @@ class LinkReport:
         steps: optimizer steps that it was trained for.
         update_norm: Frobenius norm over all layers.
         relative_norm: it divided by that of the base's adapted weights; None if that is unknown or zero.
-        max_norm: the largest of the layers' relative norms; None if none is known.
-        effective_rank: mean of the layers' effective ranks.
+        max_norm: the largest norm of a layer's update, divided by that of the base's weight; None if none is known.
+        effective_rank: see :func:`effective_rank`; the mean of the layers' (of experts, of their mean).
         total_rank: sum of the ranks of this link and those before it that are in the model next to it.
         metrics: validation metrics at its end, or all metrics if there are none.
-        layers: each layer's report, by its name in the model.
     """
 
     index: int
@@ -65,7 +47,6 @@ class LinkReport:
     effective_rank: float
     total_rank: int
     metrics: dict[str, float]
-    layers: dict[str, LayerReport]
 
 
 def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -107,8 +88,8 @@ def report(chain: Chain) -> list[LinkReport]:
         >>> factors = {"fc": (torch.eye(2, 4), torch.eye(3, 2))}
         >>> link = Link(0, rank=2, alpha=1.0, start_step=0, end_step=10, factors=factors)
         >>> (first,) = report(Chain([link], base=BaseIdentity(weight_norms={"fc": 5.0})))
-        >>> first.steps, first.layers["fc"].singular_values, round(first.effective_rank, 6)
-        (10, [0.5, 0.5], 2.0)
+        >>> first.steps, round(first.update_norm, 4), round(first.effective_rank, 6)
+        (10, 0.7071, 2.0)
     """
     reports, rank = list[LinkReport](), 0
     for link in chain.links:
@@ -118,8 +99,10 @@ def report(chain: Chain) -> list[LinkReport]:
 
 
 def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) -> LinkReport:
-    layers = {name: _report_layer(link, name, weight_norms.get(name)) for name in link.factors}
-    update_norm, base_norm = math.hypot(*(layer.norm for layer in layers.values())), math.hypot(*weight_norms.values())
+    values = {name: singular_values(*factors, link.scaling) for name, factors in link.factors.items()}
+    norms = {name: float(of_layer.norm()) for name, of_layer in values.items()}
+    update_norm, base_norm = math.hypot(*norms.values()), math.hypot(*weight_norms.values())
+    ranks = [statistics.fmean(map(effective_rank, of_layer.reshape(-1, link.rank))) for of_layer in values.values()]
     return LinkReport(
         index=link.index,
         name=link.name,
@@ -128,20 +111,11 @@ def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) ->
         steps=link.end_step - link.start_step,
         update_norm=update_norm,
         relative_norm=update_norm / base_norm if base_norm else None,
-        max_norm=max((n for layer in layers.values() if (n := layer.relative_norm) is not None), default=None),
-        effective_rank=statistics.fmean(layer.effective_rank for layer in layers.values()),
+        max_norm=max((norm / weight_norms[name] for name, norm in norms.items() if weight_norms.get(name)), default=None),
+        effective_rank=statistics.fmean(ranks),
         total_rank=total_rank,
         metrics={name: value for name, value in link.metrics.items() if name.startswith("val_")} or dict(link.metrics),
-        layers=layers,
     )
-
-
-def _report_layer(link: Link, name: str, weight_norm: float | None) -> LayerReport:
-    rank = link.factors[name][0].shape[-2]
-    values = singular_values(*link.factors[name], link.scaling).reshape(-1, rank)  # a row for each expert, or one
-    norm, largest = float(values.norm()), values.flatten().sort(descending=True).values[:rank]
-    mean_rank = statistics.fmean(map(effective_rank, values))
-    return LayerReport(norm, norm / weight_norm if weight_norm else None, largest.tolist(), mean_rank)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """``cola configs``: the configurations that come with the package."""
 
-import itertools
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from cola_lightning.cli.help import SUBCOMMANDS, WIDTH, command_parser, parse_options
+from cola_lightning.cli.help import SUBCOMMANDS, command_parser, parse_options
 from cola_lightning.errors import UserError, nearest
 
 NAMES = "Copy these configs, or all of them if you type `all`. Without a name, the configs are listed."
@@ -30,9 +28,7 @@ def configs(words: Sequence[str]) -> None:
     options = parse_options(parser, words)
     found = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
     if not options.names:
-        for name, path in found.items():
-            text = f"{name}: {_first_sentence(path)}"
-            print(textwrap.fill(text, WIDTH, subsequent_indent="    ", break_on_hyphens=False))
+        print("\n".join(found))
         print("\n`cola configs NAME` copies a configuration to configs/, where the commands in its header expect it.")
         return
     requested = list(found) if options.names == ["all"] else [name.removesuffix(".yaml") for name in options.names]
@@ -48,9 +44,3 @@ def configs(words: Sequence[str]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
         print(f"written: {target}")
-
-
-def _first_sentence(path: Path) -> str:
-    """The first sentence of a configuration's header."""
-    header = itertools.takewhile(lambda line: line.startswith("# "), path.read_text(encoding="utf-8").splitlines())
-    return " ".join(line.removeprefix("# ") for line in header).split(". ")[0].rstrip(".:") + "."

@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cola_lightning import __version__
 from cola_lightning.cli.help import SUBCOMMANDS, overview
 from cola_lightning.console import log_on_console
 from cola_lightning.errors import UserError, nearest, refusal
@@ -50,9 +49,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if words == ["--version"]:  # without slow imports
-        print(f"cola {__version__}")
-        return 0
     if words in (["-h"], ["--help"]):
         print(overview())
         return 0

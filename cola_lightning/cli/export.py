@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SOURCES = "Export this run: type its folder, or a checkpoint in it. Or export what you trained elsewhere onto --base: type the "
 SOURCES += "folders of the adapters in the order of their training. Write NAME=PATH to name one."
-OF_SOURCES = " It is read; --base_folder is written. A run knows its base."
+OF_SOURCES = " A run knows its base."
 OUTPUT = "Write the export to this folder. It must not exist, or it must be empty, unless you add --overwrite."
 OVERWRITE = "Replace the files in the output folder. A folder that contains other folders is never replaced."
 NO_VERIFY = "Do not load the export again. By default, it is loaded, and its outputs are compared with those of the checkpoint."
@@ -61,8 +61,7 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
     options = parse_options(parser, words)
-    arguments = {name: options[name] for name in ("dtype", "max_rank", "license", "overwrite")}
-    arguments["base_folder"] = options.base_folder and Path(options.base_folder).expanduser()
+    arguments = {name: options[name] for name in ("dtype", "overwrite")}
     export_options = ExportOptions(options.output, options.format, verify=not options.no_verify, **arguments)
     sources = [source.path for source in sources_of(options.sources)]
     for path in [*sources, options.base or ""]:

@@ -4,12 +4,13 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.cli.help import SUBCOMMANDS, TRUST, add_checkpoint, add_scale, command_parser, load_module, parse_options
+from cola_lightning.cli.help import LINKS, SUBCOMMANDS, TRUST, add_scale, command_parser, load_module, parse_options
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 
@@ -66,7 +67,9 @@ def generate(words: Sequence[str]) -> None:
 
 def _parser() -> ArgumentParser:
     parser = command_parser("generate", SUBCOMMANDS["generate"])
-    add_checkpoint(parser, "Load this run: type its folder, or a checkpoint in it.")
+    parser.usage = "cola generate PATH [OPTIONS]"
+    parser.add_argument("checkpoint", type=Path, metavar="PATH", help="Load this run: type its folder, or a checkpoint in it.")
+    parser.add_argument("--links", type=int | str | None, metavar="N", help=LINKS)
     add_scale(parser)
     parser.add_argument("--prompt", type=str, metavar="TEXT", help=PROMPT)
     parser.add_argument("--chat", action="store_true", help=CHAT)
@@ -109,17 +112,18 @@ class Session:
         self.turns: list[dict[str, Any]] = []
 
     def take_turn(self, prompt: str) -> None:
-        """Streams the response to the user's next turn; the oldest turns are left out if there is no room."""
-        from cola_lightning.chat_template import assistant_turn, user_turn
+        """Streams the response to the user's next turn.
+
+        Raises:
+            UserError: if the conversation is too long for the model.
+        """
+        from cola_lightning.chat_template import Conversation, assistant_turn, user_turn
         from cola_lightning.data.batch import PromptRow, collate_prompts
+        from cola_lightning.data.render import encode_prompt
 
         self.turns += user_turn(prompt)
-        longest, tokenizer, n_turns = int(self.module.tokenizer.model_max_length), self.module.tokenizer, len(self.turns)
-        enough = min(self.decoding.max_new_tokens, longest // 4)
-        while longest - len(ids := self._prompt_ids()) < enough and len(self.turns) > 1:
-            del self.turns[:2]  # the user's and the response
-        if len(self.turns) < n_turns:
-            print("note: the conversation is too long for the model, so its oldest turns are left out", file=sys.stderr)
+        longest, tokenizer = int(self.module.tokenizer.model_max_length), self.module.tokenizer
+        ids = encode_prompt(self.template, Conversation(self.turns), sys.maxsize)
         if len(ids) >= longest:
             raise UserError(f"prompt: must have fewer than {longest} tokens for this model, got {len(ids)}")
         decoding = replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, longest - len(ids)))
@@ -127,13 +131,6 @@ class Session:
         batch |= {name: batch[name].to(self.module.device) for name in ("prompt_ids", "prompt_mask")}
         (response,) = self.module.generate(batch, make_streamer(tokenizer, decoding))
         self.turns.append(assistant_turn(str(response.strip())))
-
-    def _prompt_ids(self) -> list[int]:
-        """The tokens of the turns, with the generation prompt."""
-        from cola_lightning.chat_template import Conversation
-        from cola_lightning.data.render import encode_prompt
-
-        return encode_prompt(self.template, Conversation(self.turns), sys.maxsize)
 
 
 def make_streamer(tokenizer: Any, decoding: Decoding) -> Any:

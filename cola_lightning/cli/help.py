@@ -1,14 +1,20 @@
 """``cola --help``, without the slow imports of a fit, and what the commands that are not LightningCLI's have in common."""
 
+import argparse
+import functools
 import os
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from cola_lightning.errors import JSONARGPARSE, UserError, nearest
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
     from cola_lightning.chain.chain import Chain
     from cola_lightning.chain.checkpoint import OpenedCheckpoint
@@ -16,33 +22,12 @@ if TYPE_CHECKING:
     from cola_lightning.module import COLAModule
 
 WIDTH = 80
-SUBCOMMANDS = {
-    "fit": "Trains a model with LoRA or a chain of LoRA.",
-    "validate": "Evaluates a checkpoint on the validation data.",
-    "test": "Evaluates a checkpoint on the test data.",
-    "predict": "Writes the predictions for each row to a JSON Lines file.",
-    "stages": "Trains stages one after the other, each from the one before.",
-    "compare": "Compares LoRA, chains and other methods over rates and seeds.",
-    "generate": "Generates text with a checkpoint, for a prompt or in a chat.",
-    "inspect": "Shows what each link of a checkpoint or chain did.",
-    "configs": "Lists and copies the configs that come with the package.",
-    "export": "Writes a plain model, a PEFT adapter or a chain folder.",
-    "verify": "Proves or refutes a merge, which any tool may have made.",
-}
-EXAMPLES = {
-    "fit": "cola fit --model.model_name NAME --data.source FILE --chain.name sft",
-    "validate": "cola validate --config runs/version_0/config.yaml --ckpt_path runs/version_0",
-    "test": "cola test --config runs/version_0/config.yaml --ckpt_path runs/version_0",
-    "predict": "cola predict --config runs/version_0/config.yaml --ckpt_path runs/version_0",
-    "stages": "cola stages --config stages.yaml --output stages",
-    "compare": "cola compare --config FILE --output study --methods '[lora, cola]' -- --trainer.max_steps 100",
-    "generate": "cola generate runs/version_0 --chat",
-    "inspect": "cola inspect runs/version_0",
-    "configs": "cola configs quickstart",
-    "export": "cola export runs/version_0 --format merged --output merged",
-    "verify": "cola verify merged --base Qwen/Qwen3-0.6B --adapter out/sft out/dpo",
-}
-SHOWN = ("fit", "generate", "export")  # in `cola --help`
+TEXTS = yaml.safe_load(Path(__file__).with_name("help.yaml").read_text(encoding="utf-8"))
+SUBCOMMANDS: dict[str, str] = TEXTS["subcommands"]
+EXAMPLES: dict[str, str] = TEXTS["examples"]
+MAIN_OPTIONS: dict[str, str] = TEXTS["main options"]
+ELSEWHERE: dict[str, str] = TEXTS["elsewhere"]  # by the names of options of other tools, what is typed here
+EVALUATION = ("config", "ckpt_path", "data.source", "model.model_name", "trainer.devices", "trainer.precision")  # likewise
 # Of options that several commands have.
 LINKS = "Use only the first N links. Type `0` for the base without links, or the name of a stage for the links up to its end. "
 LINKS += "By default, all links are used."
@@ -59,8 +44,50 @@ def overview() -> str:
     """What ``cola --help`` prints: every subcommand, at 80 columns."""
     lines = [f"  {name:<10}{text}" for name, text in SUBCOMMANDS.items()]
     end = "`cola SUBCOMMAND --help` lists its options; `cola --version` shows the version."
-    examples = ["examples:", *(f"  {EXAMPLES[name]}" for name in SHOWN)]
-    return "\n".join(["usage: cola SUBCOMMAND [OPTIONS]", "", DESCRIPTION, "", "subcommands:", *lines, "", *examples, "", end])
+    return "\n".join(["usage: cola SUBCOMMAND [OPTIONS]", "", DESCRIPTION, "", "subcommands:", *lines, "", end])
+
+
+def usage(subcommand: str) -> str:
+    """The usage of a LightningCLI subcommand: the main options, in place of a line that lists all of the Trainer's."""
+    width, is_fit = max(map(len, MAIN_OPTIONS)) + 4, subcommand == "fit"
+    lines = list[str]()
+    for option, text in MAIN_OPTIONS.items():
+        if is_fit or option.split()[0].removeprefix("--") in EVALUATION:
+            first = f"  {option}".ljust(width)
+            lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * width, break_on_hyphens=False)
+    return "\n".join([f"cola {subcommand} [OPTIONS]", "", "example:", f"  {EXAMPLES[subcommand]}", "", "main options:", *lines])
+
+
+@functools.cache
+def help_formatter(*, is_evaluation: bool = False) -> "type[DefaultHelpFormatter]":
+    """How ``--help`` is written: without Python types, and with a default only where the text does not name it.
+
+    Args:
+        is_evaluation: whether options of a fit are not shown, which are accepted, because a run's configuration has them.
+    """
+    from jsonargparse import DefaultHelpFormatter
+
+    hidden = TEXTS["of a fit"] if is_evaluation else ()
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        def add_argument(self, action: argparse.Action) -> None:
+            if action.dest not in hidden and action.dest.split(".")[0] not in hidden:
+                super().add_argument(action)
+
+        # Private, but what a formatter overrides: argparse's ArgumentDefaultsHelpFormatter and jsonargparse's do.
+        def _get_help_string(self, action: argparse.Action) -> str:
+            if action.dest in TEXTS["here"]:
+                return str(TEXTS["here"][action.dest])
+            text = re.sub(r"(?::\w+:)?`+(?:~[\w.]+\.)?([^`]+)`+", r"`\1`", action.help or "")  # docstrings' marks for code
+            if action.default is not None:  # the text has Lightning's
+                text = text.removesuffix("\nDefault: `None`.")
+            if action.required:
+                return f"{text} (required)"
+            if "efault:" in text or isinstance(action.default, dict) or action.default in (None, False, [], argparse.SUPPRESS):
+                return text
+            return f"{text} (default: %(default)s)"
+
+    return Formatter
 
 
 def command_parser(command: str, description: str) -> "ArgumentParser":
@@ -70,7 +97,8 @@ def command_parser(command: str, description: str) -> "ArgumentParser":
     return ArgumentParser(
         prog=f"cola {command}",
         description=description,
-        epilog=f"example: {EXAMPLES[command]}",
+        epilog=f"example:\n  {EXAMPLES[command]}",
+        formatter_class=help_formatter(),
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -95,18 +123,6 @@ def read_sources(sources: "Sequence[str | Source]", options: Any, field: str = "
     from cola_lightning.chain.checkpoint import read_chain
 
     return read_chain(sources, options.links, field, options.continues).scaled(options.get("scale") or {})
-
-
-def add_checkpoint(parser: "ArgumentParser", kinds: str) -> None:
-    """Adds the checkpoint of a command, its first argument, and how many of its links are used.
-
-    Args:
-        parser: the command's.
-        kinds: what it may be, for ``--help``.
-    """
-    parser.usage = f"{parser.prog} PATH [OPTIONS]"
-    parser.add_argument("checkpoint", type=Path, metavar="PATH", help=kinds)
-    parser.add_argument("--links", type=int | str | None, metavar="N", help=LINKS)
 
 
 def add_scale(parser: "ArgumentParser") -> None:

@@ -8,17 +8,17 @@ import logging
 import os
 import shlex
 import warnings
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import rich
 import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -28,7 +28,7 @@ from typing_extensions import override
 import cola_lightning.data  # noqa: F401  # gives the command line the data modules' short names
 from cola_lightning import __version__, layout
 from cola_lightning.callbacks.chain_of_lora import ChainOfLoRA, check_strategy
-from cola_lightning.callbacks.command import ChainProgressBar, ConfigSaver, ProgressLines, RunWatch
+from cola_lightning.callbacks.command import ConfigSaver, ProgressLines, RunWatch
 from cola_lightning.callbacks.last_checkpoint import LastCheckpoint
 from cola_lightning.callbacks.prediction_writer import PredictionWriter
 from cola_lightning.callbacks.run_folder import run_folder
@@ -36,16 +36,45 @@ from cola_lightning.chain.chain import number_of_links
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, last_checkpoint_of
 from cola_lightning.chain.report import metrics_table
 from cola_lightning.cli.command_line import CLASSES, as_texts, completed
-from cola_lightning.cli.help import DESCRIPTION, EXAMPLES, LINKS, SUBCOMMANDS, add_scale
+from cola_lightning.cli.help import DESCRIPTION, ELSEWHERE, LINKS, SUBCOMMANDS, TEXTS, add_scale, help_formatter, usage
 from cola_lightning.errors import JSONARGPARSE, Interruption, UserError, nearest, nearest_path
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
 from cola_lightning.module.state import AtomicCheckpointIO, data_facts
 from cola_lightning.runs.facts import option_changes
-from cola_lightning.writing import atomic_file, check_writable
+from cola_lightning.runs.folder import claim, is_claimed
+from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 EPOCHS = 3  # of a fit without a limit: Lightning's default is 1000
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, for which ``--model.help CLASS`` writes options as ``--help`` does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": help_formatter()} | kwargs)
+
+
+class RunSaver(ConfigSaver):
+    """Also claims the run while it trains, by its configuration's file, so that nobody resumes it beside itself."""
+
+    claim: TextIO | None = None
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if not self.already_saved:
+            super().on_train_batch_start(trainer, *args)
+            path = Path(run_folder(trainer), self.config_filename)
+            if trainer.is_global_zero and path.is_file():  # and not at a URL
+                with contextlib.suppress(OSError):  # of a disk without locks
+                    self.claim = claim(path)
+
+    def _release(self, *args: Any, **kwargs: Any) -> None:
+        if self.claim is not None:
+            self.claim.close()
+
+    teardown = on_exception = _release
 
 
 class COLACLI(LightningCLI):
@@ -65,10 +94,8 @@ class COLACLI(LightningCLI):
         self.opened: OpenedCheckpoint | None = None
         # Without allow_abbrev=False, argparse would accept --chain.every_n_epoch as --chain.every_n_epochs.
         strict: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
-        by_command = {
-            name: strict | {"description": SUBCOMMANDS[name], "usage": f"cola {name} [OPTIONS]\n\nexample: {EXAMPLES[name]}"}
-            for name in self.subcommands()
-        }
+        strict["formatter_class"] = help_formatter(is_evaluation=words[:1] != ["fit"])
+        by_command = {name: strict | {"description": SUBCOMMANDS[name], "usage": usage(name)} for name in self.subcommands()}
         super().__init__(
             COLAModule,
             LightningDataModule,
@@ -77,8 +104,9 @@ class COLACLI(LightningCLI):
             # True would build one optimizer for all links; the module builds one for each link.
             auto_configure_optimizers=False,
             seed_everything_default=0,  # as Lightning's own, which it warns of
-            save_config_callback=ConfigSaver,
+            save_config_callback=RunSaver,
             trainer_defaults={"callbacks": [PredictionWriter(), watch]},
+            parser_class=Parser,
             parser_kwargs=strict | by_command | {"prog": "cola", "description": DESCRIPTION, "version": __version__},
         )
 
@@ -106,7 +134,16 @@ class COLACLI(LightningCLI):
             add_scale(parser)
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults({"trainer.gradient_clip_val": 1.0})
+        for name, (title, description) in TEXTS["groups"].items():
+            group = parser.groups[name]  # type: ignore[index]
+            group.title, group.description = title, description if is_fit or name not in TEXTS["of a fit"] else None
         self.options = parser
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser._action_groups[-1].title = "The checkpoint"  # else the first line of the docstring of the Trainer's method
+        return parser
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -151,6 +188,8 @@ class COLACLI(LightningCLI):
             return nearest_path(file[1])
         if not (unknown := JSONARGPARSE["unknown option"].search(message)):
             return ""
+        if here := ELSEWHERE.get(unknown[1].rpartition(".")[2]):
+            return f"; here it is {here}"
         if unknown[1] == "class_path":
             return "; options of a class are inside its init_args"
         classes = CLASSES | dict(JSONARGPARSE["class"].findall(message))
@@ -186,30 +225,40 @@ class COLACLI(LightningCLI):
         if config.ckpt_path == "last":
             root = Path(config.trainer.default_root_dir or os.getcwd()).expanduser()
             folders = [root / "runs", *(Path(args.save_dir) for args in self._save_dirs())]
-            checkpoints = set(root.glob("checkpoints/last.ckpt"))
+            configs = set(root.glob("config.yaml"))
             for folder, run in itertools.product(folders, ("*", "*/*")):  # the first: of a logger without a name
-                checkpoints |= {*folder.glob(f"{run}/checkpoints/last.ckpt")}
-            config.ckpt_path = str(self._newest_of_same_run(checkpoints))
+                configs |= {*folder.glob(f"{run}/config.yaml")}
+            config.ckpt_path = str(self._newest_of_same_run({file.parent: file for file in configs}))
             log.info("ckpt_path: %s", config.ckpt_path)
         is_part = config.links is not None or config.get("scale") is not None  # which Lightning alone would not load
         if config.ckpt_path is not None and (is_part or "://" not in config.ckpt_path):
             self.opened = OpenedCheckpoint.open(config.ckpt_path, "ckpt_path", weights_only=config.weights_only is not False)
             config.ckpt_path = self.opened.path  # of a run's folder, the file in it
+            own = Path(self.opened.path).parent.parent / "config.yaml"
+            if self.subcommand == "fit" and own.is_file() and is_claimed(own):
+                raise UserError(f"ckpt_path: the run in {shortest(own.parent)} is still running. Wait for its end, or stop it")
 
-    def _newest_of_same_run(self, checkpoints: Set[Path]) -> Path:
-        """The newest checkpoint of a run with this command's model, data and chain.
+    def _newest_of_same_run(self, configs: Mapping[Path, Path]) -> Path:
+        """The newest checkpoint of a run with this command's model, data and chain; warns of a newer run that has none.
+
+        Args:
+            configs: the configurations of runs, by their folders.
 
         Raises:
             UserError: if there is none; it names an option in which the newest differs.
         """
         groups, different = {name: self.config_dump[name] for name in ("model", "data", "chain")}, ""
-        for checkpoint in sorted(checkpoints, key=lambda file: file.stat().st_mtime, reverse=True):
-            config = checkpoint.parent.parent / "config.yaml"
-            theirs = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        checkpoints = {folder: folder / "checkpoints" / "last.ckpt" for folder in configs}
+        newest = {folder: file if file.exists() else configs[folder] for folder, file in checkpoints.items()}
+        for folder in sorted(configs, key=lambda folder: newest[folder].stat().st_mtime, reverse=True):
+            theirs = yaml.safe_load(configs[folder].read_text(encoding="utf-8"))
             option = next((name for name, *_ in option_changes(groups, {name: theirs.get(name) for name in groups})), None)
-            if option is None:
-                return checkpoint
-            different = different or f" {checkpoint}, the newest, differs in {option}"
+            if checkpoints[folder].exists():
+                if option is None:
+                    return checkpoints[folder]
+                different = different or f" {checkpoints[folder]}, the newest, differs in {option}"
+            elif option is None and "last" in theirs and not {"verbose", "return_predictions"} & theirs.keys():  # of a fit
+                log.warning("ckpt_path: the newer run %s has no checkpoint", folder)
         raise UserError(f"ckpt_path: no earlier run here has the same options of model, data and chain as this one.{different}")
 
     def _check_links(self) -> None:
@@ -242,8 +291,6 @@ class COLACLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         root = os.path.expanduser(config.default_root_dir or os.getcwd())
         run = Path(self.opened.path).parent.parent if self.opened is not None else Path()
-        check_writable("trainer.default_root_dir", root)
-        self.watch.is_interval_given = config.log_every_n_steps is not None or config.barebones
         if not config.barebones:
             if self.folder is not None:  # before the config's own loggers: the first decides where checkpoints are
                 own = config.logger if isinstance(config.logger, list) else [config.logger]
@@ -255,15 +302,13 @@ class COLACLI(LightningCLI):
             callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
             callbacks = kwargs["callbacks"] = list(filter(None, callbacks))
             if config.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-                callbacks.append(ChainProgressBar() if rich.get_console().is_terminal else ProgressLines())
+                callbacks.append(RichProgressBar() if rich.get_console().is_terminal else ProgressLines())
             if config.enable_checkpointing is not False:
                 callbacks.append(self._get(self.config_init, "last"))
         if config.enable_model_summary is None:  # the module says itself what is trained
             kwargs["enable_model_summary"] = False
         trainer = super().instantiate_trainer(**kwargs)
         check_strategy(trainer.strategy)  # here, too: a forked process could not report it in one line
-        if trainer.loggers and trainer.log_dir is not None:
-            self.watch.expect_folder(trainer.log_dir)
         if self.opened is not None:
             self._continue_metrics(trainer, run)
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # else the user has chosen one
@@ -373,6 +418,5 @@ def train(words: list[str]) -> int:
             with contextlib.suppress(RuntimeError):  # if another process has failed
                 cli.trainer.strategy.barrier()
         finally:
-            watch.remove_empty_folders()
             layout.leave_processes()
     return 0

@@ -268,10 +268,6 @@ class EpochDataModule(LightningDataModule, ABC):
         """
         return {}
 
-    def describe(self) -> list[str]:
-        """At most four lines about the rows after ``setup("fit")``, for people; it costs next to nothing."""
-        return [f"{len(self.train)} rows for training, {len(getattr(self, 'val', []))} for validation"]
-
     def length(self, row: Any) -> int:
         """A row's length; a full evaluation goes from the longest row to the shortest, to reduce padding."""
         return 0

@@ -6,11 +6,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from typing_extensions import override
 
-from cola_lightning.data.labels import ClassReader, class_name, count_classes, find_classes, sorted_labels
+from cola_lightning.data.labels import ClassReader, class_name, find_classes, sorted_labels
 from cola_lightning.data.preprocessing import TokenPreprocessor
 from cola_lightning.data.render import TOO_LONG, TooLong
 from cola_lightning.data.rows import Row, Rows, each
@@ -27,7 +26,7 @@ LABELS = ["label", "labels"]
 class LabelledDataModule(SourceDataModule):
     """Rows with labels, for classifiers.
 
-    Labels are names or whole numbers; with ``data.labels`` or ``model.label_names``, a whole number is a name's index. Without
+    Labels are names or whole numbers; with ``model.label_names``, a whole number is a name's index. Without
     them, they are those of the train split, or of a single file: its class names in their order, else sorted. ``predict`` also
     accepts rows without a label.
 
@@ -35,8 +34,6 @@ class LabelledDataModule(SourceDataModule):
         source: A file, a folder, or the id of a data set on the hub. The parts of a file have the same share of each label.
         subset: Name of a configuration of a data set on the hub.
         label_field: Column with the label. ``null`` uses ``label`` or ``labels``.
-        labels: Classes in the order of the model's outputs, as ``model.label_names``. Rows with other labels are skipped and
-            counted. ``null`` uses the model's or the data's.
         batch_size: Rows in a training batch.
         **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
@@ -54,14 +51,11 @@ class LabelledDataModule(SourceDataModule):
         subset: str | None = None,
         *,
         label_field: str | None = None,
-        labels: list[str] | None = None,
         batch_size: int = 32,
         **rows: Any,
     ) -> None:
         super().__init__(source, subset, batch_size=batch_size, **rows)
-        if labels is not None and len({*labels}) < max(2, len(labels)):
-            raise UserError(f"data.labels: there must be at least 2 different labels, got {labels}")
-        self.label_field, self.labels = label_field, labels
+        self.label_field = label_field
 
     @abstractmethod
     def find_inputs(self, columns: Sequence[str]) -> list[str]:
@@ -74,8 +68,6 @@ class LabelledDataModule(SourceDataModule):
         label = self.label_field or next((name for name in LABELS if name in names), None if has_label else LABELS[0])
         if label is None or (has_label and label not in names):
             raise UserError(f"data.label_field: name one of the columns {listed}{f', got {label}' if label else ''}")
-        if label in rows.lists:
-            raise UserError(f"data.label_field: the column {label!r} holds lists, but a row needs one label")
         self._log_columns(f"{', '.join(inputs)} -> {label}", names, (*inputs, label))
         return inputs, label
 
@@ -85,27 +77,14 @@ class LabelledDataModule(SourceDataModule):
     def setup(self, stage: str) -> None:
         module: Any = self.trainer and self.trainer.lightning_module
         if module is None:
-            self.label_names = self.label_names or self.labels or self._find_classes(stage)
+            self.label_names = self.label_names or self._find_classes(stage)
         else:
             settles = stage == "fit" or getattr(module, "label_names", None) is None
-            if settles and hasattr(module, "settle_labels") and (classes := self.labels or self._find_classes(stage)):
+            if settles and hasattr(module, "settle_labels") and (classes := self._find_classes(stage)):
                 module.settle_labels(classes)
-            names = getattr(module, "label_names", None) or self.labels
-            self.label_names = names or [str(index) for index in range(module.num_labels)]
-            self._are_names_given = self.labels is not None or getattr(module, "are_names_given", True)
-        if self.labels not in (None, [*self.label_names]):
-            raise UserError(f"data.labels: must be the model's labels, {[*self.label_names]}, got {self.labels}")
+            self.label_names = getattr(module, "label_names", None) or [str(index) for index in range(module.num_labels)]
+            self._are_names_given = getattr(module, "are_names_given", True)
         super().setup(stage)
-
-    def _class_counts(self) -> dict[str, int]:
-        """The number of rows of each class in training and validation."""
-        columns = [part.with_format("numpy")["labels"][:] for part in (self.train, self.val) if len(part)]
-        counts = np.bincount(np.concatenate(columns), minlength=len(self.label_names))
-        return dict(zip(self.label_names, counts.tolist(), strict=True))
-
-    @override
-    def describe(self) -> list[str]:
-        return [*super().describe(), count_classes(self._class_counts())]
 
     def _find_classes(self, stage: str) -> list[str]:
         """The classes of the rows to train on: in the order of all sources if it is the same, else sorted."""
@@ -181,7 +160,7 @@ class LabelledTexts(TokenPreprocessor):
 class TextClassificationDataModule(TokenizedDataModule, LabelledDataModule):
     """Labelled texts, or labelled pairs of texts, tokenized for a sequence classifier.
 
-    Labels are names or whole numbers; with ``data.labels`` or ``model.label_names``, a whole number is a name's index. Without
+    Labels are names or whole numbers; with ``model.label_names``, a whole number is a name's index. Without
     them, they are those of the train split, or of a single file: its class names in their order, else sorted. ``predict`` also
     accepts rows without a label.
 
@@ -192,8 +171,6 @@ class TextClassificationDataModule(TokenizedDataModule, LabelledDataModule):
         text_fields: the column with the text, or a list of two with a pair of texts; ``null``: found by their names:
             ``premise`` and ``hypothesis``, ``sentence1`` and ``sentence2``, ``text``, ``sentence``, and so on.
         label_field: the column with the label; ``null``: ``label`` or ``labels``.
-        labels: the classes in the order of the model's outputs, as ``model.label_names``; rows with other labels are skipped
-            and counted. ``null``: the model's or the data's.
         max_length: maximum length of a sequence, in tokens; the model's own limit also applies. A longer text is truncated on
             the right.
         **labelled: the other arguments of ``SourceDataModule``: how rows are split and batched.

@@ -41,12 +41,10 @@ class Reading:
     Attributes:
         kind: a conversation, a prompt with its response, or a text.
         columns: the column in each slot.
-        others: columns that could have been used instead, with the slot of each.
     """
 
     kind: Kind
     columns: Columns
-    others: Columns
 
     def __str__(self) -> str:
         """Which columns are used, for the log."""
@@ -54,8 +52,7 @@ class Reading:
         inputs = [name for slot, name in self.columns.items() if slot not in (*answers, *others)]
         answer = " over ".join(self.columns[slot] for slot in answers if slot in self.columns)
         text = " -> ".join(filter(None, [", ".join(inputs), answer]))
-        text += "".join(f", {slot}: {self.columns[slot]}" for slot in others if slot in self.columns)
-        return text + "".join(f" (or {as_option(self.columns | {slot: name})})" for name, slot in self.others.items())
+        return text + "".join(f", {slot}: {self.columns[slot]}" for slot in others if slot in self.columns)
 
 
 def as_option(columns: Columns) -> str:
@@ -96,7 +93,7 @@ def find_columns(
     if len(conversations) > 1:
         raise _ambiguous(conversations)
     if conversations:
-        return Reading("messages", conversations[0] | extra, {})
+        return Reading("messages", conversations[0] | extra)
     texts = [name for name in names if name not in lists]
     answers = {prompt: [name for name in usual if name in texts] for prompt, usual in ANSWERS.items() if prompt in texts}
     answered = [prompt for prompt, responses in answers.items() if responses]
@@ -111,10 +108,9 @@ def find_columns(
     if answered or (answers and not has_response):
         if responses:
             (used["response"],) = responses
-        others = {name: "prompt" for name in answered if name not in used.values()} | dict.fromkeys(inputs[1:], "input")
-        return Reading("prompt", used | extra, others)
+        return Reading("prompt", used | extra)
     if "text" in texts and "role" not in names:  # each row of a tree of messages is a turn
-        return Reading("text", {"text": "text"}, {})
+        return Reading("text", {"text": "text"})
     raise _nothing_fits(names)
 
 
@@ -135,16 +131,13 @@ def _nothing_fits(names: Sequence[str]) -> UserError:
     if pair := _preferred_and_rejected(names):
         return UserError(
             f"data.columns: {' and '.join(pair)} are preference pairs. To train on them, use COLAPreferenceLM with "
-            f"PreferenceDataModule (--model COLAPreferenceLM --data PreferenceDataModule). To train on {pair[0]} alone, name "
-            f"columns: --data.columns '{{prompt: COLUMN, response: {pair[0]}}}', or {{messages: {pair[0]}}} if it holds whole "
-            "conversations"
+            f"PreferenceDataModule. To train on {pair[0]} alone, name columns: --data.columns '{{prompt: COLUMN, response: "
+            f"{pair[0]}}}', or '{{messages: {pair[0]}}}' if it holds whole conversations"
         )
     return UserError(
         f"data.columns: found no conversation, no prompt with a response and no text among the columns {', '.join(names)}. "
-        "Name them: --data.columns '{prompt: COLUMN, response: COLUMN}'. For texts with labels, choose: a classifier with a "
-        "new head (--model COLASequenceClassifier --data TextClassificationDataModule, with --data.text_fields and "
-        "--data.label_field), or a language model that picks an option (--data TemplateDataModule, with --data.prompt, "
-        "--data.options and --data.label)"
+        "Name them: --data.columns '{prompt: COLUMN, response: COLUMN}'. For texts with labels, use --model "
+        "COLASequenceClassifier, which trains a new head, or --data TemplateDataModule, which picks an option"
     )
 
 
@@ -166,8 +159,8 @@ def _chosen_columns(names: Sequence[str], lists: Collection[str], chosen: Mappin
     if len(kinds) != 1 or (kinds == ["prompt"] and has_response and "response" not in chosen):
         raise UserError(f"data.columns: name messages, prompt and response, or text; got {', '.join(chosen) or 'none'}")
     if "response" in chosen and chosen.get("prompt") in lists:  # turns, and the turns that follow them
-        return Reading("messages", {"completion" if slot == "response" else slot: name for slot, name in chosen.items()}, {})
-    return Reading(kinds[0], dict(chosen), {})
+        return Reading("messages", {"completion" if slot == "response" else slot: name for slot, name in chosen.items()})
+    return Reading(kinds[0], dict(chosen))
 
 
 # ---------------------------------------------------------------------- preferences
@@ -191,7 +184,6 @@ def find_pairs(names: Sequence[str], lists: Collection[str], chosen: Mapping[str
         >>> str(find_pairs(["system", "question", "chosen", "rejected"], [], None))
         'question -> chosen over rejected, system: system'
     """
-    others = Columns()
     if chosen is not None:
         _check_named(names, chosen, PAIR_SLOTS)
         if not {"chosen", "rejected"} <= chosen.keys():
@@ -204,19 +196,14 @@ def find_pairs(names: Sequence[str], lists: Collection[str], chosen: Mapping[str
         columns |= {"chosen": pair[0], "rejected": pair[1]}
         if prompts or pair[0] in lists:
             columns |= _extra(names)
-        if pair[0] not in lists:
-            others = {name: "prompt" for name in prompts[1:] if name not in columns.values()}
     else:
-        example = dict(zip(("prompt", "chosen", "rejected"), [*names, *("...",) * 3][:3], strict=True))
-        labels = [name for name in UNPAIRED if name in names]
-        unpaired = f" {', '.join(labels)} of single responses (KTO) makes no pairs." * bool(labels)
         raise UserError(
-            f"data.columns: found no preference pairs among the columns {', '.join(names)}.{unpaired} A row needs a "
-            "preferred and a rejected response, such as chosen and rejected, and their prompt. Name them, for example "
-            f"{as_option(example)}. For rows with one response, use COLACausalLM with TextDataModule"
+            f"data.columns: found no preference pairs among the columns {', '.join(names)}. Name the prompt, the preferred and "
+            "the rejected response: --data.columns '{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'. For rows with one "
+            "response, use COLACausalLM with TextDataModule"
         )
     has_turns = columns["chosen"] in lists or columns.get("prompt") in lists
-    return Reading("messages" if has_turns else "prompt", columns, others)
+    return Reading("messages" if has_turns else "prompt", columns)
 
 
 def check_unpaired(reading: Reading, booleans: Collection[str]) -> None:

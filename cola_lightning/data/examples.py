@@ -1,20 +1,16 @@
 """Rows with options or a generated answer: their tokens and batches, their preprocessor, and their data modules' base."""
 
 import itertools
-import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from typing_extensions import override
 
 from cola_lightning.chat_template import ChatTemplate, Conversation, user_turn
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
-from cola_lightning.data.base import EpochDataModule
 from cola_lightning.data.batch import pad_left
-from cola_lightning.data.labels import count_classes
 from cola_lightning.data.preprocessing import Size, TokenPreprocessor
 from cola_lightning.data.render import TOO_LONG, TooLong, encode_prompt, room_for_prompt, tokenize
 from cola_lightning.data.rows import Row, each, together
@@ -32,7 +28,6 @@ class Example:
         options: appended to the prompt, without spaces at their ends; if the answer is generated: the answer that is trained
             on, or none if it is not known.
         answer: the index of the right option; None if it is not known, as in rows to be predicted.
-        place: where the row is from, for messages.
         accepted: indices of all options that count as right, if there are several.
         references: if the answer is generated: the answers it is compared with.
 
@@ -44,7 +39,6 @@ class Example:
     prompt: str
     options: tuple[str, ...]
     answer: int | None
-    place: str = "an example"
     accepted: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
 
@@ -59,11 +53,11 @@ class Example:
         return replace(self, options=(self.options[self.answer],), answer=0, accepted=(), references=())
 
 
-def generated(row: Row, prompt: str, answers: tuple[str, ...], delimiter: str = " ") -> Example:
+def generated(prompt: str, answers: tuple[str, ...], delimiter: str = " ") -> Example:
     """A prompt whose answer is generated, and compared with each of the given answers, if any; the first is trained on."""
     if not answers:
-        return Example(prompt, (), None, row.place)
-    return Example(prompt, (f"{delimiter}{answers[0]}\n",), 0, row.place, references=answers)
+        return Example(prompt, (), None)
+    return Example(prompt, (f"{delimiter}{answers[0]}\n",), 0, references=answers)
 
 
 @dataclass(frozen=True)
@@ -204,11 +198,9 @@ def collate_options(
     batch: dict[str, Any] = {"loss": loss} | ({"metric": metric} if metric else {})
     batch |= {"prompt": [row.example.prompt for row in rows], "options": [list(row.example.options) for row in rows]}
     if rows[0].example.is_generated:
-        generated = [row for row in rows if row.prompt_ids]  # the first ones
-        batch["references"] = [list(row.example.references) for row in generated]
-        if generated:
-            batch["prompt_ids"] = pad_left([row.prompt_ids for row in generated], pad)
-            batch["prompt_mask"] = pad_left([[1] * len(row.prompt_ids) for row in generated], 0)
+        batch["references"] = [list(row.example.references) for row in rows]
+        batch["prompt_ids"] = pad_left([row.prompt_ids for row in rows], pad)
+        batch["prompt_mask"] = pad_left([[1] * len(row.prompt_ids) for row in rows], 0)
     if not all(row.prefixes for row in rows):  # the answers are unknown and will be generated
         return batch
     prefixes = [prefix for row in rows for prefix in row.prefixes]
@@ -242,6 +234,8 @@ class OptionRows(TokenPreprocessor):
         is_chat: whether prompts are a user's turn in the tokenizer's chat template.
         is_trained: whether these are training rows, of which the language-model loss needs the right option alone.
         too_long: whether to shorten or to skip a longer prompt or answer.
+        templates: the prompt, and the options (or the name of the field that lists them), with a row's fields in braces; None
+            for what is not made from a template.
         seen: the different options of the rows so far; None: of those whose answer is generated.
     """
 
@@ -251,6 +245,7 @@ class OptionRows(TokenPreprocessor):
     is_chat: bool = False
     is_trained: bool = False
     too_long: TooLong = "shorten"
+    templates: tuple[str | None, list[str] | str | None] = (None, None)
     seen: set[tuple[str, ...] | None] = field(default_factory=set)
 
     @override
@@ -272,59 +267,13 @@ class OptionRows(TokenPreprocessor):
     def collate(self, examples: list[EncodedExample]) -> dict[str, Any]:
         return collate_options(examples, self.tokenizer.pad_token_id, self.loss, self.metric)
 
-
-# ---------------------------------------------------------------------- data modules
-
-
-class OptionBatches(EpochDataModule):
-    """Base class of data modules whose rows are examples.
-
-    Attributes:
-        preprocessor: that of the examples.
-        generate_rows: how many validation rows' answers a fit generates, if its module generates any; None: all.
-        templates: the prompt, and the options (or the name of the field that lists them), with a row's fields in braces; None
-            for what is not made from a template.
-    """
-
-    preprocessor: Any = None
-    generate_rows: int | None = None
-    templates: tuple[str | None, list[str] | str | None] = (None, None)
-
-    @override
-    def val_dataloader(self) -> Any:
-        trainer, n_rows = self.trainer, self.generate_rows
-        if n_rows is None or not self.val or trainer is None or trainer.state.fn != "fit":
-            return super().val_dataloader()
-        if not getattr(trainer.lightning_module, "generate_in_validation", False):
-            return super().val_dataloader()
-        n_processes, _ = self._processes  # which take turns: each generates equally many, in its first batches
-        n_generated = max(1, min(n_rows, len(self.val)) // n_processes) * n_processes
-        generated = set(random.Random(self.split_seed).sample(range(len(self.val)), min(n_generated, len(self.val))))
-        rows = [row if place in generated else replace(row, prompt_ids=[]) for place, row in enumerate(self.val)]
-        order = sorted(self._evaluation_order(rows, "limit_val_batches"), key=lambda place: place not in generated)
-        repeated = order[: -len(rows) % n_processes]  # as a sampler would, but without their answers
-        order += range(len(rows), len(rows) + len(repeated))
-        rows += [replace(rows[place], prompt_ids=[]) for place in repeated]
-        return self._loader(rows, self.eval_batch_size, order)
-
     @property
-    @override
-    def prompt_format(self) -> dict[str, Any]:
-        if not (seen := self.preprocessor.seen if self.preprocessor else ()):
-            return {}
-        (prompt, options), is_chat = self.templates, self.preprocessor.is_chat
-        if None in seen:
-            return {"kind": "answer", "chat_template": is_chat, "prompt": prompt}
-        if options is None and len(seen) == 1:
-            options = [option.replace("{", "{{").replace("}", "}}") for some in seen for option in some]
-        return {"kind": "options", "chat_template": is_chat, "prompt": prompt, "options": options}
-
-    @override
-    def describe(self) -> list[str]:
-        seen = self.preprocessor.seen
-        if len(seen) != 1 or None in seen:
-            return super().describe()
-        rows = [row.example for row in (*self.train, *self.val)]
-        counts = Counter(row.options[cast(int, row.answer)].strip() for row in rows)
-        options = [option.strip() for some in seen for option in some]
-        return [*super().describe(), count_classes({option: counts[option] for option in options})]
+    def prompt_format(self) -> dict[str, Any]:  # type: ignore[override]
+        """See :attr:`~cola_lightning.EpochDataModule.prompt_format`; empty before rows are encoded."""
+        prompt, options = self.templates
+        if None in self.seen:
+            return {"kind": "answer", "chat_template": self.is_chat, "prompt": prompt}
+        if options is None and len(self.seen) == 1:
+            options = [option.replace("{", "{{").replace("}", "}}") for some in self.seen for option in some or ()]
+        known = {"kind": "options", "chat_template": self.is_chat, "prompt": prompt, "options": options}
+        return known if self.seen else {}

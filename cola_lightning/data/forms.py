@@ -51,7 +51,8 @@ def conversation(row: Row, columns: Columns, loss: str = "all") -> Conversation:
 def question(row: Row, kind: Kind, columns: Columns) -> tuple[Conversation, str | None]:
     """The turns that are to be answered, and the answer that the row has; None if it has none."""
     if "chosen" in columns:
-        return _preference_question(row, kind, columns)
+        pair = preference(row, kind, columns)
+        return pair.prompt, text_of(pair.chosen[0]["content"]).strip()
     if kind == "text":
         return Conversation(user_turn(row.text(columns["text"]))), None
     if kind == "prompt":
@@ -263,20 +264,6 @@ def preference(row: Row, kind: Kind, columns: Columns) -> PreferencePair:
     if not any(turn["role"] == "user" for turn in chosen[:n]):
         raise UnusableRow("no prompt")
     return PreferencePair(Conversation(chosen[:n], _tools(row, columns), (), is_marked), chosen[n:], rejected[n:])
-
-
-def _preference_question(row: Row, kind: Kind, columns: Columns) -> tuple[Conversation, str | None]:
-    """The prompt of a row of pairs, whose responses may be missing; the target is the preferred one."""
-    if kind == "prompt" and "prompt" in columns:
-        return question(row, kind, {"response" if slot == "chosen" else slot: name for slot, name in columns.items()})
-    (chosen, is_marked), (rejected, _) = (_answered(row, kind, columns, side) for side in SIDES)
-    n = _n_shared(chosen, rejected)
-    if not n or n == len(chosen) or chosen[n]["role"] != "assistant":
-        n = len(chosen) - bool(chosen and chosen[-1]["role"] == "assistant")
-    if not n:
-        raise UnusableRow("no turn to answer")
-    target = text_of(chosen[n]["content"]).strip() if n < len(chosen) else None
-    return Conversation(chosen[:n], _tools(row, columns), (), is_marked), target
 
 
 def _answered(row: Row, kind: Kind, columns: Columns, side: str) -> tuple[list[Message], bool]:

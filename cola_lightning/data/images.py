@@ -20,7 +20,7 @@ from cola_lightning.data.classification import LABELS, LabelledDataModule
 from cola_lightning.data.labels import ClassReader, sorted_labels
 from cola_lightning.data.preprocessing import Preprocessor, Size
 from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import Row, Rows, progress_bar_if
+from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import VALIDATION_SPLITS, Source
 from cola_lightning.data.splits import Splits, folder_hash, paths_inside
 from cola_lightning.errors import UnusableRow, UserError
@@ -224,18 +224,12 @@ def _folders_by_split(source: str, train_split: str, names: set[str | None]) -> 
         return {}
     if next(_pictures([folder]), None) is None:
         return {}
-    inside = folder
-    while True:
-        folders = [path for path in sorted(inside.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-        by_name = {SPLIT_NAMES.get(path.name.lower(), path.name.lower()): path for path in folders}
-        by_name |= {path.name: path for path in folders if path.name in names}
-        splits = {name: path for name, path in by_name.items() if name in names}
-        has_classes = train_split in splits and any(path.is_dir() for path in splits[train_split].iterdir())
-        if has_classes or (splits and len(splits) == len(folders)):
-            return splits
-        if len(folders) != 1:
-            return {train_split: folder}
-        (inside,) = folders
+    folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    by_name = {SPLIT_NAMES.get(path.name.lower(), path.name.lower()): path for path in folders}
+    by_name |= {path.name: path for path in folders if path.name in names}
+    splits = {name: path for name, path in by_name.items() if name in names}
+    has_classes = train_split in splits and any(path.is_dir() for path in splits[train_split].iterdir())
+    return splits if has_classes or (splits and len(splits) == len(folders)) else {train_split: folder}
 
 
 def _pictures(folders: Iterable[Path]) -> Iterator[tuple[Path, str | None]]:
@@ -262,8 +256,8 @@ def _listing(folder: Path, classes: list[str], place: str) -> Callable[[], Rows]
         columns: dict[str, Any] = {"image": datasets.Image(decode=False)}
         columns |= {LABELS[0]: datasets.ClassLabel(names=classes)} if classes else {}
         listed = [(_as_text(path.absolute()), label) for path, label in _pictures([folder])]
-        with progress_bar_if(False):  # in a file, and not in memory, so that what is made of it is cached
-            data = datasets.Dataset.from_generator(_rows, datasets.Features(columns), gen_kwargs={"listed": listed})
+        # In a file, and not in memory, so that what is made of it is cached.
+        data = datasets.Dataset.from_generator(_rows, datasets.Features(columns), gen_kwargs={"listed": listed})
         return Rows(data, place, lambda: [folder_hash(folder)])
 
     return read

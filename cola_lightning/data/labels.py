@@ -9,8 +9,6 @@ from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
-CLASSES_SHOWN = 10
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -216,17 +214,7 @@ def find_classes(rows: Rows, field: str) -> list[str]:
     else:
         values = rows.data.unique(field)
     found = each(lambda value: class_name(Row({field: value}, rows.place), field), values)
-    classes = {name for name in found if isinstance(name, str)}
-    if classes == {"1"}:  # of the labels -1 and 1, both are classes
-        classes |= {"-1"}.intersection(str(plain_label(value)) for value in values)
-    return sorted_labels(classes)
-
-
-def count_classes(counts: Mapping[str, int]) -> str:
-    """A line with the number of rows of each class."""
-    shown = [f"{shortened_text(name)} {n_rows:,}" for name, n_rows in counts.items()][:CLASSES_SHOWN]
-    more = [f"and {len(counts) - len(shown):,} more"] * (len(counts) > len(shown))
-    return f"classes: {', '.join(shown + more)}"
+    return sorted_labels({name for name in found if isinstance(name, str)})
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:

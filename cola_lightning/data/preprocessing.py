@@ -30,12 +30,11 @@ from typing_extensions import override
 
 from cola_lightning import __version__
 from cola_lightning.data.report import RowReport
-from cola_lightning.data.rows import Row, Rows, each, progress_bar_if, together
+from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.errors import UnusableRow
 
 ENCODING = 7  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 ENCODED_TOGETHER = 1_000  # rows
-WORTH_A_BAR = 20_000  # rows, whose preparation takes seconds
 
 
 class Size(NamedTuple):
@@ -202,18 +201,17 @@ def _mapped(rows: Rows, preprocessor: Preprocessor, features: Mapping[str, Any],
     known = repr((identity or os.urandom(16), sorted(stored.items()), files)).encode()
     fingerprint = hashlib.sha256(known + rows.numbers.tobytes()).hexdigest()[:32]
     file = None if identity else f"{get_temporary_cache_files_directory()}/{fingerprint}.arrow"  # deleted at the end
-    with progress_bar_if(len(rows) >= WORTH_A_BAR):
-        return rows.data.map(
-            examples_of,
-            batched=True,
-            with_indices=True,
-            new_fingerprint=fingerprint,
-            cache_file_name=file,
-            num_proc=num_proc,
-            desc=f"{rows.place}: preparing rows",
-            remove_columns=rows.columns,
-            features=datasets.Features({name: _feature(kind) for name, kind in stored.items()}),
-        )
+    return rows.data.map(
+        examples_of,
+        batched=True,
+        with_indices=True,
+        new_fingerprint=fingerprint,
+        cache_file_name=file,
+        num_proc=num_proc,
+        desc=f"{rows.place}: preparing rows",
+        remove_columns=rows.columns,
+        features=datasets.Features({name: _feature(kind) for name, kind in stored.items()}),
+    )
 
 
 def identity_of_tokenizer(tokenizer: Any) -> str | None:

@@ -18,12 +18,12 @@ class RowReport:
         n_tokens: the tokens that are used; 0 if rows have none.
         n_trained: how many of these tokens have a loss; 0 if they have none, as in classification.
         skipped: for each reason why rows were skipped, their number and the place of the first one.
-        unusable: the reason for each skipped row, by the row's index; empty for a stream.
+        unusable: the reason for each skipped row, by the row's index.
         notes: what else the log should say about these rows, each line once.
 
     Example:
         >>> report = RowReport(n_rows=52_002, n_shortened=37, n_lost=1_203, n_tokens=11_200_000, n_trained=4_100_000)
-        >>> report.skip("no response", "alpaca, row 12083 (counted from 0)")
+        >>> report.skip("no response", "alpaca, row 12083 (counted from 0)", 12083)
         >>> print(report)  # doctest: +NORMALIZE_WHITESPACE
         52,002 rows: 1 skipped (no response: alpaca, row 12083 (counted from 0)), 37 shortened by 1,203 tokens;
         11.2 M tokens, 4.1 M of them trained
@@ -38,18 +38,17 @@ class RowReport:
     unusable: dict[int, str] = field(default_factory=dict)
     notes: set[str] = field(default_factory=set)
 
-    def skip(self, reason: str, place: str, index: int | None = None) -> None:
+    def skip(self, reason: str, place: str, index: int) -> None:
         """Counts a row that was skipped.
 
         Args:
             reason: why.
             place: where the row is, for messages.
-            index: the row's index; None: of a stream.
+            index: the row's index.
         """
         n_before, first = self.skipped.get(reason, (0, place))
         self.skipped[reason] = n_before + 1, first
-        if index is not None:
-            self.unusable[index] = reason
+        self.unusable[index] = reason
 
     def __iadd__(self, other: "RowReport") -> "RowReport":
         """Adds the counts of other rows, which follow these."""
@@ -73,18 +72,16 @@ class RowReport:
         others = [f"{len(ordered) - REASONS_SHOWN} other reasons"] * (len(ordered) > REASONS_SHOWN)
         return "; ".join(counts[:REASONS_SHOWN] + others)
 
-    def check(self, max_skipped: float, expected: str | None = None) -> None:
+    def check(self, max_skipped: float) -> None:
         """Refuses rows of which too many were skipped: most likely their columns mean something else.
 
         Args:
             max_skipped: the largest share of the rows that may be skipped; one row may be skipped anyway, unless this is 0.
-            expected: a reason that does not count, because the user asked for it.
 
         Raises:
             UserError: if more were skipped; it lists the reasons.
         """
-        n_expected, _ = self.skipped.get(expected or "", (0, ""))
-        if self.n_skipped - n_expected > max(max_skipped * self.n_rows, max_skipped > 0):
+        if self.n_skipped > max(max_skipped * self.n_rows, max_skipped > 0):
             limit = f", more than data.max_skipped {max_skipped:g} allows" if max_skipped else ""
             raise UserError(f"{self.n_skipped:,} of {self.n_rows:,} rows cannot be used{limit} ({self.reasons()})")
 

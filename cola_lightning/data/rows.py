@@ -3,7 +3,6 @@
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,12 +52,6 @@ class Row(dict[str, Any]):
     def text(self, field: str) -> str:
         """A field that holds text."""
         return self._typed(field, str, "text")
-
-    def words(self, field: str) -> str:
-        """A field that holds text that is not blank."""
-        if not (text := self.text(field)).strip():
-            raise UnusableRow("no text")
-        return text
 
     def texts(self, field: str) -> tuple[str, ...]:
         """A field that holds a list of at least one text."""
@@ -192,18 +185,3 @@ def together(make: Callable[[list[S]], Iterable[T]], items: Sequence[S | Unusabl
     """The results of a function that takes all usable items at once; the reasons among the items stay in their places."""
     results = iter(make([item for item in items if not isinstance(item, UnusableRow)]))
     return [item if isinstance(item, UnusableRow) else next(results) for item in items]
-
-
-@contextmanager
-def progress_bar_if(is_shown: bool) -> Iterator[None]:
-    """Inside the block: the progress bars of ``datasets``, or none."""
-    import datasets
-
-    are_on = not datasets.are_progress_bars_disabled()
-    if not is_shown:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if are_on:
-            datasets.enable_progress_bars()

@@ -28,7 +28,7 @@ from cola_lightning.data.split import (
     find_record,
 )
 from cola_lightning.data.splits import Splits, TextUnit, choose_split, files_identity, is_file, is_on_hub, load_splits
-from cola_lightning.errors import UserError, shortened_text
+from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,6 @@ class SourceDataModule(EpochDataModule):
         self._held_out: list[dict[str, Any] | None] = []
         self._held_out_at_setup = self._held_out
         self._logged: set[str] = set()
-        self._sizes = list[str]()  # of the parts, by source
 
     # ------------------------------------------------------------------ sources
 
@@ -215,15 +214,13 @@ class SourceDataModule(EpochDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.identity  # noqa: B018  # computed here: a file may change during the run
-        self._sizes.clear()
         parts, total = self.parts(stage), RowReport()
         for part in reversed(STAGE_PARTS.get(stage, ["test"])):
             if not parts.get(part) and stage == "fit" and part != "train":
                 setattr(self, part, [])
                 continue
             if not parts.get(part):
-                advice = "Set it in the fit, or use `cola validate`" if part == "test" else "Set it above 0 in the fit"
-                advice += ". With 1.0 all rows are used, also those that were trained on"
+                advice = "Set it above 0 in the fit. With 1.0 all rows are used, also those that were trained on"
                 raise UserError(f"data.{part}_size: {self.source!r} has no {PURPOSES[part]} rows. {advice}.")
             purpose = "predict" if stage == "predict" else part
             preprocessors = [self.preprocessor_of(rows, purpose) for rows in parts[part]]
@@ -246,7 +243,7 @@ class SourceDataModule(EpochDataModule):
             rows = [[*some.contents(), hashlib.sha256(some.numbers.tobytes()).hexdigest()] for some in parts["train"]]
             self.rows_hash = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
         if stage != "predict":  # of all parts together: one of few rows may have more by chance
-            self.check_skipped(total)
+            total.check(self.max_skipped)
             return
         if total.skipped and not self.writes_predictions:  # those that are returned have no index
             raise UserError(
@@ -257,10 +254,6 @@ class SourceDataModule(EpochDataModule):
         self.unpredicted = total.unusable
         self._indices = [index for index in range(len(self._rows_of_predict)) if index not in total.unusable]
         assert len(self._indices) == len(self.test), "a row to be predicted has one example, or a reason"
-
-    def check_skipped(self, report: RowReport) -> None:
-        """Refuses rows of which more were skipped than ``max_skipped`` allows."""
-        report.check(self.max_skipped)
 
     def parts(self, stage: str) -> dict[str, list[Rows]]:
         """The rows of each source that a stage needs, if there are any: ``train`` and ``val``, ``val``, or ``test``."""
@@ -345,15 +338,8 @@ class SourceDataModule(EpochDataModule):
         counts = [f"{len(some)}{' rows' * (part == 'train')} for {PURPOSES[part]}" for part, some in parts.items()]
         lines = [f"{rows.place}: {', '.join(counts)}{how}"]
         lines += [f"{some.place}: {len(some)} of {len(some.split)} for {PURPOSES[part]}" for part, some in others.items()]
-        self._sizes.append("; ".join(lines))
-        self._log(self._sizes[-1])
+        self._log("; ".join(lines))
         return parts
-
-    @override
-    def describe(self) -> list[str]:
-        report, sizes = self._report, shortened_text("; ".join(self._sizes), 200)
-        skipped = f"{report.n_skipped:,} of {report.n_rows:,} rows skipped: {shortened_text(report.reasons(), 200)}"
-        return [sizes, skipped] if report.skipped else [sizes]
 
     def indices_of(self, places: Sequence[int]) -> list[int]:
         """The indices, among all rows that predict reads, of rows that it can use, by their places among those."""

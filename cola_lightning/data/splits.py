@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cola_lightning import hub
-from cola_lightning.data.rows import Rows, progress_bar_if
+from cola_lightning.data.rows import Rows
 from cola_lightning.errors import UserError, causes, nearest_path, one_line
-from cola_lightning.writing import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +28,10 @@ READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 READERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
 COMPRESSIONS = (".gz", ".zst")
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # in a folder of DatasetDict.save_to_disk, or of Dataset.save_to_disk
-SHARD = re.compile(r"-\d+-of-(\d+)$")  # the end of the name of a file that has a part of a split
+SHARD = re.compile(r"-\d+-of-\d+$")  # the end of the name of a file that has a part of a split
 WORDS = "train|training|val|valid|validation|dev|development|eval|evaluation|test|testing"
 SPLIT = re.compile(rf"(?<![a-z])({WORDS})(?![a-z])")  # in a file's name, which then says its split
 FILES_READ = 100  # at most, of a folder of pictures: all of them may be many gigabytes
-WORTH_A_BAR_BYTES = 10**8  # of files, whose preparation takes seconds
 
 
 # ---------------------------------------------------------------------- a source and its splits
@@ -148,18 +146,14 @@ def hashes_of(files: Sequence[Path]) -> list[str]:
 
 
 def hash_of_file(file: Path) -> str:
-    """The SHA-256 of a file. It is computed once and stored: each process of a run, and the next run, asks for it again."""
-    import datasets
+    """The SHA-256 of a file, which is computed once as long as the file stays as it is."""
+    return _hash(file, file.stat().st_size, file.stat().st_mtime_ns)
 
-    facts = str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns
-    stored = Path(datasets.config.HF_DATASETS_CACHE, "hashes", hashlib.sha256(repr(facts).encode()).hexdigest())
-    if not stored.exists():
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(stored, is_shared=True) as partial:
-            partial.write_text(digest)
-    return stored.read_text()
+
+@functools.cache
+def _hash(file: Path, *_: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------- files
@@ -185,20 +179,13 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
 
     A folder's only file, such as ``metadata.csv`` or ``data.jsonl``, is ``train``, unless its name says another split.
     """
-    files, numbers = dict[str, list[Path]](), dict[str, int]()
+    files = dict[str, list[Path]]()
     for path in sorted(folder.iterdir()):
         if path.is_file() and (ending := _ending(path.name)) is not None:
             name = path.name[: path.name.lower().rindex(ending)].lower()
             files.setdefault(SHARD.sub("", name), []).append(path)
-            if shard := SHARD.search(name):
-                numbers[SHARD.sub("", name)] = int(shard[1])
     if not files:
         raise UserError(f"data.source: the folder {str(folder)!r} has no file such as train.csv or train.jsonl")
-    for split, n in numbers.items():
-        if len(files[split]) != n:
-            raise UserError(
-                f"data.source: {split} in {str(folder)!r} has {n} files by their names, but {len(files[split])} are there"
-            )
     (name, *others) = files
     return {"train": files[name]} if not others and SPLIT.search(name) is None else files
 
@@ -221,9 +208,8 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
     if ending is None or others:
         examples = " and ".join(repr(str(file)) for file in [files[0], *others[:1]])
         raise UserError(f"data.source: all files must have the same ending, one of {', '.join(READERS)}, got {examples}")
-    n_bytes = sum(file.stat().st_size for file in files)
     try:
-        with warnings.catch_warnings(), progress_bar_if(n_bytes > WORTH_A_BAR_BYTES):
+        with warnings.catch_warnings():
             warnings.simplefilter("error", ParserWarning)  # of cells without a column, which pandas drops
             options = {"sample_by": "document" if text_unit == "file" else text_unit} if ending == ".txt" else {}
             if READERS[ending] == "csv":
@@ -232,33 +218,13 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
             rows = read([glob.escape(str(file)) for file in files], **options)  # datasets takes names for patterns
             if ending == ".txt":
                 rows = rows.map(_texts, batched=True)
-                if text_unit == "paragraph" and len(rows) == 1 and "\n" in rows[0]["text"]:
-                    log.info("%s is one paragraph, so each line is a row; data.text_unit file makes it one", files[0].name)
-                    return _read(files, "line")
             if READERS[ending] == "json":
                 rows.data.validate(full=True)  # Arrow does not ask for UTF-8 when it reads
     except (datasets.exceptions.DatasetsError, OSError, EOFError, ValueError, RuntimeError, TypeError, StopIteration) as error:
         *_, innermost = causes(error)
-        reason = _reason(files, ending) or one_line(str(innermost)) or "it is empty"
+        reason = one_line(str(innermost)) or "it is empty"
         raise UserError(f"data.source: {str(files[0])!r} cannot be read: {reason}") from error
     return _as_written(rows, files) if READERS[ending] == "json" else rows
-
-
-def _reason(files: Sequence[Path], ending: str) -> str | None:
-    """Why files of text cannot be read, where the readers' own messages do not say it: the first line that is not right."""
-    for file in files if READERS[ending] != "parquet" else ():
-        number = 0
-        try:
-            with _lines(file) as lines:
-                for line in lines:
-                    number += 1
-                    if ending in (".jsonl", ".ndjson") and line.strip():
-                        json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError, EOFError) as error:
-            return f"line {number + isinstance(error, UnicodeDecodeError | EOFError)} of {file.name}: {one_line(str(error))}"
-        if number < 2 and READERS[ending] == "csv":
-            return f"{file.name} has no rows"
-    return None
 
 
 def _as_written(rows: Any, files: Sequence[Path]) -> Any:
@@ -314,12 +280,9 @@ def _csv_options(files: Sequence[Path], sep: str) -> dict[str, Any]:
     """All values are text, not numbers, dates or "NA"; an empty cell is null. In a TSV, a quote may be part of the text."""
     import datasets
 
-    wrong = next(filter(None, (_wrong_quote(file, sep) for file in files)), None)
-    has_quotes = wrong is None or sep == ","
+    has_quotes = sep == "," or all(map(_has_quoted_cells, files))
     with _lines(files[0]) as lines:
         names = next(csv.reader(lines, delimiter=sep, quoting=csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE))
-    if wrong is not None and has_quotes:
-        log.warning("data.source: %s. Rows up to the next quote are read as one", wrong)
     if len({*names}) < len(names):  # pandas renames them
         raise ValueError(f"columns of the same name, {', '.join(names)}")
     # A column without a name, as that of the index that pandas writes, gets the name that pandas gives it.
@@ -337,19 +300,14 @@ def _lines(file: Path) -> Any:
     return fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="")
 
 
-def _wrong_quote(file: Path, sep: str) -> str | None:
-    """Where a cell begins with a double quote that does not enclose it; None if all do."""
+def _has_quoted_cells(file: Path) -> bool:
+    """Whether each double quote at the beginning of a cell of a TSV encloses the cell."""
     csv.field_size_limit(sys.maxsize)
     with _lines(file) as lines:
-        reader, n_lines = csv.reader(lines, delimiter=sep, strict=True), 0
         try:
-            for row in reader:
-                if sep == "\t" and any(sep in cell for cell in row):
-                    return f"{file}, line {n_lines + 1}: a double quote joins cells"
-                n_lines = reader.line_num
+            return not any("\t" in cell for row in csv.reader(lines, delimiter="\t", strict=True) for cell in row)
         except csv.Error:
-            return f"{file}, line {n_lines + 1}: a cell begins with a double quote, but does not end with one"
-    return None
+            return False
 
 
 # ---------------------------------------------------------------------- the hub

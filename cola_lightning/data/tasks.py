@@ -12,7 +12,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from cola_lightning.data.examples import Example, Loss, OptionBatches, OptionRows, generated
+from cola_lightning.data.examples import Example, Loss, OptionRows, generated
 from cola_lightning.data.labels import label_index, read_answers
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.splits import is_file
@@ -43,7 +43,7 @@ class Task:
 
 def labelled(row: Row, prompt: str, *options: str) -> Example:
     """A prompt with fixed options, in the order of the labels."""
-    return Example(prompt, options, label_index(row, "label", len(options)), row.place)
+    return Example(prompt, options, label_index(row, "label", len(options)))
 
 
 def _sst2(row: Row) -> Example:
@@ -65,7 +65,7 @@ def _boolq(row: Row) -> Example:
     question = question if question.endswith("?") else f"{question}?"
     prompt = f"{row.text('passage')} {question[:1].upper()}{question[1:]}\n"
     is_true = label_index(row, "answer" if "answer" in row else "label", 2)  # the hub's form, and SuperGLUE's
-    return Example(prompt, ("Yes", "No"), None if is_true is None else 1 - is_true, row.place)
+    return Example(prompt, ("Yes", "No"), None if is_true is None else 1 - is_true)
 
 
 def _wsc(row: Row) -> Example:
@@ -105,18 +105,18 @@ def _record(row: Row) -> Example:
     options = tuple(f" {query.replace('@placeholder', entity)}" for entity in entities)
     accepted = tuple(entities.index(answer) for answer in answers if answer in entities)
     prompt = row.text("passage").replace("@highlight\n", "- ") + "\n-"
-    return Example(prompt, options, accepted[0] if accepted else None, row.place, accepted=accepted)
+    return Example(prompt, options, accepted[0] if accepted else None, accepted=accepted)
 
 
 def _squad(row: Row) -> Example:
     question = row.text("question").strip()
     prompt = f"Title: {row.text('title')}\nContext: {row.text('context')}\nQuestion: {question}\nAnswer:"
-    return generated(row, prompt, read_answers(row, "answers.text") or ())
+    return generated(prompt, read_answers(row, "answers.text") or ())
 
 
 def _drop(row: Row) -> Example:
     prompt = f"Passage: {row.text('passage')}\nQuestion: {row.text('question').strip()}\nAnswer:"
-    return generated(row, prompt, read_answers(row, "answers_spans.spans") or ())
+    return generated(prompt, read_answers(row, "answers_spans.spans") or ())
 
 
 _superglue = partial(Task, source="aps/super_glue")
@@ -155,7 +155,7 @@ def find_task(name: str) -> Task:
     raise UserError(f"data.task: there is no task {name!r}{nearest(name, TASKS)}")
 
 
-class PromptDataModule(OptionBatches, TokenizedDataModule):
+class PromptDataModule(TokenizedDataModule):
     """One of the paper's tasks, with the prompts and splits of its protocol.
 
     Training and validation are drawn together from the train split, test from the validation split; all of them from the rows
@@ -180,8 +180,6 @@ class PromptDataModule(OptionBatches, TokenizedDataModule):
             most 1,000 rows. WSC has 554 rows: the protocol's 500 for validation leave 54 for training, and here 100 validate.
         test_size: Number or share of rows for test and predict. ``null`` uses the protocol's (1000; CB 56, COPA 100, RTE 277,
             SST2 872, WIC 638, WSC 104), or none of a file.
-        generate_rows: With ``model.generate_in_validation``, generate the answers of this many validation rows, drawn by
-            ``split_seed``. ``null`` generates all.
         length_grouped: ``true`` puts rows of similar length into a training batch. ``false`` shuffles the rows, as in the
             protocol.
         **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
@@ -205,7 +203,6 @@ class PromptDataModule(OptionBatches, TokenizedDataModule):
         train_size: int | float | None = None,
         val_size: int | float | None = None,
         test_size: int | float | None = None,
-        generate_rows: int | None = None,
         length_grouped: bool = False,
         **rows: Any,
     ) -> None:
@@ -229,7 +226,7 @@ class PromptDataModule(OptionBatches, TokenizedDataModule):
             num_proc=None,  # examples stay in memory
             **rows,
         )
-        self.apply_chat_template, self.generate_rows = apply_chat_template, generate_rows
+        self.apply_chat_template = apply_chat_template
 
     @override
     def preprocessor_of(self, rows: Rows, part: str) -> OptionRows:

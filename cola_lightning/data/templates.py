@@ -5,12 +5,12 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
-from cola_lightning.data.examples import Example, Loss, OptionBatches, OptionRows, generated
+from cola_lightning.data.examples import Example, Loss, OptionRows, generated
 from cola_lightning.data.labels import option_index, read_answers
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import Source
 from cola_lightning.data.tokenized import TokenizedDataModule
-from cola_lightning.errors import UnusableRow, UserError
+from cola_lightning.errors import UserError
 
 OptionMetric = Literal["accuracy", "f1", "matthews_corrcoef"]
 AnswerMetric = Literal["f1", "exact_match"]
@@ -42,14 +42,9 @@ class Template(Formatter):
         """The text for a row.
 
         Raises:
-            UnusableRow: if a field is missing, or its format does not fit it: ``{size:d}`` for a text.
+            UnusableRow: if a field is missing.
         """
-        try:
-            return self.vformat(self.text, (), row)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UnusableRow(f"{self.option}: cannot fill {self.text!r}: {error}") from error
+        return self.vformat(self.text, (), row)
 
     @override
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
@@ -58,7 +53,7 @@ class Template(Formatter):
         return (value if isinstance(value, int | float) else holder.text(field)), field
 
 
-class TemplateDataModule(OptionBatches, TokenizedDataModule):
+class TemplateDataModule(TokenizedDataModule):
     """A task of your own: rows of any data set, a prompt that names their fields, and options, or an answer to be generated.
 
     Args:
@@ -83,8 +78,6 @@ class TemplateDataModule(OptionBatches, TokenizedDataModule):
         apply_chat_template: Format the prompt by the tokenizer's chat template, as a user turn.
         max_length: Maximum length of prompt and option, in tokens. The model's own limit also applies. A longer prompt loses
             its beginning. If the answer is generated, 50 tokens are reserved for it, in training as well.
-        generate_rows: With ``model.generate_in_validation``, generate the answers of this many validation rows, drawn by
-            ``split_seed``. ``null`` generates all.
         **rows: the other arguments of ``SourceDataModule``: how rows are split and batched.
 
     Raises:
@@ -105,7 +98,6 @@ class TemplateDataModule(OptionBatches, TokenizedDataModule):
         metric: OptionMetric | AnswerMetric | None = None,
         apply_chat_template: bool = False,
         max_length: int = 1024,
-        generate_rows: int | None = None,
         **rows: Any,
     ) -> None:
         super().__init__(source, subset, max_length=max_length, num_proc=None, **rows)  # examples stay in memory
@@ -116,7 +108,7 @@ class TemplateDataModule(OptionBatches, TokenizedDataModule):
             known = ("accuracy",)
         if metric not in (None, *known):
             raise UserError(f"data.metric must be {', '.join(known)} or null for this task, got {metric!r}")
-        self.metric, self.generate_rows = metric, generate_rows
+        self.metric = metric
         self.delimiter, self.prompt = delimiter, Template(prompt, "data.prompt")
         self.options = [Template(text, "data.options") for text in options] if isinstance(options, list) else options
         self.label, self.answer, self.apply_chat_template = label, answer, apply_chat_template
@@ -124,6 +116,9 @@ class TemplateDataModule(OptionBatches, TokenizedDataModule):
 
     @override
     def preprocessor_of(self, rows: Rows, part: str) -> OptionRows:
+        options: Any = self.options
+        if isinstance(options, list):
+            options = [self._joined(self.prompt.text, option.text) for option in options]
         return OptionRows(
             self.tokenizer,
             self.max_length,
@@ -133,22 +128,14 @@ class TemplateDataModule(OptionBatches, TokenizedDataModule):
             is_chat=self.apply_chat_template,
             is_trained=part == "train",
             too_long=self.too_long,
+            templates=(self.prompt.text, options),
         )
-
-    @override
-    def setup(self, stage: str) -> None:
-        options: Any = self.options
-        if isinstance(options, list):
-            options = [self._joined(self.prompt.text, option.text) for option in options]
-        self.templates = self.prompt.text, options
-        super().setup(stage)
 
     def _joined(self, prompt: str, option: str) -> str:
         """An option as it follows a prompt."""
         if self.apply_chat_template:
             return option
         if self.delimiter is None and not (prompt[-1:].isspace() or option[:1].isspace()):
-            self._log("a space joins prompt and option (data.delimiter)")
             return f" {option}"
         return (self.delimiter or "") + option
 
@@ -156,11 +143,11 @@ class TemplateDataModule(OptionBatches, TokenizedDataModule):
         prompt = self.prompt.fill(row)
         if self.answer is not None:
             answers = read_answers(row, self.answer) or ()
-            return generated(row, prompt, answers, " " if self.delimiter is None else self.delimiter)
+            return generated(prompt, answers, " " if self.delimiter is None else self.delimiter)
         if isinstance(self.options, str):
             holder, field = row.at(self.options)
             options = holder.texts(field)
         else:
             options = tuple(option.fill(row) for option in self.options or ())
         joined = tuple(self._joined(prompt, option) for option in options)
-        return Example(prompt, joined, option_index(row, self.label, options), row.place)
+        return Example(prompt, joined, option_index(row, self.label, options))

@@ -23,7 +23,7 @@ from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import Source
 from cola_lightning.data.tokenized import TokenizedDataModule
 from cola_lightning.decoding import Decoding
-from cola_lightning.errors import HubError, UnusableRow, UserError, check_name
+from cola_lightning.errors import UnusableRow, UserError, check_name
 
 # ---------------------------------------------------------------------- kinds of rows
 
@@ -75,7 +75,9 @@ class Texts(LanguageRows):
 
     @override
     def read(self, row: Row) -> str:
-        return row.words(self.columns["text"])
+        if not (text := row.text(self.columns["text"])).strip():
+            raise UnusableRow("no text")
+        return text
 
     @override
     def encode(self, items: Sequence[str], notes: set[str]) -> list[list[LanguageRow] | UnusableRow]:
@@ -215,12 +217,7 @@ class TextDataModule(TokenizedDataModule):
         """Replaces the tokenizer's chat template by the one that ``data.chat_template`` names."""
         if not isinstance(self.chat_template, str):
             return
-        try:
-            self.tokenizer.chat_template = find_chat_template(self.chat_template, self.tokenizer)
-        except (HubError, UserError):
-            if getattr(self.trainer and self.trainer.lightning_module, "trained_template", None) is None:
-                raise
-            self._log(f"data.chat_template: {self.chat_template!r} cannot be read, so that of the checkpoint is used")
+        self.tokenizer.chat_template = find_chat_template(self.chat_template, self.tokenizer)
         if unknown := unknown_tokens(self.tokenizer):
             self._log(f"data.chat_template: not in the vocabulary, and so spelled in pieces: {', '.join(unknown)}")
 
@@ -231,7 +228,7 @@ class TextDataModule(TokenizedDataModule):
         chosen = rows.source_columns or self.columns
         reading = self.read_columns(rows, chosen, has_response=part != "predict")
         kind, columns = reading.kind, reading.columns
-        self._log_columns(str(reading), rows.columns, [*columns.values(), *reading.others])
+        self._log_columns(str(reading), rows.columns, [*columns.values()])
         if kind == "messages" and self.chat_template is False:
             raise UserError("data.chat_template: conversations need a chat template. Set it to null or true.")
         is_chat = kind == "messages" or (kind == "prompt" and self.applies_chat_template)

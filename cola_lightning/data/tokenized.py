@@ -5,8 +5,7 @@ from typing import Any, get_args
 from typing_extensions import override
 
 from cola_lightning.data.base import check_sizes, from_module
-from cola_lightning.data.render import TOO_LONG, TooLong
-from cola_lightning.data.report import RowReport
+from cola_lightning.data.render import TooLong
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.splits import TextUnit
 from cola_lightning.errors import check_name
@@ -19,7 +18,7 @@ class TokenizedDataModule(SourceDataModule):
         source: A file, a folder, or the id of a data set on the hub.
         subset: Name of a configuration of a data set on the hub.
         text_unit: What a row of a ``.txt`` file is: the whole ``file``, a ``line``, or a ``paragraph``, the text between empty
-            lines. If the file is one paragraph, each line is a row.
+            lines.
         max_length: Maximum length of a sequence, in tokens. The model's own limit also applies.
         length_grouped: ``true`` puts rows of similar length into a training batch, to reduce padding, and shuffles the batches.
             ``false`` shuffles the rows, as in the paper's runs.
@@ -60,7 +59,3 @@ class TokenizedDataModule(SourceDataModule):
         if self.max_length < self._max_length:
             self._log(f"data.max_length: {self.max_length}, the model's longest sequence, and not {self._max_length}")
         super().setup(stage)
-
-    @override
-    def check_skipped(self, report: RowReport) -> None:
-        report.check(self.max_skipped, TOO_LONG if self.too_long == "skip" else None)

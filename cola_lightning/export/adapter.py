@@ -1,26 +1,17 @@
 """A chain as one ordinary PEFT LoRA, of rank sum(r), for the base that it names: written, loaded again and compared."""
 
 import json
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cola_lightning.chain.chain import core_of_product
 from cola_lightning.chain.peft import AdapterBase, concatenate, write_adapter
-from cola_lightning.errors import UserError
-from cola_lightning.export.card import FOLDER, Card
+from cola_lightning.export.card import FOLDER, write_card
 from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.options import ExportOptions
 from cola_lightning.export.verify import loading_again, reference_logits
 from cola_lightning.lora.layer import is_quantized_model
-from cola_lightning.merge import cast_floats, free
 from cola_lightning.writing import atomic_folder
-
-FUSED_OFF = "torch.backends.mha.set_fastpath_enabled(False)"
 
 
 def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
@@ -28,66 +19,50 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
 
     Args:
         model: the model, which is used up.
-        options: the folder, the rank, and whether to compare.
+        options: the folder, and whether to compare.
 
     Returns:
-        Lines to report: the errors of recompression, the rank, the base, and the comparison.
+        Lines to report: the rank, the base, and the comparison.
 
     Raises:
-        UserError: for values that an adapter cannot hold, and a base that peft cannot load by its name, or not this one.
+        UserError: for values that an adapter cannot hold.
         ExportError: if the adapter that is loaded again gives other logits.
     """
     from peft import PeftModel
 
-    adapted, named_base = model.adapted, model.named_base
-    if options.base_folder is None and named_base is not None and not named_base.is_found_by_name:
-        raise UserError(f"base_folder must be given: peft cannot load {model.base_name!r} by its name, only from a folder")
+    adapted = model.adapted
     dtype, is_stacked = adapted.cast_dtype, not adapted.merges
     adapted.upcast()  # so that the base without links is the one that was trained on
     reference = reference_logits(adapted.model, model.example) if options.verify else None
-    base, code = _base_of(model, options.base_folder, dtype if is_stacked else torch.float32)
-    chain, lines = model.chain.without_records(), list[str]()
+    base, code = _base_of(model, dtype if is_stacked else torch.float32)
+    chain = model.chain.without_records()
     factors = concatenate(chain)
-    total = max(lora_A.shape[-2] for lora_A, _ in factors.values())
-    rank = min(total, options.max_rank or total)
-    for name, pair in factors.items():
-        if pair[0].shape[-2] > rank:
-            lora_A, lora_B, error = compress(*pair, rank)
-            factors[name] = lora_A, lora_B
-            lines.append(f"{name}: relative error {error:.3g}")
-    lines += [f"one adapter of rank {rank}", f"its base: {code}"]
-    if dtype.itemsize < 4 and not is_stacked and options.base_folder is None:
+    rank = max(lora_A.shape[-2] for lora_A, _ in factors.values())
+    lines = [f"one adapter of rank {rank}", f"its base: {code}"]
+    if base.name is None:
+        lines.append(f"peft cannot load {model.base_name!r} by its name: export the same run with --links 0 --format merged")
+    if dtype.itemsize < 4 and not is_stacked:
         half = str(dtype).removeprefix("torch.")
-        lines.append(f"in training, this base was rounded to {half}, except the adapted layers; base_folder writes it so")
-    if reference is not None:
-        reference.round_buffers(base.model)
+        lines.append(f"in training, this base was rounded to {half}, except the adapted layers")
     with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
         write_adapter(partial, chain, base, factors)
         if (labels := chain.base.labels) is not None:  # no config.json: transformers would take the folder for a whole model
             (partial / "labels.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         loading = f'base = {code}\nmodel = PeftModel.from_pretrained(base, "{FOLDER}")'
         loading = f"import transformers\nfrom peft import PeftModel\n\n{loading}"
-        if any(isinstance(part, nn.TransformerEncoderLayer) for part in base.model.modules()):
-            lines.append(f"before it is used: {FUSED_OFF}, because torch's fused encoder layers ignore PEFT's adapters")
-            loading = f"{loading}\n\nimport torch\n\n{FUSED_OFF}  # torch's fused encoder layers ignore PEFT's adapters"
-        Card(model, options.license).write(partial, f"PEFT adapter (LoRA of rank {rank})", loading)
+        write_card(partial, model, f"PEFT adapter (LoRA of rank {rank})", loading)
         if reference is None:
             return [*lines, "not compared" + (", because no input is known" if options.verify else "")]
         with loading_again():
             loaded = PeftModel.from_pretrained(base.model, str(partial))
-        mha = torch.backends.mha
-        with ExitStack() as after:
-            after.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
-            mha.set_fastpath_enabled(False)
-            return [*lines, reference.compare(loaded, "loaded again with peft", is_same=rank == total)]
+        return [*lines, reference.compare(loaded, "loaded again with peft")]
 
 
-def _base_of(model: TrainedModel, folder: Path | None, half: torch.dtype) -> tuple[AdapterBase, str]:
+def _base_of(model: TrainedModel, half: torch.dtype) -> tuple[AdapterBase, str]:
     """The base that was trained on, without links, as the adapter names it.
 
     Args:
         model: the model, which is used up.
-        folder: a folder for the base, which is written unless it has files, and loaded again; None: PEFT finds it by its name.
         half: the half precision to which all of the base was rounded, if any.
 
     Returns:
@@ -99,33 +74,5 @@ def _base_of(model: TrainedModel, folder: Path | None, half: torch.dtype) -> tup
     if named_base is None:
         return AdapterBase(base, model.base_name, saved), "module.merged_model(0)"
     saved += named_base.new_modules(base, named_base.new_weights)
-    if folder is not None:
-        wide = next(base.parameters()).dtype
-        named_base = named_base.write(folder, base, model.tokenizer)
-        free(base)
-        base = named_base.load_again()
-        cast_floats(base, wide)
     dtype = str(half).removeprefix("torch.") if half.itemsize < 4 else named_base.dtype
     return named_base.adapter_base(base, saved), named_base.loading_code(dtype, is_quantized=is_quantized)
-
-
-# ---------------------------------------------------------------------- a smaller rank
-
-
-def compress(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best approximation of B A by a smaller rank, and its relative error in the Frobenius norm.
-
-    Shape:
-        A: rank x in; B: out x rank.
-
-    Source: Eckart and Young (1936).
-    """
-    q, core, p = core_of_product(lora_A, lora_B)
-    u, values, v = torch.linalg.svd(core, full_matrices=False)
-    total = float(torch.linalg.vector_norm(values))
-    error = float(torch.linalg.vector_norm(values[..., rank:])) / total if total else 0.0
-    root = values[..., :rank].sqrt()
-    missing = rank - root.shape[-1]  # a layer's side may be smaller than the rank
-    smaller_A = (root[..., None] * (v[..., :rank, :] @ p.mT)).float()
-    smaller_B = (q @ u[..., :rank] * root[..., None, :]).float()
-    return F.pad(smaller_A, (0, 0, 0, missing)), F.pad(smaller_B, (0, missing)), error

@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -19,52 +18,40 @@ TEMPLATE = Path(__file__).parent / "card.md"  # for Jinja
 FOLDER = "path/to/this/folder"  # in the code that loads an export
 
 
-@dataclass(frozen=True)
-class Card:
-    """The model card of an export.
+def write_card(folder: Path, model: TrainedModel, kind: str, loading: str) -> None:
+    """Writes the model card and the tokenizer of an export.
 
     Args:
-        model: the exported model, whose tokenizer is written too.
-        license: the hub's identifier, such as ``apache-2.0``; None: not stated.
+        folder: of the export.
+        model: the exported model.
+        kind: ``merged model``, ``PEFT adapter``, ...
+        loading: Python code that loads the export, for a model that is not prompted.
     """
+    from huggingface_hub import ModelCard, ModelCardData
 
-    model: TrainedModel
-    license: str | None = None
-
-    def write(self, folder: Path, kind: str, loading: str) -> None:
-        """Writes the card and the tokenizer.
-
-        Args:
-            folder: of the export.
-            kind: ``merged model``, ``PEFT adapter``, ...
-            loading: Python code that loads the export, for a model that is not prompted.
-        """
-        from huggingface_hub import ModelCard, ModelCardData
-
-        model, named_base, tokenizer = self.model, self.model.named_base, self.model.tokenizer
-        if hasattr(tokenizer, "save_pretrained"):
-            tokenizer.save_pretrained(folder)
-        base = model.base_name if named_base is None else named_base.model_name
-        arguments = {name: value for name, value in {**model.arguments, "data": model.data}.items() if value}
-        data = ModelCardData(
-            base_model=base if named_base is not None and is_repo_id(base) and not os.path.isdir(base) else None,
-            library_name="peft" if kind.startswith("PEFT") else "transformers",
-            license=self.license,
-            tags=["lora", "chain-of-lora", "cola_lightning"],
-        )
-        card = ModelCard.from_template(
-            data,
-            str(TEMPLATE),
-            base=base,
-            kind=kind,
-            version=__version__,
-            loading=loading,
-            prompt_format={"chat_template_kwargs": {}, **model.prompt_format},
-            n_appended=n_appended(tokenizer) if model.prompt_format else 0,
-            max_new_tokens=MAX_NEW_TOKENS if model.prompt_format.get("kind") == "answer" else Decoding.max_new_tokens,
-            dumps=lambda value: json.dumps(value, ensure_ascii=False),
-            links=model.chain.links,
-            metrics=list(dict.fromkeys(name for link in model.chain.links for name in link.metrics)),
-            arguments=yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True).strip(),
-        )
-        card.save(folder / CARD_NAME)
+    named_base, tokenizer = model.named_base, model.tokenizer
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    base = model.base_name if named_base is None else named_base.model_name
+    arguments = {name: value for name, value in {**model.arguments, "data": model.data}.items() if value}
+    data = ModelCardData(
+        base_model=base if named_base is not None and is_repo_id(base) and not os.path.isdir(base) else None,
+        library_name="peft" if kind.startswith("PEFT") else "transformers",
+        tags=["lora", "chain-of-lora", "cola_lightning"],
+    )
+    card = ModelCard.from_template(
+        data,
+        str(TEMPLATE),
+        base=base,
+        kind=kind,
+        version=__version__,
+        loading=loading,
+        prompt_format={"chat_template_kwargs": {}, **model.prompt_format},
+        n_appended=n_appended(tokenizer) if model.prompt_format else 0,
+        max_new_tokens=MAX_NEW_TOKENS if model.prompt_format.get("kind") == "answer" else Decoding.max_new_tokens,
+        dumps=lambda value: json.dumps(value, ensure_ascii=False),
+        links=model.chain.links,
+        metrics=list(dict.fromkeys(name for link in model.chain.links for name in link.metrics)),
+        arguments=yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True).strip(),
+    )
+    card.save(folder / CARD_NAME)

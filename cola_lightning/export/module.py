@@ -11,7 +11,7 @@ from cola_lightning.chain import Chain
 from cola_lightning.chat_template import ChatTemplate, end_tokens
 from cola_lightning.errors import ExportError, UserError
 from cola_lightning.export.adapter import export_adapter
-from cola_lightning.export.card import FOLDER, Card
+from cola_lightning.export.card import FOLDER, write_card
 from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.options import ExportOptions
 from cola_lightning.export.verify import ReferenceLogits, loading_again, prove_merged, reference_logits
@@ -94,7 +94,7 @@ def _export_merged(trained: TrainedModel, options: ExportOptions) -> list[str]:
             model.save_pretrained(partial)
             name = type(model).__name__
             loading = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{FOLDER}")'
-            Card(trained, options.license).write(partial, "merged model", loading)
+            write_card(partial, trained, "merged model", loading)
         else:  # clones: a tied weight is written under each of its names, so that load_state_dict finds them all
             seen, tensors = set[int](), dict[str, torch.Tensor]()
             for name, value in model.state_dict().items():
@@ -122,7 +122,7 @@ def _check_written(trained: TrainedModel, written: Any, folder: Path, reference:
             again.load_state_dict(load_file(folder / STATE_DICT_NAME))
     lines = ["loaded again; no logits were compared, because no input is known"]
     if reference is not None:
-        reference.round_buffers(again)
+        reference.copy_buffers(again)
         lines = [reference.compare(again, "loaded again")]
     free(again)
     return [*lines, prove_merged(trained, folder)] if trained.chain.links else lines

@@ -21,9 +21,6 @@ class ExportOptions:
         folder: the output folder.
         format: the format.
         dtype: for merged.
-        max_rank: for peft.
-        base_folder: for peft: the folder for its base.
-        license: for the model card, which a chain folder does not have.
         verify: load the export, and compare.
         overwrite: replace a folder that is not empty.
     """
@@ -31,9 +28,6 @@ class ExportOptions:
     folder: Path
     format: Format
     dtype: Dtype | None = None
-    max_rank: int | None = None
-    base_folder: Path | None = None
-    license: str | None = None
     verify: bool = True
     overwrite: bool = False
 
@@ -46,12 +40,8 @@ class ExportOptions:
         Raises:
             UserError: naming the option.
         """
-        formats_with = {"dtype": ["merged"], "max_rank": ["peft"], "base_folder": ["peft"], "license": ["merged", "peft"]}
-        for option, formats in formats_with.items():
-            if getattr(self, option) is not None and self.format not in formats:
-                raise UserError(f"{option}: works with --format {' or '.join(formats)} only, got {self.format}")
-        if self.max_rank is not None and self.max_rank < 1:
-            raise UserError(f"max_rank: must be at least 1, got {self.max_rank}")
+        if self.dtype is not None and self.format != "merged":
+            raise UserError(f"dtype: works with --format merged only, got {self.format}")
         if self.format == "peft":
             importlib.import_module("peft")  # an error now, not once the model is loaded
         check_free(self.folder, overwrite=self.overwrite)

@@ -55,10 +55,7 @@ def _export_streamed(base: str, chain: Chain, options: ExportOptions, last: Path
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
         write_merged(plan, partial, dtype=dtype, tokenizer=last)
-        license_ = {} if options.license is None else {"license": options.license}
-        card = yaml.safe_dump(
-            license_ | {"base_model": base, "library_name": "transformers", "tags": ["lora", "cola_lightning"]}
-        )
+        card = yaml.safe_dump({"base_model": base, "library_name": "transformers", "tags": ["lora", "cola_lightning"]})
         (partial / "README.md").write_text(f"---\n{card}---\n\n{chain!r}\n", encoding="utf-8")
         if not options.verify:
             return ["not compared"]

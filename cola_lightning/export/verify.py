@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cola_lightning.chain.names import matched
-from cola_lightning.errors import ExportError, UserError, one_line
+from cola_lightning.errors import ExportError, one_line
 from cola_lightning.export.model import TrainedModel
 from cola_lightning.files.plan import make_plan
-from cola_lightning.files.stored import HeldTensor, ModelFolder
+from cola_lightning.files.stored import CannotStream, HeldTensor, ModelFolder
 from cola_lightning.files.verify import verify
 from cola_lightning.merge import free
 
@@ -54,7 +54,7 @@ def prove_merged(model: TrainedModel, folder: Path) -> str:
     held = {name: HeldTensor(value) for name, value in values.items()}
     try:
         plan = make_plan(ModelFolder(folder, held, merged.config), model.chain)
-    except UserError as error:  # an architecture whose files name or shape its weights otherwise
+    except CannotStream as error:
         return f"its tensors were not compared: {error}"
     names = matched(values, merged.tensors)
     seen = {values[name].data_ptr() for name in names}
@@ -91,27 +91,24 @@ class ReferenceLogits:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name not in stored}
         return cls(inputs, first_output(model, inputs), buffers)
 
-    def round_buffers(self, model: nn.Module) -> None:
-        """Rounds the buffers of a model that was loaded in float32 where half precision has rounded the module's.
+    def copy_buffers(self, model: nn.Module) -> None:
+        """Gives a model that was loaded the buffers of the module that no file holds, which half precision may have rounded.
 
-        No file holds them, so only their rounding may differ: the comparison is of what the file holds.
+        The comparison is of what the file holds.
         """
         for name, buffer in model.named_buffers():
-            mine = self.buffers.get(name)
-            roundings = (buffer.to(half).to(buffer.dtype) for half in (torch.bfloat16, torch.float16))
-            if mine is not None and any(torch.equal(rounded, mine.to(buffer.dtype)) for rounded in roundings):
-                buffer.copy_(mine)
+            if name in self.buffers:
+                buffer.copy_(self.buffers[name])
 
-    def compare(self, model: nn.Module, loaded: str, *, is_same: bool = True) -> str:
+    def compare(self, model: nn.Module, loaded: str) -> str:
         """Reports how far the logits of an export, loaded again, are from the expected ones.
 
         Args:
             model: the loaded model.
             loaded: how the model was loaded, as the beginning of the line.
-            is_same: whether the logits are to be the same, and not those of an approximation.
 
         Raises:
-            ExportError: if they differ by more than float32 rounding, or, in half precision or not ``is_same``, are not finite.
+            ExportError: if they differ by more than float32 rounding, or, in half precision, are not finite.
         """
         logits = first_output(model, self.inputs)
         # Infinite logits are those of masked classes.
@@ -119,7 +116,7 @@ class ReferenceLogits:
         largest = float(self.logits.masked_fill(self.logits.isinf(), 0).abs().max())
         line = f"{loaded}, its logits differ from the module's by at most {difference:.2g}, where the largest is {largest:.3g}"
         is_half = any(value.is_floating_point() and value.dtype.itemsize < 4 for value in model.parameters())
-        if not (difference <= TOLERANCE * largest if is_same and not is_half else math.isfinite(difference)):
+        if not (math.isfinite(difference) if is_half else difference <= TOLERANCE * largest):
             raise ExportError(f"{line}. The export was deleted")
         return line
 

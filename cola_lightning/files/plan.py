@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola_lightning.chain.chain import OUTSIDE, Chain, Link
+from cola_lightning.chain.chain import OUTSIDE, Chain, Link, is_of_experts
 from cola_lightning.chain.names import Names
 from cola_lightning.errors import UserError
 from cola_lightning.files.stored import CannotStream, HeldTensor, ModelFolder, StoredTensor, chunks
@@ -160,7 +160,8 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
         planned[name] = replace(before, start=HeldTensor(value))
         since[name] = next(k for k in range(len(chain)) if all(_has(link, key, value) for link in chain.links[k:]))
     for layer in chain.layers:
-        name, before = planned_at(f"{layer}.weight", f"{layer}_weight", layer)
+        is_whole_name = any(is_of_experts(link.factors[layer][0]) for link in chain.links if layer in link.factors)
+        name, before = planned_at(*([layer] if is_whole_name else [f"{layer}.weight", f"{layer}_weight"]))
         if before.dtype not in MERGED:
             raise CannotStream(f"base: {str(folder.path)!r} stores the layer {layer!r} in {before.dtype}".replace("torch.", ""))
         is_conv1d = folder.config.get("model_type") in CONV1D and not name.endswith(HEAD)

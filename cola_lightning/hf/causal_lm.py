@@ -1,7 +1,8 @@
 """Causal language models: prompted classification, the language-model loss, and generation."""
 
 import functools
-from collections.abc import Collection, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, cast
 
@@ -17,21 +18,21 @@ from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
-from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_loss, chunked_token_losses, n_bytes
+from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_token_losses, n_bytes
 from cola_lightning.hf.host_values import Array, Arrays, Batch, shape_arrays, to_device
 from cola_lightning.hf.logits import (
     TOKEN_FIELDS,
     check_decoder,
     check_fields,
-    has_router_loss,
-    logits_and_router_loss,
-    logits_by_length,
+    logits_at,
     split_by_length,
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
 from cola_lightning.hf.packed import Separation, find_separation, is_packed, may_be_packed, separate
 from cola_lightning.hf.transformers_module import BatchMetrics, RowValues, StepOutput, TransformersModule
 from cola_lightning.seeding import derive_seed, seeded
+
+log = logging.getLogger(__name__)
 
 # What the module itself reads of a language-model batch, besides its tokens.
 MODULE_FIELDS = {"references", "metric", "prompt_ids", "prompt_mask", "decoding", "end_tokens"}
@@ -60,14 +61,11 @@ class COLACausalLM(TransformersModule):
     Only the positions that carry the loss go through the language-model head, options that differ in their last token
     alone share one forward pass, and rows much shorter than others have their own forward pass, without padding.
 
-    A mixture of experts whose configuration has ``output_router_logits`` adds its router's auxiliary loss, times
-    ``router_aux_loss_coef``, to the loss of either kind, in validation and test as in training, as Hugging Face does.
-
     Args:
         chunked_loss: ``true`` computes the language-model loss and its gradients over chunks of the tokens, so that the logits
             of all of them never exist together. ``null`` does so if these would take more than 256 MB in float32.
-        generate_in_validation: Generate answers in a fit's validations too, for as many rows as ``data.generate_rows`` says. A
-            checkpoint can then be chosen by ``val_f1`` or ``val_exact_match``.
+        generate_in_validation: Generate answers in a fit's validations too. A checkpoint can then be chosen by ``val_f1`` or
+            ``val_exact_match``.
         **pretrained: the arguments of ``TransformersModule`` (``revision``, ``dtype``, ``quantization``, ...) and of
             :class:`~cola_lightning.COLAModule` (``target_modules``, ``rank``, ``alpha``, ``optimizer``, ...). ``help()``
             lists them all with their defaults, and ``cola fit --model.help COLACausalLM`` says what each does.
@@ -98,19 +96,15 @@ class COLACausalLM(TransformersModule):
 
     @override
     def build_model(self) -> nn.Module:
-        try:
-            model = super().build_model()
-            if not self._is_checked:
-                check_decoder(model)
-            self._is_checked = True
-        except UserError as error:
-            if not self.pretrained.is_encoder_decoder:
-                raise
-            raise UserError(
-                f"model.model_name: {self.pretrained.name!r} is an encoder-decoder, which COLACausalLM cannot train. Train it "
-                "with a COLAModule of your own: docs/python.md has one"
-            ) from error
-        return model
+        model: Any = super().build_model()
+        if not self._is_checked:
+            check_decoder(model)
+            if getattr(model.config.get_text_config(), "output_router_logits", False):
+                log.warning(
+                    "model: the loss of its routers (output_router_logits) is not added, because links do not train them"
+                )
+        self._is_checked = True
+        return cast(nn.Module, model)
 
     @override
     def compile_model(self, **options: Any) -> None:
@@ -120,7 +114,7 @@ class COLACausalLM(TransformersModule):
     def step(self, batch: Batch) -> StepOutput:
         if "option_ids" not in batch:
             return self._language_step(batch)
-        scores, router_loss = self._scores_and_router_loss(batch)
+        scores = self.option_scores(batch)
         answer = batch["answer"]
         if batch.get("loss", "options") == "options":
             loss, size = F.cross_entropy(scores, answer), len(answer)
@@ -133,14 +127,12 @@ class COLACausalLM(TransformersModule):
             size = int((ids[range(len(ids)), rights] != IGNORE_INDEX).sum())
             losses = -scores.gather(1, right) * lengths
             loss, row_losses = losses.sum() / size, RowValues(losses.detach().squeeze(1), lengths.squeeze(1))
-        rows = None if has_router_loss(self.model) else row_losses
-        loss = loss + router_loss if has_router_loss(self.model) else loss
         if "references" in batch:
-            return StepOutput(loss, size, row_losses=rows)
+            return StepOutput(loss, size, row_losses=row_losses)
         chosen = scores.argmax(-1)
         if "accepted" in batch:
             answer = torch.where(batch["accepted"].gather(1, chosen.unsqueeze(1)).squeeze(1), chosen, answer)
-        return StepOutput(loss, size, chosen, answer, row_losses=rows)
+        return StepOutput(loss, size, chosen, answer, row_losses=row_losses)
 
     @override
     def batch_metrics(self, batch: Any, output: StepOutput) -> BatchMetrics:
@@ -192,7 +184,7 @@ class COLACausalLM(TransformersModule):
                 generation_config=config,
                 tokenizer=tokenizer,  # which stop strings need
                 synced_gpus=self.run.is_sharded,  # then weights are gathered at each token: all processes go on to the end
-                streamer=streamer and _FilteredStreamer(hidden, streamer),
+                streamer=streamer,
             )
         new = [[token for token in row if token not in hidden] for row in generated[:, batch["prompt_ids"].shape[1] :].tolist()]
         return [decoding.cut(text, is_open=False)[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -209,18 +201,8 @@ class COLACausalLM(TransformersModule):
         Shape:
             result: rows x options, in float32; -inf where a row has fewer options.
         """
-        return self._scores_and_router_loss(batch)[0]
-
-    def _scores_and_router_loss(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
-        """The scores of the options, in the cheapest forward passes, and the router's loss of a mixture of experts."""
         self._check_mask(batch)
-        n_positions, arrays = batch["option_ids"].shape[-1], shape_arrays(self.host_values.get_batch(batch))
-        router_loss: Tensor | float = 0.0
-        if not self._may_split:
-            logits, router_loss = logits_and_router_loss(self.model, batch, n_positions)
-        else:
-            logits = logits_by_length(self.model, batch, n_positions, arrays)
-        return _mean_log_probabilities(logits, batch), router_loss
+        return _mean_log_probabilities(logits_at(self.model, batch, batch["option_ids"].shape[-1]), batch)
 
     def _check_mask(self, batch: Batch) -> None:
         mask = batch.get("attention_mask")
@@ -258,11 +240,8 @@ class COLACausalLM(TransformersModule):
 
     @property
     def _may_split(self) -> bool:
-        """Whether a batch may take several forward passes.
-
-        Not if new shapes are compiled, if all processes must take part, or for a router's loss, which is not a sum over rows.
-        """
-        return not (self.should_compile or self.run.is_sharded or has_router_loss(self.model))
+        """Whether a batch may take several forward passes: not if new shapes are compiled, or all processes must take part."""
+        return not (self.should_compile or self.run.is_sharded)
 
     def language_parts(self, batch: Batch) -> Iterator[tuple[list[int], Batch, Array, Array]]:
         """A language-model batch, split into forward passes of rows of similar length, where that saves time.
@@ -286,62 +265,43 @@ class COLACausalLM(TransformersModule):
             yield rows, part, places, labels
 
     def _language_step(self, batch: Batch) -> StepOutput:
-        if not torch.is_grad_enabled():
-            row_losses, n_tokens, router_loss = self.row_losses(batch)
-            size = int(n_tokens.sum())
-            loss = row_losses.sum() / max(size, 1)
-            if has_router_loss(self.model):
-                return StepOutput(loss + router_loss, size)
-            return StepOutput(loss, size, row_losses=RowValues(row_losses, torch.from_numpy(n_tokens)))
-        losses = (self._language_loss(part, places, labels) for _, part, places, labels in self.language_parts(batch))
-        totals, router_losses, counts = zip(*losses, strict=True)
-        total, size = totals[0] if len(totals) == 1 else torch.stack(totals).sum(), sum(counts)
-        loss = total / max(size, 1)
-        return StepOutput(loss + router_losses[0] if has_router_loss(self.model) else loss, size)
+        row_losses, n_tokens = self.row_losses(batch)
+        size = int(n_tokens.sum())
+        rows = RowValues(row_losses.detach(), torch.from_numpy(n_tokens))
+        return StepOutput(row_losses.sum() / max(size, 1), size, row_losses=rows)
 
-    def _language_loss(self, batch: Batch, places: Any, labels: Any) -> tuple[Tensor, Tensor | float, int]:
-        """The sum of the losses of a batch's tokens, the router's loss of a mixture of experts, and the number of tokens."""
-
-        def move(values: Array) -> Tensor:
-            return to_device(torch.from_numpy(values), batch["labels"].device)
-
-        indices, places, labels = np.flatnonzero(labels != IGNORE_INDEX), move(places), move(labels.ravel())
-        if self.is_chunked(len(labels)):
-            return *chunked_loss(self.model, batch, places, labels, move(indices)), len(indices)
-        logits, router_loss = logits_and_router_loss(self.model, batch, places)
-        total = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        return total, router_loss, len(indices)
-
-    def row_losses(self, batch: Batch) -> tuple[Tensor, Array, Tensor | float]:
+    def row_losses(self, batch: Batch) -> tuple[Tensor, Array]:
         """The loss of each row of a language-model batch.
 
         Args:
             batch: the batch.
 
         Returns:
-            The sums over a row's tokens with a loss (rows), the numbers of these tokens (rows, on the host), and the router's
-            loss of a mixture of experts.
+            The sums over a row's tokens with a loss (rows), and the numbers of these tokens (rows, on the host).
         """
         order, sums, n_tokens = list[int](), list[Tensor](), list[Array]()
-        router_loss: Tensor | float = 0.0
         for rows, part, places, labels in self.language_parts(batch):
-            losses, router_loss = self._token_losses(part, places, labels)
             order += rows
-            sums.append(losses.view(labels.shape).sum(-1))
+            sums.append(self._token_losses(part, places, labels).view(labels.shape).sum(-1))
             n_tokens.append((labels != IGNORE_INDEX).sum(-1))
+        if len(sums) == 1:
+            return sums[0], n_tokens[0]
         index = torch.tensor(order).argsort()
-        return torch.cat(sums)[to_device(index, sums[0].device)], np.concatenate(n_tokens)[index.numpy()], router_loss
+        return torch.cat(sums)[to_device(index, sums[0].device)], np.concatenate(n_tokens)[index.numpy()]
 
-    def _token_losses(self, batch: Batch, places: Array, labels: Array) -> tuple[Tensor, Tensor | float]:
-        """The loss of each token, 0 without one, and the router's loss."""
-        device = batch["labels"].device
-        indices = to_device(torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)), device)
-        positions, targets = (to_device(torch.from_numpy(values), device) for values in (places, labels.ravel()))
-        if self.is_chunked(len(targets)):
-            losses, router_loss = chunked_token_losses(self.model, batch, positions, targets, indices)
-            return losses.new_zeros(len(targets)).index_copy(0, indices, losses), router_loss
-        logits, router_loss = logits_and_router_loss(self.model, batch, positions)
-        return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="none"), router_loss
+    def _token_losses(self, batch: Batch, places: Array, labels: Array) -> Tensor:
+        """The loss of each token, 0 without one."""
+
+        def move(values: Array) -> Tensor:
+            return to_device(torch.from_numpy(values), batch["labels"].device)
+
+        indices, positions, targets = np.flatnonzero(labels != IGNORE_INDEX), move(places), move(labels.ravel())
+        if len(indices) and self.is_chunked(len(targets)):
+            moved = move(indices)
+            losses = chunked_token_losses(self.model, batch, positions, targets, moved)
+            return losses.new_zeros(len(targets)).index_copy(0, moved, losses)
+        logits = logits_at(self.model, batch, positions)
+        return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="none")
 
     def is_chunked(self, n_positions: int) -> bool:
         """Whether the loss at these positions is computed in chunks, so that their logits never exist together."""
@@ -413,14 +373,3 @@ def _mean_log_probabilities(logits: Tensor, batch: Batch) -> Tensor:
     means = log_probabilities.sum(-1) / lengths.clamp(min=1)
     scores: Tensor = means.masked_fill(lengths == 0, -torch.inf)
     return scores
-
-
-class _FilteredStreamer:
-    """Passes generated tokens on to a streamer, except the hidden ones."""
-
-    def __init__(self, hidden: Collection[int], streamer: Any) -> None:
-        self.hidden, self.end, self._put = torch.tensor(list(hidden), dtype=torch.long), streamer.end, streamer.put
-
-    def put(self, tokens: Tensor) -> None:
-        """Takes the prompts, rows x length, whole, and then the generated tokens."""
-        self._put(tokens if tokens.dim() > 1 else tokens[~torch.isin(tokens, self.hidden)])

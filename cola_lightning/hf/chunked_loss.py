@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cola_lightning.contexts import with_attribute
 from cola_lightning.hf.host_values import Batch
-from cola_lightning.hf.logits import at_positions, forward, router_loss
+from cola_lightning.hf.logits import at_positions, forward
 
 CHUNKED_ABOVE = 2**28  # bytes of float32 logits
 CHUNK = 2**26  # bytes of float32 logits that exist together
@@ -22,10 +22,11 @@ def n_bytes(model: Any, n_positions: int) -> int:
     return 4 * n_positions * int(model.config.get_text_config().vocab_size)
 
 
-def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor | float]:
-    """The sum of the tokens' losses, for training, and the router's loss of a mixture of experts.
+def chunked_token_losses(model: Any, batch: Batch, places: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+    """The loss of each token with one.
 
-    The gradients of a chunk are computed with its loss, so that neither its logits are stored nor computed again.
+    The gradient of a token's loss for its own input of the head is computed with the loss. Only where the head itself is
+    trained are the logits computed again, because how the losses are combined is known only afterwards.
 
     Args:
         model: a Hugging Face model.
@@ -34,24 +35,7 @@ def chunked_loss(model: Any, batch: Batch, places: Tensor, labels: Tensor, indic
         labels: of all rows and positions in one dimension, -100 without a loss.
         indices: those of the labels with a loss, row by row.
     """
-    compute_logits, hidden, loss_of_router = _head_and_its_inputs(model, batch, places)
-    hidden, labels = hidden.flatten(0, 1)[indices], labels[indices]
-    size = max(1, CHUNK // n_bytes(model, 1))
-    trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
-    apply: Any = _SumOfLosses.apply  # which has no types before torch 2.15
-    total: Tensor = apply(compute_logits, size, labels, hidden, *trained)
-    return total, loss_of_router
-
-
-def chunked_token_losses(
-    model: Any, batch: Batch, places: Tensor, labels: Tensor, indices: Tensor
-) -> tuple[Tensor, Tensor | float]:
-    """The loss of each token, and the router's loss; the arguments are those of :func:`chunked_loss`.
-
-    How the tokens' losses are combined is known only afterwards. So the gradient of each token's loss is stored for its own
-    input of the head, and only where the head itself is trained are the logits computed again.
-    """
-    compute_logits, hidden, loss_of_router = _head_and_its_inputs(model, batch, places)
+    compute_logits, hidden = _head_and_its_inputs(model, batch, places)
     hidden, labels = hidden.flatten(0, 1)[indices], labels[indices]
     chunks = zip(*(torch.split(values, max(1, CHUNK // n_bytes(model, 1))) for values in (hidden, labels)), strict=True)
 
@@ -64,12 +48,12 @@ def chunked_token_losses(
         losses = [checkpoint(losses_of, *chunk, use_reentrant=False) for chunk in chunks]
     else:
         apply: Any = _TokenLosses.apply  # which has no types before torch 2.15
-        losses = [apply(losses_of, *chunk) for chunk in chunks]
-    return torch.cat(losses), loss_of_router
+        losses = [apply(compute_logits, *chunk) for chunk in chunks]
+    return torch.cat(losses)
 
 
-def _head_and_its_inputs(model: Any, batch: Batch, places: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor | float]:
-    """A function from inputs of a model's head to logits, the head's inputs at the places, and the router's loss."""
+def _head_and_its_inputs(model: Any, batch: Batch, places: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """A function from inputs of a model's head to logits, and the head's inputs at the places."""
     head, inputs = model.get_output_embeddings(), list[Tensor]()
 
     def store_input(hidden: Tensor) -> Tensor:
@@ -85,7 +69,7 @@ def _head_and_its_inputs(model: Any, batch: Batch, places: Tensor) -> tuple[Call
         logits: Tensor = head(chunk[None])
         return (logits if is_plain else _transform_logits(model, head, chunk[None], logits))[0]
 
-    return compute_logits, hidden, router_loss(model, output)
+    return compute_logits, hidden
 
 
 def _transform_logits(model: Any, head: nn.Module, hidden: Tensor, logits: Tensor) -> Tensor:
@@ -102,46 +86,19 @@ def _transform_logits(model: Any, head: nn.Module, hidden: Tensor, logits: Tenso
     return transformed
 
 
-class _SumOfLosses(torch.autograd.Function):
-    """The sum of the losses of tokens; it computes its gradients in the forward pass, one chunk at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, compute_logits: Callable[[Tensor], Tensor], size: int, labels: Tensor, hidden: Tensor, *parameters: Tensor
-    ) -> Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
-        gradients = [torch.zeros_like(t, dtype=torch.float32) for t in (hidden, *parameters)]
-        for start in range(0, len(labels), size):
-            chunk, targets = hidden[start : start + size].detach().requires_grad_(), labels[start : start + size, None]
-            with torch.enable_grad():
-                logits = compute_logits(chunk).float()
-            logs = logits.detach().log_softmax(-1)
-            total -= logs.gather(1, targets).sum()
-            ones = torch.ones_like(targets, dtype=logs.dtype)
-            logits_gradient = logs.exp_().scatter_add_(1, targets, -ones)  # in place: softmax - one-hot
-            chunk_gradients = torch.autograd.grad(logits, [chunk, *parameters], logits_gradient, allow_unused=True)
-            for gradient, more in zip((gradients[0][start : start + size], *gradients[1:]), chunk_gradients, strict=True):
-                if more is not None:
-                    gradient += more
-        ctx.save_for_backward(*(g.to(t.dtype) for g, t in zip(gradients, (hidden, *parameters), strict=True)))
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *(gradient * saved for saved in ctx.saved_tensors)
-
-
 class _TokenLosses(torch.autograd.Function):
     """The losses of tokens; it computes the gradient of each with respect to its own input in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, losses_of: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-        inputs = hidden.detach().requires_grad_()
+    def forward(ctx: Any, compute_logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+        inputs, targets = hidden.detach().requires_grad_(), targets[:, None]
         with torch.enable_grad():
-            losses = losses_of(inputs, targets)
-            ctx.save_for_backward(*torch.autograd.grad(losses.sum(), inputs))
-        return losses.detach()
+            logits = compute_logits(inputs).float()
+        logs = logits.detach().log_softmax(-1)
+        losses = -logs.gather(1, targets).squeeze(1)
+        gradient = logs.exp_().scatter_add_(1, targets, -torch.ones_like(targets, dtype=logs.dtype))  # softmax - one-hot
+        ctx.save_for_backward(*torch.autograd.grad(logits, inputs, gradient))
+        return losses
 
     @staticmethod
     @once_differentiable

@@ -1,16 +1,11 @@
 """Image classifiers: a pretrained model of pictures with a new head."""
 
 import functools
-from functools import partial
 from typing import Any, ClassVar
 
-from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from cola_lightning.hf.classifier import Classifier
-from cola_lightning.hf.transformers_module import BatchMetrics, StepOutput
-
-TOP = 5  # labels among which the right one counts as found, where there are more
 
 
 class COLAImageClassifier(Classifier):
@@ -19,8 +14,6 @@ class COLAImageClassifier(Classifier):
     It takes any model of transformers' ``AutoModelForImageClassification``: vision transformers, ResNet, ConvNeXt and others,
     and those of timm by their hub ids (``pip install timm``). Its labels are the given ones, a checkpoint's, or the data's,
     which ``ImageDataModule`` sets before the model is made. Its batches are dicts of ``pixel_values`` and ``labels``.
-
-    With more than five labels, ``top5_accuracy`` is logged next to the metric.
 
     Its arguments are those of :class:`~cola_lightning.hf.classifier.Classifier`; ``cola fit --model.help COLAImageClassifier``
     says what each does.
@@ -45,14 +38,6 @@ class COLAImageClassifier(Classifier):
         super().describe_labels(config)
         if hasattr(config, "label_names"):  # of timm's, whose configuration is written with these
             config.label_names = list(config.id2label.values())
-
-    @override
-    def batch_metrics(self, batch: Any, output: StepOutput) -> BatchMetrics:
-        metrics = super().batch_metrics(batch, output)
-        if self.num_labels > TOP:
-            top = partial(MulticlassAccuracy, self.num_labels, top_k=TOP, average="micro")
-            metrics["top5_accuracy"] = (top, (output.scores, output.targets))
-        return metrics
 
     @override
     def choose_modules_to_save(self, model: Any) -> list[str]:

@@ -1,7 +1,6 @@
 """Logits of a causal language model at the requested positions, with as little computation as possible."""
 
 import inspect
-import itertools
 import logging
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -42,13 +41,8 @@ def logits_at(model: nn.Module, batch: Batch, logits_to_keep: int | Tensor) -> T
     Shape:
         result: rows x positions x vocabulary.
     """
-    return logits_and_router_loss(model, batch, logits_to_keep)[0]
-
-
-def logits_and_router_loss(model: Any, batch: Batch, logits_to_keep: int | Tensor) -> tuple[Tensor, Tensor | float]:
-    """The logits of :func:`logits_at`, and what Hugging Face adds to the tokens' loss: 0 unless :func:`has_router_loss`."""
-    output = forward(model, batch, logits_to_keep)
-    return at_positions(model, output.logits, logits_to_keep).float(), router_loss(model, output)
+    logits: Tensor = forward(model, batch, logits_to_keep).logits
+    return at_positions(model, logits, logits_to_keep).float()
 
 
 def forward(model: Any, batch: Batch, logits_to_keep: int | Tensor) -> Any:
@@ -96,17 +90,6 @@ def at_positions(model: Any, values: Tensor, logits_to_keep: int | Tensor) -> Te
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return values  # of these alone: only an older architecture's head computes all positions
     return values[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else values[:, logits_to_keep]
-
-
-def router_loss(model: Any, output: Any) -> Tensor | float:
-    """What Hugging Face adds to the tokens' loss: 0 unless :func:`has_router_loss`."""
-    loss: Tensor | None = getattr(output, "aux_loss", None) if has_router_loss(model) else None
-    return 0.0 if loss is None else loss * model.router_aux_loss_coef  # a model without experts has none
-
-
-def has_router_loss(model: Any) -> bool:
-    """Whether the load-balancing loss of a mixture of experts is used: ``output_router_logits`` of its configuration."""
-    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
 
 
 # ---------------------------------------------------------------------- rows of similar length
@@ -171,17 +154,6 @@ def cut_by_length(lengths: Sequence[int], part_cost: float) -> list[int]:
         end = cheapest[end][1]
         cuts.append(end)
     return cuts[::-1]
-
-
-def logits_by_length(model: nn.Module, batch: Batch, n_positions: int, arrays: Arrays) -> Tensor:
-    """The logits at the last positions of a batch's rows, in the parts of :func:`split_by_length`."""
-    rows, parts = zip(*split_by_length(batch, arrays), strict=True)
-    logits = [logits_at(model, part, n_positions) for part in parts]
-    if len(logits) == 1:
-        return logits[0]
-    order = torch.tensor(list(itertools.chain(*rows))).argsort()
-    padded = [F.pad(part, (0, 0, n_positions - part.shape[1], 0)) for part in logits]  # a part's rows may be shorter
-    return torch.cat(padded)[to_device(order, logits[0].device)]
 
 
 # ---------------------------------------------------------------------- what a model must be

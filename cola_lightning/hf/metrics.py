@@ -28,15 +28,6 @@ class Accuracy(Mean):
         super().update((predictions == targets).float())
 
 
-class MatthewsCorrCoef(MulticlassMatthewsCorrCoef):
-    """Matthews' correlation coefficient, from -1 to 1; 0 where all predictions or all targets are equal, as in scikit-learn."""
-
-    @override
-    def compute(self) -> Tensor:
-        is_constant = any((self.confmat.sum(dim) > 0).sum() < 2 for dim in (0, 1))
-        return torch.zeros((), device=self.confmat.device) if is_constant else super().compute()
-
-
 class AnswerMetric(SQuAD):
     """One of SQuAD's two metrics of answers, from 0 to 1.
 
@@ -66,6 +57,6 @@ class AnswerMetric(SQuAD):
 METRICS: dict[str, Callable[[int], Metric]] = {
     "accuracy": lambda n_options: Accuracy(),
     "f1": lambda n_options: BinaryF1Score() if n_options == 2 else MulticlassF1Score(n_options, average="macro"),
-    "matthews_corrcoef": MatthewsCorrCoef,
+    "matthews_corrcoef": MulticlassMatthewsCorrCoef,
 }
 ANSWER_METRICS = {name: partial(AnswerMetric, name) for name in ("f1", "exact_match")}

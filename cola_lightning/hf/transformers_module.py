@@ -171,7 +171,7 @@ class TransformersModule(COLAModule, ABC):
             labels=self.labels_of_base,
             new_weights=self.new_weights,
             quantization=self.quantization,
-            is_changed=is_own_base or self.adapted.base_weights is not None,
+            is_changed=is_own_base,
         )
 
     @functools.cached_property
@@ -193,14 +193,11 @@ class TransformersModule(COLAModule, ABC):
         import transformers
 
         auto_class = getattr(transformers, self.auto_class)
-        is_empty = self.is_base_in_checkpoint
-        model, new_weights = self.pretrained.model_and_new_weights(auto_class, is_empty=is_empty, **self.model_fields())
-        if not is_empty:
-            self.new_weights = new_weights
+        model, self.new_weights = self.pretrained.model_and_new_weights(auto_class, **self.model_fields())
         if not self.lora_config.modules_to_save:
             self.lora_config = replace(self.lora_config, modules_to_save=self.choose_modules_to_save(model))
-        if new_weights and self.run.made is None:
-            self._warn_of_random_modules(self.pretrained.new_modules(model, new_weights))
+        if self.new_weights and self.run.made is None:
+            self._warn_of_random_modules(self.pretrained.new_modules(model, self.new_weights))
         tokenizer = self.tokenizer
         if tokenizer is not None and tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
             tokenizer.pad_token = tokenizer.eos_token  # that of padding was added to the tokenizer alone

@@ -6,7 +6,7 @@ parameters take their places (``in_proj``, or ``q_proj``, ``k_proj`` and ``v_pro
 :func:`attention_forward`, which calls them and ``out_proj``. W + B A is never built, so links are as exact, in half precision
 and with dropout too, as those of any linear layer. torch's fused kernels for evaluation, which read weights, are not used.
 
-torchvision's attention in shifted windows has linear layers, whose weights it passes to a function: :func:`windows_forward`.
+torchvision's attention in shifted windows has linear layers, whose weights it passes to a function: :func:`swin_forward`.
 
 Source: ``torch.nn.MultiheadAttention`` and ``torch.nn.functional.multi_head_attention_forward`` (torch 2.13).
 """
@@ -136,25 +136,6 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) 
     return functools.reduce(torch.add, masks) if masks else None
 
 
-# ---------------------------------------------------------------------- torch's encoders
-
-
-def last_layer_forward(
-    layer: Any, src: Tensor, src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
-    """The forward pass of an ``nn.TransformerEncoder``'s last layer, with zeros where nested tensors would leave them.
-
-    Nested tensors have no padded positions. torch uses them in evaluation, for rows that are padded on the right.
-    """
-    y: Tensor = type(layer).forward(layer, src, src_mask, src_key_padding_mask, is_causal)
-    is_evaluated = not (layer.training or torch.is_grad_enabled() or torch.is_autocast_enabled())
-    if is_evaluated and src_key_padding_mask is not None and src_mask is None and not torch.compiler.is_compiling():
-        padded = src_key_padding_mask != 0  # also of a mask that is added
-        if padded.dim() == 2 and bool((padded[:, 1:] >= padded[:, :-1]).all()):
-            y = y.masked_fill(padded[..., None], 0)
-    return y
-
-
 # ---------------------------------------------------------------------- attention in shifted windows
 
 
@@ -174,7 +155,7 @@ class _Calls(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def windows_forward(attention: Any, x: Tensor) -> Tensor:
+def swin_forward(attention: Any, x: Tensor) -> Tensor:
     """The forward pass of torchvision's attention in shifted windows, with its layers called."""
     with _Calls(attention.qkv, attention.proj):
         y: Tensor = type(attention).forward(attention, x)
@@ -189,7 +170,7 @@ def open_attention(model: nn.Module) -> None:
     found: list[Any] = [module for module in model.modules() if "forward" not in vars(module)]
     for attention in found:
         if is_windows(attention):
-            attention.forward = functools.partial(windows_forward, attention)
+            attention.forward = functools.partial(swin_forward, attention)
         elif _is_closed(attention):
             for name in input_projections(attention):
                 bias = attention.in_proj_bias if name == "in_proj" else None
@@ -227,7 +208,12 @@ def input_projections(attention: Any) -> tuple[str, ...]:
 
 def is_open(module: nn.Module) -> bool:
     """Whether a module is attention that calls its projections."""
-    return getattr(vars(module).get("forward"), "func", None) in (attention_forward, windows_forward)
+    return getattr(vars(module).get("forward"), "func", None) in (attention_forward, swin_forward)
+
+
+def reads_weights(module: nn.Module) -> bool:
+    """Whether a plain module of torch or torchvision reads the weights of its layers, and may call none of them."""
+    return isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer) or is_windows(module)
 
 
 def is_windows(module: nn.Module) -> bool:
@@ -246,33 +232,13 @@ def _is_closed(module: nn.Module) -> bool:
     return is_whole and not has_own_keys and type(module.out_proj) is NonDynamicallyQuantizableLinear
 
 
-def with_projections(model: nn.Module, names: list[str]) -> list[str]:
-    """Names of modules, with those of its projections in place of each nn.MultiheadAttention that calls them."""
-    found = dict[str, None]()
-    for name in names:
-        module = model.get_submodule(name)
-        is_attention = isinstance(module, nn.MultiheadAttention) and is_open(module)
-        parts = (*input_projections(module), "out_proj") if is_attention else ()
-        found |= dict.fromkeys([f"{name}.{part}" for part in parts] or [name])
-    return list(found)
-
-
 def _set_fused(model: nn.Module) -> None:
     """Turns the fused evaluation of torch's encoders off while a layer that it would read has a link, and on again."""
     for module, (kind, name) in itertools.product(model.modules(), FUSED.items()):
         if isinstance(module, kind):
             layers = LoRALayer if kind is nn.TransformerEncoderLayer else ()  # an encoder reads attention alone
             if any(is_open(part) or isinstance(part, layers) for part in module.modules()):
-                was_fused = vars(module).setdefault("value_before_links", getattr(module, name))
+                vars(module).setdefault("value_before_links", getattr(module, name))
                 setattr(module, name, 0)
-                if was_fused and kind is nn.TransformerEncoder:
-                    last = _last_layer(module)
-                    last.forward = functools.partial(last_layer_forward, last)
             elif "value_before_links" in vars(module):
                 setattr(module, name, vars(module).pop("value_before_links"))
-                if kind is nn.TransformerEncoder:
-                    vars(_last_layer(module)).pop("forward", None)
-
-
-def _last_layer(encoder: Any) -> Any:
-    return encoder.layers[-1]

@@ -66,7 +66,7 @@ class LoRAExpertsProjection(LoRALayer, ExpertsProjection):
 
     @classmethod
     @override
-    def matrices(cls, layer: Any) -> tuple[int, ...]:
+    def batch_shape(cls, layer: Any) -> tuple[int, ...]:
         return (len(layer.weight),)
 
     @override

@@ -18,18 +18,12 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.lora.attention import (
-    InputProjection,
-    LoRAInputProjection,
-    close_attention,
-    open_attention,
-    with_projections,
-)
+from cola_lightning.lora.attention import InputProjection, LoRAInputProjection, close_attention, open_attention
 from cola_lightning.lora.config import LoRAConfig
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, open_experts
 from cola_lightning.lora.layer import LoRALayer, is_quantized, lora_layers
 from cola_lightning.lora.layer_types import LoRAConv1d, LoRAConv2d, LoRALinear
-from cola_lightning.lora.quantization import dequantize_, keep_layout
+from cola_lightning.lora.quantization import dequantize_layer_, keep_layout
 
 ALL_LINEAR = "all-linear"
 
@@ -170,7 +164,7 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
     """Adapts the targets, see :func:`inject_lora`."""
     saved = _matches(model, list(config.modules_to_save), "model.modules_to_save")
     names = _linear_layers(model, saved) if target_modules == ALL_LINEAR else _matches(model, target_modules)
-    names = _selected(model, with_projections(model, names), saved, config)
+    names = _selected(model, names, saved, config)
     targets = {name: model.get_submodule(name) for name in names}
     _check_not_shared(model, names, saved)
     classes = {name: _class_for(name, layer, config) for name, layer in targets.items()}
@@ -192,7 +186,7 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
 def begin_merging(layer: LoRALayer, wide: torch.dtype) -> None:
     """Has a layer merge links into its weight, in a wide dtype: without its stack, and not in 4 bits."""
     if is_quantized(layer):
-        dequantize_(layer, wide)
+        dequantize_layer_(layer, wide)
     layer.stack = None
     layer.cast_base_(wide)
 
@@ -266,7 +260,7 @@ def _class_for(name: str, layer: nn.Module, config: LoRAConfig) -> type[LoRALaye
     elif "forward" in vars(layer):  # which would never reach the link
         reason = "which has a replaced forward (accelerate's hooks do that: remove_hook_from_submodules removes them)"
     else:
-        reason = found.obstacle(layer)
+        reason = found.why_unsupported(layer)
     if found is None or reason is not None:
         raise UserError(f"model.target_modules: a link cannot be added to {name!r}, {reason}")
     if config.finished_links == "merge" and is_quantized(layer):

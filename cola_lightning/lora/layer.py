@@ -122,12 +122,12 @@ class LoRALayer(nn.Module):
         return layer.in_features, layer.out_features
 
     @classmethod
-    def matrices(cls, layer: Any) -> tuple[int, ...]:
+    def batch_shape(cls, layer: Any) -> tuple[int, ...]:
         """How many weights of these sizes a plain layer has, as the first sizes of A and B: one for each expert; () is one."""
         return ()
 
     @classmethod
-    def obstacle(cls, layer: Any) -> str | None:
+    def why_unsupported(cls, layer: Any) -> str | None:
         """Why a plain layer of this type cannot be adapted ("which ..."); None if it can."""
         return None
 
@@ -165,7 +165,7 @@ class LoRALayer(nn.Module):
             layer: the layer to adapt, of the base class.
             config: what its links are like.
         """
-        (n_in, n_out), matrices = cls.matrix_sizes(layer), cls.matrices(layer)
+        (n_in, n_out), batch_shape = cls.matrix_sizes(layer), cls.batch_shape(layer)
         layer.base_class, layer.__class__ = type(layer), cls
         adapted: Self = layer
         is_stacking, device = config.should_stack([layer.weight]), layer.weight.device
@@ -175,8 +175,8 @@ class LoRALayer(nn.Module):
             adapted.begin_stack()
         # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
         wide = torch.promote_types(dtype, torch.float32)
-        adapted.lora_A = nn.Parameter(torch.zeros(*matrices, config.rank, n_in, dtype=wide, device=device))
-        adapted.lora_B = nn.Parameter(torch.zeros(*matrices, n_out, config.rank, dtype=wide, device=device))
+        adapted.lora_A = nn.Parameter(torch.zeros(*batch_shape, config.rank, n_in, dtype=wide, device=device))
+        adapted.lora_B = nn.Parameter(torch.zeros(*batch_shape, n_out, config.rank, dtype=wide, device=device))
         adapted.lora_dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         adapted.lora_config, adapted.rank, adapted.alpha = config, config.rank, config.alpha
         adapted.reset()
@@ -184,8 +184,8 @@ class LoRALayer(nn.Module):
 
     def begin_stack(self) -> None:
         """Has finished links stored next to the weight, into which none is merged yet."""
-        (n_in, n_out), matrices = self.matrix_sizes(self), self.matrices(self)
-        self.stack = Stack(n_in, n_out, self.base_dtype, self.weight.device, matrices)
+        (n_in, n_out), batch_shape = self.matrix_sizes(self), self.batch_shape(self)
+        self.stack = Stack(n_in, n_out, self.base_dtype, self.weight.device, batch_shape)
 
     def strip_(self) -> nn.Module:
         """Makes this layer a plain one again, in place, without its link and its stack."""
@@ -307,8 +307,8 @@ class LoRALayer(nn.Module):
         if self.stack is not None:
             stack = self.stack.first(sum(lora_A.shape[-2] for lora_A, _, _ in finished[:n]))
         else:
-            (n_in, n_out), matrices = self.matrix_sizes(self), self.matrices(self)
-            stack = Stack(n_in, n_out, self.dtype, self.lora_A.device, matrices)
+            (n_in, n_out), batch_shape = self.matrix_sizes(self), self.batch_shape(self)
+            stack = Stack(n_in, n_out, self.dtype, self.lora_A.device, batch_shape)
             for lora_A, lora_B, scaling in finished[n:]:  # the others are in the weight
                 stack.push(lora_A, lora_B, -scaling)
         for link in links[n:]:
@@ -323,8 +323,8 @@ class LoRALayer(nn.Module):
         Args:
             generator: for drawing A; None means torch's global generator.
         """
-        *matrices, _, n_in = self.lora_A.shape
-        rows = torch.zeros(*matrices, self.rank, n_in, dtype=torch.float32, device="cpu")
+        *batch_shape, _, n_in = self.lora_A.shape
+        rows = torch.zeros(*batch_shape, self.rank, n_in, dtype=torch.float32, device="cpu")
         DRAWS[self.lora_config.init](rows, generator)
         layout.copy_(self.lora_A, F.pad(rows, (0, 0, 0, self.max_rank - self.rank)))
         layout.copy_(self.lora_B, torch.zeros_like(self.lora_B))
@@ -354,10 +354,6 @@ class LoRALayer(nn.Module):
         if self.stack is not None:
             self.stack.apply_(fn)
         return result
-
-    @override
-    def extra_repr(self) -> str:
-        return ", ".join(filter(None, (super().extra_repr(), f"rank={self.rank}, alpha={self.alpha:g}")))
 
 
 @torch.no_grad()

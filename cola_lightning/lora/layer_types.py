@@ -49,7 +49,7 @@ class LoRAConvolution(LoRALayer):
 
     @classmethod
     @override
-    def obstacle(cls, layer: Any) -> str | None:
+    def why_unsupported(cls, layer: Any) -> str | None:
         if layer.groups > 1:
             return f"which convolves {layer.groups} groups of channels apart: one with groups 1 can be adapted"
         if layer.padding_mode != "zeros":

@@ -62,18 +62,18 @@ def dequantized_weight(layer: Any) -> Tensor:
     return weight
 
 
-def dequantize(model: Any, dtype: torch.dtype) -> None:
-    """Makes the 4-bit layers of a model, if any, plain ones, in place. See :func:`dequantize_`."""
+def dequantize_model(model: Any, dtype: torch.dtype) -> None:
+    """Makes the 4-bit layers of a model, if any, plain ones, in place. See :func:`dequantize_layer_`."""
     for layer in model.modules():
         if is_quantized(layer):
-            dequantize_(layer, dtype)
+            dequantize_layer_(layer, dtype)
     if getattr(model, "is_loaded_in_4bit", False):  # by transformers, which would refuse to cast or save it as it is now
         model.hf_quantizer.remove_quantization_config(model)
         model.is_loaded_in_4bit = False
 
 
 @torch.no_grad()
-def dequantize_(layer: Any, dtype: torch.dtype) -> None:
+def dequantize_layer_(layer: Any, dtype: torch.dtype) -> None:
     """Makes a 4-bit layer a plain one with the weight that it computes with, in place; an adapted one keeps its links.
 
     Args:

@@ -24,7 +24,7 @@ class Stack:
         n_out: outputs of the layer.
         dtype: compute dtype of the layer, and so of the factors.
         device: device of the factors.
-        matrices: the first sizes of A and B, for a pair of them for each expert.
+        batch_shape: the first sizes of A and B, for a pair of them for each expert.
 
     Attributes:
         A: capacity x in, or for experts, experts x capacity x in. The capacity is a power of two.
@@ -39,10 +39,10 @@ class Stack:
     """
 
     def __init__(
-        self, n_in: int, n_out: int, dtype: torch.dtype, device: torch.device | str, matrices: tuple[int, ...] = ()
+        self, n_in: int, n_out: int, dtype: torch.dtype, device: torch.device | str, batch_shape: tuple[int, ...] = ()
     ) -> None:
-        self.A = torch.zeros(*matrices, 0, n_in, dtype=dtype, device=device)
-        self.B = torch.zeros(*matrices, 0, n_out, dtype=dtype, device=device)
+        self.A = torch.zeros(*batch_shape, 0, n_in, dtype=dtype, device=device)
+        self.B = torch.zeros(*batch_shape, 0, n_out, dtype=dtype, device=device)
         self.rank = 0
 
     @property

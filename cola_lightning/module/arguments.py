@@ -1,6 +1,5 @@
 """A module's constructor arguments: recorded, stored in its checkpoints as plain values, and passed to its class again."""
 
-import functools
 import inspect
 import logging
 import pydoc
@@ -11,7 +10,6 @@ from os import PathLike
 from typing import Any, Self
 
 import numpy as np
-from lightning.pytorch import LightningDataModule, LightningModule
 
 import cola_lightning
 from cola_lightning.chain.facts import ModuleArguments
@@ -135,28 +133,3 @@ def find_class(path: str) -> type:
     if path.startswith("__main__."):
         advice = "It was defined in a script. Move it to a module, and import it from there"
     raise UserError(f"checkpoint: its class {path!r} cannot be imported. {advice}")
-
-
-def plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The hyperparameters of a checkpoint that are plain: ``torch.load(weights_only=True)`` may not read others.
-
-    Classes of hyperparameters are removed from the checkpoint, which Lightning would call to make a data module again.
-    """
-    entries: dict[str, Any] = {}
-    for owner in (LightningModule, LightningDataModule):
-        checkpoint.pop(owner.CHECKPOINT_HYPER_PARAMS_TYPE, None)
-        for name, value in checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_KEY, {}).items():
-            found = entries.setdefault(owner.CHECKPOINT_HYPER_PARAMS_KEY, {})
-            if SECRET.search(name):
-                continue
-            try:
-                found[name] = to_plain(value)
-            except TypeError:
-                kind = type(value).__name__
-                _warn_once(f"the hyperparameter {name!r} ({owner.CHECKPOINT_HYPER_PARAMS_KEY}) is of type {kind}")
-    return entries
-
-
-@functools.cache
-def _warn_once(what: str) -> None:
-    log.warning("%s. A checkpoint stores only plain values, so it is left out", what)

@@ -18,7 +18,7 @@ from typing_extensions import override
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.chain.base import check_unchanged
-from cola_lightning.chain.schedule import ChainSchedule, FitPosition, RunLength
+from cola_lightning.chain.schedule import ChainSchedule, FitPosition
 from cola_lightning.errors import UserError
 from cola_lightning.lora.layer import is_quantized_model, lora_layers
 from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
@@ -100,7 +100,7 @@ class FitCallback(Callback):
         run.schedule = run.schedule.in_run(run.length, run.stable_share(run.length))
         self._start_optimization(trainer, is_resumed=is_resumed)
         run.check_used(trainer)
-        self._check_links(run.length)
+        run.check_schedule(run.length)
         if trainer.is_global_zero:
             log.info("before the first step\n%s", "\n".join(f"  {line}" for line in describe_fit(trainer, run)))
         self._rewind.begin_fit(trainer, pl_module, run.adapted.trained.state().keys())
@@ -122,14 +122,6 @@ class FitCallback(Callback):
         run.begin_as_scheduled()
         if trainer.global_step:  # the first rate was set before the run's length was known
             trainer.strategy.setup_optimizers(trainer)
-
-    def _check_links(self, length: RunLength) -> None:
-        """Checks options against the remaining links of this fit, as far as their lengths are known."""
-        run = self.run
-        if run.schedule.has_unknown_lengths(length) or length.end_step == math.inf:
-            run.check_without_horizon(length)
-            return
-        run.check_lengths(length)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -2,7 +2,7 @@
 
 A link is small compared with its base. Replicated, as under DDP, it needs no gathering: not for a knot, which each process
 applies to its own shard, nor for a checkpoint, which is written and read as on one device. Only its gradients must be averaged.
-With full fine-tuning (``target_modules: null``), all is sharded, by FSDP2.
+With full fine-tuning (``target_modules: null``), all is sharded, which needs FSDP2.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -67,24 +67,13 @@ def check_sharding(strategy: Strategy, run: Run) -> None:
     """Refuses what a strategy does not support, before any model is made.
 
     Raises:
-        UserError: for tensor parallelism, for FSDP1 with full fine-tuning, and for a module laid out for another strategy.
+        UserError: for a module laid out for another strategy.
     """
     is_sharded = run.made is not None and layout.is_model_sharded(run.made.model)
     if run.is_wrapped_by_fsdp1 or (is_sharded and not isinstance(strategy, ModelParallelStrategy)):
         raise UserError(
             "trainer.strategy: this module has already been sharded. Load a new one with "
             f"{type(run.module).__name__}.load_from_checkpoint"
-        )
-    mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
-    if mesh is not None and (n_tensor := mesh["tensor_parallel"].size()) > 1:
-        raise UserError(
-            f"trainer.strategy: tensor parallelism is not supported, got tensor_parallel_size {n_tensor}. Use "
-            f"data_parallel_size {mesh.size()} and tensor_parallel_size 1"
-        )
-    if isinstance(strategy, FSDPStrategy) and run.config.target_modules is None:
-        raise UserError(
-            "trainer.strategy: fsdp does not work with full fine-tuning (model.target_modules is null). Use "
-            "ModelParallelStrategy (FSDP2) or ddp"
         )
 
 

@@ -32,14 +32,12 @@ class LateModel(LightningModule):
 
     Attributes:
         run: what the module's training is.
-        save_base: whether checkpoints contain the base's weights.
         should_compile: whether the model is compiled.
         activation_checkpointing: whether the inputs of the model's blocks alone are stored for the backward pass.
         labels_of_base: a classifier's labels, which are a part of the base's identity; None: not known.
     """
 
     run: Run
-    save_base: bool
     should_compile: bool
     activation_checkpointing: bool
     labels_of_base: list[str] | None = None
@@ -117,12 +115,6 @@ class LateModel(LightningModule):
         self._ensure_model()
         return self.run.adapted
 
-    @property
-    def is_base_in_checkpoint(self) -> bool:
-        """For ``build_model``: whether only shapes matter, as the base's weights come from a checkpoint."""
-        made = self.run.made
-        return self.run.expected.has_base or (made is not None and made.base_weights is not None)
-
     @override
     def configure_model(self) -> None:
         """Makes the model and its first link, once, and prepares it for the Trainer's precision and strategy, if there is one.
@@ -187,9 +179,8 @@ class LateModel(LightningModule):
             functools.partial(getattr, run, "config"),  # in which build_model may choose modules_to_save
             seed=run.choose_seed(),
             name=self.base_name,
-            is_saved=self.save_base,
             placement=run.placement,
-            around=self,
+            outer_module=self,
             current=run.current,
         )
         if self._modules.get("model") is None:  # else one that was assigned, which configure_model refuses

@@ -1,6 +1,5 @@
 """The Lightning module that owns a base model and its chain."""
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,7 +50,6 @@ class COLAModule(LateModel, RecordsArguments):
         init_knot: What happens to the last link of ``init_chain`` when the run begins, as at a knot (``chain.knot``). ``cola``
             merges it, and a new link begins. ``half`` merges half of it; A and the rest of B go on. ``record`` only records it;
             A and B go on: one LoRA over several runs. The optimizer and its learning-rate schedule are new in each run.
-        save_base: Store the weights of the adapted base in each checkpoint. Use it if the base cannot be rebuilt bit for bit.
         compile: Apply ``torch.compile`` to the model. It compiles once per rank, for training and for validation.
         activation_checkpointing: Store only the inputs of the model's blocks and recompute the rest in the backward pass. It
             needs less memory and more time, and the gradients are the same.
@@ -94,7 +92,6 @@ class COLAModule(LateModel, RecordsArguments):
         init_links: int | str | None = None,
         init_continues: tuple[str, ...] = (),
         init_knot: Knot = "cola",
-        save_base: bool = False,
         compile: bool = False,
         activation_checkpointing: bool = False,
         **link: Any,
@@ -105,8 +102,8 @@ class COLAModule(LateModel, RecordsArguments):
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         seed = None if seed is None else int(seed)
         self.run = Run(self, self.constructor_arguments, LinkConfig(**link), optimizer, seed, start)
-        self.step_loss, self.save_base = self.run.step_loss, save_base
-        self.should_compile, self.activation_checkpointing = compile, activation_checkpointing
+        self.step_loss, self.should_compile = self.run.step_loss, compile
+        self.activation_checkpointing = activation_checkpointing
         self.register_load_state_dict_pre_hook(prepare_loading)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ defined or overridden by a subclass
@@ -218,21 +215,6 @@ class COLAModule(LateModel, RecordsArguments):
         self.make_model()
         return self.run.tie_knot(rank, alpha)
 
-    def restart_link(self, *, rank: int | None = None, alpha: float | None = None) -> None:
-        """Starts the current link again, before its first step, with another rank or alpha: in :meth:`on_knot`, for example.
-
-        Its optimizer is new; with ``kept_optimizer_state`` it has that share of the last link's state.
-
-        Args:
-            rank: of the link; None: as it is.
-            alpha: of the link; None: as it is.
-
-        Raises:
-            UserError: if the module trains without links, the rank is above ``model.rank``, or the link has been trained.
-        """
-        self.make_model()
-        self.run.restart_link(rank, alpha)
-
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass: ``module(x)`` is ``module.model(x)``."""
@@ -307,9 +289,6 @@ class COLAModule(LateModel, RecordsArguments):
         format: Format = "merged",
         *,
         dtype: Dtype | None = None,
-        max_rank: int | None = None,
-        base_folder: str | Path | None = None,
-        license: str | None = None,
         verify: bool = True,
         overwrite: bool = False,
     ) -> list[str]:
@@ -323,11 +302,6 @@ class COLAModule(LateModel, RecordsArguments):
                 as one PEFT adapter. ``chain`` writes a chain folder, which keeps the links apart.
             dtype: Write the weights of a ``merged`` model in ``float32``, ``bfloat16`` or ``float16``. By default, they have
                 the type of ``model.dtype``, or float32 for modules without this option.
-            max_rank: Reduce a ``peft`` adapter to this rank. It becomes smaller, but its outputs change. The error of each
-                layer is printed.
-            base_folder: Also write the base of a ``peft`` adapter to this folder, which the adapter then names. It is needed if
-                peft cannot load the base by its name.
-            license: Write this license into the model card, as an identifier of the Hugging Face hub: ``apache-2.0``.
             verify: load the export, and compare its logits with the module's.
             overwrite: replace a folder that is not empty.
 
@@ -338,9 +312,7 @@ class COLAModule(LateModel, RecordsArguments):
             UserError: for incompatible options, a folder that is not empty, or a model that cannot be exported in this format.
             ExportError: if the export cannot be loaded or, in float32, gives other logits; it is removed.
         """
-        base = None if base_folder is None else Path(base_folder)
-        options = ExportOptions(Path(folder), format, dtype, max_rank, base, license, verify, overwrite)
-        return export(self, options)
+        return export(self, ExportOptions(Path(folder), format, dtype, verify, overwrite))
 
     # ------------------------------------------------------------------ optimizer, and state
 
@@ -366,15 +338,14 @@ class COLAModule(LateModel, RecordsArguments):
     ) -> None:
         """Prepares the module, before its model is made, for the state that ``load_state_dict`` will load.
 
-        The model is made with the state's seed, without ``init_chain``, and without the base's weights if the state has them.
+        The model is made with the state's seed, and without ``init_chain``.
 
         Args:
             state: a checkpoint's.
             links: how many of its links are loaded, or the name of the last stage; None: all.
             scale: factors of the links' updates, see :meth:`load_from_checkpoint`.
         """
-        facts = state.facts
-        self.run.expect(ExpectedState(links, scale, facts.seed, facts.base_weights is not None, facts.held_out))
+        self.run.expect(ExpectedState(links, scale, state.facts.seed, state.facts.held_out))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -397,8 +368,7 @@ class COLAModule(LateModel, RecordsArguments):
     ) -> Self:
         """Loads a module onto the CPU, as in Lightning; its class and arguments are read from the checkpoint.
 
-        If the checkpoint contains its base, ``build_model`` need not make the base's weights first. For what another person's
-        checkpoint can do, see docs/guarantees.md.
+        For what another person's checkpoint can do, see docs/guarantees.md.
 
         Args:
             checkpoint_path: a file that a fit wrote: its path, its URL, or an open file.
@@ -418,8 +388,3 @@ class COLAModule(LateModel, RecordsArguments):
         """
         loaded: Self = load(cls, checkpoint_path, strict, weights_only, links, scale, kwargs)
         return loaded if map_location is None else loaded.to(map_location)
-
-
-# Pickle finds a function by its name, and jsonargparse a default's values in the signature, if that has a lambda.
-default_optimizer = inspect.signature(COLAModule.__init__).parameters["optimizer"].default
-default_optimizer.__qualname__ = "default_optimizer"

@@ -26,10 +26,7 @@ def describe_fit(trainer: Any, run: Run) -> list[str]:
         trainer: the Trainer of the fit, whose data is set up.
         run: what the module's training is.
     """
-    data = trainer.datamodule
-    described = data.describe() if hasattr(data, "describe") else None  # another package's may be for something else
-    lines = described if isinstance(described, list) else [f"data: {trainer.num_training_batches} batches in an epoch"]
-    lines = [describe_model(run.adapted), *lines]
+    lines = [describe_model(run.adapted), f"data: {trainer.num_training_batches} batches in an epoch"]
     if run.adapted.layers:
         lines.append(describe_knots(run))
     return [*lines, describe_resume(trainer)]

@@ -176,9 +176,10 @@ class Rewind:
         """
         self._go_on(trainer)  # an exception, or a checkpoint of a callback's own, may come before the hook of this one
         fit_loop, point = checkpoint["loops"]["fit_loop"], self._point
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        checkpoint["epoch"] = max(0, epochs.ready - 1)  # Lightning's is one higher after a run that was not resumed
         if point is None:  # before a fit
             return
-        epochs: Any = trainer.fit_loop.epoch_progress.current
         is_in_batch = _is_in_batch(trainer, point)
         has_ended = epochs.processed > point.epoch  # and the hooks at its end are called, or over
         # Without a validation after an epoch's last batch, Lightning would resume there with one batch more.

@@ -98,12 +98,11 @@ class InitChain:
         return chain, held_out
 
     def describe(self) -> list[Any]:
-        """The absolute path or paths, how many links were requested, and the knot and others if set: for checkpoints."""
+        """The absolute path or paths, how many links were requested, the knot, and what continues: for checkpoints."""
         sources = [] if self.sources is None else sources_of(self.sources)
         paths = [str(source._replace(path=str(Path(os.path.expanduser(source.path)).absolute()))) for source in sources]
-        options: list[Any] = [] if self.knot == "cola" else [self.knot]
-        options += [list(self.continues)] if self.continues else []
-        return [paths if isinstance(self.sources, list) else next(iter(paths), None), self.links, *options]
+        found = paths if isinstance(self.sources, list) else next(iter(paths), None)
+        return [found, self.links, self.knot, list(self.continues)]
 
 
 @dataclass(frozen=True)
@@ -114,14 +113,12 @@ class ExpectedState:
         links: how many of its links are loaded, or the name of the last stage; None: all.
         scale: factors of the links' updates.
         seed: the state's seed; None: no state is expected.
-        has_base: whether the state has the base's weights.
         held_out: the rows that its runs held out.
     """
 
     links: int | str | None = None
     scale: Mapping[int | str, float] | None = None
     seed: int | None = None
-    has_base: bool = False
     held_out: Records = ()
 
 
@@ -381,14 +378,6 @@ class Run:
         self.is_tying_knot = False  # not in a finally: after a knot that failed halfway nothing may be written
         return link
 
-    def restart_link(self, rank: int | None = None, alpha: float | None = None) -> None:
-        """Starts the current link again, before its first step, see :meth:`COLAModule.restart_link`."""
-        if self.adapted.has_begun:
-            raise UserError("restart_link: the current link has been trained. Tie a knot to begin another one")
-        old_rank, old_alpha = self.current.size
-        self.adapted.begin_link(old_rank if rank is None else rank, old_alpha if alpha is None else alpha)
-        self.renew()
-
     def begin_as_scheduled(self) -> None:
         """Begins the current link again if it is older than the schedule, which requests another rank or alpha.
 
@@ -422,10 +411,6 @@ class Run:
             group |= {name: value.item() for name, value in group.items() if isinstance(value, np.generic)}
             group["lr"] = copy.deepcopy(group["lr"])  # a copy: a schedule modifies a rate that is a tensor in place
         if config.lr_ratio_B != 1:
-            if optimizer.param_groups[1]["lr"] is None:
-                raise UserError(
-                    f"model.lr_ratio_B: needs an optimizer with a learning rate, and {type(optimizer).__name__} has none"
-                )
             optimizer.param_groups[1]["lr"] *= config.lr_ratio_B
         groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         self._groups = copy.deepcopy(groups)
@@ -485,19 +470,27 @@ class Run:
             return None
         return 1 - phase_length(self.config.decay_steps, length.end_step) / length.end_step
 
-    def check_lengths(self, length: RunLength) -> None:
-        """Refuses a link that is shorter than its warm-up; the last one may be. The lengths of the fit's links are known."""
-        schedule, start = self._links()
-        lengths = schedule.link_lengths(start, length)
-        link_warmup = 0 if self._is_over_run else self.config.warmup_steps
-        checks = (
-            ("warmup_steps", link_warmup, lengths[:-1]),
-            ("knot_warmup_steps", self.config.knot_warmup_steps, lengths[1:-1]),
-        )
-        for name, steps, links in checks:
-            shortest = min(links, default=math.inf)
-            if shortest < steps:
-                raise UserError(f"model.{name}: must be at most {shortest}, the steps of the shortest link, got {steps:g}")
+    def check_schedule(self, length: RunLength) -> None:
+        """Refuses a learning-rate schedule that does not fit the links of the fit.
+
+        That is one that needs a length which is not known beforehand, a link's or the run's, and a warm-up that is longer than
+        a link which is not the last.
+        """
+        config, (schedule, start) = self.config, self._links()
+        is_endless, warmup_steps = length.end_step == math.inf, config.warmup_steps
+        if self.schedule.has_unknown_lengths(length) or is_endless:
+            is_known = self._is_over_run and not is_endless
+            needs_length = not is_known and (config.lr_schedule != "constant" or 0 < warmup_steps < 1)
+            if self._scheduler and (needs_length or (schedule.has_knots and 0 < config.knot_warmup_steps < 1)):
+                raise UserError(
+                    "model.lr_schedule: the length of the run or of its links is unknown. Use trainer.max_steps with "
+                    "model.schedule_scope run, or constant with warm-ups in steps"
+                )
+            return
+        warmup = max(config.knot_warmup_steps, 0 if self._is_over_run else warmup_steps)
+        shortest = min(schedule.link_lengths(start, length)[:-1], default=math.inf)
+        if shortest < warmup:
+            raise UserError(f"model.warmup_steps, model.knot_warmup_steps: {warmup:g} steps are more than a link's {shortest}")
 
     def check_used(self, trainer: Trainer) -> None:
         """Refuses options without an effect, because a ``configure_optimizers`` makes an optimizer or a schedule of its own.
@@ -518,27 +511,6 @@ class Run:
             name = type(self.module).__name__
             raise UserError(
                 f"{', '.join(given)}: no effect, because configure_optimizers of {name} sets this itself. Set it there"
-            )
-
-    def check_without_horizon(self, length: RunLength) -> None:
-        """Refuses a learning-rate schedule that needs a length that is not known beforehand: a link's, or the run's."""
-        if self._scheduler is None:
-            return
-        missing = ["trainer.max_steps"] if length.end_step == math.inf else []
-        schedule, _ = self._links()
-        if not self._is_over_run and schedule.has_unknown_lengths(length):
-            missing.append("model.schedule_scope run")
-        lr_schedule, warmup_steps = self.config.lr_schedule, self.config.warmup_steps
-        needs_length = lr_schedule != "constant" or 0 < warmup_steps < 1
-        if needs_length and (missing or not self._is_over_run):
-            raise UserError(
-                f"model.lr_schedule: {lr_schedule} with warmup_steps {warmup_steps:g} needs {' and '.join(missing)}, "
-                "because the length of the run or of its links is unknown. Or use constant, with model.warmup_steps in steps"
-            )
-        if 0 < self.config.knot_warmup_steps < 1 and schedule.has_knots:
-            raise UserError(
-                "model.knot_warmup_steps: must be a number of steps, because the length of a link is unknown, got the share "
-                f"{self.config.knot_warmup_steps:g}"
             )
 
     def renew(self) -> None:

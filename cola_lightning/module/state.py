@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.serialization import config
@@ -22,7 +23,7 @@ from cola_lightning.chain.checkpoint import STATE_PREFIX, OpenedCheckpoint, Stor
 from cola_lightning.chain.facts import StoredFacts
 from cola_lightning.chain.schedule import START
 from cola_lightning.errors import NonFiniteError, UserError, causes
-from cola_lightning.module.arguments import plain_hyperparameters, to_plain
+from cola_lightning.module.arguments import to_plain
 from cola_lightning.module.run import Run, trainer_of
 from cola_lightning.trained_values import is_frozen
 from cola_lightning.writing import atomic_file
@@ -68,7 +69,6 @@ def facts_of(run: Run) -> StoredFacts:
         data=described_data(run, "identity"),
         held_out=run.held_out,
         initial=adapted.trained.initial,
-        base_weights=adapted.base_weights,
     )
 
 
@@ -109,7 +109,9 @@ def prepare_checkpoint(run: Run, checkpoint: dict[str, Any]) -> None:
         raise NonFiniteError(f"{reason}, in link {run.adapted.n_finished}: this checkpoint is not written")
     current = checkpoint.get("current_model_state", {}).items()  # weight averaging has put a copy's state in the place of it
     checkpoint["state_dict"] |= {name: value for name, value in current if name.startswith(STATE_PREFIX)}
-    checkpoint |= plain_hyperparameters(checkpoint)
+    for owner in (LightningModule, LightningDataModule):  # the run's own record makes the module again, without secrets
+        checkpoint.pop(owner.CHECKPOINT_HYPER_PARAMS_KEY, None)
+        checkpoint.pop(owner.CHECKPOINT_HYPER_PARAMS_TYPE, None)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -204,11 +206,10 @@ def restore(run: Run, state: StoredState) -> bool:
     has_current = has_all and not scale
     unscaled = state.chain if has_current else state.all_links(None if has_all else links)
     chain = unscaled.scaled(scale)
-    check_same_base(chain.base, adapted.chain.base, is_stored=facts.base_weights is not None)
+    check_same_base(chain.base, adapted.chain.base)
     if is_resumed := trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is not None:
         _check_same_choices(run, state)
     dtype = _dtype_of(run, state) if has_current or chain.links else adapted.cast_dtype  # the base alone has none
-    adapted.take_base(chain, facts.base_weights)
     if dtype != adapted.cast_dtype:
         adapted.cast(dtype)
     adapted.go_to(chain)

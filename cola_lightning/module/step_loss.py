@@ -34,7 +34,7 @@ class StepLoss:
                 it has none.
         """
         self.scaler = scaler
-        self._last: tuple[Late, str] | None = None  # the loss of the last step, and which one it was
+        self._last: tuple[CopiedScalar, str] | None = None  # the loss of the last step, and which one it was
         self._begin_window()
 
     def _begin_window(self) -> None:
@@ -93,7 +93,7 @@ class StepLoss:
                 _scale_gradients(optimizer, self.first * n_batches / size)
             mean = (total / size).float()
         checked = self.unweighed if mean is None else mean
-        self._last = None if checked is None else (Late(checked), step)
+        self._last = None if checked is None else (CopiedScalar(checked), step)
         self._begin_window()
         return mean
 
@@ -114,7 +114,7 @@ class StepLoss:
         return loss
 
 
-class Late:
+class CopiedScalar:
     """A value that is copied to the host in the background, so that reading it later hardly waits.
 
     Args:

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from cola_lightning.data.splits import hash_of_file
 from cola_lightning.errors import UserError
@@ -31,15 +31,26 @@ def claim(path: Path) -> TextIO | None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _is_locked(file, fcntl.LOCK_EX):
         file.close()
         return None
-    except OSError:  # of a disk without locks
-        pass
     os.register_at_fork(after_in_child=file.close)
     return file
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether a process has claimed a file; on a disk without locks, nobody can."""
+    with path.open("rb") as file:
+        return not _is_locked(file, fcntl.LOCK_SH)
+
+
+def _is_locked(file: IO[Any], kind: int) -> bool:
+    """Locks a file for this process, and returns whether no other process has locked it; a disk may have no locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
+    return True
 
 
 def read_record(path: Path) -> dict[str, Any]:

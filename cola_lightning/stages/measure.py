@@ -1,5 +1,7 @@
 """States of one chain's model, measured on the data of several stages: one model is loaded for all that can share it."""
 
+import copy
+import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -90,8 +92,6 @@ class Measurer:
             own, theirs = config["model"]["init_args"], last["model"]["init_args"]
             init_args = own | {name: theirs[name] for name in of_links & own.keys() & theirs.keys()}
             init_args |= {"init_chain": None, "init_links": None, "init_knot": "cola"}
-            if keeps_models and not init_args.get("quantization"):
-                init_args["save_base"] = True
             self.references[name] = init_args.get("reference", "start")
             if "reference" in init_args:  # which rows without these links do not have: they are their own reference
                 init_args["reference"] = "start"
@@ -116,11 +116,19 @@ class Measurer:
         rows: dict[str, list[Row]] = {}
         for key, configs in self.groups.items():
             with in_silence():
-                made = self.made.pop(key, None) or {name: MadeRun(config, "test") for name, config in configs.items()}
+                made = self.made.pop(key, None) or self._made(configs)
             rows |= self._measure_group(made, command, states)
             if self.keeps_models:
                 self.made[key] = made
         return {name: rows[name] for name in self.references if name in rows}
+
+    def _made(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, MadeRun]:
+        made = {name: MadeRun(config, "test") for name, config in configs.items()}
+        model: Any = next(iter(made.values())).model
+        if self.keeps_models and not getattr(model, "quantization", None):
+            built = functools.cache(model.build_model)
+            model.build_model = lambda: copy.deepcopy(built())
+        return made
 
     def _measure_group(self, made: Mapping[str, MadeRun], command: str, states: Mapping[str, Scale]) -> dict[str, list[Row]]:
         rows: dict[str, list[Row]] = {name: [] for name in made}

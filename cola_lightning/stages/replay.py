@@ -9,7 +9,7 @@ from torch.utils.data import ConcatDataset, Subset
 from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule
-from cola_lightning.data.examples import OptionBatches
+from cola_lightning.data.examples import OptionRows
 from cola_lightning.data.source import SourceDataModule, joined
 from cola_lightning.data.split import as_count, draw
 from cola_lightning.errors import UserError
@@ -46,7 +46,8 @@ class Replay(Callback):
             data.trainer = trainer
             data.setup("fit")
             is_same = isinstance(data, EpochDataModule) and type(data) is type(own)
-            if not is_same or (isinstance(data, OptionBatches) and vars(data).get("loss") != vars(own).get("loss")):
+            options = getattr(data, "preprocessor", None)
+            if not is_same or (isinstance(options, OptionRows) and options.loss != own.preprocessor.loss):
                 raise UserError(
                     f"replay: {name} and this stage must have one class of data, an EpochDataModule, and options must have one "
                     "loss"

@@ -11,7 +11,6 @@ from cola_lightning import Chain, Link, LoRAConfig, UserError, inject_lora
 from cola_lightning.chain import BaseIdentity
 from cola_lightning.chain.base import check_same_base, describe_base
 from cola_lightning.chain.chain import VERSION
-from cola_lightning.chain.checkpoint import read_chain
 from tests.helpers.make_fixture import FIXTURES, Fixed, Trained, inputs
 from tests.helpers.toy import Toy, assert_same_chain, batches, toy, trainer
 
@@ -55,14 +54,6 @@ def test_a_chain_and_a_checkpoint_of_this_format_give_the_logits_that_they_gave(
     loaded = Trained.load_from_checkpoint(FIXTURES / f"checkpoint-{VERSION}.ckpt", links=links)
     expected = expected_logits(f"checkpoint-{VERSION}", links)
     torch.testing.assert_close(loaded.merged_model()(inputs()), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_an_adapter_of_this_format_is_the_chain_that_it_was():
-    chain, adapter = (read_chain(FIXTURES / f"{kind}-{VERSION}") for kind in ("chain", "adapter"))
-    assert adapter.is_beginning_of(chain)
-    assert len(adapter) == len(chain)
-    assert adapter.links[-1].extras.keys() == chain.links[-1].extras.keys()
-    assert all(torch.equal(value, chain.links[-1].extras[name]) for name, value in adapter.links[-1].extras.items())
 
 
 def test_a_later_version_is_refused(tmp_path):

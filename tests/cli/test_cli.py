@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
@@ -107,6 +108,7 @@ def test_the_newest_run_of_the_same_options_is_resumed_and_its_configuration_hol
     capfd.readouterr()
     assert fit(*further) == 0
     assert [line for line in capfd.readouterr().out.splitlines() if line.startswith("ckpt_path: ")] == [
+        f"ckpt_path: the newer run {Path('runs/version_2').absolute()} has no checkpoint",
         f"ckpt_path: {Path(LAST).absolute()}",
     ]
     resumed = checkpoint_of(4)
@@ -116,28 +118,21 @@ def test_the_newest_run_of_the_same_options_is_resumed_and_its_configuration_hol
     assert saved["ckpt_path"] is saved["links"] is None
 
 
-@pytest.mark.usefixtures("printed")
-def test_whoever_reads_a_run_that_was_continued_elsewhere_is_told(capfd):
-    further = ["--ckpt_path", "runs/version_0", "--trainer.max_epochs", "4"]
-    notes = Path("runs/version_0/checkpoints/last.continued.txt")
-    notes.mkdir()  # in the place of the file, as in a folder that cannot be written to
-    assert fit(*further) == 0
-    assert f"cannot note in {notes.absolute()}" in capfd.readouterr().out
-    notes.rmdir()
-    assert fit(*further) == 0
-    shutil.copytree("runs/version_0", "moved")
-    newer = Path("runs/version_2/checkpoints/last.ckpt").absolute()
-    for path in ("runs/version_0", "moved/checkpoints/last.ckpt"):
-        capfd.readouterr()
-        assert run("export", path, "--format", "chain", "--output", path.replace("/", "-")) == 0
-        assert f"last.ckpt: its run was continued in {newer}" in capfd.readouterr().out
-        assert run("inspect", path, "--json") == 0
-        out, err = capfd.readouterr()
-        assert f"last.ckpt: its run was continued in {newer}" in err
-        assert len(json.loads(out)) == 3
-    assert run("inspect", "runs/version_2") == 0
-    assert "continued" not in capfd.readouterr().err
-    assert str(Path(LAST).absolute()) in Path("runs/version_2/checkpoints/last.continues.txt").read_text()
+class Impatient(Callback):
+    """Resumes the run while it is running."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3:
+            Path("statuses").write_text(f"{[fit('--ckpt_path', path) for path in ('last', 'runs/version_0')]}")
+
+
+def test_a_run_that_is_still_running_is_not_resumed_beside_itself(capfd):
+    assert fit("--trainer.callbacks+=tests.cli.test_cli.Impatient") == 0
+    assert Path("statuses").read_text() == "[2, 2]"
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [line.partition(" is still")[0] for line in errors] == ["error: ckpt_path: the run in runs/version_0"] * 2
+    assert [path.name for path in Path("runs").iterdir()] == ["version_0"]
+    assert fit("--ckpt_path", "runs/version_0", "--trainer.max_epochs", "4") == 0  # once it has ended
 
 
 def test_one_process_of_a_launcher_logs(monkeypatch, capfd):
@@ -178,10 +173,10 @@ def logged(version, name):
     return {int(row["step"]): float(row[name]) for row in rows if row[name]}
 
 
-def test_a_short_fit_is_logged_ten_times_and_validates_at_its_end_and_resumes_exactly(capfd):
+def test_a_short_fit_is_logged_and_validates_at_its_end_and_resumes_exactly(capfd):
     short = ["--trainer.log_every_n_steps", "null", "--chain.every_n_epochs", "null", "--trainer.max_epochs", "-1"]
     assert fit(*short, "--trainer.max_steps", "12") == 0  # nine are an epoch
-    assert list(logged(0, "train_loss")) == list(range(12))
+    assert list(logged(0, "train_loss")) == [11]
     assert list(logged(0, "val_loss")) == [8, 11]
     capfd.readouterr()
     assert run("inspect", LAST, "--json") == 0
@@ -255,7 +250,6 @@ def test_a_fit_that_goes_on_in_its_own_folder_and_a_test_there_keep_the_metrics_
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "mine", "name": "", "version": ""}}
     assert fit("--trainer.logger", json.dumps(logger)) == 0
     of_fit = read_csv("mine/metrics.csv")
-    Path("mine/checkpoints/last.continued.txt").write_text("elsewhere")
     again = ["--config", "mine/config.yaml", "--ckpt_path", "mine"]
     assert run("fit", *again, "--trainer.max_epochs", "4") == 0
     assert run("test", *again) == 0

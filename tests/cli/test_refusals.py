@@ -14,11 +14,11 @@ import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
-from transformers import Adafactor
 
 from cola_lightning import ChainOfLoRA, ChainSchedule, COLACausalLM, LoRAConfig, UserError, inject_lora
 from cola_lightning.cli import main
 from cola_lightning.cli.command_line import completed
+from cola_lightning.cli.help import ELSEWHERE
 from cola_lightning.cli.made_run import resolve
 from cola_lightning.data import TemplateDataModule, TextDataModule
 from cola_lightning.errors import JSONARGPARSE
@@ -65,12 +65,12 @@ MISTAKES = [
     (FIT + "--chain.every_n_epochs 1 --chain.patience 3", "chain: .*every_n_epochs and patience"),
     (FIT + "--trainer.strategy ddp_spawn", "trainer.strategy: "),
     (FIT + "--trainer.val_check_interval 1000", ".*val_check_interval"),
-    (FIT + "--trainer.default_root_dir a_file/sub", ".*a_file is a file"),
+    (FIT + "--trainer.default_root_dir a_file/sub", "cola: cannot use .*a_file"),
     (FIT + "--config beside.yaml", "model.optimizer: .*inside its init_args"),
     (FIT + "--links 2", "model.init_links: "),
     (FIT + "--ckpt_path last --trainer.default_root_dir rows", "ckpt_path: "),
     (FIT + "--ckpt_path last --model.rank 2", r"ckpt_path: .*version_0.*last\.ckpt, the newest, differs in model\.rank"),
-    (f"test --config {DIGITS} --ckpt_path runs/version_1", "ckpt_path: .*; the nearest that exist: runs/version_0"),
+    (f"test --config {DIGITS} --ckpt_path runs/versoin_1", "ckpt_path: .*; the nearest that exist: runs/version_"),
     (f"test --config {DIGITS} --ckpt_path {LAST} --links -1", "links: "),
     (RESUME + "--links 1", "links: fit resumes the whole chain"),
     (RESUME + "--seed_everything 5", "model.seed, or seed_everything: "),
@@ -80,12 +80,12 @@ MISTAKES = [
     (LANGUAGE + "--data.source renamed", ".*: there is no field 'label'"),
     (LANGUAGE + "--data.task SST", "data.task: .*the nearest that exist: SST2"),
     (LANGUAGE + "--data.batch_size 0", "data.batch_size must be"),
-    (LANGUAGE + "--data.path rows", ".*'path' is not accepted"),
+    (LANGUAGE + "--data.path rows", ".*'path' is not accepted; here it is --data.source NAME"),
     (f"inspect {DIGITS}", "checkpoint: "),
     ("generate rows --prompt It", r"checkpoint: 'rows' has no checkpoints/last\.ckpt"),
     (f"generate {LAST} --prompt It", ".*COLACausalLM"),
     (f"generate {LAST} --prompt It --max_new_tokens 0", "max_new_tokens: must be at least 1"),
-    (f"export {LAST} --format merged --max_rank 2 --output out", "max_rank: "),
+    (f"export {LAST} --format peft --dtype float16 --output out", "dtype: "),
     (f"export {LAST} --format chain --output runs --overwrite", "output: "),
     (f"export {LAST} --format chain --output runs/version_0/checkpoints --overwrite", "output: .*the base"),
     (COMPARE + "--methods [lore]", "methods: .*the nearest that exist: lora"),
@@ -120,11 +120,16 @@ def folder(tmp_path_factory):
 def write_checkpoint(path, changes):
     """The run's checkpoint with other metadata of its chain."""
     checkpoint = torch.load(LAST, weights_only=True)
-    state = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("chain.base_weights.")}
+    state = checkpoint["state_dict"]
     metadata = json.loads(bytes(state["chain.metadata"].tolist()))
     metadata |= {name: metadata[name] | new if isinstance(new, dict) else new for name, new in changes.items()}
     state["chain.metadata"] = torch.tensor(list(json.dumps(metadata).encode()), dtype=torch.uint8)
     torch.save(checkpoint | {"state_dict": state}, path)
+
+
+def test_what_is_typed_here_exists():
+    words = [word for here in {*ELSEWHERE.values()} for word in here.split()]
+    assert resolve(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
 
 
 NAMED = "--model.model_name x --data.source y "
@@ -163,12 +168,12 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2_and_nothing_is_w
     words, message, folder, monkeypatch, capfd
 ):
     monkeypatch.chdir(folder)
-    before = {path: path.is_file() and path.stat().st_mtime_ns for path in Path().rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.is_file()}
     assert main(words.split()) == 2
     output = capfd.readouterr().err
     assert re.match(f"error: {message}", output.strip().splitlines()[-1]), output
     assert "Traceback" not in output
-    assert {path: path.is_file() and path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -264,13 +269,12 @@ REFUSALS = {
     ],
     fit: [
         ({"chain": {"ranks": [2, 3]}}, r"chain\.ranks"),
-        ({"warmup_steps": 11, "chain": {"every_n_epochs": 1}}, r"model\.warmup_steps"),
-        ({"schedule_scope": "run", "knot_warmup_steps": 7, "chain": {"every_n_train_steps": 6}}, r"model\.knot_warmup_steps"),
+        ({"warmup_steps": 11, "chain": {"every_n_epochs": 1}}, r"model\.warmup_steps.*"),
+        ({"schedule_scope": "run", "knot_warmup_steps": 7, "chain": {"every_n_train_steps": 6}}, r".*model\.knot_warmup_steps"),
         (UNKNOWN_LENGTH, r"model\.lr_schedule: trainer\.max_steps"),
-        (UNKNOWN_LENGTH | ROUGH, r"model\.knot_warmup_steps: the share 0\.5"),
+        (UNKNOWN_LENGTH | ROUGH, r"model\.lr_schedule: warm-ups in steps"),
         ({"cls": lambda **_: BoringModel()}, "model: COLAModule"),
         ({"modules_to_save_lr": 0.1}, r"model\.modules_to_save_lr"),
-        ({"lr_ratio_B": 4, "optimizer": Adafactor}, r"model\.lr_ratio_B: Adafactor"),
         ({"target_modules": None, "chain": {"every_n_epochs": 1}}, r"model\.target_modules"),
     ],
     inject: [

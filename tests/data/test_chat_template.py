@@ -91,12 +91,12 @@ def test_a_base_model_learns_to_answer_with_the_templates_variables_and_its_expo
     out = capfd.readouterr().out
     (try_,) = [line.removeprefix("try it: cola ") for line in out.splitlines() if line.startswith("try it: cola ")]
     checkpoint = "runs/version_0/checkpoints/last.ckpt"
-    Path("own.jinja").unlink()  # the checkpoint has it
     assert main(shlex.split(try_.replace("TEXT", "Who?"))) == 0
     monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n"))
     assert main(["generate", checkpoint, "--chat"]) == 0
     assert capfd.readouterr().out == "Al.\nAl.\n"
     assert main(["predict", "--config", "runs/version_0/config.yaml", "--ckpt_path", checkpoint]) == 0
+    Path("own.jinja").unlink()  # the checkpoint has it
     (path,) = Path("runs").rglob("predictions.jsonl")
     assert {row["prediction"] for row in tiny.read_rows(path)} == {"Al."}
     assert main(["export", checkpoint, "--format", "merged", "--output", "merged"]) == 0

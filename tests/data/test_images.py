@@ -1,7 +1,7 @@
 """Classifiers of pictures: any of transformers' models and timm's, rows in four forms, and what their exports are worth."""
 
 import os
-from types import SimpleNamespace
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -35,6 +35,12 @@ def data_of(source, **arguments):
     return ImageDataModule(str(source), **{"batch_size": 8, "val_size": 0.25, "random_flip": False} | arguments)
 
 
+def class_of(data):
+    """The class of each row in training and validation."""
+    labels = [label for part in (data.train, data.val) if len(part) for label in part.with_format("numpy")["labels"][:]]
+    return [data.label_names[label] for label in labels]
+
+
 def set_up(data, *stages):
     data.image_processor = IMAGE_MODELS["vit"][1]()
     for stage in stages:
@@ -56,7 +62,6 @@ def test_a_model_learns_with_its_new_head_and_resumes_to_the_bit_and_its_export_
 
     (module, run), (_, part) = fit(), fit(max_steps=4)  # a step of the second epoch
     assert module.lora_config.modules_to_save == ["classifier"]
-    assert run.callback_metrics["val_top5_accuracy"] > 0.9
     assert run.callback_metrics["val_f1"] > 0.5 or architecture != "vit"  # of six labels, two of which have no rows
     part.save_checkpoint(tmp_path / "part.ckpt")
     assert_bit_equal(weights(fit(tmp_path / "part.ckpt")[0].model), weights(module.model))
@@ -101,16 +106,6 @@ def test_timms_models_are_read_through_transformers_and_their_head_is_trained(tm
         assert {found["label"] for found in pipe(picture("top", 0), top_k=5)} == set(names or CLASSES)
 
 
-def test_the_right_label_counts_among_the_five_best(tmp_path):
-    logits = torch.tensor([[6.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6]])
-    output = SimpleNamespace(predictions=logits.argmax(-1), scores=logits, targets=torch.tensor([4, 0]))
-    module = classifier(tmp_path, label_names=[*CLASSES, "back", "front"])
-    make, values = module.batch_metrics(None, output)["top5_accuracy"]
-    metric = make()
-    metric.update(*values)
-    assert metric.compute() == 0.5
-
-
 # ---------------------------------------------------------------------- rows
 
 
@@ -152,7 +147,7 @@ def as_polars(path):
 def test_rows_in_each_form_are_the_same_pictures_and_labels_in_parts_with_the_same_share_of_each(tmp_path, form):
     data = set_up(data_of(form(tmp_path / "rows"), random_crop=1), "fit")
     assert data.label_names == CLASSES
-    assert data._class_counts() == dict.fromkeys(CLASSES, 8)
+    assert Counter(class_of(data)) == dict.fromkeys(CLASSES, 8)
     assert sorted(data.val.with_format("numpy")["labels"][:].tolist()) == sorted([0, 1, 2, 3] * 2)
     batches = [batch for loader in (data.train_dataloader(), data.val_dataloader()) for batch in loader]
     found = torch.cat([batch["pixel_values"].flatten(1) for batch in batches])
@@ -186,7 +181,8 @@ def pixels_of(folder):
     """The pixels, from 0 to 1, of each picture in a folder as it is trained on, by its name."""
     names = sorted(path.name for path in folder.iterdir())
     (folder / "rows.csv").write_text("path,label\n" + "".join(f"{name},a\n" for name in names))
-    data = data_of(folder / "rows.csv", labels=["a", "b"], val_size=0, random_crop=1)
+    data = data_of(folder / "rows.csv", val_size=0, random_crop=1)
+    data.label_names = ["a", "b"]
     data.image_processor = transformers.ViTImageProcessor(do_resize=False, do_normalize=False)
     data.setup("fit")
     pixels = (data.collate([data.augment(row, 0)])["pixel_values"][0] for row in data.train)
@@ -251,8 +247,8 @@ def test_a_file_is_opened_as_a_picture_whatever_its_name_says(tmp_path, monkeypa
     assert len(data.train) == 31
 
 
-@pytest.mark.parametrize("names", [["Train", "Test"], ["training", "TEST", "Val"], ["a/b/TRAIN", "a/b/test"]])
-def test_the_folders_of_splits_are_found_in_any_case_and_inside_a_folder_and_are_no_classes(tmp_path, names):
+@pytest.mark.parametrize("names", [["Train", "Test"], ["training", "TEST", "Val"]])
+def test_the_folders_of_splits_are_found_in_any_case_and_are_no_classes(tmp_path, names):
     for name in names:
         draw(tmp_path / "rows" / name, 2)
     data = set_up(data_of(tmp_path / "rows"), "fit", "test")
@@ -271,7 +267,7 @@ def test_a_class_may_be_a_link_or_named_like_a_split_and_pictures_may_have_any_u
     for k, (ending, kind) in enumerate([("jfif", "JPEG"), ("JPE", "JPEG"), ("avif", "AVIF"), ("jp2", "JPEG2000")]):
         picture("top", k).save(first / f"{k}.{ending}", kind)
     data = set_up(data_of(tmp_path / "rows", val_size=0), "fit")
-    assert data._class_counts() == dict.fromkeys([*CLASSES[:3], "Train"], 8) | {CLASSES[0]: 12}
+    assert Counter(class_of(data)) == dict.fromkeys([*CLASSES[:3], "Train"], 8) | {CLASSES[0]: 12}
     (first / "9.heic").write_bytes(b"\0\0\0 ftypheic")  # which needs a package of its own
     assert set_up(data_of(tmp_path / "rows", val_size=0), "fit")._report.n_skipped == 1
 

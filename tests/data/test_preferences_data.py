@@ -260,14 +260,9 @@ def test_prompts_alone_are_predicted(tmp_path):
     own = tiny.chat_tokenizer(tiny.CHAT)
     for row, target in [
         ({"prompt": "Old?"}, None),
-        ({"prompt": "Old?", "chosen": "No.", "rejected": None}, "No."),
-        ({"prompt": "Old?", "chosen": None, "rejected": "No."}, None),
-        ({"prompt": "Old?", "chosen": "No.", "rejected": "No."}, "No."),
-        ({"chosen": [USER, ASSISTANT], "rejected": None}, "No."),
-        ({"prompt": [USER], "chosen": None, "rejected": None}, None),
-        ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": None}, "No."),
-        ({"chosen": "\n\nHuman: Old?\n\nAssistant: No.", "rejected": None}, "No."),
-        ({"chosen": [USER], "rejected": [USER]}, None),
+        ({"prompt": "Old?", "chosen": "No.", "rejected": "Yes."}, "No."),
+        ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [ASSISTANT | {"content": "Yes."}]}, "No."),
+        ({"chosen": "\n\nHuman: Old?\n\nAssistant: No.", "rejected": "\n\nHuman: Old?\n\nAssistant: Yes."}, "No."),
     ]:
         requested, _ = encoded([row], tmp_path, own, "predict")
         assert (own.decode(requested[0].prompt_ids), requested[0].target) == (chat_text("Old?"), target)
@@ -287,10 +282,8 @@ def test_columns_can_be_named_and_are_listed_where_there_are_no_pairs(tmp_path):
     ]:
         with pytest.raises(UserError, match=rf"^data\.columns: {message}"):
             find_pairs(names, [], wrong)
-    with pytest.raises(UserError, match=r"found no preference pairs among the columns prompt, response\. .* a rejected "):
+    with pytest.raises(UserError, match="found no preference pairs among the columns prompt, response"):
         find_pairs(["prompt", "response"], [], None)
-    with pytest.raises(UserError, match=r"KTO.*prompt: prompt, chosen: completion"):
-        find_pairs(["prompt", "completion", "label"], [], None)
 
 
 def test_pairs_for_supervised_training_get_one_line_whose_option_works(tmp_path):

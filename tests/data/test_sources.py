@@ -55,18 +55,13 @@ UNITS = {"paragraph": ["One.\nTwo.", "Three.\n \nFour."], "file": [TEXT.strip("\
 UNITS["line"] = ["One.", "Two.", "Three.", "Four."]
 
 
-def test_a_text_file_has_a_row_for_each_unit_that_is_not_blank(tmp_path, caplog):
-    caplog.set_level("INFO", "cola_lightning")
-    source, no_empty_line = tmp_path / "notes.txt", tmp_path / "lines.txt"
+def test_a_text_file_has_a_row_for_each_unit_that_is_not_blank(tmp_path):
+    source = tmp_path / "notes.txt"
     source.write_text(TEXT)
-    no_empty_line.write_text("One.\nTwo.\n")
     for unit, texts in UNITS.items():
         assert read(str(source), text_unit=unit) == {"train": [{"text": text} for text in texts]}
         data = attach(TextDataModule(str(source), text_unit=unit, val_size=0), "fit")
         assert texts_of(data.train, data) == texts
-    assert read(str(no_empty_line)) == {"train": [{"text": "One."}, {"text": "Two."}]}
-    assert "lines.txt is one paragraph, so each line is a row; data.text_unit file makes it one" in caplog.text
-    assert read(str(no_empty_line), text_unit="file") == {"train": [{"text": "One.\nTwo."}]}
 
 
 def test_a_folder_that_datasets_has_saved_is_read(tmp_path):

@@ -45,7 +45,6 @@ def test_a_row_becomes_a_prompt_with_options_or_an_answer(tmp_path, arguments, p
     (row,), data = examples([ROW], tmp_path, **arguments)
     made = row.example
     assert (made.prompt, made.options, made.answer, made.references) == (prompt, options, answer, references)
-    assert made.place.endswith("test, row 0 (counted from 0)")
     assert data.loss == data.collate([row])["loss"] == ("answer" if references else "options")
 
 

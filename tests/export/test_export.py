@@ -23,7 +23,8 @@ from cola_lightning import Chain, COLACausalLM, COLAModule, COLASequenceClassifi
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
 from cola_lightning.errors import DiskError, ExportError
-from cola_lightning.export.verify import ReferenceLogits
+from cola_lightning.export.model import TrainedModel
+from cola_lightning.export.verify import ReferenceLogits, prove_merged
 from cola_lightning.writing import atomic_folder
 from tests.helpers import tiny
 from tests.helpers.toy import Toy, assert_bit_equal, assert_same_chain, batches, saved, toy, trainer
@@ -131,15 +132,12 @@ def test_peft_gives_the_modules_logits_on_the_base_that_the_adapter_names(export
     assert (config["base_model_name_or_path"], config["revision"]) == (str(exported.folder / "base"), None)
 
 
-def test_the_chain_comes_back_from_either_of_its_folders(exported):
+def test_the_chain_comes_back_from_its_folder_and_from_an_adapter_as_one_link(exported):
     assert_same_chain(read_chain(exported.folder / "chain"), exported.chain)
-    again = read_chain(exported.folder / "peft")
-    assert (again.base, sorted(again.layers)) == (exported.chain.base, sorted(exported.chain.layers))
-    for mine, theirs in zip(again.links, exported.chain.links, strict=True):
-        facts = ("index", "rank", "alpha", "start_step", "end_step", "metrics")
-        assert [getattr(mine, name) for name in facts] == [getattr(theirs, name) for name in facts]
-        assert all((mine.delta(name) - theirs.delta(name)).abs().max() <= 1e-6 for name in again.layers)
-    mine, theirs = again.links[-1].extras, exported.chain.links[-1].extras
+    (again,) = read_chain(exported.folder / "peft").links
+    assert sorted(again.factors) == sorted(exported.chain.layers)
+    assert all((again.delta(name) - exported.chain.delta(name)).abs().max() <= 1e-6 for name in again.factors)
+    mine, theirs = again.extras, exported.chain.links[-1].extras
     assert_bit_equal({name: mine[name] for name in theirs}, theirs)  # beside which it holds what is new and frozen
 
 
@@ -159,7 +157,7 @@ def test_the_first_links_by_the_command(tmp_path, capsys):
     assert contents(tmp_path) == before
     assert command(path, "peft", tmp_path / "peft", "--overwrite", "--no_verify") == 0
     assert "not compared" in capsys.readouterr().out
-    assert len(read_chain(tmp_path / "peft")) == 3
+    assert read_chain(tmp_path / "peft")[0].rank == sum(RANKS)
 
 
 # ---------------------------------------------------------------------- dtypes
@@ -201,25 +199,6 @@ def test_what_a_precision_has_rounded_is_exported_as_it_was_trained_and_the_base
     assert command(path, "merged", tmp_path / "base", "--links", "0") == 0
     base, again = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "base"))
     assert_bit_equal(again.state_dict(), base.state_dict())
-
-
-def test_a_recompressed_adapter_holds_the_closest_update_and_says_how_far_it_is(tmp_path, capsys):
-    module = tiny.three_links(module_of(tmp_path / "base", "gpt2"))
-    assert command(saved(module, tmp_path), "peft", tmp_path / "peft", "--max_rank", 5) == 0
-    printed = dict(line.split(": relative error ") for line in capsys.readouterr().out.splitlines() if ": relative" in line)
-    chain, closest = module.full_chain(), module.merged_model(0)
-    assert list(printed) == chain.layers
-    for name, error in printed.items():
-        u, values, v = torch.linalg.svd(chain.delta(name).double(), full_matrices=False)
-        assert float(error) == pytest.approx((values[5:].norm() / values.norm()).item(), rel=1e-2)
-        with torch.no_grad():
-            closest.get_submodule(name).weight.add_((u[:, :5] * values[:5] @ v[:5]).T)
-    loaded = PeftModel.from_pretrained(module.merged_model(0), tmp_path / "peft")
-    assert loaded.peft_config["default"].r == 5
-    assert tiny.relative_difference(tiny.logits(loaded), tiny.logits(closest)) <= 1e-5
-    assert len(read_chain(tmp_path / "peft")) == 1  # it is the chain no longer
-    assert module.export(tmp_path / "plain", "peft") == module.export(tmp_path / "large", "peft", max_rank=9)
-    assert_bit_equal(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "large")))
 
 
 # ---------------------------------------------------------------------- modules that are not Hugging Face's
@@ -319,8 +298,7 @@ def test_exports_give_the_logits_of_a_module_with_convolutions_but_not_of_those_
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("format_", "more"), [("merged", ()), ("peft", ("--base_folder", "written"))])
-def test_a_model_is_loaded_again_once_the_exported_one_is_gone(tmp_path, monkeypatch, format_, more):
+def test_a_model_is_loaded_again_once_the_exported_one_is_gone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = saved(tiny.three_links(module_of(tmp_path / "base", "llama")), tmp_path)
     load, weights, in_use = PreTrainedModel.from_pretrained.__func__, [], []
@@ -334,7 +312,7 @@ def test_a_model_is_loaded_again_once_the_exported_one_is_gone(tmp_path, monkeyp
         return loaded
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counting))
-    assert command(path, format_, tmp_path / "out", *more) == 0
+    assert command(path, "merged", tmp_path / "out") == 0
     assert len(in_use) >= 2
     assert max(in_use) == 0
 
@@ -362,14 +340,13 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_base_that_is_not_what_its_name_stands_for_gets_no_adapter(tmp_path, name):
+def test_an_adapter_does_not_name_a_base_that_is_not_what_its_name_stands_for(tmp_path, name):
     module = Changed(tiny.folder(tmp_path / "base"), target_modules=["q_proj"], rank=4, seed=0)
     for attribute, value in OTHERS[name].items():
         setattr(module, attribute, value)
     tiny.three_links(module)
-    with pytest.raises(UserError, match=r"^base_folder must be given: peft cannot load '.*base' by its name"):
-        module.export(tmp_path / "out", "peft")
-    assert not (tmp_path / "out").exists()
+    assert "'path/to/base'" in " ".join(module.export(tmp_path / "out", "peft"))
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
 
 
 # ---------------------------------------------------------------------- what is left behind
@@ -417,6 +394,16 @@ def test_a_tensor_with_one_wrong_element_is_not_kept(tmp_path, monkeypatch, dtyp
     with pytest.raises(ExportError, match="other factors"):
         module.export(tmp_path / "chain", "chain")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_written_weight_of_another_size_than_its_links_is_an_error(tmp_path):
+    module = tiny.with_live_link(toy())
+    adapted, chain = module.adapted.copy_on_cpu(), module.full_chain()
+    save_file(dict(module.merged_model().state_dict()), tmp_path / "model.safetensors")
+    (name, (lora_A, lora_B)), *_ = chain[0].factors.items()
+    chain[0].factors[name] = lora_A[:, 1:], lora_B
+    with pytest.raises(UserError, match=rf"^base: '{name}' is .* another base"):
+        prove_merged(TrainedModel(adapted, chain, "toy"), tmp_path)
 
 
 def write(path, text):

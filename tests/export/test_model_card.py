@@ -12,14 +12,12 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
-from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule, UserError
+from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule
 from cola_lightning.chain import Chain
 from cola_lightning.cli import main
-from cola_lightning.errors import ExportError
-from cola_lightning.export.card import Card
+from cola_lightning.export.card import write_card
 from cola_lightning.module.exports import trained_model
 from tests.helpers import tiny
 from tests.helpers.tiny import CHAT
@@ -45,9 +43,9 @@ def block(text, language):
 
 @pytest.mark.parametrize(("format_", "library"), [("merged", "transformers"), ("peft", "peft")])
 def test_a_card_says_what_was_exported_and_how_it_was_trained(module, tmp_path, format_, library):
-    module.export(tmp_path / "out", format_, license="apache-2.0")
+    module.export(tmp_path / "out", format_)
     data, text = card(tmp_path / "out")
-    assert (data["library_name"], data["license"]) == (library, "apache-2.0")
+    assert data["library_name"] == library
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[2] for row in rows[2:]] == ["4", "2", "3"]
     arguments = yaml.safe_load(block(text, "yaml"))
@@ -55,7 +53,7 @@ def test_a_card_says_what_was_exported_and_how_it_was_trained(module, tmp_path, 
     assert (arguments["init_args"]["rank"], arguments["init_args"]["alpha"]) == (4, 6.0)
     assert "base_model" not in data  # a folder of this machine
     named = replace(module.named_base, model_name="owner/name")
-    Card(replace(trained_model(module, {}, {}), named_base=named, tokenizer=None)).write(tmp_path, "PEFT adapter", "")
+    write_card(tmp_path, replace(trained_model(module, {}, {}), named_base=named, tokenizer=None), "PEFT adapter", "")
     assert card(tmp_path)[0]["base_model"] == "owner/name"
 
 
@@ -148,27 +146,19 @@ def test_a_merged_model_ends_its_text_where_its_training_did(tmp_path, kind):
     assert merged.generate(torch.tensor([[3, 4]]), max_new_tokens=3).shape[1] <= 5
 
 
-def test_a_base_that_peft_cannot_name_is_written_where_it_can(tmp_path, monkeypatch):
+def test_the_card_loads_an_adapter_on_a_base_that_was_written_because_peft_cannot_name_it(tmp_path, monkeypatch):
     tiny.folder(tmp_path / "tiny_package")
     (tmp_path / "tiny_package" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tiny_package", raising=False)
     packaged = tiny.three_links(COLACausalLM("package:tiny_package", **ARGUMENTS))
-    with pytest.raises(UserError, match=r"^base_folder must be given: peft cannot load 'package:tiny_package'"):
-        packaged.export(tmp_path / "alone", "peft")
-    written = tmp_path / "written"
-    assert str(written) in packaged.export(tmp_path / "out", "peft", base_folder=written)[-2]
-    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert (tiny.logits(model) - tiny.logits(packaged.model)).abs().max() <= 1e-5
-    base = AutoModelForCausalLM.from_pretrained(written)
-    assert torch.equal(tiny.logits(base), tiny.logits(packaged.merged_model(0)))
-    before = {path: path.read_bytes() for path in written.iterdir()}
-    packaged.export(tmp_path / "again", "peft", base_folder=written)  # the same base serves many adapters
-    assert {path: path.read_bytes() for path in written.iterdir()} == before
-    tiny.folder(tmp_path / "other", scale=1)
-    with pytest.raises(ExportError, match="logits differ"):
-        packaged.export(tmp_path / "refused", "peft", base_folder=tmp_path / "other")
-    assert not (tmp_path / "refused").exists()
+    path = str(saved(packaged, tmp_path))
+    assert main(["export", path, "--format", "peft", "--output", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert main(["export", path, "--format", "merged", "--links", "0", "--output", str(tmp_path / "written")]) == 0
+    code = block((tmp_path / "out" / "README.md").read_text(), "python").replace("path/to/this/folder", str(tmp_path / "out"))
+    _, names = executed(code.replace("path/to/base", str(tmp_path / "written")))
+    assert (tiny.logits(names["model"]) - tiny.logits(packaged.model)).abs().max() <= 1e-5
 
 
 def test_an_export_changes_nothing_of_a_module_in_training(tmp_path):
@@ -184,9 +174,3 @@ def test_an_export_changes_nothing_of_a_module_in_training(tmp_path):
     assert [part.training for part in module.modules()] == modes
     assert [parameter.requires_grad for parameter in module.parameters()] == trained
     assert Chain.load(tmp_path / "chain").is_beginning_of(module.full_chain())
-
-
-def test_a_card_names_the_license(module, tmp_path):
-    words = [str(saved(module, tmp_path)), "--output", str(tmp_path / "out"), "--format", "merged", "--license", "mit"]
-    assert main(["export", *words]) == 0
-    assert card(tmp_path / "out")[0]["license"] == "mit"

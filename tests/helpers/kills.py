@@ -36,7 +36,6 @@ def digits(chain, **model):
         "alpha": 8,
         "dropout": 0.2,
         "optimizer": adamw(1e-1),
-        "save_base": True,
     }
     return {
         "model": {"class_path": "examples.digits.COLADigits", "init_args": model},

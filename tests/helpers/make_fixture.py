@@ -1,4 +1,4 @@
-"""Writes a chain folder, an adapter and a checkpoint of the present format into ``tests/fixtures``, and the expected logits.
+"""Writes a chain folder and a checkpoint of the present format into ``tests/fixtures``, and the expected logits.
 
 To be run once for each version of the format; what is committed stays, so that later releases keep loading it.
 """
@@ -62,7 +62,6 @@ def main():
         if link < 2:
             module.tie_knot(rank=rank, alpha=alpha)
     module.full_chain().save(FIXTURES / f"chain-{VERSION}", overwrite=True)
-    module.export(FIXTURES / f"adapter-{VERSION}", "peft", overwrite=True)
     trained = Trained(**ARGUMENTS)
     run = trainer(Path(), chain={"every_n_epochs": 1, "ranks": [3, 1, 2]}, max_epochs=3)
     run.fit(trained, DataLoader(inputs(), batch_size=2))

@@ -36,7 +36,7 @@ CASES += [("llama", options) for options in HOW] + [("gemma2", "head")]
 
 @pytest.mark.parametrize(("architecture", "options"), CASES)
 def test_loss_and_gradients_are_those_of_all_logits(tmp_path, architecture, options):
-    name = tiny.folder(tmp_path, architecture, output_router_logits=architecture == "mixtral")
+    name = tiny.folder(tmp_path, architecture)
     module = COLACausalLM(name, rank=2, seed=0, **HOW[options])
     with_live_link(module) if options != "all" else module.configure_model()
     (batch,) = batches_of(rows_of([30, 9, 14, 2, 21]), 5)

@@ -4,9 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cola_lightning import Example
 from cola_lightning.data.batch import collate_language
-from cola_lightning.data.examples import collate_options, encode_examples
 from cola_lightning.data.render import encode_texts
 from cola_lightning.hf import logits
 from cola_lightning.hf.logits import split_by_length
@@ -20,15 +18,6 @@ def module(request, tmp_path):
     return tiny.with_live_link(tiny.causal_lm(tmp_path, request.param))
 
 
-def batches(module):
-    """Language and option batches, of options of one token and of several."""
-    pad = module.tokenizer.pad_token_id
-    yield collate_language([row for (row,) in encode_texts(module.tokenizer, TEXTS, 64)], pad)
-    for options in ((" old", " great"), (" old", " the film was long", "."), (" one of the largest towns",)):
-        examples = [Example(text, options, 0) for text in TEXTS]
-        yield collate_options(encode_examples(module.tokenizer, examples, 64), pad, "options" if len(options) > 1 else "answer")
-
-
 def step(module, batch):
     """The sizes of its passes, its loss and its gradients."""
     sizes = []
@@ -39,16 +28,17 @@ def step(module, batch):
 
 
 def test_loss_and_gradients_are_those_of_one_pass(module, monkeypatch):
-    for batch in batches(module):
-        monkeypatch.setattr(logits, "pass_cost", lambda device: 1e9)
-        one, expected, theirs = step(module, batch)
-        monkeypatch.setattr(logits, "pass_cost", lambda device: 1)
-        several, loss, mine = step(module, batch)
-        assert len(one) == 1 < len(several)
-        assert sum(n * length for n, length in several) < 0.8 * one[0][0] * one[0][1]
-        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
-        for value, other in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+    rows = [row for (row,) in encode_texts(module.tokenizer, TEXTS, 64)]
+    batch = collate_language(rows, module.tokenizer.pad_token_id)
+    monkeypatch.setattr(logits, "pass_cost", lambda device: 1e9)
+    one, expected, theirs = step(module, batch)
+    monkeypatch.setattr(logits, "pass_cost", lambda device: 1)
+    several, loss, mine = step(module, batch)
+    assert len(one) == 1 < len(several)
+    assert sum(n * length for n, length in several) < 0.8 * one[0][0] * one[0][1]
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    for value, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(module, "should_compile", True)  # for a compiled model each shape costs time
     assert len(step(module, batch)[0]) == 1
 

@@ -95,9 +95,9 @@ def pooled(path, **arguments):
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    """A classifier of named labels, its data and its checkpoint, which holds the base, new pooler and head too."""
+    """A classifier of named labels, its data and its checkpoint, whose pooler and head are new."""
     folder = tmp_path_factory.mktemp("fitted")
-    data, module = data_of(folder / "rows.jsonl", NAMED), pooled(folder, metric="f1", save_base=True)
+    data, module = data_of(folder / "rows.jsonl", NAMED), pooled(folder, metric="f1")
     run = trainer(folder, max_steps=2)
     run.fit(module, datamodule=data)
     run.save_checkpoint(folder / "end.ckpt")

@@ -114,8 +114,6 @@ def test_a_base_made_again_is_the_same_and_its_head_is_not_quantised(base):
     assert kinds(first.model, "lm_head") == ({"Linear"}, {"LoRALinear4bit", "Linear4bit"})
     assert kinds(first.model, "q_proj", "v_proj")[0] == {"LoRALinear4bit"}
     assert {p.dtype for p in first.model.parameters()} == {torch.uint8, torch.float32}
-    with pytest.raises(UserError, match=r"^model\.save_base"):
-        make(base, save_base=True).configure_model()
 
 
 def test_training_leaves_the_weights_and_a_knot_and_a_plain_copy_the_logits(trained):

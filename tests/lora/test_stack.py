@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import AdamW
 
 from cola_lightning import LastCheckpoint, UserError
-from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.lora.stack import Stack
 from tests.helpers.resuming import last
 from tests.helpers.toy import ValidatedToy, assert_bit_equal, assert_near, batches, toy, trainer, weights
@@ -111,24 +110,6 @@ def test_a_checkpoint_is_evaluated_in_the_precision_of_its_run(tmp_path):
     for mode in MODES:
         with pytest.raises(UserError, match=r"^trainer\.precision, model\.finished_links"):
             fit(tmp_path, make(target_modules=targets, finished_links=mode), ckpt_path=last(tmp_path / "bf16-true"))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_base_that_is_kept_is_as_it_was_before_it_was_cast_and_taken_from_the_checkpoint(tmp_path, mode):
-    class Elsewhere(ValidatedToy):
-        def build_model(self):
-            model = super().build_model()
-            nn.init.zeros_(model[0].weight)
-            return model
-
-    module = fit(tmp_path, make(finished_links=mode, save_base=True), LastCheckpoint(), precision="bf16-true")
-    base = toy().merged_model(0).state_dict()
-    assert_bit_equal(module.merged_model(0).state_dict(), base)
-    state = StoredState.of(torch.load(last(tmp_path), weights_only=True)["state_dict"])
-    assert_bit_equal(state.facts.base_weights, base)
-    other, x = make(Elsewhere, finished_links=mode, save_base=True), torch.randn(3, 8)
-    trainer(tmp_path, chain={}).validate(other, batches(2), ckpt_path=last(tmp_path), verbose=False)
-    assert torch.equal(other.merged_model()(x), module.merged_model()(x))
 
 
 def test_fully_trained_parameters_in_half_precision_are_told_of(tmp_path, caplog):

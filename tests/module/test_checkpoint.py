@@ -121,12 +121,10 @@ def test_a_subclass_or_a_mixin_that_forgets_super_keeps_the_chain(tmp_path):
     assert (written["notes"], "chain.metadata" in written["state_dict"]) == (1, True)
 
 
-@pytest.mark.parametrize("save_base", [False, True])
-def test_another_base_is_refused_and_so_are_other_layers_and_no_chain(tmp_path, save_base):
-    run(tmp_path, make(save_base=save_base), max_epochs=1, chain={"every_n_train_steps": 4})
+def test_another_base_is_refused_and_so_are_other_layers_and_no_chain(tmp_path):
+    run(tmp_path, make(), max_epochs=1, chain={"every_n_train_steps": 4})
     path = tmp_path / "step=10.ckpt"
-    seed = r"model\.seed" if save_base else "base"
-    for other, field in (({"target_modules": ["2"]}, r"model\.target_modules"), ({"seed": 7}, seed)):
+    for other, field in (({"target_modules": ["2"]}, r"model\.target_modules"), ({"seed": 7}, "base")):
         with pytest.raises(UserError, match=rf"^{field}\b.*: "):
             run(tmp_path, make(**other), ckpt_path=path)
     with pytest.raises(RuntimeError, match=r"size mismatch for model\.0\.lora_A"):
@@ -136,40 +134,6 @@ def test_another_base_is_refused_and_so_are_other_layers_and_no_chain(tmp_path, 
     torch.save(checkpoint, tmp_path / "plain.ckpt")
     with pytest.raises(UserError, match="contains no chain"):
         run(tmp_path, make(), ckpt_path=tmp_path / "plain.ckpt")
-
-
-@pytest.mark.parametrize("target_modules", ["all-linear", None])
-def test_a_saved_base_is_whole_and_not_made_again(tmp_path, target_modules):
-    class Costly(Toy):
-        made = 0
-
-        def build_model(self):
-            model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 6))
-            if not self.is_base_in_checkpoint:
-                type(self).made += 1
-                torch.manual_seed(self.made)  # as if it could not be made again
-                model[0].reset_parameters()
-                model.train()(torch.randn(32, 8))  # moves the buffers
-            return model
-
-    module, chain = make(Costly, target_modules=target_modules, save_base=True), CHAIN if target_modules else {}
-    module.configure_model()
-    base = weights(module.merged_model().eval())
-    run(tmp_path, module, chain=chain)
-    path = tmp_path / "step=20.ckpt"
-    resumed = Costly.load_from_checkpoint(path, optimizer=lambda p: AdamW(p, lr=1e-2))
-    run(tmp_path, resumed, ckpt_path=path, chain=chain)
-    assert Costly.made == 1
-    assert not torch.equal(module.model[1].running_mean, base["1.running_mean"])
-    for one in (module, resumed):
-        assert_bit_equal(weights(one), weights(module))
-        assert_bit_equal(weights(one.merged_model(0)), base)
-    again = run(tmp_path, make(Costly, target_modules=target_modules), ckpt_path=path, chain=chain)
-    assert_bit_equal(weights(again), weights(module))
-    assert Costly.made == 2  # without being told, it is made, and then replaced by what the checkpoint holds
-    if target_modules is None:
-        with pytest.raises(UserError, match=r"model\.target_modules"):
-            run(tmp_path, make(Costly), ckpt_path=path, chain={})
 
 
 class Evaluated(ValidatedToy):

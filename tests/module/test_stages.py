@@ -64,9 +64,8 @@ def test_a_runs_links_have_its_name_in_every_file(tmp_path):
     again = toy()
     again.load_state_dict(loaded.state_dict())
     assert names(again.full_chain()) == NAMES
-    for kind in ("chain", "peft"):
-        loaded.export(tmp_path / kind, kind)
-        assert names(read_chain(tmp_path / kind)) == NAMES
+    loaded.export(tmp_path / "chain", "chain")
+    assert names(read_chain(tmp_path / "chain")) == NAMES
     loaded.tie_knot()
     assert names(loaded.full_chain()) == [*NAMES, None]  # outside of a run there is no stage
 
@@ -176,10 +175,8 @@ def test_an_export_is_the_scaled_model(tmp_path, capsys):
     options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["norm"], "seed": 0}
     begun = COLACausalLM(str(tmp_path / "base"), **options, init_chain=str(tmp_path / "chain"))
     assert tiny.relative_difference(tiny.logits(begun.model), expected) <= 1e-6
-    for kind in ("peft", "chain"):
-        chain = read_chain(tmp_path / kind)
-        facts = [(link.index, link.name, link.alpha, link.metrics) for link in chain.links]
-        assert facts == [(0, "sft", 5.0, {}), (1, "dpo", 3.5, {})]
+    facts = [(link.index, link.name, link.alpha, link.metrics) for link in read_chain(tmp_path / "chain").links]
+    assert facts == [(0, "sft", 5.0, {}), (1, "dpo", 3.5, {})]
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "| 0 (sft) | 0 | 2 | 5 |" in card
     assert "| 1 (dpo) | 0 | 3 | 3.5 |" in card

@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.kills import KILLS, SETUPS, run_kill, run_whole
 
-ALWAYS = ("pairs", "inside an accumulation window: after backward, SIGINT")  # and after a knot
+ALWAYS = ("digits", "inside an accumulation window: after backward, SIGINT")
 CASES = [
     pytest.param(setup, kill, id=f"{setup}, {kill}", marks=[pytest.mark.slow] * ((setup, str(kill)) != ALWAYS))
     for setup in SETUPS

@@ -127,6 +127,16 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, name):
         check_that_it_goes_on(tmp_path, stop if isinstance(stop, list) else [stop], options, whole, expected)
 
 
+@pytest.mark.parametrize("name", ["windows of three batches", "an end in steps, no validation"])
+def test_a_finished_run_stores_the_same_epoch_after_a_resume(tmp_path, name):
+    stored, path = [], None
+    for part in range(3):
+        _, _, run = fit(tmp_path / str(part), ckpt_path=path, **RUNS[name]())
+        run.save_checkpoint(path := tmp_path / f"{part}.ckpt")
+        stored.append(torch.load(path, weights_only=True)["epoch"])
+    assert stored == [2, 2, 2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["windows of three batches", "windows of one", "early stopping", "an end in steps"])
 def test_any_hook_may_be_the_place_to_stop_once_and_twice(tmp_path, name):
@@ -154,6 +164,8 @@ def check_that_it_goes_on(tmp_path, stops, options, whole, expected):
             before |= now
         if last(folder).exists():  # else nothing was left to be done, and so to be written
             path = last(folder)
+        if moment is not None and recorder.counts.get(moment[0], -1) < moment[1]:
+            break  # it has ended before: EarlyStopping's decision is of one run, and a resume would train on
     assert done == list(expected.all), stops
     assert_bit_equal(weights(module), weights(whole))
     assert_same_state(path, last(tmp_path / "whole"))

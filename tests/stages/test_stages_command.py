@@ -504,10 +504,13 @@ MISTAKES = [
 
 
 @pytest.mark.usefixtures("config")
-def test_a_mistake_is_one_line_before_anything_is_trained_or_moved(capfd):
+@pytest.mark.parametrize(
+    "mistakes", [pytest.param(MISTAKES[::5], id="some"), pytest.param(MISTAKES, id="all", marks=pytest.mark.slow)]
+)
+def test_a_mistake_is_one_line_before_anything_is_trained_or_moved(capfd, mistakes):
     text, before = Path("stages.yaml").read_text(), written()
     tiny.folder("other", "opt", scale=2)
-    for (old, new), words, message in MISTAKES:
+    for (old, new), words, message in mistakes:
         assert old in text
         Path("stages.yaml").write_text(text.replace(old, new))
         for output in ("out", "new") if "source: flippd" in new else ("new",):
