@@ -351,9 +351,7 @@ def refused(folder):
     fit_again(wrapped, "fsdp1")
     fit_again(sharded, "fsdp2")
     cases = {
-        "tensor parallelism": lambda: fit_again(make("mlp"), ModelParallelStrategy(1, 2)),
         "4 bits": lambda: fit_again(Quantized(rank=2, finished_links="stack"), "fsdp2"),
-        "fsdp1, all trained": lambda: fit_again(make("mlp", target_modules=None), "fsdp1"),
         "fsdp1 again": lambda: fit_again(wrapped, "fsdp1"),
         "another strategy": lambda: fit_again(sharded, "ddp"),
         "another precision": lambda: fit_again(sharded, "fsdp2", precision="bf16-true"),
