@@ -146,11 +146,11 @@ class ChainOfLoRA(Callback):
             return {}
         start = self.module.run.current.start.global_step
         values = {step: value for step, value in self._values.items() if step > start}
-        return {"values": values}
+        return {"values": values, "monitor": self.schedule.monitor}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._values = state_dict["values"]
+        self._values = state_dict["values"] if state_dict.get("monitor") == self.schedule.monitor else {}
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

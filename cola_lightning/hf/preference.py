@@ -197,3 +197,6 @@ class COLAPreferenceLM(COLACausalLM):
                 f"model.reference: {self.reference!r} is the link that is being trained, so the loss would never change. Use "
                 "start, link, or links that are finished"
             )
+        if self.global_rank == 0:
+            moves = ", and each knot moves it" if self.reference == "link" else ""
+            log.info("the reference is the model after %s of %d links%s", self.reference_links, self.n_finished + 1, moves)

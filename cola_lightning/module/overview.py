@@ -12,9 +12,11 @@ from torch.utils.data import SequentialSampler
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.lora.inject import is_linear
 from cola_lightning.lora.layer import lora_layers
+from cola_lightning.module.optimization import LinkLR
 from cola_lightning.module.run import Run
 
 log = logging.getLogger(__name__)
+HORIZONS = ("total_steps", "T_max", "total_iters")  # the attributes in which torch's schedulers have their length
 
 MOST_KNOTS = 8  # that are named
 
@@ -29,6 +31,7 @@ def describe_fit(trainer: Any, run: Run) -> list[str]:
     lines = [describe_model(run.adapted), f"data: {trainer.num_training_batches} batches in an epoch"]
     if run.adapted.layers:
         lines.append(describe_knots(run))
+        warn_of_schedulers(trainer, run)
     return [*lines, describe_resume(trainer)]
 
 
@@ -59,6 +62,19 @@ def describe_knots(run: Run) -> str:
         return "knots: none before the end"
     shown = ", ".join([*map(str, steps[:MOST_KNOTS]), *["..."] * (len(steps) > MOST_KNOTS)])
     return f"knots ({schedule.knot}): {len(steps)}, before steps {shown}, of {length.end_step:,} steps"
+
+
+def warn_of_schedulers(trainer: Trainer, run: Run) -> None:
+    """Warns of each learning-rate scheduler of the user's that would not end with the link it is made for."""
+    if run.length is None or not run.schedule.has_knots or run.schedule.goes_on:
+        return
+    steps = run.steps_in(run.length)
+    for config in trainer.lr_scheduler_configs:
+        horizon = next((getattr(config.scheduler, field) for field in HORIZONS if hasattr(config.scheduler, field)), 0)
+        n_steps = horizon * config.frequency
+        if config.interval == "step" and n_steps > steps and not isinstance(config.scheduler, LinkLR):
+            what = "%s takes %d steps, but each link has %d, and a scheduler of its own. Use self.link_steps"
+            log.warning(what, type(config.scheduler).__name__, n_steps, steps)
 
 
 def describe_resume(trainer: Trainer) -> str:
