@@ -28,11 +28,14 @@ class Normed(Toy):
 
 
 class OneCycle(Toy):
-    """Has an optimizer and a schedule of its own."""
+    """Has a schedule of its own, over the steps of the run or those of a link."""
+
+    is_over_run = False
 
     def configure_optimizers(self):
         optimizer = AdamW([p for _, p in self.named_trained_parameters()], lr=1e-2)
-        scheduler = OneCycleLR(optimizer, 1e-2, total_steps=self.link_steps)
+        steps = self.trainer.estimated_stepping_batches if self.is_over_run else self.link_steps
+        scheduler = OneCycleLR(optimizer, 1e-2, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -61,6 +64,14 @@ def test_the_block_says_what_is_trained_and_when_knots_fall_and_comes_once(tmp_p
         "knots (cola): 2, before steps 10, 20, of 30 steps",
         "resume: exact only from the end of an epoch. EpochDataModule makes it exact everywhere",
     ]
+
+
+@pytest.mark.parametrize("is_over_run", [True, False])
+def test_a_schedule_over_the_run_is_named_where_each_link_has_its_own(tmp_path, caplog, is_over_run):
+    module = toy(OneCycle)
+    module.is_over_run = is_over_run
+    trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=3).fit(module, batches())
+    assert ("OneCycleLR takes 30 steps, but each link has 10" in caplog.text) == is_over_run
 
 
 class OwnSchedule(Toy):
