@@ -5,11 +5,6 @@ from collections.abc import Sequence
 from cola_lightning.cli.help import command_parser, parse_options
 from cola_lightning.study.comparison import Comparison
 
-DESCRIPTION = """\
-Compares methods on one config, with the same number of optimizer steps.
-The same command continues a study that was stopped, and several processes that
-run it share the work. Options after `--` are those of `cola fit`, for each run."""
-
 
 def compare(words: Sequence[str]) -> int:
     """Runs ``cola compare``.
@@ -24,7 +19,7 @@ def compare(words: Sequence[str]) -> int:
         UserError: for invalid arguments.
     """
     cut = list(words).index("--") if "--" in words else len(words)
-    parser = command_parser("compare", DESCRIPTION)
+    parser = command_parser("compare")
     parser.add_class_arguments(Comparison)
     comparison = Comparison(**parse_options(parser, words[:cut]).as_dict())
     from cola_lightning import layout

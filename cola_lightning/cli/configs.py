@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cola_lightning.cli.help import SUBCOMMANDS, command_parser, parse_options
+from cola_lightning.cli.help import command_parser, parse_options
 from cola_lightning.errors import UserError, nearest
 
 NAMES = "Copy these configs, or all of them if you type `all`. Without a name, the configs are listed."
@@ -21,7 +21,7 @@ def configs(words: Sequence[str]) -> None:
     Raises:
         UserError: for an unknown name, and a file that already exists.
     """
-    parser = command_parser("configs", SUBCOMMANDS["configs"])
+    parser = command_parser("configs")
     parser.add_argument("names", nargs="*", default=[], metavar="NAME", help=NAMES)
     parser.add_argument("--output", type=Path, default=Path("configs"), metavar="DIR", help="Copy the configs to this folder.")
     parser.add_argument("--overwrite", action="store_true", help="Replace files that exist already.")

@@ -10,17 +10,7 @@ from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.chain.peft import CONFIG_NAME, read_config
 from cola_lightning.chain.sources import sources_of
-from cola_lightning.cli.help import (
-    BASE,
-    SUBCOMMANDS,
-    TRUST,
-    add_scale,
-    add_sources,
-    command_parser,
-    load_module,
-    parse_options,
-    read_sources,
-)
+from cola_lightning.cli.help import OPTIONS, add_scale, add_sources, command_parser, load_module, parse_options, read_sources
 from cola_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,14 +40,14 @@ def export(words: Sequence[str]) -> None:
     from cola_lightning.export.streamed import export_onto
     from cola_lightning.module import COLAModule
 
-    parser = command_parser("export", SUBCOMMANDS["export"])
+    parser = command_parser("export")
     parser.usage = "cola export PATH [PATH ...] [OPTIONS]"
     add_sources(parser, "sources", SOURCES)
-    parser.add_argument("--base", metavar="NAME", help=BASE + OF_SOURCES)
+    parser.add_argument("--base", metavar="NAME", help=OPTIONS["base"] + OF_SOURCES)
     add_scale(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=OUTPUT)
     parser.add_method_arguments(COLAModule, "export", as_group=False, skip={"folder", "verify", "overwrite"})
-    parser.add_argument("--trust_remote_code", type=bool, default=False, help=TRUST)
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help=OPTIONS["trust"])
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
     options = parse_options(parser, words)

@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
-from cola_lightning.cli.help import LINKS, SUBCOMMANDS, TRUST, add_scale, command_parser, load_module, parse_options
+from cola_lightning.cli.help import OPTIONS, add_scale, command_parser, load_module, parse_options
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 
@@ -66,14 +66,14 @@ def generate(words: Sequence[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = command_parser("generate", SUBCOMMANDS["generate"])
+    parser = command_parser("generate")
     parser.usage = "cola generate PATH [OPTIONS]"
     parser.add_argument("checkpoint", type=Path, metavar="PATH", help="Load this run: type its folder, or a checkpoint in it.")
-    parser.add_argument("--links", type=int | str | None, metavar="N", help=LINKS)
+    parser.add_argument("--links", type=int | str | None, metavar="N", help=OPTIONS["links"])
     add_scale(parser)
     parser.add_argument("--prompt", type=str, metavar="TEXT", help=PROMPT)
     parser.add_argument("--chat", action="store_true", help=CHAT)
-    parser.add_argument("--trust_remote_code", type=bool, default=False, help=TRUST)
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help=OPTIONS["trust"])
     parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="Stop a response after this many tokens.")
     parser.add_argument("--do_sample", action="store_true", help=DO_SAMPLE)
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help=TEMPERATURE)

@@ -28,15 +28,7 @@ EXAMPLES: dict[str, str] = TEXTS["examples"]
 MAIN_OPTIONS: dict[str, str] = TEXTS["main options"]
 ELSEWHERE: dict[str, str] = TEXTS["elsewhere"]  # by the names of options of other tools, what is typed here
 EVALUATION = ("config", "ckpt_path", "data.source", "model.model_name", "trainer.devices", "trainer.precision")  # likewise
-# Of options that several commands have.
-LINKS = "Use only the first N links. Type `0` for the base without links, or the name of a stage for the links up to its end. "
-LINKS += "By default, all links are used."
-SCALE = "Multiply what a stage or a link changes by a factor. Type the stage's name or the link's index: '{dpo: 0.5, 3: 0}'. "
-SCALE += "The first link is 0. The factor 0 leaves a link out. Fully trained modules, such as a new head, are not scaled. "
-SCALE += "Later links were trained on top of earlier ones, so measure a model without a link in the middle before you use it."
-CONTINUES = "These sources are not new adapters: the adapter of the source before went on. Type their names."
-BASE = "The model that the first adapter was trained on: a folder, or an id of the Hugging Face hub."
-TRUST = "Type `true` to run the Python files that come with the model. Do this only for a model that you trust. Default: false."
+OPTIONS: dict[str, str] = TEXTS["options"]  # what those say that several commands have
 DESCRIPTION = "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates."
 
 
@@ -90,13 +82,13 @@ def help_formatter(*, is_evaluation: bool = False) -> "type[DefaultHelpFormatter
     return Formatter
 
 
-def command_parser(command: str, description: str) -> "ArgumentParser":
+def command_parser(command: str) -> "ArgumentParser":
     """The parser of a command, without options: it raises errors, and accepts no abbreviated options."""
     from jsonargparse import ArgumentParser
 
     return ArgumentParser(
         prog=f"cola {command}",
-        description=description,
+        description=TEXTS["descriptions"].get(command, SUBCOMMANDS[command]),
         epilog=f"example:\n  {EXAMPLES[command]}",
         formatter_class=help_formatter(),
         exit_on_error=False,
@@ -114,8 +106,8 @@ def add_sources(parser: "ArgumentParser", name: str, kinds: str, **arguments: An
         **arguments: for ``add_argument``.
     """
     parser.add_argument(name, nargs="+", metavar="PATH", help=kinds, **arguments)
-    parser.add_argument("--links", type=int | str | None, metavar="N", help=LINKS)
-    parser.add_argument("--continues", nargs="+", default=[], metavar="NAME", help=CONTINUES)
+    parser.add_argument("--links", type=int | str | None, metavar="N", help=OPTIONS["links"])
+    parser.add_argument("--continues", nargs="+", default=[], metavar="NAME", help=OPTIONS["continues"])
 
 
 def read_sources(sources: "Sequence[str | Source]", options: Any, field: str = "checkpoint") -> "Chain":
@@ -127,7 +119,7 @@ def read_sources(sources: "Sequence[str | Source]", options: Any, field: str = "
 
 def add_scale(parser: "ArgumentParser") -> None:
     """Adds the factors by which a command scales links."""
-    parser.add_argument("--scale", type=dict[int | str, float] | None, metavar="FACTORS", help=SCALE)
+    parser.add_argument("--scale", type=dict[int | str, float] | None, metavar="FACTORS", help=OPTIONS["scale"])
 
 
 def parse_options(parser: "ArgumentParser", words: Sequence[str]) -> "Namespace":

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from cola_lightning.cli.help import SUBCOMMANDS, add_sources, command_parser, parse_options, read_sources
+from cola_lightning.cli.help import add_sources, command_parser, parse_options, read_sources
 
 SOURCES = (
     "Read this chain: type a run's folder, a checkpoint, a chain folder or a PEFT adapter's folder. Type several in the order "
@@ -20,7 +20,7 @@ def inspect(words: Sequence[str]) -> None:
     Raises:
         UserError: for invalid arguments.
     """
-    parser = command_parser("inspect", SUBCOMMANDS["inspect"])
+    parser = command_parser("inspect")
     parser.usage = "cola inspect PATH [PATH ...] [OPTIONS]"
     add_sources(parser, "sources", SOURCES)
     parser.add_argument("--json", action="store_true", help="Print JSON with the numbers of every layer instead of the table.")

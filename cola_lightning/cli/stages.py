@@ -5,13 +5,6 @@ from collections.abc import Sequence
 from cola_lightning.cli.help import command_parser, parse_options
 from cola_lightning.stages.options import StagesOptions
 
-DESCRIPTION = """\
-Trains stages one after the other, each by a `cola fit` that begins from the
-stage before it. The same command skips finished stages and resumes one that
-was stopped. If you change a stage, it and the later ones are trained again.
-At the end it shows what each stage did to the test data of every stage.
-Options after `--` are those of `cola fit`, for each stage."""
-
 
 def stages(words: Sequence[str]) -> int:
     """Runs ``cola stages``.
@@ -26,7 +19,7 @@ def stages(words: Sequence[str]) -> int:
         UserError: for invalid arguments.
     """
     cut = list(words).index("--") if "--" in words else len(words)
-    parser = command_parser("stages", DESCRIPTION)
+    parser = command_parser("stages")
     parser.add_class_arguments(StagesOptions)
     options = StagesOptions(**parse_options(parser, words[:cut]).as_dict())
     from cola_lightning import layout

@@ -36,7 +36,7 @@ from cola_lightning.chain.chain import number_of_links
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, last_checkpoint_of
 from cola_lightning.chain.report import metrics_table
 from cola_lightning.cli.command_line import CLASSES, as_texts, completed
-from cola_lightning.cli.help import DESCRIPTION, ELSEWHERE, LINKS, SUBCOMMANDS, TEXTS, add_scale, help_formatter, usage
+from cola_lightning.cli.help import DESCRIPTION, ELSEWHERE, OPTIONS, SUBCOMMANDS, TEXTS, add_scale, help_formatter, usage
 from cola_lightning.errors import JSONARGPARSE, Interruption, UserError, nearest, nearest_path
 from cola_lightning.hf import COLACausalLM
 from cola_lightning.module import COLAModule
@@ -128,7 +128,7 @@ class COLACLI(LightningCLI):
         is_fit, measures = self.words[:1] == ["fit"], self.words[:1] in (["validate"], ["test"])
         every = " Type `all` to measure the base and the model after each link, and to print a table." if measures else ""
         whose = "--model.init_chain" if is_fit else "--ckpt_path or, without it, of --model.init_chain"
-        links = f"{LINKS}{every} The links are those of {whose}."
+        links = f"{OPTIONS['links']}{every} The links are those of {whose}."
         parser.add_argument("--links", type=int | str | None, default=None, help=links)
         if not is_fit:  # which would go on from a chain that was never trained
             add_scale(parser)

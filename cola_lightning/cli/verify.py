@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cola_lightning.cli.help import BASE, SUBCOMMANDS, add_scale, add_sources, command_parser, parse_options, read_sources
+from cola_lightning.cli.help import OPTIONS, add_scale, add_sources, command_parser, parse_options, read_sources
 
 MERGED = "Prove this folder of a merged model, which any tool may have written."
 ADAPTER = "It should contain these: folders of PEFT adapters, chain folders or checkpoints, in the order of their training. "
@@ -24,10 +24,10 @@ def verify(words: Sequence[str]) -> int:
     Raises:
         UserError: for invalid arguments, and files that cannot be compared.
     """
-    parser = command_parser("verify", SUBCOMMANDS["verify"])
+    parser = command_parser("verify")
     parser.usage = "cola verify MERGED --base BASE --adapter A [B ...] [OPTIONS]"
     parser.add_argument("merged", metavar="MERGED", help=MERGED)
-    parser.add_argument("--base", required=True, help=BASE)
+    parser.add_argument("--base", required=True, help=OPTIONS["base"])
     add_sources(parser, "--adapter", ADAPTER, required=True)
     add_scale(parser)
     parser.add_argument(
