@@ -191,8 +191,7 @@ class Halving(Toy):
 
     def on_knot(self, link):
         assert self.n_finished == link.index + 1
-        self.adapted.begin_link(link.rank // 2, link.alpha)
-        self.run.renew()
+        self.restart_link(rank=link.rank // 2)
         self.log("finished_rank", float(link.rank))
 
 
