@@ -27,8 +27,9 @@ SUBCOMMANDS: dict[str, str] = TEXTS["subcommands"]
 EXAMPLES: dict[str, str] = TEXTS["examples"]
 MAIN_OPTIONS: dict[str, str] = TEXTS["main options"]
 ELSEWHERE: dict[str, str] = TEXTS["elsewhere"]  # by the names of options of other tools, what is typed here
-EVALUATION = ("config", "ckpt_path", "data.source", "model.model_name", "trainer.devices", "trainer.precision")  # likewise
-OPTIONS: dict[str, str] = TEXTS["options"]  # what those say that several commands have
+# The main options of an evaluation.
+EVALUATION = ("config", "ckpt_path", "data.source", "model.model_name", "trainer.devices", "trainer.precision")
+OPTIONS: dict[str, str] = TEXTS["options"]  # the help of options that several commands have
 DESCRIPTION = "Chain of LoRA: fine-tune a pretrained model by a chain of low-rank updates."
 
 

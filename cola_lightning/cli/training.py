@@ -225,7 +225,8 @@ class COLACLI(LightningCLI):
         if config.ckpt_path == "last":
             root = Path(config.trainer.default_root_dir or os.getcwd()).expanduser()
             folders = [root / "runs", *(Path(args.save_dir) for args in self._save_dirs())]
-            configs = set(root.glob("config.yaml"))
+            # Without a checkpoint beside it, a config.yaml there is the user's own.
+            configs = {file for file in root.glob("config.yaml") if (root / "checkpoints" / "last.ckpt").exists()}
             for folder, run in itertools.product(folders, ("*", "*/*")):  # the first: of a logger without a name
                 configs |= {*folder.glob(f"{run}/config.yaml")}
             config.ckpt_path = str(self._newest_of_same_run({file.parent: file for file in configs}))

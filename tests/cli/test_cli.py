@@ -99,6 +99,7 @@ def test_a_fit_is_tested_validated_and_predicted_by_the_commands_that_it_names(p
 
 @pytest.mark.usefixtures("printed")
 def test_the_newest_run_of_the_same_options_is_resumed_and_its_configuration_holds_no_checkpoint(capfd):
+    Path("config.yaml").write_text("- a file of the user's\n")
     further = ["--ckpt_path", "last", "--trainer.max_epochs", "4"]
     assert run("test", "--config", DIGITS, *FAST) == 0  # version_1, of the base
     for version, rank in {2: 1, 3: 2}.items():  # as runs that were killed before their first checkpoint
