@@ -1,10 +1,15 @@
 """Another LightningModule's layers, metrics and attributes, taken over by a COLA module."""
 
+import logging
+from dataclasses import fields
 from typing import Any
 
 from lightning.pytorch import LightningModule
 
 from cola_lightning.errors import UserError
+from cola_lightning.module.optimization import LinkConfig
+
+log = logging.getLogger(__name__)
 
 
 def adopt(module: Any, task: LightningModule, own: type) -> None:
@@ -37,20 +42,30 @@ def adopt(module: Any, task: LightningModule, own: type) -> None:
             vars(module)[key] = value
 
 
-def check_constructor(cls: type, own: type, *, is_given: bool) -> None:
+def check_constructor(module: Any, own: type, received: set[str]) -> None:
     """Refuses a class that has another LightningModule's constructor, so that a link would be trained by default options.
 
+    A constructor of the class' own that does not pass on an option is warned of: it may use the name for something else.
+
     Args:
-        cls: a module's class.
+        module: a module, while it is made.
         own: COLAModule.
-        is_given: whether an option was given, which that constructor passes on.
+        received: names of the options that reached ``COLAModule.__init__``.
 
     Raises:
         UserError: which names the line that the class needs.
     """
+    cls = type(module)
     constructor = next(base for base in cls.__mro__ if "__init__" in vars(base))
-    if issubclass(constructor, LightningModule) and not issubclass(constructor, own) and not is_given:
+    if issubclass(constructor, LightningModule) and not issubclass(constructor, own) and not received:
         raise UserError(
             f"model: {cls.__name__} needs the line __init__ = COLAModule.__init__, because it has that of "
             f"{constructor.__name__}"
+        )
+    given = module.constructor_arguments.init_args
+    if lost := [option.name for option in fields(LinkConfig) if option.name in given and option.name not in received]:
+        log.warning(
+            "model: %s has no effect: the __init__ of %s does not pass it on to COLAModule.__init__(self, **options)",
+            ", ".join(lost),
+            constructor.__name__,
         )

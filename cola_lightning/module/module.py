@@ -97,7 +97,7 @@ class COLAModule(LateModel, RecordsArguments):
         **link: Any,
     ) -> None:
         super().__init__()
-        check_constructor(type(self), COLAModule, is_given=bool(link) or seed is not None)
+        check_constructor(self, COLAModule, received={*link} | ({"seed"} if seed is not None else set()))
         start = InitChain.of(init_chain, init_links, init_continues, init_knot)
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         seed = None if seed is None else int(seed)

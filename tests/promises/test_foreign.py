@@ -211,6 +211,18 @@ def test_a_class_whose_constructor_takes_no_option_of_a_link_is_refused():
         Forgetful()
 
 
+def test_an_option_that_a_constructor_does_not_pass_on_is_named(caplog):
+    class Losing(ChainedTask):
+        def __init__(self, width=16, **cola):
+            Task.__init__(self)
+
+    Losing(rank=3, width=8)
+    assert "rank has no effect: the __init__ of Losing" in caplog.text
+    caplog.clear()
+    ChainedTask(rank=3)
+    assert "no effect" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
