@@ -24,7 +24,7 @@ from cola_lightning.data import PromptDataModule
 from cola_lightning.data.base import EpochDataModule, check_sizes
 from cola_lightning.data.splits import load_splits
 from cola_lightning.errors import UserError
-from cola_lightning.module import COLAModule
+from cola_lightning.module.module import COLAModule
 from cola_lightning.module.optimization import lr_factor
 from cola_lightning.seeding import seeded
 from cola_lightning.writing import atomic_file

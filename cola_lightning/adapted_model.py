@@ -128,8 +128,8 @@ class AdaptedModel:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the current link has been trained."""
-        return any(layer.has_begun for layer in self.layers.values())
+        """Whether the current link has been trained: neither factor of a layer is zero."""
+        return any(bool(layer.lora_A.any() and layer.lora_B.any()) for layer in self.layers.values())
 
     @property
     def cast_dtype(self) -> torch.dtype:

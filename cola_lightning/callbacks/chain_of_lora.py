@@ -12,10 +12,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
-from cola_lightning.chain import Link
+from cola_lightning.chain.chain import Link
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, UserRule, is_plateau
 from cola_lightning.errors import UserError
-from cola_lightning.module import COLAModule
+from cola_lightning.module.module import COLAModule
 from cola_lightning.module.run import check_no_averaging
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class ChainOfLoRA(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.schedule.has_knots:
-            config = self.module.lora_config
+            config = self.module.run.config
             self.module.adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
         if self.schedule.patience is not None and not sum(trainer.num_val_batches):
             raise UserError(
@@ -196,6 +196,6 @@ def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) 
     check_strategy(trainer.strategy)
     if schedule.has_knots:
         check_no_averaging(module)
-    ranks, largest = schedule.ranks or [], module.lora_config.rank
+    ranks, largest = schedule.ranks or [], module.run.config.rank
     if max(ranks, default=0) > largest:
         raise UserError(f"chain.ranks: must be at most {largest} (model.rank), got {max(ranks)}")

@@ -174,10 +174,6 @@ class Chain:
         """The links that add something to a layer: all but records."""
         return [link for link in self.links if not link.is_record]
 
-    def without_records(self) -> "Chain":
-        """The chain of its :attr:`updates`, which are numbered anew."""
-        return Chain([replace(link, index=index) for index, link in enumerate(self.updates)], self.base)
-
     def trained(self) -> "Chain":
         """The chain without a last link that was never trained: its B is zero, and all else is as after the link before it."""
         if len(self) < 2 or any(lora_B.any() for _, lora_B in self[-1].factors.values()):

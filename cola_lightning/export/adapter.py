@@ -38,7 +38,7 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
     adapted.upcast()  # so that the base without links is the one that was trained on
     reference = reference_logits(adapted.model, model.example) if options.verify else None
     base, code = _base_of(model, dtype if is_stacked else torch.float32)
-    chain = model.chain.without_records()
+    chain = model.chain
     factors = concatenate(chain)
     total, lines = max(lora_A.shape[-2] for lora_A, _ in factors.values()), list[str]()
     rank = min(total, options.max_rank or total)

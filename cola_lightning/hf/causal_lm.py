@@ -238,11 +238,6 @@ class COLACausalLM(TransformersModule):
         """Inside the block, a compiled model runs as it is: new shapes would have it compiled again, for each token."""
         return torch.compiler.set_stance("force_eager") if self.should_compile else nullcontext()
 
-    @property
-    def _may_split(self) -> bool:
-        """Whether a batch may take several forward passes: not if new shapes are compiled, or all processes must take part."""
-        return not (self.should_compile or self.run.is_sharded)
-
     def language_parts(self, batch: Batch) -> Iterator[tuple[list[int], Batch, Array, Array]]:
         """A language-model batch, split into forward passes of rows of similar length, where that saves time.
 
@@ -256,7 +251,8 @@ class COLACausalLM(TransformersModule):
         if may_be_packed(batch):
             batch, host = self._separate(batch, host)
         arrays = shape_arrays(host)
-        may_split = batch.keys() <= TOKEN_FIELDS and self._may_split
+        # Not if new shapes are compiled, or all processes must take part.
+        may_split = batch.keys() <= TOKEN_FIELDS and not (self.should_compile or self.run.is_sharded)
         parts = split_by_length(batch, arrays) if may_split else [(list(range(len(batch["labels"]))), batch)]
         for rows, part in parts:
             places, labels, positions = _next_tokens(arrays, rows, part["labels"].shape[1])

@@ -206,7 +206,7 @@ class LoRALayer(nn.Module):
         """Casts weight and bias in place, not if they are complex or in 4 bits."""
         for parameter in (self.weight, self.bias):
             if parameter is not None and parameter.is_floating_point():
-                cast_(parameter, dtype)
+                parameter.data = parameter.data.to(dtype)  # as nn.Module.to does: the one way to keep the object
 
     @property
     def max_rank(self) -> int:
@@ -224,11 +224,6 @@ class LoRALayer(nn.Module):
         if self.rank == self.max_rank:  # a view of all is an operation, too
             return self.lora_A, self.lora_B
         return self.lora_A[..., : self.rank, :], self.lora_B[..., : self.rank]
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether the current link has been trained: neither of its factors is zero."""
-        return bool(self.lora_A.any() and self.lora_B.any())
 
     @property
     def is_narrowed(self) -> bool:
@@ -354,12 +349,6 @@ class LoRALayer(nn.Module):
         if self.stack is not None:
             self.stack.apply_(fn)
         return result
-
-
-@torch.no_grad()
-def cast_(parameter: Tensor, dtype: torch.dtype) -> None:
-    """Casts a parameter in place; the ``Parameter`` object stays."""
-    parameter.data = parameter.data.to(dtype)  # as nn.Module.to does: the one way to keep the object
 
 
 # ---------------------------------------------------------------------- the layers of a model

@@ -8,22 +8,21 @@ from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import AdamW
 from typing_extensions import override
 
-from cola_lightning.chain import Chain, Link
-from cola_lightning.chain.chain import number_of_links
-from cola_lightning.chain.checkpoint import StoredState
+from cola_lightning.chain.chain import Chain, Link, number_of_links
+from cola_lightning.chain.checkpoint import OpenedCheckpoint, StoredState
 from cola_lightning.chain.schedule import Knot
 from cola_lightning.constants import Dtype
 from cola_lightning.export.options import ExportOptions, Format
 from cola_lightning.module.adopt import adopt, check_constructor
-from cola_lightning.module.arguments import RecordsArguments
+from cola_lightning.module.arguments import RecordsArguments, rebuilt
 from cola_lightning.module.exports import export
 from cola_lightning.module.late import LateModel
-from cola_lightning.module.load import load
 from cola_lightning.module.optimization import LinkConfig, OptimizerCallable
 from cola_lightning.module.run import ExpectedState, InitChain, Run
 from cola_lightning.module.state import prepare_checkpoint, prepare_loading, state_of
@@ -150,7 +149,8 @@ class COLAModule(LateModel, RecordsArguments):
     def full_chain(self) -> Chain:
         """The finished links and the current one as it is now: all that has been trained; ``chain`` holds the finished ones."""
         self.make_model()
-        return self.run.full_chain()
+        self.run.note_progress()
+        return self.adapted.full_chain()
 
     def live_link(self) -> Link:
         """The current link as it is now: what a knot would record.
@@ -159,7 +159,8 @@ class COLAModule(LateModel, RecordsArguments):
             UserError: if the module trains without links.
         """
         self.make_model()
-        return self.run.live_link()
+        self.run.note_progress()
+        return self.adapted.live_link()
 
     @property
     def link_names(self) -> list[str | None]:
@@ -404,5 +405,16 @@ class COLAModule(LateModel, RecordsArguments):
         Raises:
             UserError: for a path that is not a checkpoint, a damaged checkpoint, or another base.
         """
-        loaded: Self = load(cls, checkpoint_path, strict, weights_only, links, scale, kwargs)
-        return loaded if map_location is None else loaded.to(map_location)
+        opened = checkpoint_path
+        if not isinstance(opened, OpenedCheckpoint):
+            opened = OpenedCheckpoint.open(opened, weights_only=weights_only is not False)
+        # Not by Lightning's method, which unpickles what is at a URL, and calls what the hyperparameters name.
+        module: Self = rebuilt(cls, opened.state.facts.module, kwargs)
+        module.expect_state(opened.state, links=links, scale=scale)
+        module.make_model()
+        module.on_load_checkpoint(opened.contents)
+        strict = module.strict_loading if strict is None else strict
+        keys = module.load_state_dict(opened.contents["state_dict"], strict=strict)
+        if any(keys):
+            rank_zero_warn(f"checkpoint: the module alone has {keys.missing_keys}, the checkpoint alone {keys.unexpected_keys}")
+        return module if map_location is None else module.to(map_location)

@@ -26,8 +26,7 @@ from torch.optim import Optimizer
 
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
-from cola_lightning.chain import Chain, Link
-from cola_lightning.chain.chain import as_number
+from cola_lightning.chain.chain import Chain, Link, as_number
 from cola_lightning.chain.checkpoint import read_chain_and_held_out
 from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.facts import ModuleArguments, Records
@@ -350,16 +349,6 @@ class Run:
         """Notes which metrics have been logged before the current link, and are not its own."""
         trainer = trainer_of(self.module)
         self._not_of_the_link = {} if trainer is None else dict(trainer.callback_metrics)
-
-    def live_link(self, *, has_tensors: bool = True) -> Link:
-        """The current link as it is now, see :meth:`AdaptedModel.live_link`."""
-        self.note_progress()
-        return self.adapted.live_link(has_tensors=has_tensors)
-
-    def full_chain(self) -> Chain:
-        """The finished links and, in a model with links, the current one as it is now."""
-        self.note_progress()
-        return self.adapted.full_chain()
 
     def tie_knot(self, rank: int | None = None, alpha: float | None = None) -> Link:
         """Finishes the current link and begins the next, see :meth:`COLAModule.tie_knot`."""

@@ -44,9 +44,9 @@ def state_of(run: Run, prefix: str = "") -> dict[str, Tensor]:
 
 def facts_of(run: Run) -> StoredFacts:
     """What is stored of a run besides its trained values and its finished links; :func:`restore` reads it."""
-    adapted, current = run.adapted, run.current
-    live = describe_link(run.live_link(has_tensors=False)) if adapted.layers else None
+    adapted, current, trainer = run.adapted, run.current, trainer_of(run.module)
     run.note_progress()
+    live = describe_link(adapted.live_link(has_tensors=False)) if adapted.layers else None
     return StoredFacts(
         module=run.arguments,
         seed=adapted.seed,
@@ -65,25 +65,20 @@ def facts_of(run: Run) -> StoredFacts:
         sizes=[list(run.size_of(link)) for link in range(adapted.n_finished + 1)],
         init=run.config.init,
         modules_to_save=list(run.config.modules_to_save),
-        prompt_format=described_data(run, "prompt_format"),
-        data=described_data(run, "identity"),
+        prompt_format=described_data(trainer, "prompt_format"),
+        data=described_data(trainer, "identity"),
         held_out=run.held_out,
         initial=adapted.trained.initial,
     )
 
 
-def described_data(run: Run, name: str) -> dict[str, Any]:
-    """The ``prompt_format`` or ``identity`` of the Trainer's data module, if it has one that JSON can hold; else empty.
+def described_data(trainer: Any, name: str) -> dict[str, Any]:
+    """The ``prompt_format`` or ``identity`` of a Trainer's data module, if it has one that JSON can hold; else empty.
 
     Args:
-        run: the run, whose module may have a Trainer.
+        trainer: the Trainer; None: there is none.
         name: which of the two; data modules of this package have both.
     """
-    return data_facts(trainer_of(run.module), name)
-
-
-def data_facts(trainer: Any, name: str) -> dict[str, Any]:
-    """The :func:`described_data` of a Trainer."""
     value = getattr(getattr(trainer, "datamodule", None), name, None)
     with contextlib.suppress(TypeError):  # another attribute of that name
         return dict(to_plain(value)) if isinstance(value, dict) else {}

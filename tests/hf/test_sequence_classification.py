@@ -109,7 +109,7 @@ def test_the_labels_are_the_datas_and_stand_in_model_checkpoint_predictions_and_
     loaded = COLASequenceClassifier.load_from_checkpoint(path)
     for one in (module, loaded):
         assert one.label_names == NAMES
-        assert one.lora_config.modules_to_save == ["bert.pooler", "classifier"]
+        assert one.run.config.modules_to_save == ["bert.pooler", "classifier"]
         for config in (one.model.config, one.merged_model().config):
             assert config.id2label == dict(enumerate(NAMES))
             assert config.label2id == {name: place for place, name in enumerate(NAMES)}
