@@ -5,7 +5,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -392,8 +392,9 @@ class AdaptedModel:
 
     def _earlier_state(self, links: int) -> tuple[list[Stack], dict[str, Tensor]]:
         """Each layer's finished links and the other trained values after the first links; stored for the next call."""
-        place = links, self.placement().device, self.cast_dtype
-        if self._earlier is None or self._earlier[0] != place or not _are_same(self._earlier[1], self.chain.links):
+        # Not the links themselves, whose tensors would be compared; they are stored, so that no other link gets the id of one.
+        place = links, self.placement().device, self.cast_dtype, list(map(id, self.chain.links))
+        if self._earlier is None or self._earlier[0] != place:
             chain, stacks = self.chain.truncate(links), []
             for name, layer in self.layers.items():
                 stacks.append(layer.earlier_links(chain.link_factors(name), self.chain.link_factors(name)))
@@ -537,8 +538,3 @@ class AdaptedModel:
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         return model
-
-
-def _are_same(links: Sequence[Link], others: Sequence[Link]) -> bool:
-    """Whether two chains have the very same links."""
-    return len(links) == len(others) and all(link is other for link, other in zip(links, others, strict=True))

@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 from cola_lightning import hub
-from cola_lightning.chain.peft import AdapterBase
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError, nearest, nearest_path, one_line
 from cola_lightning.lora.quantization import Quantization
@@ -183,11 +182,6 @@ class TransformersBase(Pretrained):
     def is_found_by_name(self) -> bool:
         """Whether transformers and PEFT find the model by its name alone."""
         return not (self.gguf_file or self.model_name.startswith(PACKAGE_PREFIX) or self.is_changed)
-
-    def adapter_base(self, model: nn.Module, modules_to_save: Sequence[str]) -> AdapterBase:
-        """The base as an adapter names it, around the loaded model."""
-        name = os.path.expanduser(self.model_name) if self.is_found_by_name else None
-        return AdapterBase(model, name, modules_to_save, self.revision, TASKS.get(self.auto_class))
 
     def loading_code(self, dtype: str, *, is_quantized: bool) -> str:
         """The Python code that loads the base; from a folder, if its name is not enough."""

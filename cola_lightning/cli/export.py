@@ -90,7 +90,7 @@ def _load(base: str, chain: Chain, source: str) -> "TrainedModel":
         chain: the chain.
         source: the first of its sources; an adapter says what its model is for.
     """
-    from cola_lightning.hf import COLACausalLM, COLASequenceClassifier
+    from cola_lightning import COLACausalLM, COLASequenceClassifier
     from cola_lightning.module.exports import trained_model
 
     extras = chain[-1].extras if len(chain) else {}

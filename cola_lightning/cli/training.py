@@ -38,7 +38,7 @@ from cola_lightning.chain.report import metrics_table
 from cola_lightning.cli.command_line import CLASSES, as_texts, completed
 from cola_lightning.cli.help import DESCRIPTION, ELSEWHERE, OPTIONS, SUBCOMMANDS, TEXTS, add_scale, help_formatter, usage
 from cola_lightning.errors import JSONARGPARSE, Interruption, UserError, nearest, nearest_path
-from cola_lightning.hf import COLACausalLM
+from cola_lightning.hf.causal_lm import COLACausalLM
 from cola_lightning.module.module import COLAModule
 from cola_lightning.module.state import AtomicCheckpointIO, described_data
 from cola_lightning.runs.facts import option_changes

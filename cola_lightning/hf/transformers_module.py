@@ -197,20 +197,17 @@ class TransformersModule(COLAModule, ABC):
         if not self.run.config.modules_to_save:
             self.run.config = replace(self.run.config, modules_to_save=self.choose_modules_to_save(model))
         if self.new_weights and self.run.made is None:
-            self._warn_of_random_modules(self.pretrained.new_modules(model, self.new_weights))
+            names, saved = self.pretrained.new_modules(model, self.new_weights), self.run.config.modules_to_save
+            frozen = [name for name in names if not is_in_matching_modules(name, saved)]
+            if frozen and self.run.config.target_modules is not None:  # else all is trained
+                what = "model: not in the files of %r, so it stays random, because model.modules_to_save does not name it: %s"
+                log.warning(what, self.pretrained.name, ", ".join(frozen))
         tokenizer = self.tokenizer
         if tokenizer is not None and tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
             tokenizer.pad_token = tokenizer.eos_token  # that of padding was added to the tokenizer alone
         if self.quantization is not None:
             self.quantize_base(model)
         return cast(nn.Module, model)
-
-    def _warn_of_random_modules(self, names: list[str]) -> None:
-        """Warns of modules with random values that are not trained."""
-        saved, trains_all = self.run.config.modules_to_save, self.run.config.target_modules is None
-        if frozen := [name for name in names if not (trains_all or is_in_matching_modules(name, saved))]:
-            what = "model: not in the files of %r, so it stays random, because model.modules_to_save does not name it: %s"
-            log.warning(what, self.pretrained.name, ", ".join(frozen))
 
     @override
     def expect_state(self, state: StoredState, **requested: Any) -> None:

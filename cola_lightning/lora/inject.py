@@ -163,8 +163,13 @@ def restore_(model: nn.Module) -> None:
 def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAConfig) -> list[str]:
     """Adapts the targets, see :func:`inject_lora`."""
     saved = _matches(model, list(config.modules_to_save), "model.modules_to_save")
-    names = _linear_layers(model, saved) if target_modules == ALL_LINEAR else _matches(model, target_modules)
-    names = _selected(model, names, saved, config)
+    names = _linear_layers(model) if target_modules == ALL_LINEAR else _matches(model, target_modules)
+    excluded = saved + _matches(model, config.exclude_modules or [], "model.exclude_modules")
+    names = [name for name in names if not is_in_modules(name, excluded)]
+    if not names:
+        raise UserError(
+            "model.target_modules: no layer is left to adapt, outside of model.exclude_modules and model.modules_to_save"
+        )
     targets = {name: model.get_submodule(name) for name in names}
     _check_not_shared(model, names, saved)
     classes = {name: _class_for(name, layer, config) for name, layer in targets.items()}
@@ -191,23 +196,11 @@ def begin_merging(layer: LoRALayer, wide: torch.dtype) -> None:
     layer.cast_base_(wide)
 
 
-def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
-    """The targets of all-linear: linear layers, except the head of a Hugging Face language model and what is in ``saved``."""
+def _linear_layers(model: nn.Module) -> list[str]:
+    """The targets of all-linear: linear layers, except the head of a Hugging Face language model."""
     getter = getattr(model, "get_output_embeddings", None)
     head = None if getter is None else getter()
-    linear = [name for name, module in model.named_modules() if name and module is not head and is_linear(module)]
-    return [name for name in linear if not is_in_modules(name, saved)]
-
-
-def _selected(model: nn.Module, names: list[str], saved: list[str], config: LoRAConfig) -> list[str]:
-    """The targets that no option excludes."""
-    excluded = saved + _matches(model, config.exclude_modules or [], "model.exclude_modules")
-    targets = [name for name in names if not is_in_modules(name, excluded)]
-    if not targets:
-        raise UserError(
-            "model.target_modules: no layer is left to adapt, outside of model.exclude_modules and model.modules_to_save"
-        )
-    return targets
+    return [name for name, module in model.named_modules() if name and module is not head and is_linear(module)]
 
 
 def _matches(model: nn.Module, patterns: str | Sequence[str], field: str = "model.target_modules") -> list[str]:

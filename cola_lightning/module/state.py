@@ -4,7 +4,6 @@ Lightning's checkpoint contains the state dict, and so everything that a resume 
 """
 
 import contextlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +193,8 @@ def restore(run: Run, state: StoredState) -> bool:
         UserError: for a state of another base, or with fewer links than requested; to resume a fit also with other options.
     """
     trainer, adapted, facts, current = trainer_of(run.module), run.adapted, state.facts, run.current
-    requested, scale = run.expected.links, run.expected.scale or {}
-    run.expected = replace(run.expected, links=None, scale=None)
+    requested, scale = run.expected_links, run.expected_scale
+    run.expected_links, run.expected_scale = None, {}
     links = number_of_links(requested, state.names)
     has_all = links == len(state.names)
     has_current = has_all and not scale
