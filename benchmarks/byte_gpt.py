@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from cola_lightning.data import PromptDataModule
 from cola_lightning.data.base import EpochDataModule, check_sizes
-from cola_lightning.data.splits import load_splits
+from cola_lightning.data.reading import load_splits
 from cola_lightning.errors import UserError
 from cola_lightning.module.module import COLAModule
 from cola_lightning.module.optimization import lr_factor

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule, EpochLoader
 from cola_lightning.data.preprocessing import Preprocessor, prepare
+from cola_lightning.data.reading import Splits, TextUnit, choose_split, files_identity, is_file, is_on_hub, load_splits
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Rows
 from cola_lightning.data.split import (
@@ -27,7 +28,6 @@ from cola_lightning.data.split import (
     drawn,
     find_record,
 )
-from cola_lightning.data.splits import Splits, TextUnit, choose_split, files_identity, is_file, is_on_hub, load_splits
 from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)

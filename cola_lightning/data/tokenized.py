@@ -5,9 +5,9 @@ from typing import Any, get_args
 from typing_extensions import override
 
 from cola_lightning.data.base import check_sizes, from_module
+from cola_lightning.data.reading import TextUnit
 from cola_lightning.data.render import TooLong
 from cola_lightning.data.source import Source, SourceDataModule
-from cola_lightning.data.splits import TextUnit
 from cola_lightning.errors import check_name
 
 

@@ -1,4 +1,4 @@
-"""The splits of a data set, from files, a folder with a file per split, or the hub."""
+"""Reads a source: its splits, from files, a folder with a file per split, or the hub."""
 
 import csv
 import functools
