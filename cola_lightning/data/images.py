@@ -275,10 +275,9 @@ def _is_picture(value: Any) -> bool:
 
 def _facts(path: str | None) -> tuple[Any, ...]:
     """A path with the size and time of its file, if there is one here."""
-    try:
-        stat = os.stat(path or "")
-    except (OSError, ValueError):  # the latter for a path that no file can have
+    if not os.path.isfile(path or ""):
         return (path,)
+    stat = os.stat(path or "")
     return path, stat.st_size, stat.st_mtime_ns
 
 

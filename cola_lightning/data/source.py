@@ -383,13 +383,9 @@ class SourceDataModule(EpochDataModule):
         return {"data.source (a hash of its training rows)": self.rows_hash} | super()._order()
 
     @override
-    def length(self, row: Any) -> int:
-        return int(row["length"]) if isinstance(row, dict) else len(row)
-
-    @override
     def lengths(self, data: Any) -> Sequence[int]:
         if not hasattr(data, "with_format"):
-            return super().lengths(data)
+            return [len(row) for row in data]
         return data.with_format("numpy")["length"][:] if "length" in data.column_names else [0] * len(data)
 
     # ------------------------------------------------------------------ defined by a subclass
