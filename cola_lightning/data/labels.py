@@ -3,21 +3,20 @@
 import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def optional_in_predict(read: Callable[Concatenate[Row, P], T]) -> Callable[Concatenate[Row, P], T | None]:
+def optional_in_predict(read: Callable[..., T]) -> Callable[..., T | None]:
     """The function, but it returns None if a row to be predicted has no label that can be used: predicting needs none."""
 
     @functools.wraps(read)
-    def read_if_usable(row: Row, /, *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def read_if_usable(row: Row, /, *args: Any, **kwargs: Any) -> T | None:
         try:
             return read(row, *args, **kwargs)
         except UserError:
