@@ -221,8 +221,8 @@ class TransformersModule(COLAModule, ABC):
         """
         names: dict[Any, str] = {module: name for name, module in model.named_modules()}
         body, head = names[model.base_model], model.get_output_embeddings()  # the body is "" where it is the model itself
-        wide = [*self.run.config.modules_to_save, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
-        skip = [name for module, name in names.items() if module is head or is_in_matching_modules(name, wide)]
+        unquantized = [*self.run.config.modules_to_save, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+        skip = [name for module, name in names.items() if module is head or is_in_matching_modules(name, unquantized)]
         skip += [name for name in names.values() if not f"{name}.".startswith(body and f"{body}.")]
         quantize(model, getattr(torch, self.pretrained.dtype), skip, self.quantization or "nf4")
 
