@@ -21,10 +21,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from cola_lightning.data import PromptDataModule
-from cola_lightning.data.base import EpochDataModule, check_sizes
-from cola_lightning.data.splits import load_splits
+from cola_lightning.data.base import EpochDataModule
+from cola_lightning.data.reading import load_splits
 from cola_lightning.errors import UserError
-from cola_lightning.module import COLAModule
+from cola_lightning.module.module import COLAModule
 from cola_lightning.module.optimization import lr_factor
 from cola_lightning.seeding import seeded
 from cola_lightning.writing import atomic_file
@@ -223,7 +223,6 @@ class PythonSourceDataModule(EpochDataModule):
 
     def __init__(self, context: int = 128, eval_size: int = 512, **arguments: Any) -> None:
         super().__init__(**arguments)
-        check_sizes(context=context, eval_size=eval_size)
         self.context, self.eval_size = context, eval_size
 
     @override

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.lines import Lines, Rows, main
 from benchmarks.steps import BESIDE, SMOLLM2, beside
 from cola_lightning.cli.command_line import as_words
-from cola_lightning.data.splits import load_splits
+from cola_lightning.data.reading import load_splits
 from cola_lightning.data.tasks import TASKS as PAPER_TASKS
 from cola_lightning.pretrained import Pretrained
 

@@ -235,8 +235,8 @@ def by_cola(case: str, folder: Path, killing: Killing, *, resumes: bool) -> dict
         def setup(self, stage: str) -> None:
             self.train, self.val = rows(), []
 
-        def length(self, row: Any) -> int:
-            return len(row["input_ids"])
+        def lengths(self, data: Any) -> list[int]:
+            return [len(row["input_ids"]) for row in data]
 
         def collate(self, of_batch: list[Any]) -> Batch:
             return collator(case)(of_batch)

@@ -5,7 +5,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -104,7 +104,7 @@ class AdaptedModel:
         self.chain = Chain(base=describe_base(self.model, name))
         self.current = CurrentLink() if current is None else current
         self._rounded_to = torch.float32  # what a precision has rounded the values to into which no link is merged
-        self._earlier: tuple[Any, list[Link], tuple[list[Stack], dict[str, Tensor]]] | None = None  # see _earlier_state
+        self._stored_state: tuple[Any, list[Link], tuple[list[Stack], dict[str, Tensor]]] | None = None  # see _state_after
         if self.layers:
             self.begin_link(self.config.rank, self.config.alpha)
 
@@ -128,8 +128,8 @@ class AdaptedModel:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the current link has been trained."""
-        return any(layer.has_begun for layer in self.layers.values())
+        """Whether the current link has been trained: neither factor of a layer is zero."""
+        return any(bool(layer.lora_A.any() and layer.lora_B.any()) for layer in self.layers.values())
 
     @property
     def cast_dtype(self) -> torch.dtype:
@@ -381,24 +381,25 @@ class AdaptedModel:
         check_links(links, self.n_finished + 1)
         if not self.layers:
             raise UserError("links: a model that is trained without links (target_modules null) has no earlier state")
-        stacks, values = self._earlier_state(links) if links <= self.n_finished else ([], {})
+        stacks, values = self._state_after(links) if links <= self.n_finished else ([], {})
         with ExitStack() as block:
             block.enter_context(evaluating(self.model))
             block.enter_context(torch.no_grad())
             block.enter_context(self.trained.replaced(values))
             for layer, stack in zip(self.layers.values(), stacks, strict=False):
-                block.enter_context(with_attribute(layer, "earlier", stack))
+                block.enter_context(with_attribute(layer, "replacement", stack))
             yield self.model
 
-    def _earlier_state(self, links: int) -> tuple[list[Stack], dict[str, Tensor]]:
+    def _state_after(self, links: int) -> tuple[list[Stack], dict[str, Tensor]]:
         """Each layer's finished links and the other trained values after the first links; stored for the next call."""
-        place = links, self.placement().device, self.cast_dtype
-        if self._earlier is None or self._earlier[0] != place or not _are_same(self._earlier[1], self.chain.links):
+        # Not the links themselves, whose tensors would be compared; they are stored, so that no other link gets the id of one.
+        place = links, self.placement().device, self.cast_dtype, list(map(id, self.chain.links))
+        if self._stored_state is None or self._stored_state[0] != place:
             chain, stacks = self.chain.truncate(links), []
             for name, layer in self.layers.items():
-                stacks.append(layer.earlier_links(chain.link_factors(name), self.chain.link_factors(name)))
-            self._earlier = place, list(self.chain.links), (stacks, self.extras_after(chain))
-        return self._earlier[2]
+                stacks.append(layer.replacement_by(chain.link_factors(name), self.chain.link_factors(name)))
+            self._stored_state = place, list(self.chain.links), (stacks, self.extras_after(chain))
+        return self._stored_state[2]
 
     # ------------------------------------------------------------------ the base
 
@@ -517,7 +518,7 @@ class AdaptedModel:
         is_narrowed = any(layer.is_narrowed for layer in layers)  # then the base of a stack was rounded
         is_stacked = bool(layers) and not self.merges
         is_usable = not placement.is_sharded and (links == total or (is_stacked and (links > 0 or not is_narrowed)))
-        wide = torch.promote_types(self.cast_dtype, torch.float32)
+        compute_dtype = torch.promote_types(self.cast_dtype, torch.float32)
         devices = {parameter.device for parameter in self.model.parameters()}
         if is_usable:  # the model itself, and no rebuilt base
             model, extras = self.model, {} if links == total else self.extras_after(self.chain.truncate(links))
@@ -531,14 +532,11 @@ class AdaptedModel:
                 cast_floats(model, self.cast_dtype)
             if device is None and not placement.is_sharded and len(devices) == 1:  # a rebuilt one is on the CPU
                 device = devices.pop()
-        dtype, in_place = wide if dtype is None and layers else dtype, in_place or not is_usable
-        model = merge(model, added, wide, compute_device=placement.device, dtype=dtype, device=device, in_place=in_place)
+        dtype, in_place = compute_dtype if dtype is None and layers else dtype, in_place or not is_usable
+        model = merge(
+            model, added, compute_dtype, compute_device=placement.device, dtype=dtype, device=device, in_place=in_place
+        )
         model.load_state_dict(extras, strict=False)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         return model
-
-
-def _are_same(links: Sequence[Link], others: Sequence[Link]) -> bool:
-    """Whether two chains have the very same links."""
-    return len(links) == len(others) and all(link is other for link, other in zip(links, others, strict=True))

@@ -1,8 +1,7 @@
 """Options of text generation, shared by data modules, modules and commands."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from cola_lightning.errors import UserError
 
@@ -51,10 +50,6 @@ class Decoding:
     def stopping(self, texts: Iterable[str]) -> "Decoding":
         """The same, with more texts at which generation ends."""
         return replace(self, stop=tuple(dict.fromkeys([*self.stop, *texts])))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a batch."""
-        return asdict(self)
 
     def cut(self, text: str, *, is_open: bool) -> tuple[str, bool]:
         """The part of a text that is certain to precede the first stop, and whether that stop was found.

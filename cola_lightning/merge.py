@@ -21,7 +21,7 @@ from cola_lightning.lora.quantization import dequantize_model
 def merge(
     model: nn.Module,
     links: Sequence[Link],
-    wide: torch.dtype,
+    compute_dtype: torch.dtype,
     *,
     compute_device: torch.device,
     dtype: torch.dtype | None,
@@ -33,21 +33,21 @@ def merge(
     Args:
         model: the adapted model.
         links: what is added to the weights, in this order.
-        wide: the dtype in which it is added.
+        compute_dtype: the dtype in which it is added.
         compute_device: where the products are computed: the training's device gives equal bits.
-        dtype: of the result's floating-point tensors; None: as they are, and of merged weights the wide one.
+        dtype: of the result's floating-point tensors; None: as they are, and of merged weights ``compute_dtype``.
         device: of the result; None: the model's.
         in_place: make the model itself the result, instead of a copy.
     """
     memo = dict[int, Any]()
     for name, layer in lora_layers(model).items():
         merged = layer if in_place else deep_copy(layer, memo)
-        begin_merging(merged, wide)
+        begin_merging(merged, compute_dtype)
         add_links(name, merged, links, compute_device)
         _place(merged.strip_(), dtype, device)
     if not in_place:
         model = deep_copy(model, memo, device=device, dtype=dtype)
-    dequantize_model(model, wide if dtype is None else dtype)
+    dequantize_model(model, compute_dtype if dtype is None else dtype)
     restore_(model)
     return _place(model, dtype, device)
 
@@ -134,10 +134,10 @@ def round_floats(model: nn.Module, dtype: torch.dtype) -> None:
     """
     if dtype.itemsize >= 4:
         return
-    wide = {id(value) for layer in lora_layers(model).values() for value in layer.wide_parameters}
+    kept = {id(value) for layer in lora_layers(model).values() for value in layer.wide_parameters}
     for module in model.modules():
         for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if value.is_floating_point() and id(value) not in wide:
+            if value.is_floating_point() and id(value) not in kept:
                 value.copy_(value.to(dtype))
 
 

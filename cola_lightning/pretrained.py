@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from typing_extensions import override
 
 from cola_lightning import hub
-from cola_lightning.chain.peft import AdapterBase
 from cola_lightning.constants import Dtype
 from cola_lightning.errors import UserError, nearest, nearest_path, one_line
 from cola_lightning.lora.quantization import Quantization
@@ -83,11 +81,6 @@ class Pretrained:
         """The name, with the revision if one is requested."""
         return self.model_name + (f"@{self.revision}" if self.revision else "")
 
-    @property
-    def is_found_by_name(self) -> bool:
-        """Whether transformers and PEFT find the model by its name alone."""
-        return not (self.gguf_file or self.model_name.startswith(PACKAGE_PREFIX))
-
     def load(self, auto_class: Any, **arguments: Any) -> Any:
         """The result of ``auto_class.from_pretrained`` on the files.
 
@@ -127,12 +120,6 @@ class Pretrained:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         return tokenizer
-
-    def image_processor(self) -> Any:
-        """What makes inputs of pictures for the model."""
-        from transformers import AutoImageProcessor
-
-        return self.load(AutoImageProcessor)
 
     def model_and_new_weights(self, auto_class: Any, **fields: Any) -> tuple[Any, list[str]]:
         """The model in training mode: ``from_pretrained`` leaves it in evaluation mode, where it would train without dropout.
@@ -192,14 +179,9 @@ class TransformersBase(Pretrained):
     is_changed: bool = False
 
     @property
-    @override
     def is_found_by_name(self) -> bool:
-        return super().is_found_by_name and not self.is_changed
-
-    def adapter_base(self, model: nn.Module, modules_to_save: Sequence[str]) -> AdapterBase:
-        """The base as an adapter names it, around the loaded model."""
-        name = os.path.expanduser(self.model_name) if self.is_found_by_name else None
-        return AdapterBase(model, name, modules_to_save, self.revision, TASKS.get(self.auto_class))
+        """Whether transformers and PEFT find the model by its name alone."""
+        return not (self.gguf_file or self.model_name.startswith(PACKAGE_PREFIX) or self.is_changed)
 
     def loading_code(self, dtype: str, *, is_quantized: bool) -> str:
         """The Python code that loads the base; from a folder, if its name is not enough."""

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
@@ -12,10 +12,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
-from cola_lightning.chain import Link
+from cola_lightning.chain.chain import Link
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, UserRule, is_plateau
 from cola_lightning.errors import UserError
-from cola_lightning.module import COLAModule
+from cola_lightning.module.module import COLAModule
 from cola_lightning.module.run import check_no_averaging
 
 log = logging.getLogger(__name__)
@@ -75,8 +75,15 @@ class ChainOfLoRA(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _refuse(trainer, pl_module, self.schedule)
-        self.module = cast(COLAModule, pl_module)
+        if not isinstance(pl_module, COLAModule):
+            raise UserError(f"model: ChainOfLoRA needs a COLAModule, got a {type(pl_module).__name__}")
+        check_strategy(trainer.strategy)
+        if self.schedule.has_knots:
+            check_no_averaging(pl_module)
+        ranks, largest = self.schedule.ranks or [], pl_module.run.config.rank
+        if max(ranks, default=0) > largest:
+            raise UserError(f"chain.ranks: must be at most {largest} (model.rank), got {max(ranks)}")
+        self.module: COLAModule = pl_module
         self._last_step = None
         if stage == "fit":
             # Keeps the values of a fit that this Trainer continues; a checkpoint's replace them.
@@ -114,7 +121,7 @@ class ChainOfLoRA(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.schedule.has_knots:
-            config = self.module.lora_config
+            config = self.module.run.config
             self.module.adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
         if self.schedule.patience is not None and not sum(trainer.num_val_batches):
             raise UserError(
@@ -187,15 +194,3 @@ def check_strategy(strategy: Strategy) -> None:
             "knot replaces, and processes that are forked or spawned do not return the chain. Use ddp, fsdp or "
             "ModelParallelStrategy (FSDP2: configs/overlays/fsdp2.yaml)"
         )
-
-
-def _refuse(trainer: Trainer, module: LightningModule, schedule: ChainSchedule) -> None:
-    """Refuses, before training, a trainer or module with which a chain would be wrong."""
-    if not isinstance(module, COLAModule):
-        raise UserError(f"model: ChainOfLoRA needs a COLAModule, got a {type(module).__name__}")
-    check_strategy(trainer.strategy)
-    if schedule.has_knots:
-        check_no_averaging(module)
-    ranks, largest = schedule.ranks or [], module.lora_config.rank
-    if max(ranks, default=0) > largest:
-        raise UserError(f"chain.ranks: must be at most {largest} (model.rank), got {max(ranks)}")

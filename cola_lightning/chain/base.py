@@ -49,8 +49,8 @@ def describe_base(model: nn.Module, name: str = "") -> BaseIdentity:
     layers, norms = lora_layers(model), dict[str, float]()
     for layer_name, layer in layers.items():
         weight = layer.full_weight()
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        norms[layer_name] = float(torch.linalg.vector_norm(weight, dtype=wide))
+        compute_dtype = torch.promote_types(weight.dtype, torch.float32)
+        norms[layer_name] = float(torch.linalg.vector_norm(weight, dtype=compute_dtype))
     dtypes = sorted({layer.source_dtype for layer in layers.values()})
     named = model.named_parameters(remove_duplicate=False)
     trained = set(layout.plain_names(key for key, parameter in named if parameter.requires_grad))
@@ -71,8 +71,8 @@ def hash_of(value: Tensor) -> str:
     if value.numel() > SAMPLED_VALUES:
         places = torch.randint(value.numel(), (SAMPLED_VALUES,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         sample = sample[places.to(value.device)]
-    wide = torch.view_as_real(sample) if sample.is_complex() else sample
-    return hashlib.sha256(f"{tuple(value.shape)}".encode() + wide.cpu().double().numpy().tobytes()).hexdigest()[:16]
+    numbers = torch.view_as_real(sample) if sample.is_complex() else sample
+    return hashlib.sha256(f"{tuple(value.shape)}".encode() + numbers.cpu().double().numpy().tobytes()).hexdigest()[:16]
 
 
 def check_same_base(expected: BaseIdentity, received: BaseIdentity) -> None:

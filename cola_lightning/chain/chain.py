@@ -133,9 +133,9 @@ def core_of_product(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Ten
         ``lora_A``: rank x in; ``lora_B``: out x rank; Q: out x k; C: k x l; P: in x l, in float64 (complex128 for complex
         factors), where k and l are rank, or out and in where these are smaller.
     """
-    wide = torch.promote_types(lora_A.dtype, torch.float64)
-    q, r = torch.linalg.qr(lora_B.to(wide))
-    p, s = torch.linalg.qr(lora_A.to(wide).mT)
+    compute_dtype = torch.promote_types(lora_A.dtype, torch.float64)
+    q, r = torch.linalg.qr(lora_B.to(compute_dtype))
+    p, s = torch.linalg.qr(lora_A.to(compute_dtype).mT)
     return q, r @ s.mT, p
 
 
@@ -173,10 +173,6 @@ class Chain:
     def updates(self) -> list[Link]:
         """The links that add something to a layer: all but records."""
         return [link for link in self.links if not link.is_record]
-
-    def without_records(self) -> "Chain":
-        """The chain of its :attr:`updates`, which are numbered anew."""
-        return Chain([replace(link, index=index) for index, link in enumerate(self.updates)], self.base)
 
     def trained(self) -> "Chain":
         """The chain without a last link that was never trained: its B is zero, and all else is as after the link before it."""

@@ -84,7 +84,7 @@ def report(chain: Chain) -> list[LinkReport]:
     """Each link's report, in order: of all of its update, also if its knot merged only a share of it.
 
     Example:
-        >>> from cola_lightning.chain import BaseIdentity
+        >>> from cola_lightning.chain.base import BaseIdentity
         >>> factors = {"fc": (torch.eye(2, 4), torch.eye(3, 2))}
         >>> link = Link(0, rank=2, alpha=1.0, start_step=0, end_step=10, factors=factors)
         >>> (first,) = report(Chain([link], base=BaseIdentity(weight_norms={"fc": 5.0})))

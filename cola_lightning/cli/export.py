@@ -16,7 +16,7 @@ from cola_lightning.errors import UserError
 if TYPE_CHECKING:
     from cola_lightning.export.model import TrainedModel
     from cola_lightning.export.options import ExportOptions
-    from cola_lightning.module import COLAModule
+    from cola_lightning.module.module import COLAModule
 
 SOURCES = "Export this run: type its folder, or a checkpoint in it. Or export what you trained elsewhere onto --base: type the "
 SOURCES += "folders of the adapters in the order of their training. Write NAME=PATH to name one."
@@ -38,7 +38,7 @@ def export(words: Sequence[str]) -> None:
     """
     from cola_lightning.export.options import ExportOptions
     from cola_lightning.export.streamed import export_onto
-    from cola_lightning.module import COLAModule
+    from cola_lightning.module.module import COLAModule
 
     parser = command_parser("export")
     parser.usage = "cola export PATH [PATH ...] [OPTIONS]"
@@ -90,7 +90,7 @@ def _load(base: str, chain: Chain, source: str) -> "TrainedModel":
         chain: the chain.
         source: the first of its sources; an adapter says what its model is for.
     """
-    from cola_lightning.hf import COLACausalLM, COLASequenceClassifier
+    from cola_lightning import COLACausalLM, COLASequenceClassifier
     from cola_lightning.module.exports import trained_model
 
     extras = chain[-1].extras if len(chain) else {}

@@ -43,7 +43,7 @@ def generate(words: Sequence[str]) -> None:
     import torch
 
     from cola_lightning.chat_template import ChatTemplate, PlainTemplate
-    from cola_lightning.hf import COLACausalLM
+    from cola_lightning.hf.causal_lm import COLACausalLM
 
     if not isinstance(module, COLACausalLM):
         found = f"{str(options.checkpoint)!r} contains a {type(module).__name__}"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cola_lightning.chain.chain import Chain
     from cola_lightning.chain.checkpoint import OpenedCheckpoint
     from cola_lightning.chain.sources import Source
-    from cola_lightning.module import COLAModule
+    from cola_lightning.module.module import COLAModule
 
 WIDTH = 80
 TEXTS = yaml.safe_load(Path(__file__).with_name("help.yaml").read_text(encoding="utf-8"))
@@ -151,7 +151,8 @@ def load_module(opened: "OpenedCheckpoint", options: Any, method: str) -> "COLAM
         UserError: for a class that cannot be imported, or an argument that is not plain.
     """
     from cola_lightning.hub import quiet
-    from cola_lightning.module import COLAModule, find_class
+    from cola_lightning.module.arguments import find_class
+    from cola_lightning.module.module import COLAModule
 
     opened.state.all_links(options.links).scaled(options.scale or {})  # refused now, not once the model is loaded
 

@@ -38,9 +38,9 @@ from cola_lightning.chain.report import metrics_table
 from cola_lightning.cli.command_line import CLASSES, as_texts, completed
 from cola_lightning.cli.help import DESCRIPTION, ELSEWHERE, OPTIONS, SUBCOMMANDS, TEXTS, add_scale, help_formatter, usage
 from cola_lightning.errors import JSONARGPARSE, Interruption, UserError, nearest, nearest_path
-from cola_lightning.hf import COLACausalLM
-from cola_lightning.module import COLAModule
-from cola_lightning.module.state import AtomicCheckpointIO, data_facts
+from cola_lightning.hf.causal_lm import COLACausalLM
+from cola_lightning.module.module import COLAModule
+from cola_lightning.module.state import AtomicCheckpointIO, described_data
 from cola_lightning.runs.facts import option_changes
 from cola_lightning.runs.folder import claim, is_claimed
 from cola_lightning.writing import atomic_file
@@ -373,7 +373,7 @@ class COLACLI(LightningCLI):
     def after_fit(self) -> None:
         """Logs the checkpoint's path, and the next command for it."""
         can_be_tested = is_overridden("test_step", self.model) and getattr(self.datamodule, "can_be_tested", True)
-        kind = data_facts(self.trainer, "prompt_format").get("kind")
+        kind = described_data(self.trainer, "prompt_format").get("kind")
         if isinstance(self.model, COLACausalLM) and kind in ("response", "text"):
             self._log_command("try it", "generate")
         else:

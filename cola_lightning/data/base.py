@@ -173,13 +173,6 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def check_sizes(**sizes: int | None) -> None:
-    """Refuses a number of rows below 1; sizes are given by field name, None if not set."""
-    for field, size in sizes.items():
-        if size is not None and size < 1:
-            raise UserError(f"data.{field} must be at least 1, got {size}")
-
-
 def from_module(name: str) -> Any:
     """A property of a data module: the trained module's attribute of that name; without a Trainer, or for a module without it,
     what was set.
@@ -234,7 +227,8 @@ class EpochDataModule(LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, split_seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
-        check_sizes(batch_size=batch_size, eval_batch_size=eval_batch_size)
+        if min(batch_size, batch_size if eval_batch_size is None else eval_batch_size) < 1:
+            raise UserError(f"data.batch_size must be at least 1, got {batch_size}, and {eval_batch_size} for evaluations")
         self.batch_size, self.eval_batch_size, self.split_seed = batch_size, eval_batch_size or batch_size, split_seed
         self.num_workers = num_workers
         self._order_of_checkpoint: dict[str, Any] = {}
@@ -268,13 +262,9 @@ class EpochDataModule(LightningDataModule, ABC):
         """
         return {}
 
-    def length(self, row: Any) -> int:
-        """A row's length; a full evaluation goes from the longest row to the shortest, to reduce padding."""
-        return 0
-
     def lengths(self, data: Any) -> Sequence[int]:
-        """The lengths of all rows of a part."""
-        return [self.length(row) for row in data]
+        """The lengths of all rows of a part; a full evaluation goes from the longest row to the shortest, to reduce padding."""
+        return [0] * len(data)
 
     def collate(self, rows: list[Any]) -> Any:
         """Makes a batch of rows."""
@@ -331,7 +321,7 @@ class EpochDataModule(LightningDataModule, ABC):
         """The longest rows first if all are taken; under a limit of the trainer's, the first ones of the data."""
         value = getattr(self.trainer, limit, None)
         takes_all = isinstance(value, float) and value == 1.0  # the whole number 1 is one batch
-        if not takes_all or type(self).length is EpochDataModule.length:  # all alike: no row need be read
+        if not takes_all or type(self).lengths is EpochDataModule.lengths:  # all alike: no row need be read
             return list(range(len(data)))
         lengths = self.lengths(data)
         return sorted(range(len(data)), key=lambda place: -lengths[place])

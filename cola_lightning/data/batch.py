@@ -64,7 +64,7 @@ def collate_prompts(rows: Sequence[PromptRow], pad: int, decoding: Decoding, end
         "prompt_mask": pad_left([[1] * len(row.prompt_ids) for row in rows], 0),
         "prompt": [row.prompt for row in rows],
         "target": [row.target for row in rows],
-        "decoding": decoding.to_dict(),
+        "decoding": dict(vars(decoding)),
         "end_tokens": end_tokens,
     }
 

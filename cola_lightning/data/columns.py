@@ -31,6 +31,7 @@ SYSTEMS = ("system", "system_prompt")
 # Columns of preference pairs: with the rejected answer, and with the preferred one.
 PREFERRED = {"rejected": "chosen", "dispreferred": "preferred", "worse": "better"}
 PREFERRED |= {"rejected_response": "chosen_response", "response_rejected": "response_chosen", "bad": "good"}
+NAME_THEM = "Name them: --data.columns '{prompt: COLUMN, response: COLUMN}', or messages, or, of pairs, chosen and rejected"
 UNPAIRED = ("label", "kto_tag")  # columns that say, as true or false, whether a response is good
 
 
@@ -53,12 +54,6 @@ class Reading:
         answer = " over ".join(self.columns[slot] for slot in answers if slot in self.columns)
         text = " -> ".join(filter(None, [", ".join(inputs), answer]))
         return text + "".join(f", {slot}: {self.columns[slot]}" for slot in others if slot in self.columns)
-
-
-def as_option(columns: Columns) -> str:
-    """The option that names these columns."""
-    named = {"response" if slot == "completion" else slot: name for slot, name in columns.items()}
-    return f"--data.columns '{{{', '.join(f'{slot}: {name}' for slot, name in named.items())}}}'"
 
 
 def find_columns(
@@ -91,7 +86,7 @@ def find_columns(
     if {"prompt", "completion"} <= {*lists}:
         conversations.append({"prompt": "prompt", "completion": "completion"})
     if len(conversations) > 1:
-        raise _ambiguous(conversations)
+        raise _ambiguous(" with ".join(columns.values()) for columns in conversations)
     if conversations:
         return Reading("messages", conversations[0] | extra)
     texts = [name for name in names if name not in lists]
@@ -101,7 +96,7 @@ def find_columns(
     pairs = [(ANSWERS[prompt].index(name), prompt, name) for prompt in reversed(answered) for name in answers[prompt]]
     responses = {name: prompt for _, prompt, name in sorted(pairs, key=lambda pair: -pair[0])}
     if len(responses) > 1:
-        raise _ambiguous({"prompt": prompt, "response": name} for name, prompt in responses.items())
+        raise _ambiguous(responses)
     prompts = [*responses.values(), *answers][:1]
     inputs = [name for name in INPUTS if name in texts and "instruction" in prompts]
     used = dict(zip(("prompt", "input"), [*prompts, *inputs], strict=False))
@@ -127,23 +122,15 @@ def _preferred_and_rejected(names: Sequence[str]) -> tuple[str, str] | None:
     return next(iter(pairs), None)
 
 
-def _nothing_fits(names: Sequence[str]) -> UserError:
-    if pair := _preferred_and_rejected(names):
-        return UserError(
-            f"data.columns: {' and '.join(pair)} are preference pairs. To train on them, use COLAPreferenceLM with "
-            f"PreferenceDataModule. To train on {pair[0]} alone, name columns: --data.columns '{{prompt: COLUMN, response: "
-            f"{pair[0]}}}', or '{{messages: {pair[0]}}}' if it holds whole conversations"
-        )
+def _nothing_fits(names: Sequence[str], what: str = "conversation, no prompt with a response and no text") -> UserError:
     return UserError(
-        f"data.columns: found no conversation, no prompt with a response and no text among the columns {', '.join(names)}. "
-        "Name them: --data.columns '{prompt: COLUMN, response: COLUMN}'. For texts with labels, use --model "
-        "COLASequenceClassifier, which trains a new head, or --data TemplateDataModule, which picks an option"
+        f"data.columns: found no {what} among the columns {', '.join(names)}. {NAME_THEM}. Pairs need COLAPreferenceLM with "
+        "PreferenceDataModule, and texts with labels --model COLASequenceClassifier or --data TemplateDataModule"
     )
 
 
-def _ambiguous(readings: Iterable[Columns]) -> UserError:
-    options = " or ".join(map(as_option, readings))
-    return UserError(f"data.columns: two columns fit, and each would train something else: choose {options}")
+def _ambiguous(names: Iterable[str]) -> UserError:
+    return UserError(f"data.columns: two columns fit, {' and '.join(names)}, and each would train something else. {NAME_THEM}")
 
 
 def _check_named(names: Sequence[str], chosen: Mapping[str, str], slots: Sequence[str]) -> None:
@@ -197,11 +184,7 @@ def find_pairs(names: Sequence[str], lists: Collection[str], chosen: Mapping[str
         if prompts or pair[0] in lists:
             columns |= _extra(names)
     else:
-        raise UserError(
-            f"data.columns: found no preference pairs among the columns {', '.join(names)}. Name the prompt, the preferred and "
-            "the rejected response: --data.columns '{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'. For rows with one "
-            "response, use COLACausalLM with TextDataModule"
-        )
+        raise _nothing_fits(names, "preference pairs")
     has_turns = columns["chosen"] in lists or columns.get("prompt") in lists
     return Reading("messages" if has_turns else "prompt", columns)
 
@@ -217,5 +200,5 @@ def check_unpaired(reading: Reading, booleans: Collection[str]) -> None:
     if label is not None and reading.kind != "text":
         raise UserError(
             f"data.columns: {label} says for each response whether it is good. Such unpaired preferences (KTO) are neither "
-            f"pairs nor responses to imitate, and cannot be trained. To train on all of them, use {as_option(reading.columns)}"
+            f"pairs nor responses to imitate, and cannot be trained. To train on all of them, name the columns ({reading})"
         )

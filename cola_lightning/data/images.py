@@ -19,10 +19,10 @@ from cola_lightning.data.base import from_module
 from cola_lightning.data.classification import LABELS, LabelledDataModule
 from cola_lightning.data.labels import ClassReader, sorted_labels
 from cola_lightning.data.preprocessing import Preprocessor, Size
+from cola_lightning.data.reading import Splits, folder_hash, paths_inside
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import VALIDATION_SPLITS, Source
-from cola_lightning.data.splits import Splits, folder_hash, paths_inside
 from cola_lightning.errors import UnusableRow, UserError
 
 # Columns with the picture or its path, by the first that a data set has.
@@ -275,10 +275,9 @@ def _is_picture(value: Any) -> bool:
 
 def _facts(path: str | None) -> tuple[Any, ...]:
     """A path with the size and time of its file, if there is one here."""
-    try:
-        stat = os.stat(path or "")
-    except (OSError, ValueError):  # the latter for a path that no file can have
+    if not os.path.isfile(path or ""):
         return (path,)
+    stat = os.stat(path or "")
     return path, stat.st_size, stat.st_mtime_ns
 
 

@@ -1,23 +1,22 @@
 """Labels of rows: from what a data set has in a column to the name or the index of a class, or the index of an option."""
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from cola_lightning.constants import IGNORE_INDEX, WHOLE_NUMBER
 from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def optional_in_predict(read: Callable[Concatenate[Row, P], T]) -> Callable[Concatenate[Row, P], T | None]:
+def optional_in_predict(read: Callable[..., T]) -> Callable[..., T | None]:
     """The function, but it returns None if a row to be predicted has no label that can be used: predicting needs none."""
 
     @functools.wraps(read)
-    def read_if_usable(row: Row, /, *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def read_if_usable(row: Row, /, *args: Any, **kwargs: Any) -> T | None:
         try:
             return read(row, *args, **kwargs)
         except UserError:
@@ -132,7 +131,6 @@ def option_index(row: Row, path: str, options: Sequence[str]) -> int | None:
 # ---------------------------------------------------------------------- the classes of a classifier
 
 
-@optional_in_predict
 def class_name(row: Row, field: str, names: Collection[str] = ()) -> str:
     """A row's class as text: a name, a whole number, or the name that the data has for it; see :func:`read_label`."""
     hint = " (for a class -1, list it in model.label_names)" if row.get(field) in (-1, "-1") else ""
@@ -142,30 +140,6 @@ def class_name(row: Row, field: str, names: Collection[str] = ()) -> str:
     return class_names[int(label)] if is_index else str(label)
 
 
-@optional_in_predict
-def class_index(row: Row, field: str, indices: Mapping[str, int], *, are_names_given: bool = True) -> int | None:
-    """The index of a row's class.
-
-    Args:
-        row: the row.
-        field: the field with the label.
-        indices: the classes' indices, by name.
-        are_names_given: whether the user gave the names and thus their order: any other number is an index.
-
-    Raises:
-        UnusableRow: if the label is not known, or missing.
-    """
-    if (name := class_name(row, field, indices)) is None or name in indices:
-        return None if name is None else indices[name]
-    number = whole_number(plain_label(row[field]))
-    is_index = number in range(len(indices)) and not are_numbers(indices)
-    if is_index and are_names_given:
-        return number
-    listed = shortened_text(", ".join(indices), 200)
-    hint = " (an index needs model.label_names)" if is_index else ""
-    raise UnusableRow(f"{name!r} in the field {field!r} is none of the labels {listed}{hint}")
-
-
 @dataclass(frozen=True)
 class ClassReader:
     """Reads the index of a row's class, or -100 for none.
@@ -173,7 +147,7 @@ class ClassReader:
     Attributes:
         field: the field with the label.
         names: the classes' names; none: no row has a label.
-        are_names_given: whether the user gave the names and thus their order.
+        are_names_given: whether the user gave the names and thus their order: any other number is an index.
         may_lack: whether a label may be missing, as in rows to be predicted.
     """
 
@@ -192,8 +166,19 @@ class ClassReader:
         Raises:
             UnusableRow: if the label is not known, or missing where it must not be.
         """
-        index = class_index(row, self.field, self._indices, are_names_given=self.are_names_given)
+        index = optional_in_predict(self._index)(row)
         return IGNORE_INDEX if index is None else index
+
+    def _index(self, row: Row) -> int:
+        if (name := class_name(row, self.field, self._indices)) in self._indices:
+            return self._indices[name]
+        number = whole_number(plain_label(row[self.field]))
+        is_index = number in range(len(self.names)) and not are_numbers(self.names)
+        if number is not None and is_index and self.are_names_given:
+            return number
+        listed = shortened_text(", ".join(self.names), 200)
+        hint = " (an index needs model.label_names)" if is_index else ""
+        raise UnusableRow(f"{name!r} in the field {self.field!r} is none of the labels {listed}{hint}")
 
 
 def find_classes(rows: Rows, field: str) -> list[str]:

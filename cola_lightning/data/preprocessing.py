@@ -4,7 +4,7 @@ A row's way from ``--data.source`` to a batch::
 
     SourceDataModule.setup(stage)                 source.py
     ├─ parts(stage)                               which rows are for training, validation, test or prediction
-    │  ├─ load(source)                            splits.py; folders of pictures: images.py
+    │  ├─ load(source)                            reading.py; folders of pictures: images.py
     │  └─ drawn(rows, sizes, seed)                split.py
     ├─ preprocessor_of(rows, part)                text.py, preferences.py, ...: the kind of row, by its columns (columns.py)
     └─ prepare(rows, preprocessor)                here: Dataset.map, which caches its result

@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -75,25 +75,12 @@ def encode_conversations(
         The rows of each conversation, or the reason why it cannot be used.
     """
 
-    def encode(conversation: Conversation, turns: list[LanguageRow] | UnusableRow) -> list[LanguageRow]:
-        n_tokens = 0  # of the longest turn's context, before the conversation is shortened
-        while True:
-            if isinstance(turns, UnusableRow):
-                if (shorter := _without_greeting(conversation)) is None:
-                    raise turns
-            else:
-                longest = max(turns, key=_length)
-                n_tokens = n_tokens or _length(longest)
-                if n_tokens > max_length and too_long == "skip":
-                    raise UnusableRow(TOO_LONG)
-                shorter = _shortened(template, conversation, longest, max_length, shortens_response=shortens_response)
-                if shorter is None:
-                    first, *others = _grouped(turns)
-                    n_lost = n_tokens - min(_length(longest), max_length)
-                    return [_row(first, max_length, n_lost), *(_row(group, max_length, 0) for group in others)]
-            conversation = shorter
-            (turns,) = _encoded_turns(template, [conversation], notes)
+    def encode(conversation: Conversation, encoded: list[LanguageRow] | UnusableRow) -> list[LanguageRow]:
+        ((turns, n_lost),) = fitting(conversation, lambda shorter: [shorter], [encoded])
+        first, *others = _grouped(turns)
+        return [_row(first, max_length, n_lost), *(_row(group, max_length, 0) for group in others)]
 
+    fitting = functools.partial(_fitting, template, max_length, notes, too_long, shortens_response)
     all_turns = _encoded_turns(template, conversations, notes)
     return each(lambda pair: encode(*pair), zip(conversations, all_turns, strict=True))
 
@@ -115,25 +102,11 @@ def encode_preferences(
     """
 
     def encode(pair: PreferencePair, encoded: Sequence[list[LanguageRow] | UnusableRow]) -> tuple[LanguageRow, LanguageRow]:
-        lengths: list[int] = []  # before the prompt is shortened
-        while True:
-            if reasons := [turns for turns in encoded if isinstance(turns, UnusableRow)]:
-                if (shorter := _without_greeting(pair.prompt)) is None:
-                    raise reasons[0]
-            else:
-                both = [_only_group(turns) for turns in encoded if not isinstance(turns, UnusableRow)]
-                lengths = lengths or [_length(turns[-1]) for turns in both]
-                if max(lengths) > max_length and too_long == "skip":
-                    raise UnusableRow(TOO_LONG)
-                longer = max(both, key=lambda turns: _length(turns[-1]))
-                response = {**longer[-1], "spans": [longer[0]["spans"][0], longer[-1]["spans"][1]]}
-                shorter = _shortened(template, pair.prompt, response, max_length, shortens_response=True)
-                if shorter is None:
-                    lost = [n - min(_length(turns[-1]), max_length) for n, turns in zip(lengths, both, strict=True)]
-                    return _row(both[0], max_length, lost[0]), _row(both[1], max_length, lost[1])
-            pair = replace(pair, prompt=shorter)
-            encoded = _encoded_turns(template, pair.conversations(), notes)
+        sides = fitting(pair.prompt, lambda shorter: replace(pair, prompt=shorter).conversations(), encoded)
+        chosen, rejected = (_row(_only_group(turns), max_length, n_lost) for turns, n_lost in sides)
+        return chosen, rejected
 
+    fitting = functools.partial(_fitting, template, max_length, notes, too_long, True)
     flat = _encoded_turns(template, [conversation for pair in pairs for conversation in pair.conversations()], notes)
     return each(lambda item: encode(item[0], item[1:]), zip(pairs, flat[::2], flat[1::2], strict=True))
 
@@ -152,26 +125,67 @@ def encode_prompt(template: ChatTemplate, conversation: Conversation, max_length
 # ---------------------------------------------------------------------- shorter conversations
 
 
+def _fitting(
+    template: ChatTemplate,
+    max_length: int,
+    notes: set[str],
+    too_long: TooLong,
+    shortens_response: bool,
+    prompt: Conversation,
+    wholes: Callable[[Conversation], Sequence[Conversation]],
+    encoded: Sequence[list[LanguageRow] | UnusableRow],
+) -> list[tuple[list[LanguageRow], int]]:
+    """The turns of conversations with one prompt, and how many tokens each lost: the prompt is shortened until all fit.
+
+    Args:
+        template: the tokenizer's chat template.
+        max_length: in tokens.
+        notes: lines for the log are added to it.
+        too_long: whether to shorten or to skip longer conversations.
+        shortens_response: whether a response may lose its end.
+        prompt: what is shortened: a whole conversation, or what two responses have in common.
+        wholes: the conversations with a prompt.
+        encoded: the turns of those with this prompt.
+    """
+    lengths: list[int] = []  # before the prompt is shortened
+    while True:
+        if reasons := [turns for turns in encoded if isinstance(turns, UnusableRow)]:
+            if (shorter := _without_greeting(prompt)) is None:
+                raise reasons[0]
+        else:
+            usable = [turns for turns in encoded if not isinstance(turns, UnusableRow)]
+            now = [max(map(_length, turns)) for turns in usable]
+            lengths = lengths or now
+            if max(lengths) > max_length and too_long == "skip":
+                raise UnusableRow(TOO_LONG)
+            start = usable[now.index(max(now))][0]["spans"][0]  # of the longest one's response
+            shorter = _shortened(template, prompt, start, max(now), max_length, shortens_response=shortens_response)
+            if shorter is None:
+                return [(some, n - min(m, max_length)) for some, n, m in zip(usable, lengths, now, strict=True)]
+        prompt = shorter
+        encoded = _encoded_turns(template, wholes(prompt), notes)
+
+
 def _shortened(
-    template: ChatTemplate, conversation: Conversation, longest: LanguageRow, max_length: int, *, shortens_response: bool
+    template: ChatTemplate, conversation: Conversation, start: int, n_tokens: int, max_length: int, *, shortens_response: bool
 ) -> Conversation | None:
     """A shorter conversation, if this one is too long; None if it fits, or if only its response needs to lose its end.
 
     Args:
         template: the tokenizer's chat template.
         conversation: the conversation.
-        longest: its turn with the longest context.
+        start: where its response begins, in tokens.
+        n_tokens: of its longest turn, with its context.
         max_length: in tokens.
         shortens_response: whether the response may lose its end.
     """
-    if (n_over := _length(longest) - max_length) <= 0:
+    if (n_over := n_tokens - max_length) <= 0:
         return None
-    if (shorter := _without_oldest(conversation, n_over / _length(longest))) is not None:
+    if (shorter := _without_oldest(conversation, n_over / n_tokens)) is not None:
         return shorter
     if not shortens_response:
         return _without_beginning(template, conversation, n_over)
-    start = longest["spans"][0]
-    n_over = start - room_for_prompt(max_length, _length(longest) - start)
+    n_over = start - room_for_prompt(max_length, n_tokens - start)
     try:
         return _without_beginning(template, conversation, n_over) if n_over > 0 else None
     except UnusableRow:

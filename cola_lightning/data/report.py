@@ -26,7 +26,7 @@ class RowReport:
         >>> report.skip("no response", "alpaca, row 12083 (counted from 0)", 12083)
         >>> print(report)  # doctest: +NORMALIZE_WHITESPACE
         52,002 rows: 1 skipped (no response: alpaca, row 12083 (counted from 0)), 37 shortened by 1,203 tokens;
-        11.2 M tokens, 4.1 M of them trained
+        11,200,000 tokens, 4,100,000 of them trained
     """
 
     n_rows: int = 0
@@ -90,17 +90,5 @@ class RowReport:
         lost = [f"{self.n_skipped:,} skipped ({self.reasons()})"] * bool(self.skipped)
         lost += [f"{self.n_shortened:,} shortened by {self.n_lost:,} tokens"] * bool(self.n_shortened)
         rows = f"{self.n_rows:,} rows" + ": " * bool(lost) + ", ".join(lost)
-        trained = f", {_rounded(self.n_trained)} of them trained" if self.n_trained else ""
-        return f"{rows}; {_rounded(self.n_tokens)} tokens{trained}" if self.n_tokens else rows
-
-
-def _rounded(number: int) -> str:
-    """A large number in thousands or millions.
-
-    Example:
-        >>> _rounded(812), _rounded(41_350), _rounded(11_200_000)
-        ('812', '41.4 k', '11.2 M')
-    """
-    if number >= 10**6:
-        return f"{number / 10**6:.1f} M"
-    return f"{number / 1000:.1f} k" if number >= 10**4 else f"{number:,}"
+        trained = f", {self.n_trained:,} of them trained" if self.n_trained else ""
+        return f"{rows}; {self.n_tokens:,} tokens{trained}" if self.n_tokens else rows

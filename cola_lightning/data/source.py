@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from cola_lightning.data.base import EpochDataModule, EpochLoader
 from cola_lightning.data.preprocessing import Preprocessor, prepare
+from cola_lightning.data.reading import Splits, TextUnit, choose_split, files_identity, is_file, is_on_hub, load_splits
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Rows
 from cola_lightning.data.split import (
@@ -27,7 +28,6 @@ from cola_lightning.data.split import (
     drawn,
     find_record,
 )
-from cola_lightning.data.splits import Splits, TextUnit, choose_split, files_identity, is_file, is_on_hub, load_splits
 from cola_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -383,13 +383,9 @@ class SourceDataModule(EpochDataModule):
         return {"data.source (a hash of its training rows)": self.rows_hash} | super()._order()
 
     @override
-    def length(self, row: Any) -> int:
-        return int(row["length"]) if isinstance(row, dict) else len(row)
-
-    @override
     def lengths(self, data: Any) -> Sequence[int]:
         if not hasattr(data, "with_format"):
-            return super().lengths(data)
+            return [len(row) for row in data]
         return data.with_format("numpy")["length"][:] if "length" in data.column_names else [0] * len(data)
 
     # ------------------------------------------------------------------ defined by a subclass

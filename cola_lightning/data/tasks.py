@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from cola_lightning.data.examples import Example, Loss, OptionRows, generated
 from cola_lightning.data.labels import label_index, read_answers
+from cola_lightning.data.reading import is_file
 from cola_lightning.data.rows import Row, Rows
-from cola_lightning.data.splits import is_file
 from cola_lightning.data.tokenized import TokenizedDataModule
 from cola_lightning.errors import UnusableRow, UserError, nearest
 

@@ -23,26 +23,19 @@ class Template(Formatter):
         text: the template, in the syntax of ``str.format``.
         option: the option whose value it is, for messages.
 
-    Raises:
-        UserError: for invalid syntax.
-
     Example:
         >>> Template("{question}? {{yes}}", "data.prompt").fill(Row({"question": "Is it"}, "line 1"))
         'Is it? {yes}'
     """
 
     def __init__(self, text: str, option: str) -> None:
-        try:
-            list(self.parse(text))
-        except ValueError as error:
-            raise UserError(f"{option}: cannot read {text!r}: {error}. Fields are in braces; write a brace as {{{{") from error
         self.text, self.option = text, option
 
     def fill(self, row: Row) -> str:
         """The text for a row.
 
         Raises:
-            UnusableRow: if a field is missing, or its format does not fit it: ``{size:d}`` for a text.
+            UnusableRow: if a field is missing, its format does not fit it (``{size:d}`` for a text), or a brace is left open.
         """
         try:
             return self.vformat(self.text, (), row)

@@ -4,10 +4,10 @@ from typing import Any, get_args
 
 from typing_extensions import override
 
-from cola_lightning.data.base import check_sizes, from_module
+from cola_lightning.data.base import from_module
+from cola_lightning.data.reading import TextUnit
 from cola_lightning.data.render import TooLong
 from cola_lightning.data.source import Source, SourceDataModule
-from cola_lightning.data.splits import TextUnit
 from cola_lightning.errors import check_name
 
 
@@ -43,7 +43,6 @@ class TokenizedDataModule(SourceDataModule):
         **rows: Any,
     ) -> None:
         super().__init__(source, subset, **rows)
-        check_sizes(max_length=max_length)
         check_name("data.text_unit", text_unit, get_args(TextUnit))
         check_name("data.too_long", too_long, get_args(TooLong))
         self.text_unit, self.length_grouped, self.too_long = text_unit, length_grouped, too_long

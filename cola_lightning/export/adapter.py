@@ -1,6 +1,7 @@
 """A chain as one ordinary PEFT LoRA, of rank sum(r), for the base that it names: written, loaded again and compared."""
 
 import json
+import os
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.options import ExportOptions
 from cola_lightning.export.verify import loading_again, reference_logits
 from cola_lightning.lora.layer import is_quantized_model
+from cola_lightning.pretrained import TASKS
 from cola_lightning.writing import atomic_folder
 
 
@@ -38,7 +40,7 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
     adapted.upcast()  # so that the base without links is the one that was trained on
     reference = reference_logits(adapted.model, model.example) if options.verify else None
     base, code = _base_of(model, dtype if is_stacked else torch.float32)
-    chain = model.chain.without_records()
+    chain = model.chain
     factors = concatenate(chain)
     total, lines = max(lora_A.shape[-2] for lora_A, _ in factors.values()), list[str]()
     rank = min(total, options.max_rank or total)
@@ -84,7 +86,9 @@ def _base_of(model: TrainedModel, half: torch.dtype) -> tuple[AdapterBase, str]:
         return AdapterBase(base, model.base_name, saved), "module.merged_model(0)"
     saved += named_base.new_modules(base, named_base.new_weights)
     dtype = str(half).removeprefix("torch.") if half.itemsize < 4 else named_base.dtype
-    return named_base.adapter_base(base, saved), named_base.loading_code(dtype, is_quantized=is_quantized)
+    name = os.path.expanduser(named_base.model_name) if named_base.is_found_by_name else None
+    found = AdapterBase(base, name, saved, named_base.revision, TASKS.get(named_base.auto_class))
+    return found, named_base.loading_code(dtype, is_quantized=is_quantized)
 
 
 def compress(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cola_lightning.adapted_model import AdaptedModel
-from cola_lightning.chain import Chain
+from cola_lightning.chain.chain import Chain
 from cola_lightning.pretrained import TransformersBase
 
 

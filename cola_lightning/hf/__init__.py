@@ -1,16 +1,5 @@
-"""Lightning modules around models of Hugging Face's transformers."""
+"""Lightning modules around models of Hugging Face's transformers; the command line knows the classes by their names alone."""
 
-from cola_lightning.hf.causal_lm import COLACausalLM
-from cola_lightning.hf.classifier import COLASequenceClassifier
-from cola_lightning.hf.image_classifier import COLAImageClassifier
-from cola_lightning.hf.preference import COLAPreferenceLM
-from cola_lightning.hf.transformers_module import StepOutput, TransformersModule
+from cola_lightning.hf import causal_lm, classifier, image_classifier, preference
 
-__all__ = [
-    "COLACausalLM",
-    "COLAImageClassifier",
-    "COLAPreferenceLM",
-    "COLASequenceClassifier",
-    "StepOutput",
-    "TransformersModule",
-]
+__all__ = ["causal_lm", "classifier", "image_classifier", "preference"]

@@ -19,7 +19,7 @@ from cola_lightning.contexts import evaluating, with_attribute
 from cola_lightning.decoding import Decoding
 from cola_lightning.errors import UserError
 from cola_lightning.hf.chunked_loss import CHUNKED_ABOVE, chunked_token_losses, n_bytes
-from cola_lightning.hf.host_values import Array, Arrays, Batch, shape_arrays, to_device
+from cola_lightning.hf.host_values import SHAPE_FIELDS, Array, Arrays, Batch, to_device
 from cola_lightning.hf.logits import (
     TOKEN_FIELDS,
     check_decoder,
@@ -28,7 +28,7 @@ from cola_lightning.hf.logits import (
     split_by_length,
 )
 from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
-from cola_lightning.hf.packed import Separation, find_separation, is_packed, may_be_packed, separate
+from cola_lightning.hf.packed import Separation, find_separation, is_packed, separate
 from cola_lightning.hf.transformers_module import BatchMetrics, RowValues, StepOutput, TransformersModule
 from cola_lightning.seeding import derive_seed, seeded
 
@@ -238,11 +238,6 @@ class COLACausalLM(TransformersModule):
         """Inside the block, a compiled model runs as it is: new shapes would have it compiled again, for each token."""
         return torch.compiler.set_stance("force_eager") if self.should_compile else nullcontext()
 
-    @property
-    def _may_split(self) -> bool:
-        """Whether a batch may take several forward passes: not if new shapes are compiled, or all processes must take part."""
-        return not (self.should_compile or self.run.is_sharded)
-
     def language_parts(self, batch: Batch) -> Iterator[tuple[list[int], Batch, Array, Array]]:
         """A language-model batch, split into forward passes of rows of similar length, where that saves time.
 
@@ -253,15 +248,16 @@ class COLACausalLM(TransformersModule):
         check_fields(self.model, batch, MODULE_FIELDS)
         self._check_mask(batch)
         host: Batch = self.host_values.get_batch(batch)
-        if may_be_packed(batch):
+        if (positions := batch.get("position_ids")) is not None and positions.dim() == 2:  # several sequences may share a row
             batch, host = self._separate(batch, host)
-        arrays = shape_arrays(host)
-        may_split = batch.keys() <= TOKEN_FIELDS and self._may_split
+        arrays = {name: host[name].numpy() for name in SHAPE_FIELDS & host.keys()}  # what reads them is no work of a device
+        # Not if new shapes are compiled, or all processes must take part.
+        may_split = batch.keys() <= TOKEN_FIELDS and not (self.should_compile or self.run.is_sharded)
         parts = split_by_length(batch, arrays) if may_split else [(list(range(len(batch["labels"]))), batch)]
         for rows, part in parts:
-            places, labels, positions = _next_tokens(arrays, rows, part["labels"].shape[1])
-            if positions is not None and part.keys() <= TOKEN_FIELDS:  # else an image's tokens may have more than one
-                part = {"position_ids": to_device(torch.from_numpy(positions), part["labels"].device), **part}
+            places, labels, counted = _next_tokens(arrays, rows, part["labels"].shape[1])
+            if counted is not None and part.keys() <= TOKEN_FIELDS:  # else an image's tokens may have more than one
+                part = {"position_ids": to_device(torch.from_numpy(counted), part["labels"].device), **part}
             yield rows, part, places, labels
 
     def _language_step(self, batch: Batch) -> StepOutput:

@@ -112,8 +112,8 @@ class Classifier(TransformersModule):
         super().expect_state(state, **requested)
         if self.labels_of_base is None and state.chain.base.labels is not None:
             self._set_labels(state.chain.base.labels)
-        if not self.lora_config.modules_to_save:  # what was chosen when the chain began
-            self.lora_config = replace(self.lora_config, modules_to_save=state.facts.modules_to_save)
+        if not self.run.config.modules_to_save:  # what was chosen when the chain began
+            self.run.config = replace(self.run.config, modules_to_save=state.facts.modules_to_save)
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

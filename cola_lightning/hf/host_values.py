@@ -58,11 +58,6 @@ class HostValues:
         return {name: self.get(value) for name, value in batch.items() if isinstance(value, Tensor) and value.dim() <= 2}
 
 
-def shape_arrays(host: Mapping[str, Tensor]) -> dict[str, Array]:
-    """Values on the host that decide on the shapes of a step, as arrays: what reads them is no work of a device."""
-    return {name: host[name].numpy() for name in SHAPE_FIELDS & host.keys()}
-
-
 def _version(tensor: Tensor) -> int | None:
     """How often a tensor was changed in place, which autograd counts; inference tensors have no count."""
     return None if tensor.is_inference() else tensor._version

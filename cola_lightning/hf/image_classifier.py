@@ -31,7 +31,9 @@ class COLAImageClassifier(Classifier):
     @functools.cached_property
     def image_processor(self) -> Any:
         """What makes inputs of pictures: their size, mean and standard deviation. Data modules use it, and exports write it."""
-        return self.pretrained.image_processor()
+        from transformers import AutoImageProcessor
+
+        return self.pretrained.load(AutoImageProcessor)
 
     @override
     def describe_labels(self, config: Any) -> None:

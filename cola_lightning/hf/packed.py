@@ -28,12 +28,6 @@ EXACT_TOLERANCE = 1e-5
 Separation = Literal["rows", "one row", "none"]
 
 
-def may_be_packed(batch: Batch) -> bool:
-    """Whether a batch may have several sequences in a row: it has positions."""
-    positions = batch.get("position_ids")
-    return positions is not None and positions.dim() == 2
-
-
 def is_packed(batch: Batch) -> bool:
     """Whether positions start again inside a row, between tokens that are not padding."""
     starts, mask = batch["position_ids"].diff(dim=-1) < 1, batch.get("attention_mask")

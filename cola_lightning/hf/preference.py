@@ -108,7 +108,7 @@ class COLAPreferenceLM(COLACausalLM):
         ):
             if not is_valid:
                 raise UserError(f"model.{name}: must be {valid}, got {locals()[name]!r}")
-        if self.lora_config.target_modules is None and loss in WITH_REFERENCE:
+        if self.run.config.target_modules is None and loss in WITH_REFERENCE:
             raise UserError(f"model.target_modules: {loss} needs links, because its reference is the model without them")
         self.preference_loss, self.beta, self.label_smoothing = loss, beta, label_smoothing
         self.simpo_gamma, self.sft_weight, self.reference = simpo_gamma, sft_weight, reference

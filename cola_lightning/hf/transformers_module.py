@@ -122,7 +122,7 @@ class TransformersModule(COLAModule, ABC):
         self.quantization = quantization
         if quantization is not None:
             importlib.import_module("bitsandbytes")  # an error now, not once the base has been read
-            if self.lora_config.target_modules is None:
+            if self.run.config.target_modules is None:
                 raise UserError(
                     "model.target_modules: must not be null with model.quantization: 4-bit weights cannot be trained"
                 )
@@ -194,23 +194,20 @@ class TransformersModule(COLAModule, ABC):
 
         auto_class = getattr(transformers, self.auto_class)
         model, self.new_weights = self.pretrained.model_and_new_weights(auto_class, **self.model_fields())
-        if not self.lora_config.modules_to_save:
-            self.lora_config = replace(self.lora_config, modules_to_save=self.choose_modules_to_save(model))
+        if not self.run.config.modules_to_save:
+            self.run.config = replace(self.run.config, modules_to_save=self.choose_modules_to_save(model))
         if self.new_weights and self.run.made is None:
-            self._warn_of_random_modules(self.pretrained.new_modules(model, self.new_weights))
+            names, saved = self.pretrained.new_modules(model, self.new_weights), self.run.config.modules_to_save
+            frozen = [name for name in names if not is_in_matching_modules(name, saved)]
+            if frozen and self.run.config.target_modules is not None:  # else all is trained
+                what = "model: not in the files of %r, so it stays random, because model.modules_to_save does not name it: %s"
+                log.warning(what, self.pretrained.name, ", ".join(frozen))
         tokenizer = self.tokenizer
         if tokenizer is not None and tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
             tokenizer.pad_token = tokenizer.eos_token  # that of padding was added to the tokenizer alone
         if self.quantization is not None:
             self.quantize_base(model)
         return cast(nn.Module, model)
-
-    def _warn_of_random_modules(self, names: list[str]) -> None:
-        """Warns of modules with random values that are not trained."""
-        saved, trains_all = self.lora_config.modules_to_save, self.lora_config.target_modules is None
-        if frozen := [name for name in names if not (trains_all or is_in_matching_modules(name, saved))]:
-            what = "model: not in the files of %r, so it stays random, because model.modules_to_save does not name it: %s"
-            log.warning(what, self.pretrained.name, ", ".join(frozen))
 
     @override
     def expect_state(self, state: StoredState, **requested: Any) -> None:
@@ -224,8 +221,8 @@ class TransformersModule(COLAModule, ABC):
         """
         names: dict[Any, str] = {module: name for name, module in model.named_modules()}
         body, head = names[model.base_model], model.get_output_embeddings()  # the body is "" where it is the model itself
-        wide = [*self.lora_config.modules_to_save, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
-        skip = [name for module, name in names.items() if module is head or is_in_matching_modules(name, wide)]
+        unquantized = [*self.run.config.modules_to_save, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+        skip = [name for module, name in names.items() if module is head or is_in_matching_modules(name, unquantized)]
         skip += [name for name in names.values() if not f"{name}.".startswith(body and f"{body}.")]
         quantize(model, getattr(torch, self.pretrained.dtype), skip, self.quantization or "nf4")
 

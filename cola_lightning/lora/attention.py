@@ -165,7 +165,7 @@ def swin_forward(attention: Any, x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- the attention of a model
 
 
-def open_attention(model: nn.Module) -> None:
+def expose_projections(model: nn.Module) -> None:
     """Has a model's attention call layers for its projections, with the same parameters."""
     found: list[Any] = [module for module in model.modules() if "forward" not in vars(module)]
     for attention in found:
@@ -182,7 +182,7 @@ def open_attention(model: nn.Module) -> None:
             attention.forward = functools.partial(attention_forward, attention)
 
 
-def close_attention(model: nn.Module) -> None:
+def hide_projections(model: nn.Module) -> None:
     """Makes attention whose projections have no links plain again, with the same parameters, and encoders without any."""
     found: list[Any] = [module for module in model.modules() if is_open(module)]
     for attention in found:

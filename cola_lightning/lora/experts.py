@@ -143,7 +143,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 # ---------------------------------------------------------------------- the experts of a model
 
 
-def open_experts(model: nn.Module) -> None:
+def expose_experts(model: nn.Module) -> None:
     """Makes the projections of a model's experts layers: modules, with the same parameters."""
     found: list[Any] = [module for module in model.modules() if is_experts(module)]
     for experts in found:
@@ -154,7 +154,7 @@ def open_experts(model: nn.Module) -> None:
         experts.forward = functools.partial(experts_forward, experts)
 
 
-def close_experts(model: nn.Module) -> None:
+def hide_experts(model: nn.Module) -> None:
     """Makes the projections without a link parameters of their experts again: the same objects."""
     for experts in model.modules():
         parts = experts.named_children() if "forward" in vars(experts) else ()

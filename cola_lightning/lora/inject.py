@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cola_lightning.errors import UserError, nearest
-from cola_lightning.lora.attention import InputProjection, LoRAInputProjection, close_attention, open_attention
+from cola_lightning.lora.attention import InputProjection, LoRAInputProjection, expose_projections, hide_projections
 from cola_lightning.lora.config import LoRAConfig
-from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, close_experts, open_experts
+from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, expose_experts, hide_experts
 from cola_lightning.lora.layer import LoRALayer, is_quantized, lora_layers
 from cola_lightning.lora.layer_types import LoRAConv1d, LoRAConv2d, LoRALinear
 from cola_lightning.lora.quantization import dequantize_layer_, keep_layout
@@ -84,7 +84,7 @@ def register_lora_layer(layer_type: type[nn.Module] | str, *, is_linear: bool = 
 def _find(module: nn.Module) -> _Entry | None:
     """The entry of a module's class; a subclass of a linear layer that inherits its ``forward`` has the entry of that layer."""
     layer_type: Any = type(module)
-    if layer_type is NonDynamicallyQuantizableLinear:  # of attention that never calls it: see open_attention
+    if layer_type is NonDynamicallyQuantizableLinear:  # of attention that never calls it: see expose_projections
         return None
     for base in layer_type.__mro__:
         entry = _entries.get(base) or _entries.get(f"{base.__module__}.{base.__qualname__}")
@@ -146,8 +146,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     if lora_layers(model):  # whose links a second call would freeze
         raise UserError("model: it already has LoRA layers. Name all targets in one call")
     if config.experts or config.target_modules != ALL_LINEAR:
-        open_experts(model)
-    open_attention(model)
+        expose_experts(model)
+    expose_projections(model)
     try:
         return _inject(model, config.target_modules, config)
     finally:
@@ -156,15 +156,20 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 def restore_(model: nn.Module) -> None:
     """Makes experts, attention and encoders, in place, what they were before links, if no layer in them has one."""
-    close_experts(model)
-    close_attention(model)
+    hide_experts(model)
+    hide_projections(model)
 
 
 def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAConfig) -> list[str]:
     """Adapts the targets, see :func:`inject_lora`."""
     saved = _matches(model, list(config.modules_to_save), "model.modules_to_save")
-    names = _linear_layers(model, saved) if target_modules == ALL_LINEAR else _matches(model, target_modules)
-    names = _selected(model, names, saved, config)
+    names = _linear_layers(model) if target_modules == ALL_LINEAR else _matches(model, target_modules)
+    excluded = saved + _matches(model, config.exclude_modules or [], "model.exclude_modules")
+    names = [name for name in names if not is_in_modules(name, excluded)]
+    if not names:
+        raise UserError(
+            "model.target_modules: no layer is left to adapt, outside of model.exclude_modules and model.modules_to_save"
+        )
     targets = {name: model.get_submodule(name) for name in names}
     _check_not_shared(model, names, saved)
     classes = {name: _class_for(name, layer, config) for name, layer in targets.items()}
@@ -183,31 +188,19 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
     return names
 
 
-def begin_merging(layer: LoRALayer, wide: torch.dtype) -> None:
-    """Has a layer merge links into its weight, in a wide dtype: without its stack, and not in 4 bits."""
+def begin_merging(layer: LoRALayer, compute_dtype: torch.dtype) -> None:
+    """Has a layer merge links into its weight, in this dtype: without its stack, and not in 4 bits."""
     if is_quantized(layer):
-        dequantize_layer_(layer, wide)
+        dequantize_layer_(layer, compute_dtype)
     layer.stack = None
-    layer.cast_base_(wide)
+    layer.cast_base_(compute_dtype)
 
 
-def _linear_layers(model: nn.Module, saved: list[str]) -> list[str]:
-    """The targets of all-linear: linear layers, except the head of a Hugging Face language model and what is in ``saved``."""
+def _linear_layers(model: nn.Module) -> list[str]:
+    """The targets of all-linear: linear layers, except the head of a Hugging Face language model."""
     getter = getattr(model, "get_output_embeddings", None)
     head = None if getter is None else getter()
-    linear = [name for name, module in model.named_modules() if name and module is not head and is_linear(module)]
-    return [name for name in linear if not is_in_modules(name, saved)]
-
-
-def _selected(model: nn.Module, names: list[str], saved: list[str], config: LoRAConfig) -> list[str]:
-    """The targets that no option excludes."""
-    excluded = saved + _matches(model, config.exclude_modules or [], "model.exclude_modules")
-    targets = [name for name in names if not is_in_modules(name, excluded)]
-    if not targets:
-        raise UserError(
-            "model.target_modules: no layer is left to adapt, outside of model.exclude_modules and model.modules_to_save"
-        )
-    return targets
+    return [name for name, module in model.named_modules() if name and module is not head and is_linear(module)]
 
 
 def _matches(model: nn.Module, patterns: str | Sequence[str], field: str = "model.target_modules") -> list[str]:

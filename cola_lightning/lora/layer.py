@@ -35,7 +35,7 @@ LinkFactors = tuple[Tensor, Tensor, float]  # A, B and the scaling of a finished
 # The attributes that a LoRA layer adds to its base layer's.
 LINK_ATTRIBUTES = (
     *("lora_A", "lora_B", "lora_dropout", "lora_config", "rank", "alpha", "stack"),
-    *("base_class", "base_dtype", "source_dtype", "earlier"),
+    *("base_class", "base_dtype", "source_dtype", "replacement"),
 )
 
 
@@ -92,7 +92,7 @@ class LoRALayer(nn.Module):
         alpha: the update is scaled by ``alpha / rank``.
         lora_config: what the model's links are like.
         stack: the finished links, if they are not merged; else None.
-        earlier: what replaces the current link and the stack while the layer is as it was at an earlier link; else None.
+        replacement: what replaces the current link and the stack while the layer is as it was at an earlier link; else None.
         base_class: the layer's class before it was adapted.
         base_dtype: the layer's compute dtype when it was adapted; a precision may have cast it since.
         source_dtype: the weight's original dtype; ``nf4`` or ``fp4`` for one in 4 bits.
@@ -107,7 +107,7 @@ class LoRALayer(nn.Module):
     rank: int
     alpha: float
     stack: Stack | None
-    earlier: Stack | None
+    replacement: Stack | None
     base_class: Any
     base_dtype: torch.dtype
     source_dtype: str
@@ -170,13 +170,13 @@ class LoRALayer(nn.Module):
         adapted: Self = layer
         is_stacking, device = config.should_stack([layer.weight]), layer.weight.device
         dtype = adapted._prepare_weight(is_stacking=is_stacking)
-        adapted.base_dtype, adapted.stack, adapted.earlier = dtype, None, None
+        adapted.base_dtype, adapted.stack, adapted.replacement = dtype, None, None
         if is_stacking:
             adapted.begin_stack()
         # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
-        wide = torch.promote_types(dtype, torch.float32)
-        adapted.lora_A = nn.Parameter(torch.zeros(*batch_shape, config.rank, n_in, dtype=wide, device=device))
-        adapted.lora_B = nn.Parameter(torch.zeros(*batch_shape, n_out, config.rank, dtype=wide, device=device))
+        factor_dtype = torch.promote_types(dtype, torch.float32)
+        adapted.lora_A = nn.Parameter(torch.zeros(*batch_shape, config.rank, n_in, dtype=factor_dtype, device=device))
+        adapted.lora_B = nn.Parameter(torch.zeros(*batch_shape, n_out, config.rank, dtype=factor_dtype, device=device))
         adapted.lora_dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         adapted.lora_config, adapted.rank, adapted.alpha = config, config.rank, config.alpha
         adapted.reset()
@@ -206,7 +206,7 @@ class LoRALayer(nn.Module):
         """Casts weight and bias in place, not if they are complex or in 4 bits."""
         for parameter in (self.weight, self.bias):
             if parameter is not None and parameter.is_floating_point():
-                cast_(parameter, dtype)
+                parameter.data = parameter.data.to(dtype)  # as nn.Module.to does: the one way to keep the object
 
     @property
     def max_rank(self) -> int:
@@ -224,11 +224,6 @@ class LoRALayer(nn.Module):
         if self.rank == self.max_rank:  # a view of all is an operation, too
             return self.lora_A, self.lora_B
         return self.lora_A[..., : self.rank, :], self.lora_B[..., : self.rank]
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether the current link has been trained: neither of its factors is zero."""
-        return bool(self.lora_A.any() and self.lora_B.any())
 
     @property
     def is_narrowed(self) -> bool:
@@ -256,8 +251,8 @@ class LoRALayer(nn.Module):
         if not is_autocast:  # autocast does the same to each product
             lora_A, lora_B = lora_A.to(self.dtype), lora_B.to(self.dtype)
             x = x.to(self.dtype) if x.is_floating_point() else x
-        if self.earlier is not None:
-            y = self.earlier.add_to(self.base_forward(x, *more), x, self.project_down, self.project_up, *more)
+        if self.replacement is not None:
+            y = self.replacement.add_to(self.base_forward(x, *more), x, self.project_down, self.project_up, *more)
             return y if is_autocast else y.to(dtype)
         hidden = self.project_down(x if is_index else self.lora_dropout(x), lora_A, *more)
         hidden = hidden * self.scaling  # here, where it is smallest
@@ -295,8 +290,8 @@ class LoRALayer(nn.Module):
         else:
             self.stack.push(lora_A, lora_B, scaling)
 
-    def earlier_links(self, links: Sequence[LinkFactors], finished: Sequence[LinkFactors]) -> Stack:
-        """What :attr:`earlier` must be for the layer to have only its first links.
+    def replacement_by(self, links: Sequence[LinkFactors], finished: Sequence[LinkFactors]) -> Stack:
+        """What :attr:`replacement` must be for the layer to have only its first links.
 
         Args:
             links: the first links. The last of them may have another scaling here: it is whole, but its knot merged a share.
@@ -354,12 +349,6 @@ class LoRALayer(nn.Module):
         if self.stack is not None:
             self.stack.apply_(fn)
         return result
-
-
-@torch.no_grad()
-def cast_(parameter: Tensor, dtype: torch.dtype) -> None:
-    """Casts a parameter in place; the ``Parameter`` object stays."""
-    parameter.data = parameter.data.to(dtype)  # as nn.Module.to does: the one way to keep the object
 
 
 # ---------------------------------------------------------------------- the layers of a model

@@ -55,8 +55,8 @@ class Stack:
         """Adds a link: ``lora_A`` is rank x in, ``lora_B`` out x rank."""
         end = self.rank + lora_A.shape[-2]
         self._grow(end)
-        wide = torch.promote_types(lora_B.dtype, self.B.dtype)
-        lora_A, lora_B = lora_A.to(self.A.device), lora_B.to(self.B.device, wide) * scaling
+        dtype = torch.promote_types(lora_B.dtype, self.B.dtype)
+        lora_A, lora_B = lora_A.to(self.A.device), lora_B.to(self.B.device, dtype) * scaling
         # B is small compared with A: fp16 would store it as subnormal numbers. Scaling by a power of two is exact.
         shift = torch.exp2(torch.log2(_size(lora_A) / _size(lora_B)).div(2).round())
         self.A[..., self.rank : end, :] = lora_A / shift

@@ -10,21 +10,22 @@ from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.module import export_chain, export_model
 from cola_lightning.export.options import ExportOptions
 from cola_lightning.module.late import LateModel
+from cola_lightning.module.run import trainer_of
 from cola_lightning.module.state import described_data
 
 
 def export(module: LateModel, options: ExportOptions) -> list[str]:
     """Exports a module that may be in training, from a copy on the CPU; see :meth:`COLAModule.export`."""
     module.make_model()
-    run = module.run
+    run, trainer = module.run, trainer_of(module)
     if options.format == "chain":
-        return export_chain(run.full_chain(), options)
+        return export_chain(module.full_chain(), options)
     if run.is_sharded:  # to compare logits, every process would have to write
         raise UserError(
             f"format: a sharded model can only be exported as chain, got {options.format}. Use `cola export`, or "
             "load_from_checkpoint in one process, on a checkpoint"
         )
-    model = trained_model(module, described_data(run, "prompt_format"), described_data(run, "identity"))
+    model = trained_model(module, described_data(trainer, "prompt_format"), described_data(trainer, "identity"))
     return export_model(replace(model, adapted=run.adapted.copy_on_cpu()), options)
 
 
@@ -39,7 +40,7 @@ def trained_model(module: LateModel, prompt_format: Mapping[str, Any], data: Map
     adapted, arguments = module.adapted, module.run.arguments
     return TrainedModel(
         adapted,
-        module.run.full_chain(),
+        module.full_chain(),
         module.base_name,
         module.named_base,
         tokenizer=copy.deepcopy(getattr(module, "image_processor", None) or getattr(module, "tokenizer", None)),

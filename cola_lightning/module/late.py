@@ -19,7 +19,6 @@ from cola_lightning.errors import UserError
 from cola_lightning.module.arguments import class_path
 from cola_lightning.module.fit import attach
 from cola_lightning.module.fsdp import repeated_blocks, shard_module
-from cola_lightning.module.optimization import LinkConfig
 from cola_lightning.module.run import Run, trainer_of
 from cola_lightning.pretrained import TransformersBase
 
@@ -54,7 +53,8 @@ class LateModel(LightningModule):
         model, of new parameters.
 
         Returns:
-            The base, with its pretrained weights; its target layers are then adapted in place.
+            The base, with its pretrained weights; its target layers are then adapted in place. What links are like,
+            ``self.run.config``, may be replaced before, to choose ``modules_to_save``.
         """
         raise UserError(f"model: {type(self).__name__} needs a build_model() that returns its base")
 
@@ -101,15 +101,6 @@ class LateModel(LightningModule):
     # ------------------------------------------------------------------ how the model is made
 
     @property
-    def lora_config(self) -> LinkConfig:
-        """What links are like, and how they are optimized; ``build_model`` may replace it, to choose ``modules_to_save``."""
-        return self.run.config
-
-    @lora_config.setter
-    def lora_config(self, config: LinkConfig) -> None:
-        self.run.config = config
-
-    @property
     def adapted(self) -> AdaptedModel:
         """The adapted model and its chain, without Lightning."""
         self._ensure_model()
@@ -136,7 +127,9 @@ class LateModel(LightningModule):
         if (trainer := trainer_of(self)) is not None:
             shard_module(trainer.strategy, self.run, self.shard_model)
         if self.should_compile and not self._is_configured:
-            self.compile_model(**_compile_options())
+            # A model is compiled for each rank of a chain, in training and in evaluation; torch's limit is 8.
+            can_set_limit = "recompile_limit" in inspect.signature(torch.compile).parameters  # for one model
+            self.compile_model(**({"recompile_limit": 64} if can_set_limit else {}))
         self._is_configured = True
 
     def make_model(self) -> None:
@@ -233,11 +226,3 @@ class LateModel(LightningModule):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         self._ensure_model()
         return super().named_parameters(*args, **kwargs)
-
-
-def _compile_options() -> dict[str, Any]:
-    """Options for torch.compile: a model is compiled for each rank of a chain, in training and in evaluation.
-
-    Torch's limit of 8 remains in versions in which it cannot be set for one model.
-    """
-    return {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}

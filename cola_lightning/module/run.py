@@ -26,8 +26,7 @@ from torch.optim import Optimizer
 
 from cola_lightning import layout
 from cola_lightning.adapted_model import AdaptedModel, Placement
-from cola_lightning.chain import Chain, Link
-from cola_lightning.chain.chain import as_number
+from cola_lightning.chain.chain import Chain, Link, as_number
 from cola_lightning.chain.checkpoint import read_chain_and_held_out
 from cola_lightning.chain.current import CurrentLink
 from cola_lightning.chain.facts import ModuleArguments, Records
@@ -105,23 +104,6 @@ class InitChain:
         return [found, self.links, self.knot, list(self.continues)]
 
 
-@dataclass(frozen=True)
-class ExpectedState:
-    """What is known, before a module's model is made, of the state that it will load.
-
-    Attributes:
-        links: how many of its links are loaded, or the name of the last stage; None: all.
-        scale: factors of the links' updates.
-        seed: the state's seed; None: no state is expected.
-        held_out: the rows that its runs held out.
-    """
-
-    links: int | str | None = None
-    scale: Mapping[int | str, float] | None = None
-    seed: int | None = None
-    held_out: Records = ()
-
-
 class Run:
     """What a module's training is, over all of its fits.
 
@@ -142,7 +124,9 @@ class Run:
         first_link: index of the run's first link: how many links the model had when the run began.
         is_continued: whether the fit continues the Trainer's last one, so that it is no new run.
         n_earlier_fits: how many fits have trained the module before this one, which draws other numbers than they did.
-        expected: what is known of the state that will be loaded.
+        expected_links: how many links of the state are loaded that is expected, or the name of the last stage; None: all.
+        expected_scale: factors of their updates.
+        expected_seed: the state's seed; None: no state is expected.
         step_loss: weighs the losses of an optimizer step's batches.
         is_tying_knot: whether a knot has begun and not ended, also because it failed.
         is_wrapped_by_fsdp1: whether FSDP1 wraps the module.
@@ -159,7 +143,10 @@ class Run:
     ) -> None:
         self.module, self.arguments, self.config = module, arguments, config
         self.make_optimizer, self.user_seed, self.start = make_optimizer, seed, start
-        self.current, self.step_loss, self.expected = CurrentLink(), StepLoss(), ExpectedState()
+        self.current, self.step_loss = CurrentLink(), StepLoss()
+        self.expected_links: int | str | None = None
+        self.expected_scale: Mapping[int | str, float] = {}
+        self.expected_seed: int | None = None
         self.made: AdaptedModel | None = None
         self.schedule = ChainSchedule()
         self.length: RunLength | None = None
@@ -193,11 +180,6 @@ class Run:
         self.restore_held_out(held_out)
         return chain
 
-    def expect(self, state: ExpectedState) -> None:
-        """Prepares for a state that will be loaded, in place of the chain that the run begins from."""
-        self.expected, self.first_chain = state, None
-        self.restore_held_out(state.held_out)
-
     @property
     def seed(self) -> int | None:
         """The seed of every random draw; if none was given, None until the model is made."""
@@ -209,7 +191,7 @@ class Run:
             return self.user_seed
         text = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was given
         self.user_seed = None if text is None else int(text)
-        seed = self.user_seed if self.expected.seed is None else self.expected.seed
+        seed = self.user_seed if self.expected_seed is None else self.expected_seed
         if seed is None:
             seed = layout.gather_objects(secrets.randbits(31))[0]  # from no generator of torch's
             log.info("No seed given (model.seed); using %d", seed)
@@ -350,16 +332,6 @@ class Run:
         """Notes which metrics have been logged before the current link, and are not its own."""
         trainer = trainer_of(self.module)
         self._not_of_the_link = {} if trainer is None else dict(trainer.callback_metrics)
-
-    def live_link(self, *, has_tensors: bool = True) -> Link:
-        """The current link as it is now, see :meth:`AdaptedModel.live_link`."""
-        self.note_progress()
-        return self.adapted.live_link(has_tensors=has_tensors)
-
-    def full_chain(self) -> Chain:
-        """The finished links and, in a model with links, the current one as it is now."""
-        self.note_progress()
-        return self.adapted.full_chain()
 
     def tie_knot(self, rank: int | None = None, alpha: float | None = None) -> Link:
         """Finishes the current link and begins the next, see :meth:`COLAModule.tie_knot`."""

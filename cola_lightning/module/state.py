@@ -4,7 +4,6 @@ Lightning's checkpoint contains the state dict, and so everything that a resume 
 """
 
 import contextlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,9 @@ def state_of(run: Run, prefix: str = "") -> dict[str, Tensor]:
 
 def facts_of(run: Run) -> StoredFacts:
     """What is stored of a run besides its trained values and its finished links; :func:`restore` reads it."""
-    adapted, current = run.adapted, run.current
-    live = describe_link(run.live_link(has_tensors=False)) if adapted.layers else None
+    adapted, current, trainer = run.adapted, run.current, trainer_of(run.module)
     run.note_progress()
+    live = describe_link(adapted.live_link(has_tensors=False)) if adapted.layers else None
     return StoredFacts(
         module=run.arguments,
         seed=adapted.seed,
@@ -65,25 +64,20 @@ def facts_of(run: Run) -> StoredFacts:
         sizes=[list(run.size_of(link)) for link in range(adapted.n_finished + 1)],
         init=run.config.init,
         modules_to_save=list(run.config.modules_to_save),
-        prompt_format=described_data(run, "prompt_format"),
-        data=described_data(run, "identity"),
+        prompt_format=described_data(trainer, "prompt_format"),
+        data=described_data(trainer, "identity"),
         held_out=run.held_out,
         initial=adapted.trained.initial,
     )
 
 
-def described_data(run: Run, name: str) -> dict[str, Any]:
-    """The ``prompt_format`` or ``identity`` of the Trainer's data module, if it has one that JSON can hold; else empty.
+def described_data(trainer: Any, name: str) -> dict[str, Any]:
+    """The ``prompt_format`` or ``identity`` of a Trainer's data module, if it has one that JSON can hold; else empty.
 
     Args:
-        run: the run, whose module may have a Trainer.
+        trainer: the Trainer; None: there is none.
         name: which of the two; data modules of this package have both.
     """
-    return data_facts(trainer_of(run.module), name)
-
-
-def data_facts(trainer: Any, name: str) -> dict[str, Any]:
-    """The :func:`described_data` of a Trainer."""
     value = getattr(getattr(trainer, "datamodule", None), name, None)
     with contextlib.suppress(TypeError):  # another attribute of that name
         return dict(to_plain(value)) if isinstance(value, dict) else {}
@@ -199,8 +193,8 @@ def restore(run: Run, state: StoredState) -> bool:
         UserError: for a state of another base, or with fewer links than requested; to resume a fit also with other options.
     """
     trainer, adapted, facts, current = trainer_of(run.module), run.adapted, state.facts, run.current
-    requested, scale = run.expected.links, run.expected.scale or {}
-    run.expected = replace(run.expected, links=None, scale=None)
+    requested, scale = run.expected_links, run.expected_scale
+    run.expected_links, run.expected_scale = None, {}
     links = number_of_links(requested, state.names)
     has_all = links == len(state.names)
     has_current = has_all and not scale

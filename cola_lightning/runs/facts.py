@@ -12,8 +12,8 @@ import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import import_object  # type: ignore[attr-defined]
 
+from cola_lightning.data.reading import hash_of_file
 from cola_lightning.data.source import SourceDataModule, contents_of
-from cola_lightning.data.splits import hash_of_file
 from cola_lightning.pretrained import PACKAGE_PREFIX, package_folder
 
 # The groups of options that are arguments of one class.

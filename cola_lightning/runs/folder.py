@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from cola_lightning.data.splits import hash_of_file
+from cola_lightning.data.reading import hash_of_file
 from cola_lightning.errors import UserError
 from cola_lightning.runs.facts import DEVICES, changes, option_changes
 from cola_lightning.writing import atomic_file

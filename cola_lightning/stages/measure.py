@@ -18,7 +18,7 @@ from cola_lightning.chain.chain import number_of_links
 from cola_lightning.cli.made_run import MadeRun, in_silence
 from cola_lightning.errors import UserError, one_line
 from cola_lightning.hf.transformers_module import RowValues
-from cola_lightning.module import COLAModule
+from cola_lightning.module.module import COLAModule
 from cola_lightning.module.optimization import LinkConfig
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from cola_lightning.callbacks.command import RunWatch
 from cola_lightning.chain.base import base_values, fingerprint_of
 from cola_lightning.cli.made_run import MadeRun
 from cola_lightning.errors import NonFiniteError, UserError
-from cola_lightning.module import COLAModule
+from cola_lightning.module.module import COLAModule
 from cola_lightning.study.results import Result, RunKey
 
 log = logging.getLogger(__name__)

@@ -27,8 +27,7 @@ class MethodSummary:
         test: mean test metric.
         deviation: standard deviation of the test metric over the seeds; None for a single seed.
         difference: mean difference of the test metric to LoRA's, paired by seed; None without a pair.
-        low: lower end of its 95 % interval, by Student's t; None for fewer than two seeds.
-        high: upper end of that interval.
+        interval: its 95 % interval, by Student's t; None for fewer than two seeds.
     """
 
     method: str
@@ -39,8 +38,7 @@ class MethodSummary:
     test: float | None
     deviation: float | None
     difference: float | None
-    low: float | None
-    high: float | None
+    interval: tuple[float, float] | None
 
 
 def summarize(results: Mapping[str, Sequence[Result]]) -> list[MethodSummary]:
@@ -61,7 +59,6 @@ def _tests(results: Sequence[Result]) -> dict[int, float]:
 def _summary(name: str, results: Sequence[Result], baseline: Mapping[int, float]) -> MethodSummary:
     first, tests = results[0], _tests(results)
     differences = [test - baseline[seed] for seed, test in tests.items() if seed in baseline]
-    low, high = _interval(differences)
     return MethodSummary(
         method=name,
         learning_rate=first.learning_rate,
@@ -71,8 +68,7 @@ def _summary(name: str, results: Sequence[Result], baseline: Mapping[int, float]
         test=_mean([*tests.values()]),
         deviation=statistics.stdev(tests.values()) if len(tests) > 1 else None,
         difference=_mean(differences),
-        low=low,
-        high=high,
+        interval=_interval(differences),
     )
 
 
@@ -80,10 +76,10 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _interval(differences: Sequence[float]) -> tuple[float | None, float | None]:
+def _interval(differences: Sequence[float]) -> tuple[float, float] | None:
     """The confidence interval of the mean difference, by Student's t."""
     if len(differences) < 2:
-        return None, None
+        return None
     mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
     margin = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
     return mean - margin, mean + margin
@@ -101,7 +97,7 @@ def shown_difference(row: MethodSummary, digits: int = 4) -> str:
     """The difference to LoRA as text: ``-0.0599 [-0.0661, -0.0536]``; empty if there is none."""
     if row.difference is None:
         return ""
-    interval = "" if row.low is None or row.high is None else f" [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
+    interval = "" if row.interval is None else " [{:+.{n}f}, {:+.{n}f}]".format(*row.interval, n=digits)
     return f"{row.difference:+.{digits}f}{interval}"
 
 

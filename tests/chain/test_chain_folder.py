@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from cola_lightning import Chain, Link, LoRAConfig, UserError, inject_lora
-from cola_lightning.chain import BaseIdentity
-from cola_lightning.chain.base import check_same_base, describe_base
+from cola_lightning.chain.base import BaseIdentity, check_same_base, describe_base
 from cola_lightning.chain.chain import VERSION
 from tests.helpers.make_fixture import FIXTURES, Fixed, Trained, inputs
 from tests.helpers.toy import Toy, assert_same_chain, batches, toy, trainer

@@ -7,7 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from cola_lightning.chain import BaseIdentity, Chain, Link
+from cola_lightning.chain.base import BaseIdentity
+from cola_lightning.chain.chain import Chain, Link
 from cola_lightning.chain.report import effective_rank, report, singular_values, table, to_json
 
 SHAPES = {"wide": (5, 9), "high": (12, 4), "square": (6, 6), "small": (2, 3)}  # out, in

@@ -20,7 +20,6 @@ def test_a_link_begins_with_a_drawn_A_and_a_B_of_zeros(init):
     layer.rank = 2
     layer.reset(torch.Generator().manual_seed(1))
     assert torch.equal(layer(x), before)
-    assert not layer.has_begun
     assert not layer.lora_B.any()
     assert layer.lora_A[:2].ne(0).all()
     assert not layer.lora_A[2:].any()

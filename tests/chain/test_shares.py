@@ -234,7 +234,7 @@ def test_a_record_adds_nothing_to_a_stack_or_to_an_adapter(tmp_path, finished_li
         with torch.no_grad():
             for layer in module.adapted.layers.values():
                 layer.lora_B.add_(0.1)
-    expected, rank = tiny.logits(module.model), module.lora_config.rank
+    expected, rank = tiny.logits(module.model), module.run.config.rank
     stacks = [layer.stack.rank for layer in module.adapted.layers.values() if layer.stack]
     assert stacks == ([] if finished_links == "merge" else [rank] * len(module.adapted.layers))
     for links, wanted in enumerate(copies, start=1):

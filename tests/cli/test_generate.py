@@ -105,7 +105,7 @@ def test_a_conversation_goes_on_up_to_an_empty_line(trained, capfd, monkeypatch,
     assert first.strip() == alone
     ids = module.tokenizer(f"[user]Is it?</s>[assistant]{alone}</s>[user]The cat</s>[assistant]", add_special_tokens=False)
     batch = {"prompt_ids": torch.tensor([ids["input_ids"]]), "prompt_mask": torch.ones(1, len(ids["input_ids"])).long()}
-    assert module.eval().generate(batch | {"decoding": Decoding(8).to_dict()}) == [second.strip()]
+    assert module.eval().generate(batch | {"decoding": vars(Decoding(8))}) == [second.strip()]
 
 
 def test_a_conversation_that_is_longer_than_the_context_ends_in_one_line(trained, capfd, monkeypatch):

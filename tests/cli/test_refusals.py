@@ -22,7 +22,8 @@ from cola_lightning.cli.help import ELSEWHERE
 from cola_lightning.cli.made_run import resolve
 from cola_lightning.data import TemplateDataModule, TextDataModule
 from cola_lightning.errors import JSONARGPARSE
-from cola_lightning.module import COLAModule, find_class
+from cola_lightning.module.arguments import find_class
+from cola_lightning.module.module import COLAModule
 from cola_lightning.study.methods import method
 from tests.helpers import tiny
 from tests.helpers.comparing import config

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from cola_lightning import COLASequenceClassifier, TemplateDataModule, TextClassificationDataModule, TextDataModule, UserError
-from cola_lightning.data.splits import load_splits
+from cola_lightning.data.reading import load_splits
 from tests.helpers import tiny
 from tests.helpers.tiny import attach
 from tests.helpers.tiny import write_file as write

@@ -61,7 +61,7 @@ def test_a_model_learns_with_its_new_head_and_resumes_to_the_bit_and_its_export_
         return module, run
 
     (module, run), (_, part) = fit(), fit(max_steps=4)  # a step of the second epoch
-    assert module.lora_config.modules_to_save == ["classifier"]
+    assert module.run.config.modules_to_save == ["classifier"]
     assert run.callback_metrics["val_f1"] > 0.5 or architecture != "vit"  # of six labels, two of which have no rows
     part.save_checkpoint(tmp_path / "part.ckpt")
     assert_bit_equal(weights(fit(tmp_path / "part.ckpt")[0].model), weights(module.model))
@@ -99,7 +99,7 @@ def test_timms_models_are_read_through_transformers_and_their_head_is_trained(tm
     for names in (None, [*CLASSES, "other"]):  # as many as the head of the files, and more
         module = COLAImageClassifier(str(tmp_path / "timm"), rank=2, target_modules="all-linear", label_names=names, seed=0)
         trainer(tmp_path, max_epochs=1).fit(module, datamodule=data_of(rows))
-        assert module.lora_config.modules_to_save == ["timm_model.head"]
+        assert module.run.config.modules_to_save == ["timm_model.head"]
         line, *_ = module.export(tmp_path / f"merged {names}")
         assert "its logits differ from the module's" in line
         pipe = transformers.pipeline("image-classification", str(tmp_path / f"merged {names}"), device="cpu")

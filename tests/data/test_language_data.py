@@ -105,8 +105,7 @@ def test_the_order_of_training_follows_from_the_seeds_and_the_epoch_and_goes_on_
 def test_evaluation_goes_from_the_longest_row_to_the_shortest_and_under_a_limit_takes_the_first(make):
     data = make("fit", "test")
     for name, part in (("val", data.val), ("test", data.test)):
-        rows, loader = list(part), getattr(data, f"{name}_dataloader")
-        lengths = [data.length(row) for row in rows]
+        loader, lengths = getattr(data, f"{name}_dataloader"), list(data.lengths(part))
         data.trainer = tiny.process(**{f"limit_{name}_batches": 1.0})
         assert [lengths[place] for place in loader().sampler] == sorted(lengths, reverse=True) != lengths
         for limit in (1, 0.3):

@@ -18,8 +18,8 @@ from cola_lightning import (
     UserError,
 )
 from cola_lightning.cli import main
+from cola_lightning.data.reading import load_splits
 from cola_lightning.data.source import Source
-from cola_lightning.data.splits import load_splits
 from tests.helpers import tiny
 from tests.helpers.tiny import attach
 from tests.helpers.tiny import write_file as write

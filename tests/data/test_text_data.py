@@ -28,14 +28,14 @@ FOUND = [
 ]
 # Columns that are refused: why, and with which options.
 REFUSED = [
-    ("messages conversations", "messages conversations", "two columns fit", "{messages: messages} {messages: conversations}"),
-    ("question solution answer", "", "two columns fit", "{prompt: question, response: solution} response: answer}"),
-    ("prompt response question answer", "", "two columns fit", "response: response} {prompt: question, response: answer}"),
-    ("instruction input response output", "", "two columns fit", "response: response} response: output}"),
+    ("messages conversations", "messages conversations", "two columns fit, messages and conversations", ""),
+    ("question solution answer", "", "two columns fit, (answer and solution|solution and answer),", ""),
+    ("prompt response question answer", "", "two columns fit, (response and answer|answer and response),", ""),
+    ("instruction input response output", "", "two columns fit, (response and output|output and response),", ""),
     ("messages", "", "among the columns messages", ""),  # as JSON
     ("system chat", "", "among the columns system, chat", ""),  # glaive-function-calling-v2: a conversation as one text
     ("message_id parent_id text role", "", "among the columns message_id, parent_id, text", ""),  # oasst1: a row is a turn
-    ("ask good bad", "", "good and bad are preference pairs", "response: good}"),
+    ("ask good bad", "", "among the columns ask, good, bad", ""),
 ]
 
 

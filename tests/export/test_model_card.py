@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from cola_lightning import COLACausalLM, PredictionWriter, PromptDataModule, TemplateDataModule, TextDataModule
-from cola_lightning.chain import Chain
+from cola_lightning.chain.chain import Chain
 from cola_lightning.cli import main
 from cola_lightning.export.card import write_card
 from cola_lightning.module.exports import trained_model

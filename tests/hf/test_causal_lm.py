@@ -13,8 +13,8 @@ from cola_lightning import COLACausalLM, PredictionWriter, TextDataModule, UserE
 from cola_lightning.chat_template import Conversation, PlainTemplate, assistant_turn, user_turn
 from cola_lightning.data.batch import collate_language, labels_of
 from cola_lightning.data.examples import Example, collate_options, encode_examples
+from cola_lightning.data.reading import load_splits
 from cola_lightning.data.render import encode_conversations
-from cola_lightning.data.splits import load_splits
 from cola_lightning.data.tasks import TASKS
 from tests.helpers import tiny
 from tests.helpers.tiny import assert_same_gradients, causal_lm, plain_scores, with_live_link

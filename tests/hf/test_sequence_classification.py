@@ -78,9 +78,9 @@ def test_a_row_means_the_same_alone_and_padded_in_a_batch(tmp_path, architecture
     module.tokenizer.padding_side = "left"
     module.eval()
     data = tiny.set_up(data_of(tmp_path / "rows.jsonl"), module.tokenizer, "test")
-    short, long = sorted(data.test, key=data.length)[:: len(data.test) - 1]
+    short, long = sorted(data.test, key=lambda row: row["length"])[:: len(data.test) - 1]
     logits = [module.predict_step(data.collate(rows), 0)["scores"] for rows in ([short], [long, short])]
-    assert data.length(short) < data.length(long)
+    assert short["length"] < long["length"]
     torch.testing.assert_close(logits[0][0], logits[1][1], atol=1e-5, rtol=1e-5)
 
 
@@ -109,7 +109,7 @@ def test_the_labels_are_the_datas_and_stand_in_model_checkpoint_predictions_and_
     loaded = COLASequenceClassifier.load_from_checkpoint(path)
     for one in (module, loaded):
         assert one.label_names == NAMES
-        assert one.lora_config.modules_to_save == ["bert.pooler", "classifier"]
+        assert one.run.config.modules_to_save == ["bert.pooler", "classifier"]
         for config in (one.model.config, one.merged_model().config):
             assert config.id2label == dict(enumerate(NAMES))
             assert config.label2id == {name: place for place, name in enumerate(NAMES)}

@@ -14,7 +14,7 @@ def state(module):
     """All that training needs: values and gradients with their bits, modes, and what the layers have."""
     gradients = {f"{name}.grad": p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     modes = [part.training for part in module.modules()]
-    earlier = [layer.earlier for layer in lora_layers(module.model).values()]
+    earlier = [layer.replacement for layer in lora_layers(module.model).values()]
     return weights(module) | gradients, (modes, earlier, torch.is_grad_enabled())
 
 

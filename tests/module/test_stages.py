@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 from cola_lightning import COLACausalLM, COLAModule, UserError
-from cola_lightning.chain import Chain
+from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import AdapterBase, concatenate, write_adapter
 from cola_lightning.cli import main

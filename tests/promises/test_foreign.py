@@ -119,7 +119,7 @@ def test_a_checkpoint_of_a_foreign_module_has_no_frozen_weight_and_gives_it_back
 
     loaded = ChainedTask.load_from_checkpoint(last(tmp_path))
     assert_bit_equal(weights(loaded), weights(module))
-    assert (loaded.hparams, loaded.lora_config) == (module.hparams, module.lora_config)
+    assert (loaded.hparams, loaded.run.config) == (module.hparams, module.run.config)
     assert run.validate(loaded, datamodule=Rows(4), verbose=False)[0]["val_loss"] == run.callback_metrics["val_loss"]
     merged = loaded.merged_model()
     assert {type(part) for part in merged} == {nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Dropout}

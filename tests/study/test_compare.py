@@ -106,12 +106,12 @@ def test_differences_to_lora_are_paired_by_seed_and_no_interval_is_made_up():
         return summarize({name: [result(name, k, validation=v) for k, v in enumerate(given)] for name, given in values.items()})
 
     lora, cola = rows(lora=[1.0, 2.0, 4.0], cola=[0.9, 1.7, 3.4, 100.0])
-    assert (lora.difference, lora.low, len(lora.runs), len(cola.runs)) == (None, None, 3, 4)
+    assert (lora.difference, lora.interval, len(lora.runs), len(cola.runs)) == (None, None, 3, 4)
     assert cola.difference == pytest.approx(sum([-0.1, -0.3, -0.6]) / 3)
     interval = stats.ttest_rel([0.9, 1.7, 3.4], [1.0, 2.0, 4.0]).confidence_interval(0.95)
-    assert (cola.low, cola.high) == pytest.approx((interval.low, interval.high))
+    assert cola.interval == pytest.approx((interval.low, interval.high))
     one = rows(lora=[1.0], cola=[0.5])[1]
-    assert (one.difference, one.low, one.deviation) == (-0.5, None, None)
+    assert (one.difference, one.interval, one.deviation) == (-0.5, None, None)
     alone, lost = rows(cola=[1.0], full=[None])
     assert (alone.difference, lost.test, lost.diverged) == (None, None, 1)
 

@@ -1,4 +1,4 @@
-"""The splits of a data set, from files, a folder with a file per split, or the hub."""
+"""Reads a source: its splits, from files, a folder with a file per split, or the hub."""
 
 import csv
 import functools
@@ -27,7 +27,6 @@ TextUnit = Literal["file", "line", "paragraph"]
 READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 READERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
 COMPRESSIONS = (".gz", ".zst")
-SAVED_TO_DISK = ("dataset_dict.json", "state.json")  # in a folder of DatasetDict.save_to_disk, or of Dataset.save_to_disk
 SHARD = re.compile(r"-\d+-of-(\d+)$")  # the end of the name of a file that has a part of a split
 WORDS = "train|training|val|valid|validation|dev|development|eval|evaluation|test|testing"
 SPLIT = re.compile(rf"(?<![a-z])({WORDS})(?![a-z])")  # in a file's name, which then says its split
@@ -59,8 +58,8 @@ def is_on_hub(source: str) -> bool:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether ``datasets`` has saved a folder to disk."""
-    return any((folder / name).is_file() for name in SAVED_TO_DISK)
+    """Whether ``datasets`` has saved a folder to disk: by ``DatasetDict.save_to_disk``, or by ``Dataset.save_to_disk``."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def load_splits(
