@@ -158,7 +158,9 @@ def _fitting(
             lengths = lengths or now
             if max(lengths) > max_length and too_long == "skip":
                 raise UnusableRow(TOO_LONG)
-            start = usable[now.index(max(now))][0]["spans"][0]  # of the longest one's response
+            turns = usable[now.index(max(now))]
+            longest = turns[0] if len(usable) > 1 else max(turns, key=_length)  # all of a pair's response is one
+            start = longest["spans"][0]
             shorter = _shortened(template, prompt, start, max(now), max_length, shortens_response=shortens_response)
             if shorter is None:
                 return [(some, n - min(m, max_length)) for some, n, m in zip(usable, lengths, now, strict=True)]

@@ -8,7 +8,7 @@ from cola_lightning.data.base import from_module
 from cola_lightning.data.reading import TextUnit
 from cola_lightning.data.render import TooLong
 from cola_lightning.data.source import Source, SourceDataModule
-from cola_lightning.errors import check_name
+from cola_lightning.errors import UserError, check_name
 
 
 class TokenizedDataModule(SourceDataModule):
@@ -43,6 +43,8 @@ class TokenizedDataModule(SourceDataModule):
         **rows: Any,
     ) -> None:
         super().__init__(source, subset, **rows)
+        if max_length < 1:
+            raise UserError(f"data.max_length must be at least 1, got {max_length}")
         check_name("data.text_unit", text_unit, get_args(TextUnit))
         check_name("data.too_long", too_long, get_args(TooLong))
         self.text_unit, self.length_grouped, self.too_long = text_unit, length_grouped, too_long

@@ -3,9 +3,8 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,8 +18,8 @@ from cola_lightning.chain.chain import Chain, Link, number_of_links
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, StoredState
 from cola_lightning.chain.schedule import Knot
 from cola_lightning.constants import Dtype
-from cola_lightning.errors import UserError
 from cola_lightning.export.options import ExportOptions, Format
+from cola_lightning.module.adopt import adopt, check_constructor
 from cola_lightning.module.arguments import RecordsArguments, rebuilt
 from cola_lightning.module.exports import export
 from cola_lightning.module.late import LateModel
@@ -97,7 +96,7 @@ class COLAModule(LateModel, RecordsArguments):
         **link: Any,
     ) -> None:
         super().__init__()
-        self._check_constructor({*link} | ({"seed"} if seed is not None else set()))
+        check_constructor(self, COLAModule, received={*link} | ({"seed"} if seed is not None else set()))
         start = InitChain.of(init_chain, init_links, init_continues, init_knot)
         # Plain numbers: jsonargparse's restricted types would make a checkpoint unreadable for torch.load(weights_only=True).
         seed = None if seed is None else int(seed)
@@ -105,30 +104,6 @@ class COLAModule(LateModel, RecordsArguments):
         self.step_loss, self.should_compile = self.run.step_loss, compile
         self.activation_checkpointing = activation_checkpointing
         self.register_load_state_dict_pre_hook(prepare_loading)  # type: ignore[no-untyped-call]
-
-    def _check_constructor(self, received: set[str]) -> None:
-        """Refuses a class that has another LightningModule's constructor, so that a link would be trained by default options.
-
-        A constructor of the class' own that does not pass on an option is warned of: it may use the name for something else.
-
-        Args:
-            received: names of the options that reached ``COLAModule.__init__``.
-
-        Raises:
-            UserError: which names the line that the class needs.
-        """
-        constructor, name = next(base for base in type(self).__mro__ if "__init__" in vars(base)), type(self).__name__
-        if issubclass(constructor, LightningModule) and not issubclass(constructor, COLAModule) and not received:
-            raise UserError(
-                f"model: {name} needs the line __init__ = COLAModule.__init__, because it has that of {constructor.__name__}"
-            )
-        given = self.constructor_arguments.init_args
-        if lost := [option.name for option in fields(LinkConfig) if option.name in given and option.name not in received]:
-            log.warning(
-                "model: %s has no effect: the __init__ of %s does not pass it on to COLAModule.__init__(self, **options)",
-                ", ".join(lost),
-                constructor.__name__,
-            )
 
     # ------------------------------------------------------------------ defined or overridden by a subclass
 
@@ -154,25 +129,8 @@ class COLAModule(LateModel, RecordsArguments):
         Raises:
             UserError: if the module's class is not derived from the other class first, or both have an attribute of a name.
         """
-        if self.run.made is not None:  # a rebuild needs the base alone
-            return task
-        classes, name = type(self).__mro__, type(task).__name__
-        if type(task) not in classes[: classes.index(COLAModule)]:  # else this class' optimizer would be used without a word
-            raise UserError(f"adopt: {type(self).__name__} must be a class ({name}, COLAModule), with {name} first")
-        names = {name for cls in COLAModule.__mro__ if cls.__module__.startswith("cola_lightning.") for name in vars(cls)}
-        ours = {*names, *vars(cast(Any, COLAModule)())}.difference(dir(LightningModule()), vars(type(task)))
-        if both := ours.intersection([*vars(task), *task._modules, *task._parameters, *task._buffers]):
-            raise UserError(
-                f"adopt: {name} has an attribute {min(both)!r}, which is COLAModule's own. Rename the task's, or delete it "
-                "before adopt()"
-            )
-        self._modules.setdefault("model", None)  # first, so that its parameters have its name, and no other one
-        initial = vars(LightningModule())
-        for key, value in vars(task).items():
-            if key in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-                vars(self)[key].update(value)
-            elif key not in initial or (not isinstance(initial[key], dict) and value != initial[key]):
-                vars(self)[key] = value
+        if self.run.made is None:  # a rebuild needs the base alone
+            adopt(self, task, COLAModule)
         return task
 
     def on_knot(self, link: Link) -> None:

@@ -32,11 +32,13 @@ class StagesOptions:
     knot: Knot = "cola"
     replay: float | None = None
     fit_scales: bool = False
-    max_forgetting: float | None = None
+    max_forgetting: float = float("inf")
 
     def __post_init__(self) -> None:
         self.config, self.output = os.path.expanduser(self.config), os.path.expanduser(self.output)
         if self.replay is not None and not 0 < self.replay <= 1:
             raise UserError(f"replay: must be a share of the rows, above 0 and at most 1, got {self.replay}")
+        if self.max_forgetting < 0:
+            raise UserError(f"max_forgetting: must be at least 0, got {self.max_forgetting}")
         if self.fit_scales and self.knot != "cola":
             raise UserError(f"fit_scales: needs --knot cola, by which a stage's links are its own, got {self.knot}")

@@ -180,7 +180,7 @@ class Stages:
                 made.trainer.fit_loop.epoch_loop.val_loop.setup_data()
                 if self.options.fit_scales and not sum(made.trainer.num_val_batches):
                     raise UserError("--fit_scales needs validation rows, and there are none. Set data.val_size")
-                if self.options.max_forgetting is not None and not getattr(made.datamodule, "can_be_tested", True):
+                if self.options.max_forgetting < math.inf and not getattr(made.datamodule, "can_be_tested", True):
                     raise UserError("--max_forgetting needs test rows, and there are none. Set data.test_size")
                 chain, held_out = chain if stage.given else made.model.full_chain(), run.held_out
             del made, run
@@ -224,7 +224,7 @@ class Stages:
         configs, last = {stage.name: stage.config for stage in finished}, finished[-1].folder / LAST
         self.finished, self.measurer = finished, Measurer(configs, last, keeps_models=self.options.fit_scales)
         tests = self._measure("matrix", "test", {name: {} for name in ("base", *(stage.name for stage in finished))})
-        if self.options.max_forgetting is not None and len(tests) < len(finished):
+        if self.options.max_forgetting < math.inf and len(tests) < len(finished):
             raise UserError("--max_forgetting needs test rows of every stage. Set data.test_size")
         matrix = Matrix.of(tests)
         if is_first():
@@ -237,8 +237,7 @@ class Stages:
         log.info("written: %s", self.folder / "matrix.csv")
         if self.options.fit_scales and is_finished:
             self._fit_scales(tests)
-        allowed = math.inf if self.options.max_forgetting is None else self.options.max_forgetting
-        worse = [column for column in matrix.columns if column.forgetting.value > allowed]
+        worse = [column for column in matrix.columns if column.forgetting.value > self.options.max_forgetting]
         for column in worse:
             what = column.task, column.forgetting.value, column.metric
             log.error("max_forgetting: %s is worse by %.4g in %s than at its best", *what)

@@ -93,8 +93,7 @@ def write(results: Iterable[Result], path: Path) -> None:
 def read(path: Path) -> list[Result]:
     """Reads the results that :func:`write` wrote; empty if there is no file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    known = Result.__dataclass_fields__  # an earlier version knew more
-    return [Result(**{name: value for name, value in json.loads(line).items() if name in known}) for line in lines]
+    return [Result(**json.loads(line)) for line in lines]
 
 
 def best_rates(results: Iterable[Result], mode: Mode, tuning_seeds: Sequence[int]) -> dict[str, float]:

@@ -489,6 +489,7 @@ MISTAKES = [
     (("rank: 3", "rank: 3\n        init_chain: out/good"), [], r"stages\.pairs: model\.init_chain "),
     (("seed_everything: 0", "seed_everything: ["), [], "config: "),
     (("", ""), ["--replay", "2"], "replay: must be a share"),
+    (("", ""), ["--max_forgetting", "-1"], "max_forgetting: must be at least 0"),
     (("", ""), ["--fit_scales", "true", "--knot", "half"], "fit_scales: needs --knot cola"),
     (("", ""), ["--knot", "half"], r"stages\.pairs: model\.init_knot: with half"),
     # What a fit refuses once its rows are read, or its model is made.
