@@ -392,7 +392,8 @@ class AdaptedModel:
 
     def _state_after(self, links: int) -> tuple[list[Stack], dict[str, Tensor]]:
         """Each layer's finished links and the other trained values after the first links; stored for the next call."""
-        # Not the links themselves, whose tensors would be compared; they are stored, so that no other link gets the id of one.
+        # Links are compared by their ids, because == would compare their tensors. They are stored too, or else one could be
+        # freed and another get its id.
         place = links, self.placement().device, self.cast_dtype, list(map(id, self.chain.links))
         if self._stored_state is None or self._stored_state[0] != place:
             chain, stacks = self.chain.truncate(links), []

@@ -227,8 +227,9 @@ class EpochDataModule(LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, split_seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
-        if min(batch_size, batch_size if eval_batch_size is None else eval_batch_size) < 1:
-            raise UserError(f"data.batch_size must be at least 1, got {batch_size}, and {eval_batch_size} for evaluations")
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size is not None and size < 1:
+                raise UserError(f"data.{name} must be at least 1, got {size}")
         self.batch_size, self.eval_batch_size, self.split_seed = batch_size, eval_batch_size or batch_size, split_seed
         self.num_workers = num_workers
         self._order_of_checkpoint: dict[str, Any] = {}

@@ -140,6 +140,20 @@ def class_name(row: Row, field: str, names: Collection[str] = ()) -> str:
     return class_names[int(label)] if is_index else str(label)
 
 
+@optional_in_predict
+def _class_index(row: Row, reader: "ClassReader") -> int:
+    """The index of a row's class, see :class:`ClassReader`."""
+    if (name := class_name(row, reader.field, reader.indices)) in reader.indices:
+        return reader.indices[name]
+    number = whole_number(plain_label(row[reader.field]))
+    is_index = number in range(len(reader.names)) and not are_numbers(reader.names)
+    if number is not None and is_index and reader.are_names_given:
+        return number
+    listed = shortened_text(", ".join(reader.names), 200)
+    hint = " (an index needs model.label_names)" if is_index else ""
+    raise UnusableRow(f"{name!r} in the field {reader.field!r} is none of the labels {listed}{hint}")
+
+
 @dataclass(frozen=True)
 class ClassReader:
     """Reads the index of a row's class, or -100 for none.
@@ -157,7 +171,8 @@ class ClassReader:
     may_lack: bool
 
     @functools.cached_property
-    def _indices(self) -> dict[str, int]:
+    def indices(self) -> dict[str, int]:
+        """The classes' indices, by name."""
         return {name: index for index, name in enumerate(self.names)}
 
     def __call__(self, row: Row) -> int:
@@ -166,19 +181,8 @@ class ClassReader:
         Raises:
             UnusableRow: if the label is not known, or missing where it must not be.
         """
-        index = optional_in_predict(self._index)(row)
+        index = _class_index(row, self)
         return IGNORE_INDEX if index is None else index
-
-    def _index(self, row: Row) -> int:
-        if (name := class_name(row, self.field, self._indices)) in self._indices:
-            return self._indices[name]
-        number = whole_number(plain_label(row[self.field]))
-        is_index = number in range(len(self.names)) and not are_numbers(self.names)
-        if number is not None and is_index and self.are_names_given:
-            return number
-        listed = shortened_text(", ".join(self.names), 200)
-        hint = " (an index needs model.label_names)" if is_index else ""
-        raise UnusableRow(f"{name!r} in the field {self.field!r} is none of the labels {listed}{hint}")
 
 
 def find_classes(rows: Rows, field: str) -> list[str]:

@@ -24,7 +24,7 @@ from cola_lightning.module.arguments import RecordsArguments, rebuilt
 from cola_lightning.module.exports import export
 from cola_lightning.module.late import LateModel
 from cola_lightning.module.optimization import LinkConfig, OptimizerCallable
-from cola_lightning.module.run import InitChain, Run
+from cola_lightning.module.run import ExpectedState, InitChain, Run
 from cola_lightning.module.state import prepare_checkpoint, prepare_loading, state_of
 
 log = logging.getLogger(__name__)
@@ -364,10 +364,8 @@ class COLAModule(LateModel, RecordsArguments):
             links: how many of its links are loaded, or the name of the last stage; None: all.
             scale: factors of the links' updates, see :meth:`load_from_checkpoint`.
         """
-        run = self.run
-        run.expected_links, run.expected_scale, run.expected_seed = links, scale or {}, state.facts.seed
-        run.first_chain = None
-        run.restore_held_out(state.facts.held_out)
+        self.run.expected, self.run.first_chain = ExpectedState(links, scale or {}, state.facts.seed), None
+        self.run.restore_held_out(state.facts.held_out)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import os
 import secrets
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -104,6 +104,21 @@ class InitChain:
         return [found, self.links, self.knot, list(self.continues)]
 
 
+@dataclass(frozen=True)
+class ExpectedState:
+    """What is known, before a module's model is made, of the state that it will load.
+
+    Attributes:
+        links: how many of its links are loaded, or the name of the last stage; None: all.
+        scale: factors of the links' updates.
+        seed: the state's seed; None: no state is expected.
+    """
+
+    links: int | str | None = None
+    scale: Mapping[int | str, float] = field(default_factory=dict)
+    seed: int | None = None
+
+
 class Run:
     """What a module's training is, over all of its fits.
 
@@ -124,9 +139,7 @@ class Run:
         first_link: index of the run's first link: how many links the model had when the run began.
         is_continued: whether the fit continues the Trainer's last one, so that it is no new run.
         n_earlier_fits: how many fits have trained the module before this one, which draws other numbers than they did.
-        expected_links: how many links of the state are loaded that is expected, or the name of the last stage; None: all.
-        expected_scale: factors of their updates.
-        expected_seed: the state's seed; None: no state is expected.
+        expected: what is known of the state that will be loaded.
         step_loss: weighs the losses of an optimizer step's batches.
         is_tying_knot: whether a knot has begun and not ended, also because it failed.
         is_wrapped_by_fsdp1: whether FSDP1 wraps the module.
@@ -143,10 +156,7 @@ class Run:
     ) -> None:
         self.module, self.arguments, self.config = module, arguments, config
         self.make_optimizer, self.user_seed, self.start = make_optimizer, seed, start
-        self.current, self.step_loss = CurrentLink(), StepLoss()
-        self.expected_links: int | str | None = None
-        self.expected_scale: Mapping[int | str, float] = {}
-        self.expected_seed: int | None = None
+        self.current, self.step_loss, self.expected = CurrentLink(), StepLoss(), ExpectedState()
         self.made: AdaptedModel | None = None
         self.schedule = ChainSchedule()
         self.length: RunLength | None = None
@@ -191,7 +201,7 @@ class Run:
             return self.user_seed
         text = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything was given
         self.user_seed = None if text is None else int(text)
-        seed = self.user_seed if self.expected_seed is None else self.expected_seed
+        seed = self.user_seed if self.expected.seed is None else self.expected.seed
         if seed is None:
             seed = layout.gather_objects(secrets.randbits(31))[0]  # from no generator of torch's
             log.info("No seed given (model.seed); using %d", seed)

@@ -23,7 +23,7 @@ from cola_lightning.chain.facts import StoredFacts
 from cola_lightning.chain.schedule import START
 from cola_lightning.errors import NonFiniteError, UserError, causes
 from cola_lightning.module.arguments import to_plain
-from cola_lightning.module.run import Run, trainer_of
+from cola_lightning.module.run import ExpectedState, Run, trainer_of
 from cola_lightning.trained_values import is_frozen
 from cola_lightning.writing import atomic_file
 
@@ -193,8 +193,8 @@ def restore(run: Run, state: StoredState) -> bool:
         UserError: for a state of another base, or with fewer links than requested; to resume a fit also with other options.
     """
     trainer, adapted, facts, current = trainer_of(run.module), run.adapted, state.facts, run.current
-    requested, scale = run.expected_links, run.expected_scale
-    run.expected_links, run.expected_scale = None, {}
+    requested, scale = run.expected.links, run.expected.scale
+    run.expected = ExpectedState(seed=run.expected.seed)
     links = number_of_links(requested, state.names)
     has_all = links == len(state.names)
     has_current = has_all and not scale

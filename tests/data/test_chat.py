@@ -274,6 +274,13 @@ def test_a_long_conversation_loses_its_oldest_exchanges_and_keeps_its_system_pro
         assert encoded(own, talk, len(expected[0]["input_ids"])) == expected != encoded(own, talk)
 
 
+def test_a_chat_whose_tools_result_fills_the_length_is_skipped_and_not_trained_without_its_answer():
+    own = tiny.chat_tokenizer(tiny.CHAT)
+    talk = [*turns("the river is long " * 5, "look"), {"role": "tool", "content": "it is old " * 8}]
+    with pytest.raises(UnusableRow, match=r"data\.max_length"):
+        encoded(own, [*talk, {"role": "assistant", "content": "Old."}], 60, shortens_response=True)
+
+
 @pytest.mark.parametrize("shortens_response", [False, True])
 def test_what_is_asked_last_loses_its_beginning_and_only_a_response_its_end(shortens_response):
     own = tiny.chat_tokenizer(tiny.CHAT)

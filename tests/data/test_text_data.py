@@ -1,7 +1,6 @@
 """Texts, instructions and conversations: what a row is follows from its columns, and it is asked as it was learned."""
 
 import json
-import re
 
 import pytest
 
@@ -26,32 +25,30 @@ FOUND = [
     ("prompt question answer", "", ("prompt", {"prompt": "question", "response": "answer"})),
     ("text prompt", "", ("text", {"text": "text"})),  # a prompt alone is not trained on
 ]
-# Columns that are refused: why, and with which options.
+# Columns that are refused, and why.
 REFUSED = [
-    ("messages conversations", "messages conversations", "two columns fit, messages and conversations", ""),
-    ("question solution answer", "", "two columns fit, (answer and solution|solution and answer),", ""),
-    ("prompt response question answer", "", "two columns fit, (response and answer|answer and response),", ""),
-    ("instruction input response output", "", "two columns fit, (response and output|output and response),", ""),
-    ("messages", "", "among the columns messages", ""),  # as JSON
-    ("system chat", "", "among the columns system, chat", ""),  # glaive-function-calling-v2: a conversation as one text
-    ("message_id parent_id text role", "", "among the columns message_id, parent_id, text", ""),  # oasst1: a row is a turn
-    ("ask good bad", "", "among the columns ask, good, bad", ""),
+    ("messages conversations", "messages conversations", "two columns fit, messages and conversations"),
+    ("question solution answer", "", "two columns fit, (answer and solution|solution and answer),"),
+    ("prompt response question answer", "", "two columns fit, (response and answer|answer and response),"),
+    ("instruction input response output", "", "two columns fit, (response and output|output and response),"),
+    ("messages", "", "among the columns messages"),  # as JSON
+    ("system chat", "", "among the columns system, chat"),  # glaive-function-calling-v2: a conversation as one text
+    ("message_id parent_id text role", "", "among the columns message_id, parent_id, text"),  # oasst1: a row is a turn
+    ("ask good bad", "", "among the columns ask, good, bad"),
 ]
 
 
-def test_columns_are_found_by_what_people_call_them_or_listed_with_the_options_that_choose():
+def test_columns_are_found_by_what_people_call_them_or_are_listed():
     for names, lists, found in FOUND:
         reading = find_columns(names.split(), lists.split(), None)
         assert (reading.kind, reading.columns) == found
-    for names, lists, message, options in REFUSED:
-        with pytest.raises(UserError, match=rf"data\.columns: .*{message}.*--data\.columns '{{") as caught:
+    for names, lists, message in REFUSED:
+        with pytest.raises(UserError, match=rf"data\.columns: .*{message}.*--data\.columns '{{"):
             find_columns(names.split(), lists.split(), None)
-        assert [option for option in re.split(r"(?<=\}) ", options) if option not in str(caught.value)] == []
     for rejected in ("rejected_response", "Rejected", "response_rejected", "worse"):
         for names in (["ask", "say", rejected], ["ask", rejected], [rejected, "say"]):
-            with pytest.raises(UserError, match=r"^data\.columns: ") as caught:
+            with pytest.raises(UserError, match=r"^data\.columns: "):
                 find_columns(names, [], None)
-            assert [option for option in re.findall(r"'\{.*?\}'", str(caught.value)) if rejected in option] == []
 
 
 def test_columns_are_named_where_their_names_say_nothing():
