@@ -24,7 +24,7 @@ from benchmarks.steps import BESIDE, SMOLLM2, Work, beside, peak_mib, take_turns
 from cola_lightning import COLAPreferenceLM
 from cola_lightning.chat_template import Conversation, PlainTemplate, PreferencePair, assistant_turn, user_turn
 from cola_lightning.data.batch import collate_language
-from cola_lightning.data.render import encode_preferences
+from cola_lightning.data.render import TurnEncoder
 
 FILE = Path(__file__).with_suffix(".jsonl")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -40,7 +40,7 @@ def batches() -> list[dict[str, Any]]:
     prompts = [Conversation(user_turn(f"{row['question']}\n")) for row in rows]
     answers = [[[assistant_turn(answer)] for answer in side] for side in (right, wrong)]
     pairs = [PreferencePair(*pair) for pair in zip(prompts, *answers, strict=True)]
-    encoded: Any = encode_preferences(PlainTemplate(module.tokenizer), pairs, MAX_LENGTH, set())
+    encoded: Any = TurnEncoder(PlainTemplate(module.tokenizer), MAX_LENGTH, set(), shortens_response=True).preferences(pairs)
     chosen, rejected = zip(*encoded, strict=True)
     places = [slice(k, k + PAIRS) for k in range(0, len(chosen), PAIRS)]
     pad = module.tokenizer.pad_token_id

@@ -9,7 +9,7 @@ from cola_lightning.chat_template import PreferencePair
 from cola_lightning.data.columns import Reading, find_columns, find_pairs
 from cola_lightning.data.forms import preference
 from cola_lightning.data.preprocessing import Preprocessor, Size
-from cola_lightning.data.render import LanguageRow, encode_preferences, n_common
+from cola_lightning.data.render import LanguageRow, TurnEncoder, n_common
 from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.data.source import Source
 from cola_lightning.data.text import TOKENS, LanguageRows, TextDataModule
@@ -29,7 +29,8 @@ class PreferencePairs(LanguageRows):
 
     @override
     def encode(self, items: Sequence[PreferencePair], notes: set[str]) -> list[list[dict[str, LanguageRow]] | UnusableRow]:
-        return each(paired, encode_preferences(self.template, items, self.max_length, notes, self.too_long))
+        encoder = TurnEncoder(self.template, self.max_length, notes, self.too_long, shortens_response=True)
+        return each(paired, encoder.preferences(items))
 
     @override
     def size(self, example: Any) -> Size:

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cola_lightning.chat_template import (
@@ -46,69 +46,173 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[
     return rows
 
 
-def encode_conversations(
-    template: ChatTemplate,
-    conversations: Sequence[Conversation],
-    max_length: int,
-    notes: set[str],
-    *,
-    too_long: TooLong = "shorten",
-    shortens_response: bool = False,
-) -> list[list[LanguageRow] | UnusableRow]:
-    """Conversations as tokens, with the loss on what the assistant must generate: its trained turns, with their stop tokens.
+@dataclass(frozen=True)
+class TurnEncoder:
+    """Makes conversations and preference pairs into tokens, with the loss on what the assistant must generate.
 
     Each turn is trained once, in its own context: the rendering of the turns before it, with the generation prompt. A template
     that only appends gives one row for the conversation; one that rewrites earlier turns (drops their thoughts, moves the
     system prompt) gives as many rows as there are contexts.
 
-    Args:
+    Attributes:
         template: the tokenizer's chat template.
-        conversations: each ends with a turn of the assistant's that is trained.
         max_length: in tokens.
         notes: lines for the log are added to it.
-        too_long: whether to shorten or to skip a longer conversation. It loses its oldest exchanges whole, but not its system
-            prompt; then what is asked last loses its beginning.
+        too_long: whether to shorten or to skip what is longer. A conversation, or the prompt of a pair, loses its oldest
+            exchanges whole, but not its system prompt; then what is asked last loses its beginning.
         shortens_response: whether a response that leaves its prompt less than a quarter of ``max_length`` loses its end;
-            ``False``: such a conversation is skipped.
-
-    Returns:
-        The rows of each conversation, or the reason why it cannot be used.
+            ``False``: such a conversation is skipped. With it, a conversation has one trained turn, or is one of a pair.
     """
 
-    def encode(conversation: Conversation, encoded: list[LanguageRow] | UnusableRow) -> list[LanguageRow]:
-        ((turns, n_lost),) = fitting(conversation, lambda shorter: [shorter], [encoded])
-        first, *others = _grouped(turns)
-        return [_row(first, max_length, n_lost), *(_row(group, max_length, 0) for group in others)]
+    template: ChatTemplate
+    max_length: int
+    notes: set[str]
+    too_long: TooLong = "shorten"
+    shortens_response: bool = False
 
-    fitting = functools.partial(_fitting, template, max_length, notes, too_long, shortens_response)
-    all_turns = _encoded_turns(template, conversations, notes)
-    return each(lambda pair: encode(*pair), zip(conversations, all_turns, strict=True))
+    def conversations(self, conversations: Sequence[Conversation]) -> list[list[LanguageRow] | UnusableRow]:
+        """The rows of each conversation, or the reason why it cannot be used; each ends with a trained turn."""
 
+        def encode(conversation: Conversation, encoded: list[LanguageRow] | UnusableRow) -> list[LanguageRow]:
+            ((turns, n_lost),) = self._fitting(conversation, lambda shorter: [shorter], [encoded])
+            first, *others = _grouped(turns)
+            return [self._row(first, n_lost), *(self._row(group, 0) for group in others)]
 
-def encode_preferences(
-    template: ChatTemplate, pairs: Sequence[PreferencePair], max_length: int, notes: set[str], too_long: TooLong = "shorten"
-) -> list[tuple[LanguageRow, LanguageRow] | UnusableRow]:
-    """Preference pairs as tokens, the chosen and the rejected response of each, with the loss on the response.
+        return each(lambda pair: encode(*pair), zip(conversations, self._turns(conversations), strict=True))
 
-    Both keep the same prompt. If the longer one is over ``max_length``, the prompt is shortened as that of a conversation;
-    then the responses lose their ends.
+    def preferences(self, pairs: Sequence[PreferencePair]) -> list[tuple[LanguageRow, LanguageRow] | UnusableRow]:
+        """The chosen and the rejected response of each pair, after the same prompt, or the reason why it cannot be used."""
 
-    Args:
-        template: the tokenizer's chat template.
-        pairs: the pairs.
-        max_length: in tokens.
-        notes: lines for the log are added to it.
-        too_long: whether to shorten or to skip a longer pair.
-    """
+        def encode(pair: PreferencePair, encoded: Sequence[list[LanguageRow] | UnusableRow]) -> tuple[LanguageRow, LanguageRow]:
+            sides = self._fitting(pair.prompt, lambda shorter: replace(pair, prompt=shorter).conversations(), encoded)
+            chosen, rejected = (self._row(_only_group(turns), n_lost) for turns, n_lost in sides)
+            return chosen, rejected
 
-    def encode(pair: PreferencePair, encoded: Sequence[list[LanguageRow] | UnusableRow]) -> tuple[LanguageRow, LanguageRow]:
-        sides = fitting(pair.prompt, lambda shorter: replace(pair, prompt=shorter).conversations(), encoded)
-        chosen, rejected = (_row(_only_group(turns), max_length, n_lost) for turns, n_lost in sides)
-        return chosen, rejected
+        flat = self._turns([conversation for pair in pairs for conversation in pair.conversations()])
+        return each(lambda item: encode(item[0], item[1:]), zip(pairs, flat[::2], flat[1::2], strict=True))
 
-    fitting = functools.partial(_fitting, template, max_length, notes, too_long, True)
-    flat = _encoded_turns(template, [conversation for pair in pairs for conversation in pair.conversations()], notes)
-    return each(lambda item: encode(item[0], item[1:]), zip(pairs, flat[::2], flat[1::2], strict=True))
+    # ------------------------------------------------------------------ shorter conversations
+
+    def _fitting(
+        self,
+        prompt: Conversation,
+        wholes: Callable[[Conversation], Sequence[Conversation]],
+        encoded: Sequence[list[LanguageRow] | UnusableRow],
+    ) -> list[tuple[list[LanguageRow], int]]:
+        """The turns of conversations with one prompt, and how many tokens each lost: the prompt is shortened until all fit.
+
+        Args:
+            prompt: what is shortened: a whole conversation, or what two responses have in common.
+            wholes: the conversations with a prompt.
+            encoded: the turns of those with this prompt.
+        """
+        lengths: list[int] = []  # before the prompt is shortened
+        while True:
+            if reasons := [turns for turns in encoded if isinstance(turns, UnusableRow)]:
+                if (shorter := _without_greeting(prompt)) is None:
+                    raise reasons[0]
+            else:
+                usable = [turns for turns in encoded if not isinstance(turns, UnusableRow)]
+                now = [max(map(_length, turns)) for turns in usable]
+                lengths = lengths or now
+                if max(lengths) > self.max_length and self.too_long == "skip":
+                    raise UnusableRow(TOO_LONG)
+                longest = usable[now.index(max(now))]
+                shorter = self._shortened(prompt, longest[0]["spans"][0], max(now))
+                if shorter is None:
+                    return [(some, n - min(m, self.max_length)) for some, n, m in zip(usable, lengths, now, strict=True)]
+            prompt = shorter
+            encoded = self._turns(wholes(prompt))
+
+    def _shortened(self, conversation: Conversation, start: int, n_tokens: int) -> Conversation | None:
+        """A shorter conversation, if this one is too long; None if it fits, or if only its response needs to lose its end.
+
+        Args:
+            conversation: the conversation.
+            start: where its response begins, in tokens.
+            n_tokens: of its longest turn, with its context.
+        """
+        if (n_over := n_tokens - self.max_length) <= 0:
+            return None
+        if (shorter := _without_oldest(conversation, n_over / n_tokens)) is not None:
+            return shorter
+        if not self.shortens_response:
+            return _without_beginning(self.template, conversation, n_over)
+        n_over = start - room_for_prompt(self.max_length, n_tokens - start)
+        try:
+            return _without_beginning(self.template, conversation, n_over) if n_over > 0 else None
+        except UnusableRow:
+            if start > self.max_length - room_for_prompt(self.max_length, self.max_length):
+                raise
+            return None  # what is around a short question leaves room for a response
+
+    def _row(self, turns: Sequence[LanguageRow], n_lost: int) -> LanguageRow:
+        """The row of turns whose contexts are all in the last one; a response that is too long loses its end."""
+        ids = turns[-1]["input_ids"][: self.max_length]
+        spans = [(max(start, 1), min(end, len(ids))) for start, end in (turn["spans"] for turn in turns)]
+        spans = [(start, end) for start, end in spans if start < end]  # a first token is not predicted
+        if not spans:
+            is_cut = len(ids) < _length(turns[-1])
+            raise UnusableRow("data.max_length leaves no room for the response" if is_cut else "no words of the assistant")
+        return {"input_ids": ids, "spans": [place for span in spans for place in span], "lost": n_lost}
+
+    # ------------------------------------------------------------------ turns in tokens
+
+    def _turns(self, conversations: Sequence[Conversation]) -> list[list[LanguageRow] | UnusableRow]:
+        """The trained turns of each conversation, one row each, or the reason why it cannot be used."""
+
+        def rendered(conversation: Conversation) -> list[tuple[Conversation, tuple[str, str]]]:
+            contexts = [conversation.until(place + 1) for place in conversation.trained]
+            return [(context, self._render(context)) for context in contexts]
+
+        all_turns = each(rendered, conversations)
+        # The turns of all conversations are tokenized together, which is faster.
+        flat = [turn for turns in all_turns if not isinstance(turns, UnusableRow) for turn in turns]
+        encoded = iter(self._in_matching_mode([one for one, _ in flat], [texts for _, texts in flat]))
+        return each(lambda turns: _stopped(self.template, [next(encoded) for _ in turns]), all_turns)
+
+    def _render(self, conversation: Conversation, **mode: bool) -> tuple[str, str]:
+        """The turns before the last one with the generation prompt, and the same text with the last turn."""
+        before = conversation.until(len(conversation.messages) - 1)
+        prompt = self.template.render(before, is_open=True, **mode)
+        text = self.template.render(conversation, is_open=False, **mode)
+        if not text.startswith(prompt):
+            text = _continued(prompt, self.template.render(before, is_open=False, **mode), text)
+        self._check_words(conversation.messages[-1], text[n_common(prompt, text) :])
+        return prompt, text
+
+    def _in_matching_mode(self, contexts: Sequence[Conversation], texts: list[tuple[str, str]]) -> list[LanguageRow]:
+        """Turns as rows, each in the mode of the template whose generation prompt it follows, if there is one."""
+        turns = _tokens(self.template, texts)
+        for mode in self.template.modes:
+            strays = [k for k, (_, is_edge) in enumerate(turns) if not is_edge]
+            others = each(lambda k: self._render(contexts[k], **{MODE: mode}), strays)  # noqa: B023  # called here
+            encoded = together(functools.partial(_tokens, self.template), others)
+            for k, other, turn in zip(strays, others, encoded, strict=True):
+                if not isinstance(other, UnusableRow) and not isinstance(turn, UnusableRow) and turn[1]:
+                    texts[k], turns[k] = other, turn
+                    self.notes.add(
+                        f"assistant turns that do not follow the chat template's generation prompt are rendered with {MODE} "
+                        f"{mode}; data.chat_template_kwargs '{{{MODE}: {str(mode).lower()}}}' does so in generation, too"
+                    )
+        if any(not whole.startswith(prompt) for prompt, whole in texts):
+            self.notes.add(
+                "the chat template's generation prompt opens a thought, or the like, that assistant turns of the rows do not "
+                "have: their loss begins where they depart from it"
+            )
+        return [row for row, _ in turns]
+
+    def _check_words(self, turn: Message, rendered: str) -> None:
+        """Refuses a rendering without the last word of what the assistant says, or without the functions that it calls."""
+        text = text_of(turn["content"])  # of which a template may omit thoughts, and white space
+        calls = [call.get("function", call).get("name", "") for call in turn.get("tool_calls") or ()]
+        if not all(name in rendered for name in calls):
+            raise UnusableRow("the chat template does not render function calls")
+        if not all(word in rendered for word in (re.findall(r"\w+", text) or text.split())[-1:]):
+            raise UnusableRow("the chat template does not render what the assistant says")
+        thoughts = turn.get("reasoning_content") or text.rpartition("</think>")[0].rpartition("<think>")[2]
+        if str(thoughts).strip() not in rendered:
+            self.notes.add("the chat template does not render the thoughts of assistant turns")
 
 
 def encode_prompt(template: ChatTemplate, conversation: Conversation, max_length: int) -> list[int]:
@@ -123,77 +227,6 @@ def encode_prompt(template: ChatTemplate, conversation: Conversation, max_length
 
 
 # ---------------------------------------------------------------------- shorter conversations
-
-
-def _fitting(
-    template: ChatTemplate,
-    max_length: int,
-    notes: set[str],
-    too_long: TooLong,
-    shortens_response: bool,
-    prompt: Conversation,
-    wholes: Callable[[Conversation], Sequence[Conversation]],
-    encoded: Sequence[list[LanguageRow] | UnusableRow],
-) -> list[tuple[list[LanguageRow], int]]:
-    """The turns of conversations with one prompt, and how many tokens each lost: the prompt is shortened until all fit.
-
-    Args:
-        template: the tokenizer's chat template.
-        max_length: in tokens.
-        notes: lines for the log are added to it.
-        too_long: whether to shorten or to skip longer conversations.
-        shortens_response: whether a response may lose its end.
-        prompt: what is shortened: a whole conversation, or what two responses have in common.
-        wholes: the conversations with a prompt.
-        encoded: the turns of those with this prompt.
-    """
-    lengths: list[int] = []  # before the prompt is shortened
-    while True:
-        if reasons := [turns for turns in encoded if isinstance(turns, UnusableRow)]:
-            if (shorter := _without_greeting(prompt)) is None:
-                raise reasons[0]
-        else:
-            usable = [turns for turns in encoded if not isinstance(turns, UnusableRow)]
-            now = [max(map(_length, turns)) for turns in usable]
-            lengths = lengths or now
-            if max(lengths) > max_length and too_long == "skip":
-                raise UnusableRow(TOO_LONG)
-            turns = usable[now.index(max(now))]
-            longest = turns[0] if len(usable) > 1 else max(turns, key=_length)  # all of a pair's response is one
-            start = longest["spans"][0]
-            shorter = _shortened(template, prompt, start, max(now), max_length, shortens_response=shortens_response)
-            if shorter is None:
-                return [(some, n - min(m, max_length)) for some, n, m in zip(usable, lengths, now, strict=True)]
-        prompt = shorter
-        encoded = _encoded_turns(template, wholes(prompt), notes)
-
-
-def _shortened(
-    template: ChatTemplate, conversation: Conversation, start: int, n_tokens: int, max_length: int, *, shortens_response: bool
-) -> Conversation | None:
-    """A shorter conversation, if this one is too long; None if it fits, or if only its response needs to lose its end.
-
-    Args:
-        template: the tokenizer's chat template.
-        conversation: the conversation.
-        start: where its response begins, in tokens.
-        n_tokens: of its longest turn, with its context.
-        max_length: in tokens.
-        shortens_response: whether the response may lose its end.
-    """
-    if (n_over := n_tokens - max_length) <= 0:
-        return None
-    if (shorter := _without_oldest(conversation, n_over / n_tokens)) is not None:
-        return shorter
-    if not shortens_response:
-        return _without_beginning(template, conversation, n_over)
-    n_over = start - room_for_prompt(max_length, n_tokens - start)
-    try:
-        return _without_beginning(template, conversation, n_over) if n_over > 0 else None
-    except UnusableRow:
-        if start > max_length - room_for_prompt(max_length, max_length):
-            raise
-        return None  # what is around a short question leaves room for a response
 
 
 def _without_oldest(conversation: Conversation, share: float) -> Conversation | None:
@@ -237,33 +270,6 @@ def _without_beginning(template: ChatTemplate, conversation: Conversation, n_tok
 # ---------------------------------------------------------------------- turns in tokens
 
 
-def _encoded_turns(
-    template: ChatTemplate, conversations: Sequence[Conversation], notes: set[str]
-) -> list[list[LanguageRow] | UnusableRow]:
-    """The trained turns of each conversation, one row each, or the reason why it cannot be used."""
-
-    def rendered(conversation: Conversation) -> list[tuple[Conversation, tuple[str, str]]]:
-        contexts = [conversation.until(place + 1) for place in conversation.trained]
-        return [(context, _render(template, context, notes)) for context in contexts]
-
-    all_turns = each(rendered, conversations)
-    # The turns of all conversations are tokenized together, which is faster.
-    flat = [turn for turns in all_turns if not isinstance(turns, UnusableRow) for turn in turns]
-    encoded = iter(_in_matching_mode(template, [one for one, _ in flat], [texts for _, texts in flat], notes))
-    return each(lambda turns: _stopped(template, [next(encoded) for _ in turns]), all_turns)
-
-
-def _render(template: ChatTemplate, conversation: Conversation, notes: set[str], **mode: bool) -> tuple[str, str]:
-    """The turns before the last one with the generation prompt, and the same text with the last turn."""
-    before = conversation.until(len(conversation.messages) - 1)
-    prompt = template.render(before, is_open=True, **mode)
-    text = template.render(conversation, is_open=False, **mode)
-    if not text.startswith(prompt):
-        text = _continued(prompt, template.render(before, is_open=False, **mode), text)
-    _check_words(template, conversation.messages[-1], text[n_common(prompt, text) :], notes)
-    return prompt, text
-
-
 def _tokens(template: ChatTemplate, texts: Sequence[tuple[str, str]]) -> list[tuple[LanguageRow, bool]]:
     """Turns with their prompts as rows, and whether the loss begins at a prompt's end, between two tokens."""
     encoded, n_after = list[tuple[LanguageRow, bool]](), template.n_after_stop
@@ -274,30 +280,6 @@ def _tokens(template: ChatTemplate, texts: Sequence[tuple[str, str]]) -> list[tu
         end = len(ids) if n_after is None or n_after >= len(special) else special[-1 - n_after] + 1
         encoded.append(({"input_ids": ids, "spans": [start, end]}, is_edge))
     return encoded
-
-
-def _in_matching_mode(
-    template: ChatTemplate, contexts: Sequence[Conversation], texts: list[tuple[str, str]], notes: set[str]
-) -> list[LanguageRow]:
-    """Turns as rows, each in the mode of the template whose generation prompt it follows, if there is one."""
-    turns = _tokens(template, texts)
-    for mode in template.modes:
-        strays = [k for k, (_, is_edge) in enumerate(turns) if not is_edge]
-        others = each(lambda k: _render(template, contexts[k], notes, **{MODE: mode}), strays)  # noqa: B023  # called here
-        encoded = together(functools.partial(_tokens, template), others)
-        for k, other, turn in zip(strays, others, encoded, strict=True):
-            if not isinstance(other, UnusableRow) and not isinstance(turn, UnusableRow) and turn[1]:
-                texts[k], turns[k] = other, turn
-                notes.add(
-                    f"assistant turns that do not follow the chat template's generation prompt are rendered with {MODE} "
-                    f"{mode}; data.chat_template_kwargs '{{{MODE}: {str(mode).lower()}}}' does so in generation, too"
-                )
-    if any(not whole.startswith(prompt) for prompt, whole in texts):
-        notes.add(
-            "the chat template's generation prompt opens a thought, or the like, that assistant turns of the rows do not have: "
-            "their loss begins where they depart from it"
-        )
-    return [row for row, _ in turns]
 
 
 def _continued(prompt: str, before: str, whole: str) -> str:
@@ -316,19 +298,6 @@ def _continued(prompt: str, before: str, whole: str) -> str:
     if n_end < max(1, len(prompt) - n_history):
         raise UnusableRow("the chat template's generation prompt does not begin the assistant's turn")
     return prompt + whole[whole.rindex(prompt[-n_end:]) + n_end :]
-
-
-def _check_words(template: ChatTemplate, turn: Message, rendered: str, notes: set[str]) -> None:
-    """Refuses a rendering without the last word of what the assistant says, or without the functions that it calls."""
-    text = text_of(turn["content"])  # of which a template may omit thoughts, and white space
-    calls = [call.get("function", call).get("name", "") for call in turn.get("tool_calls") or ()]
-    if not all(name in rendered for name in calls):
-        raise UnusableRow("the chat template does not render function calls")
-    if not all(word in rendered for word in (re.findall(r"\w+", text) or text.split())[-1:]):
-        raise UnusableRow("the chat template does not render what the assistant says")
-    thoughts = turn.get("reasoning_content") or text.rpartition("</think>")[0].rpartition("<think>")[2]
-    if str(thoughts).strip() not in rendered:
-        notes.add("the chat template does not render the thoughts of assistant turns")
 
 
 def _stopped(template: ChatTemplate, turns: list[LanguageRow]) -> list[LanguageRow]:
@@ -375,17 +344,6 @@ def _only_group(turns: Sequence[LanguageRow]) -> list[LanguageRow]:
     if others:
         raise UnusableRow("a response of several turns, of which the chat template rewrites earlier ones")
     return first
-
-
-def _row(turns: Sequence[LanguageRow], max_length: int, n_lost: int) -> LanguageRow:
-    """The row of turns whose contexts are all in the last one; a response that is too long loses its end."""
-    ids = turns[-1]["input_ids"][:max_length]
-    spans = [(max(start, 1), min(end, len(ids))) for start, end in (turn["spans"] for turn in turns)]
-    spans = [(start, end) for start, end in spans if start < end]  # a first token is not predicted
-    if not spans:
-        is_cut = len(ids) < _length(turns[-1])
-        raise UnusableRow("data.max_length leaves no room for the response" if is_cut else "no words of the assistant")
-    return {"input_ids": ids, "spans": [place for span in spans for place in span], "lost": n_lost}
 
 
 # ---------------------------------------------------------------------- tokens

@@ -18,7 +18,7 @@ from cola_lightning.data.batch import Packs, PromptRow, collate_language, collat
 from cola_lightning.data.columns import Columns, Kind, Reading, check_unpaired, find_columns
 from cola_lightning.data.forms import conversation, question
 from cola_lightning.data.preprocessing import Preprocessor, Size, TokenPreprocessor
-from cola_lightning.data.render import LanguageRow, TooLong, encode_conversations, encode_prompt, encode_texts
+from cola_lightning.data.render import LanguageRow, TooLong, TurnEncoder, encode_prompt, encode_texts
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import Source
 from cola_lightning.data.tokenized import TokenizedDataModule
@@ -100,8 +100,7 @@ class Conversations(LanguageRows):
 
     @override
     def encode(self, items: Sequence[Conversation], notes: set[str]) -> list[list[LanguageRow] | UnusableRow]:
-        options: Any = {"too_long": self.too_long, "shortens_response": self.kind == "prompt"}
-        return encode_conversations(self.template, items, self.max_length, notes, **options)
+        return TurnEncoder(self.template, self.max_length, notes, self.too_long, self.kind == "prompt").conversations(items)
 
 
 @dataclass(frozen=True)

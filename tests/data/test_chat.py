@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cola_lightning import TextDataModule
 from cola_lightning.chat_template import ChatTemplate, Conversation
-from cola_lightning.data.render import encode_conversations
+from cola_lightning.data.render import TurnEncoder
 from cola_lightning.errors import UnusableRow
 from tests.helpers import tiny
 
@@ -32,7 +32,8 @@ def encoded(own, messages, max_length=4000, *, tools=None, notes=None, **options
     """The rows of a conversation; the reason is raised if there is one."""
     trained = tuple(k for k, turn in enumerate(messages) if turn["role"] == "assistant")
     conversation = Conversation(messages, tools, trained)
-    (rows,) = encode_conversations(ChatTemplate(own), [conversation], max_length, set() if notes is None else notes, **options)
+    encoder = TurnEncoder(ChatTemplate(own), max_length, set() if notes is None else notes, **options)
+    (rows,) = encoder.conversations([conversation])
     if isinstance(rows, UnusableRow):
         raise rows
     return [row for row in rows if row.pop("lost") >= 0]
@@ -278,7 +279,7 @@ def test_a_chat_whose_tools_result_fills_the_length_is_skipped_and_not_trained_w
     own = tiny.chat_tokenizer(tiny.CHAT)
     talk = [*turns("the river is long " * 5, "look"), {"role": "tool", "content": "it is old " * 8}]
     with pytest.raises(UnusableRow, match=r"data\.max_length"):
-        encoded(own, [*talk, {"role": "assistant", "content": "Old."}], 60, shortens_response=True)
+        encoded(own, [*talk, {"role": "assistant", "content": "Old."}], 60)
 
 
 @pytest.mark.parametrize("shortens_response", [False, True])

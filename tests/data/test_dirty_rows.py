@@ -15,7 +15,7 @@ from cola_lightning import TextDataModule, UserError
 from cola_lightning.chat_template import Conversation, PlainTemplate
 from cola_lightning.data.batch import labels_of
 from cola_lightning.data.forms import conversation
-from cola_lightning.data.render import encode_conversations, n_common
+from cola_lightning.data.render import TurnEncoder, n_common
 from cola_lightning.data.rows import Row
 from cola_lightning.data.text import Texts
 from cola_lightning.errors import UnusableRow
@@ -171,7 +171,7 @@ def test_a_prompt_keeps_its_system_prompt_and_a_response_too_long_has_no_stop_to
 
     def row_of(asked, answer, max_length):
         talk = Conversation([*turns(("s", system), ("u", asked), ("a", answer))], trained=(2,))
-        ((row,),) = encode_conversations(PlainTemplate(own), [talk], max_length, set(), shortens_response=True)
+        ((row,),) = TurnEncoder(PlainTemplate(own), max_length, set(), shortens_response=True).conversations([talk])
         return row, own.decode(row["input_ids"])
 
     row, text = row_of(f"{long}Old?", " No.", 40)

@@ -13,7 +13,7 @@ from cola_lightning import PreferenceDataModule, TextDataModule, UserError
 from cola_lightning.chat_template import ChatTemplate, Conversation, PreferencePair
 from cola_lightning.data.batch import labels_of
 from cola_lightning.data.columns import find_pairs
-from cola_lightning.data.render import encode_conversations, encode_preferences
+from cola_lightning.data.render import TurnEncoder
 from tests.helpers import tiny
 
 FILES = Path(__file__).parents[1] / "fixtures" / "rows_of_pairs"
@@ -228,8 +228,9 @@ def test_in_the_templates_of_well_known_models_a_response_has_the_tokens_of_supe
     for path in TEMPLATES:
         own = tiny.chat_tokenizer(path.read_text(), "<|im_end|>", "<|im_start|>", "<|end|>", "<|return|>", "<|eot_id|>")
         template = ChatTemplate(own)
-        (whole,), (shortened,) = (encode_preferences(template, [pair], n, set()) for n in (8000, 2000))
-        same = encode_conversations(template, pair.conversations(), 8000, set())
+        encoders = [TurnEncoder(template, n, set(), shortens_response=True) for n in (8000, 2000)]
+        (whole,), (shortened,) = (encoder.preferences([pair]) for encoder in encoders)
+        same = TurnEncoder(template, 8000, set()).conversations(pair.conversations())
         assert [[row] for row in whole] == same, path.stem
         starts = [row["spans"][0] for row in shortened]
         prompts = [row["input_ids"][:start] for row, start in zip(shortened, starts, strict=True)]

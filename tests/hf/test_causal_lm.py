@@ -14,7 +14,7 @@ from cola_lightning.chat_template import Conversation, PlainTemplate, assistant_
 from cola_lightning.data.batch import collate_language, labels_of
 from cola_lightning.data.examples import Example, collate_options, encode_examples
 from cola_lightning.data.reading import load_splits
-from cola_lightning.data.render import encode_conversations
+from cola_lightning.data.render import TurnEncoder
 from cola_lightning.data.tasks import TASKS
 from tests.helpers import tiny
 from tests.helpers.tiny import assert_same_gradients, causal_lm, plain_scores, with_live_link
@@ -104,7 +104,7 @@ def test_scores_of_real_rows_on_smollm2_are_those_of_one_option_at_a_time(smollm
 def responses(module, pairs):
     """Prompts with their responses, as rows."""
     talks = [Conversation([*user_turn(prompt), assistant_turn(response)], trained=(1,)) for prompt, response in pairs]
-    return [row for (row,) in encode_conversations(PlainTemplate(module.tokenizer), talks, 64, set())]
+    return [row for (row,) in TurnEncoder(PlainTemplate(module.tokenizer), 64, set()).conversations(talks)]
 
 
 def test_only_positions_with_a_loss_go_through_the_head_and_options_of_one_token_share_them(module):
