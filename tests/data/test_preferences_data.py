@@ -247,6 +247,15 @@ def test_a_response_of_several_turns_that_the_template_rewrites_is_skipped(tmp_p
     assert data._report.skipped["a response of several turns, of which the chat template rewrites earlier ones"][0] == 1
 
 
+@pytest.mark.parametrize("max_length", [8000, 80])
+def test_such_a_response_is_skipped_also_if_its_prompt_is_shortened(max_length):
+    thought = ASSISTANT | {"content": "<think>Hm.</think>No."}
+    pair = PreferencePair(Conversation([USER | {"content": "Why? " * 100}]), [thought, USER, ASSISTANT], [ASSISTANT])
+    encoder = TurnEncoder(ChatTemplate(tiny.chat_tokenizer(REWRITING)), max_length, set(), shortens_response=True)
+    (reason,) = encoder.preferences([pair])
+    assert "of which the chat template rewrites" in str(reason)
+
+
 def test_where_a_template_opens_a_thought_for_one_response_alone_both_follow_the_same_prompt(tmp_path):
     own = tiny.chat_tokenizer(THINKING)
     row = {"prompt": "Old?", "chosen": "<think>\nHm.</think>\nYes.", "rejected": "<think>\n</think>\nNo."}
