@@ -127,8 +127,8 @@ class AdaptedModel:
         return len(self.chain)
 
     @property
-    def has_begun(self) -> bool:
-        """Whether the current link has been trained: neither factor of a layer is zero."""
+    def has_update(self) -> bool:
+        """Whether the current link changes the model: it has been trained, or a knot left it a rest of the link before it."""
         return any(bool(layer.lora_A.any() and layer.lora_B.any()) for layer in self.layers.values())
 
     @property
@@ -212,7 +212,7 @@ class AdaptedModel:
             for name, layer in layers.items():
                 lora_A, lora_B = layer.factors
                 factors[name] = layout.gather(lora_A), layout.gather(lora_B)
-            extras = self.trained.copies()
+            extras = self.trained.copies(self.chain.links[-1].extras if self.chain.links else {})
         return Link(
             self.n_finished,
             *current.size,
@@ -348,7 +348,7 @@ class AdaptedModel:
             last = links[-1]
             self.begin_link(last.rank, last.alpha)
             for name, layer in self.layers.items():
-                for factor, value in zip(layer.factors, last.left(name), strict=True):
+                for factor, value in zip(layer.factors, last.rest(name), strict=True):
                     layout.copy_(factor, value)
 
     def extras_after(self, chain: Chain) -> dict[str, Tensor]:

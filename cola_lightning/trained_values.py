@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -103,9 +104,15 @@ class TrainedValues:
         constant = {name for name in buffers if torch.equal(layout.gather(values[name]), self.initial[name])}
         return {name: value for name, value in values.items() if name not in constant}
 
-    def copies(self) -> dict[str, Tensor]:
-        """CPU copies of the :meth:`recorded` values."""
-        return {name: layout.gather(value) for name, value in self.recorded().items()}
+    def copies(self, before: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
+        """CPU copies of the :meth:`recorded` values.
+
+        Args:
+            before: earlier copies. Those that are still right are returned, so that a checkpoint stores them once.
+        """
+        values = {name: layout.gather(value) for name, value in self.recorded().items()}
+        unchanged = (name for name in values.keys() & before.keys() if torch.equal(_bits(values[name]), _bits(before[name])))
+        return values | {name: before[name] for name in unchanged}
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Writes :meth:`copies` into the present values; names that are unknown here are ignored."""
@@ -154,6 +161,11 @@ class TrainedValues:
                     "(model.modules_to_save)"
                 )
         self.write(values)
+
+
+def _bits(value: Tensor) -> Tensor:
+    """A value's bytes: unlike numbers, they show the signs of zeros."""
+    return value.reshape(-1).view(torch.uint8)
 
 
 def is_frozen(value: Any) -> bool:

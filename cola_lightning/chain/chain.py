@@ -92,7 +92,7 @@ class Link:
         """The link with all of its B A, as the model had it at its end, whatever share of it the knot merged."""
         return replace(self, share=1.0)
 
-    def left(self, name: str) -> tuple[Tensor, Tensor]:
+    def rest(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of one layer as the link's knot left them to the next link, if that knot merged only a share of B A."""
         lora_A, lora_B = self.factors[name]
         return lora_A, lora_B * (1 - self.share)

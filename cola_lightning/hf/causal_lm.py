@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.chat_template import end_tokens
 from cola_lightning.constants import IGNORE_INDEX, MAX_NEW_TOKENS
 from cola_lightning.contexts import evaluating, with_attribute
@@ -88,11 +87,6 @@ class COLACausalLM(TransformersModule):
         super().__init__(model_name, **pretrained)
         self.chunked_loss, self.generate_in_validation = chunked_loss, generate_in_validation
         self._is_checked = False  # whether the base is known to be a decoder
-
-    @override
-    def expect_state(self, state: StoredState, **requested: Any) -> None:
-        super().expect_state(state, **requested)
-        self._is_checked = True  # when the chain began
 
     @override
     def build_model(self) -> nn.Module:

@@ -301,7 +301,7 @@ class Run:
         """
         links = self.adapted.chain.links
         has_rest = bool(links) and links[-1].share < 1
-        return not (self.current.is_trained if has_rest else self.adapted.has_begun)
+        return not (self.current.is_trained if has_rest else self.adapted.has_update)
 
     def known_length(self) -> RunLength | None:
         """The length of the fit; None if there is none, or its data is not set up.
@@ -362,7 +362,7 @@ class Run:
 
     def restart_link(self, rank: int | None = None, alpha: float | None = None) -> None:
         """Starts the current link again, before its first step, see :meth:`COLAModule.restart_link`."""
-        if self.adapted.has_begun:
+        if self.adapted.has_update:
             raise UserError("restart_link: the current link has been trained. Tie a knot to begin another one")
         old_rank, old_alpha = self.current.size
         self.adapted.begin_link(old_rank if rank is None else rank, old_alpha if alpha is None else alpha)
@@ -376,7 +376,7 @@ class Run:
         adapted, schedule = self.adapted, self.schedule
         is_requested = schedule.ranks or schedule.alphas or not adapted.n_finished
         planned = self.size_of(adapted.n_finished)
-        if adapted.layers and is_requested and self.current.size != planned and not adapted.has_begun:
+        if adapted.layers and is_requested and self.current.size != planned and not adapted.has_update:
             adapted.begin_link(*planned)
 
     # ------------------------------------------------------------------ the current link's optimization

@@ -100,6 +100,17 @@ def test_a_link_that_was_never_trained_is_not_exported(tmp_path, kind):
         assert one.live_link().start_step == one.live_link().end_step
 
 
+def test_a_checkpoint_stores_a_module_once_for_all_links_that_left_it_as_it_was(tmp_path):
+    module = make(modules_to_save=["2"], target_modules=["0"])
+    fit(tmp_path, module, epochs=2)
+    module.model[2].requires_grad_(False)
+    fit(tmp_path, module, epochs=4).save_checkpoint(tmp_path / "run.ckpt")
+    values = [link.extras["2.weight"] for link in read_chain(tmp_path / "run.ckpt").links[:-1]]
+    assert len(values) == 4
+    assert len({value.data_ptr() for value in values}) == 2  # of the first link, and of the others
+    assert not torch.equal(values[0], values[1])
+
+
 @pytest.mark.parametrize(("targets", "finished_links"), [(["0"], "merge"), (["0"], "stack"), (None, "auto")])
 def test_a_checkpoint_is_loaded_with_any_number_of_its_links_and_a_module_goes_back(tmp_path, targets, finished_links):
     options = {"target_modules": targets, "modules_to_save": ["3"] if targets else [], "finished_links": finished_links}
