@@ -73,8 +73,8 @@ def compare(name: str, planned: Planned, merged: StoredTensor | HeldTensor, thro
         if not fewest:
             continue
         result.n_different += fewest
-        wide, expected = planned.wide, nearest[differs].to(planned.wide)
-        difference = stored[differs].to(wide) - expected
+        expected = nearest[differs].to(planned.compute_dtype)
+        difference = stored[differs].to(expected.dtype) - expected
         allowed = _allowed(planned, first, last, dtype)[differs] + _step(dtype) * expected.abs()
         beyond = ~(difference.abs() <= allowed) if planned.updates else torch.ones_like(difference, dtype=torch.bool)
         if beyond.any() and not result.n_beyond:  # also NaN
@@ -114,7 +114,7 @@ def _allowed(planned: Planned, first: int, last: int, dtype: torch.dtype) -> Ten
     """What the roundings of updates may change, in this dtype and in float32, by element."""
     shape = (last - first, *planned.start.shape[1:]) if planned.start.shape else ()
     smallest = torch.finfo(dtype).smallest_normal * _step(dtype) if dtype.is_floating_point else 0.0
-    allowed = torch.full(shape, smallest, dtype=planned.wide if planned.dtype.is_floating_point else torch.float64)
+    allowed = torch.full(shape, smallest, dtype=planned.compute_dtype if planned.dtype.is_floating_point else torch.float64)
     rank = sum(update.right.shape[-2] for update in planned.updates)
     for update in planned.updates:
         allowed += (_step(dtype) + 4 * rank**0.5 * _step(torch.float32)) * update.sizes(first, last).view(shape)

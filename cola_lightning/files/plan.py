@@ -85,7 +85,7 @@ class Planned:
         return (self.base or self.start).dtype
 
     @property
-    def wide(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
         """The dtype in which links are added."""
         return torch.promote_types(self.dtype, torch.float32) if self.dtype.itemsize > 1 else torch.float32
 
@@ -101,7 +101,7 @@ class Planned:
         if not rows.is_floating_point():
             return rows
         if self.updates:
-            rows = rows.to(self.wide)
+            rows = rows.to(self.compute_dtype)
             left, right = self._factors
             matrix, left = rows.view(*rows.shape[: left.dim() - 1], -1), left[first:last]
             matrix.addmm_(left, right) if right.dim() == 2 else matrix.baddbmm_(left, right[first:last])
@@ -192,8 +192,8 @@ def _laid_out(link: Link, layer: str, shape: tuple[int, ...], is_conv1d: bool) -
         UserError: for factors of other sizes.
     """
     lora_A, lora_B = link.factors[layer]
-    wide = torch.promote_types(lora_A.dtype, torch.float32)
-    update = Update(link.index, layer, lora_B.to(wide) * link.scaling, lora_A.to(wide).contiguous())
+    dtype = torch.promote_types(lora_A.dtype, torch.float32)
+    update = Update(link.index, layer, lora_B.to(dtype) * link.scaling, lora_A.to(dtype).contiguous())
     n_out, n_in = lora_B.shape[-2], lora_A.shape[-1]
     if lora_A.dim() > 2 and n_out == n_in:
         raise CannotStream(f"base: the shape of the experts {layer!r} does not show which side is their input")
@@ -211,7 +211,8 @@ def weight_norms(plan: Plan) -> dict[str, float]:
     for planned in plan.tensors.values():
         for update in planned.updates[:1]:
             parts = (
-                torch.linalg.vector_norm(planned.start.rows(*rows), dtype=planned.wide) for rows in chunks(planned.start.shape)
+                torch.linalg.vector_norm(planned.start.rows(*rows), dtype=planned.compute_dtype)
+                for rows in chunks(planned.start.shape)
             )
             norms[update.layer] = float(torch.stack(list(parts)).norm())
     return norms
