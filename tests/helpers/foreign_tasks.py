@@ -3,7 +3,6 @@
 ``foreign_tasks.py FOLDER`` is started as torchrun does; the processes train it, and leave their weights there.
 """
 
-import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cola_lightning import EpochDataModule, LastCheckpoint
+from cola_lightning import COLAModule, EpochDataModule, LastCheckpoint
 from tests.helpers.resuming import Stopped
 from tests.helpers.toy import Watch, trainer, weights
 
@@ -19,14 +18,19 @@ ROOT = Path(__file__).parents[2]
 
 
 def segmentation():
-    """The example of docs/python.md, without a download."""
-    pytest.importorskip("torchgeo", reason="needs pip install torchgeo")
-    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
-    (code,) = (block for block in blocks if "torchgeo" in block)
-    names = {"__name__": __name__}
-    exec(code.replace("weights=True", "weights=None"), names)
-    globals()["Segmentation"] = names["Segmentation"]  # so that a checkpoint's class is found
-    return names["module"]
+    """A task of torchgeo as docs/python.md says, without a download."""
+    task = pytest.importorskip("torchgeo.trainers", reason="needs pip install torchgeo").SemanticSegmentationTask
+
+    class Segmentation(task, COLAModule):
+        __init__ = COLAModule.__init__
+
+        def build_model(self):
+            return self.adopt(task("unet", "resnet18", num_classes=3)).model
+
+    Segmentation.__qualname__ = "Segmentation"
+    globals()["Segmentation"] = Segmentation  # so that a checkpoint's class is found
+    trained = {"target_modules": r"encoder\.layer.*conv\d", "modules_to_save": ["decoder", "segmentation_head"]}
+    return Segmentation(**trained, rank=4, alpha=8, seed=0)
 
 
 class Pictures(EpochDataModule):
