@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-FACTORS = (0.5, 0.75, 1.25)  # that are tried for each stage, besides 1
+FACTORS = (0.5, 0.75, 1.25)  # that are tried for each stage; 1 is what was best before it
 
 Scale = Mapping[str, float]  # the factor of each stage's updates
 
@@ -25,11 +25,11 @@ def fit_scales(stages: Sequence[str], losses_of: Callable[[str, Sequence[Scale]]
         {'sft': 1.0, 'dpo': 0.75}
     """
     scale: Scale = dict.fromkeys(stages, 1.0)
-    before: Sequence[float] = ()
+    before, best = list[float](), float("inf")
     for stage in stages:
-        tried = [{**scale, stage: factor} for factor in (1.0, *FACTORS)]
+        tried = [{**scale, stage: factor} for factor in (FACTORS if before else (1.0, *FACTORS))]
         losses = losses_of(stage, tried)
-        before = before or losses[0]
+        before = before or list(losses[0])
         means = [statistics.fmean(loss / first for loss, first in zip(some, before, strict=True)) for some in losses]
-        scale = tried[means.index(min(means))]
+        best, scale = min([(best, scale), *zip(means, tried, strict=True)], key=lambda pair: pair[0])
     return scale
