@@ -169,9 +169,9 @@ def sentences() -> Iterator[tuple[str, str, Sequence[str]]]:
     yield "docs/speed.md", words, [wide[4], wide[2], wide[5], wide[3]]
 
     merged = {row[0]: row for row in of(merges, merges.rows)()}
-    words = "takes {} of the CPU time of peft's `merge_and_unload` twice, and {} GiB above the imports where peft needs {} GiB."
+    words = "takes {} of the time of peft's `merge_and_unload` twice, and {} GiB above the imports where peft needs {} GiB."
     words += " `cola verify` takes {} of that time"
-    numbers = [merged["export"][2], merged["export"][3], merged["peft"][3], merged["verify"][2]]
+    numbers = [merged["export"][2], merged["export"][4], merged["peft"][4], merged["verify"][2]]
     yield "docs/elsewhere.md", words, numbers
 
     errors = {line["mode"]: f"{100 * line['error']:.2g} %" for line in Lines(bases.FILE).results if "mode" in line}
