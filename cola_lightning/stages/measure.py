@@ -73,7 +73,7 @@ class RowCollector(Callback):
 class Measurer:
     """Measures states of a checkpoint's model on the data of several stages.
 
-    Stages with one class of module and equal options share a model. Their links are those of the last stage.
+    Stages with one class of module, equal options and one chat template share a model. Their links are those of the last stage.
 
     Args:
         configs: the complete configuration of each stage's fit, by its name, in order.
@@ -91,14 +91,15 @@ class Measurer:
         for name, config in configs.items():
             own, theirs = config["model"]["init_args"], last["model"]["init_args"]
             init_args = own | {name: theirs[name] for name in of_links & own.keys() & theirs.keys()}
-            init_args |= {"init_chain": None, "init_links": None, "init_knot": "cola"}
+            init_args |= {"init_chain": None, "init_links": None, "init_continues": [], "init_knot": "cola"}
             self.references[name] = init_args.get("reference", "start")
             if "reference" in init_args:  # which rows without these links do not have: they are their own reference
                 init_args["reference"] = "start"
             trainer = {name: (last if name in OF_FIT else config)["trainer"][name] for name in config["trainer"]}
             shared = {"model": config["model"] | {"init_args": init_args}, "trainer": trainer | {"logger": False}}
             ours = {**config, **shared} | {"ckpt_path": str(checkpoint)}
-            self.groups.setdefault(json.dumps(shared), {})[name] = ours
+            template = (config["data"].get("init_args") or {}).get("chat_template")  # which changes the model's tokenizer
+            self.groups.setdefault(json.dumps([shared, template]), {})[name] = ours
         self.made: dict[str, dict[str, MadeRun]] = {}
 
     def measure(self, command: str, states: Mapping[str, Scale]) -> dict[str, list[Row]]:
@@ -146,6 +147,7 @@ class Measurer:
                     is_start = reference in ("start", "link")
                     collector.first_link = names.index(name) if is_start else number_of_links(reference, names)
                     first.model.expect_state(first.opened.state, links=n_links, scale=scale)
+                    first.model.trained_template = None  # of the last stage's data: each stage's names its own
                     try:
                         with in_silence():
                             data = made[name].datamodule

@@ -237,7 +237,8 @@ class Stages:
         log.info("written: %s", self.folder / "matrix.csv")
         if self.options.fit_scales and is_finished:
             self._fit_scales(tests)
-        worse = [column for column in matrix.columns if column.forgetting.value > self.options.max_forgetting]
+        limit = self.options.max_forgetting
+        worse = [column for column in matrix.columns if limit < math.inf and not column.forgetting.value <= limit]  # also NaN
         for column in worse:
             what = column.task, column.forgetting.value, column.metric
             log.error("max_forgetting: %s is worse by %.4g in %s than at its best", *what)

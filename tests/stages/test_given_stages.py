@@ -1,6 +1,7 @@
 """``cola stages`` with adapters that were trained elsewhere: their stages are measured as those that it trains."""
 
 import contextlib
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cola_lightning import TextDataModule
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
+from cola_lightning.stages.matrix import Column, Difference
 from tests.helpers import tiny
 from tests.helpers.toy import read_csv
 
@@ -55,16 +57,19 @@ def folder(tmp_path_factory):
 def stages(config, *words):
     base = {"init_args": {"model_name": "base", "target_modules": ["q_proj", "v_proj", "up_proj"], "rank": 2, "alpha": 4}}
     trainer = {"max_steps": 3, "accelerator": "cpu", "enable_progress_bar": False}
-    given = {name: part | {"data": {"init_args": {"source": f"rows-{name}"}}} for name, part in config.items()}
+    given = {
+        name: part | {"data": {"init_args": {"source": f"rows-{name}"} | part.get("data", {}).get("init_args", {})}}
+        for name, part in config.items()
+    }
     whole = {"seed_everything": 0, "model": base, "data": {"init_args": SIZES}, "trainer": trainer, "stages": given}
     Path("stages.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
     return main(["stages", "--config", "stages.yaml", "--output", "out", *words])
 
 
 @torch.no_grad()
-def loss(model, name):
+def loss(model, name, **options):
     """The mean loss over the tokens of a task's test rows, by transformers alone."""
-    data = TextDataModule(f"rows-{name}", **SIZES)
+    data = TextDataModule(f"rows-{name}", **SIZES, **options)
     tokenizer = AutoTokenizer.from_pretrained("base")
     tokenizer.pad_token = tokenizer.eos_token
     tiny.set_up(data, tokenizer, "test")
@@ -121,3 +126,36 @@ def test_the_last_stage_may_be_given_and_may_continue_the_one_before(folder, mon
     assert_matrix({"base": load(), "sft": merge("sft"), "dpo": merge("went-on")})
     assert stages({"sft": {"adapter": "nosuch"}}) == 2
     assert "error: stages.sft: adapter: " in capfd.readouterr().err
+
+
+def test_a_stage_is_measured_with_its_own_chat_template_and_not_with_that_of_another(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "sft", "dpo"):
+        Path(name).symlink_to(folder / name)
+    templates = {"sft": None, "dpo": "ask.jinja"}
+    Path("ask.jinja").write_text("{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}")
+    for name in templates:
+        tiny.write_rows(
+            Path(f"rows-{name}"), [{"prompt": f"{name} {k}?", "response": f"{k} {name}"} for k in range(12)], ["train"]
+        )
+    config = {name: {"adapter": name, "data": {"init_args": {"chat_template": one}}} for name, one in templates.items()}
+    for order in (config, dict(reversed(config.items()))):
+        assert stages(order) == 0
+        rows, base = read_csv("out/matrix.csv"), load()
+        for name, template in templates.items():
+            assert float(rows[0][f"{name} loss"]) == pytest.approx(loss(base, name, chat_template=template), abs=1e-5)
+
+
+def test_a_first_stage_on_an_adapter_that_went_on_is_measured_and_nan_is_no_pass(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for path in folder.iterdir():
+        Path(path.name).symlink_to(path)
+    Path("out").unlink(missing_ok=True)
+    trained(trained(load(), "a", 0, r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]), "b", 2)
+    config = {"new": {"model": {"init_args": {"init_chain": ["a=a", "b=b"], "init_continues": ["b"]}}}}
+    assert stages(config, "--max_forgetting", "99") == 0
+    rows = read_csv("out/matrix.csv")
+    assert [row["links"] for row in rows] == ["0", "3"]
+    assert float(rows[0]["new loss"]) == pytest.approx(loss(load(), "new"), abs=1e-5)
+    monkeypatch.setattr(Column, "forgetting", Difference(math.nan))
+    assert [stages(config), stages(config, "--max_forgetting", "99")] == [0, 3]
