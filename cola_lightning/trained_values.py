@@ -108,7 +108,7 @@ class TrainedValues:
         """CPU copies of the :meth:`recorded` values.
 
         Args:
-            before: earlier copies. Those that are still right are returned, so that a checkpoint stores them once.
+            before: earlier copies. A value that has not changed since is that copy again, so a checkpoint stores it once.
         """
         values = {name: layout.gather(value) for name, value in self.recorded().items()}
         unchanged = (name for name in values.keys() & before.keys() if torch.equal(_bits(values[name]), _bits(before[name])))

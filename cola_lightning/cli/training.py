@@ -260,7 +260,7 @@ class COLACLI(LightningCLI):
                 different = different or f" {checkpoints[folder]}, the newest, differs in {option}"
             elif option is None and "last" in theirs and not {"verbose", "return_predictions"} & theirs.keys():  # of a fit
                 log.warning("ckpt_path: the newer run %s has no checkpoint", folder)
-        raise UserError(f"ckpt_path: no run here with this one's options of model, data and chain has a checkpoint.{different}")
+        raise UserError(f"ckpt_path: no run here with the same options of model, data and chain has a checkpoint.{different}")
 
     def _check_links(self) -> None:
         """Passes the ``links`` of ``init_chain`` on to the module, and refuses those of a fit that resumes.

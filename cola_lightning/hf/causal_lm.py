@@ -86,18 +86,16 @@ class COLACausalLM(TransformersModule):
     ) -> None:
         super().__init__(model_name, **pretrained)
         self.chunked_loss, self.generate_in_validation = chunked_loss, generate_in_validation
-        self._is_checked = False  # whether the base is known to be a decoder
 
     @override
     def build_model(self) -> nn.Module:
         model: Any = super().build_model()
-        if not self._is_checked:
+        if self.run.made is None:  # else it is a rebuild of one that was checked
             check_decoder(model)
             if getattr(model.config.get_text_config(), "output_router_logits", False):
                 log.warning(
                     "model: the loss of its routers (output_router_logits) is not added, because links do not train them"
                 )
-        self._is_checked = True
         return cast(nn.Module, model)
 
     @override

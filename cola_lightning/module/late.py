@@ -181,10 +181,10 @@ class LateModel(LightningModule):
         adapted.cast(torch.get_default_dtype())  # now: Lightning casts only after a checkpoint's values are loaded
         adapted.trained.record_initial()
         adapted.chain.base = replace(adapted.chain.base, labels=self.labels_of_base)
-        is_rest = False
+        has_rest = False
         if (chain := run.first_chain) is not None:
-            is_rest = run.start.knot != "cola" and len(chain) > 0
-            if is_rest and run.size_of(len(chain)) != (last := (chain[-1].rank, chain[-1].alpha)):
+            has_rest = run.start.knot != "cola" and len(chain) > 0
+            if has_rest and run.size_of(len(chain)) != (last := (chain[-1].rank, chain[-1].alpha)):
                 rank, alpha = run.size_of(len(chain))
                 raise UserError(
                     f"model.init_knot: with {run.start.knot}, the rank and alpha must be those of the last link of "
@@ -192,7 +192,7 @@ class LateModel(LightningModule):
                 )
             adapted.start_from(chain, run.start.knot)
             run.first_link = len(chain)
-        if adapted.layers and not is_rest:
+        if adapted.layers and not has_rest:
             adapted.begin_link(*run.size_of(adapted.n_finished))
         if self.activation_checkpointing:
             self.checkpoint_activations()

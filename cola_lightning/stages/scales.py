@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-FACTORS = (0.5, 0.75, 1.25)  # that are tried for each stage; 1 is what was best before it
+FACTORS = (0.5, 0.75, 1.25)  # that are tried for each stage; the first stage also tries 1
 
 Scale = Mapping[str, float]  # the factor of each stage's updates
 

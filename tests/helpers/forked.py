@@ -168,9 +168,15 @@ def as_torchrun(n):
 
 def as_srun(n, n_nodes=1):
     """The environments in which Lightning sees SLURM's srun, with as many processes on each node."""
-    shared = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "tests", "SLURM_NTASKS": str(n), "SLURM_NNODES": str(n_nodes)}
-    address = {name: environments(1)[0][name] for name in ("MASTER_ADDR", "MASTER_PORT")}
     n_local = n // n_nodes
-    shared["SLURM_NTASKS_PER_NODE"] = str(n_local)
+    job = {
+        "SLURM_JOB_ID": 7,
+        "SLURM_JOB_NAME": "tests",
+        "SLURM_NTASKS": n,
+        "SLURM_NTASKS_PER_NODE": n_local,
+        "SLURM_NNODES": n_nodes,
+    }
+    address = {name: environments(1)[0][name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+    shared = address | {name: str(value) for name, value in job.items()}
     places = [{"PROCID": rank, "LOCALID": rank % n_local, "NODEID": rank // n_local} for rank in range(n)]
-    return [os.environ | shared | address | {f"SLURM_{name}": str(k) for name, k in place.items()} for place in places]
+    return [os.environ | shared | {f"SLURM_{name}": str(k) for name, k in place.items()} for place in places]

@@ -440,8 +440,16 @@ def test_stages_that_were_killed_leave_what_others_do(trained, whole, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launch", "n_nodes"), [(forked.as_torchrun, 1), (forked.as_srun, 1), (forked.as_srun, 2)])
-def test_two_processes_leave_the_matrix_of_one(config, launch, n_nodes):
+@pytest.mark.parametrize(
+    ("launch", "nodes"),
+    [
+        (forked.as_torchrun, []),
+        (forked.as_srun, []),
+        (functools.partial(forked.as_srun, n_nodes=2), ["--trainer.num_nodes", "2", "--trainer.devices", "1"]),
+    ],
+    ids=["torchrun", "srun", "srun on two nodes"],
+)
+def test_two_processes_leave_the_matrix_of_one(config, launch, nodes):
     """With batches of half the size, started by torchrun or as srun does, killed and started again, and by Lightning."""
     config["stages"] = {name: config["stages"][name] for name in ("good", "pairs")}
     config["stages"]["again"] = {}
@@ -455,10 +463,8 @@ def test_two_processes_leave_the_matrix_of_one(config, launch, n_nodes):
         words = ["stages", "--config", "stages.yaml", "--output", output, "--replay", "0.25", "--", "--trainer.strategy", "ddp"]
         return ["-m", "cola_lightning", *words, "--trainer.devices", "2", "--data.batch_size", "2"]
 
-    nodes = ["--trainer.num_nodes", "2", "--trainer.devices", "1"] if n_nodes == 2 else []
-
     for statuses in ({-9, 1}, {0}):
-        commands = [forked.Command(*two("two"), *nodes, env=one) for one in launch(2, **({"n_nodes": 2} if nodes else {}))]
+        commands = [forked.Command(*two("two"), *nodes, env=one) for one in launch(2)]
         done = [command.finish() for command in commands]
         assert {one.returncode for one in done} <= statuses | {-6}, done[0].stderr
     assert "stage good (1 of 3): finished" in done[0].stdout
