@@ -314,9 +314,7 @@ def stage_configs(options: StagesOptions, fit_words: Sequence[str]) -> tuple[dic
         with _of_stage(name):
             adapters[name] = {key: given.pop(key) for key in ("adapter", "continues") if key in given}
             if adapters[name].get("continues") and options.fit_scales:
-                raise UserError(
-                    "--fit_scales needs a new adapter in each stage, and this one continues that of the stage before it"
-                )
+                raise UserError("--fit_scales needs a new adapter in each stage, and this stage continues an earlier one")
             texts = [yaml.safe_dump(part, default_flow_style=True, width=sys.maxsize) for part in (base, given)]
             config = resolve([*(word for text in texts for word in ("--config", text)), *fit_words])
             model_given = (given.get("model") or {}).get("init_args") or {}

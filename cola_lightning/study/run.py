@@ -122,7 +122,4 @@ def _check_measurable(trainer: Trainer) -> None:
     if not sum(trainer.num_val_batches) or trainer.limit_test_batches == 0 or not getattr(data, "can_be_tested", True):
         raise UserError("data: methods are compared by validation and test rows, of which one is missing. Set data.test_size.")
     if (steps := trainer.estimated_stepping_batches) < trainer.max_steps:
-        raise UserError(
-            f"trainer.max_steps: must be at most {steps}, got {trainer.max_steps}. trainer.max_epochs ends a run there, but "
-            "methods divide it into links by max_steps"
-        )
+        raise UserError(f"trainer.max_steps: must be at most {steps}, where max_epochs ends the run, got {trainer.max_steps}")
