@@ -127,11 +127,6 @@ class AdaptedModel:
         return len(self.chain)
 
     @property
-    def has_update(self) -> bool:
-        """Whether the current link changes the model: it has been trained, or a knot left it a rest of the link before it."""
-        return any(bool(layer.lora_A.any() and layer.lora_B.any()) for layer in self.layers.values())
-
-    @property
     def cast_dtype(self) -> torch.dtype:
         """The dtype to which a precision has cast the model, except weights that links are merged into; float32: to none."""
         layers = self.layers.values()

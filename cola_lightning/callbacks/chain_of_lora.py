@@ -167,7 +167,7 @@ class ChainOfLoRA(Callback):
     def _report(self, link: Link, trainer: Trainer, what: str) -> None:
         if not trainer.is_global_zero:
             return
-        norm, base = link.whole().norm(), math.hypot(*self.module.chain.base.weight_norms.values())
+        norm, base = link.at_end().norm(), math.hypot(*self.module.chain.base.weight_norms.values())
         metrics = _of_validation(link.metrics)
         log.info(
             "link %d %s: steps %d to %d, rank %d, update norm %.4g (%.2g of the base's)%s",

@@ -88,7 +88,7 @@ class Link:
         """Whether its knot only recorded it, so that it adds nothing to a layer: the next link contains it."""
         return self.share == 0
 
-    def whole(self) -> "Link":
+    def at_end(self) -> "Link":
         """The link with all of its B A, as the model had it at its end, whatever share of it the knot merged."""
         return replace(self, share=1.0)
 
@@ -214,7 +214,7 @@ class Chain:
             UserError: if n is negative or the chain has fewer links, or no such stage.
         """
         links = self.links[: number_of_links(n, [link.name for link in self.links])]
-        return Chain([*links[:-1], *(link.whole() for link in links[-1:])], self.base)
+        return Chain([*links[:-1], *(link.at_end() for link in links[-1:])], self.base)
 
     def scaled(self, scale: Mapping[int | str, float]) -> "Chain":
         """A chain of the same links, with their updates multiplied by factors. A factor of 0 leaves a link out.
@@ -245,7 +245,7 @@ class Chain:
         for link, factor, after in zip(self.links, each, [*each[1:], 1.0], strict=False):
             is_scaled |= factor != 1
             if link.is_record and factor != after:  # the next link's change is its difference to this one
-                link, factor = link.whole(), factor - after
+                link, factor = link.at_end(), factor - after
             if factor != 0:
                 metrics = {} if is_scaled else link.metrics
                 links.append(replace(link, alpha=factor * link.alpha, index=len(links), metrics=metrics))

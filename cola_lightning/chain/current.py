@@ -33,7 +33,7 @@ class CurrentLink:
         return self.rank, self.alpha
 
     def begin(self, rank: int, alpha: float) -> None:
-        """Begins the next link where training is now, or the same one again if no step has been taken since its beginning."""
-        if self.is_trained or self.end.global_step != self.start.global_step:
+        """Begins the next link where training is now, or the same one again if it was not trained."""
+        if self.is_trained:
             self.metrics = {}
         self.rank, self.alpha, self.start, self.is_trained = rank, alpha, self.end, False

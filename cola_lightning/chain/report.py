@@ -93,7 +93,7 @@ def report(chain: Chain) -> list[LinkReport]:
     """
     reports, rank = list[LinkReport](), 0
     for link in chain.links:
-        reports.append(_report_link(link.whole(), rank + link.rank, chain.base.weight_norms))
+        reports.append(_report_link(link.at_end(), rank + link.rank, chain.base.weight_norms))
         rank += 0 if link.is_record else link.rank
     return reports
 
@@ -141,9 +141,9 @@ def overlaps(chain: Chain) -> list[Overlap]:
     for before, link in zip([None, *chain.links], chain.links, strict=False):
         of_stage = updates.setdefault(link.name or "", {})
         for name, (lora_A, lora_B) in link.factors.items():
-            of_stage.setdefault(name, []).append((lora_A, lora_B, link.whole().scaling))
+            of_stage.setdefault(name, []).append((lora_A, lora_B, link.at_end().scaling))
             if before is not None and before.is_record and before.name != link.name and name in before.factors:
-                of_stage[name].append((*before.factors[name], -before.whole().scaling))
+                of_stage[name].append((*before.factors[name], -before.at_end().scaling))
     found = []
     for (first, mine), (second, theirs) in itertools.combinations(updates.items(), 2):
         if both := [name for name in mine if name in theirs and mine[name][0][0].dim() == 2]:

@@ -145,7 +145,7 @@ class ChainSchedule:
             ("name", self.name is None or is_stage_name(self.name), f"a text other than a number, {', '.join(RESERVED)}"),
             ("ranks", all(map(is_rank, self.ranks or ())), "whole numbers from 1"),
             ("alphas", all(0 < alpha < math.inf for alpha in self.alphas or ()), "positive"),
-            *((name, not (self.goes_on and getattr(self, name)), f"null with chain.knot {self.knot}") for name in SIZES),
+            *((name, not (self.continues_link and getattr(self, name)), f"null with chain.knot {self.knot}") for name in SIZES),
         ):
             if not is_valid:
                 raise UserError(f"chain.{name}: must be {valid}, got {getattr(self, name)}")
@@ -160,7 +160,7 @@ class ChainSchedule:
         return self.patience is not None
 
     @property
-    def goes_on(self) -> bool:
+    def continues_link(self) -> bool:
         """Whether A, the optimizer and its learning-rate schedule go on over the knots."""
         return self.knot != "cola"
 

@@ -66,7 +66,7 @@ def join(chains: Sequence[tuple[Source, Chain]], continues: Collection[str] = ()
     for source, chain in chains:
         mine = [link if source.name is None else replace(link, name=source.name) for link in chain.links]
         pairs = zip(links, mine, strict=False)
-        same = [ours.whole().is_same_update(theirs.whole()) for ours, theirs in pairs]
+        same = [ours.at_end().is_same_update(theirs.at_end()) for ours, theirs in pairs]
         n_shared = (*same, False).index(False)
         if 0 < n_shared < min(len(links), len(mine)):
             raise UserError(f"{field}: {source.path!r} and what is before it have the same {n_shared} links, and then others")

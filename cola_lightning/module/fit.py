@@ -207,7 +207,7 @@ class FitCallback(Callback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._check_loss(trainer)
-        self.run.current.is_trained = True
+        self.run.note_step()  # whose optimizer it may not be
         step = f"step {trainer.global_step} (epoch {trainer.current_epoch}), in link {self.run.adapted.n_finished}"
         loss = self.run.step_loss.finish(optimizer, trainer.accumulate_grad_batches, step)
         if loss is not None:

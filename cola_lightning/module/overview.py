@@ -66,7 +66,7 @@ def describe_knots(run: Run) -> str:
 
 def warn_of_schedulers(trainer: Trainer, run: Run) -> None:
     """Warns of each learning-rate scheduler of the user's that would not end with the link it is made for."""
-    if run.length is None or not run.schedule.has_knots or run.schedule.goes_on:
+    if run.length is None or not run.schedule.has_knots or run.schedule.continues_link:
         return
     steps = run.steps_in(run.length)
     for config in trainer.lr_scheduler_configs:

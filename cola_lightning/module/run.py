@@ -279,12 +279,12 @@ class Run:
         """Begins the links of a fit that resumes no checkpoint; its model is made."""
         if not self.is_continued:
             self.first_link = self.adapted.n_finished
-        if self.is_at_knot:
+        if not self.current.is_trained:
             self.current.name = self.schedule.name or self.current.name
 
     def finish_first_link(self) -> None:
         """Finishes the link that was trained before a new run, so that the run begins from the model as it is now."""
-        if not (self.is_continued or self.is_at_knot):
+        if self.current.is_trained and not self.is_continued:
             log.info("the current link is finished, because the model as it is now is the reference")
             self.tie_knot()
             self.first_link = self.adapted.n_finished
@@ -292,16 +292,6 @@ class Run:
     def count_from(self, position: FitPosition) -> None:
         """Counts the current link's steps and epochs from this position."""
         self.current.start = self.current.end = position
-
-    @property
-    def is_at_knot(self) -> bool:
-        """Whether the current link is as the last knot left it, so that the model is that of the finished links.
-
-        If the knot left a rest of the last link in B, that rest is no sign of training.
-        """
-        links = self.adapted.chain.links
-        has_rest = bool(links) and links[-1].share < 1
-        return not (self.current.is_trained if has_rest else self.adapted.has_update)
 
     def known_length(self) -> RunLength | None:
         """The length of the fit; None if there is none, or its data is not set up.
@@ -328,6 +318,10 @@ class Run:
         """The rank and alpha that the schedule has for a link, by its index."""
         return self.schedule.rank_and_alpha(link, self.config)
 
+    def note_step(self) -> None:
+        """Notes that the current link has been trained."""
+        self.current.is_trained = True
+
     def note_progress(self) -> None:
         """Notes in the current link how far it has come, and the metrics that a fit has logged for it."""
         self.current.end = self.position
@@ -348,7 +342,7 @@ class Run:
         self.step_loss.check()  # before the link is recorded
         check_no_averaging(self.module)
         schedule, adapted = self.schedule, self.adapted
-        planned = self.current.size if schedule.goes_on else self.size_of(adapted.n_finished + 1)
+        planned = self.current.size if schedule.continues_link else self.size_of(adapted.n_finished + 1)
         rank, alpha = planned[0] if rank is None else rank, planned[1] if alpha is None else alpha
         following = adapted.checked_link(rank, alpha, schedule.knot)
         self.is_tying_knot = True
@@ -360,10 +354,16 @@ class Run:
         self.is_tying_knot = False  # not in a finally: after a knot that failed halfway nothing may be written
         return link
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the current link adds nothing: it was not trained, and no knot left it a rest of the link before it."""
+        links = self.adapted.chain.links
+        return not self.current.is_trained and (not links or links[-1].share == 1)
+
     def restart_link(self, rank: int | None = None, alpha: float | None = None) -> None:
         """Starts the current link again, before its first step, see :meth:`COLAModule.restart_link`."""
-        if self.adapted.has_update:
-            raise UserError("restart_link: the current link has been trained. Tie a knot to begin another one")
+        if not self.is_fresh:
+            raise UserError("restart_link: the current link adds to the model already. Tie a knot to begin another one")
         old_rank, old_alpha = self.current.size
         self.adapted.begin_link(old_rank if rank is None else rank, old_alpha if alpha is None else alpha)
         self.renew()
@@ -376,7 +376,7 @@ class Run:
         adapted, schedule = self.adapted, self.schedule
         is_requested = schedule.ranks or schedule.alphas or not adapted.n_finished
         planned = self.size_of(adapted.n_finished)
-        if adapted.layers and is_requested and self.current.size != planned and not adapted.has_update:
+        if adapted.layers and is_requested and self.current.size != planned and self.is_fresh:
             adapted.begin_link(*planned)
 
     # ------------------------------------------------------------------ the current link's optimization
@@ -395,6 +395,7 @@ class Run:
         # Torch's GradScaler has a fused optimizer unscale the gradients in its step, and Lightning then refuses to clip them
         # (16-mixed). Without this mark they are unscaled before, as for any other optimizer.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer.register_step_post_hook(lambda *_: self.note_step())  # also in a loop without a Trainer
         self._optimizer, self._scheduler, self._horizon = optimizer, None, None
         for group in optimizer.param_groups:
             # numpy's numbers, of np.logspace for example, would make a checkpoint unreadable for torch.load(weights_only=True)
@@ -414,12 +415,12 @@ class Run:
 
     def _links(self) -> tuple[ChainSchedule, FitPosition]:
         """The links that have an optimizer each, and where the present one begins: one link, if it goes on over knots."""
-        return (ChainSchedule(), START) if self.schedule.goes_on else (self.schedule, self.current.start)
+        return (ChainSchedule(), START) if self.schedule.continues_link else (self.schedule, self.current.start)
 
     @property
     def _is_over_run(self) -> bool:
         """Whether one schedule of the learning rate lasts over the run."""
-        return self.config.schedule_scope == "run" or self.schedule.goes_on
+        return self.config.schedule_scope == "run" or self.schedule.continues_link
 
     def steps_in(self, length: RunLength) -> float:
         """Optimizer steps of the present optimizer in a fit of this length: the link's or, if it goes on, the run's."""
@@ -513,7 +514,7 @@ class Run:
         Raises:
             UserError: if a subclass' ``configure_optimizers`` returns the same optimizer again.
         """
-        if self.schedule.goes_on:
+        if self.schedule.continues_link:
             return
         is_fitting = (trainer := fitting_trainer(self.module)) is not None
         trainer = trainer or self.trainer  # also in a validation of the fit

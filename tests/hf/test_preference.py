@@ -229,6 +229,7 @@ def test_a_loaded_model_is_the_start_of_the_next_run(tmp_path):
     """As with init_chain: its current link is finished, and a new one begins."""
     sft = tiny.with_live_link(tiny.causal_lm(tmp_path))
     sft.run.current.name = "sft"
+    sft.run.note_step()
     module = COLAPreferenceLM.load_from_checkpoint(saved(sft, tmp_path))
     first = first_losses(module, tmp_path, chain={"name": "dpo"})
     assert first[0] == pytest.approx(LOG_2, abs=1e-6) != pytest.approx(first[1], abs=1e-6)

@@ -19,6 +19,7 @@ from cola_lightning import COLACausalLM, COLAModule, UserError
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import AdapterBase, concatenate, write_adapter
+from cola_lightning.chain.schedule import ChainSchedule
 from cola_lightning.cli import main
 from tests.helpers import tiny
 from tests.helpers.resuming import Data
@@ -294,7 +295,7 @@ def test_a_stage_begins_with_a_knot_and_resumes(tmp_path, finished_links, knot):
     begun.configure_model()
     assert_near(begun(x), first(x), 1e-6)
     assert [link.share for link in begun.chain.links] == [1.0, 1.0 - (KEPT[knot] or 0.0)]
-    assert begun.run.is_at_knot
+    assert not begun.run.current.is_trained
     for name, layer in begun.adapted.layers.items():
         lora_A, lora_B = live.factors[name]
         assert torch.equal(layer.lora_A, lora_A) is (knot != "cola")
@@ -303,7 +304,7 @@ def test_a_stage_begins_with_a_knot_and_resumes(tmp_path, finished_links, knot):
     inside = {"at": [4], "name": "dpo", "knot": "record"}
     second = fit(tmp_path / "dpo", make(**options), 8, **inside)
     assert second.link_names == ["sft", "sft", "dpo", "dpo"]
-    assert not second.run.is_at_knot
+    assert second.run.current.is_trained
     assert_bit_equal(weights(second.merged_model("sft")), weights(first.merged_model()))
     with second.at("sft") as model:
         assert_near(model(x), first(x), 1e-6)
@@ -314,6 +315,18 @@ def test_a_stage_begins_with_a_knot_and_resumes(tmp_path, finished_links, knot):
     for links in (2, 3):
         loaded = ValidatedToy.load_from_checkpoint(tmp_path / "dpo" / "8.ckpt", links=links)
         assert_bit_equal(weights(loaded.merged_model()), weights(second.merged_model(links)))
+
+
+def test_a_link_that_began_with_a_rest_is_not_begun_again(tmp_path):
+    fit(tmp_path, make(), 2)
+    begun, ((x, _),) = make(init_chain=str(tmp_path / "2.ckpt"), init_knot="half"), batches(1)
+    begun.configure_model()
+    before = begun(x)
+    with pytest.raises(UserError, match=r"^restart_link: "):
+        begun.restart_link(rank=1)
+    begun.run.schedule = ChainSchedule(ranks=[1])
+    begun.run.begin_as_scheduled()
+    assert torch.equal(begun(x), before)
 
 
 def test_another_rank_or_alpha_cannot_go_on(tmp_path):
