@@ -17,7 +17,7 @@ from cola_lightning.chain.names import matched
 from cola_lightning.errors import ExportError, one_line
 from cola_lightning.export.model import TrainedModel
 from cola_lightning.files.plan import make_plan
-from cola_lightning.files.stored import CannotStream, HeldTensor, ModelFolder
+from cola_lightning.files.stored import CannotStream, ModelFolder
 from cola_lightning.files.verify import verify
 from cola_lightning.merge import free
 
@@ -51,9 +51,8 @@ def prove_merged(model: TrainedModel, folder: Path) -> str:
     """
     base = model.adapted.merged_model(0, device="cpu", in_place=True, is_rounded=True)
     merged, values = ModelFolder.open(str(folder), "output"), base.state_dict()
-    held = {name: HeldTensor(value) for name, value in values.items()}
     try:
-        plan = make_plan(ModelFolder(folder, held, merged.config), model.chain)
+        plan = make_plan(ModelFolder(folder, values, merged.config), model.chain)
     except CannotStream as error:
         return f"its tensors were not compared: {error}"
     names = matched(values, merged.tensors)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cola_lightning.files.plan import Planned
-from cola_lightning.files.stored import HeldTensor, StoredTensor, chunks
+from cola_lightning.files.stored import StoredTensor, chunks, rows_of
 
 Kind = Literal["same bits", "rounding", "wrong"]
 STANDARD_ERRORS, SMALLEST = 6.0, 0.005  # how far an update's share may be from 1
@@ -45,7 +45,7 @@ class Finding:
     factors: list[float] = field(default_factory=list)
 
 
-def compare(name: str, planned: Planned, merged: StoredTensor | HeldTensor, through: torch.dtype | None = None) -> Finding:
+def compare(name: str, planned: Planned, merged: StoredTensor | Tensor, through: torch.dtype | None = None) -> Finding:
     """Compares a stored tensor with a planned one.
 
     Args:
@@ -60,7 +60,7 @@ def compare(name: str, planned: Planned, merged: StoredTensor | HeldTensor, thro
         return result
     dtype, along, squares = through or merged.dtype, torch.zeros(len(planned.updates), dtype=torch.float64), 0.0
     for first, last in chunks(merged.shape):
-        stored, fewest, nearest, differs = merged.rows(first, last), result.n + 1, torch.empty(0), torch.empty(0)
+        stored, fewest, nearest, differs = rows_of(merged, first, last), result.n + 1, torch.empty(0), torch.empty(0)
         if through is not None and not torch.equal(stored.to(through).to(stored.dtype), stored):
             result.kind = "wrong"
             return result
@@ -93,7 +93,7 @@ def _roundings(planned: Planned, first: int, last: int, dtype: torch.dtype) -> I
     """What tools make of some rows: all is added and rounded once; or each sum is rounded; or each update, too."""
     yield planned.merged(first, last, dtype)
     for rounds_updates in (False, True):
-        rows = planned.start.rows(first, last).to(dtype)
+        rows = rows_of(planned.start, first, last).to(dtype)
         for update in planned.updates:
             part = update.rows(first, last).view(rows.shape)
             rows = ((part.to(dtype).to(part.dtype) if rounds_updates else part) + rows.to(part.dtype)).to(dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cola_lightning.chain.chain import OUTSIDE, Chain, Link, is_of_experts
 from cola_lightning.chain.names import Names
 from cola_lightning.errors import UserError
-from cola_lightning.files.stored import CannotStream, HeldTensor, ModelFolder, StoredTensor, chunks
+from cola_lightning.files.stored import CannotStream, ModelFolder, StoredTensor, chunks, rows_of
 
 HEAD = "lm_head.weight"  # the name of an output layer that shares its weight with the embedding, and is in no file
 EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in)\.weight")
@@ -75,14 +75,14 @@ class Planned:
         updates: what the links add to it.
     """
 
-    start: StoredTensor | HeldTensor
-    base: StoredTensor | HeldTensor | None
+    start: StoredTensor | Tensor
+    base: StoredTensor | Tensor | None
     updates: tuple[Update, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
         """The base's dtype, or that of the value if the base has no such tensor."""
-        return (self.base or self.start).dtype
+        return (self.start if self.base is None else self.base).dtype
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -97,7 +97,7 @@ class Planned:
 
     def merged(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Some of its rows: all is added in float32 (float64 for a base in it), and rounded once."""
-        rows = self.start.rows(first, last)
+        rows = rows_of(self.start, first, last)
         if not rows.is_floating_point():
             return rows
         if self.updates:
@@ -157,7 +157,7 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
     since = dict[str, int]()
     for key, value in whole.items():
         name, before = planned_at(key)
-        planned[name] = replace(before, start=HeldTensor(value))
+        planned[name] = replace(before, start=value)
         since[name] = next(k for k in range(len(chain)) if all(_has(link, key, value) for link in chain.links[k:]))
     for layer in chain.layers:
         is_whole_name = any(is_of_experts(link.factors[layer][0]) for link in chain.links if layer in link.factors)
@@ -169,7 +169,7 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
         planned[name] = replace(before, updates=tuple(_laid_out(link, layer, before.start.shape, is_conv1d) for link in links))
     if embedding is not None and tied is not None and "LM" in str(folder.config.get("architectures")):
         new, head = planned[embedding].start, planned.setdefault(HEAD, Planned(tied, tied))
-        values = [start.value for start in (new, head.start) if isinstance(start, HeldTensor)]
+        values = [start for start in (new, head.start) if isinstance(start, Tensor)]
         is_one = head.start is new or (len(values) == 2 and torch.equal(*values))
         if is_one and not head.updates:
             del planned[HEAD]
@@ -211,7 +211,7 @@ def weight_norms(plan: Plan) -> dict[str, float]:
     for planned in plan.tensors.values():
         for update in planned.updates[:1]:
             parts = (
-                torch.linalg.vector_norm(planned.start.rows(*rows), dtype=planned.compute_dtype)
+                torch.linalg.vector_norm(rows_of(planned.start, *rows), dtype=planned.compute_dtype)
                 for rows in chunks(planned.start.shape)
             )
             norms[update.layer] = float(torch.stack(list(parts)).norm())

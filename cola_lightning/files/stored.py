@@ -3,6 +3,7 @@
 Files are read by ``read``, not mapped: mapped pages count as memory, and safetensors has no writer that streams.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +12,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cola_lightning.errors import UserError, nearest_path, one_line
@@ -47,43 +50,18 @@ class StoredTensor:
     start: int
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Some of its rows, along the first dimension; a number is one row."""
-        shape = (last - first, *self.shape[1:])
-        values = torch.empty(shape, dtype=self.dtype)
-        n_bytes = values.numel() * self.dtype.itemsize
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.start + first * n_bytes // max(1, last - first))
-            left = memoryview(bytes_of(values))
-            while left:
-                if not (n_read := file.readinto(left)):
-                    raise UserError(f"base: {str(self.file)!r} ends too early. Download or copy it again")
-                left = left[n_read:]
-        return values if self.shape else values[0]
+        """Some of its rows, along the first dimension."""
+        shape = (last - first, *self.shape[1:]) if self.shape else ()
+        n_bytes = prod(shape) * self.dtype.itemsize
+        values = np.fromfile(self.file, np.uint8, n_bytes, offset=self.start + first * n_bytes // max(1, last - first))
+        return torch.from_numpy(values).view(self.dtype).view(shape)
 
 
-@dataclass(frozen=True)
-class HeldTensor:
-    """A tensor in memory, which has what a stored one has.
-
-    Attributes:
-        value: its values.
-    """
-
-    value: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Its dtype."""
-        return self.value.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return tuple(self.value.shape)
-
-    def rows(self, first: int, last: int) -> Tensor:
-        """A copy of some of its rows, along the first dimension; a number is one row."""
-        return (self.value[first:last] if self.value.dim() else self.value).clone()
+def rows_of(tensor: StoredTensor | Tensor, first: int, last: int) -> Tensor:
+    """Some rows of a tensor in a file or in memory, as a copy; a number is one row."""
+    if isinstance(tensor, StoredTensor):
+        return tensor.rows(first, last)
+    return (tensor[first:last] if tensor.dim() else tensor).clone()
 
 
 def bytes_of(values: Tensor) -> Any:
@@ -111,7 +89,7 @@ class ModelFolder:
     """
 
     path: Path
-    tensors: Mapping[str, StoredTensor | HeldTensor]
+    tensors: Mapping[str, StoredTensor | Tensor]
     config: dict[str, Any]
     files: dict[str, str] = field(default_factory=dict)
 
@@ -170,24 +148,16 @@ def read_header(path: Path, field: str) -> dict[str, StoredTensor]:
 
     Raises:
         UserError: for a damaged file, or one that is too short.
-
-    Source: the format is described in the README of https://github.com/huggingface/safetensors.
     """
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            header = json.loads(file.read(length if length < size else 0))
-        header.pop("__metadata__", None)
-        begin, found = 8 + length, {}
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (start, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            if end - start != prod(shape) * dtype.itemsize or begin + end > size:
-                raise ValueError(f"{name} does not fit in the file")
-            found[name] = StoredTensor(path, dtype, shape, begin + start)
-        return found
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+        kinds = {name: (DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in slices.items()}
+    except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{field}: {str(path)!r} is damaged or incomplete ({one_line(str(error))})") from error
+    sizes = [prod(shape) * dtype.itemsize for dtype, shape in kinds.values()]  # without gaps, up to the end of the file
+    starts = itertools.accumulate(sizes, initial=path.stat().st_size - sum(sizes))
+    return {name: StoredTensor(path, *kind, start) for (name, kind), start in zip(kinds.items(), starts, strict=False)}
 
 
 def write_tensors(path: Path, sizes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], rows: Iterable[Tensor]) -> None:
@@ -197,6 +167,8 @@ def write_tensors(path: Path, sizes: Mapping[str, tuple[torch.dtype, tuple[int, 
         path: the file.
         sizes: dtype and shape of each tensor, in their order in the file.
         rows: their rows, in this order.
+
+    Source: the format is described in the README of https://github.com/huggingface/safetensors.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from cola_lightning.chain.names import matched
 from cola_lightning.chain.peft import value_of_layer
 from cola_lightning.files.compare import SMALLEST, Finding, compare
 from cola_lightning.files.plan import HEAD, Plan, Planned, Update
-from cola_lightning.files.stored import HeldTensor, ModelFolder, StoredTensor
+from cola_lightning.files.stored import ModelFolder, StoredTensor
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,7 +147,7 @@ def _is_other_base(findings: Sequence[Finding]) -> bool:
     return sum(finding.cause == OTHER for finding in findings) > len(findings) / 2
 
 
-def _is_embedding(plan: Plan, tensor: StoredTensor | HeldTensor) -> bool:
+def _is_embedding(plan: Plan, tensor: StoredTensor | Tensor) -> bool:
     """Whether a tensor is the embedding, to which an output layer was tied: some files store it a second time."""
     return plan.embedding is not None and compare(HEAD, plan.tensors[plan.embedding], tensor).kind != "wrong"
 
@@ -155,7 +156,7 @@ def _is_embedding(plan: Plan, tensor: StoredTensor | HeldTensor) -> bool:
 
 
 def _cause(
-    findings: Sequence[Finding], planned: Planned, merged: StoredTensor | HeldTensor, adapters: Mapping[int, Adapter]
+    findings: Sequence[Finding], planned: Planned, merged: StoredTensor | Tensor, adapters: Mapping[int, Adapter]
 ) -> str:
     """What most likely happened to the last tensor of these findings; the causes of those before are tried first."""
     found, likely = findings[-1], [finding.cause for finding in reversed(findings[:-1])]
@@ -191,7 +192,7 @@ def _causes(
             yield f"it was rounded to {smaller}".replace("torch.", ""), planned, smaller
 
 
-def _scales(planned: Planned, merged: StoredTensor | HeldTensor, found: Finding, adapters: Mapping[int, Adapter]) -> str:
+def _scales(planned: Planned, merged: StoredTensor | Tensor, found: Finding, adapters: Mapping[int, Adapter]) -> str:
     """How the updates were scaled, if other factors explain the tensor; empty if they do not."""
     factors = found.factors
     for _ in range(5):  # roundings hide some of an update, so that the first estimate may be off
