@@ -15,7 +15,8 @@ from cola_lightning.data.render import n_common
 from cola_lightning.data.rows import Row, without_null
 from cola_lightning.errors import UnusableRow
 
-ROLES = {"human": "user", "observation": "tool"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+ROLES = {"human": "user", "observation": "tool", "function": "tool"}
+ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 CALLS = ("function_call", "tool_call")  # roles of turns in which the assistant calls functions, as JSON
 LOSSES = ("weight", "train", "training")  # fields of a turn: 0 or false means no loss
 CONTENT_TEXTS = ("text", "value", "content")  # fields that may hold the text, in an item of a content that is a list
@@ -141,10 +142,14 @@ def _stored_turns(row: Row, field: str) -> Iterator[Message]:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str):
             raise UnusableRow("a turn without a role")
-        others = {name: value for name, value in turn.items() if name not in ("from", "value", *LOSSES)}
+        calls = turn.get("tool_calls", turn.get("function_call"))  # the latter as OpenAI's API had it
+        others = {name: value for name, value in turn.items() if name not in ("from", "value", "function_call", *LOSSES)}
         message = {**others, "role": ROLES.get(role, role), "content": _content(content)}
         if role in CALLS:
-            message |= {"role": "assistant", "content": None, "tool_calls": _calls(text_of(message["content"]))}
+            calls = _json(text_of(message["content"]), "function call")
+            message |= {"role": "assistant", "content": None}
+        if calls:
+            message["tool_calls"] = _calls(calls)
         yield message | {"train": all(turn.get(name, True) for name in LOSSES)}
 
 
@@ -163,16 +168,20 @@ def _content(content: Any) -> Any:
     return [{"type": "text", "text": text} for text in texts]
 
 
-def _calls(text: str) -> list[dict[str, Any]]:
-    """The function calls in a turn's text: JSON of one call or of a list, each with ``name`` and ``arguments``."""
-    found = _json(text, "function call")
-    calls = found if isinstance(found, list) else [found]
-    for call in calls:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+def _calls(found: Any) -> list[dict[str, Any]]:
+    """Function calls: one or a list, each with ``name`` and ``arguments``, or with these in ``function``.
+
+    Arguments that are JSON, as OpenAI's API has them, become an object: most templates write it as JSON themselves.
+    """
+    calls = list[dict[str, Any]]()
+    for call in found if isinstance(found, list) else [found]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UnusableRow("an unreadable function call")
-        if isinstance(call.get("arguments"), str):  # JSON in JSON
-            call["arguments"] = _json(call["arguments"], "function call")
-    return [{"type": "function", "function": call} for call in calls]
+        if isinstance(function.get("arguments"), str):
+            function = function | {"arguments": _json(function["arguments"], "function call")}
+        calls.append({"type": "function", **(call if "function" in call else {}), "function": function})
+    return calls
 
 
 def _tools(row: Row, columns: Columns) -> list[Any] | None:
@@ -219,7 +228,7 @@ def _answer(row: Row, columns: Columns) -> Message:
         raise UnusableRow("no response")
     if "tools" in columns and text.lstrip().startswith(("[", "{")):
         try:
-            return assistant_turn("") | {"tool_calls": _calls(text)}
+            return assistant_turn("") | {"tool_calls": _calls(_json(text, "function call"))}
         except UnusableRow:  # an answer that happens to be JSON
             pass
     return assistant_turn(text)

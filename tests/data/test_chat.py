@@ -255,14 +255,22 @@ CALLED = [
 ]
 
 
+def as_json(call):
+    """A call whose arguments are JSON, as OpenAI's API gives it."""
+    return {"id": "7", "type": "function", "function": call | {"arguments": json.dumps(call["arguments"])}}
+
+
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
-def test_tools_their_calls_and_thoughts_reach_the_template_without_nulls(tmp_path, tools):
+@pytest.mark.parametrize("calls", [[CALL, TIME], [as_json(one["function"]) for one in (CALL, TIME)]])
+def test_tools_their_calls_and_thoughts_reach_the_template_without_nulls(tmp_path, tools, calls):
     own = tiny.chat_tokenizer(ALL)
-    data = TextDataModule(tiny.write_rows(tmp_path, [{"messages": CALLED, "tools": tools}]))
+    rows = [{"messages": [CALLED[0], CALLED[1] | {"tool_calls": calls}, *CALLED[2:]], "tools": tools}]
+    data = TextDataModule(tiny.write_rows(tmp_path, rows))
     tiny.set_up(data, own, "test")
     first, call = "[tool]weather[user]Is it?</s>[assistant]", '(Hm.)weather{"city": "Oslo"}time{"zone": "CET"}</s>'
     assert pieces(own, list(data.test)) == [[first, call, "[tool]It is old.</s>[assistant]", "Old.</s>"]]
-    data = TextDataModule(tiny.write_rows(tmp_path, [{"messages": CALLED[:3], "tools": tools}]))
+    rows[0]["messages"].pop()
+    data = TextDataModule(tiny.write_rows(tmp_path, rows))
     (prompt,) = tiny.set_up(data, own, "predict").test
     assert own.decode(prompt.prompt_ids) == f"{first}{call}[tool]It is old.</s>[assistant]"
 

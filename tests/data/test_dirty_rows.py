@@ -82,9 +82,14 @@ def test_a_function_call_is_the_assistants_and_what_it_returns_the_tools():
     made = conversation(Row(row, "rows, row 1"), {"messages": "conversations", "tools": "tools"})
     assert [turn["role"] for turn in made.messages] == ["user", "assistant", "tool", "assistant"]
     assert (made.trained, made.tools) == ((1, 3), [{"name": "weather"}])
+    old = [("user", "Warm?"), ("assistant", None), ("function", "9"), ("assistant", "No.")]  # as OpenAI's API had it
+    turns_of_api = [{"role": role, "content": text, "function_call": None} for role, text in old]
+    turns_of_api[1]["function_call"] = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    of_api = conversation(Row({"messages": turns_of_api}, "rows, row 1"), {"messages": "messages"})
+    assert [turn["role"] for turn in of_api.messages] == ["user", "assistant", "tool", "assistant"]
     requested = Row({"query": "Warm?", "answers": f"[{call}]", "tools": "[]"}, "rows, row 1")
     asked = conversation(requested, {"prompt": "query", "response": "answers", "tools": "tools"})
-    for one in (made, asked):
+    for one in (made, of_api, asked):
         assert one.messages[1]["tool_calls"] == [{"type": "function", "function": json.loads(call)}]
 
 
