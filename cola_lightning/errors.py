@@ -78,7 +78,7 @@ def check_name(option: str, value: object, names: Iterable[str]) -> None:
 
 
 def nearest(word: str, names: Iterable[str], full_name: Callable[[str], str] = str) -> str:
-    """The names that are most similar to an unknown word, as the end of a message; if no name is similar, the first three.
+    """The names that are most similar to an unknown word, as the end of a message; empty if no name is similar.
 
     Args:
         word: what the user typed.
@@ -91,8 +91,7 @@ def nearest(word: str, names: Iterable[str], full_name: Callable[[str], str] = s
     """
     by_lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)
-    shown = dict.fromkeys(full_name(by_lower[name]) for name in near or list(by_lower)[:3])
-    return f"; {'the nearest' if near else 'some'} that exist: {', '.join(shown)}" if shown else ""
+    return f"; the nearest that exist: {', '.join(full_name(by_lower[name]) for name in near)}" if near else ""
 
 
 def nearest_path(path: str | Path) -> str:
@@ -100,8 +99,8 @@ def nearest_path(path: str | Path) -> str:
     path = Path(os.path.expanduser(path))
     while not path.parent.is_dir():
         path = path.parent
-    similar = [] if path.exists() else difflib.get_close_matches(path.name, os.listdir(path.parent))
-    return nearest(path.name, similar, lambda name: str(path.parent / name))
+    names = [] if path.exists() else os.listdir(path.parent)
+    return nearest(path.name, names, lambda name: str(path.parent / name))
 
 
 def shortened_text(text: str, length: int = 40) -> str:

@@ -7,7 +7,6 @@ import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def package_folder(model_name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"model.model_name: no package is installed here for {model_name!r}. After {PACKAGE_PREFIX} comes the name by "
-            f"which Python imports it{nearest(name, get_close_matches(name, packages_distributions()))}"
+            f"which Python imports it{nearest(name, packages_distributions())}"
         )
     return Path(spec.submodule_search_locations[0])
 

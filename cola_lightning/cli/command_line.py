@@ -1,5 +1,6 @@
 """A command line and its configuration files, before jsonargparse reads them."""
 
+import io
 import itertools
 import json
 import os
@@ -7,13 +8,12 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cola_lightning.chain.schedule import KNOT_OPTIONS, ChainSchedule
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, one_line
 
 CLASSES = {"model": "cola_lightning.COLACausalLM", "data": "cola_lightning.TextDataModule"}  # where none is named
 DATA_OF_MODEL = {  # likewise, for a model that only one data module fits
@@ -102,11 +102,13 @@ def read_groups(path: str) -> dict[str, dict[str, Any]]:
         UserError: for mistakes of which jsonargparse's message names neither the file nor the place.
     """
     try:
-        text = path if path.startswith("{") else Path(os.path.expanduser(path)).read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
+        with io.StringIO(path) if path.startswith("{") else open(os.path.expanduser(path), encoding="utf-8") as file:
+            config = yaml.safe_load(file)
     except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
         raise UserError(f"config: {path} is not a text file in UTF-8") from error
-    except (OSError, ValueError, yaml.YAMLError):
+    except yaml.YAMLError as error:
+        raise UserError(f"config: {one_line(str(error))}") from error
+    except (OSError, ValueError):
         return {}
     return {name: group for name, group in config.items() if isinstance(group, dict)} if isinstance(config, dict) else {}
 

@@ -214,7 +214,8 @@ def _matches(model: nn.Module, patterns: str | Sequence[str], field: str = "mode
             hits = [name for name in named if name == pattern or name.endswith(f".{pattern}")]
         if not hits:
             adaptable_first = sorted(named, key=lambda name: lora_class(named[name]) is None)
-            near = nearest(pattern, dict.fromkeys(name.rpartition(".")[2] for name in adaptable_first))
+            names = [*dict.fromkeys(name.rpartition(".")[2] for name in adaptable_first)]
+            near = nearest(pattern, names) or f"; some that exist: {', '.join(names[:3])}"
             raise UserError(f"{field}: the model has no module {pattern!r}{near}")
         found.update(hits)
     return [name for name in named if name in found]
