@@ -1,7 +1,7 @@
 """What a row of text is, found by the names of its columns: a conversation, a prompt with its response, or a text."""
 
 import contextlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -189,14 +189,14 @@ def find_pairs(names: Sequence[str], lists: Collection[str], chosen: Mapping[str
     return Reading("messages" if has_turns else "prompt", columns)
 
 
-def check_unpaired(reading: Reading, booleans: Collection[str]) -> None:
+def check_unpaired(reading: Reading, is_boolean: Callable[[str], bool]) -> None:
     """Refuses rows with a column that says whether a response is good: otherwise, bad responses are trained on like good ones.
 
     Args:
         reading: the columns, as found by their names.
-        booleans: the data set's columns that hold true or false.
+        is_boolean: whether a column of the data set holds true or false.
     """
-    label = next((name for name in UNPAIRED if name in booleans), None)
+    label = next(filter(is_boolean, UNPAIRED), None)
     if label is not None and reading.kind != "text":
         raise UserError(
             f"data.columns: {label} says for each response whether it is good. Such unpaired preferences (KTO) are neither "

@@ -114,10 +114,11 @@ class Rows:
         kinds = (list, datasets.List, datasets.LargeList)
         return [name for name, feature in self.data.features.items() if isinstance(feature, kinds)]
 
-    @property
-    def booleans(self) -> list[str]:
-        """The names of the fields that hold true or false."""
-        return [name for name, feature in self.data.features.items() if getattr(feature, "dtype", None) == "bool"]
+    def is_boolean(self, field: str) -> bool:
+        """Whether there is such a field, and it holds true or false, which a CSV file has as texts."""
+        kind = getattr(self.data.features.get(field), "dtype", None)
+        texts = {value.lower() for value in self.data.unique(field) if value} if kind == "string" else set()
+        return kind == "bool" or (bool(texts) and texts <= {"true", "false"})
 
     @functools.cached_property
     def class_names(self) -> dict[str, list[str]]:

@@ -254,7 +254,7 @@ class TextDataModule(TokenizedDataModule):
         """How the rows are read, by the columns that the user has chosen, or by their names."""
         reading = find_columns(rows.columns, rows.lists, chosen, has_response=has_response)
         if chosen is None and has_response:
-            check_unpaired(reading, rows.booleans)
+            check_unpaired(reading, rows.is_boolean)
         return reading
 
     def trained(self, **known: Any) -> Preprocessor:

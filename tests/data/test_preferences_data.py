@@ -329,6 +329,16 @@ def test_unpaired_labels_are_refused_until_columns_are_named(tmp_path, row):
     assert len(tiny.set_up(TextDataModule(labelled), own, "fit").train) == 4
 
 
+def test_unpaired_labels_of_a_csv_file_are_refused_too(tmp_path):
+    rows = [{"prompt": "Old?", "completion": "Yes.", "label": k % 2 == 0} for k in range(4)]
+    for name, some in (("some", [*rows, rows[0] | {"label": ""}]), ("bad", rows[1::2])):
+        data = TextDataModule(tiny.write_file(tmp_path / f"{name}.csv", some))
+        with pytest.raises(UserError, match=r"^data\.columns: label says .*KTO"):
+            tiny.set_up(data, tiny.tokenizer(pad=True), "fit")
+    classes = TextDataModule(tiny.write_file(tmp_path / "classes.csv", [row | {"label": "x"} for row in rows]))
+    assert len(tiny.set_up(classes, tiny.tokenizer(pad=True), "fit").train) == 3
+
+
 def test_a_module_that_would_train_on_rejected_responses_refuses_pairs(tmp_path):
     data = PreferenceDataModule(tiny.write_rows(tmp_path, [{"prompt": "Old?", "chosen": "No.", "rejected": "Yes."}]))
     data.trainer = tiny.process(module=tiny.stub(tiny.chat_tokenizer(None)))
