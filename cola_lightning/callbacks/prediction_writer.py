@@ -39,6 +39,7 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self._lines: dict[tuple[int, int], str] = {}  # of the file, by loader and row
         self._folder = Path()
+        self._batch_indices: Sequence[int] | None = None  # of the last batch
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,10 +59,10 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         columns = _plain(prediction)
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        if not batch_indices:  # Lightning knows none
+        if not batch_indices or batch_indices is self._batch_indices:  # Lightning knows none, and keeps those of another loader
             raise UserError("predict: rows of an IterableDataset have no indices. Use a map-style dataset")
         data: Any = getattr(trainer, "datamodule", None)
-        indices = [*map(int, batch_indices)]
+        self._batch_indices, indices = batch_indices, [*map(int, batch_indices)]
         self._add(data, data.indices_of(indices) if hasattr(data, "indices_of") else indices, rows, dataloader_idx)
 
     def _add(self, data: Any, indices: Sequence[int], rows: Sequence[dict[str, Any]], dataloader_idx: int = 0) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from cola_lightning import PredictionWriter, UserError
 from cola_lightning.chain.checkpoint import StoredState, read_chain
@@ -322,6 +322,27 @@ def test_predictions_are_json_whatever_they_hold(tmp_path):
     trainer(tmp_path, PredictionWriter()).predict(toy(Predicting), batches(1))
     same = {"scores": {"all": [1.0, 1.0], "best": 1.0}, "undefined": None, "tensor": [0.0, None]}
     assert lines_of(tmp_path / "predictions.jsonl") == [{"index": k, "prediction": k} | same for k in range(4)]
+
+
+class Streamed(IterableDataset):
+    """Rows that have no indices."""
+
+    def __iter__(self):
+        return iter(batches(3).dataset)
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices")
+def test_rows_without_indices_are_refused_also_after_a_loader_whose_rows_have_some(tmp_path):
+    class Predicting(Toy):
+        def predict_step(self, batch, batch_idx, dataloader_idx=0):
+            return {"prediction": batch[0].sum(-1)}
+
+    with_indices, without = batches(2), DataLoader(Streamed(), batch_size=4)
+    trainer(tmp_path, PredictionWriter()).predict(toy(Predicting), [with_indices, with_indices])
+    assert [line["index"] for line in lines_of(tmp_path / "predictions.jsonl")] == [*range(8), *range(8)]
+    for loaders in (without, [with_indices, without]):
+        with pytest.raises(UserError, match=r"^predict: .* have no indices"):
+            trainer(tmp_path, PredictionWriter()).predict(toy(Predicting), loaders)
 
 
 def test_a_predict_that_fails_leaves_the_rows_so_far_beside_where_all_would_be(tmp_path):
