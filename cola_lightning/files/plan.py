@@ -16,6 +16,7 @@ from cola_lightning.errors import UserError
 from cola_lightning.files.stored import CannotStream, ModelFolder, StoredTensor, chunks, rows_of
 
 HEAD = "lm_head.weight"  # the name of an output layer that shares its weight with the embedding, and is in no file
+WITH_HEAD = re.compile(r"LM|ForConditionalGeneration")  # in the names of models with an output layer over the vocabulary
 EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in)\.weight")
 MERGED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # the dtypes of weights to which links are added
 # transformers' models with layers of Conv1D, whose weights are in x out: a square weight does not show it.
@@ -143,7 +144,8 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
     names, config = Names(folder.tensors), dict[str, Any]()
     planned = {name: Planned(tensor, tensor) for name, tensor in folder.tensors.items()}
     embedding = embedding_of(folder.tensors)
-    tied = None if embedding is None or names.find(HEAD) else folder.tensors[embedding]  # is the head's, too, if it has one
+    is_tied = folder.config.get("tie_word_embeddings") is not False and not names.find(HEAD)
+    tied = folder.tensors[embedding] if embedding is not None and is_tied else None  # is the head's, too, if it has one
 
     def planned_at(*known: str) -> tuple[str, Planned]:
         """The tensor that the chain knows by one of these names."""
@@ -154,6 +156,10 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
         raise CannotStream(f"base: {str(folder.path)!r} does not store {known[-1]!r} under this name")
 
     whole = {key: value for key, value in (chain[-1].extras if len(chain) else {}).items() if not key.startswith(OUTSIDE)}
+    architecture = str(folder.config.get("architectures"))
+    has_head = bool(WITH_HEAD.search(architecture))
+    if whole and is_tied and has_head and (embedding is None or "MaskedLM" in architecture):
+        raise CannotStream(f"base: {str(folder.path)!r} may tie its output layer to a weight that was trained whole")
     since = dict[str, int]()
     for key, value in whole.items():
         name, before = planned_at(key)
@@ -167,7 +173,7 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
         is_conv1d = folder.config.get("model_type") in CONV1D and not name.endswith(HEAD)
         links = [link for link in chain.updates if layer in link.factors and link.index >= since.get(name, 0)]
         planned[name] = replace(before, updates=tuple(_laid_out(link, layer, before.start.shape, is_conv1d) for link in links))
-    if embedding is not None and tied is not None and "LM" in str(folder.config.get("architectures")):
+    if embedding is not None and tied is not None and has_head:
         new, head = planned[embedding].start, planned.setdefault(HEAD, Planned(tied, tied))
         values = [start for start in (new, head.start) if isinstance(start, Tensor)]
         is_one = head.start is new or (len(values) == 2 and torch.equal(*values))

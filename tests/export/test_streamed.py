@@ -10,7 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
 from cola_lightning import COLACausalLM, UserError
 from cola_lightning.chain.checkpoint import read_chain
@@ -136,6 +142,28 @@ def test_a_head_with_a_link_on_a_tied_base_and_one_that_was_trained_whole_before
         model = adapted(adapted(load(base), "sft", **first).merge_and_unload(), "dpo", 1, **second)
         assert export("sft", "dpo", base=base, output=output) == 0
         assert tiny.relative_difference(tiny.logits(load(output)), tiny.logits(model)) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer")
+def test_an_embedding_that_was_trained_whole_leaves_the_tied_head_as_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"image_size": 28, "patch_size": 14}
+    text = tiny.config("gemma3").to_dict() | {"tie_word_embeddings": True}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, tie_word_embeddings=True)
+    Gemma3ForConditionalGeneration(config).save_pretrained("pictures")
+    model = adapted(Gemma3ForConditionalGeneration.from_pretrained("pictures"), "sft", modules_to_save=["embed_tokens"])
+    expected = tiny.logits(model)
+    assert export("sft", base="pictures") == 0
+    merged = Gemma3ForConditionalGeneration.from_pretrained("out")
+    assert tiny.relative_difference(tiny.logits(merged), expected) <= 1e-5
+    model.merge_and_unload().save_pretrained("theirs")
+    assert main(["verify", "theirs", "--base", "pictures", "--adapter", "sft"]) == 0
+    mamba = tiny.folder(tmp_path / "mamba", "mamba", tie_word_embeddings=True)  # its embedding has no usual name
+    adapted(load(mamba), "of mamba", target_modules=["in_proj"], modules_to_save=["embeddings"])
+    assert export("of mamba", base=mamba, output="refused") == 2
+    assert "is shared" in capsys.readouterr().err
 
 
 def test_tensors_in_8_bits_are_copied_but_no_link_is_added_to_them(made, capsys):

@@ -62,6 +62,10 @@ KINDS = {
     "a head that was trained": ("llama", {"modules_to_save": ["lm_head"]}),
     "a head that is tied no more": ("llama", {"modules_to_save": ["lm_head"], "tied": True}),
     "an embedding that is tied no more": ("llama", {"modules_to_save": ["embed_tokens"], "tied": True}),
+    "an embedding next to a head of another name": (
+        "gpt_neox",
+        {"target_modules": ["query_key_value"], "modules_to_save": ["embed_in"]},
+    ),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
 }
 
