@@ -132,10 +132,10 @@ def find_chat_template(name: str, tokenizer: Any) -> str:
     return str(found)
 
 
-def unknown_tokens(tokenizer: Any) -> list[str]:
-    """The special tokens that a tokenizer's chat template names and its vocabulary lacks."""
+def unknown_tokens(tokenizer: Any, template: str) -> list[str]:
+    """The special tokens that a chat template names and a tokenizer's vocabulary lacks."""
     vocabulary = tokenizer.get_vocab()
-    return [token for token in dict.fromkeys(NAMED_TOKEN.findall(tokenizer.chat_template)) if token not in vocabulary]
+    return [token for token in dict.fromkeys(NAMED_TOKEN.findall(template)) if token not in vocabulary]
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ class ChatTemplate:
     Args:
         tokenizer: a Hugging Face tokenizer.
         kwargs: variables of the template, such as ``enable_thinking``.
+        text: replaces the tokenizer's; None: that.
 
     Attributes:
         writes_special_tokens: whether what it renders has all special tokens, so that the tokenizer adds none.
@@ -152,13 +153,14 @@ class ChatTemplate:
 
     tokenizer: Any = field(repr=False)
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    text: str | None = None
 
     writes_special_tokens: ClassVar[bool] = True
 
     @property
     def modes(self) -> tuple[bool, ...]:
         """The values of ``enable_thinking`` that may be tried, if the template has it and the user has not set it."""
-        return (False, True) if MODE in str(self.tokenizer.chat_template) and MODE not in self.kwargs else ()
+        return (False, True) if MODE in str(self.text or self.tokenizer.chat_template) and MODE not in self.kwargs else ()
 
     def prompt(self, conversation: Conversation) -> str:
         """A conversation with the generation prompt of the assistant's next turn."""
@@ -181,14 +183,15 @@ class ChatTemplate:
         return text
 
     def _apply(self, messages: list[Message], **options: Any) -> Any:
-        if not self.tokenizer.chat_template:
+        if not (self.text or self.tokenizer.chat_template):
             raise UserError(
                 "model.model_name: its tokenizer has no chat template (TextDataModule's data.chat_template sets one)"
             )
         import jinja2
 
         try:
-            return self.tokenizer.apply_chat_template(messages, **{"tokenize": False} | options, **self.kwargs)
+            options = {"tokenize": False, "chat_template": self.text, **options, **self.kwargs}
+            return self.tokenizer.apply_chat_template(messages, **options)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:  # the latter three: of its expressions
             raise UnusableRow(f"the chat template refuses the turns: {error}") from error
 

@@ -1,5 +1,6 @@
 """Plain text, instructions and conversations, with the language-model loss."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -207,18 +208,21 @@ class TextDataModule(TokenizedDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        self._set_chat_template()
         super().setup(stage)
+        if self.template is not None and stage == "fit" and getattr(self.trainer, "datamodule", self) is self:
+            self.tokenizer.chat_template = self.template  # that of the trained model, in checkpoints and exports
         if self.packing and stage == "fit":
             self.train = self._packed(self.train)
 
-    def _set_chat_template(self) -> None:
-        """Replaces the tokenizer's chat template by the one that ``data.chat_template`` names."""
+    @functools.cached_property
+    def template(self) -> str | None:
+        """The chat template that ``data.chat_template`` names; None: the tokenizer's own."""
         if not isinstance(self.chat_template, str):
-            return
-        self.tokenizer.chat_template = find_chat_template(self.chat_template, self.tokenizer)
-        if unknown := unknown_tokens(self.tokenizer):
+            return None
+        template = find_chat_template(self.chat_template, self.tokenizer)
+        if unknown := unknown_tokens(self.tokenizer, template):
             self._log(f"data.chat_template: not in the vocabulary, and so spelled in pieces: {', '.join(unknown)}")
+        return template
 
     # ------------------------------------------------------------------ what a row is
 
@@ -237,7 +241,8 @@ class TextDataModule(TokenizedDataModule):
         known: dict[str, Any] = {"tokenizer": self.tokenizer, "kind": kind}
         # Only a chat template renders tools.
         known["columns"] = {slot: name for slot, name in columns.items() if is_chat or slot != "tools"}
-        known["template"] = (ChatTemplate if is_chat else PlainTemplate)(self.tokenizer, self.chat_template_kwargs or {})
+        variables, make_template = self.chat_template_kwargs or {}, ChatTemplate if is_chat else PlainTemplate
+        known["template"] = make_template(self.tokenizer, variables, self.template)
         known["prompt_format"] = self._prompt_format(kind, is_chat=is_chat)
         if part != "predict":
             return self.trained(max_length=self.max_length, too_long=self.too_long, **known)
@@ -247,7 +252,7 @@ class TextDataModule(TokenizedDataModule):
 
     def _prompt_format(self, kind: Kind, *, is_chat: bool) -> dict[str, Any]:
         variables = {"chat_template_kwargs": self.chat_template_kwargs} if is_chat and self.chat_template_kwargs else {}
-        template = {"template": self.tokenizer.chat_template} if isinstance(self.chat_template, str) else {}
+        template = {} if self.template is None else {"template": self.template}
         return {"kind": "text" if kind == "text" else "response", "chat_template": is_chat, **variables, **template}
 
     def read_columns(self, rows: Rows, chosen: Mapping[str, str] | None, *, has_response: bool) -> Reading:

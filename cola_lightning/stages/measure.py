@@ -73,7 +73,7 @@ class RowCollector(Callback):
 class Measurer:
     """Measures states of a checkpoint's model on the data of several stages.
 
-    Stages with one class of module, equal options and one chat template share a model. Their links are those of the last stage.
+    Stages with one class of module and equal options share a model. Their links are those of the last stage.
 
     Args:
         configs: the complete configuration of each stage's fit, by its name, in order.
@@ -98,8 +98,7 @@ class Measurer:
             trainer = {name: (last if name in OF_FIT else config)["trainer"][name] for name in config["trainer"]}
             shared = {"model": config["model"] | {"init_args": init_args}, "trainer": trainer | {"logger": False}}
             ours = {**config, **shared} | {"ckpt_path": str(checkpoint)}
-            template = (config["data"].get("init_args") or {}).get("chat_template")  # which changes the model's tokenizer
-            self.groups.setdefault(json.dumps([shared, template]), {})[name] = ours
+            self.groups.setdefault(json.dumps(shared), {})[name] = ours
         self.made: dict[str, dict[str, MadeRun]] = {}
 
     def measure(self, command: str, states: Mapping[str, Scale]) -> dict[str, list[Row]]:

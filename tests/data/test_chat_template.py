@@ -13,7 +13,9 @@ from cola_lightning import COLAModule, TextDataModule, UserError
 from cola_lightning.chat_template import CHATML, find_chat_template, unknown_tokens
 from cola_lightning.cli import main
 from cola_lightning.data.batch import labels_of
+from cola_lightning.stages.replay import Replay
 from tests.helpers import tiny
+from tests.helpers.toy import trainer
 
 SAID = [("user", "Who?"), ("assistant", "Al."), ("user", "Old?"), ("assistant", "Yes.")]
 TALK = [{"role": role, "content": content} for role, content in SAID]
@@ -57,8 +59,25 @@ def test_a_template_comes_from_a_file_or_another_model_and_replaces_the_tokenize
     for name, message in [("no.jinja", "cannot be read"), (tmp_path / "none", "has no chat template"), ("/no/such", "cannot")]:
         with pytest.raises(UserError, match=rf"^data\.chat_template: .*{message}"):
             find_chat_template(str(name), own)
-    own.chat_template = "{{ '<|user|>' }} <think> {{ '<tool>' }} <s>"
-    assert unknown_tokens(own) == ["<|user|>", "<think>", "<tool>"]
+    assert unknown_tokens(own, "{{ '<|user|>' }} <think> {{ '<tool>' }} <s>") == ["<|user|>", "<think>", "<tool>"]
+
+
+def test_a_template_is_that_of_its_data_alone_until_a_model_is_trained_with_it(tmp_path):
+    def loss(data):
+        (measured,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
+        return measured["test_loss"]
+
+    source = tiny.write_rows(tmp_path / "rows", [{"prompt": "Old?", "response": "Yes."}])
+    module = tiny.causal_lm(tmp_path)
+    plain, chat = TextDataModule(source), TextDataModule(source, chat_template="chatml")
+    before, of_chat = loss(plain), loss(chat)
+    assert loss(plain) == before != of_chat
+    assert module.tokenizer.chat_template is None
+    other = Replay(1.0, {"other": TextDataModule(source, chat_template=str(tmp_path / "own.jinja"))})
+    (tmp_path / "own.jinja").write_text(tiny.CHAT)
+    trainer(tmp_path, other, max_steps=0).fit(module, datamodule=chat)
+    assert module.tokenizer.chat_template == "{{- bos_token }}" + CHATML
+    assert loss(plain) == loss(chat) == pytest.approx(of_chat, rel=1e-6)
 
 
 CONFIG = """
