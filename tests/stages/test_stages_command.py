@@ -292,7 +292,7 @@ def test_a_change_of_what_a_result_depends_on_trains_again_and_keeps_the_earlier
         names, out = train("--knot", knot)
         assert (names, what in out) == (["flipped"], True), out
         assert Path(f"out/flipped.{number}/checkpoints/last.ckpt").exists()
-        assert train("--knot", knot)[0] == []
+    assert train("--knot", knot)[0] == []
     assert Path("out/flipped.2/checkpoints/last.ckpt").read_bytes() == last
     assert Path("out/good/checkpoints/last.ckpt").read_bytes() == Path("good.ckpt").read_bytes()
 
