@@ -3,6 +3,7 @@
 import datasets
 import pytest
 import torch
+import transformers
 
 from cola_lightning import COLASequenceClassifier, StepOutput, TextClassificationDataModule, UserError
 from tests.helpers import tiny
@@ -69,6 +70,15 @@ def test_it_learns_and_its_checkpoint_gives_the_same_head_and_predictions(tmp_pa
     again = trainer(tmp_path).predict(loaded, datamodule=data, ckpt_path=tmp_path / "end.ckpt")
     assert [batch["prediction"] for batch in again] == [batch["prediction"] for batch in predicted]
     assert_bit_equal(weights(loaded.model), weights(module.model))
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_a_pipeline_of_an_export_gives_the_scores_that_were_trained_whatever_the_base_was_for(tmp_path, kind):
+    name = tiny.folder(tmp_path / "model", "roberta", "AutoModelForSequenceClassification", num_labels=3, problem_type=kind)
+    module = COLASequenceClassifier(name, rank=2, target_modules=["query"], label_names=["no", "yes"], seed=0)
+    module.export(tmp_path / "merged")
+    pipe = transformers.pipeline("text-classification", str(tmp_path / "merged"), top_k=None)
+    assert sum(label["score"] for (scores,) in [pipe(["It was great."])] for label in scores) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "roberta"])
