@@ -240,7 +240,8 @@ def awaiting_validation(trainer: Trainer) -> Iterator[None]:
 
 def _restore(checkpoint: dict[str, Any], trainer: Trainer, point: _Point) -> None:
     """Replaces in a checkpoint what the hooks after a point have changed by what was there before."""
-    checkpoint["state_dict"] |= {name: layout.gather(copied) for name, copied in point.buffers.items()}
+    state = checkpoint.get("current_model_state", checkpoint["state_dict"])  # in the place of which averaged weights may be
+    state |= {name: layout.gather(copied) for name, copied in point.buffers.items()}
     stored = checkpoint["callbacks"]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         is_file_listed = isinstance(callback, Checkpoint) and not point.is_undone  # that it writes now, perhaps

@@ -91,7 +91,8 @@ def prepare_checkpoint(run: Run, checkpoint: dict[str, Any]) -> None:
     """Completes a checkpoint, and refuses one from which no run could go on.
 
     Raises:
-        NonFiniteError: for a loss or a trained value that is not finite, and after a knot that failed halfway.
+        NonFiniteError: for a loss or a trained value that is not finite, after a knot that failed halfway, and inside a
+            validation of averaged weights.
     """
     run.step_loss.check()
     named = run.module.named_parameters()
@@ -99,6 +100,10 @@ def prepare_checkpoint(run: Run, checkpoint: dict[str, Any]) -> None:
     reason = next((f"{name!r} is no longer finite" for name, value in values if not torch.isfinite(value).all()), None)
     if run.is_tying_knot:
         reason = "a knot failed halfway"
+    trainer = run.trainer
+    is_interrupted = trainer is not None and trainer.validating and trainer.state.status == "interrupted"
+    if is_interrupted and "current_model_state" in checkpoint:  # the averaged weights may be in the place of the run's
+        reason = "a validation of averaged weights was interrupted"
     if reason is not None:
         raise NonFiniteError(f"{reason}, in link {run.adapted.n_finished}: this checkpoint is not written")
     current = checkpoint.get("current_model_state", {}).items()  # weight averaging has put a copy's state in the place of it

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -92,6 +92,7 @@ RUNS = {
     "float64, a layer outside": lambda: {"module": make(Outside), "precision": "64-true"},
     "torchdata's loader": lambda: {"data": Stateful()},
     "beside a longer loader": lambda: {"data": Beside(batch_size=4), "max_epochs": 2},
+    "averaged weights": lambda: {"callbacks": [EMAWeightAveraging(decay=0.8)], "chain": {"name": "one"}},
     "a schedule over ours": lambda: {"module": make(Scheduled, lr_schedule="linear")},
     "a rate of its own for B": lambda: {"module": make(**OWN_RATE)},
     "a share of the optimizer's state": lambda: {"module": make(kept_optimizer_state=0.1)},
@@ -116,6 +117,7 @@ PLACES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("everywhere" in name)) for name in RUNS])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, name):
@@ -125,6 +127,15 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, name):
     assert "early" not in name or (len(expected.validations), whole.n_finished) == (4, 1)  # it counts on across a knot
     for stop in PLACES.get(name, [INSIDE]):
         check_that_it_goes_on(tmp_path, stop if isinstance(stop, list) else [stop], options, whole, expected)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_averaged_weights_that_a_validation_uses_are_not_written_as_those_of_the_run(tmp_path):
+    options = RUNS["averaged weights"]
+    whole, _, _ = fit(tmp_path / "whole", **options())
+    fit(tmp_path / "stopped", ("validation", 7), **options())
+    resumed, _, _ = fit(tmp_path / "resumed", ckpt_path=last(tmp_path / "stopped"), **options())
+    assert_bit_equal(weights(resumed), weights(whole))
 
 
 @pytest.mark.parametrize("name", ["windows of three batches", "an end in steps, no validation"])
