@@ -50,6 +50,7 @@ class FitCallback(Callback):
         self._batch = ExitStack()  # the scope of a batch's seed
         self._pending = ExitStack()  # the scope in which a resumed fit awaits the validation that comes first
         self._has_pending = False  # whether there is one
+        self._is_rate_due = False  # whether it resumes before the update of the rates that depend on a metric
         self._is_first_step = self._is_loss_shown = False
         self._logged: dict[str, Tensor] = {}  # the metrics that the Trainer of the resumed checkpoint had logged last
 
@@ -116,6 +117,8 @@ class FitCallback(Callback):
             trainer.callback_metrics.update({name: value.to(device) for name, value in self._logged.items()})
             run.forget_logged()
             run.resume_optimizer(trainer)
+            if self._is_rate_due:
+                update_rates_by_metrics(trainer)
             end = run.length.end_step if run.length is not None else math.inf
             log.info("resumed at step %d%s", trainer.global_step, "" if end == math.inf else f" of {end}")
             return
@@ -190,7 +193,12 @@ class FitCallback(Callback):
         """Ends the scope of a batch's seed."""
         self._batch.close()
 
-    on_validation_batch_end = on_train_epoch_end = _restore_generators  # at an epoch's end if a hook has cut the epoch short
+    on_validation_batch_end = _restore_generators
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batch.close()  # if a hook has cut the epoch short
+        trainer.fit_loop._restarting = False  # else Lightning updates no rate that depends on a metric in a resumed epoch
 
     def _seed(self, *place: object) -> None:
         """Seeds the global generators for a batch; they are restored after it."""
@@ -241,7 +249,8 @@ class FitCallback(Callback):
             self._has_pending = resume_rewound(checkpoint, self.state_key)
             if self._has_pending:
                 self._pending.enter_context(awaiting_validation(trainer))
-            self._logged = checkpoint["callbacks"].get(self.state_key, {}).get("logged", {})
+            stored = checkpoint["callbacks"].get(self.state_key, {})
+            self._logged, self._is_rate_due = stored.get("logged", {}), stored.get("is_rate_due", False)
 
 
 def attach(run: Run, trainer: Trainer) -> None:
@@ -262,6 +271,15 @@ def schedule_of(trainer: Trainer) -> ChainSchedule:
 
 
 # ---------------------------------------------------------------------- what would go wrong without an error
+
+
+def update_rates_by_metrics(trainer: Trainer) -> None:
+    """Updates learning rates by the metrics of a finished epoch, as Lightning does after the hooks that write checkpoints."""
+    for config in trainer.lr_scheduler_configs if trainer.lightning_module.automatic_optimization else ():
+        value = trainer.callback_metrics.get(config.monitor or "")
+        is_due = config.interval == "epoch" and trainer.current_epoch % config.frequency == 0
+        if config.reduce_on_plateau and is_due and value is not None:
+            trainer.lightning_module.lr_scheduler_step(config.scheduler, value)
 
 
 def check_one_seed(seed: int | None) -> None:

@@ -199,7 +199,9 @@ class Rewind:
             counters[LOADERS] = [] if is_at_next_epoch else point.loaders
         if point.has_next_begun or point.is_undone or (is_pending and trainer.validating):
             _restore(checkpoint, trainer, point)
-        checkpoint["callbacks"][key] = {"progress": counters}
+        # Lightning updates rates that depend on a metric between the hooks at an epoch's end and the next epoch.
+        is_rate_due = is_at_next_epoch and epochs.completed <= point.epoch
+        checkpoint["callbacks"][key] = {"progress": counters, "is_rate_due": is_rate_due}
 
 
 def resume_rewound(checkpoint: Mapping[str, Any], key: str) -> bool:

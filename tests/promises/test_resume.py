@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -61,6 +61,15 @@ class Scheduled(Normed):
         return [optimizer], [CosineAnnealingLR(optimizer, 3)]
 
 
+class Plateau(Normed):
+    """With a rate that falls after each epoch but the first."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()["optimizer"]
+        schedule = ReduceLROnPlateau(optimizer, patience=0, threshold=10, factor=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+
+
 STOPS = [("batch_start", k) for k in (0, 1, 9, 12, 23)]
 STOPS += [("forward", k) for k in (0, 4, 11)] + [("backward", k) for k in (1, 5, 7, 13, 16)]
 STOPS += [("batch_end", k) for k in (0, 2, 3, 7, 10, 12, 23)]
@@ -92,6 +101,7 @@ RUNS = {
     "float64, a layer outside": lambda: {"module": make(Outside), "precision": "64-true"},
     "torchdata's loader": lambda: {"data": Stateful()},
     "beside a longer loader": lambda: {"data": Beside(batch_size=4), "max_epochs": 2},
+    "a rate that falls by a metric": lambda: {"module": make(Plateau, lr_schedule="linear"), "chain": {"name": "one"}},
     "averaged weights": lambda: {"callbacks": [EMAWeightAveraging(decay=0.8)], "chain": {"name": "one"}},
     "a schedule over ours": lambda: {"module": make(Scheduled, lr_schedule="linear")},
     "a rate of its own for B": lambda: {"module": make(**OWN_RATE)},
@@ -113,6 +123,7 @@ PLACES = {
     "torchdata's loader": [("batch_end", 2), *FEW],  # its order is drawn anew at an epoch's end, and before its first step
     "beside a longer loader": [("batch_end", 32)],
     "a schedule over ours": [("batch_end", 15)],
+    "a rate that falls by a metric": MAIN,
     "knots at a plateau": [("validation", 4), ("validation_end", 1)],
 }
 
