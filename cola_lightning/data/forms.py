@@ -18,7 +18,7 @@ from cola_lightning.errors import UnusableRow
 ROLES = {"human": "user", "observation": "tool", "function": "tool"}
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 CALLS = ("function_call", "tool_call")  # roles of turns in which the assistant calls functions, as JSON
-LOSSES = ("weight", "train", "training")  # fields of a turn: 0 or false means no loss
+LOSSES = ("weight", "train", "training", "loss")  # fields of a turn: 0 or false means no loss
 CONTENT_TEXTS = ("text", "value", "content")  # fields that may hold the text, in an item of a content that is a list
 SIDES = ("chosen", "rejected")
 MARK = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # before each turn of a conversation that is one text
@@ -97,7 +97,7 @@ def _turns(row: Row, columns: Columns) -> tuple[list[Message], bool]:
 def _with_system(row: Row, columns: Columns, turns: list[Message]) -> list[Message]:
     """The turns after the row's system prompt, if it has one that is not their first turn already."""
     system = _optional(row, columns, "system")
-    if system and (not turns or text_of(turns[0]["content"]) != system):
+    if system and (not turns or text_of(turns[0]["content"]).strip() != system.strip()):
         return [{"role": "system", "content": system, "train": False}, *turns]
     return turns
 
@@ -142,7 +142,7 @@ def _stored_turns(row: Row, field: str) -> Iterator[Message]:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str):
             raise UnusableRow("a turn without a role")
-        calls = turn.get("tool_calls", turn.get("function_call"))  # the latter as OpenAI's API had it
+        calls = turn.get("tool_calls") or turn.get("function_call")  # the latter as OpenAI's API had it
         others = {name: value for name, value in turn.items() if name not in ("from", "value", "function_call", *LOSSES)}
         message = {**others, "role": ROLES.get(role, role), "content": _content(content)}
         if role in CALLS:
@@ -161,7 +161,7 @@ def _content(content: Any) -> Any:
     texts = [
         item if isinstance(item, str) else next((item[name] for name in CONTENT_TEXTS if isinstance(item.get(name), str)), None)
         for item in items
-        if isinstance(item, dict | str)
+        if isinstance(item, str) or (isinstance(item, dict) and ("type" in item or len(item) == 1))  # else a tool's result
     ]
     if len(texts) < len(items) or None in texts:
         raise UnusableRow("a turn that is not text")

@@ -33,7 +33,7 @@ from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.errors import UnusableRow
 
-ENCODING = 8  # counted up where the same rows are encoded otherwise: what is cached is then of no use
+ENCODING = 9  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 ENCODED_TOGETHER = 1_000  # rows
 
 

@@ -55,6 +55,10 @@ FOUND = {
         [("u", "Old?\n\nRed?"), ("a*", "No.")],
     ),
     "no weight": (WEIGHTED, [("u", "Old?"), ("a", "No."), ("u", "Red?"), ("a*", "Yes.")]),
+    "no loss": (
+        [turn | ({"loss": False} if k == 1 else {}) for k, turn in enumerate(turns(*zip("uaua", "abcd", strict=True)))],
+        [("u", "a"), ("a", "b"), ("u", "c"), ("a*", "d")],
+    ),
     "pairs": ([{"input": "Old?", "output": "No."}] * 2, [("u", "Old?"), ("a*", "No.")] * 2),
 }
 
@@ -71,7 +75,8 @@ def test_a_system_column_and_the_last_turn_alone():
     assert made == [("s", "Be brief."), ("u", "Old?"), ("a", "No."), ("u", "Red?"), ("a*", "Yes.")]
     assert cleaned(talk, columns, system_prompt=None)[0] == ("u", "Old?")
     own = [*turns(("s", "Be kind.")), *talk]
-    assert cleaned(own, columns, system_prompt="Be kind.")[0] == ("s", "Be kind.")
+    for same in ("Be kind.", " Be kind.\n"):
+        assert cleaned(own, columns, system_prompt=same)[0] == ("s", "Be kind.")
     assert cleaned(own, columns, system_prompt="Be brief.")[0] == ("s", "Be brief.\n\nBe kind.")
 
 
@@ -99,6 +104,7 @@ REASONS = [
     ({"messages": turns(("u", "Old?"), ("a", ""))}, "no assistant turn to train"),
     ({"messages": [{"content": "Old?"}]}, "a turn without a role"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]}, "a turn that is not text"),
+    ({"messages": [{"role": "tool", "content": {"value": "9", "unit": "C"}}]}, "a turn that is not text"),
     ({"messages": [{"from": "function_call", "value": "weather(Oslo)"}]}, "an unreadable function call"),
     ({"messages": turns(("u", "Old?"), ("a", "No.")), "tools": "[{"}, "an unreadable list of tools"),
 ]
