@@ -124,10 +124,7 @@ class ChainOfLoRA(Callback):
             config = self.module.run.config
             self.module.adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
         if self.schedule.patience is not None and not sum(trainer.num_val_batches):
-            raise UserError(
-                "chain.patience: this run has no validation. It needs rows for validation, a validation_step, and a "
-                "trainer.limit_val_batches above 0"
-            )
+            raise UserError("chain.patience: this run has no validation. It needs rows (data.val_size) and a validation_step")
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

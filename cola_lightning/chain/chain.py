@@ -359,10 +359,7 @@ def check_version(version: Any, where: str) -> None:
         UserError: which says which version it is.
     """
     if version != VERSION or type(version) is not int:
-        raise UserError(
-            f"chain: this release of cola_lightning reads format version {VERSION}, but {where} has "
-            f"{'none' if version is None else repr(version)}"
-        )
+        raise UserError(f"chain: this release reads format version {VERSION}, but {where} has {version!r}")
 
 
 @contextmanager

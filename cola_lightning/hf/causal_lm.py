@@ -93,9 +93,7 @@ class COLACausalLM(TransformersModule):
         if self.run.made is None:  # else it is a rebuild of one that was checked
             check_decoder(model)
             if getattr(model.config.get_text_config(), "output_router_logits", False):
-                log.warning(
-                    "model: the loss of its routers (output_router_logits) is not added, because links do not train them"
-                )
+                log.warning("model: the loss of its routers (output_router_logits) is not added: links do not train them")
         return cast(nn.Module, model)
 
     @override

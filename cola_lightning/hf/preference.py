@@ -123,9 +123,7 @@ class COLAPreferenceLM(COLACausalLM):
     @override
     def step(self, batch: Batch) -> StepOutput:
         if not isinstance(batch, Mapping) or "n_pairs" not in batch:
-            raise UserError(
-                "batch: pairs of a chosen and a rejected response are needed, with n_pairs, as PreferenceDataModule makes them"
-            )
+            raise UserError("batch: pairs of a chosen and a rejected response are needed, with their n_pairs")
         n, batch = batch["n_pairs"], {name: value for name, value in batch.items() if name != "n_pairs"}
         reference = None
         if self.preference_loss in WITH_REFERENCE:
@@ -193,10 +191,7 @@ class COLAPreferenceLM(COLACausalLM):
         if self.reference == "start" and self.trainer.ckpt_path is None:
             self.run.finish_first_link()
         if number_of_links(self.reference_links, self.link_names) > self.n_finished:
-            raise UserError(
-                f"model.reference: {self.reference!r} is the link that is being trained, so the loss would never change. Use "
-                "start, link, or links that are finished"
-            )
+            raise UserError(f"model.reference: {self.reference!r} is being trained. Use start, link or links that are finished")
         if self.global_rank == 0:
             moves = ", and each knot moves it" if self.reference == "link" else ""
             log.info("the reference is the model after %s of %d links%s", self.reference_links, self.n_finished + 1, moves)

@@ -123,9 +123,7 @@ class TransformersModule(COLAModule, ABC):
         if quantization is not None:
             importlib.import_module("bitsandbytes")  # an error now, not once the base has been read
             if self.run.config.target_modules is None:
-                raise UserError(
-                    "model.target_modules: must not be null with model.quantization: 4-bit weights cannot be trained"
-                )
+                raise UserError("model.target_modules: must not be null with model.quantization, whose weights are not trained")
         self.new_weights: list[str] = []  # newly initialised weights of the base, once it is made
         self.evaluation_metrics = nn.ModuleDict()  # by stage, name and dataloader, made when needed
         self.trained_template: str | None = None  # a checkpoint's chat template, which was that of data.chat_template

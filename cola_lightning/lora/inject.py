@@ -167,9 +167,7 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
     excluded = saved + _matches(model, config.exclude_modules or [], "model.exclude_modules")
     names = [name for name in names if not is_in_modules(name, excluded)]
     if not names:
-        raise UserError(
-            "model.target_modules: no layer is left to adapt, outside of model.exclude_modules and model.modules_to_save"
-        )
+        raise UserError("model.target_modules: no layer is left outside of model.exclude_modules and model.modules_to_save")
     targets = {name: model.get_submodule(name) for name in names}
     _check_not_shared(model, names, saved)
     classes = {name: _class_for(name, layer, config) for name, layer in targets.items()}

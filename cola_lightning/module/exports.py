@@ -21,10 +21,7 @@ def export(module: LateModel, options: ExportOptions) -> list[str]:
     if options.format == "chain":
         return export_chain(module.full_chain(), options)
     if run.is_sharded:  # to compare logits, every process would have to write
-        raise UserError(
-            f"format: a sharded model can only be exported as chain, got {options.format}. Use `cola export`, or "
-            "load_from_checkpoint in one process, on a checkpoint"
-        )
+        raise UserError(f"format: export a sharded model as chain, or its checkpoint by `cola export`, got {options.format}")
     model = trained_model(module, described_data(trainer, "prompt_format"), described_data(trainer, "identity"))
     return export_model(replace(model, adapted=run.adapted.copy_on_cpu()), options)
 

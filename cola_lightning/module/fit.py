@@ -288,11 +288,8 @@ def check_one_seed(seed: int | None) -> None:
     Raises:
         UserError: for a model that was accessed before the processes were joined, without a seed.
     """
-    if len(seeds := set(layout.gather_objects(seed))) > 1:
-        raise UserError(
-            "model.seed: set it, or seed_everything. The model was accessed before the processes were joined, so they drew "
-            f"{len(seeds)} different seeds"
-        )
+    if len(set(layout.gather_objects(seed))) > 1:
+        raise UserError("model.seed: set it, or seed_everything: the model was accessed before the processes were joined")
 
 
 def warn_of_half_precision(model: nn.Module) -> None:
@@ -321,10 +318,7 @@ def warn_of_no_gradient(model: nn.Module) -> None:
 def check_frozen(adapted: AdaptedModel, schedule: ChainSchedule) -> None:
     """Refuses to train adapted weights next to their links, if there are knots: no earlier link could be restored."""
     if schedule.has_knots and (trained := [name for name, layer in adapted.layers.items() if layer.weight.requires_grad]):
-        raise UserError(
-            f"model: the base weight of layer {trained[0]!r} is trainable, but a chain needs it frozen. Did you call "
-            "unfreeze()?"
-        )
+        raise UserError(f"model: the base weight of {trained[0]!r} must be frozen under a chain. Did you unfreeze() it?")
 
 
 def beginning_of_epoch(trainer: Trainer, now: FitPosition) -> FitPosition:

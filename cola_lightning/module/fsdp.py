@@ -71,10 +71,7 @@ def check_sharding(strategy: Strategy, run: Run) -> None:
     """
     is_sharded = run.made is not None and layout.is_model_sharded(run.made.model)
     if run.is_wrapped_by_fsdp1 or (is_sharded and not isinstance(strategy, ModelParallelStrategy)):
-        raise UserError(
-            "trainer.strategy: this module has already been sharded. Load a new one with "
-            f"{type(run.module).__name__}.load_from_checkpoint"
-        )
+        raise UserError("trainer.strategy: this module was sharded already. Load a new one (load_from_checkpoint)")
     mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
     if mesh is not None and (n_tensor := mesh["tensor_parallel"].size()) > 1:
         raise UserError(
@@ -82,10 +79,7 @@ def check_sharding(strategy: Strategy, run: Run) -> None:
             f"data_parallel_size {mesh.size()} and tensor_parallel_size 1"
         )
     if isinstance(strategy, FSDPStrategy) and run.config.target_modules is None:
-        raise UserError(
-            "trainer.strategy: fsdp does not work with full fine-tuning (model.target_modules is null). Use "
-            "ModelParallelStrategy (FSDP2) or ddp"
-        )
+        raise UserError("trainer.strategy: fsdp does not work with model.target_modules null. Use ModelParallelStrategy or ddp")
 
 
 def shards(strategy: Strategy) -> bool:

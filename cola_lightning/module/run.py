@@ -270,9 +270,7 @@ class Run:
         own = [run for run in self._held_out if run not in earlier]
         of_other_data = [run for run in own if run is None or known.isdisjoint(run["contents"])]
         if is_resumed and len(of_other_data) < len(own):
-            raise UserError(
-                "data: the run that is resumed has held out other rows of data.source. Use its data.split_seed and sizes"
-            )
+            raise UserError("data: the resumed run has held out other rows of data.source. Use its data.split_seed and sizes")
         self._held_out = [*earlier, *of_other_data]
 
     def begin_links(self) -> None:
@@ -440,10 +438,7 @@ class Run:
         if horizon is None and step == 0:  # whatever the length is
             return 0.0 if config.warmup_steps else 1.0
         if horizon is None and 0 < config.warmup_steps < 1:
-            raise UserError(
-                f"model.warmup_steps: must be a number of steps, because a loop without a Trainer has no known length, got the "
-                f"share {config.warmup_steps:g}"
-            )
+            raise UserError(f"model.warmup_steps: must be a number of steps without a Trainer, got {config.warmup_steps:g}")
         end, rise = horizon or (math.inf, 0)
         place = self._links()[1].global_step + step if self._is_over_run else step
         value = lr_factor(config.lr_schedule, place, end, config.warmup_steps, config.decay_steps)

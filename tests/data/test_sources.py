@@ -241,7 +241,7 @@ def test_a_run_resumes_inside_an_epoch_on_the_same_training_rows_alone(tmp_path)
         fit(changed, ckpt_path=tmp_path / "4.ckpt")  # at an epoch's end, they are other data
     fit(rows, ckpt_path=tmp_path / "3.ckpt", source=tmp_path / "moved.csv")
     for path in ("3.ckpt", "4.ckpt"):  # else rows that it held out would be trained on
-        with pytest.raises(UserError, match=r"^data: the run that is resumed has held out other rows"):
+        with pytest.raises(UserError, match=r"^data: the resumed run has held out other rows"):
             fit(rows, ckpt_path=tmp_path / path, split_seed=1)
 
 

@@ -107,7 +107,7 @@ def test_a_chain_beside_weights_that_are_trained_is_refused(tmp_path):
     module.configure_model()
     module.freeze()
     module.unfreeze()
-    with pytest.raises(UserError, match=r"model: .* trainable"):
+    with pytest.raises(UserError, match=r"model: .* must be frozen"):
         trainer(tmp_path, chain={"every_n_epochs": 1}, max_epochs=2).fit(module, batches())
 
 
