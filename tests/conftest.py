@@ -33,7 +33,7 @@ sys.argv[:] = ["cola"]  # LightningCLI warns of arguments that are given twice
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 # Their tests are few and long: begun first, for at the end a worker would wait for them alone.
-LONG = ["kills", "stages_command", "notebooks", "cli_language", "distributed", "compare", "cli", "speed"]
+LONG = ["kills", "stages_command", "given_stages", "notebooks", "cli_language", "distributed", "compare", "cli", "speed"]
 LONG += ["scale", "layering", "running", "wheel"]
 
 
