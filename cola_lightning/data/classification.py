@@ -15,7 +15,7 @@ from cola_lightning.data.render import TOO_LONG, TooLong
 from cola_lightning.data.rows import Row, Rows, each
 from cola_lightning.data.source import Source, SourceDataModule
 from cola_lightning.data.tokenized import TokenizedDataModule
-from cola_lightning.errors import UnusableRow, UserError
+from cola_lightning.errors import UnusableRow, UserError, shortened_text
 
 # Columns with a text, or a pair of texts, and with its label, by the first that a data set has.
 TEXTS = [["premise", "hypothesis"], ["sentence1", "sentence2"], ["question1", "question2"], ["question", "sentence"]]
@@ -84,6 +84,7 @@ class LabelledDataModule(SourceDataModule):
                 module.settle_labels(classes)
             self.label_names = getattr(module, "label_names", None) or [str(index) for index in range(module.num_labels)]
             self._are_names_given = getattr(module, "are_names_given", True)
+        self._log(f"{len(self.label_names)} labels: {shortened_text(', '.join(self.label_names), 200)}")
         super().setup(stage)
 
     def _find_classes(self, stage: str) -> list[str]:

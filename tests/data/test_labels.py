@@ -42,6 +42,13 @@ def test_a_row_with_an_odd_label_is_skipped_and_counted(path, caplog, odd):
     assert names == ["0", "1"]
     assert len(data.train) + len(data.val) == 40
     assert "1 skipped (the field 'label' is" in caplog.text
+    assert "2 labels: 0, 1\n" in caplog.text
+
+
+def test_a_fit_says_which_labels_there_are_for_scores_or_spellings_are_labels_too(path, caplog):
+    caplog.set_level("INFO", "cola_lightning")
+    fitted(path, ["Yes", "yes", "No"] * 9)
+    assert "3 labels: No, Yes, yes\n" in caplog.text
 
 
 def test_minus_one_is_no_label_unless_it_is_one_of_the_models(path):
