@@ -87,8 +87,9 @@ class Planned:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype in which links are added."""
-        return torch.promote_types(self.dtype, torch.float32) if self.dtype.itemsize > 1 else torch.float32
+        """The dtype in which links are added: float32, or float64 for a base or links in it."""
+        wide = torch.promote_types(self.dtype, torch.float32) if self.dtype.itemsize > 1 else torch.float32
+        return functools.reduce(torch.promote_types, (update.left.dtype for update in self.updates), wide)
 
     @functools.cached_property
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -97,7 +98,7 @@ class Planned:
         return left, torch.cat([update.right for update in self.updates], dim=-2)
 
     def merged(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Some of its rows: all is added in float32 (float64 for a base in it), and rounded once."""
+        """Some of its rows: all is added in :attr:`compute_dtype`, and rounded once."""
         rows = rows_of(self.start, first, last)
         if not rows.is_floating_point():
             return rows

@@ -243,6 +243,16 @@ def test_a_plain_modules_export_is_a_state_dict(tmp_path, capsys):
         module.export(tmp_path / "peft", "peft")
 
 
+def test_links_that_were_trained_in_double_precision_are_merged_and_proven_in_it(tmp_path):
+    module = toy(target_modules=["0", "2"])
+    run = trainer(tmp_path, chain={"at_steps": [2]}, max_steps=4, precision="64-true")
+    run.fit(module, batches(dtype=torch.float64))
+    expected = module.merged_model().state_dict()
+    assert any("proven" in line for line in module.export(tmp_path / "merged"))
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(value, expected[name].float()) for name, value in written.items())
+
+
 def test_full_fine_tuning_in_double_precision_leaves_merged_in_float32(tmp_path):
     module = toy(target_modules=None)
     trainer(tmp_path, max_steps=2, precision="64-true").fit(module, batches(dtype=torch.float64))
