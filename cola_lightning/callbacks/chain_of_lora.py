@@ -16,6 +16,7 @@ from cola_lightning.chain.chain import Link
 from cola_lightning.chain.schedule import ChainSchedule, FitPosition, UserRule, is_plateau
 from cola_lightning.errors import UserError
 from cola_lightning.module.module import COLAModule
+from cola_lightning.module.rewind import can_validate
 from cola_lightning.module.run import check_no_averaging
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class ChainOfLoRA(Callback):
         if self.schedule.has_knots:
             config = self.module.run.config
             self.module.adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
-        if self.schedule.patience is not None and not sum(trainer.num_val_batches):
+        if self.schedule.patience is not None and not can_validate(trainer):
             raise UserError("chain.patience: this run has no validation. It needs rows (data.val_size) and a validation_step")
 
     @override

@@ -107,6 +107,11 @@ RUNS = {
     "a rate of its own for B": lambda: {"module": make(**OWN_RATE)},
     "a share of the optimizer's state": lambda: {"module": make(kept_optimizer_state=0.1)},
     "the run's schedule": lambda: {"module": make(schedule_scope="run", warmup_steps=2, knot_warmup_steps=3)},
+    "patience, and a first epoch without validation": lambda: {
+        "module": make(schedule_scope="run"),
+        "chain": {"patience": 1, "min_delta": 0.02},
+        "check_val_every_n_epoch": 2,
+    },
     "knots at a plateau": lambda: {"module": make(schedule_scope="run"), "chain": {"patience": 1, "min_delta": 0.02}},
 }
 # Where it is stopped, if not only inside; a list is of stops of one run.
@@ -124,6 +129,7 @@ PLACES = {
     "beside a longer loader": [("batch_end", 32)],
     "a schedule over ours": [("batch_end", 15)],
     "a rate that falls by a metric": MAIN,
+    "patience, and a first epoch without validation": [("backward", 4), ("epoch_start", 1)],
     "knots at a plateau": [("validation", 4), ("validation_end", 1)],
 }
 
