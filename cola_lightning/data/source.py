@@ -292,7 +292,7 @@ class SourceDataModule(EpochDataModule):
                 self._log(f"{rows.place}: {len(held_out)} rows for {PURPOSES[part]}, as the fit held them out")
                 return {part: held_out}
             if takes_all := bool(self.held_out) and None not in self.held_out:
-                self._log(f"{source.source}: no run of the model used it, so all rows are used for {PURPOSES[part]}")
+                self._log(f"{source.source}: no run of the model used it as it is, so all rows are for {PURPOSES[part]}")
         return {part: read()} if takes_all else self._drawn_parts(splits, [part], stage)
 
     def _drawn_parts(self, splits: Splits, names: Sequence[str], stage: str) -> dict[str, Rows]:
