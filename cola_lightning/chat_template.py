@@ -190,8 +190,8 @@ class ChatTemplate:
         import jinja2
 
         try:
-            options = {"tokenize": False, "chat_template": self.text, **options, **self.kwargs}
-            return self.tokenizer.apply_chat_template(messages, **options)
+            options = {"tokenize": False, "chat_template": self.text} | options
+            return self.tokenizer.apply_chat_template(messages, **options, **self.kwargs)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:  # the latter three: of its expressions
             raise UnusableRow(f"the chat template refuses the turns: {error}") from error
 
