@@ -148,7 +148,7 @@ def sentences() -> Iterator[tuple[str, str, Sequence[str]]]:
     yield "README.md", "tasks the loss was {} lower ({} runs)", [f"{mean:.3f} [{high:.3f}, {low:.3f}]", link[2]]
     words = "its difference to a new link is {}. At its own best rate the difference is {}."
     yield "docs/results.md", words, [arms[name][5] for name in ("one LoRA, at the rate of a new link", "one LoRA that goes on")]
-    words = "encoder this added {} of accuracy to a new link per stage, which is not clear"
+    words = "encoder this added {} of accuracy to a new link per stage"
     yield "docs/stages.md", words, [arms["a new link, 5 % replay"][5]]
     words = "test accuracy is {} before training, and {} at the end of the baseline. A plus is better"
     yield "docs/results.md", words, [base[-3], arms["one LoRA that goes on"][3]]
@@ -169,8 +169,8 @@ def sentences() -> Iterator[tuple[str, str, Sequence[str]]]:
     yield "docs/speed.md", words, [wide[4], wide[2], wide[5], wide[3]]
 
     merged = {row[0]: row for row in of(merges, merges.rows)()}
-    words = "takes {} of the time of peft's `merge_and_unload` twice, and {} GiB above the imports where peft needs {} GiB."
-    words += " `cola verify` takes {} of that time"
+    words = "takes {} of the CPU time of peft, which calls `merge_and_unload` twice. It needs {} GiB more than the imports, "
+    words += "peft {} GiB. `cola verify` takes {} of peft's time"
     numbers = [merged["export"][2], merged["export"][4], merged["peft"][4], merged["verify"][2]]
     yield "docs/elsewhere.md", words, numbers
 
