@@ -373,7 +373,7 @@ class COLACLI(LightningCLI):
     def after_fit(self) -> None:
         """Logs the checkpoint's path, and the next command for it."""
         can_be_tested = is_overridden("test_step", self.model) and getattr(self.datamodule, "can_be_tested", True)
-        kind = described_data(self.trainer, "prompt_format").get("kind")
+        kind = described_data(self.model.run, "prompt_format").get("kind")
         if isinstance(self.model, COLACausalLM) and kind in ("response", "text"):
             self._log_command("try it", "generate")
         else:

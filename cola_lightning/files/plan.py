@@ -173,7 +173,10 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
             raise CannotStream(f"base: {str(folder.path)!r} stores the layer {layer!r} in {before.dtype}".replace("torch.", ""))
         is_conv1d = folder.config.get("model_type") in CONV1D and not name.endswith(HEAD)
         links = [link for link in chain.updates if layer in link.factors and link.index >= since.get(name, 0)]
-        planned[name] = replace(before, updates=tuple(_laid_out(link, layer, before.start.shape, is_conv1d) for link in links))
+        updates = [*before.updates, *(_laid_out(link, layer, before.start.shape, is_conv1d) for link in links)]
+        if len({update.link for update in updates}) < len(updates):
+            raise UserError(f"base: {updates[0].layer!r} and {layer!r} of the chain are one layer of this base: another base")
+        planned[name] = replace(before, updates=tuple(sorted(updates, key=lambda update: update.link)))
     if embedding is not None and tied is not None and has_head:
         new, head = planned[embedding].start, planned.setdefault(HEAD, Planned(tied, tied))
         values = [start for start in (new, head.start) if isinstance(start, Tensor)]

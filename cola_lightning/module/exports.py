@@ -10,19 +10,18 @@ from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.module import export_chain, export_model
 from cola_lightning.export.options import ExportOptions
 from cola_lightning.module.late import LateModel
-from cola_lightning.module.run import trainer_of
 from cola_lightning.module.state import described_data
 
 
 def export(module: LateModel, options: ExportOptions) -> list[str]:
     """Exports a module that may be in training, from a copy on the CPU; see :meth:`COLAModule.export`."""
     module.make_model()
-    run, trainer = module.run, trainer_of(module)
+    run = module.run
     if options.format == "chain":
         return export_chain(module.full_chain(), options)
     if run.is_sharded:  # to compare logits, every process would have to write
         raise UserError(f"format: export a sharded model as chain, or its checkpoint by `cola export`, got {options.format}")
-    model = trained_model(module, described_data(trainer, "prompt_format"), described_data(trainer, "identity"))
+    model = trained_model(module, described_data(run, "prompt_format"), described_data(run, "identity"))
     return export_model(replace(model, adapted=run.adapted.copy_on_cpu()), options)
 
 

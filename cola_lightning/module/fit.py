@@ -25,7 +25,7 @@ from cola_lightning.module.fsdp import check_sharding, replicate_trained, shards
 from cola_lightning.module.overview import describe_fit
 from cola_lightning.module.rewind import Rewind, awaiting_validation, can_validate, resume_rewound
 from cola_lightning.module.run import Run, accumulation_schedulers, run_length
-from cola_lightning.module.state import AtomicCheckpointIO, prepare_checkpoint
+from cola_lightning.module.state import AtomicCheckpointIO, described_data, prepare_checkpoint
 from cola_lightning.seeding import derive_seed, seeded
 
 log = logging.getLogger(__name__)
@@ -142,6 +142,7 @@ class FitCallback(Callback):
         if trainer.state.fn == "fit":
             run.end = FitPosition(trainer.current_epoch, trainer.global_step)
             run.note_progress()  # the Trainer's next run clears its metrics
+            run.described_data = {name: described_data(run, name) for name in ("prompt_format", "identity")}
 
     teardown = _leave
 

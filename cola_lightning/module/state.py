@@ -43,7 +43,7 @@ def state_of(run: Run, prefix: str = "") -> dict[str, Tensor]:
 
 def facts_of(run: Run) -> StoredFacts:
     """What is stored of a run besides its trained values and its finished links; :func:`restore` reads it."""
-    adapted, current, trainer = run.adapted, run.current, trainer_of(run.module)
+    adapted, current = run.adapted, run.current
     run.note_progress()
     live = describe_link(adapted.live_link(has_tensors=False)) if adapted.layers else None
     return StoredFacts(
@@ -64,20 +64,23 @@ def facts_of(run: Run) -> StoredFacts:
         sizes=[list(run.size_of(link)) for link in range(adapted.n_finished + 1)],
         init=run.config.init,
         modules_to_save=list(run.config.modules_to_save),
-        prompt_format=described_data(trainer, "prompt_format"),
-        data=described_data(trainer, "identity"),
+        prompt_format=described_data(run, "prompt_format"),
+        data=described_data(run, "identity"),
         held_out=run.held_out,
         initial=adapted.trained.initial,
     )
 
 
-def described_data(trainer: Any, name: str) -> dict[str, Any]:
-    """The ``prompt_format`` or ``identity`` of a Trainer's data module, if it has one that JSON can hold; else empty.
+def described_data(run: Run, name: str) -> dict[str, Any]:
+    """The ``prompt_format`` or ``identity`` of the data of a run's last fit, if they have one that JSON can hold; else empty.
 
     Args:
-        trainer: the Trainer; None: there is none.
+        run: the run.
         name: which of the two; data modules of this package have both.
     """
+    trainer: Any = trainer_of(run.module)
+    if trainer is None or trainer.state.fn != "fit":  # an evaluation has data of its own
+        return dict(run.described_data.get(name, {}))
     value = getattr(getattr(trainer, "datamodule", None), name, None)
     with contextlib.suppress(TypeError):  # another attribute of that name
         return dict(to_plain(value)) if isinstance(value, dict) else {}
@@ -216,6 +219,7 @@ def restore(run: Run, state: StoredState) -> bool:
         run.module.double()
     adapted.seed, adapted.trained.initial = facts.seed, dict(facts.initial)
     run.restore_held_out(facts.held_out, is_resumed=is_resumed)
+    run.described_data = {"prompt_format": facts.prompt_format, "identity": facts.data}
     run.n_earlier_fits, run.first_link = facts.n_earlier_fits, facts.first_link
     run.end = facts.position if has_current else None
     run.count_from(facts.start if has_current else START)

@@ -96,6 +96,13 @@ def test_links_and_factors_count_as_for_a_run(made, words, stage):
     assert tiny.relative_difference(tiny.logits(load("out")), made[stage]) <= 1e-5
 
 
+def test_adapters_whose_layers_have_other_names_are_merged_into_the_same_weights(made):
+    path = "dpo/adapter_model.safetensors"
+    save_file({name.replace(".model.layers.", ".model.language_model.layers."): v for name, v in load_file(path).items()}, path)
+    assert export(*BOTH, "--dtype", "float32") == 0
+    assert tiny.relative_difference(tiny.logits(load("out")), made["dpo"]) <= 1e-5
+
+
 def test_adapters_become_one_adapter_or_a_chain_that_knows_its_base(made, tmp_path):
     assert export(*BOTH, format_="peft") == 0
     assert tiny.relative_difference(tiny.logits(PeftModel.from_pretrained(load("base"), "out")), made["dpo"]) <= 1e-5
@@ -160,6 +167,9 @@ def test_an_embedding_that_was_trained_whole_leaves_the_tied_head_as_it_was(tmp_
     assert tiny.relative_difference(tiny.logits(merged), expected) <= 1e-5
     model.merge_and_unload().save_pretrained("theirs")
     assert main(["verify", "theirs", "--base", "pictures", "--adapter", "sft"]) == 0
+    text_only = tiny.folder(tmp_path / "text only", "gemma3", tie_word_embeddings=True)  # the pictures' layers have its sizes
+    assert export("sft", base=text_only, output="refused") == 2
+    assert "are one layer of this base" in capsys.readouterr().err
     mamba = tiny.folder(tmp_path / "mamba", "mamba", tie_word_embeddings=True)  # its embedding has no usual name
     adapted(load(mamba), "of mamba", target_modules=["in_proj"], modules_to_save=["embeddings"])
     assert export("of mamba", base=mamba, output="refused") == 2
