@@ -174,3 +174,19 @@ def test_an_export_changes_nothing_of_a_module_in_training(tmp_path):
     assert [part.training for part in module.modules()] == modes
     assert [parameter.requires_grad for parameter in module.parameters()] == trained
     assert Chain.load(tmp_path / "chain").is_beginning_of(module.full_chain())
+
+
+def test_an_export_ends_turns_as_its_fit_did_after_other_data_were_measured_and_from_a_checkpoint(tmp_path):
+    base = tiny.folder(tmp_path / "base")
+    own = tiny.chat_tokenizer(tiny.CHAT_IN_A_LINE.replace("</s>", "<|end|>"), "<|end|>")
+    own.save_pretrained(base)
+    (end,) = own("<|end|>", add_special_tokens=False)["input_ids"]
+    rows = tiny.write_rows(tmp_path / "rows", [{"prompt": "Old?", "response": "Yes."}])
+    module, run = COLACausalLM(base, **ARGUMENTS), trainer(tmp_path, max_steps=1)
+    run.fit(module, datamodule=TextDataModule(rows))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    trainer(tmp_path).test(module, datamodule=TextDataModule(rows, chat_template=False), verbose=False)
+    for number, one in enumerate([module, COLACausalLM.load_from_checkpoint(tmp_path / "run.ckpt")]):
+        one.export(tmp_path / str(number))
+        assert GenerationConfig.from_pretrained(tmp_path / str(number)).eos_token_id == [1, end]
+        assert "apply_chat_template" in card(tmp_path / str(number))[1]
