@@ -88,6 +88,15 @@ class Link:
         """Whether its knot only recorded it, so that it adds nothing to a layer: the next link contains it."""
         return self.share == 0
 
+    def has_value(self, key: str, value: Tensor) -> bool:
+        """Whether it records this value, by its name in :attr:`extras`."""
+        return key in self.extras and (self.extras[key] is value or torch.equal(self.extras[key], value))
+
+    def is_replaced(self, name: str, extras: Mapping[str, Tensor]) -> bool:
+        """Whether one layer was trained whole after this link, with its value among a later link's extras."""
+        names = [key for key in (name, f"{name}.weight", f"{name}_weight") if key in extras]
+        return any(not self.has_value(key, extras[key]) for key in names)
+
     def at_end(self) -> "Link":
         """The link with all of its B A, as the model had it at its end, whatever share of it the knot merged."""
         return replace(self, share=1.0)
@@ -221,8 +230,8 @@ class Chain:
 
         The update of a link is what its knot merged: with ``share``, the rest belongs to the next link. After a record, it is
         the difference to that record. What the last link records besides its factors (``extras``) is not scaled: the new
-        chain's last link has it. From the first scaled link on the links have no metrics, because those were the metrics of
-        another model.
+        chain's last link has it, and no earlier link has an update of a layer that was trained whole after it. From the first
+        scaled link on the links have no metrics, because those were the metrics of another model.
 
         Args:
             scale: the factors, by a stage's name or a link's index, which goes before the name.
@@ -234,7 +243,7 @@ class Chain:
         """
         # In YAML, 1.5 and true are no texts, and int() would take them for 1.
         factors = {as_number(key) if isinstance(key, str) else key: factor for key, factor in scale.items()}
-        links, is_scaled = list[Link](), False
+        links, is_scaled, last = list[Link](), False, self.links[-1].extras if self.links else {}
         names = [link.name for link in self.links]
         for key, factor in factors.items():
             if key not in names and (isinstance(key, bool) or key not in range(len(names))):
@@ -248,9 +257,10 @@ class Chain:
                 link, factor = link.at_end(), factor - after
             if factor != 0:
                 metrics = {} if is_scaled else link.metrics
-                links.append(replace(link, alpha=factor * link.alpha, index=len(links), metrics=metrics))
+                factors_left = {name: pair for name, pair in link.factors.items() if not link.is_replaced(name, last)}
+                links.append(replace(link, alpha=factor * link.alpha, index=len(links), factors=factors_left, metrics=metrics))
         if links:
-            links[-1] = replace(links[-1], extras=self.links[-1].extras)
+            links[-1] = replace(links[-1], extras=last)
         return Chain(links, self.base)
 
     @property

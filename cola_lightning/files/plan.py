@@ -165,7 +165,7 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
     for key, value in whole.items():
         name, before = planned_at(key)
         planned[name] = replace(before, start=value)
-        since[name] = next(k for k in range(len(chain)) if all(_has(link, key, value) for link in chain.links[k:]))
+        since[name] = next(k for k in range(len(chain)) if all(link.has_value(key, value) for link in chain.links[k:]))
     for layer in chain.layers:
         is_whole_name = any(is_of_experts(link.factors[layer][0]) for link in chain.links if layer in link.factors)
         name, before = planned_at(*([layer] if is_whole_name else [f"{layer}.weight", f"{layer}_weight"]))
@@ -187,11 +187,6 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
     if embedding is not None and planned[embedding].start.shape != folder.tensors[embedding].shape:
         config["vocab_size"] = planned[embedding].start.shape[0]
     return Plan(folder, planned, config)
-
-
-def _has(link: Link, key: str, value: Tensor) -> bool:
-    """Whether a link records this value."""
-    return key in link.extras and (link.extras[key] is value or torch.equal(link.extras[key], value))
 
 
 def _laid_out(link: Link, layer: str, shape: tuple[int, ...], is_conv1d: bool) -> Update:

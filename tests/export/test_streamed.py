@@ -149,6 +149,9 @@ def test_a_head_with_a_link_on_a_tied_base_and_one_that_was_trained_whole_before
         model = adapted(adapted(load(base), "sft", **first).merge_and_unload(), "dpo", 1, **second)
         assert export("sft", "dpo", base=base, output=output) == 0
         assert tiny.relative_difference(tiny.logits(load(output)), tiny.logits(model)) <= 1e-5
+    assert export(*BOTH, "--scale", "{dpo: 0}", base=base, output="no dpo") == 0  # but for what it trained whole
+    whole_head = load_file("dpo/adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    assert torch.equal(load("no dpo").lm_head.weight, whole_head)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
