@@ -4,6 +4,7 @@ Lightning's checkpoint contains the state dict, and so everything that a resume 
 """
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from cola_lightning.module.arguments import to_plain
 from cola_lightning.module.run import ExpectedState, Run, trainer_of
 from cola_lightning.trained_values import is_frozen
 from cola_lightning.writing import atomic_file
+
+log = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------------- what is stored
 
@@ -220,6 +223,7 @@ def restore(run: Run, state: StoredState) -> bool:
     adapted.seed, adapted.trained.initial = facts.seed, dict(facts.initial)
     run.restore_held_out(facts.held_out, is_resumed=is_resumed)
     run.described_data = {"prompt_format": facts.prompt_format, "identity": facts.data}
+    _warn_of_template(run, facts.prompt_format.get("template"))
     run.n_earlier_fits, run.first_link = facts.n_earlier_fits, facts.first_link
     run.end = facts.position if has_current else None
     run.count_from(facts.start if has_current else START)
@@ -233,6 +237,14 @@ def restore(run: Run, state: StoredState) -> bool:
         adapted.resume_link(state.live)
         current.name, current.metrics, current.is_trained = state.live.name, dict(state.live.metrics), facts.is_trained
     return True
+
+
+def _warn_of_template(run: Run, trained: str | None) -> None:
+    """Warns of data that were rendered by another chat template than that of the state's run, which is known only now."""
+    tokenizer: Any = getattr(run.module, "tokenizer", None)
+    data = getattr(trainer_of(run.module), "datamodule", None)
+    if trained is not None and getattr(data, "template", "") is None and tokenizer.chat_template != trained:
+        log.warning("data.chat_template: the checkpoint's run had one, and this data has none. Set it, or load_from_checkpoint")
 
 
 def _dtype_of(run: Run, state: StoredState) -> torch.dtype:

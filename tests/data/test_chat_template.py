@@ -62,7 +62,7 @@ def test_a_template_comes_from_a_file_or_another_model_and_replaces_the_tokenize
     assert unknown_tokens(own, "{{ '<|user|>' }} <think> {{ '<tool>' }} <s>") == ["<|user|>", "<think>", "<tool>"]
 
 
-def test_a_template_is_that_of_its_data_alone_until_a_model_is_trained_with_it(tmp_path):
+def test_a_template_is_that_of_its_data_alone_until_a_model_is_trained_with_it(tmp_path, caplog):
     def loss(data):
         (measured,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
         return measured["test_loss"]
@@ -75,9 +75,15 @@ def test_a_template_is_that_of_its_data_alone_until_a_model_is_trained_with_it(t
     assert module.tokenizer.chat_template is None
     other = Replay(1.0, {"other": TextDataModule(source, chat_template=str(tmp_path / "own.jinja"))})
     (tmp_path / "own.jinja").write_text(tiny.CHAT)
-    trainer(tmp_path, other, max_steps=0).fit(module, datamodule=chat)
+    fit = trainer(tmp_path, other, max_steps=0)
+    fit.fit(module, datamodule=chat)
     assert module.tokenizer.chat_template == "{{- bos_token }}" + CHATML
     assert loss(plain) == loss(chat) == pytest.approx(of_chat, rel=1e-6)
+    fit.save_checkpoint(tmp_path / "chat.ckpt")
+    for data in (chat, plain):  # whose rows are read before the checkpoint
+        assert "data.chat_template" not in caplog.text
+        trainer(tmp_path).test(tiny.causal_lm(tmp_path), datamodule=data, ckpt_path=tmp_path / "chat.ckpt", verbose=False)
+    assert "data.chat_template: the checkpoint's run had one" in caplog.text
 
 
 CONFIG = """
