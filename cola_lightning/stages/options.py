@@ -19,7 +19,8 @@ class StagesOptions:
             A and the rest of B go on. ``record`` only records it: one LoRA goes on over the stages. The optimizer and its
             schedule are new in each stage.
         replay: Train this share of each earlier stage's training rows again in every later stage: 0.05, for example. It needs
-            the same classes of model and data: the rows of instructions cannot be replayed among preferences.
+            the same classes of model and data, ``data.chat_template`` and ``data.packing``: the rows of instructions cannot be
+            replayed among preferences.
         fit_scales: Choose a factor for what each stage changed, of 0.5, 0.75, 1 and 1.25, by the validation rows of all tasks.
             Nothing is trained. It shows the test data before and after, writes ``scales.yaml``, and says how to export the
             model. It needs ``--knot cola``.
