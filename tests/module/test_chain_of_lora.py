@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 
-from cola_lightning import UserError, lora_layers
+from cola_lightning import LastCheckpoint, UserError, lora_layers
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.errors import NonFiniteError
 from cola_lightning.lora.layer import initialize_link
@@ -144,6 +144,14 @@ def test_averaged_weights_are_refused_beside_knots_and_without_them_a_checkpoint
     module.tie_knot()  # of the averaged weights
     state = StoredState.of(torch.load(tmp_path / "5.ckpt", weights_only=True)["state_dict"])
     assert state.facts.position == (0, 5)
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+def test_weights_that_are_averaged_at_the_end_are_in_the_last_checkpoint(tmp_path):
+    module, averaging = toy(), StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1, device=None)
+    trainer(tmp_path, averaging, LastCheckpoint(), max_epochs=4, enable_checkpointing=True).fit(module, batches())
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    assert_bit_equal(weights(Toy.load_from_checkpoint(path)), weights(module))
 
 
 def test_what_a_run_never_reaches_is_a_warning(tmp_path, caplog):
