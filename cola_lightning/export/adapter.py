@@ -14,6 +14,7 @@ from cola_lightning.export.card import FOLDER, write_card
 from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.options import ExportOptions
 from cola_lightning.export.verify import loading_again, reference_logits
+from cola_lightning.lora.inject import is_in_matching_modules
 from cola_lightning.lora.layer import is_quantized_model
 from cola_lightning.pretrained import TASKS
 from cola_lightning.writing import atomic_folder
@@ -84,7 +85,8 @@ def _base_of(model: TrainedModel, half: torch.dtype) -> tuple[AdapterBase, str]:
     base: Any = adapted.merged_model(0, in_place=True, is_rounded=True)
     if named_base is None:
         return AdapterBase(base, model.base_name, saved), "module.merged_model(0)"
-    saved += named_base.new_modules(base, named_base.new_weights)
+    new = named_base.new_modules(base, named_base.new_weights)
+    saved += [name for name in new if not is_in_matching_modules(name, saved)]
     dtype = str(half).removeprefix("torch.") if half.itemsize < 4 else named_base.dtype
     name = os.path.expanduser(named_base.model_name) if named_base.is_found_by_name else None
     found = AdapterBase(base, name, saved, named_base.revision, TASKS.get(named_base.auto_class))

@@ -4,6 +4,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 
 from cola_lightning import COLASequenceClassifier, StepOutput, TextClassificationDataModule, UserError
 from tests.helpers import tiny
@@ -77,8 +78,11 @@ def test_a_pipeline_of_an_export_gives_the_scores_that_were_trained_whatever_the
     name = tiny.folder(tmp_path / "model", "roberta", "AutoModelForSequenceClassification", num_labels=3, problem_type=kind)
     module = COLASequenceClassifier(name, rank=2, target_modules=["query"], label_names=["no", "yes"], seed=0)
     module.export(tmp_path / "merged")
-    pipe = transformers.pipeline("text-classification", str(tmp_path / "merged"), top_k=None)
-    assert sum(label["score"] for (scores,) in [pipe(["It was great."])] for label in scores) == pytest.approx(1, abs=1e-5)
+    _, code, *_ = module.export(tmp_path / "peft", "peft")
+    adapted = PeftModel.from_pretrained(eval(code.removeprefix("its base: ")), tmp_path / "peft")
+    for model in (str(tmp_path / "merged"), adapted.merge_and_unload()):
+        pipe = transformers.pipeline("text-classification", model, tokenizer=name, top_k=None)
+        assert sum(label["score"] for (scores,) in [pipe(["It was great."])] for label in scores) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "roberta"])
