@@ -48,7 +48,7 @@ def generate(words: Sequence[str]) -> None:
     if not isinstance(module, COLACausalLM):
         found = f"{str(options.checkpoint)!r} contains a {type(module).__name__}"
         raise UserError(f"checkpoint: {found}, but only a COLACausalLM generates text")
-    module.to(torch.accelerator.current_accelerator() or "cpu").eval()
+    module.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
     is_chat = options.chat or bool(prompt_format.get("chat_template"))
     if is_chat and not module.tokenizer.chat_template:
         raise UserError("chat: the model's tokenizer has no chat template")

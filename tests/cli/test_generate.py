@@ -49,6 +49,17 @@ def printed(capfd, *words):
     return capfd.readouterr().out
 
 
+def test_a_torch_for_a_gpu_that_is_not_there_generates_on_the_cpu(trained, capfd, monkeypatch):
+    """The default torch of PyPI on Linux, which names its accelerator whether or not there is one."""
+    path, predictions = trained("no template")
+
+    def accelerator(*, check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerator)
+    assert printed(capfd, path, "--prompt", PROMPTS[0]).strip() == predictions[0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_prints_what_predict_writes(trained, capfd, monkeypatch, kind):
     path, predictions = trained(kind)
