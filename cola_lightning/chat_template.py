@@ -145,7 +145,7 @@ class ChatTemplate:
     Args:
         tokenizer: a Hugging Face tokenizer.
         kwargs: variables of the template, such as ``enable_thinking``.
-        text: replaces the tokenizer's; None: that.
+        text: the template; None: the tokenizer's.
 
     Attributes:
         writes_special_tokens: whether what it renders has all special tokens, so that the tokenizer adds none.
@@ -158,9 +158,14 @@ class ChatTemplate:
     writes_special_tokens: ClassVar[bool] = True
 
     @property
+    def template(self) -> str | None:
+        """The template that renders."""
+        return self.text or self.tokenizer.chat_template
+
+    @property
     def modes(self) -> tuple[bool, ...]:
         """The values of ``enable_thinking`` that may be tried, if the template has it and the user has not set it."""
-        return (False, True) if MODE in str(self.text or self.tokenizer.chat_template) and MODE not in self.kwargs else ()
+        return (False, True) if MODE in str(self.template) and MODE not in self.kwargs else ()
 
     def prompt(self, conversation: Conversation) -> str:
         """A conversation with the generation prompt of the assistant's next turn."""
@@ -183,10 +188,8 @@ class ChatTemplate:
         return text
 
     def _apply(self, messages: list[Message], **options: Any) -> Any:
-        if not (self.text or self.tokenizer.chat_template):
-            raise UserError(
-                "model.model_name: its tokenizer has no chat template (TextDataModule's data.chat_template sets one)"
-            )
+        if not self.template:
+            raise UserError("model.model_name: its tokenizer has no chat template. TextDataModule can set data.chat_template")
         import jinja2
 
         try:

@@ -186,7 +186,7 @@ class TransformersBase(Pretrained):
         """The Python code that loads the base; from a folder, if its name is not enough."""
         options = {"dtype": dtype} | dict(self.fields)
         options |= {"revision": self.revision} if self.revision else {}
-        if self.labels:  # a pipeline would apply another function to the scores of a base for another problem
+        if self.labels:  # a pipeline chooses its function by the problem type, and the base may have another
             options |= {"id2label": dict(enumerate(self.labels)), "problem_type": "single_label_classification"}
         options |= {"ignore_mismatched_sizes": True} if "num_labels" in self.fields else {}  # of the head of the files
         arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())

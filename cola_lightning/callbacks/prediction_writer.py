@@ -59,7 +59,7 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         columns = _plain(prediction)
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        if not batch_indices or batch_indices is self._batch_indices:  # Lightning knows none, and keeps those of another loader
+        if not batch_indices or batch_indices is self._batch_indices:  # Lightning has none, or kept the last loader's
             raise UserError("predict: rows of an IterableDataset have no indices. Use a map-style dataset")
         data: Any = getattr(trainer, "datamodule", None)
         self._batch_indices, indices = batch_indices, [*map(int, batch_indices)]

@@ -94,8 +94,8 @@ class Link:
 
     def is_replaced(self, name: str, extras: Mapping[str, Tensor]) -> bool:
         """Whether one layer was trained whole after this link, with its value among a later link's extras."""
-        names = [key for key in (name, f"{name}.weight", f"{name}_weight") if key in extras]
-        return any(not self.has_value(key, extras[key]) for key in names)
+        keys = extras.keys() & {name, f"{name}.weight", f"{name}_weight"}
+        return not all(self.has_value(key, extras[key]) for key in keys)
 
     def at_end(self) -> "Link":
         """The link with all of its B A, as the model had it at its end, whatever share of it the knot merged."""
@@ -241,6 +241,8 @@ class Chain:
 
         Source: Wortsman et al., "Robust fine-tuning of zero-shot models" (WiSE-FT, arXiv 2109.01903), section 3.
         """
+        if not scale:
+            return self
         # In YAML, 1.5 and true are no texts, and int() would take them for 1.
         factors = {as_number(key) if isinstance(key, str) else key: factor for key, factor in scale.items()}
         links, is_scaled, last = list[Link](), False, self.links[-1].extras if self.links else {}

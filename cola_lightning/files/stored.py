@@ -49,19 +49,15 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """Some of its rows, along the first dimension."""
-        shape = (last - first, *self.shape[1:]) if self.shape else ()
-        n_bytes = prod(shape) * self.dtype.itemsize
-        values = np.fromfile(self.file, np.uint8, n_bytes, offset=self.start + first * n_bytes // max(1, last - first))
-        return torch.from_numpy(values).view(self.dtype).view(shape)
-
 
 def rows_of(tensor: StoredTensor | Tensor, first: int, last: int) -> Tensor:
-    """Some rows of a tensor in a file or in memory, as a copy; a number is one row."""
-    if isinstance(tensor, StoredTensor):
-        return tensor.rows(first, last)
-    return (tensor[first:last] if tensor.dim() else tensor).clone()
+    """Some rows of a tensor in a file or in memory, along the first dimension, as a copy; a number is one row."""
+    if isinstance(tensor, Tensor):
+        return (tensor[first:last] if tensor.dim() else tensor).clone()
+    shape = (last - first, *tensor.shape[1:]) if tensor.shape else ()
+    n_bytes = prod(shape) * tensor.dtype.itemsize
+    values = np.fromfile(tensor.file, np.uint8, n_bytes, offset=tensor.start + first * n_bytes // max(1, last - first))
+    return torch.from_numpy(values).view(tensor.dtype).view(shape)
 
 
 def bytes_of(values: Tensor) -> Any:

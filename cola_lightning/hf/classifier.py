@@ -106,7 +106,7 @@ class Classifier(TransformersModule):
         """Writes the labels into the configuration of a model."""
         config.id2label = dict(enumerate(self.labels_of_base or ()))
         config.label2id = {name: place for place, name in config.id2label.items()}
-        config.problem_type = "single_label_classification"  # the base may have been for another, as which a pipeline uses it
+        config.problem_type = "single_label_classification"  # by which a pipeline chooses its function
 
     @override
     def expect_state(self, state: StoredState, **requested: Any) -> None:

@@ -79,7 +79,7 @@ def check_fields(model: Any, batch: Batch, others: Collection[str] = ()) -> None
     """
     unknown = batch.keys() - TOKEN_FIELDS - set(others)
     if unknown and (unknown := unknown - forward_parameters(model)):
-        raise UserError(f"batch: {type(model).__name__} does not take {', '.join(sorted(unknown))}. Leave that out")
+        raise UserError(f"batch: {type(model).__name__} does not take {', '.join(sorted(unknown))}. Leave them out")
 
 
 def at_positions(model: Any, values: Tensor, logits_to_keep: int | Tensor) -> Tensor:

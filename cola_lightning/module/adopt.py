@@ -29,7 +29,7 @@ def adopt(module: Any, task: LightningModule, own: type) -> None:
     names = {name for cls in own.__mro__ if cls.__module__.startswith("cola_lightning.") for name in vars(cls)}
     ours = {*names, *vars(own())}.difference(dir(LightningModule()), vars(type(task)))
     if both := ours.intersection([*vars(task), *task._modules, *task._parameters, *task._buffers]):
-        raise UserError(f"adopt: {name} has an attribute {min(both)!r}, which is COLAModule's own. Rename that of the task")
+        raise UserError(f"adopt: {name} has an attribute {min(both)!r}, which is COLAModule's own. Rename the task's")
     module._modules.setdefault("model", None)  # first, so that its parameters have its name, and no other one
     initial = vars(LightningModule())
     for key, value in vars(task).items():

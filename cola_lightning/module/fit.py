@@ -142,7 +142,7 @@ class FitCallback(Callback):
         if trainer.state.fn == "fit":
             run.end = FitPosition(trainer.current_epoch, trainer.global_step)
             run.note_progress()  # the Trainer's next run clears its metrics
-            run.described_data = {name: described_data(run, name) for name in ("prompt_format", "identity")}
+            run.fitted_data = {name: described_data(run, name) for name in ("prompt_format", "identity")}
 
     teardown = _leave
 
@@ -216,7 +216,7 @@ class FitCallback(Callback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._check_loss(trainer)
-        self.run.note_step()  # whose optimizer it may not be
+        self.run.note_step()  # the optimizer may be one that the run did not make
         step = f"step {trainer.global_step} (epoch {trainer.current_epoch}), in link {self.run.adapted.n_finished}"
         loss = self.run.step_loss.finish(optimizer, trainer.accumulate_grad_batches, step)
         if loss is not None:

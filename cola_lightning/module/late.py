@@ -141,7 +141,7 @@ class LateModel(LightningModule):
         if not self._is_configured:
             self.configure_model()
         if not self._is_configured:
-            raise UserError(f"{type(self).__name__}.configure_model must call super().configure_model(), which also casts")
+            raise UserError(f"{type(self).__name__}.configure_model must call super().configure_model()")
 
     def _ensure_model(self) -> None:
         """Makes the model, unless it is made or is being made."""

@@ -242,7 +242,7 @@ def awaiting_validation(trainer: Trainer) -> Iterator[None]:
 
 def _restore(checkpoint: dict[str, Any], trainer: Trainer, point: _Point) -> None:
     """Replaces in a checkpoint what the hooks after a point have changed by what was there before."""
-    state = checkpoint.get("current_model_state", checkpoint["state_dict"])  # in the place of which averaged weights may be
+    state = checkpoint.get("current_model_state", checkpoint["state_dict"])  # which WeightAveraging may have replaced
     state |= {name: layout.gather(copied) for name, copied in point.buffers.items()}
     stored = checkpoint["callbacks"]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -138,7 +138,7 @@ class Run:
             next fit at the same position continues it. None before the first fit.
         first_link: index of the run's first link: how many links the model had when the run began.
         is_continued: whether the fit continues the Trainer's last one, so that it is no new run.
-        described_data: what the data of the last fit say of themselves, by name.
+        fitted_data: what the data of the last fit say of themselves, by name.
         n_earlier_fits: how many fits have trained the module before this one, which draws other numbers than they did.
         expected: what is known of the state that will be loaded.
         step_loss: weighs the losses of an optimizer step's batches.
@@ -165,7 +165,7 @@ class Run:
         self.first_link = self.n_earlier_fits = 0
         self.is_continued = self.is_tying_knot = self.is_wrapped_by_fsdp1 = False
         self._held_out = list[Mapping[str, Any] | None]()
-        self.described_data: Mapping[str, Mapping[str, Any]] = {}
+        self.fitted_data: Mapping[str, Mapping[str, Any]] = {}
         self._trainer: weakref.ref[Trainer] | None = None  # of the last fit; an evaluation by another may have followed
         self._not_of_the_link: dict[str, Tensor] = {}  # what had been logged when the current link began
         self._optimizer: Optimizer | None = None

@@ -83,7 +83,7 @@ def described_data(run: Run, name: str) -> dict[str, Any]:
     """
     trainer: Any = trainer_of(run.module)
     if trainer is None or trainer.state.fn != "fit":  # an evaluation has data of its own
-        return dict(run.described_data.get(name, {}))
+        return dict(run.fitted_data.get(name, {}))
     value = getattr(getattr(trainer, "datamodule", None), name, None)
     with contextlib.suppress(TypeError):  # another attribute of that name
         return dict(to_plain(value)) if isinstance(value, dict) else {}
@@ -222,7 +222,7 @@ def restore(run: Run, state: StoredState) -> bool:
         run.module.double()
     adapted.seed, adapted.trained.initial = facts.seed, dict(facts.initial)
     run.restore_held_out(facts.held_out, is_resumed=is_resumed)
-    run.described_data = {"prompt_format": facts.prompt_format, "identity": facts.data}
+    run.fitted_data = {"prompt_format": facts.prompt_format, "identity": facts.data}
     _warn_of_template(run, facts.prompt_format.get("template"))
     run.n_earlier_fits, run.first_link = facts.n_earlier_fits, facts.first_link
     run.end = facts.position if has_current else None
