@@ -41,7 +41,6 @@ def verify(words: Sequence[str]) -> int:
     from cola_lightning.chain.sources import sources_of
     from cola_lightning.files.plan import make_plan
     from cola_lightning.files.stored import ModelFolder
-    from cola_lightning.files.verify import Adapter
     from cola_lightning.files.verify import verify as verify_folder
 
     sources, configs = sources_of(options.adapter), dict[str | None, Any]()
@@ -51,7 +50,7 @@ def verify(words: Sequence[str]) -> int:
             sources[place] = source._replace(name=source.name or source.path)
             configs[sources[place].name] = read_config(folder)
     chain = read_sources(sources, options, "adapter")
-    adapters = {link.index: Adapter(link.name or f"link {link.index}", configs.get(link.name)) for link in chain.links}
+    adapters = {link.index: configs[link.name] for link in chain.links if link.name in configs}
     plan = make_plan(ModelFolder.open(options.base), chain)
     proof = verify_folder(plan, ModelFolder.open(options.merged, "merged"), adapters)
     if options.json:

@@ -55,38 +55,45 @@ def compare(name: str, planned: Planned, merged: StoredTensor | Tensor, through:
         through: a dtype in which it was merged before it was stored in a wider one; None: its own.
     """
     result = Finding(name, n=prod(merged.shape))
-    if planned.start.shape != merged.shape:
+    if planned.start.shape != merged.shape or (planned.updates and not merged.dtype.is_floating_point):
         result.kind = "wrong"
         return result
     dtype, along, squares = through or merged.dtype, torch.zeros(len(planned.updates), dtype=torch.float64), 0.0
     for first, last in chunks(merged.shape):
-        stored, fewest, nearest, differs = rows_of(merged, first, last), result.n + 1, torch.empty(0), torch.empty(0)
+        stored = rows_of(merged, first, last)
         if through is not None and not torch.equal(stored.to(through).to(stored.dtype), stored):
             result.kind = "wrong"
             return result
-        for way in _roundings(planned, first, last, dtype):
-            other = _bits(way.to(stored.dtype)) != _bits(stored)
-            if (n_other := int(other.count_nonzero())) < fewest:
-                fewest, nearest, differs = n_other, way, other.view(stored.shape)
-            if not n_other or not way.is_floating_point():
-                break
-        if not fewest:
+        nearest, differs = _nearest(planned, first, last, stored, dtype)
+        if not differs.any():
             continue
-        result.n_different += fewest
-        expected = nearest[differs].to(planned.compute_dtype)
-        difference = stored[differs].to(expected.dtype) - expected
-        allowed = _allowed(planned, first, last, dtype)[differs] + _step(dtype) * expected.abs()
-        beyond = ~(difference.abs() <= allowed) if planned.updates else torch.ones_like(difference, dtype=torch.bool)
-        if beyond.any() and not result.n_beyond:  # also NaN
+        beyond = torch.ones(int(differs.count_nonzero()), dtype=torch.bool)
+        if planned.updates:
+            expected = nearest[differs].to(planned.compute_dtype)
+            difference = stored[differs].to(expected.dtype) - expected
+            allowed = _allowed(planned, first, last, dtype)[differs] + torch.finfo(dtype).eps * expected.abs()
+            beyond = ~(difference.abs() <= allowed)  # also NaN
+            difference = difference.nan_to_num()
+            squares += float(difference @ difference)
+            for index, update in enumerate(planned.updates):
+                along[index] += float(update.rows(first, last).view(stored.shape)[differs] @ difference)
+        if beyond.any() and not result.n_beyond:
             place = differs.nonzero()[beyond][0].tolist()
             result.place = (first + place[0], *place[1:]) if place else ()
+        result.n_different += len(beyond)
         result.n_beyond += int(beyond.count_nonzero())
-        difference = difference.nan_to_num()
-        squares += float(difference @ difference)
-        for index, update in enumerate(planned.updates):
-            along[index] += float(update.rows(first, last).view(stored.shape)[differs] @ difference)
     _judge(result, planned, along, squares)
     return result
+
+
+def _nearest(planned: Planned, first: int, last: int, stored: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of what tools make of some rows, that which differs in the fewest elements from the stored rows, and in which."""
+    ways = list[tuple[Tensor, Tensor]]()
+    for way in _roundings(planned, first, last, dtype):
+        ways.append((way, (_bits(way.to(stored.dtype)) != _bits(stored)).view(stored.shape)))
+        if not planned.updates or not ways[-1][1].any():
+            return ways[-1]
+    return min(ways, key=lambda way: int(way[1].count_nonzero()))
 
 
 def _roundings(planned: Planned, first: int, last: int, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -105,20 +112,13 @@ def _bits(values: Tensor) -> Tensor:
     return values.contiguous().view(kind)
 
 
-def _step(dtype: torch.dtype) -> float:
-    """The largest distance of two neighbours, relative to them; 0 for integers."""
-    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-
 def _allowed(planned: Planned, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """What the roundings of updates may change, in this dtype and in float32, by element."""
-    shape = (last - first, *planned.start.shape[1:]) if planned.start.shape else ()
-    smallest = torch.finfo(dtype).smallest_normal * _step(dtype) if dtype.is_floating_point else 0.0
-    allowed = torch.full(shape, smallest, dtype=planned.compute_dtype if planned.dtype.is_floating_point else torch.float64)
-    rank = sum(update.right.shape[-2] for update in planned.updates)
-    for update in planned.updates:
-        allowed += (_step(dtype) + 4 * rank**0.5 * _step(torch.float32)) * update.sizes(first, last).view(shape)
-    return allowed
+    precision, rank = torch.finfo(dtype), sum(update.right.shape[-2] for update in planned.updates)
+    of_products = precision.eps + 4 * rank**0.5 * torch.finfo(torch.float32).eps
+    sizes = torch.stack([update.sizes(first, last) for update in planned.updates]).sum(0)
+    allowed: Tensor = of_products * sizes + precision.smallest_normal * precision.eps
+    return allowed.view(last - first, *planned.start.shape[1:])
 
 
 def _judge(result: Finding, planned: Planned, along: Tensor, squares: float) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from cola_lightning.errors import UserError
 from cola_lightning.files.plan import Plan, Planned
-from cola_lightning.files.stored import CONFIG_NAME, INDEX_NAME, chunks, write_tensors
+from cola_lightning.files.stored import CONFIG_NAME, INDEX_NAME, StoredTensor, chunks, write_tensors
 
 # What a trainer saves next to its adapter, for which the base has files, too.
 TOKENIZER = re.compile(r"tokenizer.*|.*\.jinja|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model")
@@ -34,15 +35,15 @@ def write_merged(plan: Plan, folder: Path, *, dtype: torch.dtype | None = None, 
     for path in tokenizer.iterdir() if tokenizer is not None and (tokenizer / "tokenizer_config.json").is_file() else ():
         if path.is_file() and TOKENIZER.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
-    files = dict(base.files)
-    files |= {name: next(reversed(files.values())) for name in plan.tensors.keys() - files.keys()}
-    dtypes = {name: _dtype(planned, dtype) for name, planned in plan.tensors.items()}
+    files = {name: planned.base.file.name for name, planned in plan.tensors.items() if isinstance(planned.base, StoredTensor)}
+    dtypes = {name: planned.base.dtype for name, planned in plan.tensors.items()}
+    dtypes |= {name: dtype for name, stored in dtypes.items() if dtype is not None and stored.is_floating_point}
     for file in dict.fromkeys(files.values()):
         part = {name: planned for name, planned in plan.tensors.items() if files[name] == file}
         sizes = {name: (dtypes[name], planned.start.shape) for name, planned in part.items()}
         write_tensors(folder / file, sizes, _rows(part, dtypes))
     if (base.path / INDEX_NAME).is_file():
-        size = sum(torch.Size(planned.start.shape).numel() * dtypes[name].itemsize for name, planned in plan.tensors.items())
+        size = sum(prod(planned.start.shape) * dtypes[name].itemsize for name, planned in plan.tensors.items())
         index = json.loads((base.path / INDEX_NAME).read_text(encoding="utf-8"))
         index["metadata"] = index.get("metadata", {}) | {"total_size": size}
         index["weight_map"] = dict(sorted(files.items()))
@@ -52,10 +53,6 @@ def write_merged(plan: Plan, folder: Path, *, dtype: torch.dtype | None = None, 
         config |= {name: str(dtype).removeprefix("torch.")} if name in config else {}
     if config != base.config:
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _dtype(planned: Planned, dtype: torch.dtype | None) -> torch.dtype:
-    return planned.dtype if dtype is None or not planned.dtype.is_floating_point else dtype
 
 
 def _rows(part: dict[str, Planned], dtypes: dict[str, torch.dtype]) -> Iterator[Tensor]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cola_lightning.chain.chain import OUTSIDE, Chain, Link, is_of_experts
-from cola_lightning.chain.names import Names
+from cola_lightning.chain.names import matched
 from cola_lightning.errors import UserError
-from cola_lightning.files.stored import CannotStream, ModelFolder, StoredTensor, chunks, rows_of
+from cola_lightning.files.stored import CannotStream, ModelFolder, StoredTensor, rows_of
 
 HEAD = "lm_head.weight"  # the name of an output layer that shares its weight with the embedding, and is in no file
 WITH_HEAD = re.compile(r"LM|ForConditionalGeneration")  # in the names of models with an output layer over the vocabulary
@@ -43,6 +43,12 @@ class Update:
         """Some of its rows; of experts, some of the experts."""
         return torch.matmul(self.left[first:last], self.right if self.right.dim() == 2 else self.right[first:last])
 
+    def add_to(self, rows: Tensor, first: int, last: int) -> None:
+        """Adds some of its rows to those of a tensor, in place."""
+        left, right = self.left[first:last].to(rows.dtype), self.right.to(rows.dtype)
+        matrix = rows.view(*rows.shape[: left.dim() - 1], -1)
+        matrix.addmm_(left, right) if right.dim() == 2 else matrix.baddbmm_(left, right[first:last])
+
     def sizes(self, first: int, last: int) -> Tensor:
         """An upper bound of the sums of absolute products that make up the rows: it bounds their rounding."""
         left, right = self.left[first:last], self.right if self.right.dim() == 2 else self.right[first:last]
@@ -51,15 +57,6 @@ class Update:
     def product(self, other: "Update") -> Tensor:
         """The inner product of two updates of a tensor, without computing them."""
         return ((self.left.mT @ other.left) * (self.right @ other.right.mT)).sum()
-
-    @property
-    def is_square(self) -> bool:
-        """Whether the update's shape does not show which side is the input."""
-        return self.left.shape[-2] == self.right.shape[-1]
-
-    def times(self, factor: float) -> "Update":
-        """The update multiplied by a factor."""
-        return replace(self, left=self.left * factor)
 
     def transposed(self) -> "Update":
         """The update with rows and columns exchanged."""
@@ -72,41 +69,25 @@ class Planned:
 
     Attributes:
         start: what has its rows before any link is added: the base, or what takes its place because it was trained whole.
-        base: the base's tensor; None: the base has none.
+        base: the base's tensor.
         updates: what the links add to it.
     """
 
     start: StoredTensor | Tensor
-    base: StoredTensor | Tensor | None
+    base: StoredTensor | Tensor
     updates: tuple[Update, ...] = ()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The base's dtype, or that of the value if the base has no such tensor."""
-        return (self.start if self.base is None else self.base).dtype
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype in which links are added: float32, or float64 for a base or links in it."""
-        wide = torch.promote_types(self.dtype, torch.float32) if self.dtype.itemsize > 1 else torch.float32
-        return functools.reduce(torch.promote_types, (update.left.dtype for update in self.updates), wide)
-
-    @functools.cached_property
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """The factors of the sum of all updates."""
-        left = torch.cat([update.left for update in self.updates], dim=-1)
-        return left, torch.cat([update.right for update in self.updates], dim=-2)
+        return functools.reduce(torch.promote_types, (update.left.dtype for update in self.updates), self.base.dtype)
 
     def merged(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Some of its rows: all is added in :attr:`compute_dtype`, and rounded once."""
         rows = rows_of(self.start, first, last)
-        if not rows.is_floating_point():
-            return rows
-        if self.updates:
+        for update in self.updates:
             rows = rows.to(self.compute_dtype)
-            left, right = self._factors
-            matrix, left = rows.view(*rows.shape[: left.dim() - 1], -1), left[first:last]
-            matrix.addmm_(left, right) if right.dim() == 2 else matrix.baddbmm_(left, right[first:last])
+            update.add_to(rows, first, last)
         return rows.to(dtype)
 
 
@@ -116,11 +97,13 @@ class Plan:
 
     Attributes:
         folder: the base's.
+        chain: the links.
         tensors: by name.
         config: fields of ``config.json`` that differ from the base's.
     """
 
     folder: ModelFolder
+    chain: Chain
     tensors: dict[str, Planned]
     config: dict[str, Any]
 
@@ -142,21 +125,22 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
         CannotStream: for layers or modules that the files store otherwise than the model has them.
         UserError: for factors whose sizes do not fit.
     """
-    names, config = Names(folder.tensors), dict[str, Any]()
+    whole = {key: value for key, value in (chain[-1].extras if len(chain) else {}).items() if not key.startswith(OUTSIDE)}
+    layers = [f"{layer}{end}" for layer in chain.layers for end in ("", ".weight", "_weight")]  # experts have their own names
+    names, config = matched([HEAD, *whole, *layers], folder.tensors), dict[str, Any]()
     planned = {name: Planned(tensor, tensor) for name, tensor in folder.tensors.items()}
     embedding = embedding_of(folder.tensors)
-    is_tied = folder.config.get("tie_word_embeddings") is not False and not names.find(HEAD)
+    is_tied = folder.config.get("tie_word_embeddings") is not False and HEAD not in names
     tied = folder.tensors[embedding] if embedding is not None and is_tied else None  # is the head's, too, if it has one
 
     def planned_at(*known: str) -> tuple[str, Planned]:
         """The tensor that the chain knows by one of these names."""
-        if (name := next(filter(None, map(names.find, known)), None)) is not None:
+        if (name := next(filter(None, map(names.get, known)), None)) is not None:
             return name, planned[name]
         if tied is not None and known[0].endswith(HEAD):  # now it has a weight of its own
             return HEAD, planned.get(HEAD, Planned(tied, tied))
         raise CannotStream(f"base: {str(folder.path)!r} does not store {known[-1]!r} under this name")
 
-    whole = {key: value for key, value in (chain[-1].extras if len(chain) else {}).items() if not key.startswith(OUTSIDE)}
     architecture = str(folder.config.get("architectures"))
     has_head = bool(WITH_HEAD.search(architecture))
     if whole and is_tied and has_head and (embedding is None or "MaskedLM" in architecture):
@@ -169,8 +153,8 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
     for layer in chain.layers:
         is_whole_name = any(is_of_experts(link.factors[layer][0]) for link in chain.links if layer in link.factors)
         name, before = planned_at(*([layer] if is_whole_name else [f"{layer}.weight", f"{layer}_weight"]))
-        if before.dtype not in MERGED:
-            raise CannotStream(f"base: {str(folder.path)!r} stores the layer {layer!r} in {before.dtype}".replace("torch.", ""))
+        if (dtype := before.base.dtype) not in MERGED:
+            raise CannotStream(f"base: {str(folder.path)!r} stores the layer {layer!r} in {dtype}".replace("torch.", ""))
         is_conv1d = folder.config.get("model_type") in CONV1D and not name.endswith(HEAD)
         links = [link for link in chain.updates if layer in link.factors and link.index >= since.get(name, 0)]
         updates = [*before.updates, *(_laid_out(link, layer, before.start.shape, is_conv1d) for link in links)]
@@ -186,7 +170,7 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
         config |= {"tie_word_embeddings": False} if HEAD in planned else {}
     if embedding is not None and planned[embedding].start.shape != folder.tensors[embedding].shape:
         config["vocab_size"] = planned[embedding].start.shape[0]
-    return Plan(folder, planned, config)
+    return Plan(folder, chain, planned, config)
 
 
 def _laid_out(link: Link, layer: str, shape: tuple[int, ...], is_conv1d: bool) -> Update:
@@ -212,12 +196,8 @@ def _laid_out(link: Link, layer: str, shape: tuple[int, ...], is_conv1d: bool) -
 
 def weight_norms(plan: Plan) -> dict[str, float]:
     """The Frobenius norm of each adapted weight of the base, by the layer's name in the chain."""
-    norms = {}
-    for planned in plan.tensors.values():
-        for update in planned.updates[:1]:
-            parts = (
-                torch.linalg.vector_norm(rows_of(planned.start, *rows), dtype=planned.compute_dtype)
-                for rows in chunks(planned.start.shape)
-            )
-            norms[update.layer] = float(torch.stack(list(parts)).norm())
-    return norms
+    adapted = {planned.updates[0].layer: planned for planned in plan.tensors.values() if planned.updates}
+    return {
+        layer: float(torch.linalg.vector_norm(rows_of(planned.start, 0, planned.start.shape[0]), dtype=planned.compute_dtype))
+        for layer, planned in adapted.items()
+    }

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,11 @@ class ModelFolder:
         path: the folder.
         tensors: by name, in the order of the files; of a model that was loaded, those in memory.
         config: its ``config.json``; empty if it has none.
-        files: the name of each tensor's file.
     """
 
     path: Path
     tensors: Mapping[str, StoredTensor | Tensor]
     config: dict[str, Any]
-    files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, name: str, what: str = "base") -> "ModelFolder":
@@ -113,8 +111,7 @@ class ModelFolder:
         files = dict.fromkeys(_read_json(path / INDEX_NAME, what)["weight_map"].values() if has_index else [WEIGHTS_NAME])
         if not has_index and not (path / WEIGHTS_NAME).is_file():
             raise CannotStream(f"{what}: {name} has no {WEIGHTS_NAME}")
-        tensors = {name: tensor for file in files for name, tensor in read_header(path / file, what).items()}
-        return cls(path, tensors, config, {name: tensor.file.name for name, tensor in tensors.items()})
+        return cls(path, {name: tensor for file in files for name, tensor in read_header(path / file, what).items()}, config)
 
 
 def _folder(name: str, field: str) -> Path:

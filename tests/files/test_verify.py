@@ -171,7 +171,10 @@ def renamed(tensors, base):
 
 
 FAULTS = {
-    "nothing merged": (remerged(lambda made: (made / "base", [])), "^refuted: 6 of 21 .*: nothing was merged$"),
+    "nothing merged": (
+        remerged(lambda made: (made / "base", [])),
+        r"^refuted: 6 of 21 .*: nothing was merged \(\S+ and 5 more\)$",
+    ),
     "the first is missing": (remerged(lambda made: (made / "base", [made / "dpo"])), r"sft was not merged"),
     "the second is missing": (remerged(lambda made: (made / "base", [made / "sft"])), r"dpo was not merged"),
     "merged twice": (
@@ -226,6 +229,10 @@ FAULTS = {
     "another shape": (
         spoiled(lambda tensors, base: tensors | {"lm_head.weight": tensors["lm_head.weight"][:-1].clone()}),
         r"its shape is \(399, 32\) and not \(400, 32\) \(lm_head\.weight\)",
+    ),
+    "integers": (
+        spoiled(lambda tensors, base: tensors | {Q.format(0): (tensors[Q.format(0)] * 100).to(torch.int8)}),
+        r"1 of 21 .*other values \(\S*q_proj",
     ),
     "rounded on the way": (
         spoiled(lambda tensors, base: {name: value.to(torch.float8_e4m3fn).bfloat16() for name, value in tensors.items()}),
