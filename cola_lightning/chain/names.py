@@ -19,12 +19,14 @@ def matched(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     for name in known:
         by_end[_key(name)].append(name)
     for name in names:
-        likeness = {other: _likeness(name, other) for other in by_end.get(_key(name), ())}
-        best = max(likeness, key=likeness.__getitem__, default="")
-        if name in likeness:
+        others = by_end.get(_key(name), [])
+        if name in others:
             found[name] = name
-        elif best and likeness[best][0] >= 2 and list(likeness.values()).count(likeness[best]) == 1:
-            found[name] = best
+        elif others:
+            likeness = {other: _likeness(name, other) for other in others}
+            best = max(others, key=likeness.__getitem__)
+            if likeness[best][0] >= 2 and list(likeness.values()).count(likeness[best]) == 1:
+                found[name] = best
     return found
 
 

@@ -50,9 +50,9 @@ def verify(words: Sequence[str]) -> int:
             sources[place] = source._replace(name=source.name or source.path)
             configs[sources[place].name] = read_config(folder)
     chain = read_sources(sources, options, "adapter")
-    adapters = {link.index: configs[link.name] for link in chain.links if link.name in configs}
     plan = make_plan(ModelFolder.open(options.base), chain)
-    proof = verify_folder(plan, ModelFolder.open(options.merged, "merged"), adapters)
+    configs_of_links = {link.index: configs[link.name] for link in chain.links if link.name in configs}
+    proof = verify_folder(plan, ModelFolder.open(options.merged, "merged"), configs_of_links)
     if options.json:
         print(json.dumps(proof.to_json(), indent=2))
     else:

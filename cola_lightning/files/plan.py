@@ -39,19 +39,23 @@ class Update:
     left: Tensor
     right: Tensor
 
+    def part(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """The factors of some of its rows; of experts, of some of the experts."""
+        return self.left[first:last], self.right if self.right.dim() == 2 else self.right[first:last]
+
     def rows(self, first: int, last: int) -> Tensor:
         """Some of its rows; of experts, some of the experts."""
-        return torch.matmul(self.left[first:last], self.right if self.right.dim() == 2 else self.right[first:last])
+        return torch.matmul(*self.part(first, last))
 
     def add_to(self, rows: Tensor, first: int, last: int) -> None:
         """Adds some of its rows to those of a tensor, in place."""
-        left, right = self.left[first:last].to(rows.dtype), self.right.to(rows.dtype)
+        left, right = (factor.to(rows.dtype) for factor in self.part(first, last))
         matrix = rows.view(*rows.shape[: left.dim() - 1], -1)
-        matrix.addmm_(left, right) if right.dim() == 2 else matrix.baddbmm_(left, right[first:last])
+        matrix.addmm_(left, right) if right.dim() == 2 else matrix.baddbmm_(left, right)
 
     def sizes(self, first: int, last: int) -> Tensor:
         """An upper bound of the sums of absolute products that make up the rows: it bounds their rounding."""
-        left, right = self.left[first:last], self.right if self.right.dim() == 2 else self.right[first:last]
+        left, right = self.part(first, last)
         return torch.matmul(left.norm(dim=-1, keepdim=True), right.norm(dim=-2, keepdim=True))
 
     def product(self, other: "Update") -> Tensor:
@@ -85,8 +89,8 @@ class Planned:
     def merged(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Some of its rows: all is added in :attr:`compute_dtype`, and rounded once."""
         rows = rows_of(self.start, first, last)
+        rows = rows.to(self.compute_dtype) if self.updates else rows
         for update in self.updates:
-            rows = rows.to(self.compute_dtype)
             update.add_to(rows, first, last)
         return rows.to(dtype)
 

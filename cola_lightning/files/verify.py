@@ -163,7 +163,7 @@ def _causes(plan: Plan, planned: Planned, dtype: torch.dtype) -> Iterator[tuple[
         yield NOTHING, replace(planned, updates=()), None
     if is_square:
         yield "the updates were transposed", replace(planned, updates=tuple(one.transposed() for one in updates)), None
-    for update in updates:
+    for update in updates if len(updates) > 1 else ():
         name = _name(plan, update.link)
         yield f"{name} was not merged", replace(planned, updates=tuple(one for one in updates if one is not update)), None
         if is_square:
@@ -185,12 +185,12 @@ def _scales(plan: Plan, merged: StoredTensor | Tensor, found: Finding, configs: 
         tried = compare(found.tensor, replace(planned, updates=scaled), merged)
         if tried.kind != "wrong":
             changed = [(update, factor) for update, factor in pairs if abs(factor - 1) > 0.02]
-            return " and ".join(_name(plan, one.link) + _scale(one, factor, configs.get(one.link)) for one, factor in changed)
+            return " and ".join(_scale(_name(plan, one.link), one, factor, configs.get(one.link)) for one, factor in changed)
         factors = [factor * more for factor, more in zip(factors, tried.factors, strict=True)]
     return ""
 
 
-def _scale(update: Update, factor: float, config: Mapping[str, Any] | None) -> str:
+def _scale(name: str, update: Update, factor: float, config: Mapping[str, Any] | None) -> str:
     """A factor of an adapter's update, and the mistakes that give it."""
     known = {"merged or scaled twice": 2.0}
     if config is not None:
@@ -202,4 +202,4 @@ def _scale(update: Update, factor: float, config: Mapping[str, Any] | None) -> s
         known |= {"alpha and the rank left out": 1 / ways[right], "the rank left out": alpha / ways[right]}
         known |= {"alpha left out": 1 / alpha, "scaled twice": ways[right]}
     reasons = [reason for reason, value in known.items() if abs(factor / value - 1) < 0.03]
-    return f" was scaled by {factor:.3g}" + (f" ({' or '.join(reasons)})" if reasons else "")
+    return f"{name} was scaled by {factor:.3g}" + (f" ({' or '.join(reasons)})" if reasons else "")
