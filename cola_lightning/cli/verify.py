@@ -30,12 +30,13 @@ def verify(words: Sequence[str]) -> int:
     parser.add_argument("--base", required=True, help=OPTIONS["base"])
     add_sources(parser, "--adapter", ADAPTER, required=True)
     add_scale(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="Print JSON with the judgement of each tensor instead of the table."
-    )
+    parser.add_argument("--json", action="store_true", help="Print JSON, with the judgement of each tensor.")
     options = parse_options(parser, words)
 
     import rich
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
 
     from cola_lightning.chain.peft import CONFIG_NAME, read_config
     from cola_lightning.chain.sources import sources_of
@@ -51,11 +52,15 @@ def verify(words: Sequence[str]) -> int:
             configs[sources[place].name] = read_config(folder)
     chain = read_sources(sources, options, "adapter")
     plan = make_plan(ModelFolder.open(options.base), chain)
-    configs_of_links = {link.index: configs[link.name] for link in chain.links if link.name in configs}
-    proof = verify_folder(plan, ModelFolder.open(options.merged, "merged"), configs_of_links)
+    proof = verify_folder(plan, ModelFolder.open(options.merged, "merged"), configs)
     if options.json:
         print(json.dumps(proof.to_json(), indent=2))
     else:
-        rich.print(proof.table())
+        table = Table("judgement", "tensors", "elements that differ", "such as", box=SIMPLE_HEAD, show_edge=False)
+        for what, found in proof.groups.items():
+            n_different, n = (sum(getattr(finding, field) for finding in found) for field in ("n_different", "n"))
+            example = found[0].tensor + (f" {list(found[0].place)}" if found[0].place else "")
+            table.add_row(escape(what), f"{len(found)}", f"{n_different} of {n}", escape(example))
+        rich.print(table)
         print("\n".join([*proof.notes, proof.sentence]))
     return 1 if proof.wrong else 0

@@ -4,8 +4,9 @@ Element by element, a difference may be what roundings leave. And over the whole
 of the updates: in half precision an update is often smaller than a rounding, so elements alone do not show that it is missing.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
@@ -45,26 +46,21 @@ class Finding:
     factors: list[float] = field(default_factory=list)
 
 
-def compare(name: str, planned: Planned, merged: StoredTensor | Tensor, through: torch.dtype | None = None) -> Finding:
+def compare(name: str, planned: Planned, merged: StoredTensor | Tensor) -> Finding:
     """Compares a stored tensor with a planned one.
 
     Args:
         name: the tensor's.
         planned: what it should be.
         merged: what it is.
-        through: a dtype in which it was merged before it was stored in a wider one; None: its own.
     """
-    result = Finding(name, n=prod(merged.shape))
-    if planned.start.shape != merged.shape or (planned.updates and not merged.dtype.is_floating_point):
-        result.kind = "wrong"
-        return result
-    dtype, along, squares = through or merged.dtype, torch.zeros(len(planned.updates), dtype=torch.float64), 0.0
+    result, dtype = Finding(name, n=prod(merged.shape)), merged.dtype
+    if planned.start.shape != merged.shape or (planned.updates and not dtype.is_floating_point):
+        return replace(result, kind="wrong")
+    along, squares = torch.zeros(len(planned.updates), dtype=torch.float64), 0.0
     for first, last in chunks(merged.shape):
         stored = rows_of(merged, first, last)
-        if through is not None and not torch.equal(stored.to(through).to(stored.dtype), stored):
-            result.kind = "wrong"
-            return result
-        nearest, differs = _nearest(planned, first, last, stored, dtype)
+        nearest, differs = _nearest(planned, first, last, stored)
         if not differs.any():
             continue
         beyond = torch.ones(int(differs.count_nonzero()), dtype=torch.bool)
@@ -82,15 +78,16 @@ def compare(name: str, planned: Planned, merged: StoredTensor | Tensor, through:
             result.place = (first + place[0], *place[1:]) if place else ()
         result.n_different += len(beyond)
         result.n_beyond += int(beyond.count_nonzero())
-    _judge(result, planned, along, squares)
+    if result.n_different:
+        _judge(result, planned, along, squares)
     return result
 
 
-def _nearest(planned: Planned, first: int, last: int, stored: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _nearest(planned: Planned, first: int, last: int, stored: Tensor) -> tuple[Tensor, Tensor]:
     """Of what tools make of some rows, that which differs in the fewest elements from the stored rows, and in which."""
-    ways = list[tuple[Tensor, Tensor]]()
-    for way in _roundings(planned, first, last, dtype):
-        ways.append((way, (_bits(way.to(stored.dtype)) != _bits(stored)).view(stored.shape)))
+    ways, bits = list[tuple[Tensor, Tensor]](), getattr(torch, f"int{8 * stored.dtype.itemsize}")
+    for way in _roundings(planned, first, last, stored.dtype):
+        ways.append((way, way.view(bits) != stored.view(bits)))
         if not planned.updates or not ways[-1][1].any():
             return ways[-1]
     return min(ways, key=lambda way: int(way[1].count_nonzero()))
@@ -107,24 +104,16 @@ def _roundings(planned: Planned, first: int, last: int, dtype: torch.dtype) -> I
         yield rows
 
 
-def _bits(values: Tensor) -> Tensor:
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
-    return values.contiguous().view(kind)
-
-
 def _allowed(planned: Planned, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """What the roundings of updates may change, in this dtype and in float32, by element."""
     precision, rank = torch.finfo(dtype), sum(update.right.shape[-2] for update in planned.updates)
-    of_products = precision.eps + 4 * rank**0.5 * torch.finfo(torch.float32).eps
+    of_products = precision.eps + 4 * math.sqrt(rank) * torch.finfo(torch.float32).eps
     sizes = torch.stack([update.sizes(first, last) for update in planned.updates]).sum(0)
-    allowed: Tensor = of_products * sizes + precision.smallest_normal * precision.eps
-    return allowed.view(last - first, *planned.start.shape[1:])
+    return (of_products * sizes + precision.smallest_normal * precision.eps).view(last - first, *planned.start.shape[1:])
 
 
 def _judge(result: Finding, planned: Planned, along: Tensor, squares: float) -> None:
     """Sets the kind of a finding, from the products of the differences with the updates, and the sum of their squares."""
-    if not result.n_different:
-        return
     gram = torch.tensor([[float(one.product(other)) for other in planned.updates] for one in planned.updates])
     inverse = torch.linalg.pinv(gram.double().reshape(len(along), len(along)))
     shares, errors = inverse @ along, (squares / result.n * inverse.diagonal().clamp(min=0)).sqrt()

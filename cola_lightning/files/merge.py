@@ -45,12 +45,11 @@ def write_merged(plan: Plan, folder: Path, *, dtype: torch.dtype | None = None, 
     if (base.path / INDEX_NAME).is_file():
         size = sum(prod(planned.start.shape) * dtypes[name].itemsize for name, planned in plan.tensors.items())
         index = json.loads((base.path / INDEX_NAME).read_text(encoding="utf-8"))
-        index["metadata"] = index.get("metadata", {}) | {"total_size": size}
-        index["weight_map"] = dict(sorted(files.items()))
+        index |= {"metadata": index.get("metadata", {}) | {"total_size": size}, "weight_map": dict(sorted(files.items()))}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     config = base.config | plan.config
-    for name in ("dtype", "torch_dtype") if dtype is not None else ():
-        config |= {name: str(dtype).removeprefix("torch.")} if name in config else {}
+    if dtype is not None:
+        config |= {name: str(dtype).removeprefix("torch.") for name in ("dtype", "torch_dtype") if name in config}
     if config != base.config:
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
-from cola_lightning.chain.chain import OUTSIDE, Chain, Link, is_of_experts
+from cola_lightning.chain.chain import OUTSIDE, Chain, Link
 from cola_lightning.chain.names import matched
 from cola_lightning.errors import UserError
 from cola_lightning.files.stored import CannotStream, ModelFolder, StoredTensor, rows_of
@@ -111,14 +112,9 @@ class Plan:
     tensors: dict[str, Planned]
     config: dict[str, Any]
 
-    @property
-    def embedding(self) -> str | None:
-        """The name of the input's embedding; None: it has none of the usual names."""
-        return embedding_of(self.tensors)
-
 
 def embedding_of(names: Iterable[str]) -> str | None:
-    """The first name that an input's embedding has; None: there is none."""
+    """The name of the input's embedding; None: there is none of the usual names."""
     return next(filter(EMBEDDING.fullmatch, names), None)
 
 
@@ -130,33 +126,31 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
         UserError: for factors whose sizes do not fit.
     """
     whole = {key: value for key, value in (chain[-1].extras if len(chain) else {}).items() if not key.startswith(OUTSIDE)}
-    layers = [f"{layer}{end}" for layer in chain.layers for end in ("", ".weight", "_weight")]  # experts have their own names
-    names, config = matched([HEAD, *whole, *layers], folder.tensors), dict[str, Any]()
-    planned = {name: Planned(tensor, tensor) for name, tensor in folder.tensors.items()}
-    embedding = embedding_of(folder.tensors)
-    is_tied = folder.config.get("tie_word_embeddings") is not False and HEAD not in names
-    tied = folder.tensors[embedding] if embedding is not None and is_tied else None  # is the head's, too, if it has one
+    layers = [f"{layer}{end}" for layer in chain.layers for end in ("", ".weight", "_weight")]
+    planned, config = {name: Planned(tensor, tensor) for name, tensor in folder.tensors.items()}, dict[str, Any]()
+    embedding, architecture = embedding_of(planned), str(folder.config.get("architectures"))
+    may_tie = folder.config.get("tie_word_embeddings") is not False and WITH_HEAD.search(architecture)
+    is_tied = may_tie and not matched([HEAD], planned)
+    if is_tied and whole and (embedding is None or "MaskedLM" in architecture):
+        raise CannotStream(f"base: {str(folder.path)!r} may tie its output layer to a weight that was trained whole")
+    if is_tied and embedding is not None:
+        planned[HEAD] = planned[embedding]
+    names = matched([*whole, *layers], planned)
 
     def planned_at(*known: str) -> tuple[str, Planned]:
         """The tensor that the chain knows by one of these names."""
-        if (name := next(filter(None, map(names.get, known)), None)) is not None:
-            return name, planned[name]
-        if tied is not None and known[0].endswith(HEAD):  # now it has a weight of its own
-            return HEAD, planned.get(HEAD, Planned(tied, tied))
-        raise CannotStream(f"base: {str(folder.path)!r} does not store {known[-1]!r} under this name")
+        name = next(filter(None, map(names.get, known)), None)
+        if name is None:
+            raise CannotStream(f"base: {str(folder.path)!r} does not store {known[0]!r} under this name")
+        return name, planned[name]
 
-    architecture = str(folder.config.get("architectures"))
-    has_head = bool(WITH_HEAD.search(architecture))
-    if whole and is_tied and has_head and (embedding is None or "MaskedLM" in architecture):
-        raise CannotStream(f"base: {str(folder.path)!r} may tie its output layer to a weight that was trained whole")
     since = dict[str, int]()
     for key, value in whole.items():
         name, before = planned_at(key)
         planned[name] = replace(before, start=value)
         since[name] = next(k for k in range(len(chain)) if all(link.has_value(key, value) for link in chain.links[k:]))
     for layer in chain.layers:
-        is_whole_name = any(is_of_experts(link.factors[layer][0]) for link in chain.links if layer in link.factors)
-        name, before = planned_at(*([layer] if is_whole_name else [f"{layer}.weight", f"{layer}_weight"]))
+        name, before = planned_at(layer, f"{layer}.weight", f"{layer}_weight")  # experts have their own names
         if (dtype := before.base.dtype) not in MERGED:
             raise CannotStream(f"base: {str(folder.path)!r} stores the layer {layer!r} in {dtype}".replace("torch.", ""))
         is_conv1d = folder.config.get("model_type") in CONV1D and not name.endswith(HEAD)
@@ -165,14 +159,14 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
         if len({update.link for update in updates}) < len(updates):
             raise UserError(f"base: {updates[0].layer!r} and {layer!r} of the chain are one layer of this base: another base")
         planned[name] = replace(before, updates=tuple(sorted(updates, key=lambda update: update.link)))
-    if embedding is not None and tied is not None and has_head:
-        new, head = planned[embedding].start, planned.setdefault(HEAD, Planned(tied, tied))
-        values = [start for start in (new, head.start) if isinstance(start, Tensor)]
-        is_one = head.start is new or (len(values) == 2 and torch.equal(*values))
-        if is_one and not head.updates:
+    if is_tied and embedding is not None:
+        starts = [planned[name].start for name in (embedding, HEAD)]
+        values = [start for start in starts if isinstance(start, Tensor)]
+        if not planned[HEAD].updates and (starts[0] is starts[1] or (len(values) == 2 and torch.equal(*values))):
             del planned[HEAD]
-        config |= {"tie_word_embeddings": False} if HEAD in planned else {}
-    if embedding is not None and planned[embedding].start.shape != folder.tensors[embedding].shape:
+        else:
+            config["tie_word_embeddings"] = False
+    if embedding is not None and planned[embedding].start.shape != planned[embedding].base.shape:
         config["vocab_size"] = planned[embedding].start.shape[0]
     return Plan(folder, chain, planned, config)
 
@@ -201,7 +195,4 @@ def _laid_out(link: Link, layer: str, shape: tuple[int, ...], is_conv1d: bool) -
 def weight_norms(plan: Plan) -> dict[str, float]:
     """The Frobenius norm of each adapted weight of the base, by the layer's name in the chain."""
     adapted = {planned.updates[0].layer: planned for planned in plan.tensors.values() if planned.updates}
-    return {
-        layer: float(torch.linalg.vector_norm(rows_of(planned.start, 0, planned.start.shape[0]), dtype=planned.compute_dtype))
-        for layer, planned in adapted.items()
-    }
+    return {layer: float(vector_norm(rows_of(one.start), dtype=one.compute_dtype)) for layer, one in adapted.items()}

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from cola_lightning.errors import UserError, nearest_path, one_line
+from cola_lightning.chain.chain import damage_refused
+from cola_lightning.errors import UserError, nearest_path
 from cola_lightning.hub import is_repo_id, needed_for
 
 INDEX_NAME, WEIGHTS_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -50,19 +51,15 @@ class StoredTensor:
     start: int
 
 
-def rows_of(tensor: StoredTensor | Tensor, first: int, last: int) -> Tensor:
-    """Some rows of a tensor in a file or in memory, along the first dimension, as a copy; a number is one row."""
+def rows_of(tensor: StoredTensor | Tensor, first: int = 0, last: int | None = None) -> Tensor:
+    """Some rows of a tensor in a file or in memory, or all, along the first dimension, as a copy; a number is one row."""
     if isinstance(tensor, Tensor):
         return (tensor[first:last] if tensor.dim() else tensor).clone()
+    last = (*tensor.shape, 1)[0] if last is None else last
     shape = (last - first, *tensor.shape[1:]) if tensor.shape else ()
     n_bytes = prod(shape) * tensor.dtype.itemsize
     values = np.fromfile(tensor.file, np.uint8, n_bytes, offset=tensor.start + first * n_bytes // max(1, last - first))
     return torch.from_numpy(values).view(tensor.dtype).view(shape)
-
-
-def bytes_of(values: Tensor) -> Any:
-    """The bytes of a contiguous tensor, which share its memory."""
-    return values.reshape(-1).view(torch.uint8).numpy()
 
 
 def chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -130,10 +127,8 @@ def _folder(name: str, field: str) -> Path:
 
 
 def _read_json(path: Path, field: str) -> dict[str, Any]:
-    try:
+    with damage_refused(f"{field}: {str(path)!r}"):
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{field}: {str(path)!r} is damaged ({one_line(str(error))})") from error
 
 
 def read_header(path: Path, field: str) -> dict[str, StoredTensor]:
@@ -142,12 +137,9 @@ def read_header(path: Path, field: str) -> dict[str, StoredTensor]:
     Raises:
         UserError: for a damaged file, or one that is too short.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+    with damage_refused(f"{field}: {str(path)!r}"), safe_open(path, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.offset_keys()}
         kinds = {name: (DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in slices.items()}
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{field}: {str(path)!r} is damaged or incomplete ({one_line(str(error))})") from error
     sizes = [prod(shape) * dtype.itemsize for dtype, shape in kinds.values()]  # without gaps, up to the end of the file
     starts = itertools.accumulate(sizes, initial=path.stat().st_size - sum(sizes))
     return {name: StoredTensor(path, *kind, start) for (name, kind), start in zip(kinds.items(), starts, strict=False)}
@@ -173,4 +165,4 @@ def write_tensors(path: Path, sizes: Mapping[str, tuple[torch.dtype, tuple[int, 
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for part in rows:
-            file.write(bytes_of(part.contiguous()))
+            file.write(part.reshape(-1).view(torch.uint8).numpy().data)

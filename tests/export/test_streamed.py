@@ -244,10 +244,10 @@ def test_a_mistake_is_one_line_and_nothing_is_written(made, capsys, monkeypatch,
 
 
 def test_a_full_disk_leaves_nothing_half_written(made, monkeypatch, capsys):
-    def full(values):
+    def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("cola_lightning.files.stored.bytes_of", full)
+    monkeypatch.setattr("cola_lightning.files.plan.Planned.merged", full)
     before = sorted(os.listdir())
     assert export(*BOTH) == 1
     assert "error: out could not be written (No space left on device)" in capsys.readouterr().err.replace(f"{os.getcwd()}/", "")

@@ -181,6 +181,10 @@ FAULTS = {
         remerged(lambda made: (made / "base", [made / "sft", made / "dpo", made / "dpo"])),
         r"dpo was scaled by 2 \(merged or scaled twice",
     ),
+    "one merged twice, the other not at all": (
+        remerged(lambda made: (made / "base", [made / "sft", made / "sft"])),
+        r"sft was scaled by 2 \(merged or scaled twice\) and \S+dpo was not merged \(",
+    ),
     "rslora overlooked": (
         remerged(lambda made: (made / "base", [with_config(made, "sft", use_rslora=True), made / "dpo"])),
         r"sft was scaled by 2\.8\d* \(alpha / sqrt\(r\) in place of alpha / r",
