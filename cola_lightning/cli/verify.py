@@ -33,8 +33,7 @@ def verify(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="Print JSON, with the judgement of each tensor.")
     options = parse_options(parser, words)
 
-    import rich
-    from rich.box import SIMPLE_HEAD
+    import rich.box
     from rich.markup import escape
     from rich.table import Table
 
@@ -56,7 +55,7 @@ def verify(words: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(proof.to_json(), indent=2))
     else:
-        table = Table("judgement", "tensors", "elements that differ", "such as", box=SIMPLE_HEAD, show_edge=False)
+        table = Table("judgement", "tensors", "elements that differ", "such as", box=rich.box.SIMPLE_HEAD, show_edge=False)
         for what, found in proof.groups.items():
             n_different, n = (sum(getattr(finding, field) for finding in found) for field in ("n_different", "n"))
             example = found[0].tensor + (f" {list(found[0].place)}" if found[0].place else "")

@@ -129,8 +129,7 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
     layers = [f"{layer}{end}" for layer in chain.layers for end in ("", ".weight", "_weight")]
     planned, config = {name: Planned(tensor, tensor) for name, tensor in folder.tensors.items()}, dict[str, Any]()
     embedding, architecture = embedding_of(planned), str(folder.config.get("architectures"))
-    may_tie = folder.config.get("tie_word_embeddings") is not False and WITH_HEAD.search(architecture)
-    is_tied = may_tie and not matched([HEAD], planned)
+    is_tied = WITH_HEAD.search(architecture) and folder.config.get("tie_word_embeddings", True) and not matched([HEAD], planned)
     if is_tied and whole and (embedding is None or "MaskedLM" in architecture):
         raise CannotStream(f"base: {str(folder.path)!r} may tie its output layer to a weight that was trained whole")
     if is_tied and embedding is not None:
