@@ -135,9 +135,9 @@ def _scales(found: Finding, plan: Plan, merged: Tensor, configs: Configs) -> str
     planned = plan.tensors[found.tensor]
     factors = [1.0] * len(planned.updates)
     for _ in range(5):  # roundings hide some of an update, so that the first estimate may be off
-        if not all(map(math.isfinite, found.factors)) or all(abs(more - 1) <= SMALLEST for more in found.factors):
+        factors = [factor * more for factor, more in zip(factors, found.factors, strict=False)]
+        if not all(map(math.isfinite, factors)) or all(abs(factor - 1) <= SMALLEST for factor in factors):
             break
-        factors = [factor * more for factor, more in zip(factors, found.factors, strict=True)]
         for tried in ([float(round(factor)) for factor in factors], factors):
             pairs = list(zip(planned.updates, tried, strict=True))
             scaled = tuple(replace(update, left=update.left * factor) for update, factor in pairs)

@@ -193,6 +193,10 @@ FAULTS = {
         remerged(lambda made: (made / "base", [with_config(made, "sft", lora_alpha=1), made / "dpo"])),
         r"sft was scaled by 0\.04\d* \(alpha left out",
     ),
+    "a small part of it": (
+        remerged(lambda made: (made / "base", [with_config(made, "sft", lora_alpha=24 / 32), made / "dpo"])),
+        r"^refuted: 6 of 21 (?!.*(other|base)).*sft was scaled by 0\.03",
+    ),
     "alpha and rank left out": (
         remerged(lambda made: (made / "base", [with_config(made, "sft", lora_alpha=8), made / "dpo"])),
         r"sft was scaled by 0\.33\d* \(alpha and the rank left out",
