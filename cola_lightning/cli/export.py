@@ -37,6 +37,7 @@ def export(words: Sequence[str]) -> None:
         ExportError: if the export does not pass its verification; it is then deleted.
     """
     from cola_lightning.export.options import ExportOptions
+    from cola_lightning.export.proof import Selection
     from cola_lightning.export.streamed import export_onto
     from cola_lightning.module.module import COLAModule
 
@@ -53,13 +54,14 @@ def export(words: Sequence[str]) -> None:
     options = parse_options(parser, words)
     arguments = {name: options[name] for name in ("dtype", "max_rank", "overwrite")}
     export_options = ExportOptions(options.output, options.format, verify=not options.no_verify, **arguments)
-    sources = [source.path for source in sources_of(options.sources)]
+    selection = Selection(sources_of(options.sources), options.continues, options.links, options.scale or {})
+    sources = [source.path for source in selection.sources]
     for path in [*sources, options.base or ""]:
         export_options.check(path)
     if options.base is not None:
         chain = read_sources(options.sources, options)
         load = partial(_load, options.base, chain, sources[0])
-        lines = export_onto(options.base, chain, export_options, sources, load)
+        lines = export_onto(options.base, chain, export_options, selection, load)
     elif len(sources) > 1 or Path(sources[0], CONFIG_NAME).expanduser().is_file():
         raise UserError("base: adapters do not contain their base. Add --base NAME: a folder, or an id of the hub")
     else:

@@ -1,6 +1,6 @@
 """Exports of chains whose base is a folder: merged without loading it where that is possible, and proven."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from cola_lightning.errors import ExportError
 from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.module import export_chain, export_model
 from cola_lightning.export.options import ExportOptions
+from cola_lightning.export.proof import NotProvable, Selection, compare_logits, prove
 from cola_lightning.files.merge import write_merged
 from cola_lightning.files.plan import make_plan, weight_norms
 from cola_lightning.files.stored import CannotStream, ModelFolder
@@ -20,7 +21,7 @@ from cola_lightning.writing import atomic_folder
 
 
 def export_onto(
-    base: str, chain: Chain, options: ExportOptions, sources: Sequence[str], load: Callable[[], TrainedModel]
+    base: str, chain: Chain, options: ExportOptions, selection: Selection, load: Callable[[], TrainedModel]
 ) -> list[str]:
     """Exports a chain and its base.
 
@@ -28,7 +29,7 @@ def export_onto(
         base: a folder, or an id of the hub.
         chain: the links.
         options: format, folder and checks.
-        sources: the paths of the links' sources; the tokenizer is that of the last one, if it has one.
+        selection: where the links come from; the tokenizer is that of the last source, if it has one.
         load: loads the whole model, where that is needed.
 
     Returns:
@@ -44,22 +45,26 @@ def export_onto(
     lines = list[str]()
     if options.format == "merged":
         try:
-            return _export_streamed(base, chain, options, Path(sources[-1]).expanduser())
+            return _export_streamed(base, chain, options, selection)
         except CannotStream as error:
             lines.append(f"the whole model was loaded: {error}")
     return [*export_model(load(), options), *lines]
 
 
-def _export_streamed(base: str, chain: Chain, options: ExportOptions, last: Path) -> list[str]:
+def _export_streamed(base: str, chain: Chain, options: ExportOptions, selection: Selection) -> list[str]:
     plan = make_plan(ModelFolder.open(base), chain)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
-        write_merged(plan, partial, dtype=dtype, tokenizer=last)
+        write_merged(plan, partial, dtype=dtype, tokenizer=Path(selection.sources[-1].path).expanduser())
         card = yaml.safe_dump({"base_model": base, "library_name": "transformers", "tags": ["lora", "cola_lightning"]})
         (partial / "README.md").write_text(f"---\n{card}---\n\n{chain!r}\n", encoding="utf-8")
         if not options.verify:
             return ["not compared"]
-        proof = verify(plan, ModelFolder.open(str(partial)), {})
-        if proof.wrong:
-            raise ExportError(f"the export was deleted: {proof.sentence}")
-        return [proof.sentence, *proof.notes]
+        try:
+            lines = [prove(plan.folder.path, partial, selection)]
+            return [*lines, *compare_logits(plan.folder.path, partial, selection)]
+        except NotProvable as reason:
+            read = verify(plan, ModelFolder.open(str(partial)), {})
+            if read.wrong:
+                raise ExportError(f"the export was deleted: {read.sentence}") from reason
+            return [f"read back: {len(read.findings)} tensors are as they were planned. Not proven: {reason}"]

@@ -1,0 +1,452 @@
+"""The proof of a streamed merge, which shares nothing with the plan that wrote it.
+
+The sources are read again, transformers says which stored tensor is a layer's weight, and safetensors' own reader reads the
+files. A product with a few vectors then shows whether a stored weight W' is W plus the updates: W' x is compared with
+W x + the sum of s B (A x). For a random x, any other W' gives another product. For an x in the span of A's rows, the product
+contains so much of the update that it is seen below the roundings of half precision.
+
+Source: Freivalds, "Probabilistic machines can use less running time" (IFIP 1977).
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from cola_lightning.chain.chain import OUTSIDE, Link, number_of_links
+from cola_lightning.chain.checkpoint import read_chain
+from cola_lightning.chain.peft import BASE_LAYER, CONFIG_NAME, FACTORS, PREFIX, TENSORS_NAME, read_config, value_of_layer
+from cola_lightning.chain.sources import Source
+from cola_lightning.errors import ExportError
+from cola_lightning.export.verify import loading_again, reference_logits
+from cola_lightning.files.stored import INDEX_NAME, WEIGHTS_NAME
+from cola_lightning.hub import quiet
+
+STANDARD_ERRORS, SMALLEST = 6.0, 0.005  # how far an update's share may be from 1
+SMALL = 2**28  # parameters of a model whose logits are compared, too
+N_RANDOM = 2  # random vectors; one more vector for each update
+CHUNK = 2**20  # elements that are multiplied at once
+
+
+class NotProvable(Exception):
+    """What transformers does not know of a model, so that its files can only be read back."""
+
+
+# ---------------------------------------------------------------------- what the sources say
+
+Term = tuple[Tensor, Tensor, float]  # A: rank x in; B: out x rank; and the factor in front of B A. As the source stores them
+
+
+@dataclass
+class SourceLink:
+    """A link as its source stores it.
+
+    Attributes:
+        name: its stage.
+        share: the share of its update that was merged; 0 if the next link contains it.
+        terms: by the layer's name in the source.
+        values: what was trained whole, by name in the source.
+    """
+
+    name: str | None
+    share: float
+    terms: dict[str, Term]
+    values: dict[str, Tensor]
+
+    def is_same(self, other: "SourceLink") -> bool:
+        """Whether both have the same factors."""
+        return self.terms.keys() == other.terms.keys() and all(
+            scaling == other.terms[layer][2]
+            and torch.equal(lora_A, other.terms[layer][0])
+            and torch.equal(lora_B, other.terms[layer][1])
+            for layer, (lora_A, lora_B, scaling) in self.terms.items()
+        )
+
+
+def links_of(source: Source) -> list[SourceLink]:
+    """The links of one source, read from its files."""
+    folder = Path(source.path).expanduser()
+    if not (folder / CONFIG_NAME).is_file():
+        return [_of_link(link, source.name) for link in read_chain(source.path).links]
+    config = read_config(folder)
+    with safe_open(folder / TENSORS_NAME, "pt") as file:
+        stored = {key.replace("_orig_mod.", "").removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    terms, values = dict[str, Term](), dict[str, Tensor]()
+    for key, value in stored.items():
+        layer = key.removesuffix(FACTORS[0])
+        if layer != key:
+            alpha, rank = (
+                value_of_layer(config, layer, *names) for names in (("lora_alpha", "alpha_pattern"), ("r", "rank_pattern"))
+            )
+            terms[layer] = value, stored[layer + FACTORS[1]], alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        elif not key.endswith(FACTORS[1]) and ".original_module." not in key:
+            values[key.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".").replace(BASE_LAYER, "")] = (
+                value
+            )
+    return [SourceLink(source.name, 1.0, terms, values)]
+
+
+def _of_link(link: Link, name: str | None) -> SourceLink:
+    scaling = link.alpha / link.rank
+    terms = {layer: (lora_A, lora_B, scaling) for layer, (lora_A, lora_B) in link.factors.items()}
+    values = {key: value for key, value in link.extras.items() if not key.startswith(OUTSIDE)}
+    return SourceLink(name or link.name, link.share, terms, values)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which links of the sources are merged, and how much of them: the options of ``cola export``.
+
+    Attributes:
+        sources: where the links come from, in the order of their training.
+        continues: the names of sources in which the adapter before went on.
+        links: how many links; None: all.
+        scale: factors by a stage's name or a link's index.
+    """
+
+    sources: Sequence[Source]
+    continues: Collection[str] = ()
+    links: int | str | None = None
+    scale: Mapping[int | str, float] = field(default_factory=dict)
+
+    def read(self) -> list[tuple[SourceLink, float]]:
+        """The links, in order, each with the factor of its update in the merged model."""
+        links = list[SourceLink]()
+        for source in self.sources:
+            theirs = links_of(source)
+            pairs = [one.is_same(other) for one, other in zip(links, theirs, strict=False)]
+            n_shared = (*pairs, False).index(False)
+            if links and source.name in self.continues:
+                links[-1].share = 0.0
+            if n_shared == len(links):  # the longer one knows what became of them
+                links = [replace(other, name=one.name) for one, other in zip(links, theirs, strict=False)]
+            links += theirs[n_shared:]
+        links = links[: number_of_links(self.links, [link.name for link in links])]
+        for last in links[-1:]:
+            last.share = 1.0
+        scale = {int(key) if str(key).isdigit() else key: factor for key, factor in self.scale.items()}
+        factors = [scale.get(place, scale.get(link.name or place, 1.0)) for place, link in enumerate(links)]
+        # The update after a record is what differs from that record, which the next link contains.
+        after = [*factors[1:], 1.0]
+        return [(link, f * link.share if link.share else f - g) for link, f, g in zip(links, factors, after, strict=False)]
+
+
+# ---------------------------------------------------------------------- what the files hold
+
+
+class Files:
+    """A model's folder as transformers reads it.
+
+    Args:
+        folder: the folder.
+
+    Attributes:
+        files: the file of each stored tensor, by its name there.
+        model: the model on the meta device.
+        stored: the name in the files, by the name in the model.
+        tied: the names of parameters that are one, by the configuration; files may hold it once.
+
+    Raises:
+        NotProvable: for a model that transformers does not know.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import transformers
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        self.files = dict[str, Path]()
+        index = folder / INDEX_NAME
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else [WEIGHTS_NAME]
+        for path in (folder / name for name in dict.fromkeys(names)):
+            with safe_open(path, "pt") as file:
+                self.files |= dict.fromkeys(list(file.keys()), path)
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder)
+            with torch.device("meta"):
+                self.model: Any = getattr(transformers, config.architectures[0])(config)
+            mapping = get_model_conversion_mapping(self.model)
+        except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:  # code of the model's own, for example
+            raise NotProvable(f"transformers does not know the model in {str(folder)!r}") from error
+        self._renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in mapping if isinstance(one, WeightConverter)]
+        self._names: dict[str, Tensor] = self.model.state_dict()
+        self.stored = dict[str, str]()
+        for key in self.files:
+            name, converter = self._rename(key)
+            if name in self._names and converter is None:
+                self.stored[name] = key
+        same = defaultdict[int, list[str]](list)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            same[id(parameter)].append(name)
+        self.tied = [names for names in same.values() if len(names) > 1]
+        for names in self.tied:
+            keys = [self.stored[name] for name in names if name in self.stored]
+            self.stored |= {name: keys[0] for name in names if keys and name not in self.stored}
+
+    def _rename(self, key: str) -> tuple[str, str | None]:
+        """The model's name of a stored tensor, and what transformers makes of the tensor besides."""
+        from transformers.core_model_loading import rename_source_key
+
+        return rename_source_key(key, self._renamings, self._converters, self.model.base_model_prefix, self._names)
+
+    def name_of(self, name: str) -> str:
+        """The model's name of a value, or of the weight of a layer, which the source may know by an earlier one.
+
+        Raises:
+            NotProvable: if transformers knows none.
+        """
+        for key in (name, f"{name}.weight", f"{name}_weight"):
+            if (found := self._rename(key)[0]) in self._names:
+                return found
+        raise NotProvable(f"transformers does not know {name!r} in a {type(self.model).__name__}")
+
+    def module_of(self, name: str) -> nn.Module:
+        """The module that has a parameter."""
+        module: nn.Module = self.model.get_submodule(name.rpartition(".")[0])
+        return module
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a stored tensor."""
+        with safe_open(self.files[key], "pt") as file:
+            return tuple(file.get_slice(key).get_shape())
+
+    def rows(self, key: str, first: int, last: int | None) -> Tensor:
+        """Some rows of a stored tensor. Its file is opened for them, because mapped pages count as memory."""
+        with safe_open(self.files[key], "pt") as file:
+            part = file.get_slice(key)
+            rows: Tensor = part[first:last] if part.get_shape() else file.get_tensor(key)
+            return rows.clone()
+
+
+def _chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    n_rows = shape[0] if shape else 1
+    step = max(1, CHUNK // max(1, prod(shape[1:])))
+    return ((first, min(first + step, n_rows)) for first in range(0, n_rows, step))
+
+
+# ---------------------------------------------------------------------- the proof
+
+
+@dataclass
+class Expected:
+    """What a tensor of the merged model should be.
+
+    Attributes:
+        key: the base's tensor, by its name in the files; None: the base has none.
+        value: what was trained whole, in place of the base's tensor.
+        terms: what is added to it: its stage, A, B and the factor.
+    """
+
+    key: str | None
+    value: Tensor | None = None
+    terms: list[tuple[str, Term]] = field(default_factory=list)
+
+
+def expected_tensors(base: Files, links: Sequence[tuple[SourceLink, float]]) -> dict[str, Expected]:
+    """What the tensors of the merged model should be, by their names in the model."""
+    expected = {name: Expected(key) for name, key in base.stored.items()}
+    for place, (link, factor) in enumerate(links):
+        for key, value in link.values.items():
+            one = expected.setdefault(base.name_of(key), Expected(None))
+            if one.value is None or not torch.equal(one.value, value):
+                one.value, one.terms = value, []
+        for layer, (lora_A, lora_B, scaling) in link.terms.items():
+            if factor:
+                name = _weight_of(base, layer, lora_A, lora_B)
+                if name not in expected:
+                    raise NotProvable(f"the base has no tensor of its own for {layer!r}")
+                stage = f"{link.name or f'link {place}'}"
+                expected[name].terms.append((stage, (lora_A, lora_B, scaling * factor)))
+    return expected
+
+
+def _weight_of(base: Files, layer: str, lora_A: Tensor, lora_B: Tensor) -> str:
+    """The name of a layer's weight; of experts, whose adapters have the names of wrappers, the parameter of their sizes."""
+    while layer.endswith(BASE_LAYER):
+        layer = layer.removesuffix(BASE_LAYER)
+    found = dict(base.model.named_modules()).get(layer)
+    sizes = {lora_A.shape[-1], lora_B.shape[-2 if lora_B.dim() > 2 else 0]}
+    for name, parameter in () if found is None else found.named_parameters(recurse=False):
+        if parameter.dim() == 3 and set(parameter.shape[1:]) == sizes:
+            return f"{layer}.{name}"
+    return base.name_of(layer)
+
+
+def _laid_out(base: Files, name: str, term: Term) -> tuple[Tensor, Tensor]:
+    """Two factors whose product is an update as the tensor stores it.
+
+    Shape:
+        rows x rank, and rank x columns; of experts, a pair for each.
+    """
+    lora_A, lora_B, factor = term
+    shape = base.model.get_parameter(name).shape
+    dtype = torch.promote_types(lora_A.dtype, torch.float32)
+    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype) * factor
+    if len(shape) != 3 or type(base.module_of(name)).__name__.startswith("Conv1d"):
+        lora_A, lora_B = lora_A.flatten(1), lora_B.flatten(1)
+        is_turned = type(base.module_of(name)).__name__ == "Conv1D"  # transformers' stores in x out
+    else:
+        if lora_A.dim() == 2:  # as PEFT stores them: expert after expert in A, and rank after rank in B
+            rank = len(lora_A) // shape[0]
+            lora_A, lora_B = lora_A.view(-1, rank, lora_A.shape[1]), lora_B.view(len(lora_B), rank, -1).movedim(-1, 0)
+        is_turned = lora_B.shape[-2] != shape[1]
+    return (lora_A.mT, lora_B.mT) if is_turned else (lora_B, lora_A)
+
+
+def prove(base: Path, merged: Path, selection: Selection) -> str:
+    """Proves that a folder holds a base and the updates of some sources.
+
+    Args:
+        base: the base's folder.
+        merged: the merged model's folder.
+        selection: the sources, and what of them is merged.
+
+    Returns:
+        The result as a sentence.
+
+    Raises:
+        ExportError: naming a tensor that is not what it should be.
+        NotProvable: for a model, or a layer, that transformers does not know.
+    """
+    before, after = Files(base), Files(merged)
+    expected = expected_tensors(before, selection.read())
+    wrong, unseen, n_updates, dtypes = list[str](), list[str](), 0, set[torch.dtype]()
+    for name, one in expected.items():
+        if (key := after.stored.get(name)) is None:
+            wrong.append(f"{name} is missing")
+            continue
+        factors = [_laid_out(before, name, term) for _, term in one.terms]
+        reason, small, dtype = _compare(before, one, after, key, factors)
+        wrong += [f"{name} {reason}"] if reason else []
+        unseen += [f"{one.terms[place][0]} in {name}" for place in small]
+        dtypes |= {dtype} if small else set()
+        n_updates += len(factors)
+    for first, *names in after.tied:
+        for name in names:
+            is_changed = any(
+                one in expected and (expected[one].terms or expected[one].value is not None) for one in (first, name)
+            )
+            if is_changed and _compare(after, Expected(after.stored[first]), after, after.stored[name], [])[0]:
+                wrong.append(f"{name} is tied to {first} by config.json")
+    others = after.files.keys() - set(after.stored.values())  # what transformers fuses, or does not read
+    for key in sorted(others | (before.files.keys() - set(before.stored.values()))):
+        if key not in others or key not in before.files:
+            wrong.append(f"{key} is {'not in the base' if key in others else 'missing'}")
+        elif what := _compare(before, Expected(key), after, key, [])[0]:
+            wrong.append(f"{key} {what}")
+    if wrong:
+        more = f", and {len(wrong) - 1} more are wrong" if len(wrong) > 1 else ""
+        raise ExportError(f"the export was deleted: refuted: {wrong[0]}{more}")
+    n = len({*after.files})
+    if not unseen:
+        return f"proven: {n} of {n} tensors are those of the merge"
+    where = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    sentence = f"too small to be seen in {where}: {len(unseen)} of {n_updates} updates ({unseen[0]})"
+    return f"{sentence}. All else in {n} tensors is proven"
+
+
+def _compare(
+    before: Files, one: Expected, after: Files, key: str, factors: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[str, list[int], torch.dtype]:
+    """What is wrong with a stored tensor, if anything; which of its updates are too small to be seen; and its dtype."""
+    shape = after.shape(key)
+    dtype = after.rows(key, 0, 1).dtype
+    start = before.shape(one.key) if one.value is None and one.key else tuple(one.value.shape) if one.value is not None else ()
+    if start != shape:
+        return f"has the shape {shape} and not {start}", [], dtype
+    vectors = _vectors(factors, shape)
+    images = [right @ vectors for _, right in factors]  # A x: rank x vectors; of experts, for each
+    lengths = vectors.square().sum(-2, keepdim=True).sqrt() * torch.finfo(dtype).smallest_normal if factors else vectors
+    along = torch.zeros(3, len(factors), dtype=torch.float64)  # of each update: products with what is left, variances, squares
+    for first, last in _chunks(shape):
+        stored = after.rows(key, first, last)
+        if one.value is not None:
+            rows = one.value[first:last] if one.value.dim() else one.value
+        else:
+            rows = before.rows(str(one.key), first, last)
+        if not factors:
+            same = rows.to(dtype).contiguous()
+            if not torch.equal(same.view(-1).view(torch.uint8), stored.contiguous().view(-1).view(torch.uint8)):
+                return "has other values than " + ("the base" if one.value is None else "its last source"), [], dtype
+            continue
+        # x, its lengths and A x are the same for all rows, but experts have their own.
+        x, length, *parts = (one[first:last] if one.dim() > 2 else one for one in (vectors, lengths, *images))
+        lefts = [left[first:last] for left, _ in factors]
+        updates = [left @ image for left, image in zip(lefts, parts, strict=True)]
+        compute = torch.promote_types(dtype, updates[0].dtype)
+        stored, x = stored.to(compute).view(*updates[0].shape[:-1], -1), x.to(compute)
+        rest = (stored - rows.to(compute).view(stored.shape)) @ x - torch.stack(updates).sum(0)
+        # What roundings change in a row is a random vector: of the stored values, of each sum before, and of the products.
+        unit = torch.finfo(dtype).eps / 2 + (1 + len(factors)) * torch.finfo(compute).eps
+        sizes = [
+            left.norm(dim=-1, keepdim=True) * image.norm(dim=-2, keepdim=True) for left, image in zip(lefts, parts, strict=True)
+        ]
+        noise = unit * ((stored.square() @ x.square()).sqrt() + length) + 64 * torch.finfo(compute).eps * torch.stack(
+            sizes
+        ).sum(0)
+        if not bool((rest.abs() <= STANDARD_ERRORS * noise).all()):  # also NaN
+            return "is not W + the sum of s B A", [], dtype
+        for place, update in enumerate(updates):
+            mine, left_over, error = (one[..., N_RANDOM + place].double() for one in (update, rest, noise))
+            along[:, place] += torch.stack([(left_over * mine).sum(), (error * mine).square().sum(), mine.square().sum()])
+    products, variances, squares = along
+    errors = STANDARD_ERRORS * variances.sqrt()
+    if (products.abs() > errors + SMALLEST * squares).any():
+        return "is not W + the sum of s B A", [], dtype
+    return "", [place for place in range(len(factors)) if 0 < squares[place] <= errors[place]], dtype
+
+
+def _vectors(factors: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> Tensor:
+    """Columns: random vectors, and then a random vector in the span of the rows of each update's right factor."""
+    if not factors:
+        return torch.empty(0)
+    generator = torch.Generator().manual_seed(prod(shape))
+    right = factors[0][1]
+    columns = [torch.randn(*right.shape[:-2], right.shape[-1], N_RANDOM, generator=generator)]
+    for _, right in factors:
+        column = right.mT.float() @ torch.randn(*right.shape[:-2], right.shape[-2], 1, generator=generator)
+        columns.append(column / column.square().mean(-2, keepdim=True).sqrt().clamp(min=1e-30))
+    return torch.cat(columns, -1).to(factors[0][1].dtype)
+
+
+def compare_logits(base: Path, merged: Path, selection: Selection) -> list[str]:
+    """Compares the logits of a small merged model, loaded by transformers, with those of the base plus the updates.
+
+    Args:
+        base: the base's folder.
+        merged: the merged model's folder.
+        selection: the sources, and what of them is merged.
+
+    Returns:
+        A line to report; none for a model of more than ``SMALL`` parameters, or one whose inputs are not known.
+
+    Raises:
+        ExportError: if they differ.
+    """
+    before, after = Files(base), Files(merged)
+    if sum(parameter.numel() for parameter in after.model.parameters()) > SMALL:
+        return []
+    state = dict[str, Tensor]()
+    for name, one in expected_tensors(before, selection.read()).items():
+        value = before.rows(str(one.key), 0, None) if one.value is None else one.value
+        state[name] = value.float() if value.is_floating_point() else value
+        for _, term in one.terms:
+            left, right = _laid_out(before, name, term)
+            state[name] = state[name] + (left @ right).view(value.shape)
+    kind: Any = type(after.model)
+    with quiet():
+        model = kind(after.model.config).float()
+        model.load_state_dict(state, strict=False)
+        reference = reference_logits(model)
+        if reference is None:
+            return []
+        with loading_again():
+            return [reference.compare(kind.from_pretrained(merged, dtype="auto"), "loaded again")]
