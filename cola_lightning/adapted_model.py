@@ -326,7 +326,7 @@ class AdaptedModel:
         if chain.base.fingerprint:
             check_same_base(replace(chain.base, weight_norms=base.weight_norms), base)
         else:  # of adapters: not all of its values are known, or none
-            check_same_norms(chain.base, base)
+            check_same_norms(chain.base, base, chain.sizes())
         if chain.links and knot != "cola" and chain[-1].factors.keys() != base.weight_norms.keys():
             raise UserError("model.init_knot: the last link goes on, so it must have all layers of model.target_modules")
         links, state, trained = list(chain.links), layout.state_dict(self.model), self.trained.values()

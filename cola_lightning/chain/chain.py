@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -264,6 +265,11 @@ class Chain:
         if links:
             links[-1] = replace(links[-1], extras=last)
         return Chain(links, self.base)
+
+    def sizes(self) -> dict[str, int]:
+        """The number of values of each adapted weight, by the layer's name."""
+        pairs = ((name, pair) for link in self.links for name, pair in link.factors.items())
+        return {name: prod(lora_B.shape[:-1]) * lora_A.shape[-1] for name, (lora_A, lora_B) in pairs}
 
     @property
     def layers(self) -> list[str]:

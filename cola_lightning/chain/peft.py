@@ -91,7 +91,7 @@ def padded(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
 def read_adapter(folder: str | Path) -> Chain:
     """An ordinary PEFT LoRA as a chain of one link.
 
-    Each layer's scaling is folded into B, and the factors are padded to the largest rank.
+    The link has the adapter's alpha. B contains what a layer's own scaling changes. Factors are padded to the largest rank.
 
     Raises:
         UserError: for an adapter of another type, or a damaged one.
@@ -124,7 +124,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> Link:
-    """The factors as one link with the scaling folded into B; what else the adapter holds are fully trained values.
+    """The factors as one link; what else the adapter holds are fully trained values.
 
     Raises:
         UserError: for factors of something other than linear layers and convolutions.
@@ -140,7 +140,7 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
         raise UserError(
             f"adapter: {where} may contain only factors of linear layers and convolutions, got {(unknown or ['none'])[0]!r}"
         )
-    scaled = {}
+    scaled, scalings = {}, {}
     for name, pair in pairs.items():
         lora_A, lora_B = (value.flatten(1).to(torch.promote_types(value.dtype, torch.float32)) for value in pair)
         layer = name
@@ -148,14 +148,16 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
             layer = projection
             lora_A, lora_B = experts_from_peft(lora_A, lora_B, value_of_layer(config, layer, "r", "rank_pattern"))
         alpha, rank = value_of_layer(config, layer, "lora_alpha", "alpha_pattern"), lora_A.shape[-2]
-        scaled[layer] = lora_A, lora_B * float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
-    largest = max(lora_A.shape[-2] for lora_A, _ in scaled.values())
-    factors = {name: padded(pair, largest) for name, pair in scaled.items()}
+        scalings[layer] = float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+        scaled[layer] = lora_A, lora_B
+    largest, alpha = max(lora_A.shape[-2] for lora_A, _ in scaled.values()), float(config.get("lora_alpha", 8))
+    of_link = alpha / largest  # that of most layers; B contains what patterns and rsLoRA change of it
+    factors = {name: padded((A, B * (scalings[name] / of_link)), largest) for name, (A, B) in scaled.items()}
     extras = {}
     for name, value in tensors.items():
         layer, _, parameter = name.rpartition(f"{BASE_LAYER}.")
         extras[f"{layer}.{parameter}" if layer in pairs else name] = value
-    return Link(index=0, rank=largest, alpha=float(largest), start_step=0, end_step=0, factors=factors, extras=extras)
+    return Link(index=0, rank=largest, alpha=alpha, start_step=0, end_step=0, factors=factors, extras=extras)
 
 
 def _projection(config: dict[str, Any], name: str) -> str | None:

@@ -184,19 +184,22 @@ def overlaps_table(found: Sequence[Overlap]) -> "Table":
 
 
 def table(reports: Sequence[LinkReport]) -> "Table":
-    """The reports as a human-readable table, one row per link; :func:`to_json` has every number."""
+    """The reports as a human-readable table, one row per link, without what no link has; :func:`to_json` has every number."""
 
     def rounded(value: float | None, digits: int) -> float | str:
         return "-" if value is None else float(f"{value:.{digits}g}")
 
-    has_names = any(link.name is not None for link in reports)
+    has_names, has_steps = any(link.name is not None for link in reports), any(link.steps for link in reports)
+    has_base, has_metrics = any(link.relative_norm is not None for link in reports), any(link.metrics for link in reports)
     rows = [
         {"link": link.index}
         | ({"stage": link.name or "-"} if has_names else {})
-        | {"rank": link.rank, "alpha": link.alpha, "steps": link.steps}
-        | {"‖ΔW‖/‖W₀‖": rounded(link.relative_norm, 2), "max/layer": rounded(link.max_norm, 2)}
+        | {"rank": link.rank, "alpha": link.alpha}
+        | ({"steps": link.steps} if has_steps else {})
+        | ({"‖ΔW‖/‖W₀‖": rounded(link.relative_norm, 2), "max/layer": rounded(link.max_norm, 2)} if has_base else {})
+        | ({} if has_base else {"‖ΔW‖": rounded(link.update_norm, 3)})
         | {"effective/rank": rounded(link.effective_rank, 3), "total/rank": link.total_rank}
-        | {"metrics": ", ".join(f"{name} {value:.3g}" for name, value in link.metrics.items()) or "-"}
+        | ({"metrics": ", ".join(f"{name} {value:.3g}" for name, value in link.metrics.items()) or "-"} if has_metrics else {})
         for link in reports
     ]
     return metrics_table(rows)

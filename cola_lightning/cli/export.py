@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.checkpoint import OpenedCheckpoint
 from cola_lightning.chain.peft import CONFIG_NAME, read_config
-from cola_lightning.chain.sources import sources_of
+from cola_lightning.chain.sources import sources_of, with_names
 from cola_lightning.cli.help import OPTIONS, add_scale, add_sources, command_parser, load_module, parse_options, read_sources
 from cola_lightning.errors import UserError
 
@@ -54,12 +54,12 @@ def export(words: Sequence[str]) -> None:
     options = parse_options(parser, words)
     arguments = {name: options[name] for name in ("dtype", "max_rank", "overwrite")}
     export_options = ExportOptions(options.output, options.format, verify=not options.no_verify, **arguments)
-    selection = Selection(sources_of(options.sources), options.continues, options.links, options.scale or {})
+    selection = Selection(with_names(sources_of(options.sources)), options.continues, options.links, options.scale or {})
     sources = [source.path for source in selection.sources]
     for path in [*sources, options.base or ""]:
         export_options.check(path)
     if options.base is not None:
-        chain = read_sources(options.sources, options)
+        chain = read_sources(selection.sources, options)
         load = partial(_load, options.base, chain, sources[0])
         lines = export_onto(options.base, chain, export_options, selection, load)
     elif len(sources) > 1 or Path(sources[0], CONFIG_NAME).expanduser().is_file():
@@ -105,5 +105,6 @@ def _load(base: str, chain: Chain, source: str) -> "TrainedModel":
         module: COLAModule = COLASequenceClassifier(name, num_labels=n_labels, seed=0, **arguments)
     else:
         module = COLACausalLM(name, seed=0, **arguments)
-    module.run.first_chain = chain
+    # Its weights are compared by their norms: the base that the chain knows may have been in another dtype.
+    module.run.first_chain = Chain(chain.links, replace(chain.base, fingerprint=""))
     return replace(trained_model(module, {}, {}), chain=chain)

@@ -111,7 +111,7 @@ def add_sources(parser: "ArgumentParser", name: str, kinds: str, **arguments: An
     parser.add_argument("--continues", nargs="+", default=[], metavar="NAME", help=OPTIONS["continues"])
 
 
-def read_sources(sources: "Sequence[str | Source]", options: Any, field: str = "checkpoint") -> "Chain":
+def read_sources(sources: "Sequence[Source]", options: Any, field: str = "checkpoint") -> "Chain":
     """The chain of a command's sources, as its options ask for it."""
     from cola_lightning.chain.checkpoint import read_chain
 

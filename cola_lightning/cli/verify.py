@@ -2,8 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from cola_lightning.cli.help import OPTIONS, add_scale, add_sources, command_parser, parse_options, read_sources
 
@@ -37,21 +35,16 @@ def verify(words: Sequence[str]) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    from cola_lightning.chain.peft import CONFIG_NAME, read_config
-    from cola_lightning.chain.sources import sources_of
-    from cola_lightning.files.plan import make_plan
+    from cola_lightning.chain.sources import configs_of, notes_on_base, sources_of, with_names
+    from cola_lightning.files.plan import check_base, make_plan
     from cola_lightning.files.stored import ModelFolder
     from cola_lightning.files.verify import verify as verify_folder
 
-    sources, configs = sources_of(options.adapter), dict[str | None, Any]()
-    for place, source in enumerate(sources):
-        folder = Path(source.path).expanduser()
-        if (folder / CONFIG_NAME).is_file():
-            sources[place] = source._replace(name=source.name or source.path)
-            configs[sources[place].name] = read_config(folder)
-    chain = read_sources(sources, options, "adapter")
-    plan = make_plan(ModelFolder.open(options.base), chain)
-    proof = verify_folder(plan, ModelFolder.open(options.merged, "merged"), configs)
+    sources = with_names(sources_of(options.adapter))
+    plan = make_plan(ModelFolder.open(options.base), read_sources(sources, options, "adapter"))
+    check_base(plan)
+    proof = verify_folder(plan, ModelFolder.open(options.merged, "merged"), configs_of(sources))
+    proof.notes.extend(notes_on_base(sources, options.base))
     if options.json:
         print(json.dumps(proof.to_json(), indent=2))
     else:

@@ -8,13 +8,14 @@ import torch
 import yaml
 
 from cola_lightning.chain.chain import Chain
+from cola_lightning.chain.sources import notes_on_base
 from cola_lightning.errors import ExportError
 from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.module import export_chain, export_model
 from cola_lightning.export.options import ExportOptions
 from cola_lightning.export.proof import NotProvable, Selection, compare_logits, prove
 from cola_lightning.files.merge import write_merged
-from cola_lightning.files.plan import make_plan, weight_norms
+from cola_lightning.files.plan import check_base, make_plan, weight_norms
 from cola_lightning.files.stored import CannotStream, ModelFolder
 from cola_lightning.files.verify import verify
 from cola_lightning.writing import atomic_folder
@@ -39,13 +40,15 @@ def export_onto(
         UserError: for a base that does not fit.
         ExportError: if what is written is not what it should be; it is removed.
     """
+    lines = notes_on_base(selection.sources, base)
     if options.format == "chain":
-        norms = weight_norms(make_plan(ModelFolder.open(base), chain))
-        return export_chain(Chain(chain.links, replace(chain.base, name=base, weight_norms=norms)), options)
-    lines = list[str]()
+        plan = make_plan(ModelFolder.open(base), chain)
+        check_base(plan)
+        known = replace(chain.base, name=base, weight_norms=weight_norms(plan))
+        return [*export_chain(Chain(chain.links, known), options), *lines]
     if options.format == "merged":
         try:
-            return _export_streamed(base, chain, options, selection)
+            return [*_export_streamed(base, chain, options, selection), *lines]
         except CannotStream as error:
             lines.append(f"the whole model was loaded: {error}")
     return [*export_model(load(), options), *lines]
@@ -53,6 +56,7 @@ def export_onto(
 
 def _export_streamed(base: str, chain: Chain, options: ExportOptions, selection: Selection) -> list[str]:
     plan = make_plan(ModelFolder.open(base), chain)
+    check_base(plan)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
         write_merged(plan, partial, dtype=dtype, tokenizer=Path(selection.sources[-1].path).expanduser())

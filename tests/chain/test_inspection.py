@@ -5,11 +5,16 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from cola_lightning.chain.base import BaseIdentity
 from cola_lightning.chain.chain import Chain, Link
+from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.report import effective_rank, report, singular_values, table, to_json
+from cola_lightning.cli import main
+from tests.helpers import tiny
 
 SHAPES = {"wide": (5, 9), "high": (12, 4), "square": (6, 6), "small": (2, 3)}  # out, in
 
@@ -69,3 +74,25 @@ def test_a_table_shows_every_number_whole_and_json_is_strict(chain):
     assert "val_[red]x nan" in text  # no markup
     assert text.splitlines()[-1].split()[:4] == ["2", "1", "3", "7"]
     assert table(report(Chain())).row_count == 0
+
+
+def test_adapters_are_shown_with_their_own_names_and_numbers_and_relative_to_a_base(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = tiny.folder(tmp_path / "base")
+    for name, fields in {"sft": {"r": 4, "lora_alpha": 8}, "dpo": {"r": 2, "lora_alpha": 3, "use_rslora": True}}.items():
+        model = AutoModelForCausalLM.from_pretrained(base)
+        config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **fields)
+        get_peft_model(model, config).save_pretrained(tmp_path / "out" / name)
+    adapters = ["out/sft", "out/dpo"]
+    assert main(["inspect", *adapters, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["name"], row["rank"], row["alpha"]) for row in rows] == [("sft", 4, 8.0), ("dpo", 2, 3.0)]
+    assert main(["inspect", *adapters]) == 0
+    assert " ".join(capsys.readouterr().out.split()).startswith("effective total link stage rank alpha ‖ΔW‖ rank rank ─")
+    assert main(["inspect", *adapters, "--base", base]) == 0
+    assert "‖W₀‖" in capsys.readouterr().out
+    assert main(["inspect", *adapters, "--base", base, "--json"]) == 0
+    weight = AutoModelForCausalLM.from_pretrained(base).state_dict()["model.layers.0.self_attn.q_proj.weight"]
+    chain = read_chain(adapters[:1])
+    of_layer = chain.delta("model.layers.0.self_attn.q_proj").norm() / weight.norm()
+    assert json.loads(capsys.readouterr().out)[0]["max_norm"] >= float(of_layer) * 0.999

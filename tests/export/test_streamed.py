@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from cola_lightning import COLACausalLM, UserError
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
 from tests.helpers import forked, tiny
+from tests.helpers.toy import saved
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -205,6 +207,38 @@ def test_what_cannot_be_streamed_is_loaded(made, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------- what is refused, and what is left behind
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "chain"])
+def test_a_base_on_which_the_chain_was_not_trained_is_refused_and_another_dtype_is_none(tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    module = COLACausalLM(tiny.folder(tmp_path / "base"), target_modules=TARGETS, rank=4, alpha=4, seed=0)
+    module = tiny.three_links(module)
+    saved(module, tmp_path)
+    module.full_chain().save("folder")
+    source = {"checkpoint": "end.ckpt", "chain": "folder"}[kind]
+    other = load(tiny.folder(tmp_path / "start"), torch.float32)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.mul_(1.01)
+    other.save_pretrained("other")
+    load("base", torch.bfloat16).save_pretrained("half")
+    for folder in ("other", "half"):
+        tiny.tokenizer().save_pretrained(folder)
+    assert export(source, base="half") == 0
+    merged = "out"
+    capsys.readouterr()
+    before = sorted(os.listdir())
+    for words in (
+        *([source, "--format", format_, "--output", format_] for format_ in ("merged", "peft", "chain")),
+        ["verify", merged, "--adapter", source],
+    ):
+        words = words if words[0] == "verify" else ["export", *words]
+        assert main([*words, "--base", "other"]) == 2
+        assert re.search(r"^error: base: .*\.0\.self_attn\.q_proj", capsys.readouterr().err, re.MULTILINE), words
+        assert sorted(os.listdir()) == before
+        assert main([*words, "--base", "half"]) == 0
+        before = sorted(os.listdir())
+    assert main(["inspect", source, "--base", "other"]) == 2
 
 
 def damage(name, change):

@@ -183,7 +183,7 @@ FAULTS = {
     ),
     "one merged twice, the other not at all": (
         remerged(lambda made: (made / "base", [made / "sft", made / "sft"])),
-        r"sft was scaled by 2 \(merged or scaled twice\) and \S+dpo was not merged \(",
+        r": sft was scaled by 2 \(merged or scaled twice\) and dpo was not merged \(",
     ),
     "rslora overlooked": (
         remerged(lambda made: (made / "base", [with_config(made, "sft", use_rslora=True), made / "dpo"])),
@@ -257,6 +257,17 @@ def test_a_fault_is_named(made, tmp_path, capsys, fault):
     status, printed = proof(capsys, merged, made / "base", made / "sft", made / "dpo")
     assert status == 1
     assert re.search(message, printed["sentence"]), printed["sentence"]
+
+
+def test_an_adapter_that_names_another_base_is_named(made, tmp_path, capsys):
+    own = str(made / "base")
+    for named, is_same in {own: True, "hub/Base-unsloth-bnb-4bit": True, "hub/other": False, None: True}.items():
+        sft = with_config(made, "sft", base_model_name_or_path=named)
+        status, printed = proof(capsys, made / "merged", own, f"sft={sft}", made / "dpo")
+        assert status == 0
+        assert [note for note in printed["notes"] if "names the base" in note] == (
+            [] if is_same else [f"sft names the base {named!r}, and not {own!r}: it fits only if both are one model"]
+        )
 
 
 def test_adapters_in_folders_of_the_same_name_or_of_any_are_told_apart(made, tmp_path, capsys, monkeypatch):
