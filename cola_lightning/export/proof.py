@@ -240,31 +240,45 @@ class Expected:
     """What a tensor of the merged model should be.
 
     Attributes:
-        key: the base's tensor, by its name in the files; None: the base has none.
+        key: the base's tensor, by its name in the files; empty if a value takes its place.
         value: what was trained whole, in place of the base's tensor.
-        terms: what is added to it: its stage, A, B and the factor.
+        terms: what is added to it.
     """
 
-    key: str | None
+    key: str
     value: Tensor | None = None
-    terms: list[tuple[str, Term]] = field(default_factory=list)
+    terms: list[Term] = field(default_factory=list)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it is another tensor than the base's."""
+        return bool(self.terms) or self.value is not None
+
+    def shape(self, base: Files) -> tuple[int, ...]:
+        """Its shape."""
+        return base.shape(self.key) if self.value is None else tuple(self.value.shape)
+
+    def start(self, base: Files, first: int = 0, last: int | None = None) -> Tensor:
+        """Some of its rows, before anything is added."""
+        if self.value is None:
+            return base.rows(self.key, first, last)
+        return self.value[first:last] if self.value.dim() else self.value
 
 
 def expected_tensors(base: Files, links: Sequence[tuple[SourceLink, float]]) -> dict[str, Expected]:
     """What the tensors of the merged model should be, by their names in the model."""
     expected = {name: Expected(key) for name, key in base.stored.items()}
-    for place, (link, factor) in enumerate(links):
+    for link, factor in links:
         for key, value in link.values.items():
-            one = expected.setdefault(base.name_of(key), Expected(None))
+            one = expected.setdefault(base.name_of(key), Expected(""))
             if one.value is None or not torch.equal(one.value, value):
                 one.value, one.terms = value, []
         for layer, (lora_A, lora_B, scaling) in link.terms.items():
+            name = _weight_of(base, layer, lora_A, lora_B)
+            if name not in expected:
+                raise NotProvable(f"the base has no tensor of its own for {layer!r}")
             if factor:
-                name = _weight_of(base, layer, lora_A, lora_B)
-                if name not in expected:
-                    raise NotProvable(f"the base has no tensor of its own for {layer!r}")
-                stage = f"{link.name or f'link {place}'}"
-                expected[name].terms.append((stage, (lora_A, lora_B, scaling * factor)))
+                expected[name].terms.append((lora_A, lora_B, scaling * factor))
     return expected
 
 
@@ -317,99 +331,115 @@ def prove(base: Path, merged: Path, selection: Selection) -> str:
         NotProvable: for a model, or a layer, that transformers does not know.
     """
     before, after = Files(base), Files(merged)
-    expected = expected_tensors(before, selection.read())
-    wrong, unseen, n_updates, dtypes = list[str](), list[str](), 0, set[torch.dtype]()
+    expected, found = expected_tensors(before, selection.read()), dict[str, Comparison]()
     for name, one in expected.items():
-        if (key := after.stored.get(name)) is None:
-            wrong.append(f"{name} is missing")
-            continue
-        factors = [_laid_out(before, name, term) for _, term in one.terms]
-        reason, small, dtype = _compare(before, one, after, key, factors)
-        wrong += [f"{name} {reason}"] if reason else []
-        unseen += [f"{one.terms[place][0]} in {name}" for place in small]
-        dtypes |= {dtype} if small else set()
-        n_updates += len(factors)
+        key = after.stored.get(name)
+        found[name] = Comparison("is missing") if key is None else _compare(before, name, one, after, key)
     for first, *names in after.tied:
         for name in names:
-            is_changed = any(
-                one in expected and (expected[one].terms or expected[one].value is not None) for one in (first, name)
-            )
-            if is_changed and _compare(after, Expected(after.stored[first]), after, after.stored[name], [])[0]:
-                wrong.append(f"{name} is tied to {first} by config.json")
-    others = after.files.keys() - set(after.stored.values())  # what transformers fuses, or does not read
-    for key in sorted(others | (before.files.keys() - set(before.stored.values()))):
-        if key not in others or key not in before.files:
-            wrong.append(f"{key} is {'not in the base' if key in others else 'missing'}")
-        elif what := _compare(before, Expected(key), after, key, [])[0]:
-            wrong.append(f"{key} {what}")
-    if wrong:
+            is_changed = any(one in expected and expected[one].is_changed for one in (first, name))
+            if is_changed and _compare(after, first, Expected(after.stored[first]), after, after.stored[name]).wrong:
+                found[name] = Comparison(f"is tied to {first} by config.json")
+    others, of_base = (files.files.keys() - set(files.stored.values()) for files in (after, before))
+    for key in sorted(others | of_base):  # what transformers fuses, or does not read
+        if key in others and key in before.files:
+            found[key] = _compare(before, key, Expected(key), after, key)
+        else:
+            found[key] = Comparison("is not in the base" if key in others else "is missing")
+    if wrong := [f"{name} {one.wrong}" for name, one in found.items() if one.wrong]:
         more = f", and {len(wrong) - 1} more are wrong" if len(wrong) > 1 else ""
         raise ExportError(f"the export was deleted: refuted: {wrong[0]}{more}")
-    n = len({*after.files})
-    if not unseen:
-        return f"proven: {n} of {n} tensors are those of the merge"
-    where = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-    sentence = f"too small to be seen in {where}: {len(unseen)} of {n_updates} updates ({unseen[0]})"
-    return f"{sentence}. All else in {n} tensors is proven"
+    n, small = len(after.files), [one for one in found.values() if one.too_small]
+    sentence = f"proven: {n - len(small)} of {n} tensors are those of the merge"
+    if small:
+        n_small, n_updates = sum(len(one.too_small) for one in small), sum(len(one.terms) for one in expected.values())
+        sentence = f"too small to be seen in {small[0].dtype}: {n_small} of {n_updates} updates; {sentence}".replace(
+            "torch.", ""
+        )
+    return sentence
 
 
-def _compare(
-    before: Files, one: Expected, after: Files, key: str, factors: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[str, list[int], torch.dtype]:
-    """What is wrong with a stored tensor, if anything; which of its updates are too small to be seen; and its dtype."""
-    shape = after.shape(key)
-    dtype = after.rows(key, 0, 1).dtype
-    start = before.shape(one.key) if one.value is None and one.key else tuple(one.value.shape) if one.value is not None else ()
-    if start != shape:
-        return f"has the shape {shape} and not {start}", [], dtype
-    vectors = _vectors(factors, shape)
-    images = [right @ vectors for _, right in factors]  # A x: rank x vectors; of experts, for each
-    lengths = vectors.square().sum(-2, keepdim=True).sqrt() * torch.finfo(dtype).smallest_normal if factors else vectors
-    along = torch.zeros(3, len(factors), dtype=torch.float64)  # of each update: products with what is left, variances, squares
+@dataclass(frozen=True)
+class Comparison:
+    """What is known of a stored tensor.
+
+    Attributes:
+        wrong: what is wrong; empty: nothing.
+        too_small: the places of the updates that roundings hide.
+        dtype: of the tensor.
+    """
+
+    wrong: str = ""
+    too_small: Sequence[int] = ()
+    dtype: torch.dtype | None = None
+
+
+def _compare(before: Files, name: str, one: Expected, after: Files, key: str) -> Comparison:
+    """Compares a stored tensor with what it should be.
+
+    Args:
+        before: the base's files.
+        name: the tensor's name in the model.
+        one: what it should be.
+        after: the merged model's files.
+        key: the tensor's name in them.
+    """
+    shape, expected_shape = after.shape(key), one.shape(before)
+    if shape != expected_shape:
+        return Comparison(f"has the shape {shape} and not {expected_shape}")
+    if one.terms:
+        return _compare_products(before, one, after, key, [_laid_out(before, name, term) for term in one.terms])
     for first, last in _chunks(shape):
-        stored = after.rows(key, first, last)
-        if one.value is not None:
-            rows = one.value[first:last] if one.value.dim() else one.value
-        else:
-            rows = before.rows(str(one.key), first, last)
-        if not factors:
-            same = rows.to(dtype).contiguous()
-            if not torch.equal(same.view(-1).view(torch.uint8), stored.contiguous().view(-1).view(torch.uint8)):
-                return "has other values than " + ("the base" if one.value is None else "its last source"), [], dtype
-            continue
-        # x, its lengths and A x are the same for all rows, but experts have their own.
-        x, length, *parts = (one[first:last] if one.dim() > 2 else one for one in (vectors, lengths, *images))
+        stored, start = after.rows(key, first, last), one.start(before, first, last)
+        same = start.to(stored.dtype).contiguous()
+        if not torch.equal(same.view(-1).view(torch.uint8), stored.view(-1).view(torch.uint8)):
+            return Comparison("has other values than " + ("the base" if one.value is None else "its source"))
+    return Comparison()
+
+
+def _compare_products(
+    before: Files, one: Expected, after: Files, key: str, factors: Sequence[tuple[Tensor, Tensor]]
+) -> Comparison:
+    """Compares W' x with W x + the sum of s B (A x).
+
+    Roundings of a row are a random vector. Their product with x has a standard deviation, which a difference must not exceed a
+    few times. Along an update, the differences of all rows must also cancel out.
+    """
+    vectors = _vectors(factors)
+    images = [right @ vectors for _, right in factors]  # A x: rank x vectors; of experts, for each
+    lengths = vectors.square().sum(-2, keepdim=True).sqrt()
+    along = torch.zeros(3, len(factors), dtype=torch.float64)  # for each update: products with what is left, variances, squares
+    for first, last in _chunks(after.shape(key)):
+        stored, start = after.rows(key, first, last), one.start(before, first, last)
+        precision, dtype = torch.finfo(stored.dtype), stored.dtype
+        x, length, *parts = (part[first:last] if part.dim() > 2 else part for part in (vectors, lengths, *images))
         lefts = [left[first:last] for left, _ in factors]
         updates = [left @ image for left, image in zip(lefts, parts, strict=True)]
         compute = torch.promote_types(dtype, updates[0].dtype)
         stored, x = stored.to(compute).view(*updates[0].shape[:-1], -1), x.to(compute)
-        rest = (stored - rows.to(compute).view(stored.shape)) @ x - torch.stack(updates).sum(0)
-        # What roundings change in a row is a random vector: of the stored values, of each sum before, and of the products.
-        unit = torch.finfo(dtype).eps / 2 + (1 + len(factors)) * torch.finfo(compute).eps
-        sizes = [
-            left.norm(dim=-1, keepdim=True) * image.norm(dim=-2, keepdim=True) for left, image in zip(lefts, parts, strict=True)
+        rest = (stored - start.to(compute).view(stored.shape)) @ x - torch.stack(updates).sum(0)
+        eps = torch.finfo(compute).eps
+        of_sums = (precision.eps / 2 + (1 + len(factors)) * eps) * (stored.square() @ x.square()).sqrt()
+        of_products = [
+            64 * eps * left.norm(dim=-1, keepdim=True) * image.norm(dim=-2, keepdim=True)
+            for left, image in zip(lefts, parts, strict=True)
         ]
-        noise = unit * ((stored.square() @ x.square()).sqrt() + length) + 64 * torch.finfo(compute).eps * torch.stack(
-            sizes
-        ).sum(0)
+        noise = of_sums + torch.stack(of_products).sum(0) + precision.smallest_normal * precision.eps * length
         if not bool((rest.abs() <= STANDARD_ERRORS * noise).all()):  # also NaN
-            return "is not W + the sum of s B A", [], dtype
+            return Comparison("is not W + the sum of s B A")
         for place, update in enumerate(updates):
-            mine, left_over, error = (one[..., N_RANDOM + place].double() for one in (update, rest, noise))
+            mine, left_over, error = (part[..., N_RANDOM + place].double() for part in (update, rest, noise))
             along[:, place] += torch.stack([(left_over * mine).sum(), (error * mine).square().sum(), mine.square().sum()])
     products, variances, squares = along
     errors = STANDARD_ERRORS * variances.sqrt()
-    if (products.abs() > errors + SMALLEST * squares).any():
-        return "is not W + the sum of s B A", [], dtype
-    return "", [place for place in range(len(factors)) if 0 < squares[place] <= errors[place]], dtype
+    if bool((products.abs() > errors + SMALLEST * squares).any()):
+        return Comparison("is not W + the sum of s B A")
+    return Comparison("", [place for place in range(len(factors)) if 0 < squares[place] <= errors[place]], dtype)
 
 
-def _vectors(factors: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> Tensor:
+def _vectors(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Columns: random vectors, and then a random vector in the span of the rows of each update's right factor."""
-    if not factors:
-        return torch.empty(0)
-    generator = torch.Generator().manual_seed(prod(shape))
-    right = factors[0][1]
+    generator, right = torch.Generator().manual_seed(0), factors[0][1]
     columns = [torch.randn(*right.shape[:-2], right.shape[-1], N_RANDOM, generator=generator)]
     for _, right in factors:
         column = right.mT.float() @ torch.randn(*right.shape[:-2], right.shape[-2], 1, generator=generator)
@@ -436,9 +466,9 @@ def compare_logits(base: Path, merged: Path, selection: Selection) -> list[str]:
         return []
     state = dict[str, Tensor]()
     for name, one in expected_tensors(before, selection.read()).items():
-        value = before.rows(str(one.key), 0, None) if one.value is None else one.value
+        value = one.start(before)
         state[name] = value.float() if value.is_floating_point() else value
-        for _, term in one.terms:
+        for term in one.terms:
             left, right = _laid_out(before, name, term)
             state[name] = state[name] + (left @ right).view(value.shape)
     kind: Any = type(after.model)

@@ -16,7 +16,7 @@ from torch import Tensor
 from cola_lightning.files.plan import Planned
 from cola_lightning.files.stored import StoredTensor, chunks, rows_of
 
-Kind = Literal["same bits", "rounding", "wrong"]
+Kind = Literal["same bits", "rounding", "undecided", "wrong"]
 STANDARD_ERRORS, SMALLEST = 6.0, 0.005  # how far an update's share may be from 1
 
 
@@ -27,23 +27,30 @@ class Finding:
     Attributes:
         tensor: its name.
         kind: ``same bits``, as W + B A in float32, rounded once; ``rounding``: it differs by what roundings change, also as
-            PEFT makes them: of W, of each update, and of each sum; or ``wrong``.
+            PEFT makes them: of W, of each update, and of each sum; ``undecided``: it is one of these, but an update is so small
+            that roundings hide whether it is there; or ``wrong``.
         cause: if it is wrong, what most likely happened.
+        dtype: in which it is stored.
+        n_updates: how many updates it should contain.
         n: its elements.
         n_different: elements that differ.
         n_beyond: elements that differ by more than roundings.
         place: the first of them.
-        factors: for each update, how much of it is in the tensor: 1 is right.
+        factors: for each update, how much of it is in the tensor: 1 is right. Empty if its bits are those of the merge.
+        too_small: the places of the updates that roundings hide.
     """
 
     tensor: str
     kind: Kind = "same bits"
     cause: str = ""
+    dtype: str = ""
+    n_updates: int = 0
     n: int = 0
     n_different: int = 0
     n_beyond: int = 0
     place: tuple[int, ...] = ()
     factors: list[float] = field(default_factory=list)
+    too_small: list[int] = field(default_factory=list)
 
 
 def compare(name: str, planned: Planned, merged: StoredTensor | Tensor) -> Finding:
@@ -54,13 +61,16 @@ def compare(name: str, planned: Planned, merged: StoredTensor | Tensor) -> Findi
         planned: what it should be.
         merged: what it is.
     """
-    result, dtype = Finding(name, n=prod(merged.shape)), merged.dtype
+    dtype, n_updates = merged.dtype, len(planned.updates)
+    result = Finding(name, dtype=str(dtype).removeprefix("torch."), n_updates=n_updates, n=prod(merged.shape))
     if planned.start.shape != merged.shape or (planned.updates and not dtype.is_floating_point):
         return replace(result, kind="wrong")
-    along, squares = torch.zeros(len(planned.updates), dtype=torch.float64), 0.0
+    along, squares, rounding = torch.zeros(len(planned.updates), dtype=torch.float64), 0.0, 0.0
     for first, last in chunks(merged.shape):
         stored = rows_of(merged, first, last)
         nearest, differs = _nearest(planned, first, last, stored)
+        if planned.updates:
+            rounding += (torch.finfo(dtype).eps * float(stored.to(planned.compute_dtype).norm())) ** 2 / 12
         if not differs.any():
             continue
         beyond = torch.ones(int(differs.count_nonzero()), dtype=torch.bool)
@@ -78,8 +88,10 @@ def compare(name: str, planned: Planned, merged: StoredTensor | Tensor) -> Findi
             result.place = (first + place[0], *place[1:]) if place else ()
         result.n_different += len(beyond)
         result.n_beyond += int(beyond.count_nonzero())
-    if result.n_different:
-        _judge(result, planned, along, squares)
+    if planned.updates:
+        _judge(result, planned, along, squares, rounding)
+    elif result.n_different:
+        result.kind = "wrong"
     return result
 
 
@@ -112,10 +124,25 @@ def _allowed(planned: Planned, first: int, last: int, dtype: torch.dtype) -> Ten
     return (of_products * sizes + precision.smallest_normal * precision.eps).view(last - first, *planned.start.shape[1:])
 
 
-def _judge(result: Finding, planned: Planned, along: Tensor, squares: float) -> None:
-    """Sets the kind of a finding, from the products of the differences with the updates, and the sum of their squares."""
-    gram = torch.tensor([[float(one.product(other)) for other in planned.updates] for one in planned.updates])
-    inverse = torch.linalg.pinv(gram.double().reshape(len(along), len(along)))
-    shares, errors = inverse @ along, (squares / result.n * inverse.diagonal().clamp(min=0)).sqrt()
-    is_right = not result.n_beyond and bool((shares.abs() <= STANDARD_ERRORS * errors + SMALLEST).all())
-    result.kind, result.factors = "rounding" if is_right else "wrong", (1 + shares).tolist()
+def _judge(result: Finding, planned: Planned, along: Tensor, squares: float, rounding: float) -> None:
+    """Sets the kind of a finding.
+
+    Args:
+        result: the finding.
+        planned: what the tensor should be.
+        along: the products of the differences with the updates.
+        squares: the sum of the squared differences.
+        rounding: what this sum is if the tensor is rounded once.
+    """
+    gram = torch.tensor([[float(one.product(other)) for other in planned.updates] for one in planned.updates]).double()
+    sizes = gram.diagonal().clamp(min=0).sqrt()
+    sizes = sizes.where(sizes > 0, 1).outer(sizes.where(sizes > 0, 1))  # else a small update is lost beside a large one
+    inverse = torch.linalg.pinv(gram / sizes) / sizes
+    variances = inverse.diagonal().clamp(min=0) / result.n
+    if result.n_different:
+        shares, errors = inverse @ along, (squares * variances).sqrt()
+        is_right = not result.n_beyond and bool((shares.abs() <= STANDARD_ERRORS * errors + SMALLEST).all())
+        result.kind, result.factors = "rounding" if is_right else "wrong", (1 + shares).tolist()
+    if result.kind != "wrong":
+        result.too_small = (STANDARD_ERRORS * (rounding * variances).sqrt() >= 1).nonzero().flatten().tolist()
+        result.kind = "undecided" if result.too_small else result.kind

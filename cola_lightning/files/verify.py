@@ -47,6 +47,11 @@ class Proof:
         return [finding for finding in self.findings if finding.kind == "wrong"]
 
     @property
+    def undecided(self) -> list[Finding]:
+        """The findings of tensors with an update that roundings hide."""
+        return [finding for finding in self.findings if finding.kind == "undecided"]
+
+    @property
     def groups(self) -> dict[str, list[Finding]]:
         """The findings by cause, or by kind where nothing is wrong, the largest group first."""
         groups = defaultdict[str, list[Finding]](list)
@@ -57,8 +62,13 @@ class Proof:
     @property
     def sentence(self) -> str:
         """The result in one sentence."""
+        n, n_undecided = len(self.findings), len(self.undecided)
         if not self.wrong:
-            return f"proven: {len(self.findings)} of {len(self.findings)} tensors are those of the merge"
+            proven = f"proven: {n - n_undecided} of {n} tensors are those of the merge"
+            n_small = sum(len(finding.too_small) for finding in self.undecided)
+            n_updates = sum(finding.n_updates for finding in self.findings)
+            small = [f"too small to be seen in {one.dtype}: {n_small} of {n_updates} updates" for one in self.undecided[:1]]
+            return "; ".join([*small, *([proven] if n > n_undecided else [])])
         groups = [(cause, found[0].tensor, len(found) - 1) for cause, found in self.groups.items() if found[0].cause]
         what = [f"{cause} ({first}{f' and {n_more} more' if n_more else ''})" for cause, first, n_more in groups]
         return f"refuted: {len(self.wrong)} of {len(self.findings)} tensors are wrong. Most likely: {'; '.join(what)}"
@@ -66,7 +76,11 @@ class Proof:
     def to_json(self) -> dict[str, Any]:
         """All findings, for strict JSON."""
         tensors = {finding.tensor: asdict(finding) for finding in self.findings}
-        return {"proven": not self.wrong, "sentence": self.sentence, "notes": self.notes, "tensors": tensors}
+        judgement = {
+            "proven": not self.wrong and not self.undecided,
+            "undecided": [finding.tensor for finding in self.undecided],
+        }
+        return judgement | {"sentence": self.sentence, "notes": self.notes, "tensors": tensors}
 
 
 def verify(plan: Plan, merged: ModelFolder, configs: Configs) -> Proof:

@@ -259,6 +259,22 @@ def test_a_fault_is_named(made, tmp_path, capsys, fault):
     assert re.search(message, printed["sentence"]), printed["sentence"]
 
 
+def test_an_update_below_the_roundings_is_not_called_proven(made, tmp_path, capsys):
+    small = adapter(tmp_path / "small", made / "base", seed=2, size=1e-9)
+    for sources, n_small in {(small,): 6, (made / "sft", small): 6, (made / "sft",): 0}.items():
+        merged = merged_by_peft(tmp_path / "merged", made / "base", sources, dtype=torch.bfloat16)
+        status, printed = proof(capsys, merged, made / "base", *sources)
+        assert (status, printed["proven"], len(printed["undecided"])) == (0, not n_small, n_small)
+        seen = f"too small to be seen in bfloat16: {n_small} of {6 * len(sources)} updates; " if n_small else ""
+        assert printed["sentence"] == f"{seen}proven: {21 - n_small} of 21 tensors are those of the merge"
+        assert all(finding["factors"] == [] for finding in printed["tensors"].values() if not finding["n_different"])
+        sizes = ["export", *map(str, sources), "--base", str(made / "base"), "--format", "merged"]
+        assert main([*sizes, "--output", str(tmp_path / "out"), "--overwrite"]) == 0
+        assert ("6 of" in capsys.readouterr().out) == bool(n_small)
+    full = merged_by_peft(tmp_path / "full", made / "base", [small])
+    assert proof(capsys, full, made / "base", small)[1]["undecided"] == []
+
+
 def test_an_adapter_that_names_another_base_is_named(made, tmp_path, capsys):
     own = str(made / "base")
     for named, is_same in {own: True, "hub/Base-unsloth-bnb-4bit": True, "hub/other": False, None: True}.items():
