@@ -310,7 +310,6 @@ def end_of_text(tokenizer: Any) -> int | None:
     return int(tokenizer("a")["input_ids"][-1])
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens at which a text ends: the tokenizer's end of text, and those of the model's generation config."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+def end_tokens(ends: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
+    """The tokens at which a text ends: the tokenizer's end of text, and ``eos_token_id`` of the model's generation config."""
     return sorted({end_of_text(tokenizer), *(ends if isinstance(ends, Sequence) else [ends])} - {None})

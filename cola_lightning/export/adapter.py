@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from cola_lightning.chain.chain import core_of_product
 from cola_lightning.chain.peft import AdapterBase, concatenate, write_adapter
-from cola_lightning.export.card import FOLDER, write_card
+from cola_lightning.export.card import FOLDER, save_tokenizer, write_card
 from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.options import ExportOptions
 from cola_lightning.export.verify import loading_again, reference_logits
@@ -63,6 +63,7 @@ def export_adapter(model: TrainedModel, options: ExportOptions) -> list[str]:
         loading = f'base = {code}\nmodel = PeftModel.from_pretrained(base, "{FOLDER}")'
         loading = f"import transformers\nfrom peft import PeftModel\n\n{loading}"
         write_card(partial, model, f"PEFT adapter (LoRA of rank {rank})", loading)
+        save_tokenizer(model.tokenizer, partial)
         if reference is None:
             return [*lines, "not compared" + (", because no input is known" if options.verify else "")]
         with loading_again():

@@ -1,8 +1,9 @@
-"""The model card of an export, with the hub's metadata; the tokenizer is written next to it."""
+"""The model card of an export, with the hub's metadata, and the tokenizer next to it."""
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -10,7 +11,7 @@ from cola_lightning import __version__
 from cola_lightning.chat_template import n_appended
 from cola_lightning.constants import MAX_NEW_TOKENS
 from cola_lightning.decoding import Decoding
-from cola_lightning.export.model import TrainedModel
+from cola_lightning.export.model import TrainedFacts
 from cola_lightning.hub import is_repo_id
 
 CARD_NAME = "README.md"
@@ -18,8 +19,14 @@ TEMPLATE = Path(__file__).parent / "card.md"  # for Jinja
 FOLDER = "path/to/this/folder"  # in the code that loads an export
 
 
-def write_card(folder: Path, model: TrainedModel, kind: str, loading: str) -> None:
-    """Writes the model card and the tokenizer of an export.
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer or image processor, if there is one that can be written."""
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+
+
+def write_card(folder: Path, model: TrainedFacts, kind: str, loading: str) -> None:
+    """Writes the model card of an export.
 
     Args:
         folder: of the export.
@@ -30,8 +37,6 @@ def write_card(folder: Path, model: TrainedModel, kind: str, loading: str) -> No
     from huggingface_hub import ModelCard, ModelCardData
 
     named_base, tokenizer = model.named_base, model.tokenizer
-    if hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(folder)
     base = model.base_name if named_base is None else named_base.model_name
     arguments = {name: value for name, value in {**model.arguments, "data": model.data}.items() if value}
     data = ModelCardData(
@@ -52,6 +57,6 @@ def write_card(folder: Path, model: TrainedModel, kind: str, loading: str) -> No
         dumps=lambda value: json.dumps(value, ensure_ascii=False),
         links=model.chain.links,
         metrics=list(dict.fromkeys(name for link in model.chain.links for name in link.metrics)),
-        arguments=yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True).strip(),
+        arguments=yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True).strip() if arguments else "",
     )
     card.save(folder / CARD_NAME)

@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cola_lightning.chain.chain import Chain
-from cola_lightning.chat_template import ChatTemplate, end_tokens
 from cola_lightning.errors import ExportError, UserError
 from cola_lightning.export.adapter import export_adapter
-from cola_lightning.export.card import FOLDER, write_card
+from cola_lightning.export.card import FOLDER, save_tokenizer, write_card
 from cola_lightning.export.model import TrainedModel
 from cola_lightning.export.options import ExportOptions
 from cola_lightning.export.verify import ReferenceLogits, loading_again, prove_merged, reference_logits
@@ -84,17 +83,15 @@ def _export_merged(trained: TrainedModel, options: ExportOptions) -> list[str]:
     reference = reference_logits(adapted.model, trained.example) if options.verify else None
     dtype = options.dtype or ("float32" if named_base is None else named_base.dtype)
     model: Any = adapted.merged_model(dtype=getattr(torch, dtype), in_place=True)
-    tokenizer, prompt_format = trained.tokenizer, trained.prompt_format
-    if prompt_format.get("kind") in ("response", "text") and hasattr(model, "generation_config"):  # ends as `cola generate`
-        template = ChatTemplate(tokenizer, prompt_format.get("chat_template_kwargs", {}))
-        ends = {*end_tokens(model, tokenizer), *(template.stop_tokens if prompt_format["chat_template"] else ())}
-        model.generation_config.eos_token_id = sorted(ends) or None
+    if trained.prompt_format.get("kind") in ("response", "text") and hasattr(model, "generation_config"):
+        model.generation_config.eos_token_id = trained.stop_tokens(model.generation_config.eos_token_id) or None
     with atomic_folder(options.folder, overwrite=options.overwrite) as partial:
         if isinstance(model, PreTrainedModel):  # other libraries' save_pretrained has arguments of its own
             model.save_pretrained(partial)
             name = type(model).__name__
             loading = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{FOLDER}")'
             write_card(partial, trained, "merged model", loading)
+            save_tokenizer(trained.tokenizer, partial)
         else:  # clones: a tied weight is written under each of its names, so that load_state_dict finds them all
             seen, tensors = set[int](), dict[str, torch.Tensor]()
             for name, value in model.state_dict().items():

@@ -50,8 +50,9 @@ def prove_merged(model: TrainedModel, folder: Path) -> str:
         ExportError: if a tensor is wrong.
     """
     base = model.adapted.merged_model(0, device="cpu", in_place=True, is_rounded=True)
-    merged, values = ModelFolder.open(str(folder), "output"), base.state_dict()
+    values = base.state_dict()
     try:
+        merged = ModelFolder.open(str(folder), "output")
         plan = make_plan(ModelFolder(folder, values, merged.config), model.chain)
     except CannotStream as error:
         return f"its tensors were not compared: {error}"

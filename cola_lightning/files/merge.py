@@ -16,6 +16,7 @@ from cola_lightning.files.stored import CONFIG_NAME, INDEX_NAME, StoredTensor, c
 
 # What a trainer saves next to its adapter, for which the base has files, too.
 TOKENIZER = re.compile(r"tokenizer.*|.*\.jinja|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model")
+TEMPLATES = "additional_chat_templates"  # transformers' name of the folder
 NOT_COPIED = re.compile(r"README\.md|\..*|.*\.(safetensors|index\.json|bin|pt|pth|gguf|h5|msgpack)")
 
 
@@ -32,9 +33,13 @@ def write_merged(plan: Plan, folder: Path, *, dtype: torch.dtype | None = None, 
     for path in base.path.iterdir():
         if path.is_file() and not NOT_COPIED.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
-    for path in tokenizer.iterdir() if tokenizer is not None and (tokenizer / "tokenizer_config.json").is_file() else ():
+    has_tokenizer = tokenizer is not None and (tokenizer / "tokenizer_config.json").is_file()
+    for path in tokenizer.iterdir() if tokenizer is not None and has_tokenizer else ():
         if path.is_file() and TOKENIZER.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
+    templates = (tokenizer if tokenizer is not None and has_tokenizer else base.path) / TEMPLATES
+    if templates.is_dir():
+        shutil.copytree(templates, folder / TEMPLATES)
     files = {name: planned.base.file.name for name, planned in plan.tensors.items() if isinstance(planned.base, StoredTensor)}
     dtypes = {name: planned.base.dtype for name, planned in plan.tensors.items()}
     dtypes |= {name: dtype for name, stored in dtypes.items() if dtype is not None and stored.is_floating_point}

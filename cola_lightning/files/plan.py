@@ -136,7 +136,7 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
     layers = [f"{layer}{end}" for layer in chain.layers for end in ("", ".weight", "_weight")]
     planned, config = {name: Planned(tensor, tensor) for name, tensor in folder.tensors.items()}, dict[str, Any]()
     embedding, architecture = embedding_of(planned), str(folder.config.get("architectures"))
-    is_tied = WITH_HEAD.search(architecture) and folder.config.get("tie_word_embeddings", True) and not matched([HEAD], planned)
+    is_tied = WITH_HEAD.search(architecture) and folder.ties_head and not matched([HEAD], planned)
     if is_tied and whole and (embedding is None or "MaskedLM" in architecture):
         raise CannotStream(f"base: {str(folder.path)!r} may tie its output layer to a weight that was trained whole")
     if is_tied and embedding is not None:
@@ -172,8 +172,15 @@ def make_plan(folder: ModelFolder, chain: Chain) -> Plan:
             del planned[HEAD]
         else:
             config["tie_word_embeddings"] = False
+            n_rows = [planned[name].start.shape[0] for name in (embedding, HEAD)]
+            if n_rows[0] != n_rows[1]:
+                what = f"the model has {n_rows[0]} rows in its embedding, and its output layer {n_rows[1]}"
+                raise UserError(f"base: {what}. Train with modules_to_save of both, so that the adapter has both")
     if embedding is not None and planned[embedding].start.shape != planned[embedding].base.shape:
-        config["vocab_size"] = planned[embedding].start.shape[0]
+        size = {"vocab_size": planned[embedding].start.shape[0]}
+        text = folder.config.get("text_config")  # of a model of texts and images
+        config |= {"text_config": text | size} if text is not None and "vocab_size" in text else {}
+        config |= size if "vocab_size" in folder.config or "text_config" not in config else {}
     return Plan(folder, chain, planned, config)
 
 

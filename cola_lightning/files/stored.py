@@ -25,7 +25,8 @@ INDEX_NAME, WEIGHTS_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.s
 # By their names in safetensors.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64}
 DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32}
-DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32}
+DTYPES |= {"U64": torch.uint64, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 2**22  # elements that are computed at once
 
@@ -83,6 +84,19 @@ class ModelFolder:
     path: Path
     tensors: Mapping[str, StoredTensor | Tensor]
     config: dict[str, Any]
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the output layer shares the embedding's weight: by the configuration, or else by transformers' default."""
+        from transformers import AutoConfig
+
+        config = self.config
+        if "tie_word_embeddings" in config or "model_type" not in config:
+            return bool(config.get("tie_word_embeddings", True))
+        try:
+            return bool(AutoConfig.for_model(**config).tie_word_embeddings)
+        except (KeyError, TypeError, ValueError):  # a model's own code
+            return True
 
     @classmethod
     def open(cls, name: str, what: str = "base") -> "ModelFolder":

@@ -106,7 +106,7 @@ def verify(plan: Plan, merged: ModelFolder, configs: Configs) -> Proof:
         if not _is_tied_head(plan, name, merged.tensors[name]):
             is_unmerged = re.search(r"\.(lora_|base_layer\.|modules_to_save\.)", name)
             findings.append(Finding(name, "wrong", UNMERGED if is_unmerged else "the base has no such tensor"))
-    if HEAD in theirs and not plan.config.get("tie_word_embeddings", True) and merged.config.get("tie_word_embeddings"):
+    if HEAD in theirs and not plan.config.get("tie_word_embeddings", True) and merged.ties_head:
         findings.append(Finding("config.json", "wrong", TIED))
     pairs = {(plan.tensors[mine].base.dtype, merged.tensors[other].dtype) for mine, other in theirs.items()}
     smaller = [pair for pair in pairs if pair[1].itemsize < pair[0].itemsize]

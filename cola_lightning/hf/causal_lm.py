@@ -156,7 +156,8 @@ class COLACausalLM(TransformersModule):
 
         model, tokenizer = cast(Any, self.model), self.tokenizer
         decoding = Decoding(**batch["decoding"]) if "decoding" in batch else ANSWER
-        ends = {*end_tokens(model, tokenizer), *batch.get("end_tokens", ())}
+        of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = {*end_tokens(of_model, tokenizer), *batch.get("end_tokens", ())}
         options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": decoding.do_sample}
         if decoding.do_sample:  # top_k: transformers' own default is 50
             options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}

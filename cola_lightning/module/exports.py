@@ -35,10 +35,10 @@ def trained_model(module: LateModel, prompt_format: Mapping[str, Any], data: Map
     """
     adapted, arguments = module.adapted, module.run.arguments
     return TrainedModel(
-        adapted,
-        module.full_chain(),
-        module.base_name,
-        module.named_base,
+        adapted=adapted,
+        chain=module.full_chain(),
+        base_name=module.base_name,
+        named_base=module.named_base,
         tokenizer=copy.deepcopy(getattr(module, "image_processor", None) or getattr(module, "tokenizer", None)),
         example=module.example_input_array,
         arguments={"class_path": arguments.class_path, "init_args": arguments.init_args},

@@ -431,7 +431,16 @@ def test_a_written_weight_of_another_size_than_its_links_is_an_error(tmp_path):
     (name, (lora_A, lora_B)), *_ = chain[0].factors.items()
     chain[0].factors[name] = lora_A[:, 1:], lora_B
     with pytest.raises(UserError, match=rf"^base: '{name}' is .* another base"):
-        prove_merged(TrainedModel(adapted, chain, "toy"), tmp_path)
+        prove_merged(TrainedModel(adapted=adapted, chain=chain, base_name="toy"), tmp_path)
+
+
+def test_an_export_whose_configuration_says_that_it_is_quantized_is_kept(tmp_path):
+    module = tiny.three_links(module_of(tmp_path / "base", "llama"))
+    module.merged_model().save_pretrained(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    model = TrainedModel(adapted=module.adapted.copy_on_cpu(), chain=module.full_chain(), base_name="base")
+    assert prove_merged(model, tmp_path / "out").startswith("its tensors were not compared: ")
 
 
 def write(path, text):

@@ -209,6 +209,58 @@ def test_what_cannot_be_streamed_is_loaded(made, tmp_path, capsys):
 # ---------------------------------------------------------------------- what is refused, and what is left behind
 
 
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|done|>{% endfor %}"
+TURNS += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_the_template_that_was_trained_its_stop_token_and_what_else_a_loaded_export_has(made, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|done|>"]})
+    tokenizer.chat_template = {"default": TURNS, "tool_use": TURNS}
+    tokenizer.save_pretrained("sft")
+    end, done = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|done|>")
+    Path("base/generation_config.json").write_text(json.dumps({"eos_token_id": [end, 5], "top_p": 0.9}))
+    assert Path("sft/additional_chat_templates").is_dir()
+    assert export("sft") == 0
+    assert json.loads(Path("out/generation_config.json").read_text()) == {"eos_token_id": sorted({end, 5, done}), "top_p": 0.9}
+    assert AutoTokenizer.from_pretrained("out").chat_template == tokenizer.chat_template
+    card = Path("out/README.md").read_text()
+    assert "| 0 (sft) |" in card
+    assert "## Citation" in card
+    assert "## Training" not in card
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+def test_sizes_of_a_nested_configuration_and_a_tie_that_the_configuration_leaves_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = tiny.config("gemma3").to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"image_size": 28, "patch_size": 14}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    model.save_pretrained("pictures")
+    config = json.loads(Path("pictures/config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    Path("pictures/config.json").write_text(json.dumps(config))
+    base = Gemma3ForConditionalGeneration.from_pretrained("pictures")
+    base.resize_token_embeddings(410)
+    base = adapted(base, "sft", modules_to_save=["embed_tokens"]).unload()
+    assert export("sft", base="pictures") == 2
+    assert "410 rows in its embedding, and its output layer 400" in capsys.readouterr().err
+    adapted(base, "sft", modules_to_save=["embed_tokens", "lm_head"])
+    assert export("sft", base="pictures") == 0
+    assert json.loads(Path("out/config.json").read_text())["text_config"]["vocab_size"] == 410
+
+
+def test_unsigned_integers_are_copied(made, capsys):
+    path = next(Path("base").glob("*.safetensors"))
+    index = json.loads(Path("base/model.safetensors.index.json").read_text())
+    index["weight_map"]["numbers"] = path.name
+    Path("base/model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(load_file(path) | {"numbers": torch.arange(7).to(torch.uint16)}, path, {"format": "pt"})
+    assert export("sft") == 0
+    assert "22 of 22 tensors" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["checkpoint", "chain"])
 def test_a_base_on_which_the_chain_was_not_trained_is_refused_and_another_dtype_is_none(tmp_path, monkeypatch, capsys, kind):
     monkeypatch.chdir(tmp_path)
