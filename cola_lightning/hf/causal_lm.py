@@ -57,8 +57,8 @@ class COLACausalLM(TransformersModule):
       Predict takes prompts (``prompt_ids``, ``prompt_mask``, ``prompt``, ``target``) instead, and generates: see
       :meth:`generate`.
 
-    Only the positions that carry the loss go through the language-model head, options that differ in their last token
-    alone share one forward pass, and rows much shorter than others have their own forward pass, without padding.
+    Only the positions that carry the loss go through the language-model head. Options that differ in their last token alone
+    share the tokens before it. Rows with a ``labels`` loss that are much shorter than others have their own forward pass.
 
     Args:
         chunked_loss: ``true`` computes the language-model loss and its gradients over chunks of the tokens, so that the logits

@@ -164,11 +164,10 @@ def test_each_source_that_cannot_be_read_is_named(tmp_path):
     good = str(tmp_path / "out" / "checkpoint-3")
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'out'}' is no run's folder") + ".*but '.*checkpoint-3' is"):
         read_chain([good, str(tmp_path / "out")])
-    pickled = trained(load(base), tmp_path / "bin", target_modules=ATTENTION)
+    trained(load(base), tmp_path / "bin", target_modules=ATTENTION)
     (tmp_path / "bin" / "adapter_model.safetensors").rename(tmp_path / "bin" / "adapter_model.bin")
     with pytest.raises(UserError, match=r"^adapter: .*bin' has a pickle"):
         read_chain([good, str(tmp_path / "bin")])
-    assert pickled is not None
 
 
 def test_an_adapter_of_a_compiled_model_and_one_with_another_prefix_fit(tmp_path):

@@ -1,4 +1,4 @@
-"""Merges by peft are proven, and each seeded fault is named. Nothing here is computed by the code that is tested."""
+"""Merges by peft and our own are proven, and each seeded fault is named. The merges with faults are peft's."""
 
 import json
 import re
