@@ -472,11 +472,10 @@ def compare_logits(base: Path, merged: Path, selection: Selection) -> list[str]:
             left, right = _laid_out(before, name, term)
             state[name] = state[name] + (left @ right).view(value.shape)
     kind: Any = type(after.model)
-    with quiet():
-        model = kind(after.model.config).float()
+    with quiet(), loading_again():
+        model = kind.from_pretrained(merged, dtype=torch.float32)  # with what transformers makes of several tensors
         model.load_state_dict(state, strict=False)
         reference = reference_logits(model)
         if reference is None:
             return []
-        with loading_again():
-            return [reference.compare(kind.from_pretrained(merged, dtype="auto"), "loaded again")]
+        return [reference.compare(kind.from_pretrained(merged, dtype="auto"), "loaded again")]

@@ -64,6 +64,7 @@ CASES = {
         {"target_modules": ["c_fc"], "fan_in_fan_out": True},
     ),
     "names of the files": ("gpt_neox", {}, {"target_modules": ["query_key_value"]}, {"target_modules": ["dense"]}),
+    "next to experts that transformers fuses": ("mixtral", {}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["q_proj"]}),
     "experts": ("gpt_oss", {}, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}, {"target_modules": ["v_proj"]}),
 }
 
