@@ -184,11 +184,13 @@ class AdaptedModel:
         """Makes a link the current one, whose factors the layers have or get after this.
 
         Raises:
-            UserError: if the rank is above the layers'.
+            UserError: if the rank is above the layers', or a layer would have another rank or scaling in it.
         """
         self.current.rank, self.current.alpha = self.checked_link(link.rank, link.alpha)
-        for layer in self.layers.values():
-            layer.rank, layer.alpha = self.current.size
+        for name, layer in self.layers.items():
+            layer.rank, layer.scaling = self.config.size_of(name, *self.current.size)
+        if self._own_sizes() != link.own_sizes:
+            raise UserError("model.rank_pattern, model.alpha_pattern, model.use_rslora: must be those of the chain")
 
     def live_link(self, *, has_tensors: bool = True) -> Link:
         """The current link as it is now: what a knot would record.
@@ -216,8 +218,15 @@ class AdaptedModel:
             factors=factors,
             extras=extras,
             metrics=dict(current.metrics),
+            own_sizes=self._own_sizes(),
             name=current.name,
         )
+
+    def _own_sizes(self) -> dict[str, tuple[int, float]]:
+        """Rank and scaling of the layers that have others than the current link's rank and ``alpha / rank``, by name."""
+        rank, alpha = self.current.size
+        sizes = {name: (layer.rank, layer.scaling) for name, layer in self.layers.items()}
+        return {name: size for name, size in sizes.items() if size != (rank, alpha / rank)}
 
     def full_chain(self) -> Chain:
         """The finished links and, in a model with links, the current one as it is now."""
@@ -342,6 +351,7 @@ class AdaptedModel:
         if links and knot != "cola":
             last = links[-1]
             self.begin_link(last.rank, last.alpha)
+            self.resume_link(last)
             for name, layer in self.layers.items():
                 for factor, value in zip(layer.factors, last.rest(name), strict=True):
                     layout.copy_(factor, value)

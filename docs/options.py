@@ -51,7 +51,7 @@ IDEAS = """\
 | `PeftModel.from_pretrained(base, "adapter")` | `init_chain: adapter`; it becomes the first link |
 | `assistant_only_loss`, `completion_only_loss` | the default |
 | `relora: true` | `chain.every_n_train_steps`, `model.kept_optimizer_state: 0.01`, `model.schedule_scope: run` |
-| `use_rslora` | `alpha`, times the square root of the rank |
+| `layers_pattern` | a regular expression as `target_modules` |
 | `exclude_modules` | the same name |
 | `loraplus_lr_ratio` | `lr_ratio_B: 16` |
 | DoRA, PiSSA, LoftQ | not available |

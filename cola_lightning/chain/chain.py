@@ -39,6 +39,8 @@ OUTSIDE = "self."  # begins a name among a link's extras that is no name in the 
 class Link:
     """One finished link: the update ``share * alpha / rank * B A`` for each adapted layer.
 
+    A layer may have a rank and a scaling of its own (``rank_pattern``, ``alpha_pattern``, ``use_rslora``).
+
     Attributes:
         index: its place in the chain, from 0.
         rank: rank of its factors.
@@ -49,6 +51,7 @@ class Link:
         extras: what else training changes, with the values at the knot: fully trained parameters, and buffers, by name in the
             model. Names in a Lightning module, outside of its model, begin with ``self.``.
         metrics: the metrics last logged before the knot.
+        own_sizes: rank and scaling of the layers that have others than ``rank`` and ``alpha / rank``, by name.
         name: the stage that it belongs to, such as ``sft``; None: its run had no name.
         share: the share of B A that its knot merged. The rest stayed in B, where the next link began with it. 0 for a record:
             its knot only wrote down what the link was.
@@ -62,6 +65,7 @@ class Link:
     factors: dict[str, tuple[Tensor, Tensor]]
     extras: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    own_sizes: dict[str, tuple[int, float]] = field(default_factory=dict)
     name: str | None = None
     share: float = 1.0
 
@@ -72,15 +76,18 @@ class Link:
         name = "" if self.name is None else f" ({self.name})"
         return f"Link {self.index}{name}: rank {self.rank}, alpha {self.alpha:g}, {len(self.factors)} layers, {steps}{metrics}"
 
-    @property
-    def scaling(self) -> float:
-        """The factor in front of B A, which includes the link's share."""
-        return self.alpha / self.rank * self.share
+    def size_of(self, name: str) -> tuple[int, float]:
+        """The rank and the scaling of one layer, without the link's share."""
+        return self.own_sizes.get(name, (self.rank, self.alpha / self.rank))
+
+    def scaling(self, name: str) -> float:
+        """The factor in front of a layer's B A, which includes the link's share."""
+        return self.size_of(name)[1] * self.share
 
     def has_usable_factors(self, name: str) -> bool:
-        """Whether one layer's A and B are numbers of one type, of the link's rank."""
-        A, B = self.factors[name]
-        if not (A.dim() == B.dim() >= 2 and A.shape[:-2] == B.shape[:-2] and A.shape[-2] == B.shape[-1] == self.rank):
+        """Whether one layer's A and B are numbers of one type, of the link's rank in this layer."""
+        (A, B), (rank, _) = self.factors[name], self.size_of(name)
+        if not (A.dim() == B.dim() >= 2 and A.shape[:-2] == B.shape[:-2] and A.shape[-2] == B.shape[-1] == rank):
             return False
         return A.dtype == B.dtype and (A.is_floating_point() or A.is_complex())
 
@@ -109,19 +116,22 @@ class Link:
 
     def delta(self, name: str) -> Tensor:
         """The link's update of one layer: out x in."""
-        return low_rank_delta(*self.factors[name], self.scaling)
+        return low_rank_delta(*self.factors[name], self.scaling(name))
 
     def is_same_update(self, other: "Link") -> bool:
         """Whether both links add the same update to the same layers, bit for bit."""
-        if self.factors.keys() != other.factors.keys() or self.scaling != other.scaling:
-            return False
-        return all(all(map(torch.equal, pair, other.factors[name])) for name, pair in self.factors.items())
+        return self.factors.keys() == other.factors.keys() and all(
+            self.scaling(name) == other.scaling(name) and all(map(torch.equal, pair, other.factors[name]))
+            for name, pair in self.factors.items()
+        )
 
     def norm(self) -> float:
         """Frobenius norm of the link's update over all layers."""
         # ||BA||^2 = tr(B'B AA'): two rank x rank matrices instead of one out x in.
-        squares = sum(float(((B.mH @ B) * (A @ A.mH).conj()).sum().real) for A, B in self.factors.values())
-        squares *= self.scaling**2
+        squares = sum(
+            float(((B.mH @ B) * (A @ A.mH).conj()).sum().real) * self.scaling(name) ** 2
+            for name, (A, B) in self.factors.items()
+        )
         return math.sqrt(max(squares, 0.0))  # in this order NaN stays NaN
 
 
@@ -194,8 +204,11 @@ class Chain:
 
     def renamed(self, names: Mapping[str, str]) -> "Chain":
         """The chain for a model whose layers have other names."""
-        factors = ({names.get(name, name): pair for name, pair in link.factors.items()} for link in self.links)
-        links = [replace(link, factors=renamed) for link, renamed in zip(self.links, factors, strict=True)]
+
+        def rename(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {names.get(name, name): value for name, value in values.items()}
+
+        links = [replace(link, factors=rename(link.factors), own_sizes=rename(link.own_sizes)) for link in self.links]
         return Chain(links, self.base)
 
     def append(self, link: Link) -> None:
@@ -209,7 +222,7 @@ class Chain:
 
     def link_factors(self, name: str) -> list[LinkFactors]:
         """A, B and the scaling of each link that adds something to a layer, in order."""
-        return [(*link.factors[name], link.scaling) for link in self.updates if name in link.factors]
+        return [(*link.factors[name], link.scaling(name)) for link in self.updates if name in link.factors]
 
     def total_rank(self, name: str) -> int:
         """The sum of the ranks of its :attr:`updates` for one layer: an upper bound of the rank of :meth:`delta`."""
@@ -261,7 +274,9 @@ class Chain:
             if factor != 0:
                 metrics = {} if is_scaled else link.metrics
                 factors_left = {name: pair for name, pair in link.factors.items() if not link.is_replaced(name, last)}
-                links.append(replace(link, alpha=factor * link.alpha, index=len(links), factors=factors_left, metrics=metrics))
+                sizes = {name: (rank, factor * scaling) for name, (rank, scaling) in link.own_sizes.items()}
+                link = replace(link, alpha=factor * link.alpha, own_sizes=sizes)
+                links.append(replace(link, index=len(links), factors=factors_left, metrics=metrics))
         if links:
             links[-1] = replace(links[-1], extras=last)
         return Chain(links, self.base)
@@ -324,7 +339,7 @@ class Chain:
                 raise UserError(f"chain: {where!r} has no factors of {without} in link {link.index}")
             if wrong := [name for name in factors if not link.has_usable_factors(name)]:
                 raise UserError(
-                    f"chain: in {where!r}, link {link.index} has factors of {wrong[0]!r} with NaN, or not of rank {link.rank}"
+                    f"chain: in {where!r}, link {link.index} has factors of {wrong[0]!r} with NaN, or of another rank"
                 )
             chain.links.append(link)
         return chain
@@ -446,14 +461,16 @@ def _sha256(path: Path) -> str:
 def describe_link(link: Link) -> dict[str, Any]:
     """A link without its tensors; a non-finite metric is null."""
     metrics = {name: value if math.isfinite(value) else None for name, value in link.metrics.items()}
-    optional = ({"name": link.name} if link.name else {}) | ({} if link.share == 1 else {"share": link.share})
+    optional = {name: value for name in ("own_sizes", "name") if (value := getattr(link, name))}
+    optional |= {} if link.share == 1 else {"share": link.share}
     return {name: getattr(link, name) for name in DESCRIBED} | {"metrics": metrics} | optional
 
 
 def link_fields(described: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a link from :func:`describe_link`; a null metric becomes NaN."""
     metrics = {name: math.nan if value is None else value for name, value in described["metrics"].items()}
-    fields = {name: described[name] for name in DESCRIBED} | {"metrics": metrics}
+    own_sizes = {name: (rank, scaling) for name, (rank, scaling) in described.get("own_sizes", {}).items()}
+    fields = {name: described[name] for name in DESCRIBED} | {"metrics": metrics, "own_sizes": own_sizes}
     return fields | {"name": described.get("name"), "share": described.get("share", 1.0)}
 
 

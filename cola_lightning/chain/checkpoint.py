@@ -147,7 +147,8 @@ def _live_link(
     for name in layers:
         lora_A, lora_B = (state_dict.get(f"{prefix}model.{name}.lora_{factor}") for factor in "AB")
         if lora_A is not None and lora_B is not None:
-            factors[name] = lora_A[..., : link.rank, :].contiguous(), lora_B[..., : link.rank].contiguous()
+            rank, _ = link.size_of(name)
+            factors[name] = lora_A[..., :rank, :].contiguous(), lora_B[..., :rank].contiguous()
     names = {name: prefix + (name.removeprefix(OUTSIDE) if name.startswith(OUTSIDE) else f"model.{name}") for name in extras}
     extras = {name: state_dict[key] for name, key in names.items() if key in state_dict}
     return replace(link, factors=factors, extras=extras)

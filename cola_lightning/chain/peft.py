@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from cola_lightning.chain.chain import Chain, Link, damage_refused, factors_of_sum, is_of_experts
 from cola_lightning.errors import UserError
 from cola_lightning.lora.attention import reads_weights
+from cola_lightning.lora.config import value_of
 from cola_lightning.lora.experts import PROJECTIONS, is_experts
 from cola_lightning.lora.inject import is_linear
 
@@ -170,10 +171,9 @@ def _projection(config: dict[str, Any], name: str) -> str | None:
 def value_of_layer(config: Mapping[str, Any], name: str, field: str, pattern: str) -> Any:
     """A layer's value of a field: that of the first pattern that matches its name, or else that of all layers.
 
-    Source: ``peft.LoraConfig`` (8 is the default of ``r`` and ``lora_alpha``), ``peft.utils.other.get_pattern_key``.
+    Source: ``peft.LoraConfig`` (8 is the default of ``r`` and ``lora_alpha``).
     """
-    patterns = (config.get(pattern) or {}).items()
-    return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)), config.get(field, 8))
+    return value_of(config.get(pattern), name, config.get(field, 8))
 
 
 # ---------------------------------------------------------------------- writing

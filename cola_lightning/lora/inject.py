@@ -19,7 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cola_lightning.errors import UserError, nearest
 from cola_lightning.lora.attention import InputProjection, LoRAInputProjection, expose_projections, hide_projections
-from cola_lightning.lora.config import LoRAConfig
+from cola_lightning.lora.config import LoRAConfig, is_matched
 from cola_lightning.lora.experts import ExpertsProjection, LoRAExpertsProjection, expose_experts, hide_experts
 from cola_lightning.lora.layer import LoRALayer, is_quantized, lora_layers
 from cola_lightning.lora.layer_types import LoRAConv1d, LoRAConv2d, LoRALinear
@@ -168,6 +168,13 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
     names = [name for name in names if not is_in_modules(name, excluded)]
     if not names:
         raise UserError("model.target_modules: no layer is left outside of model.exclude_modules and model.modules_to_save")
+    if config.layers_to_transform not in (None, []):  # as in PEFT
+        names = _in_layers(names, config.layers_to_transform)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field) or ():
+            if not any(is_matched(pattern, name) for name in names):
+                near = nearest(str(pattern), {name.rpartition(".")[2] for name in names}) or f", such as {names[0]!r}"
+                raise UserError(f"model.{field}: {pattern!r} matches no adapted layer{near}")
     targets = {name: model.get_submodule(name) for name in names}
     _check_not_shared(model, names, saved)
     classes = {name: _class_for(name, layer, config) for name, layer in targets.items()}
@@ -180,7 +187,7 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
         if is_quantized(module):
             keep_layout(module)
     for name, layer in targets.items():
-        classes[name].adapt_(layer, config)
+        classes[name].adapt_(layer, config, name)
     for name in saved:
         model.get_submodule(name).requires_grad_()
     return names
@@ -199,6 +206,20 @@ def _linear_layers(model: nn.Module) -> list[str]:
     getter = getattr(model, "get_output_embeddings", None)
     head = None if getter is None else getter()
     return [name for name, module in model.named_modules() if name and module is not head and is_linear(module)]
+
+
+def _in_layers(names: list[str], layers: int | list[int]) -> list[str]:
+    """The names of what is in layers with these numbers.
+
+    Source: ``peft.tuners.tuners_utils.check_target_module_exists`` (0.21), which wants another name before the list's.
+    """
+    found = [(name, re.match(r"(?:.*?\.)?[^.]*\.(\d+)\.", name)) for name in names]
+    numbers = {name: int(number[1]) for name, number in found if number}
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    if unknown := sorted(wanted - set(numbers.values())):
+        there = ", ".join(map(str, sorted(set(numbers.values())))) or "none"
+        raise UserError(f"model.layers_to_transform: no target is in layer {unknown[0]}. The layers with targets: {there}")
+    return [name for name in numbers if numbers[name] in wanted]
 
 
 def _matches(model: nn.Module, patterns: str | Sequence[str], field: str = "model.target_modules") -> list[str]:

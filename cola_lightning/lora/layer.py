@@ -34,7 +34,7 @@ LinkFactors = tuple[Tensor, Tensor, float]  # A, B and the scaling of a finished
 
 # The attributes that a LoRA layer adds to its base layer's.
 LINK_ATTRIBUTES = (
-    *("lora_A", "lora_B", "lora_dropout", "lora_config", "rank", "alpha", "stack"),
+    *("lora_A", "lora_B", "lora_dropout", "lora_config", "rank", "scaling", "stack"),
     *("base_class", "base_dtype", "source_dtype", "replacement"),
 )
 
@@ -89,7 +89,7 @@ class LoRALayer(nn.Module):
         lora_A: max_rank x in (of experts: experts x max_rank x in), the factor that is drawn at random.
         lora_B: out x max_rank (experts x out x max_rank), the factor that starts at zero.
         rank: rank of the current link; the rows of A and columns of B beyond it are zero and unused.
-        alpha: the update is scaled by ``alpha / rank``.
+        scaling: the factor in front of B A: ``alpha / rank``.
         lora_config: what the model's links are like.
         stack: the finished links, if they are not merged; else None.
         replacement: what replaces the current link and the stack while the layer is as it was at an earlier link; else None.
@@ -105,7 +105,7 @@ class LoRALayer(nn.Module):
     lora_dropout: nn.Module
     lora_config: LoRAConfig
     rank: int
-    alpha: float
+    scaling: float
     stack: Stack | None
     replacement: Stack | None
     base_class: Any
@@ -158,12 +158,13 @@ class LoRALayer(nn.Module):
     # ------------------------------------------------------------------ from a plain layer, and back
 
     @classmethod
-    def adapt_(cls, layer: Any, config: LoRAConfig) -> Self:
+    def adapt_(cls, layer: Any, config: LoRAConfig, name: str = "") -> Self:
         """Makes a plain layer a LoRA layer, in place: it stays the same object, with its parameters, buffers and hooks.
 
         Args:
             layer: the layer to adapt, of the base class.
             config: what its links are like.
+            name: its name in the model, for the patterns of the config.
         """
         (n_in, n_out), batch_shape = cls.matrix_sizes(layer), cls.batch_shape(layer)
         layer.base_class, layer.__class__ = type(layer), cls
@@ -175,10 +176,11 @@ class LoRALayer(nn.Module):
             adapted.begin_stack()
         # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
         factor_dtype = torch.promote_types(dtype, torch.float32)
-        adapted.lora_A = nn.Parameter(torch.zeros(*batch_shape, config.rank, n_in, dtype=factor_dtype, device=device))
-        adapted.lora_B = nn.Parameter(torch.zeros(*batch_shape, n_out, config.rank, dtype=factor_dtype, device=device))
+        adapted.rank, adapted.scaling = config.size_of(name, config.rank, config.alpha)
+        adapted.lora_A = nn.Parameter(torch.zeros(*batch_shape, adapted.rank, n_in, dtype=factor_dtype, device=device))
+        adapted.lora_B = nn.Parameter(torch.zeros(*batch_shape, n_out, adapted.rank, dtype=factor_dtype, device=device))
         adapted.lora_dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        adapted.lora_config, adapted.rank, adapted.alpha = config, config.rank, config.alpha
+        adapted.lora_config = config
         adapted.reset()
         return adapted
 
@@ -212,11 +214,6 @@ class LoRALayer(nn.Module):
     def max_rank(self) -> int:
         """The largest rank that a link of this layer can have."""
         return self.lora_A.shape[-2]
-
-    @property
-    def scaling(self) -> float:
-        """The factor in front of B A: ``alpha / rank``."""
-        return self.alpha / self.rank
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -390,5 +387,5 @@ def initialize_link(layers: Mapping[str, LoRALayer], seed: int, index: int, rank
     """
     for name, layer in layers.items():
         generator = torch.Generator("cpu").manual_seed(derive_seed(seed, index, name))
-        layer.rank, layer.alpha = rank, alpha
+        layer.rank, layer.scaling = layer.lora_config.size_of(name, rank, alpha)
         layer.reset(generator)

@@ -58,6 +58,9 @@ def _cola(config: Config, n_links: int | None) -> dict[str, Any]:
 
 def _lora_sum_rank(config: Config, n_links: int | None) -> dict[str, Any]:
     """One link whose rank is the sum of the chain's, with the same scaling."""
+    for name in ("rank_pattern", "alpha_pattern", "use_rslora"):
+        if config["model"].get("init_args", {}).get(name):
+            raise UserError(f"methods: lora-sum-rank cannot be combined with model.{name}")
     rank = int(model_option(config, "rank"))
     total = n_links * rank if n_links else sum(_chain_ranks(config, rank))
     return _lora(config, None) | {"model.rank": total, "model.alpha": model_option(config, "alpha") / rank * total}

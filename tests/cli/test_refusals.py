@@ -5,6 +5,7 @@ Of each kind of mistake there is one here.
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -130,7 +131,7 @@ def write_checkpoint(path, changes):
 
 
 def test_what_is_typed_here_exists():
-    words = [word for here in {*ELSEWHERE.values()} for word in here.split()]
+    words = [word for here in {*ELSEWHERE.values()} for word in shlex.split(here)]
     assert resolve(words)["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
 
 

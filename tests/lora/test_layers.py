@@ -151,7 +151,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind, mode, rank):
     layer.finish()
     layer.requires_grad_(False)
     parameters = layer.lora_A.requires_grad_(), layer.lora_B.requires_grad_()
-    layer.rank, layer.alpha = rank, 3
+    layer.rank, layer.scaling = rank, 3 / rank
     layer.reset(torch.Generator().manual_seed(1))
     with_trained_link(layer, seed=3)
     assert (layer.lora_A, layer.lora_B) == parameters

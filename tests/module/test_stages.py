@@ -123,7 +123,14 @@ def test_a_stage_is_its_links_and_those_before_them(tmp_path):
 # ---------------------------------------------------------------------- factors
 
 
-@pytest.mark.parametrize("arguments", [{}, {"finished_links": "stack", "quantization": "nf4"}], ids=["merge", "stack"])
+OWN_SIZES = {"use_rslora": True, "alpha_pattern": {"v_proj": 3}, "rank_pattern": {"v_proj": 2}}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, OWN_SIZES, {"finished_links": "stack", "quantization": "nf4"} | OWN_SIZES],
+    ids=["merge", "own sizes", "stack"],
+)
 def test_a_scaled_chain_is_pefts_weighted_adapter(tmp_path, monkeypatch, arguments):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     module = language_module(tmp_path, **arguments)
@@ -329,10 +336,17 @@ def test_a_link_that_began_with_a_rest_is_not_begun_again(tmp_path):
     assert torch.equal(begun(x), before)
 
 
-def test_another_rank_or_alpha_cannot_go_on(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 1}, r"^model\.init_knot: with half, .* 2 and 4, got 1 and 4$"),
+        ({"alpha_pattern": {"0": 3}}, r"^model\.rank_pattern, model\.alpha_pattern, model\.use_rslora: "),
+    ],
+)
+def test_another_rank_or_alpha_cannot_go_on(tmp_path, arguments, message):
     fit(tmp_path, make(), 2)
-    with pytest.raises(UserError, match=r"^model\.init_knot: with half, .* 2 and 4, got 1 and 4$"):
-        make(init_chain=str(tmp_path / "2.ckpt"), init_knot="half", rank=1).configure_model()
+    with pytest.raises(UserError, match=message):
+        make(init_chain=str(tmp_path / "2.ckpt"), init_knot="half", **arguments).configure_model()
 
 
 def test_it_is_an_option_of_the_first_chain(tmp_path):

@@ -81,7 +81,7 @@ INSIDE = ("backward", 13)  # an epoch, a link and a window
 FEW = [INSIDE, ("batch_end", 7)]
 
 
-OWN_RATE = {"lr_ratio_B": 4}
+OWN = {"rank_pattern": {"0": 5}, "alpha_pattern": {"0": 7}, "use_rslora": True, "lr_ratio_B": 4}
 EXPERTS = {"target_modules": "all-linear", "experts": True, "modules_to_save": ["4"], "kept_optimizer_state": 0.5}
 ONE = {"accumulate_grad_batches": 1}
 
@@ -104,7 +104,7 @@ RUNS = {
     "a rate that falls by a metric": lambda: {"module": make(Plateau, lr_schedule="linear"), "chain": {"name": "one"}},
     "averaged weights": lambda: {"callbacks": [EMAWeightAveraging(decay=0.8)], "chain": {"name": "one"}},
     "a schedule over ours": lambda: {"module": make(Scheduled, lr_schedule="linear")},
-    "a rate of its own for B": lambda: {"module": make(**OWN_RATE)},
+    "ranks, alphas and rates of their own": lambda: {"module": make(**OWN)},
     "a share of the optimizer's state": lambda: {"module": make(kept_optimizer_state=0.1)},
     "the run's schedule": lambda: {"module": make(schedule_scope="run", warmup_steps=2, knot_warmup_steps=3)},
     "patience, and a first epoch without validation": lambda: {
