@@ -1,7 +1,6 @@
 """Causal language models: prompted classification, the language-model loss, and generation."""
 
 import functools
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, cast
@@ -23,6 +22,7 @@ from cola_lightning.hf.logits import (
     TOKEN_FIELDS,
     check_decoder,
     check_fields,
+    has_router_loss,
     logits_at,
     split_by_length,
 )
@@ -30,8 +30,6 @@ from cola_lightning.hf.metrics import ANSWER_METRICS, METRICS
 from cola_lightning.hf.packed import Separation, find_separation, is_packed, separate
 from cola_lightning.hf.transformers_module import BatchMetrics, RowValues, StepOutput, TransformersModule
 from cola_lightning.seeding import derive_seed, seeded
-
-log = logging.getLogger(__name__)
 
 # What the module itself reads of a language-model batch, besides its tokens.
 MODULE_FIELDS = {"references", "metric", "prompt_ids", "prompt_mask", "decoding", "end_tokens"}
@@ -59,6 +57,9 @@ class COLACausalLM(TransformersModule):
 
     Only the positions that carry the loss go through the language-model head. Options that differ in their last token alone
     share the tokens before it. Rows with a ``labels`` loss that are much shorter than others have their own forward pass.
+
+    If the configuration of a mixture of experts has ``output_router_logits``, training adds the auxiliary loss of the routers
+    times ``router_aux_loss_coef``, as in TRL. The logged losses of validation and test do not contain it.
 
     Args:
         chunked_loss: ``true`` computes the language-model loss and its gradients over chunks of the tokens, so that the logits
@@ -89,16 +90,19 @@ class COLACausalLM(TransformersModule):
 
     @override
     def build_model(self) -> nn.Module:
-        model: Any = super().build_model()
+        model = super().build_model()
         if self.run.made is None:  # else it is a rebuild of one that was checked
             check_decoder(model)
-            if getattr(model.config.get_text_config(), "output_router_logits", False):
-                log.warning("model: the loss of its routers (output_router_logits) is not added: links do not train them")
-        return cast(nn.Module, model)
+        return model
 
     @override
     def compile_model(self, **options: Any) -> None:
         cast(Any, self.model).get_decoder().compile(**options)  # without the head, which a chunked loss calls by itself
+
+    @override
+    def auxiliary_loss(self) -> Tensor | float:
+        loss: Tensor | float = vars(self.model).pop("router_loss", 0.0)
+        return loss
 
     @override
     def step(self, batch: Batch) -> StepOutput:
@@ -242,8 +246,9 @@ class COLACausalLM(TransformersModule):
         if (positions := batch.get("position_ids")) is not None and positions.dim() == 2:  # several sequences may share a row
             batch, host = self._separate(batch, host)
         arrays = {name: host[name].numpy() for name in SHAPE_FIELDS & host.keys()}  # what reads them is no work of a device
-        # Not if new shapes are compiled, or all processes must take part.
-        may_split = batch.keys() <= TOKEN_FIELDS and not (self.should_compile or self.run.is_sharded)
+        # Not if new shapes are compiled, all processes must take part, or routers have a loss, which is no sum over rows.
+        is_whole = self.should_compile or self.run.is_sharded or has_router_loss(self.model)
+        may_split = batch.keys() <= TOKEN_FIELDS and not is_whole
         parts = split_by_length(batch, arrays) if may_split else [(list(range(len(batch["labels"]))), batch)]
         for rows, part in parts:
             places, labels, counted = _next_tokens(arrays, rows, part["labels"].shape[1])

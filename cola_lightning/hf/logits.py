@@ -46,7 +46,10 @@ def logits_at(model: nn.Module, batch: Batch, logits_to_keep: int | Tensor) -> T
 
 
 def forward(model: Any, batch: Batch, logits_to_keep: int | Tensor) -> Any:
-    """A model's output for a batch, with logits at the requested positions if its forward pass takes them."""
+    """A model's output for a batch, with logits at the requested positions if its forward pass takes them.
+
+    In training, the weighted loss of a mixture's routers is left in the model, as ``router_loss``.
+    """
     parameters = forward_parameters(model)
     inputs = {name: value for name, value in batch.items() if name in parameters and name != "labels" and value is not None}
     mask = inputs.get("attention_mask")
@@ -54,7 +57,15 @@ def forward(model: Any, batch: Batch, logits_to_keep: int | Tensor) -> Any:
         # A row begins at position 0, also after padding on the left. An image's tokens may have more than one position.
         inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
     inputs |= {"use_cache": False, "logits_to_keep": logits_to_keep}
-    return model(**{name: value for name, value in inputs.items() if name in parameters})
+    output = model(**{name: value for name, value in inputs.items() if name in parameters})
+    if torch.is_grad_enabled() and has_router_loss(model):
+        model.router_loss = output.aux_loss * getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
+    return output
+
+
+def has_router_loss(model: Any) -> bool:
+    """Whether training adds the load-balancing loss of a mixture of experts: if its configuration asks for router logits."""
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
 
 
 def forward_parameters(model: Any) -> set[str]:

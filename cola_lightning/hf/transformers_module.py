@@ -135,6 +135,10 @@ class TransformersModule(COLAModule, ABC):
     def step(self, batch: Any) -> StepOutput:
         """The loss of a batch, and the inputs of its metric: override it to define your own loss."""
 
+    def auxiliary_loss(self) -> Tensor | float:
+        """What training adds to the loss of the last :meth:`step`."""
+        return 0.0
+
     def batch_metrics(self, batch: Any, output: StepOutput) -> BatchMetrics:
         """The metrics of a batch, logged as ``val_...`` and ``test_...``: the accuracy of its predictions, if any."""
         return {} if output.predictions is None else {"accuracy": (Accuracy, (output.predictions, output.targets))}
@@ -239,12 +243,13 @@ class TransformersModule(COLAModule, ABC):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         output = self.step(batch)
+        loss = output.loss + self.auxiliary_loss()
         for name, values in output.logged.items():
             self.log(name, values.mean(), batch_size=output.size)
         if trainer_of(self) is None:  # without one, a window has no end
-            self.log("train_loss", output.loss, batch_size=output.size, prog_bar=True)
-            return output.loss
-        return self.step_loss.weigh(output.loss, output.size if self.loss_average == "step" else None)
+            self.log("train_loss", loss, batch_size=output.size, prog_bar=True)
+            return loss
+        return self.step_loss.weigh(loss, output.size if self.loss_average == "step" else None)
 
     @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -149,6 +149,23 @@ def test_the_language_loss_is_hugging_faces_on_whichever_side_a_batch_is_padded(
     assert (nothing.loss.item(), nothing.size) == (0, 0)
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+@pytest.mark.parametrize("architecture", ["mixtral", pytest.param("qwen2_moe", marks=pytest.mark.slow)])
+def test_the_training_loss_of_a_mixture_of_experts_has_its_routers_as_hugging_faces(tmp_path, architecture):
+    losses = []
+    for changes in ({}, {"output_router_logits": True, "router_aux_loss_coef": 0.5}):
+        module = with_live_link(causal_lm(tmp_path, architecture, changes=changes, target_modules=".*_proj"))
+        pairs = [("The town is old and the river is long and is the mat old? ", "Yes"), ("It", " was")]
+        batch = collate_language(responses(module, pairs), module.tokenizer.pad_token_id)
+        theirs, mine = module.model(**batch).loss, module.training_step(batch, 0)
+        losses.append(mine.item())
+        assert mine.item() == pytest.approx(theirs.item(), abs=1e-5)
+        assert_same_gradients(module, mine, theirs, 1e-3)
+        with torch.no_grad():  # what is evaluated is the tokens' loss
+            assert module.step(batch).loss.item() == pytest.approx(losses[0], abs=1e-5)
+    assert losses[1] > losses[0] + 0.5  # an even load of one expert a token is 1
+
+
 def test_a_mask_of_pairs_of_tokens_is_refused(tmp_path):
     module = causal_lm(tmp_path, "llama", target_modules=None)
     ids = torch.arange(5)[None]
