@@ -110,7 +110,12 @@ def read_groups(path: str) -> dict[str, dict[str, Any]]:
         raise UserError(f"config: {one_line(str(error))}") from error
     except (OSError, ValueError):
         return {}
-    return {name: group for name, group in config.items() if isinstance(group, dict)} if isinstance(config, dict) else {}
+    groups = {name: group for name, group in config.items() if isinstance(group, dict)} if isinstance(config, dict) else {}
+    for name in CLASSES:
+        keys = groups.get(name, {}).keys()
+        if {"class_path", "init_args"} & keys and (others := keys - {"class_path", "init_args", "dict_kwargs"}):
+            raise UserError(f"config: {path}: {min(others)!r} belongs under {name}.init_args")
+    return groups
 
 
 def _inside_init_args(option: re.Match[str]) -> str:

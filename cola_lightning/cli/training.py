@@ -188,17 +188,18 @@ class COLACLI(LightningCLI):
             return nearest_path(file[1])
         if not (unknown := JSONARGPARSE["unknown option"].search(message)):
             return ""
-        if here := ELSEWHERE.get(unknown[1].rpartition(".")[2]):
+        of_option, _, word = unknown[1].rpartition(".")
+        if here := ELSEWHERE.get(word):
             return f"; here it is {here}"
         if unknown[1] == "class_path":
             return "; options of a class are inside its init_args"
         classes = CLASSES | dict(JSONARGPARSE["class"].findall(message))
         self.options.set_defaults({group: {"class_path": name} for group, name in classes.items()})
         keys = self.options.get_defaults(skip_validation=True).keys()
-        (group, *_) = [*JSONARGPARSE["key"].findall(message), ""]
-        names = [key.replace(".init_args", "") for key in keys if key.startswith(group) and not key.endswith("class_path")]
-        by_last_part = {name.rpartition(".")[2]: name for name in names}
-        return nearest(unknown[1].rpartition(".")[2], by_last_part, by_last_part.__getitem__)
+        (group, *_) = [*JSONARGPARSE["key"].findall(message), of_option]
+        names = [key.replace(".init_args", "") for key in keys if not key.endswith("class_path")]
+        every, of_group = ({name.rpartition(".")[2]: name for name in names if name.startswith(one)} for one in ("", group))
+        return nearest(word, of_group, of_group.__getitem__) or nearest(word, every, every.__getitem__)
 
     @override
     def _parse_ckpt_path(self) -> None:

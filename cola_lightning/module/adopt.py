@@ -1,12 +1,13 @@
 """Another LightningModule's layers, metrics and attributes, taken over by a COLA module."""
 
+import inspect
 import logging
 from dataclasses import fields
 from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from cola_lightning.errors import UserError
+from cola_lightning.errors import UserError, nearest
 from cola_lightning.module.optimization import LinkConfig
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def check_constructor(module: Any, own: type, received: set[str]) -> None:
 
     Raises:
         UserError: which names the line that the class needs.
+        TypeError: for an option that there is not.
     """
     cls = type(module)
     constructor = next(base for base in cls.__mro__ if "__init__" in vars(base))
@@ -59,6 +61,11 @@ def check_constructor(module: Any, own: type, received: set[str]) -> None:
             f"model: {cls.__name__} needs the line __init__ = COLAModule.__init__, because it has that of "
             f"{constructor.__name__}"
         )
+    options = {option.name for option in fields(LinkConfig)}
+    if unknown := sorted(received - options - {"seed"}):  # Python would name LinkConfig, to which they are passed on
+        for base in cls.__mro__:
+            options |= inspect.signature(base).parameters.keys() if issubclass(base, own) else set()
+        raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {unknown[0]!r}{nearest(unknown[0], options)}")
     given = module.constructor_arguments.init_args
     if lost := [option.name for option in fields(LinkConfig) if option.name in given and option.name not in received]:
         log.warning(

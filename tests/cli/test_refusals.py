@@ -36,6 +36,8 @@ from tests.helpers.toy import DIGITS, FAST, LAST, Toy, batches, toy, trainer
 FILES = {
     "a_file": "",
     "rank.yaml": "model: {class_path: COLACausalLM, rank: 3}",
+    "depth.yaml": "model: {class_path: COLACausalLM, rank: 3, init_args: {model_name: x}}",
+    "steps.yaml": "chain: {every_n_steps: 5}",
     "indent.yaml": "model:\n  init_args:\n    alpha: 3\n   rank: 3\n",
     "rnak.yaml": "model: {init_args: {rnak: 3}}",
     "beside.yaml": "model: {init_args: {optimizer: {class_path: torch.optim.Adam, lr: 0.1}}}",
@@ -50,11 +52,15 @@ MISTAKES = [
     ("fit", ".*the following arguments are required: model_name"),
     ("fit --config no.yaml", "data.options: must be str, got 'False'"),
     (FIT + "--chain.every_n_epoch 5", "unrecognized arguments: --chain.every_n_epoch 5; .*every_n_epochs"),
+    (FIT + "--chain.every_n_steps 5", r"unrecognized .*; the nearest that exist: chain\.every_n_(train_steps|epochs), chain\."),
+    (FIT + "--trainer.rank 5", "unrecognized .*; the nearest that exist: model.rank"),
+    (FIT + "--config steps.yaml", r".*every_n_steps.*; the nearest that exist: chain\.every_n_(train_steps|epochs), chain\."),
     (f"test --ckpt_path {LAST}", ".*: model_name"),
     ("fit config.yaml", "unrecognized arguments: config.yaml"),
     ("fit --config confg.yaml", r".*confg\.yaml'; the nearest that exist: .*/config\.yaml"),
     (FIT + "--config indent.yaml", r"config: .*\"indent\.yaml\", line 4"),
-    (FIT + "--config rank.yaml", "model: .*inside its init_args"),
+    (FIT + "--config rank.yaml", r"config: rank\.yaml: 'rank' belongs under model\.init_args"),
+    (FIT + "--config depth.yaml", r"config: depth\.yaml: 'rank' belongs under model\.init_args"),
     (FIT + "--config rnak.yaml", ".*'rnak' is not accepted; the nearest that exist: model.rank"),
     (FIT + "--model.alhpa 3", ".*'alhpa' is not accepted; the nearest that exist: model.alpha"),
     (FIT + "--model.optimizer.lr -1", "model.optimizer: Invalid learning rate"),
@@ -314,6 +320,13 @@ def test_what_is_mistyped_in_python_is_refused_in_one_line_that_names_it(do, giv
         do(**given) if isinstance(given, dict) else do(*given)
     field, _, words = message.partition(": ")
     assert re.fullmatch(f"{field}:? .*{words}.*", str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize(("keyword", "near"), [("rnk", "rank"), ("model_nme", "model_name"), ("chunked_los", "chunked_loss")])
+def test_an_unknown_keyword_names_the_class_that_was_called(keyword, near):
+    message = rf"COLACausalLM\(\) got an unexpected keyword argument '{keyword}'; the nearest that exist: {near}"
+    with pytest.raises(TypeError, match=message):
+        COLACausalLM("x", **{keyword: 4})
 
 
 def test_a_checkpoint_of_full_fine_tuning_is_no_chain_to_begin_from(tmp_path):
