@@ -180,10 +180,15 @@ def refusal(error: BaseException) -> tuple[str, int] | None:
 
 
 def _is_refused_by_lightning(error: BaseException) -> bool:
-    """Whether Lightning's own code raised an error, for arguments (a val_check_interval above the number of batches, say)."""
+    """Whether Lightning itself raises an error, for arguments (a val_check_interval above the number of batches, say).
+
+    What merely fails in its code, such as the call of a hook with other arguments, is a bug.
+    """
     frames, lightning = traceback.extract_tb(error.__traceback__), sys.modules.get("lightning")
     # An exception that another process has passed on has no frames.
     if lightning is None or not frames or not Path(frames[-1].filename).is_relative_to(Path(str(lightning.__file__)).parent):
+        return False
+    if not (frames[-1].line or "").startswith("raise "):
         return False
     kinds = TypeError | ValueError | RuntimeError | ImportError
     return isinstance(error, kinds) or type(error).__name__ == "MisconfigurationException"

@@ -124,6 +124,13 @@ class ChainOfLoRA(Callback):
         if self.schedule.has_knots:
             config = self.module.run.config
             self.module.adapted.checked_link(config.rank, config.alpha)  # refuses a module without links
+        counts_steps = self.schedule.every_n_train_steps or self.schedule.at_steps or self.schedule.knots
+        if counts_steps and (n := len(trainer.optimizers)) > 1:
+            log.warning(
+                "chain: each of the %d optimizers counts its own steps, as in trainer.max_steps, so knots by steps, or by "
+                "chain.knots, come early. Use every_n_epochs or at_epochs",
+                n,
+            )
         if self.schedule.patience is not None and not can_validate(trainer):
             raise UserError("chain.patience: this run has no validation. It needs rows (data.val_size) and a validation_step")
 

@@ -23,7 +23,8 @@ def batches_done(trainer: Trainer | None) -> int:
     """Training batches of the current epoch that are done; 0 as an epoch begins."""
     if trainer is None or not trainer.training:
         return 0
-    return (trainer.fit_loop.batch_idx + 1) % int(trainer.num_training_batches)  # all of them: the next epoch begins
+    n_batches = trainer.num_training_batches  # infinite beside a loader without an end
+    return int((trainer.fit_loop.batch_idx + 1) % n_batches)  # all of them: the next epoch begins
 
 
 class EpochSampler(DistributedSampler[int]):

@@ -164,6 +164,7 @@ class Run:
         self.end: FitPosition | None = None
         self.first_link = self.n_earlier_fits = 0
         self.is_continued = self.is_tying_knot = self.is_wrapped_by_fsdp1 = False
+        self._before_knot: list[Optimizer] = []  # the last link's optimizers, until the current link's first step
         self._held_out = list[Mapping[str, Any] | None]()
         self.fitted_data: Mapping[str, Mapping[str, Any]] = {}
         self._trainer: weakref.ref[Trainer] | None = None  # of the last fit; an evaluation by another may have followed
@@ -320,7 +321,7 @@ class Run:
 
     def note_step(self) -> None:
         """Notes that the current link has been trained."""
-        self.current.is_trained = True
+        self.current.is_trained, self._before_knot = True, []
 
     def note_progress(self) -> None:
         """Notes in the current link how far it has come, and the metrics that a fit has logged for it."""
@@ -528,7 +529,9 @@ class Run:
                 "command line, use model.optimizer and not LightningCLI's optimizer"
             )
         if is_fitting and self.config.kept_optimizer_state:
-            for old, new in zip(before, trainer.optimizers, strict=True):
+            if not self._before_knot:
+                self._before_knot = before
+            for old, new in zip(self._before_knot, trainer.optimizers, strict=True):
                 copy_state(old, new, self.config.kept_optimizer_state, used_entries(self.adapted))
 
     def resume_optimizer(self, trainer: Trainer) -> None:

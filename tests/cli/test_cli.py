@@ -12,6 +12,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
+from cola_lightning.callbacks.chain_of_lora import ChainOfLoRA
 from cola_lightning.chain.checkpoint import StoredState
 from cola_lightning.cli import main
 from cola_lightning.cli.made_run import resolve
@@ -134,6 +135,12 @@ def test_a_run_that_is_still_running_is_not_resumed_beside_itself(capfd):
     assert [line.partition(" is still")[0] for line in errors] == ["error: ckpt_path: the run in runs/version_0"] * 2
     assert [path.name for path in Path("runs").iterdir()] == ["version_0"]
     assert fit("--ckpt_path", "runs/version_0", "--trainer.max_epochs", "4") == 0  # once it has ended
+
+
+def test_a_hook_of_ours_that_lightning_cannot_call_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(ChainOfLoRA, "setup", lambda self, trainer: None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stage'"):
+        fit("--trainer.max_epochs", "1")
 
 
 def test_one_process_of_a_launcher_logs(monkeypatch, capfd):

@@ -95,6 +95,23 @@ def test_manual_optimization_has_the_same_links(tmp_path):
     assert_bit_equal(weights(manual), weights(automatic))
 
 
+class TwoOptimizers(Manual):
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(Toy.training_step(self, batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(layer.parameters(), 1e-2) for layer in self.adapted.layers.values()]
+
+
+@pytest.mark.parametrize(("chain", "n_messages"), [({"every_n_train_steps": 4}, 1), ({"knots": 2}, 1), ({"at_epochs": [1]}, 0)])
+def test_knots_by_the_steps_of_two_optimizers_are_warned_of(tmp_path, caplog, chain, n_messages):
+    trainer(tmp_path, chain=chain, max_epochs=2).fit(toy(TwoOptimizers), batches())
+    assert len([message for message in caplog.messages if "each of the 2 optimizers" in message]) == n_messages
+
+
 def test_without_knots_and_without_the_callback_it_is_lora(tmp_path):
     with_callback, without = toy(), toy()
     trainer(tmp_path, chain={}, max_epochs=2).fit(with_callback, batches())
@@ -215,8 +232,9 @@ class Listener(Callback):
             trainer.save_checkpoint(f"{trainer.default_root_dir}/6.ckpt")
 
 
-def test_on_knot_is_called_after_each_knot_and_a_link_begun_again_there_is_the_one_of_that_rank_and_resumes(tmp_path):
-    by_schedule, whole, resumed = toy(rank=4), toy(Halving, rank=4), toy(Halving, rank=4)
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_on_knot_is_called_after_each_knot_and_a_link_begun_again_there_is_the_one_of_that_rank_and_resumes(tmp_path, kept):
+    by_schedule, whole, resumed = (toy(cls, rank=4, kept_optimizer_state=kept) for cls in (Toy, Halving, Halving))
     chain, listener = {"every_n_train_steps": 4}, Listener()
     trainer(tmp_path, chain=chain | {"ranks": [4, 2, 1]}, max_steps=12).fit(by_schedule, batches(3))
     run = trainer(tmp_path, listener, chain=chain, max_steps=12)

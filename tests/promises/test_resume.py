@@ -1,5 +1,6 @@
 """A run that is stopped anywhere and goes on from its last checkpoint is the run itself, to the bit."""
 
+import itertools
 import random
 from datetime import timedelta
 
@@ -10,7 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from cola_lightning import LastCheckpoint, LoRALayer, UserError
@@ -44,6 +45,18 @@ class Beside(Data):
 
     def on_before_batch_transfer(self, batch, dataloader_idx):
         return batch["rows"] if isinstance(batch, dict) else batch
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return itertools.cycle([torch.zeros(8)])
+
+
+class BesideAnEndlessOne(Beside):
+    """The rows beside those of a loader that never ends."""
+
+    def train_dataloader(self):
+        return super().train_dataloader() | {"longer": DataLoader(Endless(), batch_size=4)}
 
 
 class Mixture(Normed):
@@ -153,6 +166,12 @@ def test_averaged_weights_that_a_validation_uses_are_not_written_as_those_of_the
     fit(tmp_path / "stopped", ("validation", 7), **options())
     resumed, _, _ = fit(tmp_path / "resumed", ckpt_path=last(tmp_path / "stopped"), **options())
     assert_bit_equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+def test_an_epoch_may_have_no_end(tmp_path):
+    _, _, run = fit(tmp_path, data=BesideAnEndlessOne(batch_size=4), max_steps=20, val_check_interval=8)
+    assert run.global_step == 20
 
 
 @pytest.mark.parametrize("name", ["windows of three batches", "an end in steps, no validation"])
