@@ -306,6 +306,7 @@ REFUSALS = {
     method_of: [
         (("cola", {}, {"max_epochs": 3}), "methods: knots"),
         (("cola-9", {}, {"max_epochs": 3}), "methods: 3 epochs .* cannot have 9 links"),
+        (("lora-sum-rank-2", {}, {}, ("rank", "alpha", "rank_pattern")), r"methods: lora-sum-rank .*model\.rank_pattern"),
         (("lora-sum-rank-2", (), (), ()), r"model: rank must be set, but own\.Module"),
     ],
 }
