@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cola_lightning.chain.chain import Chain, Link, damage_refused, factors_of_sum, is_of_experts
 from cola_lightning.errors import UserError
@@ -80,19 +79,13 @@ def wrapper_names(experts: str, parameters: Sequence[str]) -> dict[str, str]:
     return {f"{experts}.{name}": experts + BASE_LAYER * place for place, name in enumerate(reversed(parameters))}
 
 
-def padded(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """Factors with zeros up to a larger rank."""
-    missing = rank - pair[0].shape[-2]
-    return F.pad(pair[0], (0, 0, 0, missing)), F.pad(pair[1], (0, missing))
-
-
 # ---------------------------------------------------------------------- reading
 
 
 def read_adapter(folder: str | Path) -> Chain:
     """An ordinary PEFT LoRA as a chain of one link.
 
-    The link has the adapter's alpha. B contains what a layer's own scaling changes. Factors are padded to the largest rank.
+    It has the adapter's rank and alpha, and those of its patterns.
 
     Raises:
         UserError: for an adapter of another type, or a damaged one.
@@ -141,7 +134,7 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
         raise UserError(
             f"adapter: {where} may contain only factors of linear layers and convolutions, got {(unknown or ['none'])[0]!r}"
         )
-    scaled, scalings = {}, {}
+    link = Link(0, rank=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), start_step=0, end_step=0, factors={})
     for name, pair in pairs.items():
         lora_A, lora_B = (value.flatten(1).to(torch.promote_types(value.dtype, torch.float32)) for value in pair)
         layer = name
@@ -149,16 +142,14 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
             layer = projection
             lora_A, lora_B = experts_from_peft(lora_A, lora_B, value_of_layer(config, layer, "r", "rank_pattern"))
         alpha, rank = value_of_layer(config, layer, "lora_alpha", "alpha_pattern"), lora_A.shape[-2]
-        scalings[layer] = float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
-        scaled[layer] = lora_A, lora_B
-    largest, alpha = max(lora_A.shape[-2] for lora_A, _ in scaled.values()), float(config.get("lora_alpha", 8))
-    of_link = alpha / largest  # that of most layers; B contains what patterns and rsLoRA change of it
-    factors = {name: padded((A, B * (scalings[name] / of_link)), largest) for name, (A, B) in scaled.items()}
-    extras = {}
+        link.factors[layer] = lora_A, lora_B
+        size = rank, float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+        if size != link.size_of(layer):
+            link.own_sizes[layer] = size
     for name, value in tensors.items():
         layer, _, parameter = name.rpartition(f"{BASE_LAYER}.")
-        extras[f"{layer}.{parameter}" if layer in pairs else name] = value
-    return Link(index=0, rank=largest, alpha=alpha, start_step=0, end_step=0, factors=factors, extras=extras)
+        link.extras[f"{layer}.{parameter}" if layer in pairs else name] = value
+    return link
 
 
 def _projection(config: dict[str, Any], name: str) -> str | None:

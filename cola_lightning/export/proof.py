@@ -94,8 +94,7 @@ def links_of(source: Source) -> list[SourceLink]:
 
 
 def _of_link(link: Link, name: str | None) -> SourceLink:
-    scaling = link.alpha / link.rank
-    terms = {layer: (lora_A, lora_B, scaling) for layer, (lora_A, lora_B) in link.factors.items()}
+    terms = {layer: (lora_A, lora_B, link.size_of(layer)[1]) for layer, (lora_A, lora_B) in link.factors.items()}
     values = {key: value for key, value in link.extras.items() if not key.startswith(OUTSIDE)}
     return SourceLink(name or link.name, link.share, terms, values)
 

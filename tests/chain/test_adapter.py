@@ -107,7 +107,8 @@ def test_a_module_that_begins_with_an_adapter_gives_pefts_logits_and_goes_on(tmp
     for name, part in layers.items():
         delta = part.get_delta_weight("default")
         assert difference(link.delta(name), delta.T if part.fan_in_fan_out else delta) <= 1e-6
-    assert {A.shape[0] for A, _ in link.factors.values()} == {B.shape[1] for _, B in link.factors.values()} == {5}
+    ranks = {name: (A.shape[0], B.shape[1]) for name, (A, B) in link.factors.items()}
+    assert ranks == {name: (part.r["default"],) * 2 for name, part in layers.items()}
     assert (link.rank, link.index, link.extras) == (5, 0, {})
 
     expected, module = tiny.logits(model), module_from(tmp_path, architecture)

@@ -64,7 +64,12 @@ CASES = {
         {"target_modules": ["c_fc"], "fan_in_fan_out": True},
     ),
     "names of the files": ("gpt_neox", {}, {"target_modules": ["query_key_value"]}, {"target_modules": ["dense"]}),
-    "next to experts that transformers fuses": ("mixtral", {}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["q_proj"]}),
+    "next to experts that transformers fuses": (
+        "mixtral",
+        {},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["q_proj"]},
+    ),
     "experts": ("gpt_oss", {}, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}, {"target_modules": ["v_proj"]}),
 }
 
@@ -91,7 +96,7 @@ def test_what_is_right_is_proven(tmp_path, monkeypatch, capsys, case, dtype):
 PLAN, MERGE, STORED, PEFT = (f"cola_lightning.{name}" for name in ("files.plan", "files.merge", "files.stored", "chain.peft"))
 WHOLE_LAST, WHOLE_FIRST = "a head that was trained whole after a link", "a link on a head that was trained whole"
 MUTATIONS = {
-    "scaled": (PLAN, "_laid_out", "* link.scaling", "* link.scaling * 3", "two adapters"),
+    "scaled": (PLAN, "_laid_out", "* link.scaling(", "* 3 * link.scaling(", "two adapters"),
     "transposed": (
         PLAN,
         "_laid_out",
