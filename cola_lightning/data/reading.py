@@ -88,15 +88,9 @@ def load_splits(
     data: Any = datasets.load_from_disk(path) if path.is_dir() else hub_data(source, subset, revision)
     if not isinstance(data, dict):
         data = {"train": data}
+    contents = {split: [Path(file["filename"]) for file in rows.cache_files] for split, rows in data.items()}
     return {
-        split: functools.partial(
-            Rows,
-            rows,
-            f"{source}, {split}",
-            functools.partial(hashes_of, [Path(file["filename"]) for file in rows.cache_files])
-            if path.is_dir()
-            else functools.partial(list, [f"{source} {subset or ''} {split}"]),  # its name
-        )
+        split: functools.partial(Rows, rows, f"{source}, {split}", functools.partial(hashes_of, contents[split]))
         for split, rows in data.items()
     }
 

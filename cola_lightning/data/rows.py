@@ -85,7 +85,7 @@ class Rows:
     Args:
         data: the rows, a ``datasets.Dataset``.
         place: names the split in messages.
-        contents: computes the hash of each of the split's files, in order, or the split's name on the hub.
+        contents: computes the hash of each of the split's files, in order.
 
     Attributes:
         split: all rows of the split.

@@ -91,8 +91,7 @@ class HeldOut:
     Checkpoints store it, for the runs of all stages. No later run trains on these rows, and an evaluation measures them.
 
     Attributes:
-        contents: the hash of each of the split's files, in order, or the split's name on the hub: they are the same wherever
-            the files are.
+        contents: the hash of each of the split's files, in order: they are the same wherever the files are.
         n_rows: how many rows the split has.
         val: the positions of the validation rows in the split.
         test: those of the test rows.

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from cola_lightning import TextDataModule, UserError
 from cola_lightning.cli import main
+from cola_lightning.data.reading import load_splits
 from tests.helpers import tiny
 from tests.helpers.standin_hub import HUB
 
@@ -158,6 +159,12 @@ def test_what_a_set_has_is_listed_where_the_user_must_choose(name):
 def test_a_revision_is_an_older_state_of_a_set(hub):
     for split, arguments in {"old": {"revision": hub.old}, "new": {}}.items():
         assert_trained(read("owner/revised", **arguments), TLDR, split, split)
+
+
+def test_rows_that_one_revision_held_out_are_not_those_of_another(hub):
+    old, new = (load_splits("owner/revised", revision=revision)["train"]() for revision in (hub.old, None))
+    again = load_splits("owner/revised", revision=hub.old)["train"]()
+    assert old.contents() == again.contents() != new.contents()
 
 
 def test_one_command_by_names_alone_is_a_chain_of_three_epochs(tmp_path, monkeypatch, capfd):
