@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -158,6 +159,19 @@ class Rows:
         places[self.numbers] = np.arange(len(self))
         found = places[np.asarray(numbers, dtype=int)]
         return self.select(found[found >= 0])
+
+    def hashes(self, numbers: Sequence[int] | None = None) -> list[str]:
+        """A hash of the fields of each row at these positions in the split; None: of all."""
+        data = self.split if numbers is None else self.split.select(numbers)
+        return [hashlib.sha256(repr(row).encode()).hexdigest()[:16] for row in data]
+
+    @functools.cached_property
+    def positions(self) -> dict[str, list[int]]:
+        """The positions in the split of all rows with the same hash."""
+        positions = dict[str, list[int]]()
+        for number, row_hash in enumerate(self.hashes()):
+            positions.setdefault(row_hash, []).append(number)
+        return positions
 
     def lacking_targets(self) -> "Rows":
         """The same rows in their order in the split; their labels or answers may be missing."""

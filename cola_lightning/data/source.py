@@ -328,7 +328,8 @@ class SourceDataModule(EpochDataModule):
             held_out = {part: parts[part].numbers.tolist() if part in parts else [] for part in ("val", "test")}
             record = find_record(rows, self.held_out)
             if record is None:
-                self.held_out.append(asdict(HeldOut(rows.contents(), len(rows.split), **held_out)))
+                hashes = rows.hashes([*held_out["val"], *held_out["test"]])
+                self.held_out.append(asdict(HeldOut(rows.contents(), len(rows.split), **held_out, hashes=hashes)))
             elif {part: rows.at(getattr(record, part)).numbers.tolist() for part in held_out} != held_out:
                 free = rows.select(np.flatnonzero(~np.isin(rows.numbers, [*record.val, *record.test])))
                 groups = None if self.train_size is None else self.groups(free)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ VALIDATION_SHARE, MOST_VALIDATION_ROWS = 0.1, 1_000  # of the training rows, if 
 
 def check_shares(**sizes: float | None) -> None:
     """Refuses what is neither a number nor a share of rows; sizes are given by field name, None if not set."""
-    for field, size in sizes.items():
+    for name, size in sizes.items():
         if size is not None and not (0 < size < 1 or (size >= 1 and float(size).is_integer())):
-            raise UserError(f"data.{field} must be a whole number of rows or a share up to 1.0, got {size}")
+            raise UserError(f"data.{name} must be a whole number of rows or a share up to 1.0, got {size}")
 
 
 def as_count(size: float, n_rows: int) -> int:
@@ -95,16 +95,26 @@ class HeldOut:
         n_rows: how many rows the split has.
         val: the positions of the validation rows in the split.
         test: those of the test rows.
+        hashes: those of the validation rows, and then of the test rows; empty in checkpoints of earlier versions.
     """
 
     contents: list[str]
     n_rows: int
     val: list[int]
     test: list[int]
+    hashes: list[str] = field(default_factory=list)
+
+    def found_in(self, rows: Rows) -> "HeldOut | None":
+        """The record of a split that has most of the rows that were held out, wherever they are in it; None: of another one."""
+        if not self.hashes or 2 * sum(one in rows.positions for one in self.hashes) <= len(self.hashes):
+            return None
+        of_parts = self.hashes[: len(self.val)], self.hashes[len(self.val) :]
+        val, test = ([number for one in dict.fromkeys(part) for number in rows.positions.get(one, ())] for part in of_parts)
+        return replace(self, val=val, test=test)
 
 
 def find_record(rows: Rows, records: Iterable[Mapping[str, Any] | None]) -> HeldOut | None:
-    """The record of the split of these rows, which may have got more files at its end; None: no run has trained on it.
+    """The record of the split of these rows, which may have changed since; None: no run has trained on it.
 
     Args:
         rows: of the split.
@@ -117,6 +127,8 @@ def find_record(rows: Rows, records: Iterable[Mapping[str, Any] | None]) -> Held
     for record in (HeldOut(**fields) for fields in records if fields is not None):
         if contents[: len(record.contents)] == record.contents and record.n_rows <= len(rows.split):
             return record
+        if (found := record.found_in(rows)) is not None:
+            return found
         if not {*contents}.isdisjoint(record.contents):
             raise UserError(
                 f"data.source: this run or an earlier one was trained on rows of {rows.place}, and which of them it held out "

@@ -270,7 +270,9 @@ class Run:
             UserError: if a run that goes on has held out other rows than the present fit does.
         """
         known = {name for run in earlier if run is not None for name in run["contents"]}
-        own = [run for run in self._held_out if run not in earlier]
+        # Records of earlier versions have fewer fields.
+        restored = [run for run in self._held_out if run and any(one and one.items() <= run.items() for one in earlier)]
+        own = [run for run in self._held_out if run not in [*earlier, *restored]]
         of_other_data = [run for run in own if run is None or known.isdisjoint(run["contents"])]
         if is_resumed and len(of_other_data) < len(own):
             raise UserError("data: the resumed run has held out other rows of data.source. Use its data.split_seed and sizes")

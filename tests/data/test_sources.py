@@ -178,8 +178,11 @@ def test_rows_that_were_trained_on_are_never_measured_as_held_out(tmp_path):
         data = parts(TextDataModule, str(source), "validate", of=fit.held_out, **options)
         assert numbers(data.val, data) == held_out
     write(tmp_path / "more.jsonl", rows_of(20))
+    data = parts(TextDataModule, f"{tmp_path}/*.jsonl", "validate", of=fit.held_out)  # that file is no more the first
+    assert numbers(data.val, data) == held_out
+    nothing = parts(TextDataModule, rows, "fit", val_size=0)
     with pytest.raises(UserError, match=r"data\.source: .* was trained on rows of .*jsonl"):
-        parts(TextDataModule, f"{tmp_path}/*.jsonl", "validate", of=fit.held_out)
+        parts(TextDataModule, f"{tmp_path}/*.jsonl", "validate", of=nothing.held_out)
 
 
 def test_a_later_stage_trains_on_no_row_that_an_earlier_one_held_out(tmp_path):
@@ -194,6 +197,31 @@ def test_a_later_stage_trains_on_no_row_that_an_earlier_one_held_out(tmp_path):
             assert texts_of(again.test, again) == texts_of(first.test, first)
     twice = parts(TextDataModule, [own, Source(own, share=0.5)], "fit", "validate")
     assert not {*numbers(twice.train, twice)} & {*numbers(twice.val, twice)}
+
+
+@pytest.mark.parametrize("how", ["grown", "reordered", "pictures"])
+def test_rows_that_were_held_out_stay_so_where_their_data_has_changed(tmp_path, how):
+    make, store = KINDS["pictures" if how == "pictures" else "text"]
+    source = store(tmp_path / "rows", 0)
+    first = parts(make, source, "fit", val_size=5, test_size=4)
+    held_out = {part: {str(row) for row in first.parts(stage)[part][0]} for part, stage in (("val", "fit"), ("test", "test"))}
+    if how == "pictures":
+        store(tmp_path / "rows", 20)  # more of each class: the positions of those that were there are others
+    else:
+        rows = [*rows_of(0), *rows_of(20)]
+        write(Path(source), rows if how == "grown" else rows[::-1])
+    second = parts(make, source, "fit", of=first.held_out, val_size=5, test_size=4)
+    assert len(second.train) == 40 - 9
+    for part, stage in (("val", "validate"), ("test", "test")):
+        again = parts(make, source, of=second.held_out)
+        assert {str(row) for row in again.parts(stage)[part][0]} == held_out[part]
+
+
+def test_a_row_that_other_data_has_too_does_not_make_it_the_same_data(tmp_path):
+    first = parts(TextDataModule, rows_file(tmp_path / "own", 0), "fit", val_size=5)
+    (row, *_) = first.parts("validate")["val"][0]
+    other = write(tmp_path / "other.jsonl", [dict(row), *rows_of(20)])
+    assert len(parts(TextDataModule, other, "fit", of=first.held_out, val_size=5).val) == 5
 
 
 def test_a_checkpoint_knows_what_all_its_runs_held_out(tmp_path):
