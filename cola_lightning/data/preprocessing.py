@@ -28,12 +28,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from typing_extensions import override
 
-from cola_lightning import __version__
+from cola_lightning.data.reading import hashes_of_code
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows, each, together
 from cola_lightning.errors import UnusableRow
 
-ENCODING = 9  # counted up where the same rows are encoded otherwise: what is cached is then of no use
 ENCODED_TOGETHER = 1_000  # rows
 
 
@@ -98,7 +97,7 @@ class Preprocessor(ABC):
     def identity(self, rows: Rows) -> str | None:
         """What examples depend on besides the rows' fields; None: that is not known, and they are not cached."""
         is_ours = type(self).__module__.startswith("cola_lightning.")  # code of another's may change unseen
-        return f"{__version__} {ENCODING} {self!r}" if is_ours else None
+        return f"{hashes_of_code()} {self!r}" if is_ours else None
 
     def completed(self, examples: Any, rows: Rows, report: RowReport) -> Any:
         """The stored examples with what a batch reads from the rows themselves, such as their pictures."""

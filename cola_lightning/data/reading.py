@@ -30,6 +30,7 @@ COMPRESSIONS = (".gz", ".zst")
 SHARD = re.compile(r"-\d+-of-(\d+)$")  # the end of the name of a file that has a part of a split
 WORDS = "train|training|val|valid|validation|dev|development|eval|evaluation|test|testing"
 SPLIT = re.compile(rf"(?<![a-z])({WORDS})(?![a-z])")  # in a file's name, which then says its split
+PACKAGE = Path(__file__).parent.parent
 FILES_READ = 100  # at most, of a folder of pictures: all of them may be many gigabytes
 
 
@@ -138,6 +139,11 @@ def hashes_of(files: Sequence[Path]) -> list[str]:
     return [hash_of_file(file) for file in files]
 
 
+def hashes_of_code() -> list[str]:
+    """The hashes of the code that makes examples of a file's rows: what ``datasets`` has cached of other code is of no use."""
+    return hashes_of(sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("data/*.py")]))
+
+
 def hash_of_file(file: Path) -> str:
     """The SHA-256 of a file, which is computed once as long as the file stays as it is."""
     return _hash(file, file.stat().st_size, file.stat().st_mtime_ns)
@@ -194,10 +200,6 @@ def _reader(files: list[Path], place: str, text_unit: TextUnit) -> Callable[[], 
     return functools.cache(lambda: Rows(_read(files, text_unit), place, lambda: hashes_of(files)))
 
 
-def _texts(batch: dict[str, list[str]]) -> dict[str, list[str]]:
-    return {"text": [text.strip("\n") for text in batch["text"] if text.strip()]}
-
-
 def _read(files: list[Path], text_unit: TextUnit) -> Any:
     """The rows of files of one kind."""
     import datasets
@@ -217,7 +219,8 @@ def _read(files: list[Path], text_unit: TextUnit) -> Any:
             read = getattr(datasets.Dataset, f"from_{READERS[ending]}")  # load_dataset would tell the hub that it is used
             rows = read([glob.escape(str(file)) for file in files], **options)  # datasets takes names for patterns
             if ending == ".txt":
-                rows = rows.map(_texts, batched=True)
+                # Of a lambda, datasets caches by the code, and not by the name.
+                rows = rows.map(lambda batch: {"text": [one.strip("\n") for one in batch["text"] if one.strip()]}, batched=True)
             if READERS[ending] == "json":
                 rows.data.validate(full=True)  # Arrow does not ask for UTF-8 when it reads
     except (datasets.exceptions.DatasetsError, OSError, EOFError, ValueError, RuntimeError, TypeError, StopIteration) as error:
@@ -251,7 +254,7 @@ def _as_written(rows: Any, files: Sequence[Path]) -> Any:
     features = {name: _exact_feature(feature) for name, feature in rows.features.items()}
     if features == rows.features and "Json(" not in str(features):
         return rows
-    given = {"files": [str(file) for file in files], "features": features, "hashes": hashes_of(files)}
+    given = {"files": [str(file) for file in files], "features": features, "hashes": (*hashes_of(files), *hashes_of_code())}
     return datasets.Dataset.from_generator(_json_rows, datasets.Features(features), gen_kwargs=given)
 
 

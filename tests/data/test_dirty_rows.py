@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from cola_lightning import TextDataModule, UserError
 from cola_lightning.chat_template import Conversation, PlainTemplate
+from cola_lightning.data import reading
 from cola_lightning.data.batch import labels_of
 from cola_lightning.data.forms import conversation
 from cola_lightning.data.render import TurnEncoder, n_common
@@ -214,17 +216,28 @@ class Own(TextDataModule):
         return OwnTexts(**known)
 
 
+def cached(folder, kind=TextDataModule):
+    """The file of the training examples."""
+    (file,) = tiny.set_up(kind(folder), tiny.chat_tokenizer(None), "fit").train.cache_files
+    return Path(file["filename"])
+
+
+def test_examples_that_other_code_has_made_are_made_again(tmp_path, monkeypatch):
+    folder = tiny.write_rows(tmp_path / "rows", [{"text": f"It was {k}."} for k in range(20)])
+    first = cached(folder)
+    monkeypatch.setattr(reading, "PACKAGE", shutil.copytree(reading.PACKAGE, tmp_path / "package"))
+    assert cached(folder) == first
+    with (tmp_path / "package" / "data" / "forms.py").open("a") as code:
+        code.write("# other code")
+    assert cached(folder) != first
+
+
 def test_rows_of_a_preprocessor_of_ones_own_are_not_left_in_the_cache(tmp_path):
-    folder, own = tiny.write_rows(tmp_path / "rows", [{"text": f"It was {k}."} for k in range(20)]), tiny.chat_tokenizer(None)
-
-    def cached(kind):
-        (file,) = tiny.set_up(kind(folder), own, "fit").train.cache_files
-        return Path(file["filename"])
-
-    first = cached(TextDataModule)
-    assert cached(TextDataModule) == first
+    folder = tiny.write_rows(tmp_path / "rows", [{"text": f"It was {k}."} for k in range(20)])
+    first = cached(folder)
+    assert cached(folder) == first
     left = {*first.parent.iterdir()}
-    one, other = cached(Own), cached(Own)
+    one, other = cached(folder, Own), cached(folder, Own)
     assert one != other
     assert one.parent not in (first.parent, tmp_path)
     assert {*first.parent.iterdir()} == left
