@@ -67,7 +67,7 @@ class RunSaver(ConfigSaver):
             super().on_train_batch_start(trainer, *args)
             path = Path(run_folder(trainer), self.config_filename)
             if trainer.is_global_zero and path.is_file():  # and not at a URL
-                with contextlib.suppress(OSError):  # of a disk without locks
+                with contextlib.suppress(OSError, UserError):  # of a disk without locks
                     self.claim = claim(path)
 
     def _release(self, *args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, TextIO
 
 from cola_lightning.data.reading import hash_of_file
 from cola_lightning.errors import UserError
@@ -28,12 +28,20 @@ def claim(path: Path) -> TextIO | None:
 
     Args:
         path: the file, on this machine or on a disk that several machines share.
+
+    Raises:
+        UserError: on a disk without locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a")
-    if not _is_locked(file, fcntl.LOCK_EX):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
         file.close()
-        return None
+        if isinstance(error, BlockingIOError):
+            return None
+        why = f"its disk has no locks ({error.strerror}), so two processes could train the same run"
+        raise UserError(f"output: cannot use {str(path.parent)!r}: {why}. Use a folder on another disk") from error
     os.register_at_fork(after_in_child=file.close)
     return file
 
@@ -41,16 +49,11 @@ def claim(path: Path) -> TextIO | None:
 def is_claimed(path: Path) -> bool:
     """Whether a process has claimed a file; on a disk without locks, nobody can."""
     with path.open("rb") as file:
-        return not _is_locked(file, fcntl.LOCK_SH)
-
-
-def _is_locked(file: IO[Any], kind: int) -> bool:
-    """Locks a file for this process, and returns whether no other process has locked it; a disk may have no locks."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        return not isinstance(error, BlockingIOError)
-    return True
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+    return False
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """``cola stages``: runs in a sequence, skipped, resumed and trained again as they must be."""
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -326,6 +327,17 @@ def test_two_calls_at_once_are_one(config, capfd):
     assert "another process is at work" in capfd.readouterr().err
     claim.close()
     assert stages() == 0
+
+
+def test_a_disk_without_locks_is_refused(config, capfd, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    # In this package alone: datasets has locks of its own.
+    monkeypatch.setattr(folder, "fcntl", SimpleNamespace(**vars(folder.fcntl) | {"flock": flock}))
+    assert stages() == 2
+    assert "error: output: cannot use 'out': its disk has no locks (No locks available)" in capfd.readouterr().err
+    assert main(["fit", "--config", "out/good/config.yaml", "--trainer.default_root_dir", "alone"]) == 0  # without a claim
 
 
 def test_a_record_that_is_cut_off_names_its_file(config, capfd):
