@@ -13,7 +13,7 @@ def stages(words: Sequence[str]) -> int:
         words: its arguments.
 
     Returns:
-        The exit status: 0, 1 if a stage failed, or 3 if more was forgotten than ``max_forgetting``.
+        The exit status: 0, 1 if a stage failed or could not be measured, or 3 if more was forgotten than ``max_forgetting``.
 
     Raises:
         UserError: for invalid arguments.

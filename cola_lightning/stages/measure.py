@@ -110,8 +110,8 @@ class Measurer:
                 without the later stages, and another one has all stages.
 
         Returns:
-            By stage, a row for each state, with ``links``, ``stage``, ``kind``: the classes of model and data, metrics, and
-            ``row_values``: by metric, what each row adds.
+            By stage, unless it cannot be measured, a row for each state, with ``links``, ``stage``, ``kind``: the classes of
+            model and data, metrics, and ``row_values``: by metric, what each row adds.
         """
         rows: dict[str, list[Row]] = {}
         for key, configs in self.groups.items():
@@ -147,14 +147,16 @@ class Measurer:
                     collector.first_link = names.index(name) if is_start else number_of_links(reference, names)
                     first.model.expect_state(first.opened.state, links=n_links, scale=scale)
                     first.model.trained_template = None  # of the last stage's data: each stage's names its own
+                    logging.disable(logging.INFO)  # the fit has said it
                     try:
-                        with in_silence():
-                            data = made[name].datamodule
-                            found = run(first.model, datamodule=data, ckpt_path=str(self.checkpoint), verbose=False)
+                        data = made[name].datamodule
+                        found = run(first.model, datamodule=data, ckpt_path=str(self.checkpoint), verbose=False)
                     except (UserError, MisconfigurationException) as error:
-                        log.warning("stage %s: cannot be measured (%s)", name, one_line(str(error)))
+                        log.error("stage %s: cannot be measured (%s)", name, one_line(str(error)))
                         del rows[name]
                         continue
+                    finally:
+                        logging.disable(logging.NOTSET)
                     row = {"links": n_links, "stage": state, "kind": kinds[name], "row_values": collector.rows}
                     rows[name].append({key: value for metrics in (row, *found) for key, value in metrics.items()})
         return rows

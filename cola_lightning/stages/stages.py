@@ -27,7 +27,7 @@ from cola_lightning.chain.sources import join as join_chains
 from cola_lightning.cli.made_run import MadeRun, in_silence, resolve
 from cola_lightning.errors import OutsideError, UserError, one_line, refusal
 from cola_lightning.module.run import InitChain
-from cola_lightning.runs.facts import facts_of, with_contents
+from cola_lightning.runs.facts import changes, facts_of, with_contents
 from cola_lightning.runs.folder import LAST, RECORD, begin, hash_of_last, read_record, why_again, write_record
 from cola_lightning.runs.processes import by_first, claimed, is_first, join
 from cola_lightning.stages.matrix import Matrix, scales_table
@@ -224,7 +224,8 @@ class Stages:
         configs, last = {stage.name: stage.config for stage in finished}, finished[-1].folder / LAST
         self.finished, self.measurer = finished, Measurer(configs, last, keeps_models=self.options.fit_scales)
         tests = self._measure("matrix", "test", {name: {} for name in ("base", *(stage.name for stage in finished))})
-        if self.options.max_forgetting < math.inf and len(tests) < len(finished):
+        is_complete = len(tests) == len(finished)
+        if self.options.max_forgetting < math.inf and not is_complete:
             raise UserError("--max_forgetting needs test rows of every stage. Set data.test_size")
         matrix = Matrix.of(tests)
         if is_first():
@@ -242,7 +243,7 @@ class Stages:
         for column in worse:
             what = column.task, column.forgetting.value, column.metric
             log.error("max_forgetting: %s is worse by %.4g in %s than at its best", *what)
-        return 3 if worse else 0
+        return 3 if worse else int(not is_complete)
 
     def _fit_scales(self, tests: Mapping[str, Sequence[Row]]) -> None:
         """Chooses a factor for each stage, shows the tests with these factors, and writes ``scales.yaml``.
@@ -272,14 +273,16 @@ class Stages:
         log.info("export it: %s", shlex.join(["cola", "export", run, "--scale", factor_text, "--output", "DIR"]))
 
     def _measure(self, what: str, command: str, states: Mapping[str, Scale]) -> dict[str, list[Row]]:
-        """Measures the finished stages, unless the file of an earlier call has the same; see :meth:`Measurer.measure`."""
+        """Measures the finished stages, unless the file of an earlier call has all of them; see :meth:`Measurer.measure`."""
         path, last = self.folder / "measured" / f"{what}.json", self.finished[-1]
         facts = {stage.name: stage.own_facts for stage in self.finished}
-        asked = {"states": dict(states), "checkpoint": by_first(lambda: last.record["checkpoint"]), "facts": facts}
-        if (known := by_first(lambda: read_record(path))).get("asked") == asked:
+        asked = {"states": dict(states), "checkpoint": by_first(lambda: last.record["checkpoint"])}
+        known = by_first(lambda: read_record(path))
+        is_same = known.get("asked") == asked and known["facts"].keys() == facts.keys() == known["rows"].keys()
+        if is_same and not any(change for name in facts for change in changes(facts[name], known["facts"][name])):
             return dict(known["rows"])
         rows = self.measurer.measure(command, states)
-        by_first(lambda: write_record(path, {"asked": asked, "rows": rows}))
+        by_first(lambda: write_record(path, {"asked": asked, "facts": facts, "rows": rows}))
         return rows
 
 

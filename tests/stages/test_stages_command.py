@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import yaml
 from lightning.pytorch import Callback
 from scipy import stats
 
-from cola_lightning import COLACausalLM, EpochDataModule, TextDataModule, UserError
+from cola_lightning import COLACausalLM, EpochDataModule, PromptDataModule, TextDataModule, UserError
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.cli import main
 from cola_lightning.runs import folder
@@ -130,6 +131,8 @@ def test_each_stage_begins_from_the_one_before_and_is_trained_once(config, capfd
     assert "test " not in out  # nothing is measured again
     assert written("moved") == before
     Path("moved").rename("out")
+    assert stages("--", "--data.num_workers", "1") == 0
+    assert written() == before
 
     config["stages"]["pairs"]["trainer"] = {"max_steps": 4}
     write(config)
@@ -327,6 +330,25 @@ def test_two_calls_at_once_are_one(config, capfd):
     assert "another process is at work" in capfd.readouterr().err
     claim.close()
     assert stages() == 0
+
+
+@pytest.mark.usefixtures("config")
+def test_a_stage_that_cannot_be_measured_ends_with_a_status_and_a_warning_is_seen(capfd, monkeypatch):
+    own = PromptDataModule.setup
+
+    def setup(self, stage):
+        warnings.warn("this is seen", UserWarning, stacklevel=1)
+        own(self, stage)
+        if stage == "test" and self.source == "flipped":
+            raise UserError("data: these rows are gone")
+
+    monkeypatch.setattr(PromptDataModule, "setup", setup)
+    shutil.rmtree("out/measured")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="this is seen"):
+            assert stages() == 1
+        assert "stage flipped: cannot be measured (data: these rows are gone)" in capfd.readouterr().out
+        assert list(read_csv("out/matrix.csv")[0])[2:] == ["good loss", "good accuracy", "pairs loss"]
 
 
 def test_a_disk_without_locks_is_refused(config, capfd, monkeypatch):
