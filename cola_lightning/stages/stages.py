@@ -114,6 +114,9 @@ class Stages:
             with _of_stage(name), in_silence():
                 made = MadeRun(config)
                 self.trainer = self.trainer or made.trainer
+                ours, first = (one.num_devices * one.num_nodes for one in (made.trainer, self.trainer))
+                if ours != first:  # each of them would train alone, to the same file
+                    raise UserError(f"trainer.devices: all stages need the same number of processes, got {ours} and {first}")
                 fit_config = config if given[name] else with_replay[name]
                 replay = None if fit_config["trainer"] == config["trainer"] else options.replay
                 knot, before = (options.knot, self.stages[-1]) if self.stages else (None, None)
@@ -171,7 +174,10 @@ class Stages:
                     source, knot = Source(stage.given["adapter"], stage.name), "cola"
                     chains = [] if chain is None else [(Source("the stage before"), chain)]
                     continues = [stage.name] if stage.given.get("continues") else []
-                    chain = join_chains([*chains, (source, read_chain(source.path, field="adapter"))], continues)
+                    joined = join_chains([*chains, (source, read_chain(source.path, field="adapter"))], continues)
+                    if chain is not None and len(joined.links) == len(chain.links):
+                        raise UserError(f"adapter: {source.path!r} is already an earlier stage. Name another adapter")
+                    chain = joined
                 if chain is not None:
                     place = str(self.folder if stage.before is None else stage.before.folder)  # for messages
                     run.start, run.first_chain = InitChain(place, knot=knot), chain

@@ -119,6 +119,8 @@ def test_the_last_stage_may_be_given_and_may_continue_the_one_before(folder, mon
     if Path("out").exists():
         Path("out").rename(tmp_path / "other")
     trained(load(), "sft", 0, r=3, lora_alpha=7, target_modules=["q_proj", "v_proj"])
+    assert stages({"sft": {"adapter": "sft"}, "dpo": {"adapter": "sft"}}) == 2
+    assert "error: stages.dpo: adapter: " in capfd.readouterr().err
     config = {"sft": {"adapter": "sft"}, "dpo": {"adapter": "went-on", "continues": True}}
     assert stages(config, "--fit_scales", "true") == 2
     assert "error: stages.dpo: --fit_scales " in capfd.readouterr().err

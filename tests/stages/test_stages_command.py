@@ -351,6 +351,14 @@ def test_a_stage_that_cannot_be_measured_ends_with_a_status_and_a_warning_is_see
         assert list(read_csv("out/matrix.csv")[0])[2:] == ["good loss", "good accuracy", "pairs loss"]
 
 
+@pytest.mark.usefixtures("config")
+def test_stages_on_other_numbers_of_processes_are_refused(capfd):
+    text = Path("stages.yaml").read_text()
+    Path("stages.yaml").write_text(text.replace("max_steps: 3", "max_steps: 3\n      devices: 2"))
+    assert stages(output="new") == 2
+    assert "error: stages.flipped: trainer.devices" in capfd.readouterr().err
+
+
 def test_a_disk_without_locks_is_refused(config, capfd, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
