@@ -19,7 +19,7 @@ from cola_lightning.data.base import from_module
 from cola_lightning.data.classification import LABELS, LabelledDataModule
 from cola_lightning.data.labels import ClassReader, sorted_labels
 from cola_lightning.data.preprocessing import Preprocessor, Size
-from cola_lightning.data.reading import Splits, folder_hash, paths_inside
+from cola_lightning.data.reading import Splits, folder_hash, hash_of_some, paths_inside
 from cola_lightning.data.report import RowReport
 from cola_lightning.data.rows import Row, Rows
 from cola_lightning.data.source import VALIDATION_SPLITS, Source
@@ -72,8 +72,7 @@ class Pictures(Preprocessor):
     def identity(self, rows: Rows) -> str | None:
         import PIL
 
-        paths = rows.data.select_columns([self.column]).flatten()[f"{self.column}.path"][:]
-        files = hashlib.sha256(repr([_facts(path) for path in paths]).encode()).hexdigest()
+        files = hashlib.sha256(repr([_facts(path) for path in _paths(rows, self.column)]).encode()).hexdigest()
         return f"{super().identity(rows)} {PIL.__version__} {FORMATS} {files}"
 
     @override
@@ -146,6 +145,17 @@ class ImageDataModule(LabelledDataModule):
         return [name]
 
     # ------------------------------------------------------------------ sources
+
+    @override
+    def identity_of(self, source: Source) -> dict[str, Any]:
+        """Also a hash of the pictures that a table names."""
+        known = super().identity_of(source)
+        if "files" not in known:
+            return known
+        splits = [read() for read in self.load(source).values()]
+        paths = [path for rows in splits for path in _paths(rows, *self.find_inputs(rows.columns))]
+        files = [Path(path) for path in paths if path and os.path.isfile(path)]
+        return known | {"pictures": hash_of_some(files, [file.name for file in files])}
 
     @override
     def load(self, source: Source) -> Splits:
@@ -271,6 +281,12 @@ def _rows(listed: list[tuple[str, str | None]]) -> Iterator[dict[str, Any]]:
 def _is_picture(value: Any) -> bool:
     """Whether a row's value is a picture as ``datasets`` stores it."""
     return isinstance(value, dict) and value.keys() == {"bytes", "path"}
+
+
+def _paths(rows: Rows, column: str) -> list[str | None]:
+    """The path of each row's picture."""
+    paths: list[str | None] = rows.data.select_columns([column]).flatten()[f"{column}.path"][:]
+    return paths
 
 
 def _facts(path: str | None) -> tuple[Any, ...]:

@@ -129,7 +129,12 @@ def files_identity(source: str) -> dict[str, Any]:
 def folder_hash(folder: Path) -> str:
     """A hash of the names and sizes of the files in a folder, and of what is in some of them."""
     files = [file for file in paths_inside(folder) if file.is_file()]
-    known = [(str(file.relative_to(folder)), file.stat().st_size) for file in files]
+    return hash_of_some(files, [str(file.relative_to(folder)) for file in files])
+
+
+def hash_of_some(files: Sequence[Path], names: Sequence[str]) -> str:
+    """A hash of the names and sizes of files, and of what is in some of them."""
+    known = [(name, file.stat().st_size) for name, file in zip(names, files, strict=True)]
     some = [hash_of_file(file) for file in files[:: len(files) // FILES_READ + 1]]
     return hashlib.sha256(repr([known, some]).encode()).hexdigest()
 

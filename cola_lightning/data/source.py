@@ -152,7 +152,7 @@ class SourceDataModule(EpochDataModule):
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """Each source, and its revision on the hub, or the size and hash of its files, which are computed once."""
-        identities = [identity_of(source) for source in self.sources]
+        identities = [self.identity_of(source) for source in self.sources]
         return identities[0] if len(identities) == 1 else {"sources": identities}
 
     @functools.cached_property
@@ -162,6 +162,11 @@ class SourceDataModule(EpochDataModule):
             {name: functools.partial(self._used, source, read) for name, read in self.load(source).items()}
             for source in self.sources
         ]
+
+    def identity_of(self, source: Source) -> dict[str, Any]:
+        """A source, and the size and hash of its files on this machine; of the hub, its name alone."""
+        options = {name: value for name, value in asdict(source).items() if value and (name, value) != ("share", 1)}
+        return options | files_identity(source.source)
 
     def load(self, source: Source) -> Splits:
         """The splits of a source."""
@@ -415,12 +420,6 @@ class SourceDataModule(EpochDataModule):
             rows: the rows; their columns say which kind they are.
             part: what they are for: ``train``, ``val``, ``test``, or ``predict``.
         """
-
-
-def identity_of(source: Source) -> dict[str, Any]:
-    """A source, and the size and hash of its files on this machine; of the hub, its name alone."""
-    options = {name: value for name, value in asdict(source).items() if value and (name, value) != ("share", 1)}
-    return options | files_identity(source.source)
 
 
 def contents_of(identity: Mapping[str, Any]) -> Any:

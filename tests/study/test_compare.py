@@ -227,13 +227,19 @@ def test_another_config_or_metric_is_another_study(tmp_path, runs, capsys):
     assert (tmp_path / "config.yaml").read_text() == "trainer: {max_epochs: 50}\n"
 
 
-def test_the_rows_of_a_study_may_be_a_folder_of_pictures_and_other_pictures_are_another_study(tmp_path, runs, capsys):
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_the_rows_of_a_study_may_be_pictures_and_other_pictures_are_another_study(tmp_path, runs, capsys, kind):
     pictures, config = draw(tmp_path / "pictures", 1), tmp_path / "config.yaml"
+    changed, source = pictures / "top" / "9.png", pictures
+    if kind == "table":
+        named = sorted(pictures.rglob("*.png"))
+        source, changed = tmp_path / "rows.csv", named[0]
+        source.write_text("image,label\n" + "".join(f"{path},{path.parent.name}\n" for path in named))
     config.write_text("trainer: {max_epochs: 1}\n")
     words = f"compare --config {config} --output {tmp_path / 'study'} --methods [lora] --seeds 1 --".split()
-    words += f"--model COLAImageClassifier --model.model_name vit --data ImageDataModule --data.source {pictures}".split()
+    words += f"--model COLAImageClassifier --model.model_name vit --data ImageDataModule --data.source {source}".split()
     assert main(words) == 0, capsys.readouterr().err
-    picture("top", 9).save(pictures / "top" / "9.png")
+    picture("top", 9).save(changed)
     assert main(words) == 2
     assert "Use another --output" in capsys.readouterr().err
 
