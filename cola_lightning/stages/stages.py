@@ -229,9 +229,9 @@ class Stages:
         """Measures and shows the matrix of the finished stages; returns the exit status."""
         configs, last = {stage.name: stage.config for stage in finished}, finished[-1].folder / LAST
         self.finished, self.measurer = finished, Measurer(configs, last, keeps_models=self.options.fit_scales)
+        self.is_complete = True  # until a stage cannot be measured
         tests = self._measure("matrix", "test", {name: {} for name in ("base", *(stage.name for stage in finished))})
-        is_complete = len(tests) == len(finished)
-        if self.options.max_forgetting < math.inf and not is_complete:
+        if self.options.max_forgetting < math.inf and not self.is_complete:
             raise UserError("--max_forgetting needs test rows of every stage. Set data.test_size")
         matrix = Matrix.of(tests)
         if is_first():
@@ -249,7 +249,7 @@ class Stages:
         for column in worse:
             what = column.task, column.forgetting.value, column.metric
             log.error("max_forgetting: %s is worse by %.4g in %s than at its best", *what)
-        return 3 if worse else int(not is_complete)
+        return 3 if worse else int(not self.is_complete)
 
     def _fit_scales(self, tests: Mapping[str, Sequence[Row]]) -> None:
         """Chooses a factor for each stage, shows the tests with these factors, and writes ``scales.yaml``.
@@ -288,6 +288,7 @@ class Stages:
         if is_same and not any(change for name in facts for change in changes(facts[name], known["facts"][name])):
             return dict(known["rows"])
         rows = self.measurer.measure(command, states)
+        self.is_complete &= rows.keys() == facts.keys()
         by_first(lambda: write_record(path, {"asked": asked, "facts": facts, "rows": rows}))
         return rows
 
