@@ -4,6 +4,7 @@ Each fact about PEFT's format stands here once, next to the function that reads 
 """
 
 import json
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,8 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
         raise UserError(
             f"adapter: {where} may contain only factors of linear layers and convolutions, got {(unknown or ['none'])[0]!r}"
         )
-    link = Link(0, rank=config.get("r", 8), alpha=float(config.get("lora_alpha", 8)), start_step=0, end_step=0, factors={})
+    rank, alpha = int(operator.index(config.get("r", 8))), float(config.get("lora_alpha", 8))
+    link = Link(0, rank=rank, alpha=alpha, start_step=0, end_step=0, factors={})
     for name, pair in pairs.items():
         lora_A, lora_B = (value.flatten(1).to(torch.promote_types(value.dtype, torch.float32)) for value in pair)
         layer = name

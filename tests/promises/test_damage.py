@@ -121,8 +121,8 @@ def wrong_fields(whole):
         (write_chain, "chain.safetensors", 150, assert_same_chain, 110),
         (write_chain, "chain.json", wrong_fields, assert_usable, 100),
         # Nothing of PEFT's tells another number from the right one; what is read is one that can be used.
-        (write_adapter, "adapter_config.json", 80, assert_usable, 0),
-        (write_adapter, "adapter_model.safetensors", 80, assert_usable, 0),
+        (write_adapter, "adapter_config.json", 80, assert_usable, 1),
+        (write_adapter, "adapter_model.safetensors", 80, assert_usable, 1),
         (write_adapter, "adapter_config.json", wrong_fields, assert_usable, 33),
     ],
 )
@@ -140,7 +140,7 @@ def test_what_is_damaged_is_refused_in_one_line_or_unharmed(stored, tmp_path, wr
         else:
             check(chain, whole)
             assert kind is not wrong_fields or len(chain) == len(whole)
-    assert n_refused > fewest_refused
+    assert n_refused >= fewest_refused
 
 
 def spoil_a_factor(path):
