@@ -32,7 +32,7 @@ from cola_lightning.hub import quiet
 STANDARD_ERRORS, SMALLEST = 6.0, 0.005  # how far an update's share may be from 1
 SMALL = 2**28  # parameters of a model whose logits are compared, too
 N_RANDOM = 2  # random vectors; one more vector for each update
-CHUNK = 2**20  # elements that are multiplied at once
+CHUNK = 2**18  # elements that are multiplied at once: they fit in a cache
 
 
 class NotProvable(Exception):
