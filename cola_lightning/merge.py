@@ -64,7 +64,7 @@ def add_links(name: str, layer: LoRALayer, links: Sequence[Link], device: torch.
     for link in links:
         if name in link.factors and not link.is_record:
             lora_A, lora_B = link.factors[name]
-            layer.add_finished_link(lora_A.to(device), lora_B.to(device), link.scaling(name))
+            layer.add_finished_link(lora_A.to(device), lora_B.to(device), link.scaling_of(name))
 
 
 def _place(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Module:

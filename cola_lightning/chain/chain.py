@@ -76,11 +76,16 @@ class Link:
         name = "" if self.name is None else f" ({self.name})"
         return f"Link {self.index}{name}: rank {self.rank}, alpha {self.alpha:g}, {len(self.factors)} layers, {steps}{metrics}"
 
+    @property
+    def scaling(self) -> float:
+        """The factor in front of B A of layers without a size of their own, which includes the link's share."""
+        return self.alpha / self.rank * self.share
+
     def size_of(self, name: str) -> tuple[int, float]:
         """The rank and the scaling of one layer, without the link's share."""
         return self.own_sizes.get(name, (self.rank, self.alpha / self.rank))
 
-    def scaling(self, name: str) -> float:
+    def scaling_of(self, name: str) -> float:
         """The factor in front of a layer's B A, which includes the link's share."""
         return self.size_of(name)[1] * self.share
 
@@ -116,12 +121,12 @@ class Link:
 
     def delta(self, name: str) -> Tensor:
         """The link's update of one layer: out x in."""
-        return low_rank_delta(*self.factors[name], self.scaling(name))
+        return low_rank_delta(*self.factors[name], self.scaling_of(name))
 
     def is_same_update(self, other: "Link") -> bool:
         """Whether both links add the same update to the same layers, bit for bit."""
         return self.factors.keys() == other.factors.keys() and all(
-            self.scaling(name) == other.scaling(name) and all(map(torch.equal, pair, other.factors[name]))
+            self.scaling_of(name) == other.scaling_of(name) and all(map(torch.equal, pair, other.factors[name]))
             for name, pair in self.factors.items()
         )
 
@@ -129,7 +134,7 @@ class Link:
         """Frobenius norm of the link's update over all layers."""
         # ||BA||^2 = tr(B'B AA'): two rank x rank matrices instead of one out x in.
         squares = sum(
-            float(((B.mH @ B) * (A @ A.mH).conj()).sum().real) * self.scaling(name) ** 2
+            float(((B.mH @ B) * (A @ A.mH).conj()).sum().real) * self.scaling_of(name) ** 2
             for name, (A, B) in self.factors.items()
         )
         return math.sqrt(max(squares, 0.0))  # in this order NaN stays NaN
@@ -222,7 +227,7 @@ class Chain:
 
     def link_factors(self, name: str) -> list[LinkFactors]:
         """A, B and the scaling of each link that adds something to a layer, in order."""
-        return [(*link.factors[name], link.scaling(name)) for link in self.updates if name in link.factors]
+        return [(*link.factors[name], link.scaling_of(name)) for link in self.updates if name in link.factors]
 
     def total_rank(self, name: str) -> int:
         """The sum of the ranks of its :attr:`updates` for one layer: an upper bound of the rank of :meth:`delta`."""

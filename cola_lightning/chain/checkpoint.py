@@ -253,7 +253,7 @@ def _not_finite(chain: Chain) -> str | None:
     """The first layer, or other trained value, with a value from which no model could be made; None: there is none."""
     for link in chain.links:
         for name, pair in link.factors.items():
-            if not math.isfinite(link.scaling(name)) or not all(torch.isfinite(factor).all() for factor in pair):
+            if not math.isfinite(link.scaling_of(name)) or not all(torch.isfinite(factor).all() for factor in pair):
                 return name
         for name, value in link.extras.items():
             if torch.isnan(value).any():  # a buffer, such as a mask, may be infinite

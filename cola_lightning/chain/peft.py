@@ -140,7 +140,7 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
     for name, pair in pairs.items():
         lora_A, lora_B = (value.flatten(1).to(torch.promote_types(value.dtype, torch.float32)) for value in pair)
         layer = name
-        if len(lora_A) != value_of_layer(config, name, "r", "rank_pattern") and (projection := _projection(config, name)):
+        if len(lora_A) != value_of_layer(config, name, "r", "rank_pattern") and (projection := projection_of(config, name)):
             layer = projection
             lora_A, lora_B = experts_from_peft(lora_A, lora_B, value_of_layer(config, layer, "r", "rank_pattern"))
         alpha, rank = value_of_layer(config, layer, "lora_alpha", "alpha_pattern"), lora_A.shape[-2]
@@ -154,7 +154,7 @@ def _as_link(tensors: dict[str, Tensor], config: dict[str, Any], where: str) -> 
     return link
 
 
-def _projection(config: dict[str, Any], name: str) -> str | None:
+def projection_of(config: dict[str, Any], name: str) -> str | None:
     """The experts' projection whose factors have this name in an adapter; None for those of a layer."""
     experts, targets = re.sub(rf"({re.escape(BASE_LAYER)})+$", "", name), config.get("target_parameters") or ()
     wrapped = [part for part in PROJECTIONS if any(f".{experts}.{part}".endswith(f".{target}") for target in targets)]
@@ -166,7 +166,9 @@ def value_of_layer(config: Mapping[str, Any], name: str, field: str, pattern: st
 
     Source: ``peft.LoraConfig`` (8 is the default of ``r`` and ``lora_alpha``).
     """
-    return value_of(config.get(pattern), name, config.get(field, 8))
+    targets = config.get("target_parameters") or ()  # PEFT matches a pattern with the parameter's name
+    end = ".weight" if any(f".{name}.weight".endswith(f".{target}") for target in targets) else ""
+    return value_of(config.get(pattern), name + end, config.get(field, 8))
 
 
 # ---------------------------------------------------------------------- writing
@@ -282,7 +284,8 @@ def peft_config(base: AdapterBase, factors: Mapping[str, tuple[Tensor, Tensor]])
     matched = {name for name in modules if name.rpartition(".")[2] in endings}
     ranks = {name: lora_A.shape[-2] for name, (lora_A, _) in factors.items()}
     rank = max(ranks.values())
-    patterns = {f"^{re.escape(name)}": smaller for name, smaller in ranks.items() if smaller != rank}
+    names = {name: re.escape(f"{name}.weight" if name in renamed else name) for name in ranks}
+    patterns = {f"^{names[name]}": smaller for name, smaller in ranks.items() if smaller != rank}
     return LoraConfig(
         task_type=base.task,
         base_model_name_or_path=base.name,

@@ -99,7 +99,7 @@ def report(chain: Chain) -> list[LinkReport]:
 
 
 def _report_link(link: Link, total_rank: int, weight_norms: dict[str, float]) -> LinkReport:
-    values = {name: singular_values(*factors, link.scaling(name)) for name, factors in link.factors.items()}
+    values = {name: singular_values(*factors, link.scaling_of(name)) for name, factors in link.factors.items()}
     norms = {name: float(of_layer.norm()) for name, of_layer in values.items()}
     update_norm, base_norm = math.hypot(*norms.values()), math.hypot(*weight_norms.values())
     per_layer = (of_layer.reshape(-1, link.size_of(name)[0]) for name, of_layer in values.items())
@@ -142,9 +142,9 @@ def overlaps(chain: Chain) -> list[Overlap]:
     for before, link in zip([None, *chain.links], chain.links, strict=False):
         of_stage = updates.setdefault(link.name or "", {})
         for name, (lora_A, lora_B) in link.factors.items():
-            of_stage.setdefault(name, []).append((lora_A, lora_B, link.at_end().scaling(name)))
+            of_stage.setdefault(name, []).append((lora_A, lora_B, link.at_end().scaling_of(name)))
             if before is not None and before.is_record and before.name != link.name and name in before.factors:
-                of_stage[name].append((*before.factors[name], -before.at_end().scaling(name)))
+                of_stage[name].append((*before.factors[name], -before.at_end().scaling_of(name)))
     found = []
     for (first, mine), (second, theirs) in itertools.combinations(updates.items(), 2):
         if both := [name for name in mine if name in theirs and mine[name][0][0].dim() == 2]:

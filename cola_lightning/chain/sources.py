@@ -88,7 +88,7 @@ def _end_of_name(model: str) -> str:
         >>> _end_of_name("unsloth/Qwen3-0.6B-unsloth-bnb-4bit"), _end_of_name("hub/models--Qwen--Qwen3-0.6B/snapshots/c1899d/")
         ('qwen3-0.6b', 'qwen3-0.6b')
     """
-    parts = model.partition("@")[0].rstrip("/").split("/")
+    parts = os.path.normpath(model.partition("@")[0]).split("/")
     cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
     return re.sub(r"([-_](unsloth|bnb|4-?bit|nf4))+$", "", (cached or parts)[-1].lower())
 

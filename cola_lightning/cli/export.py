@@ -23,7 +23,7 @@ SOURCES += "folders of the adapters in the order of their training. Write NAME=P
 OF_SOURCES = " A run knows its base."
 OUTPUT = "Write the export to this folder. It must not exist, or it must be empty, unless you add --overwrite."
 OVERWRITE = "Replace the files in the output folder. A folder that contains other folders is never replaced."
-NO_VERIFY = "Do not load the export again. By default, it is loaded, and its outputs are compared with those of the checkpoint."
+NO_VERIFY = "Do not check the export. By default, its tensors or its outputs are compared with those of the trained model."
 
 
 def export(words: Sequence[str]) -> None:

@@ -1,13 +1,14 @@
 """The proof of a streamed merge, which shares nothing with the plan that wrote it.
 
 The sources are read again, transformers says which stored tensor is a layer's weight, and safetensors' own reader reads the
-files. A product with a few vectors then shows whether a stored weight W' is W plus the updates: W' x is compared with
-W x + the sum of s B (A x). For a random x, any other W' gives another product. For an x in the span of A's rows, the product
-contains so much of the update that it is seen below the roundings of half precision.
+files. A product with vectors x then shows whether a stored weight W' is W plus the updates: W' x is compared with
+W x + the sum of s B (A x). A random x of a few columns shows an error in any of them that is larger than the roundings. With an
+x in the span of A's rows, the product contains so much of the update that it is seen below the roundings of half precision.
 
 Source: Freivalds, "Probabilistic machines can use less running time" (IFIP 1977).
 """
 
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,7 +23,17 @@ from torch import Tensor, nn
 
 from cola_lightning.chain.chain import OUTSIDE, Link, number_of_links
 from cola_lightning.chain.checkpoint import read_chain
-from cola_lightning.chain.peft import BASE_LAYER, CONFIG_NAME, FACTORS, PREFIX, TENSORS_NAME, read_config, value_of_layer
+from cola_lightning.chain.peft import (
+    BASE_LAYER,
+    CONFIG_NAME,
+    FACTORS,
+    PREFIX,
+    TENSORS_NAME,
+    experts_from_peft,
+    projection_of,
+    read_config,
+    value_of_layer,
+)
 from cola_lightning.chain.sources import Source
 from cola_lightning.errors import ExportError
 from cola_lightning.export.verify import loading_again, reference_logits
@@ -31,7 +42,6 @@ from cola_lightning.hub import quiet
 
 STANDARD_ERRORS, SMALLEST = 6.0, 0.005  # how far an update's share may be from 1
 SMALL = 2**28  # parameters of a model whose logits are compared, too
-N_RANDOM = 2  # random vectors; one more vector for each update
 CHUNK = 2**18  # elements that are multiplied at once: they fit in a cache
 
 
@@ -80,16 +90,19 @@ def links_of(source: Source) -> list[SourceLink]:
         stored = {key.replace("_orig_mod.", "").removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     terms, values = dict[str, Term](), dict[str, Tensor]()
     for key, value in stored.items():
-        layer = key.removesuffix(FACTORS[0])
-        if layer != key:
+        wrapper = key.removesuffix(FACTORS[0])
+        if wrapper != key:
+            projection, lora_B = projection_of(config, wrapper), stored[wrapper + FACTORS[1]]
+            layer = projection or wrapper
             alpha, rank = (
-                value_of_layer(config, layer, *names) for names in (("lora_alpha", "alpha_pattern"), ("r", "rank_pattern"))
+                value_of_layer(config, layer, "lora_alpha", "alpha_pattern"),
+                value_of_layer(config, layer, "r", "rank_pattern"),
             )
-            terms[layer] = value, stored[layer + FACTORS[1]], alpha / (rank**0.5 if config.get("use_rslora") else rank)
+            factors = (value, lora_B) if projection is None else experts_from_peft(value, lora_B, rank)
+            terms[layer] = *factors, alpha / (rank**0.5 if config.get("use_rslora") else rank)
         elif not key.endswith(FACTORS[1]) and ".original_module." not in key:
-            values[key.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".").replace(BASE_LAYER, "")] = (
-                value
-            )
+            name = key.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+            values[name.replace(BASE_LAYER, "")] = value
     return [SourceLink(source.name, 1.0, terms, values)]
 
 
@@ -168,11 +181,11 @@ class Files:
             with safe_open(path, "pt") as file:
                 self.files |= dict.fromkeys(list(file.keys()), path)
         try:
-            config = transformers.AutoConfig.from_pretrained(folder)
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
             with torch.device("meta"):
                 self.model: Any = getattr(transformers, config.architectures[0])(config)
             mapping = get_model_conversion_mapping(self.model)
-        except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:  # code of the model's own, for example
+        except Exception as error:  # of a model with code of its own, or a configuration that transformers does not read
             raise NotProvable(f"transformers does not know the model in {str(folder)!r}") from error
         self._renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
         self._converters = [one for one in mapping if isinstance(one, WeightConverter)]
@@ -307,9 +320,6 @@ def _laid_out(base: Files, name: str, term: Term) -> tuple[Tensor, Tensor]:
         lora_A, lora_B = lora_A.flatten(1), lora_B.flatten(1)
         is_turned = type(base.module_of(name)).__name__ == "Conv1D"  # transformers' stores in x out
     else:
-        if lora_A.dim() == 2:  # as PEFT stores them: expert after expert in A, and rank after rank in B
-            rank = len(lora_A) // shape[0]
-            lora_A, lora_B = lora_A.view(-1, rank, lora_A.shape[1]), lora_B.view(len(lora_B), rank, -1).movedim(-1, 0)
         is_turned = lora_B.shape[-2] != shape[1]
     return (lora_A.mT, lora_B.mT) if is_turned else (lora_B, lora_A)
 
@@ -387,7 +397,9 @@ def _compare(before: Files, name: str, one: Expected, after: Files, key: str) ->
     if shape != expected_shape:
         return Comparison(f"has the shape {shape} and not {expected_shape}")
     if one.terms:
-        return _compare_products(before, one, after, key, [_laid_out(before, name, term) for term in one.terms])
+        factors = [_laid_out(before, name, term) for term in one.terms]
+        dtype = functools.reduce(torch.promote_types, (left.dtype for left, _ in factors), after.rows(key, 0, 1).dtype)
+        return _compare_products(before, one, after, key, [(left.to(dtype), right.to(dtype)) for left, right in factors])
     for first, last in _chunks(shape):
         stored, start = after.rows(key, first, last), one.start(before, first, last)
         same = start.to(stored.dtype).contiguous()
@@ -399,51 +411,63 @@ def _compare(before: Files, name: str, one: Expected, after: Files, key: str) ->
 def _compare_products(
     before: Files, one: Expected, after: Files, key: str, factors: Sequence[tuple[Tensor, Tensor]]
 ) -> Comparison:
-    """Compares W' x with W x + the sum of s B (A x).
+    """Compares W' x with W x + the sum of s B (A x), for two kinds of x.
 
-    Roundings of a row are a random vector. Their product with x has a standard deviation, which a difference must not exceed a
-    few times. Along an update, the differences of all rows must also cancel out.
+    Each block of a few columns has an x of random signs that is zero elsewhere. Each update has an x in the span of A's rows.
+    Roundings of a row are a random vector, so a product with them has a standard deviation, which a difference may exceed a few
+    times. Along an update, the differences of all rows must also cancel out.
     """
-    vectors = _vectors(factors)
-    images = [right @ vectors for _, right in factors]  # A x: rank x vectors; of experts, for each
-    lengths = vectors.square().sum(-2, keepdim=True).sqrt()
+    generator, n_columns = torch.Generator().manual_seed(0), factors[0][1].shape[-1]
+    block = next(size for size in (16, 8, 4, 2, 1) if n_columns % size == 0)
+    signs = torch.randint(2, (n_columns,), generator=generator).mul(2).sub(1).to(factors[0][1].dtype)
+    x = torch.cat([_in_span(right, generator) for _, right in factors], -1)
+    of_blocks = [_sums(right * signs, block) for _, right in factors]
+    products = [
+        torch.cat([blocks, right @ x], -1) for blocks, (_, right) in zip(of_blocks, factors, strict=True)
+    ]  # A x, for all x
+    lengths = torch.cat([x.new_full((*x.shape[:-2], 1, n_columns // block), block**0.5), x.norm(dim=-2, keepdim=True)], -1)
     along = torch.zeros(3, len(factors), dtype=torch.float64)  # for each update: products with what is left, variances, squares
     for first, last in _chunks(after.shape(key)):
         stored, start = after.rows(key, first, last), one.start(before, first, last)
         precision, dtype = torch.finfo(stored.dtype), stored.dtype
-        x, length, *parts = (part[first:last] if part.dim() > 2 else part for part in (vectors, lengths, *images))
+        mine, length, *images = (part[first:last] if part.dim() > 2 else part for part in (x, lengths, *products))
         lefts = [left[first:last] for left, _ in factors]
-        updates = [left @ image for left, image in zip(lefts, parts, strict=True)]
-        compute = torch.promote_types(dtype, updates[0].dtype)
-        stored, x = stored.to(compute).view(*updates[0].shape[:-1], -1), x.to(compute)
-        rest = (stored - start.to(compute).view(stored.shape)) @ x - torch.stack(updates).sum(0)
-        eps = torch.finfo(compute).eps
-        of_sums = (precision.eps / 2 + (1 + len(factors)) * eps) * (stored.square() @ x.square()).sqrt()
-        of_products = [
-            64 * eps * left.norm(dim=-1, keepdim=True) * image.norm(dim=-2, keepdim=True)
-            for left, image in zip(lefts, parts, strict=True)
-        ]
-        noise = of_sums + torch.stack(of_products).sum(0) + precision.smallest_normal * precision.eps * length
+        updates = [left @ image for left, image in zip(lefts, images, strict=True)]
+        stored, start = (rows.to(x.dtype).view(*updates[0].shape[:-1], -1) for rows in (stored, start))
+        change, squares = stored - start, stored.square()
+        rest, noise = (
+            torch.cat([_sums(blocked, block), whole], -1)
+            for blocked, whole in ((change * signs, change @ mine), (squares, squares @ mine.square()))
+        )
+        rest -= torch.stack(updates).sum(0)
+        eps = torch.finfo(x.dtype).eps
+        noise = (
+            precision.eps / 2 + (1 + len(factors)) * eps
+        ) * noise.sqrt() + precision.smallest_normal * precision.eps * length
+        for left, image in zip(lefts, images, strict=True):
+            noise += 64 * eps * left.norm(dim=-1, keepdim=True) * image.norm(dim=-2, keepdim=True)
         if not bool((rest.abs() <= STANDARD_ERRORS * noise).all()):  # also NaN
             return Comparison("is not W + the sum of s B A")
         for place, update in enumerate(updates):
-            mine, left_over, error = (part[..., N_RANDOM + place].double() for part in (update, rest, noise))
-            along[:, place] += torch.stack([(left_over * mine).sum(), (error * mine).square().sum(), mine.square().sum()])
-    products, variances, squares = along
+            ours, left_over, error = (part[..., place - len(factors)].double() for part in (update, rest, noise))
+            along[:, place] += torch.stack([(left_over * ours).sum(), (error * ours).square().sum(), ours.square().sum()])
+    with_update, variances, squares = along
     errors = STANDARD_ERRORS * variances.sqrt()
-    if bool((products.abs() > errors + SMALLEST * squares).any()):
+    if bool((with_update.abs() > errors + SMALLEST * squares).any()):
         return Comparison("is not W + the sum of s B A")
     return Comparison("", [place for place in range(len(factors)) if 0 < squares[place] <= errors[place]], dtype)
 
 
-def _vectors(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Columns: random vectors, and then a random vector in the span of the rows of each update's right factor."""
-    generator, right = torch.Generator().manual_seed(0), factors[0][1]
-    columns = [torch.randn(*right.shape[:-2], right.shape[-1], N_RANDOM, generator=generator)]
-    for _, right in factors:
-        column = right.mT.float() @ torch.randn(*right.shape[:-2], right.shape[-2], 1, generator=generator)
-        columns.append(column / column.square().mean(-2, keepdim=True).sqrt().clamp(min=1e-30))
-    return torch.cat(columns, -1).to(factors[0][1].dtype)
+def _sums(rows: Tensor, block: int) -> Tensor:
+    """The sums of blocks of columns, which are far from each other: so many numbers are added at once."""
+    return rows.view(*rows.shape[:-1], block, -1).sum(-2)
+
+
+def _in_span(right: Tensor, generator: torch.Generator) -> Tensor:
+    """A random vector in the span of a factor's rows, as a column; of experts, one for each."""
+    weights = torch.randn(*right.shape[:-2], right.shape[-2], 1, generator=generator).to(right.dtype)
+    column = right.mT @ weights
+    return column / column.square().mean(-2, keepdim=True).sqrt().clamp(min=1e-30)
 
 
 def compare_logits(base: Path, merged: Path, selection: Selection) -> list[str]:
@@ -477,4 +501,6 @@ def compare_logits(base: Path, merged: Path, selection: Selection) -> list[str]:
         reference = reference_logits(model)
         if reference is None:
             return []
-        return [reference.compare(kind.from_pretrained(merged, dtype="auto"), "loaded again")]
+        dtypes = {after.rows(key, 0, 1).dtype for key in after.stored.values()}
+        is_rounded = any(dtype.is_floating_point and dtype.itemsize < 4 for dtype in dtypes)
+        return [reference.compare(kind.from_pretrained(merged, dtype="auto"), "loaded again", is_same=not is_rounded)]

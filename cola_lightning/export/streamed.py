@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from cola_lightning.chain.chain import Chain
 from cola_lightning.chain.checkpoint import OpenedCheckpoint, last_checkpoint_of, name_of
 from cola_lightning.chain.sources import notes_on_base
-from cola_lightning.errors import ExportError
+from cola_lightning.errors import ExportError, one_line
 from cola_lightning.export.card import FOLDER, write_card
 from cola_lightning.export.model import TrainedFacts, TrainedModel
 from cola_lightning.export.module import export_chain, export_model
@@ -27,6 +28,7 @@ from cola_lightning.pretrained import TransformersBase
 from cola_lightning.writing import atomic_folder
 
 TOKENIZER_NAME, GENERATION_NAME = "tokenizer_config.json", "generation_config.json"
+log = getLogger(__name__)
 LOADING = f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{FOLDER}")'
 
 
@@ -76,7 +78,12 @@ def _describe(folder: Path, base: str, chain: Chain, source: str) -> None:
         "revision": revision or None,
     }
     named = TransformersBase(name, auto_class="AutoModelForCausalLM", **files)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder) if (folder / TOKENIZER_NAME).is_file() else None
+    tokenizer: Any = None
+    if (folder / TOKENIZER_NAME).is_file():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # it has code of its own, or needs a package that is not installed
+            log.warning("generation_config.json stays as it is: the tokenizer cannot be loaded (%s)", one_line(repr(error)))
     facts = TrainedFacts(chain=chain.trained(), base_name=name, named_base=named, tokenizer=tokenizer)
     checkpoint = name_of(last_checkpoint_of(source))
     if os.path.isfile(checkpoint):
@@ -87,7 +94,9 @@ def _describe(folder: Path, base: str, chain: Chain, source: str) -> None:
     if tokenizer is not None and (template := facts.prompt_format.get("template")):
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
-    if (Path(source).expanduser() / TOKENIZER_NAME).is_file():  # an adapter whose trainer has saved its tokenizer
+    if (
+        tokenizer is not None and (Path(source).expanduser() / TOKENIZER_NAME).is_file()
+    ):  # an adapter whose trainer has saved its tokenizer
         facts = replace(facts, prompt_format={"kind": "response", "chat_template": bool(tokenizer.chat_template)})
     if tokenizer is not None and facts.prompt_format.get("kind") in ("response", "text"):
         config, generation = (

@@ -17,7 +17,7 @@ from cola_lightning.files.stored import CONFIG_NAME, INDEX_NAME, StoredTensor, c
 # What a trainer saves next to its adapter, for which the base has files, too.
 TOKENIZER = re.compile(r"tokenizer.*|.*\.jinja|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model")
 TEMPLATES = "additional_chat_templates"  # transformers' name of the folder
-NOT_COPIED = re.compile(r"README\.md|\..*|.*\.(safetensors|index\.json|bin|pt|pth|gguf|h5|msgpack)")
+NOT_COPIED = re.compile(r"README\.md|adapter_config\.json|\..*|.*\.(safetensors|index\.json|bin|pt|pth|gguf|h5|msgpack)")
 
 
 def write_merged(plan: Plan, folder: Path, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None) -> None:

@@ -193,7 +193,7 @@ def _laid_out(link: Link, layer: str, shape: tuple[int, ...], is_conv1d: bool) -
     """
     lora_A, lora_B = link.factors[layer]
     dtype = torch.promote_types(lora_A.dtype, torch.float32)
-    update = Update(link.index, layer, lora_B.to(dtype) * link.scaling(layer), lora_A.to(dtype).contiguous())
+    update = Update(link.index, layer, lora_B.to(dtype) * link.scaling_of(layer), lora_A.to(dtype).contiguous())
     n_out, n_in = lora_B.shape[-2], lora_A.shape[-1]
     if lora_A.dim() > 2 and n_out == n_in:
         raise CannotStream(f"base: the shape of the experts {layer!r} does not show which side is their input")

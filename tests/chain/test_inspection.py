@@ -44,11 +44,11 @@ def test_a_report_is_what_the_full_updates_say(chain):
     assert [one.total_rank for one in reports] == [4, 6, 7]
     for one, finished in zip(reports, chain.links, strict=True):
         assert (one.index, one.rank, one.alpha, one.steps) == (finished.index, finished.rank, 3.0, 7)
-        updates = {name: finished.scaling(name) * B.double() @ A.double() for name, (A, B) in finished.factors.items()}
+        updates = {name: finished.scaling_of(name) * B.double() @ A.double() for name, (A, B) in finished.factors.items()}
         norms = {name: float(update.norm()) for name, update in updates.items()}
         for name, update in updates.items():
             expected = torch.linalg.svdvals(update)[: finished.rank]
-            found = singular_values(*finished.factors[name], finished.scaling(name))
+            found = singular_values(*finished.factors[name], finished.scaling_of(name))
             unused = [0.0] * (finished.rank - len(expected))  # of a matrix with fewer rows than the rank
             assert found.tolist() == pytest.approx([*expected.tolist(), *unused], rel=1e-10, abs=1e-12)
         assert one.update_norm == pytest.approx(math.hypot(*norms.values()))

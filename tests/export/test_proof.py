@@ -96,7 +96,7 @@ def test_what_is_right_is_proven(tmp_path, monkeypatch, capsys, case, dtype):
 PLAN, MERGE, STORED, PEFT = (f"cola_lightning.{name}" for name in ("files.plan", "files.merge", "files.stored", "chain.peft"))
 WHOLE_LAST, WHOLE_FIRST = "a head that was trained whole after a link", "a link on a head that was trained whole"
 MUTATIONS = {
-    "scaled": (PLAN, "_laid_out", "* link.scaling(", "* 3 * link.scaling(", "two adapters"),
+    "scaled": (PLAN, "_laid_out", "* link.scaling_of(", "* 3 * link.scaling_of(", "two adapters"),
     "transposed": (
         PLAN,
         "_laid_out",

@@ -45,7 +45,7 @@ def test_a_link_of_half_the_rank_has_half_of_each_layers_and_goes_through_every_
     trainer(tmp_path, chain=chain, max_epochs=2).fit(module, batches())
     links = module.full_chain().links
     assert [[A.shape[0] for A, _ in link.factors.values()] for link in links] == [[4, 8], [2, 4]]
-    scalings = [[link.scaling(name) for name in "02"] for link in links]
+    scalings = [[link.scaling_of(name) for name in "02"] for link in links]
     assert scalings == [[6 / 4**0.5, 4 / 8**0.5], [12 / 2**0.5, 8 / 4**0.5]]
     merged = module.merged_model()
     for name in "02":
