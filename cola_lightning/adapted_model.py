@@ -5,7 +5,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -65,6 +65,8 @@ class AdaptedModel:
         outer_module: the module that has the model as its ``model``, such as a LightningModule. Each link records what is
             trained in it, as it does for the model's fully trained modules. None: there is none.
         current: what is known of the current link besides its factors; None: a new one.
+        earlier_layers: names of the layers of a chain that the model will start from. Those that the config does not choose get
+            no current link, and keep the updates of the chain.
 
     Raises:
         UserError: for an invalid model or values.
@@ -96,8 +98,9 @@ class AdaptedModel:
         placement: Callable[[], Placement] | None = None,
         outer_module: nn.Module | None = None,
         current: CurrentLink | None = None,
+        earlier_layers: Collection[str] = (),
     ) -> None:
-        self.build_model, self._config, self.seed = build_model, config, seed
+        self.build_model, self._config, self.seed, self.earlier_layers = build_model, config, seed, earlier_layers
         self.placement = self._placement_of_model if placement is None else placement
         self.model = self.make_base()
         self.trained = TrainedValues(self.model, outer_module)
@@ -120,6 +123,11 @@ class AdaptedModel:
         """The adapted layers by name, in the model's order."""
         layout.reshard(self.model)  # a gathered weight may be in another dtype
         return lora_layers(self.model)
+
+    @property
+    def live_layers(self) -> dict[str, LoRALayer]:
+        """The adapted layers that the current link has: all but those that only earlier links have."""
+        return {name: layer for name, layer in self.layers.items() if layer.has_link}
 
     @property
     def n_finished(self) -> int:
@@ -161,7 +169,7 @@ class AdaptedModel:
             UserError: for a model without links, or values that no link of it can have.
         """
         self.current.begin(*self.checked_link(rank, alpha))
-        initialize_link(self.layers, self.seed, self.n_finished, *self.current.size)
+        initialize_link(self.live_layers, self.seed, self.n_finished, *self.current.size)
 
     def checked_link(self, rank: int, alpha: float, knot: Knot = "cola") -> tuple[int, float]:
         """A link's rank and alpha as plain numbers: numpy's would be in checkpoints and chain folders.
@@ -187,7 +195,7 @@ class AdaptedModel:
             UserError: if the rank is above the layers', or a layer would have another rank or scaling in it.
         """
         self.current.rank, self.current.alpha = self.checked_link(link.rank, link.alpha)
-        for name, layer in self.layers.items():
+        for name, layer in self.live_layers.items():
             layer.rank, layer.scaling = self.config.size_of(name, *self.current.size)
         if self._own_sizes() != link.own_sizes:
             raise UserError("model.rank_pattern, model.alpha_pattern, model.use_rslora: must be those of the chain")
@@ -203,7 +211,7 @@ class AdaptedModel:
         """
         if not self.layers:
             raise UserError("model.target_modules: this model has no links, because it is null")
-        layers, current = self.layers, self.current
+        layers, current = self.live_layers, self.current
         factors, extras = dict[str, tuple[Tensor, Tensor]](), dict[str, Tensor]()
         if has_tensors:
             for name, layer in layers.items():
@@ -225,7 +233,7 @@ class AdaptedModel:
     def _own_sizes(self) -> dict[str, tuple[int, float]]:
         """Rank and scaling of the layers that have others than the current link's rank and ``alpha / rank``, by name."""
         rank, alpha = self.current.size
-        sizes = {name: (layer.rank, layer.scaling) for name, layer in self.layers.items()}
+        sizes = {name: (layer.rank, layer.scaling) for name, layer in self.live_layers.items()}
         return {name: size for name, size in sizes.items() if size != (rank, alpha / rank)}
 
     def full_chain(self) -> Chain:
@@ -263,7 +271,8 @@ class AdaptedModel:
         if not link.is_record:
             for layers in self.by_unit():
                 for layer in layers.values():
-                    layer.finish(link.share)
+                    if layer.has_link:
+                        layer.finish(link.share)
         self.chain.append(link)
         if knot == "cola":
             self.begin_link(*following)
@@ -336,8 +345,8 @@ class AdaptedModel:
             check_same_base(replace(chain.base, weight_norms=base.weight_norms), base)
         else:  # of adapters: not all of its values are known, or none
             check_same_norms(chain.base, base, chain.sizes())
-        if chain.links and knot != "cola" and chain[-1].factors.keys() != base.weight_norms.keys():
-            raise UserError("model.init_knot: the last link goes on, so it must have all layers of model.target_modules")
+        if chain.links and knot != "cola" and chain[-1].factors.keys() != self.live_layers.keys():
+            raise UserError("model.init_knot: the last link goes on, so its layers must be those of model.target_modules")
         links, state, trained = list(chain.links), layout.state_dict(self.model), self.trained.values()
         if links:  # peft writes embeddings and heads with an adapter that has them as targets: the base's own values
             frozen = {name: value for name, value in links[-1].extras.items() if name in state and name not in trained}
@@ -352,7 +361,7 @@ class AdaptedModel:
             last = links[-1]
             self.begin_link(last.rank, last.alpha)
             self.resume_link(last)
-            for name, layer in self.layers.items():
+            for name, layer in self.live_layers.items():
                 for factor, value in zip(layer.factors, last.rest(name), strict=True):
                     layout.copy_(factor, value)
 
@@ -413,7 +422,8 @@ class AdaptedModel:
         """Builds the base and adapts it: the same one each time."""
         with seeded_build(self.seed):
             model = self.build_model()
-            inject_lora(model, self.config)
+            known = matched(self.earlier_layers, dict(model.named_modules()))
+            inject_lora(model, self.config, [known.get(name, name) for name in self.earlier_layers])
         return model
 
     def rebuild_base(self) -> nn.Module:

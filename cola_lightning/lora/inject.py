@@ -116,7 +116,7 @@ def is_linear(module: nn.Module) -> bool:
 # ---------------------------------------------------------------------- into a model, and out again
 
 
-def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
+def inject_lora(model: nn.Module, config: LoRAConfig, earlier: Iterable[str] = ()) -> list[str]:
     """Makes the target layers LoRA layers, in place, and freezes everything else.
 
     They remain the same objects, with their parameters, buffers, hooks and attributes; only their class changes.
@@ -125,9 +125,10 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     Args:
         model: the model to adapt.
         config: the target layers, and what their links are like. Without ``target_modules`` the model stays as it is.
+        earlier: names of layers that earlier links have. Those that are no targets become LoRA layers without a current link.
 
     Returns:
-        The names of the adapted layers, in the model's order.
+        The names of the target layers, in the model's order.
 
     Raises:
         UserError: for what would later be wrong: no match, shared modules or weights, a 4-bit base to merge into, a model that
@@ -149,7 +150,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         expose_experts(model)
     expose_projections(model)
     try:
-        return _inject(model, config.target_modules, config)
+        return _inject(model, config.target_modules, config, earlier)
     finally:
         restore_(model)  # except what has links
 
@@ -160,7 +161,7 @@ def restore_(model: nn.Module) -> None:
     hide_projections(model)
 
 
-def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAConfig) -> list[str]:
+def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAConfig, earlier: Iterable[str]) -> list[str]:
     """Adapts the targets, see :func:`inject_lora`."""
     saved = _matches(model, list(config.modules_to_save), "model.modules_to_save")
     names = _linear_layers(model) if target_modules == ALL_LINEAR else _matches(model, target_modules)
@@ -175,8 +176,10 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
             if not any(is_matched(pattern, name) for name in names):
                 near = nearest(str(pattern), {name.rpartition(".")[2] for name in names}) or f", such as {names[0]!r}"
                 raise UserError(f"model.{field}: {pattern!r} matches no adapted layer{near}")
-    targets = {name: model.get_submodule(name) for name in names}
-    _check_not_shared(model, names, saved)
+    modules = dict(model.named_modules())
+    others = [name for name in earlier if name in modules and name not in names and not is_in_modules(name, saved)]
+    targets = {name: model.get_submodule(name) for name in [*names, *others]}
+    _check_not_shared(model, [*targets], saved)
     classes = {name: _class_for(name, layer, config) for name, layer in targets.items()}
     # All of them, or none. A weight that is recomputed at each forward pass (pruning, weight norm) is no parameter.
     is_stacking = config.should_stack(layer.get_parameter("weight") for layer in targets.values())
@@ -187,7 +190,7 @@ def _inject(model: nn.Module, target_modules: str | Sequence[str], config: LoRAC
         if is_quantized(module):
             keep_layout(module)
     for name, layer in targets.items():
-        classes[name].adapt_(layer, config, name)
+        classes[name].adapt_(layer, config, name, has_link=name not in others)
     for name in saved:
         model.get_submodule(name).requires_grad_()
     return names

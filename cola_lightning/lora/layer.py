@@ -86,7 +86,8 @@ class LoRALayer(nn.Module):
     ``matrix_sizes``, ``project_down``, ``project_up`` and ``update``; :func:`~cola_lightning.register_lora_layer` registers it.
 
     Attributes:
-        lora_A: max_rank x in (of experts: experts x max_rank x in), the factor that is drawn at random.
+        lora_A: max_rank x in (of experts: experts x max_rank x in), the factor that is drawn at random. None, like lora_B, in a
+            layer without a current link: only earlier links have it.
         lora_B: out x max_rank (experts x out x max_rank), the factor that starts at zero.
         rank: rank of the current link; the rows of A and columns of B beyond it are zero and unused.
         scaling: the factor in front of B A: ``alpha / rank``.
@@ -158,13 +159,14 @@ class LoRALayer(nn.Module):
     # ------------------------------------------------------------------ from a plain layer, and back
 
     @classmethod
-    def adapt_(cls, layer: Any, config: LoRAConfig, name: str = "") -> Self:
+    def adapt_(cls, layer: Any, config: LoRAConfig, name: str = "", *, has_link: bool = True) -> Self:
         """Makes a plain layer a LoRA layer, in place: it stays the same object, with its parameters, buffers and hooks.
 
         Args:
             layer: the layer to adapt, of the base class.
             config: what its links are like.
             name: its name in the model, for the patterns of the config.
+            has_link: whether it has a current link, and not only finished ones of an earlier training.
         """
         (n_in, n_out), batch_shape = cls.matrix_sizes(layer), cls.batch_shape(layer)
         layer.base_class, layer.__class__ = type(layer), cls
@@ -177,10 +179,14 @@ class LoRALayer(nn.Module):
         # A and B are fp32 whatever the base is (float64 over a float64 base): an update is small against its weight.
         factor_dtype = torch.promote_types(dtype, torch.float32)
         adapted.rank, adapted.scaling = config.size_of(name, config.rank, config.alpha)
-        adapted.lora_A = nn.Parameter(torch.zeros(*batch_shape, adapted.rank, n_in, dtype=factor_dtype, device=device))
-        adapted.lora_B = nn.Parameter(torch.zeros(*batch_shape, n_out, adapted.rank, dtype=factor_dtype, device=device))
         adapted.lora_dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         adapted.lora_config = config
+        if not has_link:
+            adapted.register_parameter("lora_A", None)
+            adapted.register_parameter("lora_B", None)
+            return adapted
+        adapted.lora_A = nn.Parameter(torch.zeros(*batch_shape, adapted.rank, n_in, dtype=factor_dtype, device=device))
+        adapted.lora_B = nn.Parameter(torch.zeros(*batch_shape, n_out, adapted.rank, dtype=factor_dtype, device=device))
         adapted.reset()
         return adapted
 
@@ -209,6 +215,11 @@ class LoRALayer(nn.Module):
         for parameter in (self.weight, self.bias):
             if parameter is not None and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)  # as nn.Module.to does: the one way to keep the object
+
+    @property
+    def has_link(self) -> bool:
+        """Whether the current link has this layer."""
+        return self.lora_A is not None
 
     @property
     def max_rank(self) -> int:
@@ -244,16 +255,20 @@ class LoRALayer(nn.Module):
         is_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         is_index = not (x.is_floating_point() or x.is_complex())  # for a lookup: no cast, no dropout
         dtype = self.dtype if is_index else x.dtype
-        lora_A, lora_B = self.factors
         if not is_autocast:  # autocast does the same to each product
-            lora_A, lora_B = lora_A.to(self.dtype), lora_B.to(self.dtype)
             x = x.to(self.dtype) if x.is_floating_point() else x
         if self.replacement is not None:
             y = self.replacement.add_to(self.base_forward(x, *more), x, self.project_down, self.project_up, *more)
             return y if is_autocast else y.to(dtype)
-        hidden = self.project_down(x if is_index else self.lora_dropout(x), lora_A, *more)
-        hidden = hidden * self.scaling  # here, where it is smallest
-        y = self.base_forward(x, *more) + self.project_up(hidden, lora_B, *more)
+        if self.has_link:
+            lora_A, lora_B = self.factors
+            if not is_autocast:
+                lora_A, lora_B = lora_A.to(self.dtype), lora_B.to(self.dtype)
+            hidden = self.project_down(x if is_index else self.lora_dropout(x), lora_A, *more)
+            hidden = hidden * self.scaling  # here, where it is smallest
+            y = self.base_forward(x, *more) + self.project_up(hidden, lora_B, *more)
+        else:
+            y = self.base_forward(x, *more)
         if self.stack is not None:  # apart from the link, which is in float32: one product would copy all factors in each step
             y = self.stack.add_to(y, x, self.project_down, self.project_up, *more)
         return y if is_autocast else y.to(dtype)
@@ -300,7 +315,8 @@ class LoRALayer(nn.Module):
             stack = self.stack.first(sum(lora_A.shape[-2] for lora_A, _, _ in finished[:n]))
         else:
             (n_in, n_out), batch_shape = self.matrix_sizes(self), self.batch_shape(self)
-            stack = Stack(n_in, n_out, self.dtype, self.lora_A.device, batch_shape)
+            device = self.lora_A.device if self.has_link else self.weight.device
+            stack = Stack(n_in, n_out, self.dtype, device, batch_shape)
             for lora_A, lora_B, scaling in finished[n:]:  # the others are in the weight
                 stack.push(lora_A, lora_B, -scaling)
         for link in links[n:]:

@@ -305,7 +305,7 @@ def warn_of_half_precision(model: nn.Module) -> None:
 def warn_of_no_gradient(model: nn.Module) -> None:
     """Warns of adapted layers that should have a gradient in a fit's first step; a gradient of zeros is one."""
     layers = lora_layers(model)
-    trained = {name: layer for name, layer in layers.items() if layer.lora_B.requires_grad}
+    trained = {name: layer for name, layer in layers.items() if layer.has_link and layer.lora_B.requires_grad}
     names = [name for name, layer in trained.items() if layer.lora_A.grad is None and layer.lora_B.grad is None]
     if names:
         log.warning(

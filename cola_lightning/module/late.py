@@ -164,6 +164,7 @@ class LateModel(LightningModule):
     def _make_model(self) -> None:
         """Builds the base, adapts it, and begins a link, ready for a precision of the default dtype."""
         run = self.run
+        chain = run.first_chain
         adapted = run.made = AdaptedModel(
             self._build_base,
             functools.partial(getattr, run, "config"),  # in which build_model may choose modules_to_save
@@ -172,6 +173,7 @@ class LateModel(LightningModule):
             placement=run.placement,
             outer_module=self,
             current=run.current,
+            earlier_layers=run.expected.layers if chain is None else chain.layers,
         )
         if self._modules.get("model") is None:  # else one that was assigned, which configure_model refuses
             self.model = adapted.model
@@ -179,7 +181,7 @@ class LateModel(LightningModule):
         adapted.trained.record_initial()
         adapted.chain.base = replace(adapted.chain.base, labels=self.labels_of_base)
         has_rest = False
-        if (chain := run.first_chain) is not None:
+        if chain is not None:
             has_rest = run.start.knot != "cola" and len(chain) > 0
             if has_rest and run.size_of(len(chain)) != (last := (chain[-1].rank, chain[-1].alpha)):
                 rank, alpha = run.size_of(len(chain))

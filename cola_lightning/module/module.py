@@ -364,7 +364,9 @@ class COLAModule(LateModel, RecordsArguments):
             links: how many of its links are loaded, or the name of the last stage; None: all.
             scale: factors of the links' updates, see :meth:`load_from_checkpoint`.
         """
-        self.run.expected, self.run.first_chain = ExpectedState(links, scale or {}, state.facts.seed), None
+        live = {} if state.live is None else state.live.factors
+        earlier = [name for name in state.chain.base.weight_norms if name not in live]
+        self.run.expected, self.run.first_chain = ExpectedState(links, scale or {}, state.facts.seed, earlier), None
         self.run.restore_held_out(state.facts.held_out)
 
     @override

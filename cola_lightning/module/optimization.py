@@ -195,7 +195,7 @@ def add_groups_of(old: Optimizer, new: Optimizer) -> None:
 def used_entries(adapted: AdaptedModel) -> dict[int, tuple[Any, ...]]:
     """By the id of each factor: the entries that the last finished link and the current one share, up to their rank."""
     entries: dict[int, tuple[Any, ...]] = {}
-    for name, layer in adapted.layers.items():
+    for name, layer in adapted.live_layers.items():
         used = slice(min([layer.rank, *(link.factors[name][0].shape[-2] for link in adapted.chain.links[-1:])]))
         entries |= {id(layer.lora_A): (..., used, slice(None)), id(layer.lora_B): (..., used)}
     return entries

@@ -11,7 +11,6 @@ from torch.utils.data import SequentialSampler
 
 from cola_lightning.adapted_model import AdaptedModel
 from cola_lightning.lora.inject import is_linear
-from cola_lightning.lora.layer import lora_layers
 from cola_lightning.module.optimization import LinkLR
 from cola_lightning.module.run import Run
 
@@ -37,11 +36,11 @@ def describe_fit(trainer: Any, run: Run) -> list[str]:
 
 def describe_model(adapted: AdaptedModel) -> str:
     """Which layers get links."""
-    layers, saved = lora_layers(adapted.model), adapted.config.modules_to_save
+    layers, saved = adapted.live_layers, adapted.config.modules_to_save
     if not layers:
         return "model: all parameters are trained, without links"
     rank, alpha = adapted.current.size
-    n_linear = sum(is_linear(module) for module in adapted.model.modules()) + len(layers)
+    n_linear = sum(is_linear(module) for module in adapted.model.modules()) + len(adapted.layers)
     n_trained = sum(parameter.numel() for layer in layers.values() for parameter in (layer.lora_A, layer.lora_B))
     line = f"model: link {adapted.n_finished} of rank {rank} and alpha {alpha:g} on {len(layers)} of {n_linear} layers"
     line += f": {n_trained:,} parameters"

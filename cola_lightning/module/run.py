@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -112,11 +112,13 @@ class ExpectedState:
         links: how many of its links are loaded, or the name of the last stage; None: all.
         scale: factors of the links' updates.
         seed: the state's seed; None: no state is expected.
+        layers: names of the adapted layers that its current link lacks.
     """
 
     links: int | str | None = None
     scale: Mapping[int | str, float] = field(default_factory=dict)
     seed: int | None = None
+    layers: Collection[str] = ()
 
 
 class Run:

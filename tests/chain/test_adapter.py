@@ -212,10 +212,10 @@ def test_an_adapter_or_chain_with_values_that_are_not_finite_is_refused(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "fields", "message"),
     [
-        ({"target_modules": ["q_proj"]}, {}, "layers of the chain, .*'model.*v_proj'"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["v_proj"]}, {}, "layers of the chain, .*'model.*v_proj'"),
         ({}, {"modules_to_save": ["lm_head"]}, r"model\.init_chain: .*'lm_head.*\(model\.modules_to_save\)"),
     ],
-    ids=["fewer layers", "a head"],
+    ids=["a layer that is trained whole", "a head"],
 )
 def test_an_adapter_that_does_not_fit_a_module_is_refused(tmp_path, arguments, fields, message):
     lora(tmp_path, "llama", **fields)

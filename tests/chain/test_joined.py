@@ -11,8 +11,9 @@ from cola_lightning import COLACausalLM, UserError
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.report import overlaps
 from cola_lightning.chain.sources import Source
+from cola_lightning.cli import main
 from tests.helpers import tiny
-from tests.helpers.toy import batches, toy, trainer
+from tests.helpers.toy import assert_bit_equal, batches, saved, toy, trainer, weights
 
 ATTENTION, MLP = ["q_proj", "v_proj"], ["up_proj", "q_proj"]
 
@@ -74,6 +75,56 @@ def test_two_adapters_of_other_layers_and_ranks_are_two_stages(tmp_path, way):
         with whole.adapted.at(links) as model:
             assert_same_logits(model, logits)
     assert_same_logits(whole.merged_model(1), expected[1])
+
+
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+def test_a_link_may_lack_layers_of_earlier_ones_whose_updates_stay(tmp_path, finished_links):
+    base = tiny.folder(tmp_path / "base")
+    model = trained(load(base), tmp_path / "sft", target_modules=ATTENTION)
+    expected = [tiny.logits(load(base)), tiny.logits(model)]
+    model = trained(model.merge_and_unload(), tmp_path / "dpo", seed=1, target_modules=["q_proj", "down_proj"], r=5)
+    expected.append(tiny.logits(model))
+    assert tiny.relative_difference(expected[2], expected[1]) > 1e-3
+
+    sources = [f"sft={tmp_path}/sft", f"dpo={tmp_path}/dpo"]
+    arguments = {"target_modules": ATTENTION, "rank": 2, "alpha": 4, "finished_links": finished_links}
+    with pytest.raises(UserError, match=r"^model\.init_knot: the last link goes on"):
+        COLACausalLM(base, init_chain=sources, **arguments | {"init_knot": "record", "rank": 5, "alpha": 7}).configure_model()
+    begun = COLACausalLM(base, init_chain=sources, seed=0, **arguments)
+    assert_same_logits(begun.model, expected[2])
+    assert len(begun.adapted.trained_parameters()) == 2 * len(begun.adapted.live_layers) == 8
+    theirs = get_peft_model(model.merge_and_unload(), LoraConfig(r=2, lora_alpha=4, target_modules=ATTENTION))
+    with torch.no_grad():
+        for name, layer in begun.adapted.live_layers.items():
+            theirs.base_model.model.get_submodule(name).lora_A["default"].weight.copy_(layer.lora_A)
+    for mine, other in tiny.losses_of_both(begun.model, theirs, 8):
+        assert mine == pytest.approx(other, rel=1e-4)
+    expected.append(tiny.logits(theirs))
+    assert_same_logits(begun.model, expected[3])
+    assert sorted(begun.live_link().factors) == sorted(name for name in begun.chain.layers if "down_proj" not in name)
+    for links, logits in enumerate(expected):
+        assert_same_logits(begun.merged_model(links), logits)
+        with begun.at(links) as earlier:
+            assert_same_logits(earlier, logits)
+    begun.tie_knot()
+    assert_same_logits(begun.model, expected[3])
+
+    path = saved(begun, tmp_path)
+    again = COLACausalLM.load_from_checkpoint(path)
+    assert torch.equal(tiny.logits(again.model), tiny.logits(begun.model))
+    assert_bit_equal(weights(again), weights(begun))
+    for links, logits in enumerate(expected):
+        (tmp_path / str(links)).mkdir()
+        earlier = COLACausalLM.load_from_checkpoint(path, links=links)
+        assert_same_logits(earlier.model, logits)
+        again = COLACausalLM.load_from_checkpoint(saved(earlier, tmp_path / str(links)))  # also if no link has down_proj
+        assert_bit_equal(weights(again), weights(earlier))
+    for output in ("merged", "peft", "chain"):
+        assert not main(["export", str(path), "--format", output, "--output", str(tmp_path / output)])
+    assert not main(["verify", str(tmp_path / "merged"), "--base", base, "--adapter", str(path)])
+    assert_same_logits(load(tmp_path / "merged"), expected[3])
+    assert_same_logits(PeftModel.from_pretrained(load(base), tmp_path / "peft"), expected[3])
+    assert_same_logits(COLACausalLM(base, init_chain=str(tmp_path / "chain"), **arguments).model, expected[3])
 
 
 def test_an_adapter_that_went_on_is_a_link_after_a_record(tmp_path):
@@ -178,8 +229,9 @@ def test_an_adapter_of_a_compiled_model_and_one_with_another_prefix_fit(tmp_path
         renamed = chain.renamed({name: name.replace(old, new) for name in chain.layers})
         renamed.base = type(chain.base)(weight_norms={"unknown": 1.0})
         renamed.save(tmp_path / new)
-        begun = COLACausalLM(base, target_modules=ATTENTION, seed=0, init_chain=str(tmp_path / new))
-        assert_same_logits(begun.model, tiny.logits(model))
+        for targets in (ATTENTION, ["q_proj"]):
+            begun = COLACausalLM(base, target_modules=targets, seed=0, init_chain=str(tmp_path / new))
+            assert_same_logits(begun.model, tiny.logits(model))
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ MISTAKES = [
     (RESUME + "--links 1", "links: fit resumes the whole chain"),
     (RESUME + "--seed_everything 5", "model.seed, or seed_everything: "),
     (RESUME + "--model.init_chain chain", "model.init_chain: "),
-    (BEGIN + "--model.target_modules ['0']", "model.target_modules: "),
+    (BEGIN + "--model.target_modules null", "model.target_modules: "),
     (LANGUAGE + "--data.source rows/trian.jsonl", r"data\.source: .*; the nearest that exist: rows/train\.jsonl"),
     (LANGUAGE + "--data.source renamed", ".*: there is no field 'label'"),
     (LANGUAGE + "--data.task SST", "data.task: .*the nearest that exist: SST2"),

@@ -159,6 +159,21 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, name):
         check_that_it_goes_on(tmp_path, stop if isinstance(stop, list) else [stop], options, whole, expected)
 
 
+@pytest.mark.parametrize("finished_links", ["merge", "stack"])
+def test_a_run_whose_links_lack_a_layer_of_earlier_ones_goes_on(tmp_path, finished_links):
+    arguments = {"modules_to_save": [], "finished_links": finished_links}
+    earlier, _, _ = fit(tmp_path / "earlier", module=make(target_modules=["0", "3"], **arguments))
+    earlier.full_chain().save(tmp_path / "chain")
+
+    def options():
+        return {"module": make(init_chain=str(tmp_path / "chain"), **arguments)}
+
+    whole, expected, _ = fit(tmp_path / "whole", **options())
+    assert [len(link.factors) for link in whole.full_chain().links] == [2, 2, 1, 1]
+    assert whole.chain.delta("3").any()
+    check_that_it_goes_on(tmp_path, [INSIDE], options, whole, expected)
+
+
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_averaged_weights_that_a_validation_uses_are_not_written_as_those_of_the_run(tmp_path):
     options = RUNS["averaged weights"]
