@@ -1,9 +1,12 @@
 """An export finds each seeded mistake of the plan, the merge and the writer by itself, and calls only what is right proven."""
 
+import functools
 import importlib
 import inspect
+import json
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,13 +14,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from cola_lightning.cli import main
+from cola_lightning.export.proof import Comparison, Expected, _compare_products
 from tests.helpers import tiny
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def adapter(base, folder, seed=0, *, size=0.1, **fields):
-    """An adapter by peft with random values."""
+    """An adapter by peft with random values, and its model."""
     model = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]} | fields))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -25,6 +29,7 @@ def adapter(base, folder, seed=0, *, size=0.1, **fields):
             if parameter.requires_grad and "lora_A" not in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
     model.save_pretrained(folder)
+    return model
 
 
 def make(case, dtype=torch.float32):
@@ -90,6 +95,53 @@ def test_what_is_right_is_proven(tmp_path, monkeypatch, capsys, case, dtype):
         assert status == 0, printed
         assert re.search(r"^proven: (\d+) of \1 tensors are those of the merge$", printed, re.MULTILINE), printed
         assert "loaded again, its logits differ" in printed
+
+
+def test_a_base_in_float64_and_one_whose_configuration_names_another_dtype_are_proven(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make("two adapters", torch.float64)
+    assert export(capsys)[0] == 0
+    make("two adapters", torch.bfloat16)
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    status, printed = export(capsys, "--overwrite")
+    assert (status, "proven: 21 of 21" in printed) == (0, True), printed
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # which peft does apply
+def test_patterns_of_experts_and_of_parameters_by_their_names_count_as_in_peft(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    patterns = {"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"experts.down_proj": 5}}
+    of_experts = {"target_modules": ["q_proj"], "target_parameters": EXPERTS} | patterns
+    weights = {"target_modules": [], "target_parameters": ["q_proj.weight"], "alpha_pattern": {"q_proj.weight": 64}}
+    for place, (architecture, fields) in enumerate({"gpt_oss": of_experts, "llama": weights}.items()):
+        base, name = tiny.folder(Path(f"base {place}"), architecture), f"adapter {place}"
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        expected = tiny.logits(adapter(model, name, **fields).merge_and_unload())
+        words = ["export", name, "--base", base, "--format", "merged", "--output", f"out {place}"]
+        assert main(words) == 0
+        assert re.search(r"proven: (\d+) of \1 tensors", capsys.readouterr().out)
+        merged = AutoModelForCausalLM.from_pretrained(f"out {place}")
+        assert tiny.relative_difference(tiny.logits(merged), expected) <= 1e-5
+
+
+def test_a_single_element_is_seen_in_a_wide_layer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    base = (torch.randn(64, 4096, generator=generator) * 0.02).bfloat16()
+    lora_A, lora_B = torch.randn(4, 4096, generator=generator) * 0.02, torch.randn(64, 4, generator=generator) * 0.02
+    right = (base.float() + 2 * lora_B @ lora_A).bfloat16()
+    folders, shape = {}, lambda key: (64, 4096)
+    for name, tensor in {"base": base, "right": right}.items():
+        folders[name] = mock.Mock(shape=shape, rows=lambda key, first, last, tensor=tensor: tensor[first:last])
+    expected = Expected("key", terms=[(lora_A, lora_B, 2.0)])
+    compare = functools.partial(_compare_products, folders["base"], expected, key="key", factors=[(2 * lora_B, lora_A)])
+    assert compare(after=folders["right"]) == Comparison("", [], torch.bfloat16)
+    for place in range(50):
+        wrong = right.clone()
+        wrong[place, 37 * place] += 0.5 * 0.02 * (-1) ** place
+        folders["wrong"] = mock.Mock(shape=shape, rows=lambda key, first, last, wrong=wrong: wrong[first:last])
+        assert compare(after=folders["wrong"]).wrong
 
 
 # A mistake is a change of the source: the file, the function, what it says, and what it would say.
