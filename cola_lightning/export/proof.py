@@ -422,15 +422,17 @@ def _compare_products(
     signs = torch.randint(2, (n_columns,), generator=generator).mul(2).sub(1).to(factors[0][1].dtype)
     x = torch.cat([_in_span(right, generator) for _, right in factors], -1)
     of_blocks = [_sums(right * signs, block) for _, right in factors]
-    products = [
-        torch.cat([blocks, right @ x], -1) for blocks, (_, right) in zip(of_blocks, factors, strict=True)
-    ]  # A x, for all x
+    # A x, for the x of all blocks and of all updates; their lengths; and those of A x.
+    images_of_all = [torch.cat([blocks, right @ x], -1) for blocks, (_, right) in zip(of_blocks, factors, strict=True)]
     lengths = torch.cat([x.new_full((*x.shape[:-2], 1, n_columns // block), block**0.5), x.norm(dim=-2, keepdim=True)], -1)
+    sizes = torch.stack([image.square().sum(-2, keepdim=True) for image in images_of_all]).sum(0).sqrt()
     along = torch.zeros(3, len(factors), dtype=torch.float64)  # for each update: products with what is left, variances, squares
     for first, last in _chunks(after.shape(key)):
         stored, start = after.rows(key, first, last), one.start(before, first, last)
         precision, dtype = torch.finfo(stored.dtype), stored.dtype
-        mine, length, *images = (part[first:last] if part.dim() > 2 else part for part in (x, lengths, *products))
+        mine, length, size, *images = (
+            part[first:last] if part.dim() > 2 else part for part in (x, lengths, sizes, *images_of_all)
+        )
         lefts = [left[first:last] for left, _ in factors]
         updates = [left @ image for left, image in zip(lefts, images, strict=True)]
         stored, start = (rows.to(x.dtype).view(*updates[0].shape[:-1], -1) for rows in (stored, start))
@@ -441,11 +443,9 @@ def _compare_products(
         )
         rest -= torch.stack(updates).sum(0)
         eps = torch.finfo(x.dtype).eps
-        noise = (
-            precision.eps / 2 + (1 + len(factors)) * eps
-        ) * noise.sqrt() + precision.smallest_normal * precision.eps * length
-        for left, image in zip(lefts, images, strict=True):
-            noise += 64 * eps * left.norm(dim=-1, keepdim=True) * image.norm(dim=-2, keepdim=True)
+        unit = precision.eps / 2 + (1 + len(factors)) * eps  # of the rounding of W', and of the sums before
+        noise = unit * noise.sqrt() + precision.smallest_normal * precision.eps * length
+        noise += 64 * eps * torch.stack([left.square().sum(-1, keepdim=True) for left in lefts]).sum(0).sqrt() * size
         if not bool((rest.abs() <= STANDARD_ERRORS * noise).all()):  # also NaN
             return Comparison("is not W + the sum of s B A")
         for place, update in enumerate(updates):

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from cola_lightning.chain.base import BaseIdentity, check_same_norms
 from cola_lightning.chain.chain import OUTSIDE, Chain, Link
@@ -22,6 +21,7 @@ HEAD = "lm_head.weight"  # the name of an output layer that shares its weight wi
 WITH_HEAD = re.compile(r"LM|ForConditionalGeneration")  # in the names of models with an output layer over the vocabulary
 EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in)\.weight")
 MERGED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # the dtypes of weights to which links are added
+IN_CACHE = 2**18  # elements of a weight whose norm is computed at once
 # transformers' models with layers of Conv1D, whose weights are in x out: a square weight does not show it.
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
@@ -91,8 +91,10 @@ class Planned:
 
     def norm_of_base(self) -> float:
         """The Frobenius norm of the base's tensor."""
-        parts = (rows_of(self.base, *rows) for rows in chunks(self.base.shape))
-        return math.hypot(*(float(vector_norm(part, dtype=self.compute_dtype)) for part in parts))
+        rows = (rows_of(self.base, *places).flatten() for places in chunks(self.base.shape))
+        parts = (part for some in rows for part in torch.split(some, IN_CACHE))
+        wide = (part.to(self.compute_dtype) for part in parts)
+        return math.sqrt(math.fsum(float(part @ part) for part in wide))
 
     def merged(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Some of its rows: all is added in :attr:`compute_dtype`, and rounded once."""
