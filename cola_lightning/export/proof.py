@@ -230,12 +230,12 @@ class Files:
         with safe_open(self.files[key], "pt") as file:
             return tuple(file.get_slice(key).get_shape())
 
-    def rows(self, key: str, first: int, last: int | None) -> Tensor:
-        """Some rows of a stored tensor. Its file is opened for them, because mapped pages count as memory."""
+    def rows(self, key: str, first: int, last: int | None, dtype: torch.dtype | None = None) -> Tensor:
+        """Some rows of a stored tensor, as a copy. Its file is opened for them, because mapped pages count as memory."""
         with safe_open(self.files[key], "pt") as file:
             part = file.get_slice(key)
             rows: Tensor = part[first:last] if part.get_shape() else file.get_tensor(key)
-            return rows.clone()
+            return rows.to(rows.dtype if dtype is None else dtype, copy=True)
 
 
 def _chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -270,11 +270,12 @@ class Expected:
         """Its shape."""
         return base.shape(self.key) if self.value is None else tuple(self.value.shape)
 
-    def start(self, base: Files, first: int = 0, last: int | None = None) -> Tensor:
+    def start(self, base: Files, first: int = 0, last: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Some of its rows, before anything is added."""
         if self.value is None:
-            return base.rows(self.key, first, last)
-        return self.value[first:last] if self.value.dim() else self.value
+            return base.rows(self.key, first, last, dtype)
+        rows = self.value[first:last] if self.value.dim() else self.value
+        return rows if dtype is None else rows.to(dtype)
 
 
 def expected_tensors(base: Files, links: Sequence[tuple[SourceLink, float]]) -> dict[str, Expected]:
@@ -417,6 +418,8 @@ def _compare_products(
     Roundings of a row are a random vector, so a product with them has a standard deviation, which a difference may exceed a few
     times. Along an update, the differences of all rows must also cancel out.
     """
+    dtype = after.rows(key, 0, 1).dtype
+    precision, eps = torch.finfo(dtype), torch.finfo(factors[0][1].dtype).eps
     generator, n_columns = torch.Generator().manual_seed(0), factors[0][1].shape[-1]
     block = next(size for size in (16, 8, 4, 2, 1) if n_columns % size == 0)
     signs = torch.randint(2, (n_columns,), generator=generator).mul(2).sub(1).to(factors[0][1].dtype)
@@ -428,21 +431,19 @@ def _compare_products(
     sizes = torch.stack([image.square().sum(-2, keepdim=True) for image in images_of_all]).sum(0).sqrt()
     along = torch.zeros(3, len(factors), dtype=torch.float64)  # for each update: products with what is left, variances, squares
     for first, last in _chunks(after.shape(key)):
-        stored, start = after.rows(key, first, last), one.start(before, first, last)
-        precision, dtype = torch.finfo(stored.dtype), stored.dtype
+        stored, start = after.rows(key, first, last, x.dtype), one.start(before, first, last, x.dtype)
         mine, length, size, *images = (
             part[first:last] if part.dim() > 2 else part for part in (x, lengths, sizes, *images_of_all)
         )
         lefts = [left[first:last] for left, _ in factors]
         updates = [left @ image for left, image in zip(lefts, images, strict=True)]
-        stored, start = (rows.to(x.dtype).view(*updates[0].shape[:-1], -1) for rows in (stored, start))
+        stored, start = (rows.view(*updates[0].shape[:-1], -1) for rows in (stored, start))
         change, squares = stored - start, stored.square()
         rest, noise = (
             torch.cat([_sums(blocked, block), whole], -1)
             for blocked, whole in ((change * signs, change @ mine), (squares, squares @ mine.square()))
         )
         rest -= torch.stack(updates).sum(0)
-        eps = torch.finfo(x.dtype).eps
         unit = precision.eps / 2 + (1 + len(factors)) * eps  # of the rounding of W', and of the sums before
         noise = unit * noise.sqrt() + precision.smallest_normal * precision.eps * length
         noise += 64 * eps * torch.stack([left.square().sum(-1, keepdim=True) for left in lefts]).sum(0).sqrt() * size

@@ -133,14 +133,18 @@ def test_a_single_element_is_seen_in_a_wide_layer(tmp_path, monkeypatch):
     right = (base.float() + 2 * lora_B @ lora_A).bfloat16()
     folders, shape = {}, lambda key: (64, 4096)
     for name, tensor in {"base": base, "right": right}.items():
-        folders[name] = mock.Mock(shape=shape, rows=lambda key, first, last, tensor=tensor: tensor[first:last])
+        folders[name] = mock.Mock(
+            shape=shape, rows=lambda key, first, last, dtype=None, tensor=tensor: tensor[first:last].to(dtype or tensor.dtype)
+        )
     expected = Expected("key", terms=[(lora_A, lora_B, 2.0)])
     compare = functools.partial(_compare_products, folders["base"], expected, key="key", factors=[(2 * lora_B, lora_A)])
     assert compare(after=folders["right"]) == Comparison("", [], torch.bfloat16)
     for place in range(50):
         wrong = right.clone()
         wrong[place, 37 * place] += 0.5 * 0.02 * (-1) ** place
-        folders["wrong"] = mock.Mock(shape=shape, rows=lambda key, first, last, wrong=wrong: wrong[first:last])
+        folders["wrong"] = mock.Mock(
+            shape=shape, rows=lambda key, first, last, dtype=None, wrong=wrong: wrong[first:last].to(dtype or wrong.dtype)
+        )
         assert compare(after=folders["wrong"]).wrong
 
 
