@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from cola_lightning.chain.chain import OUTSIDE, Link, number_of_links
+from cola_lightning.chain.chain import OUTSIDE, Link, as_number, number_of_links
 from cola_lightning.chain.checkpoint import read_chain
 from cola_lightning.chain.peft import (
     BASE_LAYER,
@@ -54,62 +54,28 @@ class NotProvable(Exception):
 Term = tuple[Tensor, Tensor, float]  # A: rank x in; B: out x rank; and the factor in front of B A. As the source stores them
 
 
-@dataclass
-class SourceLink:
-    """A link as its source stores it.
-
-    Attributes:
-        name: its stage.
-        share: the share of its update that was merged; 0 if the next link contains it.
-        terms: by the layer's name in the source.
-        values: what was trained whole, by name in the source.
-    """
-
-    name: str | None
-    share: float
-    terms: dict[str, Term]
-    values: dict[str, Tensor]
-
-    def is_same(self, other: "SourceLink") -> bool:
-        """Whether both have the same factors."""
-        return self.terms.keys() == other.terms.keys() and all(
-            scaling == other.terms[layer][2]
-            and torch.equal(lora_A, other.terms[layer][0])
-            and torch.equal(lora_B, other.terms[layer][1])
-            for layer, (lora_A, lora_B, scaling) in self.terms.items()
-        )
-
-
-def links_of(source: Source) -> list[SourceLink]:
-    """The links of one source, read from its files."""
+def links_of(source: Source) -> list[Link]:
+    """The links of one source, read from its files; of an adapter, with the scaling of each layer as its configuration says."""
     folder = Path(source.path).expanduser()
     if not (folder / CONFIG_NAME).is_file():
-        return [_of_link(link, source.name) for link in read_chain(source.path).links]
+        return [replace(link, name=source.name or link.name) for link in read_chain(source.path).links]
     config = read_config(folder)
     with safe_open(folder / TENSORS_NAME, "pt") as file:
         stored = {key.replace("_orig_mod.", "").removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    terms, values = dict[str, Term](), dict[str, Tensor]()
+    link = Link(0, rank=1, alpha=1.0, start_step=0, end_step=0, factors={}, name=source.name)
     for key, value in stored.items():
         wrapper = key.removesuffix(FACTORS[0])
         if wrapper != key:
             projection, lora_B = projection_of(config, wrapper), stored[wrapper + FACTORS[1]]
             layer = projection or wrapper
-            alpha, rank = (
-                value_of_layer(config, layer, "lora_alpha", "alpha_pattern"),
-                value_of_layer(config, layer, "r", "rank_pattern"),
-            )
-            factors = (value, lora_B) if projection is None else experts_from_peft(value, lora_B, rank)
-            terms[layer] = *factors, alpha / (rank**0.5 if config.get("use_rslora") else rank)
+            alpha = value_of_layer(config, layer, "lora_alpha", "alpha_pattern")
+            rank = value_of_layer(config, layer, "r", "rank_pattern")
+            link.factors[layer] = (value, lora_B) if projection is None else experts_from_peft(value, lora_B, rank)
+            link.own_sizes[layer] = rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
         elif not key.endswith(FACTORS[1]) and ".original_module." not in key:
             name = key.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
-            values[name.replace(BASE_LAYER, "")] = value
-    return [SourceLink(source.name, 1.0, terms, values)]
-
-
-def _of_link(link: Link, name: str | None) -> SourceLink:
-    terms = {layer: (lora_A, lora_B, link.size_of(layer)[1]) for layer, (lora_A, lora_B) in link.factors.items()}
-    values = {key: value for key, value in link.extras.items() if not key.startswith(OUTSIDE)}
-    return SourceLink(name or link.name, link.share, terms, values)
+            link.extras[name.replace(BASE_LAYER, "")] = value
+    return [link]
 
 
 @dataclass(frozen=True)
@@ -128,26 +94,25 @@ class Selection:
     links: int | str | None = None
     scale: Mapping[int | str, float] = field(default_factory=dict)
 
-    def read(self) -> list[tuple[SourceLink, float]]:
+    def read(self) -> list[tuple[Link, float]]:
         """The links, in order, each with the factor of its update in the merged model."""
-        links = list[SourceLink]()
+        links = list[Link]()
         for source in self.sources:
             theirs = links_of(source)
-            pairs = [one.is_same(other) for one, other in zip(links, theirs, strict=False)]
+            pairs = [one.at_end().is_same_update(other.at_end()) for one, other in zip(links, theirs, strict=False)]
             n_shared = (*pairs, False).index(False)
             if links and source.name in self.continues:
-                links[-1].share = 0.0
+                links[-1] = replace(links[-1], share=0.0)
             if n_shared == len(links):  # the longer one knows what became of them
                 links = [replace(other, name=one.name) for one, other in zip(links, theirs, strict=False)]
             links += theirs[n_shared:]
         links = links[: number_of_links(self.links, [link.name for link in links])]
-        for last in links[-1:]:
-            last.share = 1.0
-        scale = {int(key) if str(key).isdigit() else key: factor for key, factor in self.scale.items()}
+        links[-1:] = [last.at_end() for last in links[-1:]]
+        scale = {as_number(key) if isinstance(key, str) else key: factor for key, factor in self.scale.items()}
         factors = [scale.get(place, scale.get(link.name or place, 1.0)) for place, link in enumerate(links)]
         # The update after a record is what differs from that record, which the next link contains.
         after = [*factors[1:], 1.0]
-        return [(link, f * link.share if link.share else f - g) for link, f, g in zip(links, factors, after, strict=False)]
+        return [(link, f - g if link.is_record else f * link.share) for link, f, g in zip(links, factors, after, strict=False)]
 
 
 # ---------------------------------------------------------------------- what the files hold
@@ -278,33 +243,23 @@ class Expected:
         return rows if dtype is None else rows.to(dtype)
 
 
-def expected_tensors(base: Files, links: Sequence[tuple[SourceLink, float]]) -> dict[str, Expected]:
+def expected_tensors(base: Files, links: Sequence[tuple[Link, float]]) -> dict[str, Expected]:
     """What the tensors of the merged model should be, by their names in the model."""
     expected = {name: Expected(key) for name, key in base.stored.items()}
     for link, factor in links:
-        for key, value in link.values.items():
+        for key, value in link.extras.items():
+            if key.startswith(OUTSIDE):
+                continue
             one = expected.setdefault(base.name_of(key), Expected(""))
             if one.value is None or not torch.equal(one.value, value):
                 one.value, one.terms = value, []
-        for layer, (lora_A, lora_B, scaling) in link.terms.items():
-            name = _weight_of(base, layer, lora_A, lora_B)
+        for layer, factors in link.factors.items():
+            name = base.name_of(layer)
             if name not in expected:
                 raise NotProvable(f"the base has no tensor of its own for {layer!r}")
             if factor:
-                expected[name].terms.append((lora_A, lora_B, scaling * factor))
+                expected[name].terms.append((*factors, link.size_of(layer)[1] * factor))
     return expected
-
-
-def _weight_of(base: Files, layer: str, lora_A: Tensor, lora_B: Tensor) -> str:
-    """The name of a layer's weight; of experts, whose adapters have the names of wrappers, the parameter of their sizes."""
-    while layer.endswith(BASE_LAYER):
-        layer = layer.removesuffix(BASE_LAYER)
-    found = dict(base.model.named_modules()).get(layer)
-    sizes = {lora_A.shape[-1], lora_B.shape[-2 if lora_B.dim() > 2 else 0]}
-    for name, parameter in () if found is None else found.named_parameters(recurse=False):
-        if parameter.dim() == 3 and set(parameter.shape[1:]) == sizes:
-            return f"{layer}.{name}"
-    return base.name_of(layer)
 
 
 def _laid_out(base: Files, name: str, term: Term) -> tuple[Tensor, Tensor]:
@@ -325,8 +280,8 @@ def _laid_out(base: Files, name: str, term: Term) -> tuple[Tensor, Tensor]:
     return (lora_A.mT, lora_B.mT) if is_turned else (lora_B, lora_A)
 
 
-def prove(base: Path, merged: Path, selection: Selection) -> str:
-    """Proves that a folder holds a base and the updates of some sources.
+def prove(base: Path, merged: Path, selection: Selection) -> list[str]:
+    """Proves that a folder holds a base and the updates of some sources, and compares the logits of a small model.
 
     Args:
         base: the base's folder.
@@ -334,14 +289,21 @@ def prove(base: Path, merged: Path, selection: Selection) -> str:
         selection: the sources, and what of them is merged.
 
     Returns:
-        The result as a sentence.
+        The lines to report.
 
     Raises:
-        ExportError: naming a tensor that is not what it should be.
+        ExportError: naming a tensor that is not what it should be, or for other logits.
         NotProvable: for a model, or a layer, that transformers does not know.
     """
     before, after = Files(base), Files(merged)
-    expected, found = expected_tensors(before, selection.read()), dict[str, Comparison]()
+    expected = expected_tensors(before, selection.read())
+    is_small = sum(parameter.numel() for parameter in after.model.parameters()) <= SMALL
+    return [_prove_tensors(before, after, expected), *(_compare_logits(before, after, expected, merged) if is_small else ())]
+
+
+def _prove_tensors(before: Files, after: Files, expected: Mapping[str, Expected]) -> str:
+    """Compares all tensors; returns the result as a sentence."""
+    found = dict[str, Comparison]()
     for name, one in expected.items():
         key = after.stored.get(name)
         found[name] = Comparison("is missing") if key is None else _compare(before, name, one, after, key)
@@ -363,9 +325,8 @@ def prove(base: Path, merged: Path, selection: Selection) -> str:
     sentence = f"proven: {n - len(small)} of {n} tensors are those of the merge"
     if small:
         n_small, n_updates = sum(len(one.too_small) for one in small), sum(len(one.terms) for one in expected.values())
-        sentence = f"too small to be seen in {small[0].dtype}: {n_small} of {n_updates} updates; {sentence}".replace(
-            "torch.", ""
-        )
+        dtype = str(small[0].dtype).removeprefix("torch.")
+        sentence = f"too small to be seen in {dtype}: {n_small} of {n_updates} updates; {sentence}"
     return sentence
 
 
@@ -471,25 +432,14 @@ def _in_span(right: Tensor, generator: torch.Generator) -> Tensor:
     return column / column.square().mean(-2, keepdim=True).sqrt().clamp(min=1e-30)
 
 
-def compare_logits(base: Path, merged: Path, selection: Selection) -> list[str]:
-    """Compares the logits of a small merged model, loaded by transformers, with those of the base plus the updates.
-
-    Args:
-        base: the base's folder.
-        merged: the merged model's folder.
-        selection: the sources, and what of them is merged.
+def _compare_logits(before: Files, after: Files, expected: Mapping[str, Expected], merged: Path) -> list[str]:
+    """Compares the logits of the merged model, loaded by transformers, with those of the base plus the updates.
 
     Returns:
-        A line to report; none for a model of more than ``SMALL`` parameters, or one whose inputs are not known.
-
-    Raises:
-        ExportError: if they differ.
+        A line to report; none if no inputs of the model are known.
     """
-    before, after = Files(base), Files(merged)
-    if sum(parameter.numel() for parameter in after.model.parameters()) > SMALL:
-        return []
     state = dict[str, Tensor]()
-    for name, one in expected_tensors(before, selection.read()).items():
+    for name, one in expected.items():
         value = one.start(before)
         state[name] = value.float() if value.is_floating_point() else value
         for term in one.terms:

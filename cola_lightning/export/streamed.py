@@ -18,7 +18,7 @@ from cola_lightning.export.card import FOLDER, write_card
 from cola_lightning.export.model import TrainedFacts, TrainedModel
 from cola_lightning.export.module import export_chain, export_model
 from cola_lightning.export.options import ExportOptions
-from cola_lightning.export.proof import NotProvable, Selection, compare_logits, prove
+from cola_lightning.export.proof import NotProvable, Selection, prove
 from cola_lightning.files.merge import write_merged
 from cola_lightning.files.plan import check_base, make_plan, weight_norms
 from cola_lightning.files.stored import CONFIG_NAME, CannotStream, ModelFolder
@@ -70,14 +70,8 @@ def _describe(folder: Path, base: str, chain: Chain, source: str) -> None:
     from transformers import AutoTokenizer
 
     name, _, revision = base.partition("@")
-    files: dict[str, Any] = {
-        "fields": {},
-        "labels": None,
-        "new_weights": (),
-        "quantization": None,
-        "revision": revision or None,
-    }
-    named = TransformersBase(name, auto_class="AutoModelForCausalLM", **files)
+    unknown: dict[str, Any] = {"fields": {}, "labels": None, "new_weights": (), "quantization": None}
+    named = TransformersBase(name, revision or None, auto_class="AutoModelForCausalLM", **unknown)
     tokenizer: Any = None
     if (folder / TOKENIZER_NAME).is_file():
         try:
@@ -94,9 +88,8 @@ def _describe(folder: Path, base: str, chain: Chain, source: str) -> None:
     if tokenizer is not None and (template := facts.prompt_format.get("template")):
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
-    if (
-        tokenizer is not None and (Path(source).expanduser() / TOKENIZER_NAME).is_file()
-    ):  # an adapter whose trainer has saved its tokenizer
+    # An adapter whose trainer has saved its tokenizer.
+    if tokenizer is not None and (Path(source).expanduser() / TOKENIZER_NAME).is_file():
         facts = replace(facts, prompt_format={"kind": "response", "chat_template": bool(tokenizer.chat_template)})
     if tokenizer is not None and facts.prompt_format.get("kind") in ("response", "text"):
         config, generation = (
@@ -118,8 +111,7 @@ def _export_streamed(base: str, chain: Chain, options: ExportOptions, selection:
         if not options.verify:
             return ["not compared"]
         try:
-            lines = [prove(plan.folder.path, partial, selection)]
-            return [*lines, *compare_logits(plan.folder.path, partial, selection)]
+            return prove(plan.folder.path, partial, selection)
         except NotProvable as reason:
             read = verify(plan, ModelFolder.open(str(partial)), {})
             if read.wrong:
